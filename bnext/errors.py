@@ -1,0 +1,31 @@
+"""The exceptions of bnext. Every message names the thing, the value, the rule and the remedy.
+
+All of them are `ValueError`s as well, so that code which catches torch's or detectron2's
+complaints about a bad value catches ours too.
+"""
+
+__all__ = ["BNextError", "CheckpointError", "ConfigError", "DatasetError", "LaunchError", "StatisticsError"]
+
+
+class BNextError(ValueError):
+    """A mistake that the user can mend; tools print its message without a traceback."""
+
+
+class ConfigError(BNextError):
+    """A config key has a value outside its set, or keys contradict one another."""
+
+
+class StatisticsError(BNextError):
+    """Statistics of a norm layer are missing, not finite, or cannot be computed."""
+
+
+class CheckpointError(BNextError):
+    """A checkpoint does not fit the model that it is loaded into."""
+
+
+class DatasetError(BNextError):
+    """A data set is missing, incomplete, or contradicts its own description."""
+
+
+class LaunchError(BNextError):
+    """The machine cannot run what was asked: devices, workers, or the output directory."""
