@@ -1,0 +1,210 @@
+"""Draws the pictures of the digits set: real handwritten digits pasted onto crops of real photographs.
+
+Knows no files and no annotation format; `bnext.data.digits` writes down what is drawn here.
+Shape letters: N digits, S side of the picture in pixels, H W height and width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from bnext.errors import DatasetError
+
+__all__ = ["DigitsRecipe", "DrawnDigit", "Sources", "draw_picture", "load_sources"]
+
+SPLITS = ("train", "val")
+SMALLEST_DIGIT = 8  # pixels: the height of the scanned digits; below it they cannot be told apart
+STROKE = 0.5  # ink from which a pixel belongs to the digit
+SOFTNESS = 0.3  # span of ink over which the stroke's edge fades
+MARGIN = 2  # pixels between the boxes of two digits
+PLACES_TRIED = 40  # per digit, before the picture is redrawn
+DRAWS_TRIED = 500  # per picture, before the recipe is refused
+
+
+@dataclass(frozen=True)
+class DigitsRecipe:
+    """The arguments that a digits set follows from; equal recipes give equal bytes.
+
+    Args:
+        seed: any integer from 0.
+        num_train: pictures in the training split, from 1.
+        num_val: pictures in the validation split, from 1.
+        image_side: side of the square pictures in pixels, 32 to 4096.
+        max_objects: most digits per picture; their number is uniform in 1..max_objects.
+        scale_range: smallest and largest height of a digit as a share of `image_side`, drawn log-uniformly.
+
+    Raises:
+        DatasetError: an argument is outside its range.
+    """
+
+    seed: int = 0
+    num_train: int = 1000
+    num_val: int = 200
+    image_side: int = 128
+    max_objects: int = 4
+    scale_range: tuple[float, float] = (0.09, 0.9)
+
+    def __post_init__(self) -> None:
+        limits = {
+            "seed": (0, 2**63 - 1),
+            "num_train": (1, 10**6),
+            "num_val": (1, 10**6),
+            "image_side": (32, 4096),
+            "max_objects": (1, 50),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise DatasetError(
+                    f"{name} must be from {low} to {high}; got {value} (digits set). Give a value in that range."
+                )
+        smallest, largest = self.scale_range
+        if not 0 < smallest <= largest <= 0.95:
+            raise DatasetError(
+                f"scale_range must hold two shares of the image side, 0 < smallest <= largest <= 0.95; "
+                f"got {smallest} {largest} (digits set). The default is 0.09 0.9."
+            )
+        if smallest * self.image_side < SMALLEST_DIGIT:
+            raise DatasetError(
+                f"scale_range must keep every digit at {SMALLEST_DIGIT} pixels or more; got {smallest} of "
+                f"{self.image_side} pixels (digits set). Raise the smallest scale to "
+                f"{SMALLEST_DIGIT / self.image_side:.3g}, or the image side."
+            )
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What the pictures of one split are made from: digits (N, 8, 8) with ink 0..1, labels (N,), photographs."""
+
+    digits: np.ndarray
+    labels: np.ndarray
+    photographs: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class DrawnDigit:
+    """One digit as drawn: its value 0..9 and the pixels where it can be seen, bool (S, S)."""
+
+    label: int
+    mask: np.ndarray
+
+
+def load_sources(split: str) -> Sources:
+    """The digits and photographs of "train" or "val"; the two splits share neither a digit nor a background pixel.
+
+    Digits: a fixed permutation, four fifths for training, whatever the seed of the pictures.
+    Photographs: the left two thirds for training, the right third for validation.
+    """
+    from sklearn.datasets import load_digits, load_sample_images
+
+    bunch = load_digits()
+    order = np.random.default_rng(1797).permutation(len(bunch.target))
+    cut = len(order) * 4 // 5
+    chosen = order[:cut] if split == "train" else order[cut:]
+    photographs = []
+    for photograph in load_sample_images().images:
+        column = photograph.shape[1] * 2 // 3
+        photographs.append(photograph[:, :column] if split == "train" else photograph[:, column:])
+    return Sources(bunch.images[chosen] / 16.0, bunch.target[chosen], tuple(photographs))
+
+
+def draw_picture(
+    recipe: DigitsRecipe, sources: Sources, rng: np.random.Generator
+) -> tuple[np.ndarray, list[DrawnDigit]]:
+    """Draw one picture, uint8 (S, S, 3), and its digits; a picture whose digits find no place is redrawn.
+
+    Raises:
+        DatasetError: no picture with these scales and numbers could be drawn.
+    """
+    for _ in range(DRAWS_TRIED):
+        glyphs = _draw_glyphs(recipe, sources, rng)
+        corners = _place([ink.shape for _, ink in glyphs], recipe.image_side, rng)
+        if corners is None:
+            continue
+        picture = _draw_background(recipe.image_side, sources, rng)
+        drawn = []
+        for (label, ink), corner in zip(glyphs, corners):
+            drawn.append(DrawnDigit(label, _paint(picture, ink, corner, rng)))
+        return np.rint(picture).astype(np.uint8), drawn
+    raise DatasetError(
+        f"max_objects must leave room for the digits; got {recipe.max_objects} digits of scale "
+        f"{recipe.scale_range[0]} to {recipe.scale_range[1]}, not placed in {DRAWS_TRIED} draws (digits set). "
+        "Use fewer objects or smaller scales."
+    )
+
+
+def _draw_glyphs(recipe: DigitsRecipe, sources: Sources, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
+    """(label, ink float (H, W)) of every digit of one picture, the largest first."""
+    number = int(rng.integers(1, recipe.max_objects + 1))
+    smallest, largest = np.log(recipe.scale_range)
+    heights = np.exp(rng.uniform(smallest, largest, number)) * recipe.image_side
+    glyphs = []
+    for height in sorted(heights, reverse=True):
+        index = int(rng.integers(len(sources.labels)))
+        ink = _render(sources.digits[index], max(SMALLEST_DIGIT, round(height)), recipe.image_side)
+        glyphs.append((int(sources.labels[index]), ink))
+    return glyphs
+
+
+def _render(digit: np.ndarray, height: int, side: int) -> np.ndarray:
+    """Enlarge a scanned digit so that its visible part is `height` pixels high: opacity 0..1 (H, W)."""
+    scan = Image.fromarray(np.pad(digit, 1).astype(np.float32))
+    zoom = 16  # the visible extent is found to a sixteenth of a scanned pixel
+    visible = np.asarray(scan.resize((10 * zoom, 10 * zoom), Image.Resampling.BICUBIC)) >= STROKE
+    left, top, right, bottom = (edge / zoom for edge in _extent(visible))
+    width = min(max(2, round(height * (right - left) / (bottom - top))), side)
+    ink = np.asarray(scan.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
+    return np.clip((ink - STROKE) / SOFTNESS + 0.5, 0.0, 1.0)
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """left, top, right, bottom of the true pixels; right and bottom exclusive."""
+    columns, rows = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _place(shapes: list[tuple[int, ...]], side: int, rng: np.random.Generator) -> list[tuple[int, int]] | None:
+    """Top left corners (row, column) of boxes that keep `MARGIN` apart; None when one finds no place."""
+    corners: list[tuple[int, int]] = []
+    for height, width in shapes:
+        for _ in range(PLACES_TRIED):
+            top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
+            if all(
+                max(top - y - h, y - top - height, left - x - w, x - left - width) >= MARGIN
+                for (y, x), (h, w) in zip(corners, shapes)
+            ):
+                corners.append((top, left))
+                break
+        else:
+            return None
+    return corners
+
+
+def _draw_background(side: int, sources: Sources, rng: np.random.Generator) -> np.ndarray:
+    """A random square of a photograph, resized to float (S, S, 3), at times mirrored, softened a little."""
+    photograph = sources.photographs[int(rng.integers(len(sources.photographs)))]
+    rows, columns = photograph.shape[:2]
+    widest = min(rows, columns)
+    crop = round(float(np.exp(rng.uniform(np.log(widest / 4), np.log(widest)))))
+    top, left = int(rng.integers(rows - crop + 1)), int(rng.integers(columns - crop + 1))
+    square = Image.fromarray(photograph[top : top + crop, left : left + crop])
+    picture = np.asarray(square.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64)
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+    mean = picture.mean((0, 1))
+    return mean + (picture - mean) * rng.uniform(0.5, 0.9)
+
+
+def _paint(picture: np.ndarray, ink: np.ndarray, corner: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """Blend a digit into `picture` (in place), bright on dark or dark on bright; the pixels where it shows."""
+    rows, columns = (slice(start, start + length) for start, length in zip(corner, ink.shape))
+    local = picture[rows, columns]
+    lightness = rng.uniform(200, 255) if local.mean() < 128 else rng.uniform(0, 55)
+    colour = np.clip(lightness + rng.normal(0, 20, 3), 0, 255)
+    picture[rows, columns] = local + ink[..., None] * (colour - local)
+    mask = np.zeros(picture.shape[:2], dtype=bool)
+    mask[rows, columns] = ink >= 0.5
+    return mask
