@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
         metavar=("SMALLEST", "LARGEST"),
         help="height of a digit as a share of the side",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a set made with other arguments")
+    parser.add_argument("--overwrite", action="store_true", help="replace the set that is there")
     return parser.parse_args()
 
 

@@ -52,7 +52,7 @@ def prepare_digits(
     Args:
         root: the folder of all data sets, made when missing.
         seed, num_train, num_val, image_side, max_objects, scale_range: see `DigitsRecipe`.
-        overwrite: replace a set that was made with other arguments.
+        overwrite: replace the set that is there, whatever its arguments.
         progress: show a progress bar when the standard error stream is a terminal.
 
     Returns:
@@ -121,8 +121,6 @@ def _is_there(folder: Path, recipe: DigitsRecipe, overwrite: bool) -> bool:
             f"({folder}). It was not made by prepare_digits, or lost that file: move it away by hand."
         )
     if overwrite:
-        with contextlib.suppress(DatasetError):
-            return read_recipe(folder) == recipe and not _find_fault(folder)
         return False
     found = read_recipe(folder)
     if found != recipe:
@@ -166,19 +164,17 @@ def _only_one(root: Path) -> Iterator[None]:
     """Hold the right to write the set; what killed runs left behind is removed. A dead process holds nothing."""
     path = root / LOCK
     while True:
-        lock = open(path, "w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(lock.fileno()), os.stat(path)):
-                break
-        lock.close()  # the one before us has removed this file: its successor counts
-    try:
-        for leftover in root.glob(UNFINISHED + "*"):
-            _remove(leftover)
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.close()
+        with open(path, "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists() or not os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                continue  # whoever had the lock before has removed this file; its successor counts
+            try:
+                for leftover in root.glob(UNFINISHED + "*"):
+                    _remove(leftover)
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _write(root: Path, recipe: DigitsRecipe, progress: bool) -> None:
