@@ -1,0 +1,36 @@
+"""bnext: batch normalization done right in object detection.
+
+The torch-only parts are importable from here. Where detectron2 is installed, importing bnext
+registers its meta-architectures and data sets; where it is not, everything else works.
+"""
+
+import importlib.util
+
+from bnext.errors import BNextError, CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
+from bnext.layers import LevelBatchNorm2d, NormSpec, convert_norm, convert_norm_state, copy_norm_state
+from bnext.statistics import recompute_population_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BNextError",
+    "CheckpointError",
+    "ConfigError",
+    "DatasetError",
+    "LaunchError",
+    "LevelBatchNorm2d",
+    "NormSpec",
+    "StatisticsError",
+    "convert_norm",
+    "convert_norm_state",
+    "copy_norm_state",
+    "recompute_population_statistics",
+]
+
+if importlib.util.find_spec("detectron2") is not None:
+    from bnext.config import add_bnext_config  # noqa: F401
+    from bnext.data.catalog import register_datasets
+    from bnext.heads import retinanet  # noqa: F401  registers BNextRetinaNet
+
+    __all__ += ["add_bnext_config"]
+    register_datasets()

@@ -1,0 +1,6 @@
+"""The only place of bnext that calls `torch.distributed`."""
+
+from bnext.distributed.collectives import all_gather_stacked, all_reduce_sum
+from bnext.distributed.groups import get_world_size, resolve_group
+
+__all__ = ["all_gather_stacked", "all_reduce_sum", "get_world_size", "resolve_group"]

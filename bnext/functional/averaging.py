@@ -1,0 +1,32 @@
+"""How running statistics take in the moments of a new mini-batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnext.functional.moments import Moments
+
+__all__ = ["update_running_statistics"]
+
+
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Move running statistics towards the moments of a mini-batch, as torch's BatchNorm does.
+
+        running += momentum * (new - running),  with the variance of correction 1
+
+    Args:
+        running_mean, running_var: [C].
+        moments: count [], mean and var [C] of the mini-batch.
+        momentum: weight of the new value, 0 to 1.
+
+    Returns:
+        The new running mean and variance [C], in the types of the old ones. Both are the old values
+        where the mini-batch has fewer than two elements per channel: one element has no variance.
+    """
+    weight = torch.where(moments.count >= 2, momentum, 0.0).to(running_mean.dtype)
+    mean = torch.lerp(running_mean, moments.mean.to(running_mean.dtype), weight)
+    var = torch.lerp(running_var, moments.unbiased_var().to(running_var.dtype), weight)
+    return mean, var

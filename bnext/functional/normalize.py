@@ -1,0 +1,167 @@
+"""Normalize the features of several levels, each level alone or several as one mini-batch.
+
+Nothing is concatenated: moments are taken per level, merged over levels and workers, and one pass
+of scale and shift is made per level. A worker's level and another worker's level are the same kind
+of part, so one collective forward and one backward serve all levels of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bnext.functional.moments import Moments, accumulation_dtype, batch_moments, group_moments, merge_moments
+
+__all__ = ["LevelMoments", "normalize_levels"]
+
+Gather = Callable[[Tensor], Tensor]  # [...] of this worker -> [R, ...] of all workers
+Reduce = Callable[[Tensor], Tensor]  # [...] of this worker -> [...] summed over all workers
+
+
+class LevelMoments(NamedTuple):
+    """What a mini-batch has told: moments of each level, and of each mini-batch that normalized.
+
+    Args:
+        levels: over all workers; count [L], mean and var [L, C].
+        mini_batches: count [B], mean and var [B, C].
+    """
+
+    levels: Moments
+    mini_batches: Moments
+
+
+def normalize_levels(
+    features: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    mini_batches: Sequence[int],
+    gather: Gather | None = None,
+    reduce: Reduce | None = None,
+) -> tuple[list[Tensor], LevelMoments]:
+    """Normalize every level by the statistics of the mini-batch that it belongs to.
+
+        y_l = weight_l * ((x_l - mean_b) / sqrt(var_b + eps)) + bias_l,  b = mini_batches[l]
+
+    Args:
+        features: L tensors [N_l, C, H_l, W_l]; samples and sizes may differ, a level may be empty.
+        weight, bias: [L, C]; expand a shared affine to it, its gradients then sum over levels.
+        eps: added to the variance, above 0.
+        mini_batches: for each level the index of its mini-batch, 0 to B - 1. All zeros share one
+            mini-batch, `range(L)` keeps every level apart.
+        gather, reduce: collectives over the workers that share the mini-batches; None: this worker.
+
+    Returns:
+        L tensors of the shapes, types and memory formats of `features`; and the moments.
+
+    Note:
+        Accumulates in float32 or wider. One `gather` of [L, 2C+1] forward, one `reduce` of [2, B, C]
+        backward; every worker must make the call, also with empty features. Gradients of `weight`
+        and `bias` are those of this worker's loss terms: summing over workers is DDP's work.
+        A second derivative is refused.
+    """
+    num_levels = len(features)
+    outputs = _NormalizeLevels.apply(weight, bias, eps, tuple(mini_batches), gather, reduce, *features)
+    levels, batches = Moments(*outputs[num_levels : num_levels + 3]), Moments(*outputs[num_levels + 3 :])
+    return list(outputs[:num_levels]), LevelMoments(levels, batches)
+
+
+def _gather_level_moments(features: Sequence[Tensor], gather: Gather | None) -> Moments:
+    """Moments of each level over the workers: count [L], mean and var [L, C]."""
+    own = [batch_moments(feature) for feature in features]
+    levels = Moments(*(torch.stack(field) for field in zip(*own, strict=True)))
+    if gather is None:
+        return levels
+    num_channels = levels.mean.shape[1]
+    message = torch.cat([levels.count.unsqueeze(1), levels.mean, levels.var], dim=1)
+    count, mean, var = gather(message).split([1, num_channels, num_channels], dim=-1)
+    return merge_moments(Moments(count.squeeze(-1), mean, var))
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """[C] -> [1, C, 1, 1] for as many dimensions as `like` has."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    # (x - mean) first: x * scale + shift cancels when the mean is many standard deviations.
+    centered = feature - _per_channel(mean, feature)
+    return centered.mul_(_per_channel(scale, feature)).add_(_per_channel(shift, feature)).to(feature.dtype)
+
+
+class _NormalizeLevels(torch.autograd.Function):
+    """See `normalize_levels`. Saves the features and [L, C] vectors, nothing of the features' size beside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        mini_batches: tuple[int, ...],
+        gather: Gather | None,
+        reduce: Reduce | None,
+        *features: Tensor,
+    ) -> tuple[Tensor, ...]:
+        levels = _gather_level_moments(features, gather)
+        owner = torch.tensor(mini_batches, device=levels.mean.device)
+        membership = torch.arange(max(mini_batches) + 1, device=owner.device).unsqueeze(1) == owner
+        batches = group_moments(levels, membership)
+        mean = batches.mean[owner]
+        rstd = (batches.var[owner] + eps).rsqrt()
+        scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
+        outputs = [_scale_and_shift(x, mean[i], scale[i], shift[i]) for i, x in enumerate(features)]
+        ctx.save_for_backward(weight, mean, rstd, batches.count, owner, membership, *features)
+        ctx.reduce = reduce
+        ctx.mark_non_differentiable(*levels, *batches)
+        return (*outputs, *levels, *batches)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, mean, rstd, count, owner, membership, *features = ctx.saved_tensors
+        grad_outputs = grads[: len(features)]
+        sums = [_backward_sums(x, dy, mean[i]) for i, (x, dy) in enumerate(zip(features, grad_outputs, strict=True))]
+        sum_dy, sum_dy_xmu = (torch.stack(field) for field in zip(*sums, strict=True))  # [L, C] each
+        grad_features = [None] * len(features)
+        gamma = weight.to(rstd.dtype)
+        totals = torch.stack([gamma * sum_dy, gamma * sum_dy_xmu])  # [2, L, C]
+        totals = (membership.to(totals.dtype)[None, :, :, None] * totals.unsqueeze(1)).sum(2)  # [2, B, C]
+        if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker
+            totals = ctx.reduce(totals)
+        sum_g, sum_g_xmu = (totals / count.clamp(min=1).unsqueeze(1))[:, owner]
+        slope, offset = -(rstd.pow(3)) * sum_g_xmu, -rstd * sum_g
+        grad_features = [
+            _grad_feature(x, dy, mean[i], gamma[i] * rstd[i], slope[i], offset[i])
+            for i, (x, dy) in enumerate(zip(features, grad_outputs, strict=True))
+        ]
+        return (
+            (rstd * sum_dy_xmu).to(weight.dtype),
+            sum_dy.to(weight.dtype),
+            None,
+            None,
+            None,
+            None,
+            *grad_features,
+        )
+
+
+def _backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """sum dy and sum dy (x - mean), [C] each."""
+    dims = [0, *range(2, feature.dim())]
+    dtype = accumulation_dtype(feature.dtype)
+    centered = feature - _per_channel(mean, feature)
+    return grad_output.sum(dims, dtype=dtype), centered.mul_(grad_output).sum(dims)
+
+
+def _grad_feature(
+    feature: Tensor, grad_output: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+) -> Tensor:
+    """scale * dy + slope * (x - mean) + offset, in the type of the feature."""
+    grad = feature - _per_channel(mean, feature)
+    grad.mul_(_per_channel(slope, feature)).add_(_per_channel(offset, feature))
+    return grad.addcmul_(grad_output.to(grad.dtype), _per_channel(scale, feature)).to(feature.dtype)

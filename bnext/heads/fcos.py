@@ -1,0 +1,76 @@
+"""FCOS with the same head norms as RetinaNet; it reads MODEL.RETINANET, as detectron2 has no keys for FCOS."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
+from detectron2.modeling.meta_arch import fcos as detectron2_fcos
+from torch import Tensor
+
+from bnext.config import check_config, get_head_norm
+from bnext.heads.lock_step import HeadNorm, make_head_norm, name_levels, run_tower
+from bnext.layers import name_norms
+
+__all__ = ["BNextFCOS", "FCOSHead"]
+
+
+class FCOSHead(detectron2_fcos.FCOSHead):
+    """Detectron2's FCOSHead with its levels in lock-step.
+
+    Args:
+        levels: names of the input features.
+        norm: a `NormSpec`; or what detectron2 takes, a name such as "GN" or a factory.
+        kwargs: detectron2's: input_shape, num_classes, conv_dims, prior_prob.
+    """
+
+    def __init__(self, *, levels: Sequence[str], norm: HeadNorm = "", **kwargs: Any) -> None:
+        super().__init__(norm=make_head_norm(norm, levels), **kwargs)
+        self.levels = tuple(levels)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Logits [N, K, H, W], box deltas [N, 4, H, W] and centerness [N, 1, H, W] of every level."""
+        by_level = name_levels(self.levels, features)
+        box_features = run_tower(self.bbox_subnet, by_level).values()
+        logits = [self.cls_score(feature) for feature in run_tower(self.cls_subnet, by_level).values()]
+        deltas = [self.bbox_pred(feature) for feature in box_features]
+        return logits, deltas, [self.ctrness(feature) for feature in box_features]
+
+
+@META_ARCH_REGISTRY.register()
+def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
+    """Detectron2's FCOS by YAML keys: those of MODEL.RETINANET, its norm also by MODEL.BNEXT.RETINANET.
+
+    Raises:
+        ConfigError: see `bnext.config.check_config`.
+    """
+    check_config(cfg)
+    node = cfg.MODEL.RETINANET
+    backbone = build_backbone(cfg)
+    shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
+    head = FCOSHead(
+        levels=node.IN_FEATURES,
+        norm=get_head_norm(cfg),
+        input_shape=shapes,
+        num_classes=node.NUM_CLASSES,
+        conv_dims=[shapes[0].channels] * node.NUM_CONVS,
+        prior_prob=node.PRIOR_PROB,
+    )
+    model = detectron2_fcos.FCOS(
+        backbone=backbone,
+        head=head,
+        head_in_features=node.IN_FEATURES,
+        num_classes=node.NUM_CLASSES,
+        focal_loss_alpha=node.FOCAL_LOSS_ALPHA,
+        focal_loss_gamma=node.FOCAL_LOSS_GAMMA,
+        test_score_thresh=node.SCORE_THRESH_TEST,
+        test_topk_candidates=node.TOPK_CANDIDATES_TEST,
+        test_nms_thresh=node.NMS_THRESH_TEST,
+        max_detections_per_image=cfg.TEST.DETECTIONS_PER_IMAGE,
+        pixel_mean=cfg.MODEL.PIXEL_MEAN,
+        pixel_std=cfg.MODEL.PIXEL_STD,
+    )
+    name_norms(model)
+    return model

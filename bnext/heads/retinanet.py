@@ -1,0 +1,78 @@
+"""RetinaNet with a head whose batch norm is any row of the paper's Table 5.
+
+`BNextRetinaNet` is detectron2's own RetinaNet with this head in it: losses, anchors, inference and
+state-dict keys are detectron2's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
+from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from torch import Tensor
+
+from bnext.config import check_config, get_head_norm
+from bnext.heads.lock_step import HeadNorm, make_head_norm, name_levels, run_tower
+from bnext.layers import name_norms
+
+__all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
+
+
+class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
+    """Detectron2's RetinaNetHead with its levels in lock-step.
+
+    Args:
+        levels: names of the input features, for example ("p3", "p4", "p5", "p6", "p7").
+        norm: a `NormSpec`; or what detectron2 takes, a name such as "GN" or a factory.
+        kwargs: detectron2's: input_shape, num_classes, num_anchors, conv_dims, prior_prob.
+    """
+
+    @configurable
+    def __init__(self, *, levels: Sequence[str], norm: HeadNorm = "", **kwargs: Any) -> None:
+        super().__init__(norm=make_head_norm(norm, levels), **kwargs)
+        self.levels = tuple(levels)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        arguments = super().from_config(cfg, input_shape)
+        return {**arguments, "levels": cfg.MODEL.RETINANET.IN_FEATURES, "norm": get_head_norm(cfg)}
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits [N, A*K, H, W] and box deltas [N, A*4, H, W] of every level, in the order of `levels`."""
+        by_level = name_levels(self.levels, features)
+        logits = [self.cls_score(feature) for feature in run_tower(self.cls_subnet, by_level).values()]
+        deltas = [self.bbox_pred(feature) for feature in run_tower(self.bbox_subnet, by_level).values()]
+        return logits, deltas
+
+
+@META_ARCH_REGISTRY.register()
+def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
+    """Detectron2's RetinaNet, its head's norm by MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET.
+
+    Raises:
+        ConfigError: see `bnext.config.check_config`.
+    """
+    check_config(cfg)
+    arguments = RetinaNet.from_config(cfg)
+    shapes = arguments["backbone"].output_shape()
+    arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in cfg.MODEL.RETINANET.IN_FEATURES])
+    model = RetinaNet(**arguments)
+    name_norms(model)
+    return model
+
+
+def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
+    """The part of a dense detector's forward that its norms see: no anchors, matching, losses or NMS.
+
+    Args:
+        model: a RetinaNet or FCOS.
+        batch: records with "image" [3, H, W], as detectron2's mappers make them; no labels needed.
+    """
+    images = model.preprocess_image(batch)
+    features = model.backbone(images.tensor)
+    model.head([features[level] for level in model.head_in_features])
