@@ -119,8 +119,9 @@ def draw_picture(
     Raises:
         DatasetError: no picture with these scales and numbers could be drawn.
     """
+    number = int(rng.integers(1, recipe.max_objects + 1))
     for _ in range(DRAWS_TRIED):
-        glyphs = _draw_glyphs(recipe, sources, rng)
+        glyphs = _draw_glyphs(number, recipe, sources, rng)
         corners = _place([ink.shape for _, ink in glyphs], recipe.image_side, rng)
         if corners is None:
             continue
@@ -130,15 +131,16 @@ def draw_picture(
             drawn.append(DrawnDigit(label, _paint(picture, ink, corner, rng)))
         return np.rint(picture).astype(np.uint8), drawn
     raise DatasetError(
-        f"max_objects must leave room for the digits; got {recipe.max_objects} digits of scale "
-        f"{recipe.scale_range[0]} to {recipe.scale_range[1]}, not placed in {DRAWS_TRIED} draws (digits set). "
+        f"max_objects must leave room for the digits; got {recipe.max_objects}, of which {number} digits of scale "
+        f"{recipe.scale_range[0]} to {recipe.scale_range[1]} found no place in {DRAWS_TRIED} draws (digits set). "
         "Use fewer objects or smaller scales."
     )
 
 
-def _draw_glyphs(recipe: DigitsRecipe, sources: Sources, rng: np.random.Generator) -> list[tuple[int, np.ndarray]]:
+def _draw_glyphs(
+    number: int, recipe: DigitsRecipe, sources: Sources, rng: np.random.Generator
+) -> list[tuple[int, np.ndarray]]:
     """(label, ink float (H, W)) of every digit of one picture, the largest first."""
-    number = int(rng.integers(1, recipe.max_objects + 1))
     smallest, largest = np.log(recipe.scale_range)
     heights = np.exp(rng.uniform(smallest, largest, number)) * recipe.image_side
     glyphs = []
