@@ -1,0 +1,211 @@
+"""Checkpoints that are whole on disk, that fit the model, and whose norm state is converted openly.
+
+How one form of norm state becomes another is in `bnext.layers.convert`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bnext.errors import CheckpointError
+from bnext.layers.convert import convert_norm_state
+
+__all__ = ["Checkpointer", "find_required_keys"]
+
+_SHOWN = 3  # keys of each kind in an error
+_POPULATION = ("running_mean", "running_var")
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, which also
+
+    - saves atomically: an interrupted save leaves the previous files as they were;
+    - brings norm state into the form of the model and logs what it did;
+    - refuses a checkpoint of another architecture, and population variances that are negative or
+      not finite, before the model is changed.
+    """
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write model and states to `name`.pth in the save directory, whole or not at all.
+
+        Args:
+            name: file name without its ending.
+            kwargs: further values to store.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        if "://" in self.save_dir:
+            super().save(name, **kwargs)
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        _replace_file(path, lambda partial: torch.save(data, partial))
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name the file that a resume starts from, in `last_checkpoint`."""
+        if "://" in self.save_dir:
+            super().tag_last_checkpoint(last_filename_basename)
+            return
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        _replace_file(path, lambda partial: partial.write(last_filename_basename.encode()))
+
+    def load(self, path: str, checkpointables: list[str] | None = None, *, complete: bool = False) -> dict[str, Any]:
+        """Load a checkpoint into the model and the states.
+
+        Args:
+            path: file or URL; empty: nothing is loaded.
+            checkpointables: names of the states to load; None: all that the file has.
+            complete: every parameter and norm statistic of the model must be in the file; otherwise
+                one common parameter is enough (a backbone, say).
+
+        Returns:
+            What else the file holds.
+
+        Raises:
+            CheckpointError: if the file is missing or broken, or does not fit the model.
+        """
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]) and self._must_see_file():
+            raise CheckpointError(
+                f"A checkpoint must be a file; got {path!r} (MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint), which does "
+                "not exist. Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
+            )
+        self._path, self._complete = path, complete
+        return super().load(path, checkpointables)
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
+
+        Raises:
+            CheckpointError: see `load`; what is resumed must be complete.
+        """
+        if resume and self.has_checkpoint():
+            return self.load(self.get_checkpoint_file(), complete=True)
+        return self.load(path, checkpointables=[])
+
+    def _must_see_file(self) -> bool:
+        # With several workers, only the main one needs the file: Detectron2 sends the weights to the others.
+        return comm.is_main_process() or not isinstance(self.model, DistributedDataParallel)
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        try:
+            return super()._load_file(filename)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, UnicodeDecodeError, KeyError) as error:
+            raise CheckpointError(
+                f"A checkpoint must be a whole file of tensors and plain values; got {filename} "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no content'}). "
+                "Copy or train it again."
+            ) from error
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._convert_ndarray_to_tensor(checkpoint["model"])
+        _check_variances(checkpoint["model"], self._path)
+        if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
+            incompatible = super()._load_model(checkpoint)
+            missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}
+            self._check_fit({key: value for key, value in self.model.state_dict().items() if key not in missing})
+            return incompatible
+        state = _strip_prefix(checkpoint["model"], "module.")
+        metadata = getattr(state, "_metadata", None)
+        state, report = convert_norm_state(state, self.model)
+        if report.changes:
+            logging.getLogger(__name__).warning("%s (%s)", report, self._path)
+        self._check_fit(state)
+        if metadata is not None:
+            state = _WithMetadata(state)
+            state._metadata = metadata
+        checkpoint["model"] = state
+        return super()._load_model(checkpoint)
+
+    def _check_fit(self, state: dict[str, Tensor]) -> None:
+        own = self.model.state_dict()
+        matching = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
+        required = find_required_keys(self.model)
+        missing = [min(names) for names in required if not names & matching]
+        if len(missing) < len(required) and not (self._complete and missing):
+            return
+        mismatched = [
+            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
+            for key, value in state.items()
+            if key in own and key not in matching
+        ]
+        absent = [key for key in missing if key not in state]
+        unexpected = [key for key in state if key not in own]
+        rule = "have every parameter and norm statistic" if self._complete else "share some parameter"
+        raise CheckpointError(
+            f"The checkpoint must {rule} of the model; got {len(required) - len(missing)} of {len(required)} "
+            f"({self._path}). Missing: {_show(absent)}. Unexpected: {_show(unexpected)}. Of another shape: "
+            f"{_show(mismatched)}. Use the config that the checkpoint was trained with, or another checkpoint."
+        )
+
+
+class _WithMetadata(dict):
+    """A state dict that can carry torch's versions of the modules."""
+
+
+def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
+    """What a complete checkpoint has: each parameter and norm statistic, with all its names.
+
+    Args:
+        model: any module; a parameter that several modules share counts once.
+
+    Returns:
+        One set of state-dict keys for each; one key of a set is enough.
+    """
+    names: dict[int, set[str]] = {}
+    stored = model.state_dict(keep_vars=True)
+    parameters = {id(parameter) for parameter in model.parameters()}
+    for key, value in stored.items():
+        if id(value) in parameters or key.rpartition(".")[2] in _POPULATION:
+            names.setdefault(id(value), set()).add(key)
+    return [frozenset(keys) for keys in names.values()]
+
+
+def _check_variances(state: dict[str, Tensor], path: str) -> None:
+    for key, value in state.items():
+        if key.rpartition(".")[2] != "running_var":
+            continue
+        if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+            worst = value[~torch.isfinite(value) | (value < 0)].flatten()[0].item()
+            raise CheckpointError(
+                f"{key} must be 0 or more and finite; got {worst} ({path}). "
+                "Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
+            )
+
+
+def _strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    if not state or not all(key.startswith(prefix) for key in state):
+        return state
+    return {key[len(prefix) :]: value for key, value in state.items()}
+
+
+def _show(keys: Iterable[str]) -> str:
+    keys = list(keys)
+    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return ", ".join(keys[:_SHOWN]) + more if keys else "none"
+
+
+def _replace_file(path: str, write: Any) -> None:
+    """Fill a neighbouring file, then give it the name in one step."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)

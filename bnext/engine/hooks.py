@@ -1,0 +1,244 @@
+"""What happens around a training step: seeds, equal norm buffers, checkpoints, evaluation, the progress bar.
+
+Order matters and is fixed in `Trainer.build_hooks`: buffers are made equal before a checkpoint is
+written, and the checkpoint is written before the evaluation, so that what is saved is what was
+evaluated.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TextIO
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.engine import hooks as d2_hooks
+from detectron2.utils import comm
+from torch import Tensor, nn
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from bnext.data.seeding import derive_seed, seed_everything
+from bnext.functional.moments import Moments, merge_moments
+
+__all__ = [
+    "EqualizeBuffers",
+    "EvalHook",
+    "PeriodicCheckpointer",
+    "ProgressBar",
+    "RememberMetrics",
+    "SeedSteps",
+    "equalize_buffers",
+    "is_due",
+]
+
+_STEP = 4  # what the derived seed is for
+_CONSOLE_LOGGERS = ("detectron2", "fvcore", "bnext")
+
+
+def is_due(iteration: int, period: int, max_iter: int) -> bool:
+    """Whether something that runs every `period` iterations and after the last one runs now.
+
+    Args:
+        iteration: the one just done, from 0.
+        period: 0 or less: after the last iteration only.
+        max_iter: number of iterations.
+    """
+    return (period > 0 and (iteration + 1) % period == 0) or iteration + 1 >= max_iter
+
+
+class SeedSteps(HookBase):
+    """Make what a step draws at random (RoI sampling, dropout) depend on seed, iteration and worker only."""
+
+    def before_step(self) -> None:
+        seed_everything(derive_seed(self.trainer.seed, _STEP, self.trainer.iter, comm.get_rank()))
+
+
+def _norm_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, module in model.named_modules():
+        own = dict(module.named_buffers(recurse=False))
+        if "running_mean" in own and "running_var" in own:
+            yield from ((f"{path}.{name}" if path else name, buffer) for name, buffer in own.items())
+
+
+@torch.no_grad()
+def equalize_buffers(model: nn.Module) -> dict[str, float]:
+    """Give every worker the same norm buffers.
+
+    With equal weights for all workers: mean of the running means; running variances are merged as
+    parts of one population (mean of the variances plus the variance of the means). Other floating
+    buffers are averaged; integer buffers become those of worker 0.
+
+    Args:
+        model: any module, of the same structure on every worker.
+
+    Returns:
+        By buffer, the largest absolute difference from worker 0 before; only those that differed.
+
+    Note:
+        A collective on CPU copies. A buffer that is equal everywhere is not touched.
+    """
+    own = {name: buffer.detach().cpu() for name, buffer in _norm_buffers(model)}
+    if comm.get_world_size() == 1 or not own:
+        return {}
+    every = comm.all_gather(own)
+    stacks = {name: torch.stack([worker[name] for worker in every]) for name in own}
+    spread = {name: float((stack.double() - stack[0].double()).abs().max()) for name, stack in stacks.items()}
+    for name, buffer in _norm_buffers(model):
+        if spread[name] != 0:  # also where it is NaN
+            buffer.copy_(_merge_buffer(name, stacks))
+    return {name: value for name, value in spread.items() if value != 0}
+
+
+def _merge_buffer(name: str, stacks: dict[str, Tensor]) -> Tensor:
+    stack = stacks[name]
+    path, _, kind = name.rpartition(".")
+    if not stack.is_floating_point():
+        return stack[0]
+    if kind not in ("running_mean", "running_var"):
+        return stack.double().mean(0)
+    prefix = f"{path}." if path else ""
+    mean, var = (stacks[f"{prefix}running_{moment}"].double() for moment in ("mean", "var"))
+    count = torch.ones(mean.shape[:-1], dtype=mean.dtype)
+    merged = merge_moments(Moments(count, mean, var))
+    return merged.mean if kind == "running_mean" else merged.var
+
+
+class EqualizeBuffers(HookBase):
+    """Make norm buffers equal on all workers before a checkpoint or an evaluation.
+
+    Detectron2's DDP does not exchange buffers; without this each worker would evaluate its share of
+    the images with its own statistics, and worker 0's would be saved.
+
+    Args:
+        periods: of what follows in the list of hooks (checkpoints, evaluation).
+    """
+
+    def __init__(self, *periods: int) -> None:
+        self._periods = periods
+        self._has_told = False
+
+    def after_step(self) -> None:
+        if not any(is_due(self.trainer.iter, period, self.trainer.max_iter) for period in self._periods):
+            return
+        spread = equalize_buffers(self.trainer.model)
+        if spread and not self._has_told:
+            self._has_told = True
+            name, value = max(spread.items(), key=lambda item: item[1])
+            logging.getLogger(__name__).info(
+                "Norm buffers of the %d workers were made equal before saving and evaluating: %d differed, by up to "
+                "%.3g (%s). This is normal with a BN per worker; further differences are not reported.",
+                comm.get_world_size(),
+                len(spread),
+                value,
+                name,
+            )
+
+
+class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
+    """Detectron2's, on every worker: what differs between workers is gathered before worker 0 writes."""
+
+    def after_step(self) -> None:
+        if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
+            self.trainer.gather_worker_states()
+        super().after_step()
+
+
+class EvalHook(d2_hooks.EvalHook):
+    """Detectron2's, but without an evaluation when the training failed in its last iteration."""
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            super().after_train()
+
+
+class RememberMetrics(HookBase):
+    """Keep the last values of the smoothed metrics in the checkpoint.
+
+    metrics.json holds medians over 20 iterations; after a resume they would otherwise be taken over
+    fewer. Times are not kept, they belong to one run.
+    """
+
+    window = 20
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, list[tuple[float, int]]] = {}
+
+    def state_dict(self) -> dict[str, list[tuple[float, int]]]:
+        storage = self.trainer.storage
+        smoothed = [name for name, hint in storage.smoothing_hints().items() if hint and not name.endswith("time")]
+        histories = storage.histories()
+        return {
+            name: [(float(value), int(at)) for value, at in histories[name].values()[-self.window :]]
+            for name in smoothed
+        }
+
+    def load_state_dict(self, state: dict[str, list[tuple[float, int]]]) -> None:
+        self._loaded = state
+
+    def before_train(self) -> None:
+        storage = self.trainer.storage
+        for name, values in self._loaded.items():
+            for value, iteration in values:
+                storage.iter = iteration
+                storage.put_scalar(name, value)
+        storage.iter = self.trainer.start_iter
+
+
+class ProgressBar(HookBase):
+    """A bar with the remaining time, the loss and the learning rate, for people at a terminal.
+
+    Log lines are written above the bar; the periodic lines of metrics go to log.txt alone.
+
+    Args:
+        stream: where to draw; the standard error stream by default.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._stack = ExitStack()
+
+    @staticmethod
+    def is_wanted(stream: TextIO | None = None) -> bool:
+        """Whether a stream (the standard error stream by default) is a terminal."""
+        stream = stream or sys.stderr
+        return stream is not None and stream.isatty()
+
+    def before_train(self) -> None:
+        trainer = self.trainer
+        loggers = [logging.getLogger(name) for name in _CONSOLE_LOGGERS]
+        consoles = [h for log in loggers for h in log.handlers if type(h) is logging.StreamHandler]
+        for handler in consoles:
+            handler.addFilter(_is_not_metrics)
+            self._stack.callback(handler.removeFilter, _is_not_metrics)
+        self._stack.enter_context(logging_redirect_tqdm([log for log in loggers if log.handlers]))
+        self._bar = self._stack.enter_context(
+            tqdm(
+                total=trainer.max_iter,
+                initial=trainer.start_iter,
+                desc="training",
+                unit="it",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+        )
+
+    def after_step(self) -> None:
+        latest = self.trainer.storage.latest()
+        shown = {"loss": latest.get("total_loss"), "lr": latest.get("lr")}
+        values = {name: f"{value[0]:.4g}" for name, value in shown.items() if value is not None}
+        self._bar.set_postfix(values, refresh=False)
+        self._bar.update()
+        if self.trainer.iter + 1 >= self.trainer.max_iter:
+            self._stack.close()
+
+    def after_train(self) -> None:
+        self._stack.close()
+
+
+def _is_not_metrics(record: logging.LogRecord) -> bool:
+    return record.name != "detectron2.utils.events"
+

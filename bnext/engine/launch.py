@@ -1,0 +1,246 @@
+"""Starting the workers of a training: on GPUs with NCCL, on CPU cores with gloo, or under torchrun.
+
+Detectron2's `launch` needs CUDA in some of its versions, and leaves the process group to the
+interpreter's exit. Here the group is ended explicitly, and when a worker fails the others are
+ended and its own message is the one that is reported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from detectron2.utils import comm
+
+import bnext.errors
+from bnext.errors import BNextError, LaunchError
+
+__all__ = ["DEFAULT_TIMEOUT", "count_cores", "launch"]
+
+DEFAULT_TIMEOUT = timedelta(minutes=30)
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+class _World(NamedTuple):
+    """How the workers find one another."""
+
+    url: str
+    size: int
+    workers_per_machine: int
+    timeout: timedelta
+
+
+def launch(
+    main: Callable[..., Any],
+    num_workers_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    args: tuple[Any, ...] = (),
+    timeout: timedelta = DEFAULT_TIMEOUT,
+) -> None:
+    """Run `main(*args)` in every worker; in this process if there is one worker only.
+
+    Args:
+        main: an importable function (the workers are fresh processes).
+        num_workers_per_machine: one per GPU; on a machine without GPUs, one per CPU core at most.
+            0 means one worker.
+        num_machines: machines that take part, each of which calls `launch`.
+        machine_rank: this machine, in [0, num_machines).
+        dist_url: where the workers meet, e.g. "tcp://10.0.0.1:29500"; "auto" takes a free port of
+            this machine.
+        args: positional arguments of `main`, picklable.
+        timeout: how long a collective waits for the others.
+
+    Raises:
+        LaunchError: if the machine has not that many GPUs or cores, or a worker was ended by a signal.
+        BNextError: as raised in a worker.
+        RuntimeError: if a worker failed otherwise; its traceback is the message.
+
+    Note:
+        Under torchrun (RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment) this
+        process joins the world that it finds, and the numbers given here are not used.
+    """
+    if all(name in os.environ for name in _TORCHRUN):
+        return _join_torchrun(main, args, timeout)
+    num_workers = max(num_workers_per_machine, 1)
+    _check_request(num_workers_per_machine, num_machines, machine_rank, dist_url)
+    _check_devices(num_workers)
+    if num_workers * num_machines == 1:
+        main(*args)
+        return
+    url = f"tcp://127.0.0.1:{_find_free_port()}" if dist_url == "auto" else dist_url
+    world = _World(url, num_workers * num_machines, num_workers, timeout)
+    with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
+        _spawn(main, args, world, machine_rank * num_workers, folder)
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_request(num_workers: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+    if num_workers < 0 or num_machines < 1:
+        raise LaunchError(
+            f"--num-gpus must be 0 or more and --num-machines 1 or more; got {num_workers} and {num_machines}."
+        )
+    if not 0 <= machine_rank < num_machines:
+        raise LaunchError(
+            f"--machine-rank must lie in [0, {num_machines}); got {machine_rank}. Number the machines from 0."
+        )
+    if num_machines > 1 and dist_url == "auto":
+        raise LaunchError(
+            "--dist-url must name a port of machine 0 for several machines; got 'auto'. "
+            "Give the same tcp://<address>:<port> on every machine."
+        )
+
+
+def _check_devices(num_workers: int) -> None:
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if num_gpus and num_workers > num_gpus:
+        raise LaunchError(
+            f"--num-gpus must be at most the {num_gpus} GPU(s) of this machine; got {num_workers}. "
+            f"Use --num-gpus {num_gpus}."
+        )
+    if not num_gpus and num_workers > count_cores():
+        raise LaunchError(
+            f"--num-gpus must be at most the {count_cores()} CPU core(s) of this machine, which has no GPU; "
+            f"got {num_workers}. Use --num-gpus {count_cores()}."
+        )
+
+
+def _find_free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _join_torchrun(main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> None:
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
+    if torch.cuda.is_available():
+        _check_devices(local_size)
+    if size == 1:
+        main(*args)
+        return
+    with _process_group(_World("env://", size, local_size, timeout), rank, local_rank):
+        main(*args)
+
+
+def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str) -> None:
+    context = mp.start_processes(
+        _worker, (main, args, world, first_rank, folder), world.workers_per_machine, join=False, start_method="spawn"
+    )
+    try:
+        while not context.join():
+            pass
+    except mp.ProcessExitedException as error:
+        raise _explain(folder, error) from None
+    except mp.ProcessRaisedException as error:
+        raise _explain(folder, None) from error
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+
+
+def _explain(folder: str, ended: mp.ProcessExitedException | None) -> Exception:
+    """The failure that came first: the others only lost their partner."""
+    records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+    if ended is not None and (ended.signal_name or not records):
+        cause = ended.signal_name or f"exit status {ended.exit_code}"
+        memory = " (often: out of memory; use fewer workers or smaller batches)" if cause == "SIGKILL" else ""
+        return LaunchError(f"Worker {ended.error_index} must run to its end; got {cause}{memory}. See log.txt.")
+    first = min(records, key=lambda record: record["time"])
+    kind = getattr(bnext.errors, first["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, BNextError):
+        return kind(first["message"])
+    return RuntimeError(f"Worker {first['rank']} failed:\n{first['traceback']}")
+
+
+def _worker(
+    local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str
+) -> None:
+    rank = first_rank + local_rank
+    if world.size == world.workers_per_machine and sys.platform.startswith("linux"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: the name of the host need not resolve
+    try:
+        with _process_group(world, rank, local_rank, on_error=lambda error: _record(folder, rank, error)):
+            main(*args)
+    except BaseException as error:
+        _record(folder, rank, error)  # also what failed before there was a group
+        raise
+
+
+def _record(folder: str, rank: int, error: BaseException) -> None:
+    path = Path(folder, f"{rank}.json")
+    if path.exists():
+        return
+    record = {
+        "time": time.time(),
+        "rank": rank,
+        "kind": type(error).__name__,
+        "message": str(error),
+        "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
+    }
+    path.with_suffix(".partial").write_text(json.dumps(record))
+    os.replace(path.with_suffix(".partial"), path)
+
+
+@contextmanager
+def _process_group(
+    world: _World, rank: int, local_rank: int, on_error: Callable[[BaseException], None] = lambda error: None
+) -> Iterator[None]:
+    """Be a worker of the world within the block."""
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
+        torch.cuda.set_device(local_rank)
+    else:
+        torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
+    arguments = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
+    dist.init_process_group("nccl" if has_gpu else "gloo", init_method=world.url, timeout=world.timeout, **arguments)
+    try:
+        _make_local_group(world, rank)
+        comm.synchronize()
+        yield
+        comm.synchronize()  # nobody leaves while another still talks to it
+    except BaseException as error:
+        on_error(error)  # before the group ends: its end makes the others fail too
+        raise
+    finally:
+        _forget_groups()
+        dist.destroy_process_group()
+
+
+def _make_local_group(world: _World, rank: int) -> None:
+    """The group of this machine's workers, which Detectron2's `comm` asks for its local rank."""
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(world.workers_per_machine)
+        return
+    for first in range(0, world.size, world.workers_per_machine):
+        ranks = list(range(first, first + world.workers_per_machine))
+        group = dist.new_group(ranks)
+        if rank in ranks:
+            comm._LOCAL_PROCESS_GROUP = group
+
+
+def _forget_groups() -> None:
+    comm._LOCAL_PROCESS_GROUP = None
+    for name in ("create_local_process_group", "_get_global_gloo_group"):
+        cached = getattr(comm, name, None)
+        if hasattr(cached, "cache_clear"):
+            cached.cache_clear()

@@ -1,0 +1,276 @@
+"""The training loop: Detectron2's DefaultTrainer, made to resume exactly and to run on CPU workers.
+
+`train` and `evaluate` are the same as plain functions of a config, for scripts with a loop of
+their own around them.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections import OrderedDict
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import hooks as d2_hooks
+from detectron2.evaluation import DatasetEvaluator, verify_results
+from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.logger import setup_logger
+from fvcore.nn.precise_bn import get_bn_modules
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bnext.data.loader import TrainLoader, build_train_loader, share_seed
+from bnext.data.seeding import derive_seed, seeded
+from bnext.engine import hooks
+from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
+from bnext.errors import CheckpointError
+
+__all__ = ["Trainer", "evaluate", "train"]
+
+_INITIALIZE = 5  # what the derived seed is for
+_LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
+_NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as a plain attribute
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's trainer with an exact resume, equal buffers on all workers, and CPU workers.
+
+    A resumed training continues with the weights, the images and the augmentations that it would
+    have had without the interruption: bit by bit on one CPU or two CPU workers, as long as the
+    total batch size and the number of workers stay the same.
+
+    Args:
+        cfg: a whole config.
+
+    Raises:
+        ConfigError, DatasetError: see `build_train_loader`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        super(DefaultTrainer, self).__init__()  # DefaultTrainer's own cannot wrap a CPU model for several workers
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg.defrost()
+        cfg.SEED = self.seed = share_seed(cfg.SEED)
+        cfg.freeze()
+        with seeded(derive_seed(self.seed, _INITIALIZE)):
+            model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        loader = self.build_train_loader(cfg)
+        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+        self._trainer = step(_distribute(model), loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._last_eval_results: dict[str, Any] = {}
+        self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[d2_hooks.HookBase | None]:
+        """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
+        cfg = self.cfg
+        shared = [
+            d2_hooks.IterationTimer(),
+            hooks.SeedSteps(),
+            d2_hooks.LRScheduler(),
+            hooks.RememberMetrics(),
+            self._build_precise_bn(),
+            hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+            hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
+        ]
+        if not comm.is_main_process():
+            return shared
+        writers = d2_hooks.PeriodicWriter(self.build_writers(), period=_LOG_PERIOD)
+        return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
+
+    def _build_precise_bn(self) -> d2_hooks.PreciseBN | None:
+        cfg = self.cfg
+        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
+            return None
+        loader = self.build_train_loader(cfg)
+        return d2_hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+
+    def build_writers(self) -> list[EventWriter]:
+        """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
+        folder = self.cfg.OUTPUT_DIR
+        return [
+            CommonMetricPrinter(self.max_iter),
+            JSONWriter(f"{folder}/metrics.json"),
+            TensorboardXWriter(folder),
+        ]
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """See `bnext.data.loader.build_train_loader`."""
+        return build_train_loader(cfg)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        """See `bnext.engine.evaluation.build_evaluator`."""
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(
+        cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
+    ) -> OrderedDict[str, Any]:
+        """See `bnext.engine.evaluation.evaluate_model`; `evaluators`, one per data set, replace its own."""
+        if evaluators is None:
+            return evaluate_model(cfg, model, build=cls.build_evaluator)
+        results = OrderedDict(
+            (name, evaluate_with(cfg, model, name, evaluator))
+            for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True)
+        )
+        return next(iter(results.values())) if len(results) == 1 else results
+
+    def _evaluate_and_keep(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, _unwrap(self.model))
+        return self._last_eval_results
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Go on from OUTPUT_DIR/last_checkpoint if `resume` and it exists, else load MODEL.WEIGHTS.
+
+        Args:
+            resume: whether to go on.
+
+        Raises:
+            CheckpointError: if the file does not fit, or not every worker sees it.
+        """
+        path = self.checkpointer.get_checkpoint_file() if resume and self.checkpointer.has_checkpoint() else ""
+        if len(set(comm.all_gather(path))) > 1:
+            raise CheckpointError(
+                f"The last checkpoint must be seen by every worker; got {path or 'none'!r} on worker "
+                f"{comm.get_rank()} (OUTPUT_DIR {self.cfg.OUTPUT_DIR}). Copy the output directory to every machine."
+            )
+        self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if path:
+            self.start_iter = self.iter + 1
+        elif resume:
+            logging.getLogger(__name__).warning(
+                "--resume: OUTPUT_DIR %s holds no checkpoint; the training starts from the beginning.",
+                self.cfg.OUTPUT_DIR,
+            )
+        if isinstance(self.data_loader, TrainLoader):
+            self.data_loader.seed = self.seed
+            self.data_loader.start_iteration = self.start_iter
+
+    def train(self) -> dict[str, Any]:
+        """Train to SOLVER.MAX_ITER and evaluate.
+
+        Returns:
+            The results of the last evaluation (`evaluate_model`).
+        """
+        if self.start_iter >= self.max_iter:
+            logging.getLogger(__name__).info(
+                "Nothing is left to train: the checkpoint is of iteration %d, SOLVER.MAX_ITER is %d.",
+                self.start_iter,
+                self.max_iter,
+            )
+            return self.test(self.cfg, _unwrap(self.model)) if self.cfg.DATASETS.TEST else {}
+        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+        if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
+            verify_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def gather_worker_states(self) -> None:
+        """Collect on every worker what only the worker itself knows. A collective, before a save."""
+        self._worker_states = (self.iter, comm.all_gather(_read_normalizers(_unwrap(self.model))))
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        at, workers = self._worker_states
+        if at != self.iter:  # saved by hand: of the other workers nothing is known
+            workers = [_read_normalizers(_unwrap(self.model))]
+        state["bnext"] = {"seed": self.seed, "total_batch_size": self.cfg.SOLVER.IMS_PER_BATCH, "workers": workers}
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        own = state_dict.get("bnext")
+        if own is None:
+            _tell_inexact("the checkpoint was not written by bnext")
+            return
+        if own["seed"] != self.seed:
+            logging.getLogger(__name__).info("The resumed training keeps its seed %d.", own["seed"])
+        self.seed = own["seed"]
+        workers, batch = own["workers"], self.cfg.SOLVER.IMS_PER_BATCH
+        if len(workers) != comm.get_world_size():
+            _tell_inexact(f"{comm.get_world_size()} worker(s) now, the state of {len(workers)} in the checkpoint")
+        if own["total_batch_size"] != batch:
+            _tell_inexact(f"SOLVER.IMS_PER_BATCH is {batch}, it was {own['total_batch_size']}")
+        _write_normalizers(_unwrap(self.model), workers[comm.get_rank() % len(workers)])
+
+
+def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+    """Train and evaluate a config in this worker.
+
+    Args:
+        cfg: a whole config; OUTPUT_DIR takes checkpoints, metrics.json, events and inference/.
+        resume: go on from the last checkpoint of OUTPUT_DIR.
+
+    Returns:
+        The results of the evaluation (`evaluate_model`).
+
+    Raises:
+        BNextError: whatever is wrong with config, data or checkpoint, before the first iteration.
+    """
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer.train()
+
+
+def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
+    """Evaluate MODEL.WEIGHTS (with `resume`: the last checkpoint of OUTPUT_DIR) in this worker.
+
+    Args:
+        cfg: a whole config.
+        resume: prefer the last checkpoint.
+
+    Returns:
+        See `evaluate_model`.
+
+    Raises:
+        CheckpointError: if the weights do not cover the model.
+    """
+    model = Trainer.build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+    last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
+    if not last and not cfg.MODEL.WEIGHTS:
+        raise CheckpointError(
+            "MODEL.WEIGHTS must name the checkpoint to evaluate; got ''. "
+            "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        )
+    checkpointer.load(last or cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
+    return Trainer.test(cfg, model)
+
+
+def _distribute(model: nn.Module) -> nn.Module:
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _read_normalizers(model: nn.Module) -> dict[str, float]:
+    found = {path: vars(module).get(_NORMALIZER) for path, module in model.named_modules()}
+    return {path: float(value) for path, value in found.items() if isinstance(value, (int, float))}
+
+
+def _write_normalizers(model: nn.Module, values: dict[str, float]) -> None:
+    for path, value in values.items():
+        setattr(model.get_submodule(path), _NORMALIZER, value)
+
+
+def _tell_inexact(reason: str) -> None:
+    logging.getLogger(__name__).warning("The resume is not exact: %s.", reason)

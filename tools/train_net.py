@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Train or evaluate a detector from a config, as Detectron2's train_net.py does.
+
+    python tools/train_net.py --config-file configs/<name>.yaml --num-gpus 2 SOLVER.BASE_LR 0.01
+    python tools/train_net.py --config-file configs/<name>.yaml --eval-only MODEL.WEIGHTS model_final.pth
+    torchrun --nproc-per-node 2 tools/train_net.py --config-file configs/<name>.yaml
+
+On a machine without GPUs --num-gpus counts CPU workers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from detectron2.engine import default_argument_parser
+
+from bnext.engine import load_config, run
+from bnext.errors import BNextError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    args = parser.parse_args(argv)
+    try:
+        run(load_config(args.config_file, args.opts), args)
+    except BNextError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
