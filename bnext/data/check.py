@@ -232,7 +232,8 @@ def _check_classes(subject: _Subject, contents: _Contents, num_classes: int | No
         )
     known = MetadataCatalog.get(subject.name).get("thing_classes")
     if known is not None and tuple(known) != contents.categories:
-        changed = [f"'{new}' instead of '{old}'" for old, new in zip(known, contents.categories) if old != new]
+        pairs = zip(known, contents.categories, strict=False)
+        changed = [f"'{new}' instead of '{old}'" for old, new in pairs if old != new]
         raise subject.fault(
             "The categories",
             f"be the {len(known)} thing_classes that the set was registered with",

@@ -146,7 +146,7 @@ def _find_fault(folder: Path) -> str:
     try:
         recipe = read_recipe(folder)
         checksums = json.loads((folder / MANIFEST).read_text())["sha256"]
-        for split, number in zip(SPLITS, (recipe.num_train, recipe.num_val)):
+        for split, number in zip(SPLITS, (recipe.num_train, recipe.num_val), strict=True):
             annotations = folder / "annotations" / f"instances_{split}.json"
             if hashlib.sha256(annotations.read_bytes()).hexdigest() != checksums[split]:
                 return f"{annotations.name}, which was changed"

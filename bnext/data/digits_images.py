@@ -127,7 +127,7 @@ def draw_picture(
             continue
         picture = _draw_background(recipe.image_side, sources, rng)
         drawn = []
-        for (label, ink), corner in zip(glyphs, corners):
+        for (label, ink), corner in zip(glyphs, corners, strict=True):
             drawn.append(DrawnDigit(label, _paint(picture, ink, corner, rng)))
         return np.rint(picture).astype(np.uint8), drawn
     raise DatasetError(
@@ -176,7 +176,7 @@ def _place(shapes: list[tuple[int, ...]], side: int, rng: np.random.Generator) -
             top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
             if all(
                 max(top - y - h, y - top - height, left - x - w, x - left - width) >= MARGIN
-                for (y, x), (h, w) in zip(corners, shapes)
+                for (y, x), (h, w) in zip(corners, shapes, strict=False)
             ):
                 corners.append((top, left))
                 break
@@ -202,7 +202,7 @@ def _draw_background(side: int, sources: Sources, rng: np.random.Generator) -> n
 
 def _paint(picture: np.ndarray, ink: np.ndarray, corner: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Blend a digit into `picture` (in place), bright on dark or dark on bright; the pixels where it shows."""
-    rows, columns = (slice(start, start + length) for start, length in zip(corner, ink.shape))
+    rows, columns = (slice(start, start + length) for start, length in zip(corner, ink.shape, strict=True))
     local = picture[rows, columns]
     lightness = rng.uniform(200, 255) if local.mean() < 128 else rng.uniform(0, 55)
     colour = np.clip(lightness + rng.normal(0, 20, 3), 0, 255)

@@ -25,11 +25,10 @@ from bnext.data.digits import CLASSES, has_digits, prepare_digits, read_recipe
 from bnext.data.digits_images import DigitsRecipe, draw_picture, load_sources
 from bnext.errors import DatasetError
 
-# pycocotools 2.0.11 decodes masks in a way that NumPy 2 warns of.
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
-
 SMALL = {"num_train": 24, "num_val": 12, "progress": False}
 SCRIPT = Path(__file__).parents[2] / "datasets" / "prepare_digits.py"
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1])}
+COMMAND = [sys.executable, "-W", "ignore", str(SCRIPT)]  # libraries that are imported on the way may warn
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +120,7 @@ def test_splits_share_no_digit_and_no_background() -> None:
     assert not scans[0] & scans[1]
     assert len(train.labels) + len(val.labels) == 1797
     assert set(train.labels) == set(val.labels) == set(range(10))
-    for left, right in zip(train.photographs, val.photographs):
+    for left, right in zip(train.photographs, val.photographs, strict=True):
         assert left.shape[1] + right.shape[1] == 640
         assert not np.array_equal(left[:, -1], right[:, 0])
 
@@ -209,7 +208,7 @@ def test_a_broken_manifest_is_named(folder: Path, tmp_path: Path, manifest: str)
         ({"image_side": 16}, "image_side must be from 32"),
         ({"scale_range": (0.5, 0.2)}, "scale_range must hold"),
         ({"scale_range": (0.02, 0.9)}, "8 pixels or more"),
-        ({"max_objects": 50, "scale_range": (0.4, 0.9)}, "max_objects must leave room"),
+        ({"max_objects": 5, "scale_range": (0.8, 0.9)}, "max_objects must leave room"),
     ],
 )
 def test_arguments_outside_their_range(tmp_path: Path, arguments: dict, message: str) -> None:
@@ -224,53 +223,54 @@ def test_an_unwritable_folder_is_named(tmp_path: Path) -> None:
         prepare_digits(tmp_path / "file", **SMALL)
 
 
-def test_a_killed_run_leaves_nothing_that_passes_as_whole(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--num-train", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(tmp_path.glob("*/train/*.png"))) < 20:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(timeout=30)
-    left = list(tmp_path.glob("*/train/*.png"))
-    assert len(left) >= 20  # the killed run could not clean up
-    assert not (tmp_path / "digits").exists() and not has_digits(tmp_path)
-    prepare_digits(tmp_path, **SMALL)
-    assert checksums(tmp_path / "digits") == checksums(folder)
-    assert os.listdir(tmp_path) == ["digits"]
+def wait_for_pictures(process: subprocess.Popen, root: Path) -> None:
+    deadline = time.monotonic() + 90
+    while len(list(root.glob("*/train/*.png"))) < 20:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
-def test_an_interrupted_run_cleans_up(tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--num-train", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def test_an_interrupted_run_leaves_nothing_that_passes_as_whole(folder: Path, tmp_path: Path) -> None:
+    """kill -9 leaves rubbish that the next run removes; Ctrl-C leaves nothing."""
+    roots = [tmp_path / "killed", tmp_path / "interrupted"]
+    processes = [
+        subprocess.Popen([*COMMAND, str(root), "--num-train", "100000"], stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        for root in roots
+    ]
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("*/train/*.png")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) != 0
+        for process, root, how in zip(processes, roots, (signal.SIGKILL, signal.SIGINT), strict=True):
+            wait_for_pictures(process, root)
+            process.send_signal(how)
+            assert process.wait(timeout=30) != 0
     finally:
-        process.kill()
-        process.wait(timeout=30)
-    assert os.listdir(tmp_path) == []
+        for process in processes:
+            process.kill()
+            process.wait(timeout=30)
+    killed, interrupted = roots
+    assert os.listdir(interrupted) == []
+    assert len(list(killed.glob("*/train/*.png"))) >= 20
+    assert not (killed / "digits").exists()
+    assert not has_digits(killed)
+    prepare_digits(killed, **SMALL)
+    assert checksums(killed / "digits") == checksums(folder)
+    assert os.listdir(killed) == ["digits"]
 
 
 def test_processes_that_start_together_make_one_set(folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--num-train", "24", "--num-val", "12"]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(3)]
+    command = [*COMMAND, str(tmp_path), "--num-train", "24", "--num-val", "12"]
+    processes = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENVIRONMENT) for _ in range(2)
+    ]
     outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0, 0], outputs
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert checksums(tmp_path / "digits") == checksums(folder)
     assert os.listdir(tmp_path) == ["digits"]
 
 
 def test_command_line_reports_a_mistake_in_one_line(folder: Path) -> None:
-    command = [sys.executable, str(SCRIPT), str(folder.parent), "--seed", "5"]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    command = [*COMMAND, str(folder.parent), "--seed", "5"]
+    result = subprocess.run(command, check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     assert result.stderr.startswith("prepare_digits: The digits set must have been made")
     assert result.stderr.count("\n") == 1
