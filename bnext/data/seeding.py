@@ -1,7 +1,8 @@
 """Random numbers that are a function of named integers, and leave the caller's generators alone.
 
 What is drawn here never depends on how many random numbers somebody drew before, nor on how
-many processes load the data: that is what lets a training be resumed exactly.
+many processes load the data: that is what lets a training be resumed exactly. NumPy's legacy global
+generator is among them because Detectron2's augmentations draw from it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def derive_seed(*entropy: int) -> int:
     """A seed that is a fixed function of several integers.
 
     Args:
-        entropy: integers of 0 or more, e.g. the training's seed, a purpose and an iteration. Their
+        entropy: integers in [0, 2**64), e.g. the training's seed, a purpose and an iteration. Their
             order matters, and neighbouring values give unrelated seeds.
 
     Returns:
@@ -30,7 +31,9 @@ def derive_seed(*entropy: int) -> int:
         >>> derive_seed(1, 2) == derive_seed(1, 2), derive_seed(1, 2) == derive_seed(2, 1)
         (True, False)
     """
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # SeedSequence ignores trailing zeros and the borders between long numbers: give it both.
+    words = [len(entropy), *(word for number in entropy for word in divmod(number, 2**32))]
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(seed: int) -> None:
@@ -43,7 +46,7 @@ def seed_everything(seed: int) -> None:
         Changes the global generators; `seeded` puts them back.
     """
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
 
 
@@ -64,13 +67,13 @@ def seeded(seed: int) -> Iterator[None]:
         ...     bool(torch.rand(()) == first)
         True
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
     try:
         yield
     finally:
         random.setstate(states[0])
-        np.random.set_state(states[1])
+        np.random.set_state(states[1])  # noqa: NPY002
         torch.set_rng_state(states[2])

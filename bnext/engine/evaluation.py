@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def evaluate_with(cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetE
 
 
 def save_results(results: dict[str, Any], folder: str) -> None:
-    """Write results.json: the metrics of each data set by its name.
+    """Write results.json: the metrics of each data set by its name; null where COCO has no number.
 
     Args:
         results: data set -> task -> metric -> number.
@@ -111,5 +112,11 @@ def save_results(results: dict[str, Any], folder: str) -> None:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "results.json")
     with open(f"{path}.partial", "w") as file:
-        json.dump(results, file, indent=1)
+        json.dump(_drop_nan(results), file, indent=1, allow_nan=False)
     os.replace(f"{path}.partial", path)
+
+
+def _drop_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _drop_nan(item) for key, item in value.items()}
+    return value if math.isfinite(value) else None

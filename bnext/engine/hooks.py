@@ -241,4 +241,3 @@ class ProgressBar(HookBase):
 
 def _is_not_metrics(record: logging.LogRecord) -> bool:
     return record.name != "detectron2.utils.events"
-
