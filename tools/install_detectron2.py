@@ -41,10 +41,9 @@ PROJECTS = {
     "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
 }
 # black (only for LazyConfig.to_py), pydot and future (only for the Caffe2 export) are left out.
-REQUIRES = (
-    "Pillow>=7.1 matplotlib pycocotools>=2.0.2 termcolor>=1.1 yacs>=0.1.8 tabulate cloudpickle tqdm>4.29.0 "
-    "tensorboard fvcore>=0.1.5 iopath>=0.1.7 omegaconf>=2.1 hydra-core>=1.1"
-).split()
+REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate")
+REQUIRES += ("cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1")
+REQUIRES += ("hydra-core>=1.1",)
 
 _OPTIONAL_C = """\
 try:
@@ -130,29 +129,43 @@ class InstallError(Exception):
     """Detectron2 cannot be installed; the message is one line and says what to do."""
 
 
-def run_pip(*arguments: str, python_path: Path | None = None) -> None:
-    """Run pip of this interpreter; on failure raise its reason in one line."""
+def run_pip(*arguments: str, python: Path | str = sys.executable, path: Path | None = None, show: bool = False) -> None:
+    """Run the pip of an interpreter; on failure raise its reason in one line.
+
+    Args:
+        arguments: what follows `pip`.
+        python: the interpreter.
+        path: a folder put before everything else that the interpreter imports.
+        show: let pip's output and progress bars through.
+
+    Raises:
+        InstallError: pip failed.
+    """
     env = dict(os.environ)
-    if python_path is not None:
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(python_path), env.get("PYTHONPATH", ""))))
-    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
-    process = subprocess.run(command, env=env, capture_output=True, text=True)
+    if path is not None:
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(path), env.get("PYTHONPATH", ""))))
+    command = [str(python), "-m", "pip", "--disable-pip-version-check", *arguments]
+    output = None if show else subprocess.PIPE
+    # close_fds: pip keeps the lock of the set-up (see setup_environment.py) should its parent be killed.
+    process = subprocess.run(command, env=env, stdout=output, stderr=subprocess.PIPE, text=True, close_fds=False)
     if process.returncode:
-        raise InstallError(explain_pip(process.stdout + process.stderr))
+        raise InstallError(explain_pip((process.stdout or "") + process.stderr, python))
 
 
-def explain_pip(log: str) -> str:
+def explain_pip(log: str, python: Path | str) -> str:
     """The reason of a failed pip run in one line with the remedy."""
     if "No module named pip" in log:
-        return f"pip must be installed for {sys.executable}. Run `{sys.executable} -m ensurepip`."
+        return f"pip must be installed for {python}; it is not. Run `{python} -m ensurepip`."
     if "DO NOT MATCH THE HASHES" in log:
         got = re.search(r"Got\s+([0-9a-f]{64})", log)
         return _wrong_hash(got.group(1) if got else "another one")
-    if "No space left" in log:
-        return "There is no space left on the disk while detectron2 is installed. Free some and run this again."
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
-    reason = errors[-1] if errors else (log.strip().splitlines() or ["it said nothing"])[-1]
-    return f"pip cannot get {NAME} {VERSION}: {reason} Check the network and pip's index, then run this again."
+    reason = (errors or log.strip().splitlines() or ["no message"])[-1].rstrip(".")
+    if "No space left" in log:
+        return f"The disk is full (pip: {reason}). Free some space, also where TMPDIR points, and try again."
+    if re.search(r"Retrying \(|NewConnectionError|Name or service not known", log):
+        return f"The package index cannot be reached (pip: {reason}). Check the network and pip's index and proxy."
+    return f"pip failed: {reason}. Check pip's index and its configuration, then try again."
 
 
 def _wrong_hash(got: str) -> str:
@@ -171,7 +184,7 @@ def download_archive(folder: Path) -> Path:
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{SHA256}\n")
     options = ("--no-deps", "--no-binary", NAME, "--no-build-isolation", "--use-pep517", "--require-hashes")
-    run_pip("download", *options, "-r", str(requirements), "-d", str(folder), python_path=backend.parent)
+    run_pip("download", *options, "-r", str(requirements), "-d", str(folder), path=backend.parent)
     (archive,) = folder.glob("*.tar.gz")
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != SHA256:
@@ -203,7 +216,7 @@ def apply_patches(sources: dict[str, bytes], patches: tuple[tuple[str, str, str]
         path = f"detectron2/{file}"
         text = sources.get(path, b"").decode()
         if old not in text:
-            raise InstallError(f"{path} must contain {old.strip()!r} to be patched; it does not. Nothing was installed.")
+            raise InstallError(f"{path} must contain {old.strip()!r} to be patched; it does not. Nothing is installed.")
         sources[path] = text.replace(old, new).encode()
 
 

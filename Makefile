@@ -1,0 +1,32 @@
+# Every target does its own set-up; once .venv is whole that takes a fraction of a second and no network.
+# `make PYTHON=python3.12 setup` chooses the interpreter; with none given an existing .venv keeps its own.
+PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
+RUN := .venv/bin/python
+
+.PHONY: setup demo test test-all lint types bench
+
+setup:
+	@command -v $(PYTHON) >/dev/null || { \
+		echo "setup: Python must be installed; $(PYTHON) was not found. Use make PYTHON=python3.12 or another." >&2; exit 1; }
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))" || { \
+		echo "setup: Python must be 3.10 to 3.13; got $$($(PYTHON) -V 2>&1). Use make PYTHON=python3.12 or another." >&2; exit 1; }
+	@$(PYTHON) tools/setup_environment.py
+
+demo: setup
+	$(RUN) tools/demo.py
+
+test: lint types
+	$(RUN) -m pytest
+
+test-all: lint types
+	$(RUN) -m pytest -m ""
+
+lint: setup
+	$(RUN) -m ruff check .
+	.venv/bin/lint-imports
+
+types: setup
+	$(RUN) -m mypy
+
+bench: setup
+	$(RUN) tools/bench.py
