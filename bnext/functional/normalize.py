@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bnext.functional.moments import Moments, accumulation_dtype, batch_moments, group_moments, merge_moments
 
@@ -121,13 +120,20 @@ class _NormalizeLevels(torch.autograd.Function):
         return (*outputs, *levels, *batches)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            gradients = _NormalizeLevels._gradients(ctx, *grads)
+        if not torch.is_grad_enabled():  # as always, unless create_graph was asked for
+            return gradients
+        weight, features = ctx.saved_tensors[0], ctx.saved_tensors[6:]
+        return _RefuseSecondDerivative.attach(gradients, [weight, *features, *grads[: len(features)]])
+
+    @staticmethod
+    def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         weight, mean, rstd, count, owner, membership, *features = ctx.saved_tensors
         grad_outputs = grads[: len(features)]
         sums = [_backward_sums(x, dy, mean[i]) for i, (x, dy) in enumerate(zip(features, grad_outputs, strict=True))]
         sum_dy, sum_dy_xmu = (torch.stack(field) for field in zip(*sums, strict=True))  # [L, C] each
-        grad_features = [None] * len(features)
         gamma = weight.to(rstd.dtype)
         totals = torch.stack([gamma * sum_dy, gamma * sum_dy_xmu])  # [2, L, C]
         totals = (membership.to(totals.dtype)[None, :, :, None] * totals.unsqueeze(1)).sum(2)  # [2, B, C]
@@ -147,6 +153,32 @@ class _NormalizeLevels(torch.autograd.Function):
             None,
             None,
             *grad_features,
+        )
+
+
+class _RefuseSecondDerivative(torch.autograd.Function):
+    """Gives gradients back as they are; whoever differentiates them gets an error instead of a wrong number.
+
+    torch's `once_differentiable` does so only where the incoming gradient carries a graph: with a loss
+    that is linear in the outputs it would take the gradients for constants, silently.
+    """
+
+    @staticmethod
+    def attach(gradients: tuple[Tensor | None, ...], sources: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """`gradients`, as a function of `sources` that has no derivative."""
+        present = [gradient for gradient in gradients if gradient is not None]
+        refusing = iter(_RefuseSecondDerivative.apply(len(present), *present, *sources))
+        return tuple(None if gradient is None else next(refusing) for gradient in gradients)
+
+    @staticmethod
+    def forward(ctx: Any, num_gradients: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors[:num_gradients]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "normalize_levels must be differentiated once; got a second derivative. "
+            "Compute gradients of gradients with torch's BatchNorm2d, or on the population statistics (eval mode)."
         )
 
 
