@@ -1,0 +1,142 @@
+"""Moments against their definition; merging is free of order and of the split."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bnext.functional import Moments, batch_moments, group_moments, merge_moments
+from tests import reference, strategies
+
+BATCH = 24
+
+
+def random_parts(seed: int, sizes: list[int], offset: float = 3.0, side: int = 2) -> tuple[torch.Tensor, Moments]:
+    """A batch [BATCH, 3, side, side], and the moments of its splits."""
+    data = (
+        torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
+    )
+    parts = [batch_moments(part) for part in data.split(sizes)]
+    return data, Moments(*(torch.stack(field) for field in zip(*parts, strict=True)))
+
+
+def assert_moments(actual: Moments, expected: tuple[int, torch.Tensor, torch.Tensor]) -> None:
+    count, mean, var = expected
+    assert int(actual.count) == count
+    torch.testing.assert_close(actual.mean.double(), mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(actual.var.double(), var, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 7), (5, 3, 4, 2), (2, 3, 4, 2, 3), (1, 3, 1, 1)])
+def test_batch_moments_are_the_definition(shape):
+    data = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2 + 5
+    assert_moments(batch_moments(data), reference.moments_of([data]))
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (0, 3)])
+def test_nothing_has_count_zero_and_finite_moments(shape):
+    count, mean, var = batch_moments(torch.empty(shape))
+    assert count == 0
+    assert torch.equal(mean, torch.zeros(3))
+    assert torch.equal(var, torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_half_types_are_accumulated_in_float32(dtype, wide):
+    data = (torch.randn(8, 2, 64, 64, generator=torch.Generator().manual_seed(0)) + 100).to(dtype)
+    moments = batch_moments(data)
+    assert {field.dtype for field in moments} == {wide}
+    _, mean, var = reference.moments_of([data])
+    torch.testing.assert_close(moments.mean.double(), mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(moments.var.double(), var, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4])
+def test_variance_survives_a_large_mean_in_float32(ratio, memory_format):
+    data = (torch.randn(4, 8, 48, 48, generator=torch.Generator().manual_seed(0)) + ratio).contiguous(
+        memory_format=memory_format
+    )
+    moments = batch_moments(data)
+    _, mean, var = reference.moments_of([data])
+    assert ((moments.var.double() - var) / var).abs().max() < 1e-4
+    assert ((moments.mean.double() - mean) / var.sqrt()).abs().max() < 2e-3
+    naive = data.square().mean((0, 2, 3)) - data.mean((0, 2, 3)).square()
+    assert ((naive.double() - var) / var).abs().max() > 1e-4, "the data are too easy for this test"
+
+
+@given(strategies.seeds, strategies.splits(BATCH))
+@settings(max_examples=40, deadline=None)
+def test_any_split_of_a_batch_merges_to_the_same_moments(seed, sizes):
+    data, parts = random_parts(seed, sizes)
+    assert_moments(merge_moments(parts), reference.moments_of([data]))
+
+
+@given(strategies.seeds, strategies.splits(BATCH), st.randoms(use_true_random=False))
+@settings(max_examples=40, deadline=None)
+def test_merging_is_free_of_order_and_of_grouping(seed, sizes, random):
+    data, parts = random_parts(seed, sizes)
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    assert_moments(merge_moments(parts.index_select(torch.tensor(order))), reference.moments_of([data]))
+    running = parts.index_select(torch.tensor(order[:1]))
+    for index in order[1:]:  # one after another
+        added = parts.index_select(torch.tensor([index]))
+        pair = Moments(*(torch.cat(fields) for fields in zip(running, added, strict=True)))
+        running = Moments(*(field.unsqueeze(0) for field in merge_moments(pair)))
+    assert_moments(Moments(*(field[0] for field in running)), reference.moments_of([data]))
+
+
+@given(strategies.seeds, strategies.splits(BATCH))
+@settings(max_examples=20, deadline=None)
+def test_merged_variance_at_offset_ten_thousand_in_float32(seed, sizes):
+    data, _ = random_parts(seed, sizes, offset=1e4, side=16)
+    data = data.float()
+    parts = [batch_moments(part) for part in data.split(sizes)]
+    merged = merge_moments(Moments(*(torch.stack(field) for field in zip(*parts, strict=True))))
+    _, _, var = reference.moments_of([data])
+    assert ((merged.var.double() - var) / var).abs().max() < 1e-4
+
+
+def test_merging_along_another_dimension():
+    parts = Moments(
+        torch.tensor([[1.0, 3.0], [2.0, 0.0]]).double(),
+        torch.randn(2, 2, 5, dtype=torch.float64),
+        torch.rand(2, 2, 5, dtype=torch.float64),
+    )
+    merged = merge_moments(parts, dim=1)
+    for row in range(2):
+        own = merge_moments(Moments(*(field[row] for field in parts)))
+        for actual, expected in zip(merged, own, strict=True):
+            torch.testing.assert_close(actual[row], expected)
+
+
+def test_only_empty_parts_merge_to_nothing():
+    merged = merge_moments(Moments(torch.zeros(2), torch.zeros(2, 3), torch.zeros(2, 3)))
+    assert merged.count == 0
+    assert torch.equal(merged.mean, torch.zeros(3))
+    assert torch.equal(merged.var, torch.zeros(3))
+
+
+def test_group_moments_are_those_of_the_members():
+    data = [torch.randn(2, 3, side, 4, dtype=torch.float64) + side for side in (2, 3, 5)]
+    parts = Moments(*(torch.stack(field) for field in zip(*map(batch_moments, data), strict=True)))
+    membership = torch.tensor([[True, False, True], [False, True, False]])
+    groups = group_moments(parts, membership)
+    assert_moments(Moments(*(field[0] for field in groups)), reference.moments_of([data[0], data[2]]))
+    assert_moments(Moments(*(field[1] for field in groups)), reference.moments_of([data[1]]))
+
+
+def test_unbiased_variance_divides_by_one_less():
+    data = torch.randn(3, 2, 2, 1, dtype=torch.float64)
+    torch.testing.assert_close(batch_moments(data).unbiased_var(), reference.per_channel_rows([data]).var(1))
+    one = Moments(torch.tensor([0.0, 1.0]), torch.ones(2, 3), torch.zeros(2, 3))
+    assert torch.equal(one.unbiased_var(), torch.zeros(2, 3))

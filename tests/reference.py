@@ -1,0 +1,97 @@
+"""Slow float64 definitions, written from the formulas and by autograd; nothing of bnext is used here.
+
+Shape letters: N samples, C channels, H W. A "batch" is a list of [N, C, H, W] that share a mini-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "concatenated_batch_norm",
+    "inference_norm",
+    "moments_of",
+    "moving_average",
+    "per_channel_rows",
+    "table5_forward",
+]
+
+
+def per_channel_rows(features: Sequence[Tensor]) -> Tensor:
+    """All elements of each channel side by side: [C, total elements], float64."""
+    rows = [feature.double().transpose(0, 1).flatten(1) for feature in features]
+    return torch.cat(rows, dim=1)
+
+
+def moments_of(features: Sequence[Tensor]) -> tuple[int, Tensor, Tensor]:
+    """Number of elements per channel, mean [C] and variance [C] (divided by that number)."""
+    rows = per_channel_rows(features)
+    mean = rows.sum(1) / rows.shape[1]
+    var = ((rows - mean[:, None]) ** 2).sum(1) / rows.shape[1]
+    return rows.shape[1], mean, var
+
+
+def concatenated_batch_norm(
+    features: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[Tensor], eps: float
+) -> list[Tensor]:
+    """Features that share one mini-batch, each with its own weight and bias [C]. Differentiable."""
+    _, mean, var = moments_of(features)
+    normalized = [(x - mean[:, None, None]) / torch.sqrt(var[:, None, None] + eps) for x in features]
+    return [
+        x * weight[:, None, None] + bias[:, None, None]
+        for x, weight, bias in zip(normalized, weights, biases, strict=True)
+    ]
+
+
+def inference_norm(feature: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Normalization by given statistics [C]."""
+    normalized = (feature - mean[:, None, None]) / torch.sqrt(var[:, None, None] + eps)
+    return normalized * weight[:, None, None] + bias[:, None, None]
+
+
+def moving_average(
+    mean: Tensor, var: Tensor, batches: Sequence[Sequence[Tensor]], momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Running mean and variance after the batches came one after another; the variance is Bessel-corrected."""
+    for batch in batches:
+        count, new_mean, new_var = moments_of(batch)
+        mean = (1 - momentum) * mean + momentum * new_mean
+        var = (1 - momentum) * var + momentum * new_var * count / (count - 1)
+    return mean, var
+
+
+def table5_forward(
+    answers: tuple[str, str, str],
+    features: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    biases: Mapping[str, Tensor],
+    means: Mapping[str, Tensor],
+    variances: Mapping[str, Tensor],
+    *,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Training forward of any row of Table 5, by (statistics, population, affine).
+
+    Affine and running statistics are given per level; where a row shares them, all levels are given
+    the same ones. Returns outputs, new running means and new running variances, per level.
+    """
+    statistics, population, _ = answers
+    levels = list(features)
+    batches = [levels] if statistics == "shared" else [[level] for level in levels]
+    outputs: dict[str, Tensor] = {}
+    for batch in batches:
+        of_batch = [[source[level] for level in batch] for source in (features, weights, biases)]
+        outputs.update(zip(batch, concatenated_batch_norm(*of_batch, eps), strict=True))
+    new_means, new_vars = {}, {}
+    for level in levels:
+        if population == "per_level":
+            seen = [[features[level]]]
+        else:
+            seen = [[features[member] for member in batch] for batch in batches]
+        detached = [[feature.detach() for feature in batch] for batch in seen]
+        new_means[level], new_vars[level] = moving_average(means[level], variances[level], detached, momentum)
+    return outputs, new_means, new_vars
