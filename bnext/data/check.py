@@ -7,6 +7,7 @@ for in a listing of their folder, not opened.
 from __future__ import annotations
 
 import difflib
+import gc
 import json
 import logging
 import math
@@ -88,6 +89,7 @@ def check_datasets(
 
     Note:
         Boxes without area are no error (COCO 2017 has one): Detectron2 leaves them out, and they are logged.
+        One worker is enough to check. COCO 2017's training set takes about as long as parsing its 450 MB of JSON.
     """
     for name in names:
         subject = _find(name)
@@ -122,9 +124,7 @@ def _read_contents(subject: _Subject) -> _Contents:
         status = os.stat(path)
         key = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
         if key not in _contents:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-            _contents[key] = _check_contents(subject, content)
+            _contents[key] = _check_contents(subject, _load_json(path))
         return _contents[key]
     except FileNotFoundError:
         raise subject.fault("The annotation file", "exist", "no such file") from None
@@ -135,6 +135,18 @@ def _read_contents(subject: _Subject) -> _Contents:
         raise subject.fault("The annotation file", "be JSON in UTF-8", f"another byte at {error.start}") from None
     except OSError as error:
         raise subject.fault("The annotation file", "be readable", error.strerror or str(error)) from None
+
+
+def _load_json(path: str) -> Any:
+    """Parse without garbage collection: nothing of the file is garbage, and COCO's takes half the time."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _check_contents(subject: _Subject, content: Any) -> _Contents:
