@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("detectron2") is not None:
-    from bnext.config import add_bnext_config  # noqa: F401
+    from bnext.config import add_bnext_config
     from bnext.data.catalog import register_datasets
     from bnext.heads import retinanet  # noqa: F401  registers BNextRetinaNet
 

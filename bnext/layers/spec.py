@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_type_hints
 
 from bnext.errors import ConfigError
 
-__all__ = ["NormSpec", "Sharing", "TABLE5_ROWS", "Workers"]
+__all__ = ["TABLE5_ROWS", "NormSpec", "Sharing", "Workers"]
 
 Sharing = Literal["shared", "per_level"]
 Workers = Literal["one", "all"]

@@ -1,0 +1,94 @@
+"""Detections of several models on the same images, side by side in one PNG."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.utils.visualizer import Visualizer
+from torch import nn
+
+__all__ = ["draw_detections"]
+
+
+def draw_detections(
+    cfg: CfgNode,
+    models: Mapping[str, nn.Module],
+    path: str | os.PathLike[str],
+    *,
+    num_images: int = 4,
+    score_threshold: float = 0.3,
+    scale: float = 3.0,
+) -> Path:
+    """Draw boxes, classes and scores of several models, one row of pictures each, under the true boxes.
+
+    Args:
+        cfg: its first test set gives the images, which are taken evenly from all of them.
+        models: title -> detector.
+        path: of the PNG; written whole.
+        num_images: columns.
+        score_threshold: detections below it are left out, 0 to 1.
+        scale: enlargement of the images.
+
+    Returns:
+        The path.
+    """
+    name = cfg.DATASETS.TEST[0]
+    records = DatasetCatalog.get(name)
+    chosen = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
+    rows = {"ground truth": [_draw_truth(cfg, record, name, scale) for record in chosen]}
+    for title, model in models.items():
+        rows[f"{title}\n(score > {score_threshold:g})"] = [
+            _draw_prediction(cfg, model, record, name, score_threshold, scale) for record in chosen
+        ]
+    return _save_grid(rows, Path(path))
+
+
+def _draw_truth(cfg: CfgNode, record: dict[str, Any], dataset: str, scale: float) -> np.ndarray:
+    image = detection_utils.read_image(record["file_name"], format="RGB")
+    boxes = {**record, "annotations": [_without_mask(note) for note in record["annotations"]]}
+    return Visualizer(image, MetadataCatalog.get(dataset), scale=scale).draw_dataset_dict(boxes).get_image()
+
+
+def _without_mask(annotation: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in annotation.items() if key != "segmentation"}
+
+
+@torch.no_grad()
+def _draw_prediction(
+    cfg: CfgNode, model: nn.Module, record: dict[str, Any], dataset: str, score_threshold: float, scale: float
+) -> np.ndarray:
+    was_training = model.training
+    try:
+        instances = model.eval()([DatasetMapper(cfg, is_train=False)(dict(record))])[0]["instances"].to("cpu")
+    finally:
+        model.train(was_training)
+    image = detection_utils.read_image(record["file_name"], format="RGB")
+    visualizer = Visualizer(image, MetadataCatalog.get(dataset), scale=scale)
+    return visualizer.draw_instance_predictions(instances[instances.scores > score_threshold]).get_image()
+
+
+def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
+    num_columns = len(next(iter(rows.values())))
+    figure, axes = plt.subplots(
+        len(rows), num_columns, figsize=(3.2 * num_columns, 3.2 * len(rows)), squeeze=False, layout="constrained"
+    )
+    for (title, images), line in zip(rows.items(), axes, strict=True):
+        line[0].set_ylabel(title, fontsize=13)
+        for axis, image in zip(line, images, strict=True):
+            axis.imshow(image)
+            axis.set_xticks([])
+            axis.set_yticks([])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    figure.savefig(partial, format="png", dpi=110)
+    plt.close(figure)
+    os.replace(partial, path)
+    return path
