@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import TextIO
 
@@ -17,6 +17,7 @@ import torch
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as d2_hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,6 +29,7 @@ __all__ = [
     "EqualizeBuffers",
     "EvalHook",
     "PeriodicCheckpointer",
+    "PeriodicWriter",
     "ProgressBar",
     "RememberMetrics",
     "SeedSteps",
@@ -153,6 +155,22 @@ class EvalHook(d2_hooks.EvalHook):
     def after_train(self) -> None:
         if self.trainer.iter >= self.trainer.max_iter:
             super().after_train()
+
+
+class PeriodicWriter(d2_hooks.PeriodicWriter):
+    """Detectron2's, but files are opened when a training starts, not when a trainer is made.
+
+    Args:
+        build: makes the writers.
+        period: iterations between writes.
+    """
+
+    def __init__(self, build: Callable[[], list[EventWriter]], period: int = 20) -> None:
+        super().__init__([], period)
+        self._build = build
+
+    def before_train(self) -> None:
+        self._writers = self._build()
 
 
 class RememberMetrics(HookBase):

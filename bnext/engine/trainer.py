@@ -11,12 +11,14 @@ import weakref
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
 from detectron2.engine import hooks as d2_hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
@@ -63,7 +65,8 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(_distribute(model), loader, optimizer)
+        self._is_on_cpu = next(model.parameters()).device.type == "cpu"
+        self._trainer = step(self._distribute(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -72,6 +75,10 @@ class Trainer(DefaultTrainer):
         self._last_eval_results: dict[str, Any] = {}
         self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
         self.register_hooks(self.build_hooks())
+
+    def _distribute(self, model: nn.Module) -> nn.Module:
+        devices = {"device_ids": None} if self._is_on_cpu else {}  # DDP refuses device ids for a CPU model
+        return create_ddp_model(model, broadcast_buffers=False, **devices)
 
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
@@ -88,7 +95,7 @@ class Trainer(DefaultTrainer):
         ]
         if not comm.is_main_process():
             return shared
-        writers = d2_hooks.PeriodicWriter(self.build_writers(), period=_LOG_PERIOD)
+        writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
         return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
 
     def _build_precise_bn(self) -> d2_hooks.PreciseBN | None:
@@ -101,6 +108,7 @@ class Trainer(DefaultTrainer):
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
         folder = self.cfg.OUTPUT_DIR
+        PathManager.mkdirs(folder)
         return [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(f"{folder}/metrics.json"),
@@ -183,8 +191,15 @@ class Trainer(DefaultTrainer):
         """Collect on every worker what only the worker itself knows. A collective, before a save."""
         self._worker_states = (self.iter, comm.all_gather(_read_normalizers(_unwrap(self.model))))
 
+    def run_step(self) -> None:
+        # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
+        # and would tell a resumed training from an uninterrupted one. On GPUs, inexact anyway, speed counts.
+        with torch.jit.optimized_execution(not self._is_on_cpu):
+            super().run_step()
+
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
+        # Detectron2 0.6 forgets the optimizer, so it is stored from here with every version.
+        state = {**super(DefaultTrainer, self).state_dict(), "_trainer": self._trainer.state_dict()}
         at, workers = self._worker_states
         if at != self.iter:  # saved by hand: of the other workers nothing is known
             workers = [_read_normalizers(_unwrap(self.model))]
@@ -192,10 +207,13 @@ class Trainer(DefaultTrainer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        super(DefaultTrainer, self).load_state_dict(state_dict)
+        if "_trainer" in state_dict:
+            self._trainer.load_state_dict(state_dict["_trainer"])
         own = state_dict.get("bnext")
         if own is None:
-            _tell_inexact("the checkpoint was not written by bnext")
+            what = "it has" if "_trainer" in state_dict else "it lacks the optimizer and has"
+            _tell_inexact(f"the checkpoint was not written by bnext, {what} no seed")
             return
         if own["seed"] != self.seed:
             logging.getLogger(__name__).info("The resumed training keeps its seed %d.", own["seed"])
@@ -249,11 +267,6 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
         )
     checkpointer.load(last or cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
     return Trainer.test(cfg, model)
-
-
-def _distribute(model: nn.Module) -> nn.Module:
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return create_ddp_model(model, broadcast_buffers=False, **({"device_ids": None} if on_cpu else {}))
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

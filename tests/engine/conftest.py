@@ -1,0 +1,25 @@
+"""Fixtures: the tiny data set, made once; one finished training for all tests that read its files."""
+
+import pytest
+
+from bnext.data.catalog import register_datasets
+from bnext.engine import train
+from tests.engine import tiny
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The folder of the tiny digits set, registered until the session ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DETECTRON2_DATASETS", "")
+        root = tmp_path_factory.mktemp("datasets")
+        tiny.prepare(root)
+        yield root
+    register_datasets()
+
+
+@pytest.fixture(scope="session")
+def finished(digits, tmp_path_factory):
+    """Config and results of a finished training; its files are not to be changed."""
+    cfg = tiny.load(tmp_path_factory.mktemp("finished"))
+    return cfg, train(cfg)

@@ -1,0 +1,125 @@
+"""Training and its exact resume, on real images."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from bnext.engine import Trainer, evaluate, train
+from bnext.errors import CheckpointError
+from tests.engine import tiny
+
+
+def weights(folder, name="model_final"):
+    return torch.load(Path(folder, f"{name}.pth"))["model"]
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_a_resumed_training_is_the_uninterrupted_one(finished, tmp_path):
+    whole = finished[0].OUTPUT_DIR
+    cfg = tiny.load(tmp_path, "DATALOADER.NUM_WORKERS", 1)  # loading processes have no influence either
+    tiny.train_until(cfg, 4)
+    assert Path(tmp_path, "last_checkpoint").read_text() == "model_0000002.pth"
+    torch.manual_seed(99)  # where the global generators stand has no influence
+    train(cfg, resume=True)
+    assert_same(weights(tmp_path), weights(whole))
+    last, resumed = tiny.read_metrics(whole), tiny.read_metrics(tmp_path)
+    assert [line for line in resumed if line["iteration"] == 5] == [line for line in last if line["iteration"] == 5]
+
+
+def test_without_the_normalizer_a_resume_would_differ(finished, tmp_path):
+    """detectron2 keeps the moving average of foreground anchors outside of the checkpoint."""
+    state = torch.load(Path(finished[0].OUTPUT_DIR, "model_0000002.pth"))
+    assert state["trainer"]["bnext"]["workers"][0][""] != 100
+    state["trainer"]["bnext"]["workers"] = [{}]
+    torch.save(state, tmp_path / "model_0000002.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    train(tiny.load(tmp_path, "DATASETS.TEST", "()"), resume=True)
+    own, other = weights(tmp_path), weights(finished[0].OUTPUT_DIR)
+    assert any(not torch.equal(own[key], other[key]) for key in own)
+
+
+def test_the_output_directory_is_as_users_know_it(finished):
+    folder = Path(finished[0].OUTPUT_DIR)
+    assert {path.name for path in folder.glob("*.pth")} == {
+        "model_0000002.pth",
+        "model_0000005.pth",
+        "model_final.pth",
+    }
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert list(folder.glob("events.*"))
+    results = json.loads((folder / "inference" / "results.json").read_text())
+    assert results["digits_val"]["bbox"].keys() >= {"AP", "AP50", "AP75"}
+    last = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()][-1]
+    assert "bbox/AP" in last
+    assert "AP" in finished[1]["bbox"]
+
+
+def test_evaluating_the_final_checkpoint_gives_the_results_of_the_training(finished, tmp_path):
+    cfg, results = finished
+    path = str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
+    again = evaluate(tiny.load(tmp_path, "MODEL.WEIGHTS", path, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0))
+    assert 0 <= again["bbox"]["AP"] <= 100
+    same = evaluate(tiny.load(tmp_path, "MODEL.WEIGHTS", path))
+    assert all(a == b or math.isnan(a) and math.isnan(b) for a, b in zip_values(same, results))
+
+
+def zip_values(first, second):
+    return [(first["bbox"][key], second["bbox"][key]) for key in first["bbox"]]
+
+
+def test_evaluating_without_weights_is_an_error(digits, tmp_path):
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS"):
+        evaluate(tiny.load(tmp_path))
+
+
+def test_a_drawn_seed_is_kept_by_the_checkpoint(digits, tmp_path):
+    opts = ("SEED", -1, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 3)
+    train(tiny.load(tmp_path, *opts))
+    stored = torch.load(tmp_path / "model_final.pth")["trainer"]["bnext"]["seed"]
+    trainer = Trainer(tiny.load(tmp_path, *opts))
+    assert trainer.seed != stored
+    trainer.resume_or_load(resume=True)
+    assert trainer.seed == trainer.data_loader.seed == stored
+    assert trainer.data_loader.start_iteration == 3
+
+
+def test_a_finished_training_has_nothing_left_to_do(finished, tmp_path, caplog):
+    folder = Path(finished[0].OUTPUT_DIR)
+    for name in ("model_final.pth", "last_checkpoint"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    before = (tmp_path / "model_final.pth").read_bytes()
+    results = train(tiny.load(tmp_path), resume=True)
+    assert results["bbox"].keys() == finished[1]["bbox"].keys()
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+
+
+def test_another_batch_size_is_told(finished, tmp_path, caplog):
+    folder = Path(finished[0].OUTPUT_DIR)
+    for name in ("model_0000002.pth", "last_checkpoint"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    trainer = Trainer(tiny.load(tmp_path, "SOLVER.IMS_PER_BATCH", 2))
+    trainer.resume_or_load(resume=True)
+    assert "not exact: SOLVER.IMS_PER_BATCH is 2, it was 4" in caplog.text
+
+
+def test_initial_weights_and_batches_are_a_function_of_the_seed(digits, tmp_path):
+    def first(*opts):
+        trainer = Trainer(tiny.load(tmp_path, *opts))
+        return trainer.model.state_dict(), next(iter(trainer.data_loader))[0]["image"]
+
+    torch.manual_seed(1)
+    state, image = first()
+    torch.manual_seed(2)
+    again, same_image = first()
+    other, _ = first("SEED", 8)
+    assert_same(state, again)
+    assert torch.equal(image, same_image)
+    assert any(not torch.equal(state[key], other[key]) for key in state)
