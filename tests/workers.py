@@ -58,7 +58,9 @@ def run_workers(function: Callable[..., Any], world_size: int, *args: Any, timeo
 
 
 def _start() -> None:
-    context = mp.get_context("spawn")
+    # The server imports once, in a process without threads of its own, and forks the workers.
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "bnext"])
     for _ in range(MAX_WORKERS):
         ours, theirs = context.Pipe()
         # A daemon ends with this process; if this process is killed, its pipe ends and so does the worker.
@@ -108,6 +110,7 @@ def _answer(
         limit = datetime.timedelta(seconds=timeout / 2)
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size, timeout=limit)
         try:
+            dist.barrier()  # who leaves early takes the store's file away from those who still connect
             return True, function(rank, *args)
         finally:
             dist.destroy_process_group()
