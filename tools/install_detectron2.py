@@ -97,6 +97,12 @@ PATCHES: tuple[tuple[str, str, str], ...] = (
         'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'os.path.join(\n        str(importlib.resources.files("detectron2.model_zoo")), "configs", config_path\n    )',
     ),
+    # Python deprecates Logger.warn.
+    ("data/datasets/coco.py", "logger.warn(", "logger.warning("),
+    ("engine/defaults.py", "logger.warn(", "logger.warning("),
+    ("evaluation/coco_evaluation.py", "logger.warn(", "logger.warning("),
+    ("evaluation/lvis_evaluation.py", "logger.warn(", "logger.warning("),
+    ("evaluation/sem_seg_evaluation.py", "logger.warn(", "logger.warning("),
     # torch warns when meshgrid is not told its indexing.
     ("modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)", 'meshgrid(shifts_y, shifts_x, indexing="ij")'),
     # torch 2.4 moved automatic mixed precision out of torch.cuda.
@@ -162,9 +168,11 @@ def explain_pip(log: str, python: Path | str) -> str:
     errors = [line.removeprefix("ERROR: ") for line in log.splitlines() if line.startswith("ERROR: ")]
     reason = (errors or log.strip().splitlines() or ["no message"])[-1].rstrip(".")
     if "No space left" in log:
-        return f"The disk is full (pip: {reason}). Free some space, also where TMPDIR points, and try again."
-    if re.search(r"Retrying \(|NewConnectionError|Name or service not known", log):
-        return f"The package index cannot be reached (pip: {reason}). Check the network and pip's index and proxy."
+        return "The disk is full (pip: No space left on device). Free some space, also where TMPDIR points."
+    if "Retrying (" in log:
+        cause = re.search(r"\[Errno -?\d+\] [\w ]+", log)
+        got = cause[0] if cause else reason
+        return f"The package index must be reachable; got {got}. Check the network, pip's index and the proxy."
     return f"pip failed: {reason}. Check pip's index and its configuration, then try again."
 
 
