@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnext.functional.moments import Moments, accumulation_dtype, batch_moments, group_moments, merge_moments
+from bnext.functional.moments import Moments, batch_moments, group_moments, merge_moments
 
 __all__ = ["LevelMoments", "normalize_levels"]
 
@@ -81,17 +81,6 @@ def _gather_level_moments(features: Sequence[Tensor], gather: Gather | None) -> 
     return merge_moments(Moments(count.squeeze(-1), mean, var))
 
 
-def _per_channel(values: Tensor, like: Tensor) -> Tensor:
-    """[C] -> [1, C, 1, 1] for as many dimensions as `like` has."""
-    return values.view(1, -1, *[1] * (like.dim() - 2))
-
-
-def _scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    # (x - mean) first: x * scale + shift cancels when the mean is many standard deviations.
-    centered = feature - _per_channel(mean, feature)
-    return centered.mul_(_per_channel(scale, feature)).add_(_per_channel(shift, feature)).to(feature.dtype)
-
-
 class _NormalizeLevels(torch.autograd.Function):
     """See `normalize_levels`. Saves the features and [L, C] vectors, nothing of the features' size beside."""
 
@@ -113,7 +102,7 @@ class _NormalizeLevels(torch.autograd.Function):
         mean = batches.mean[owner]
         rstd = (batches.var[owner] + eps).rsqrt()
         scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-        outputs = [_scale_and_shift(x, mean[i], scale[i], shift[i]) for i, x in enumerate(features)]
+        outputs = [_affine(x, mean[i], scale[i], shift[i]) for i, x in enumerate(features)]
         ctx.save_for_backward(weight, mean, rstd, batches.count, owner, membership, *features)
         ctx.reduce = reduce
         ctx.mark_non_differentiable(*levels, *batches)
@@ -182,18 +171,31 @@ class _RefuseSecondDerivative(torch.autograd.Function):
         )
 
 
+# The three passes over a feature. torch's own batch norm kernels do each in one go, in both memory formats
+# and with float32 accumulation of half types; the plain formula takes two to four passes.
+
+
+def _affine(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * (x - mean) + shift, in the type of the feature."""
+    if feature.numel() == 0:
+        return feature.clone()
+    return torch.native_batch_norm(feature, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+
+
 def _backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """sum dy and sum dy (x - mean), [C] each."""
-    dims = [0, *range(2, feature.dim())]
-    dtype = accumulation_dtype(feature.dtype)
-    centered = feature - _per_channel(mean, feature)
-    return grad_output.sum(dims, dtype=dtype), centered.mul_(grad_output).sum(dims)
+    if feature.numel() == 0:
+        return torch.zeros_like(mean), torch.zeros_like(mean)
+    ones = torch.ones_like(mean)
+    _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
+        grad_output, feature, ones, None, None, mean, ones, True, 0.0, [False, True, True]
+    )
+    return sum_dy, sum_dy_xmu
 
 
 def _grad_feature(
     feature: Tensor, grad_output: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
 ) -> Tensor:
     """scale * dy + slope * (x - mean) + offset, in the type of the feature."""
-    grad = feature - _per_channel(mean, feature)
-    grad.mul_(_per_channel(slope, feature)).add_(_per_channel(offset, feature))
-    return grad.addcmul_(grad_output.to(grad.dtype), _per_channel(scale, feature)).to(feature.dtype)
+    grad = _affine(feature.to(mean.dtype), mean, slope, offset)
+    return grad.addcmul_(grad_output.to(mean.dtype), scale.view(1, -1, *[1] * (grad.dim() - 2))).to(feature.dtype)
