@@ -148,9 +148,9 @@ def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first
         while not context.join():
             pass
     except mp.ProcessExitedException as error:
-        raise _explain(folder, error) from None
+        raise explain_failure(folder, error) from None
     except mp.ProcessRaisedException as error:
-        raise _explain(folder, None) from error
+        raise explain_failure(folder, None) from error
     finally:
         for process in context.processes:
             if process.is_alive():
@@ -158,8 +158,13 @@ def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first
             process.join()
 
 
-def _explain(folder: str, ended: mp.ProcessExitedException | None) -> Exception:
-    """The failure that came first: the others only lost their partner."""
+def explain_failure(folder: str, ended: mp.ProcessExitedException | None) -> Exception:
+    """What to raise for the workers: the failure that came first, as the others only lost their partner.
+
+    Args:
+        folder: where the workers' failures were recorded.
+        ended: a worker that did not end by an exception, or None.
+    """
     records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
     if ended is not None and (ended.signal_name or not records):
         cause = ended.signal_name or f"exit status {ended.exit_code}"
@@ -179,14 +184,15 @@ def _worker(
     if world.size == world.workers_per_machine and sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: the name of the host need not resolve
     try:
-        with _process_group(world, rank, local_rank, on_error=lambda error: _record(folder, rank, error)):
+        with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)
     except BaseException as error:
-        _record(folder, rank, error)  # also what failed before there was a group
+        record_failure(folder, rank, error)  # also what failed before there was a group
         raise
 
 
-def _record(folder: str, rank: int, error: BaseException) -> None:
+def record_failure(folder: str, rank: int, error: BaseException) -> None:
+    """Leave a failure of a worker for the parent; a worker's first one counts."""
     path = Path(folder, f"{rank}.json")
     if path.exists():
         return

@@ -54,8 +54,9 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         super(DefaultTrainer, self).__init__()  # DefaultTrainer's own cannot wrap a CPU model for several workers
-        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
-            setup_logger()
+        for name in ("detectron2", "bnext"):
+            if not logging.getLogger(name).isEnabledFor(logging.INFO):
+                setup_logger(distributed_rank=comm.get_rank(), name=name)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)

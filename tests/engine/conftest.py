@@ -1,5 +1,7 @@
 """Fixtures: the tiny data set, made once; one finished training for all tests that read its files."""
 
+import logging
+
 import pytest
 
 from bnext.data.catalog import register_datasets
@@ -23,3 +25,12 @@ def finished(digits, tmp_path_factory):
     """Config and results of a finished training; its files are not to be changed."""
     cfg = tiny.load(tmp_path_factory.mktemp("finished"))
     return cfg, train(cfg)
+
+
+@pytest.fixture
+def bnext_log(caplog):
+    """What bnext logs; its logger passes nothing on to the root's handlers once it is set up."""
+    logger = logging.getLogger("bnext")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)

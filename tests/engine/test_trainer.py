@@ -90,7 +90,7 @@ def test_a_drawn_seed_is_kept_by_the_checkpoint(digits, tmp_path):
     assert trainer.data_loader.start_iteration == 3
 
 
-def test_a_finished_training_has_nothing_left_to_do(finished, tmp_path, caplog):
+def test_a_finished_training_has_nothing_left_to_do(finished, tmp_path, bnext_log):
     folder = Path(finished[0].OUTPUT_DIR)
     for name in ("model_final.pth", "last_checkpoint"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -98,16 +98,17 @@ def test_a_finished_training_has_nothing_left_to_do(finished, tmp_path, caplog):
     results = train(tiny.load(tmp_path), resume=True)
     assert results["bbox"].keys() == finished[1]["bbox"].keys()
     assert (tmp_path / "model_final.pth").read_bytes() == before
+    assert "Nothing is left to train" in bnext_log.text
 
 
-def test_another_batch_size_is_told(finished, tmp_path, caplog):
+def test_another_batch_size_is_told(finished, tmp_path, bnext_log):
     folder = Path(finished[0].OUTPUT_DIR)
     for name in ("model_0000002.pth", "last_checkpoint"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
     trainer = Trainer(tiny.load(tmp_path, "SOLVER.IMS_PER_BATCH", 2))
     trainer.resume_or_load(resume=True)
-    assert "not exact: SOLVER.IMS_PER_BATCH is 2, it was 4" in caplog.text
+    assert "not exact: SOLVER.IMS_PER_BATCH is 2, it was 4" in bnext_log.text
 
 
 def test_initial_weights_and_batches_are_a_function_of_the_seed(digits, tmp_path):

@@ -18,6 +18,11 @@ ROOT = Path(__file__).parents[2]
 def prepare(root):
     """Make the digits set in a folder and let the catalog point to it."""
     prepare_digits(root, num_train=12, num_val=4, image_side=64, max_objects=3, scale_range=(0.2, 0.9), progress=False)
+    register(root)
+
+
+def register(root):
+    """Let the catalog point to a folder of data sets."""
     os.environ["DETECTRON2_DATASETS"] = str(root)
     register_datasets()
 

@@ -1,0 +1,138 @@
+"""Checkpoints: whole files, the right architecture, sane statistics, converted norms."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from bnext.engine import Checkpointer
+from bnext.errors import CheckpointError
+from bnext.layers import LevelBatchNorm2d, NormSpec
+
+
+def small(channels=4):
+    return nn.Sequential(nn.Conv2d(3, channels, 1), nn.BatchNorm2d(channels))
+
+
+def save(model, path, **changes):
+    state = {**model.state_dict(), **changes}
+    torch.save({"model": state}, path)
+    return str(path)
+
+
+def test_what_is_saved_is_loaded_and_is_the_last(tmp_path):
+    source, target = small(), small()
+    Checkpointer(source, str(tmp_path)).save("model_final", iteration=4)
+    assert {path.name for path in tmp_path.iterdir()} == {"model_final.pth", "last_checkpoint"}
+    assert Checkpointer(target, str(tmp_path)).resume_or_load("", resume=True) == {"iteration": 4}
+    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+
+
+class Interrupted(dict):
+    """A state in the middle of whose saving the user presses Ctrl-C."""
+
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path):
+    checkpointer = Checkpointer(small(), str(tmp_path))
+    checkpointer.save("model_final")
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        checkpointer.save("model_final", extra=Interrupted())
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"model_final.pth", "last_checkpoint"}
+
+
+def test_another_architecture_is_refused_and_the_model_left_alone(tmp_path):
+    path = save(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), tmp_path / "other.pth")
+    model = small()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        Checkpointer(model).load(path)
+    message = str(caught.value)
+    assert "share some parameter of the model; got 0 of 6" in message
+    assert path in message
+    assert "Missing: 1.running_mean, 1.running_var." in message
+    assert "0.weight (2, 2) instead of (4, 3, 1, 1)" in message
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["0.bias", "1.running_var"])
+def test_a_part_is_enough_to_start_from_but_not_to_evaluate(tmp_path, key):
+    state = small().state_dict()
+    del state[key]
+    torch.save({"model": state}, tmp_path / "part.pth")
+    checkpointer = Checkpointer(small())
+    checkpointer.load(str(tmp_path / "part.pth"))
+    with pytest.raises(CheckpointError, match=f"every parameter and norm statistic.*5 of 6.*Missing: {key}"):
+        checkpointer.load(str(tmp_path / "part.pth"), complete=True)
+
+
+def test_a_resume_must_be_complete(tmp_path):
+    Checkpointer(small(), str(tmp_path)).save("model_final")
+    bigger = nn.Sequential(*small(), nn.Conv2d(4, 1, 1))
+    with pytest.raises(CheckpointError, match="every parameter"):
+        Checkpointer(bigger, str(tmp_path)).resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize(("value", "shown"), [(-1e-3, "-0.001"), (float("nan"), "nan"), (float("inf"), "inf")])
+def test_variances_that_cannot_be_are_refused(tmp_path, value, shown):
+    """facebookresearch/detectron2#2413: such a checkpoint gave NaN without a word."""
+    path = save(small(), tmp_path / "bad.pth", **{"1.running_var": torch.tensor([1.0, 1.0, value, 1.0])})
+    with pytest.raises(CheckpointError, match=f"1.running_var must be 0 or more and finite; got {shown}"):
+        Checkpointer(small()).load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half"])
+def test_a_broken_file_is_refused(tmp_path, content):
+    path = Path(save(small(), tmp_path / "broken.pth"))
+    path.write_bytes(path.read_bytes()[:700] if content == "half" else content)
+    with pytest.raises(CheckpointError, match=r"whole file.*broken\.pth"):
+        Checkpointer(small()).load(str(path))
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match=r"must be a file; got .*absent\.pth"):
+        Checkpointer(small()).load(str(tmp_path / "absent.pth"))
+
+
+def test_weights_of_a_wrapped_model_and_numpy_weights_load(tmp_path):
+    source = small()
+    wrapped = {f"module.{key}": value for key, value in source.state_dict().items()}
+    torch.save({"model": wrapped}, tmp_path / "wrapped.pth")
+    arrays = {key: np.asarray(value) for key, value in source.state_dict().items()}
+    (tmp_path / "zoo.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "zoo"}))
+    for name in ("wrapped.pth", "zoo.pkl"):
+        target = small()
+        Checkpointer(target).load(str(tmp_path / name), complete=True)
+        assert torch.equal(target[0].weight, source[0].weight)
+
+
+def test_backbone_weights_with_the_names_of_another_library_are_matched(tmp_path):
+    """As detectron2's ImageNet weights: matched by the ends of the names."""
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": nn.Conv2d(3, 4, 1)}), "head": nn.Conv2d(4, 1, 1)})
+    weight = np.ones((4, 3, 1, 1), dtype=np.float32)
+    data = {"model": {"stem.weight": weight}, "__author__": "someone", "matching_heuristics": True}
+    (tmp_path / "imagenet.pkl").write_bytes(pickle.dumps(data))
+    Checkpointer(model).load(str(tmp_path / "imagenet.pkl"))
+    assert bool((model["backbone"]["stem"].weight == 1).all())
+    with pytest.raises(CheckpointError, match="1 of 4"):
+        Checkpointer(model).load(str(tmp_path / "imagenet.pkl"), complete=True)
+
+
+def test_norm_state_is_converted_and_reported(tmp_path, bnext_log):
+    source = nn.Sequential(nn.BatchNorm2d(4))
+    source[0].running_mean.fill_(3)
+    path = save(source, tmp_path / "shared.pth")
+    target = nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec(population="per_level")))
+    Checkpointer(target).load(path, complete=True)
+    means = [value for key, value in target.state_dict().items() if key.endswith("running_mean")]
+    assert len(means) == 2
+    assert all(bool((mean == 3).all()) for mean in means)
+    assert "Norm state was converted" in bnext_log.text
+    assert path in bnext_log.text

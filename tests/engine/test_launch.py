@@ -1,0 +1,119 @@
+"""Starting workers: what is refused, and what two real gloo workers do."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.multiprocessing import ProcessExitedException
+
+from bnext.engine.launch import count_cores, explain_failure, launch, record_failure
+from bnext.errors import LaunchError
+from tests.engine import tiny
+
+needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="two workers need two cores")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+
+
+def nothing():
+    raise AssertionError("must not be reached")
+
+
+@no_gpu
+def test_more_workers_than_cores_are_refused():
+    cores = count_cores()
+    with pytest.raises(LaunchError, match=rf"at most the {cores} CPU core\(s\).*got {cores + 1}"):
+        launch(nothing, cores + 1)
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch):
+    # The one thing that cannot be had here: a machine with two GPUs.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match=r"at most the 2 GPU\(s\).*got 3"):
+        launch(nothing, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((-1,), "--num-gpus must be 0 or more"),
+        ((1, 0), "--num-machines 1 or more; got 1 and 0"),
+        ((1, 2, 2), r"--machine-rank must lie in \[0, 2\); got 2"),
+        ((1, 2, 0), "--dist-url must name a port"),
+    ],
+)
+def test_requests_that_make_no_sense_are_refused(arguments, message):
+    with pytest.raises(LaunchError, match=message):
+        launch(nothing, *arguments)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_one_worker_is_this_process(number):
+    seen = []
+    launch(seen.append, number, args=(7,))
+    assert seen == [7]
+    assert not torch.distributed.is_initialized()
+
+
+def run(*command, timeout=110):
+    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=tiny.ROOT,
+        env=environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@needs_two_cores
+@no_gpu
+def test_two_workers_train_resume_and_save_what_they_evaluate_and_fail_together(digits, tmp_path):
+    (tmp_path / "datasets").symlink_to(digits)
+    result = run("-m", "tests.engine.two_workers", tmp_path)
+    output = result.stdout[-3000:] + result.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("*.passed")} == {"worker0.passed", "worker1.passed"}, output
+    assert "Norm buffers of the 2 workers were made equal" in result.stdout
+    assert result.returncode == 1
+    assert result.stderr.rstrip().endswith("bnext.errors.DatasetError: worker 1 failed on purpose")
+
+
+def fail_as(kind, message):
+    try:
+        raise kind(message)
+    except kind as error:
+        return error
+
+
+def test_the_first_failure_is_the_one_reported(tmp_path):
+    record_failure(str(tmp_path), 1, fail_as(KeyError, "a bug"))
+    record_failure(str(tmp_path), 0, fail_as(RuntimeError, "connection closed by peer"))
+    reported = explain_failure(str(tmp_path), None)
+    assert isinstance(reported, RuntimeError)
+    assert str(reported).startswith("Worker 1 failed:\nTraceback")
+    assert "KeyError: 'a bug'" in str(reported)
+
+
+def test_a_worker_ended_by_a_signal_is_named(tmp_path):
+    record_failure(str(tmp_path), 0, fail_as(RuntimeError, "connection closed by peer"))
+    ended = ProcessExitedException("process 1 ended", 1, 0, -9, "SIGKILL")
+    reported = explain_failure(str(tmp_path), ended)
+    assert isinstance(reported, LaunchError)
+    assert "Worker 1 must run to its end; got SIGKILL (often: out of memory" in str(reported)
+
+
+@needs_two_cores
+@no_gpu
+def test_torchrun_workers_join_the_world_that_is_there(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-addr", "127.0.0.1"]
+    result = run(*command, "--master-port", port, "-m", "tests.engine.two_workers", tmp_path)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {path.name for path in tmp_path.glob("*.passed")} == {"torchrun0.passed", "torchrun1.passed"}
