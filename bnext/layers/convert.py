@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import CheckpointError
+from bnext.errors import CheckpointError, ConfigError
 from bnext.functional import Moments, merge_moments
 from bnext.layers.level_norm import LevelBatchNorm2d
 
@@ -35,6 +35,7 @@ MERGED_POPULATION = (
 )
 NUMBERED_LEVELS = "numbered levels were read in the order {levels}"
 NO_POPULATION = "the checkpoint holds no population statistics for {levels}; re-estimate them"
+DROPPED_LEVELS = "the checkpoint's state of {levels} was left out: the model has no such level"
 NO_AFFINE = "the checkpoint holds no affine for {levels}; the initial one is kept"
 
 
@@ -71,7 +72,8 @@ def convert_norm_state(state_dict: StateDict, model: nn.Module) -> tuple[dict[st
         A new state dict, and the report of what was converted.
 
     Raises:
-        CheckpointError: numbered levels whose number is not the model's, or state of no known form.
+        CheckpointError: numbered levels whose number is not the model's, or state of no known form
+            or of other channels.
     """
     converted, report = dict(state_dict), ConversionReport()
     for path, layer in model.named_modules():
@@ -111,24 +113,48 @@ def convert_norm(model: nn.Module, **changes: object) -> ConversionReport:
 
     Returns:
         What could be carried over and what could not.
+
+    Raises:
+        ConfigError: an answer is not allowed, or the model is itself a norm.
+
+    Note:
+        The parameters are new ones: build the optimizer afterwards. Hooks on the norms are not kept.
     """
+    if isinstance(model, LevelBatchNorm2d):
+        raise ConfigError(
+            "model must hold its norms in modules; got a LevelBatchNorm2d itself (convert_norm). "
+            "Make the new norm and call copy_norm_state(old, new)."
+        )
     report = ConversionReport()
-    layers = [(path, layer) for path, layer in model.named_modules() if isinstance(layer, LevelBatchNorm2d)]
-    for path, layer in layers:
-        target = LevelBatchNorm2d(layer.num_features, layer.levels, layer.spec.replace(**changes))
-        first = next(iter(layer.state_dict().values()))
-        target.to(first.device).train(layer.training)
-        target.path = layer.path
-        report.changes += copy_norm_state(layer, target, path).changes
-        if path:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, target)
+    converted: dict[nn.Module, LevelBatchNorm2d] = {}
+    for path, layer in list(model.named_modules(remove_duplicate=False)):  # a norm at two places stays one
+        if not isinstance(layer, LevelBatchNorm2d):
+            continue
+        if layer not in converted:
+            converted[layer] = _make_like(layer, changes)
+            report.changes += copy_norm_state(layer, converted[layer], path).changes
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, converted[layer])
     return report
+
+
+def _make_like(layer: LevelBatchNorm2d, changes: dict[str, object]) -> LevelBatchNorm2d:
+    """A new norm with some answers changed; device, type, mode and freezing are those of `layer`."""
+    made = LevelBatchNorm2d(layer.num_features, layer.levels, layer.spec.replace(**changes))
+    first = next(value for value in layer.state_dict().values() if value.is_floating_point())
+    made.to(first.device, first.dtype).train(layer.training)
+    made.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
+    made.path = layer.path
+    return made
 
 
 def _convert(found: StateDict, layer: LevelBatchNorm2d, path: str) -> tuple[dict[str, Tensor], list[str]]:
     """Keys and values relative to one layer, in the layer's form; and what was done."""
+    _check_shapes(found, layer.num_features, path)
     by_level, texts = _name_levels(found, layer.levels, path)
+    dropped = sorted(by_level.keys() - {"", *layer.levels})
+    if dropped:
+        texts = [*texts, DROPPED_LEVELS.format(levels=", ".join(dropped))]
     affine, affine_texts = _spread(
         by_level, layer.levels, AFFINE, layer.spec.affine, _average_affines, EXACT_AFFINE, AVERAGED_AFFINE, NO_AFFINE
     )
@@ -143,6 +169,16 @@ def _convert(found: StateDict, layer: LevelBatchNorm2d, path: str) -> tuple[dict
         NO_POPULATION,
     )
     return {**affine, **population}, [*texts, *affine_texts, *population_texts]
+
+
+def _check_shapes(found: StateDict, num_features: int, path: str) -> None:
+    """In a head without norms, or of another depth, the same names belong to convolutions."""
+    for key, value in found.items():
+        if key.rpartition(".")[2] != "num_batches_tracked" and tuple(value.shape) != (num_features,):
+            raise CheckpointError(
+                f"state of a batch norm must have the shape [{num_features}]; got {list(value.shape)} "
+                f"({path}, {key!r}). Load a checkpoint of a head with batch norm and as many channels."
+            )
 
 
 def _name_levels(
