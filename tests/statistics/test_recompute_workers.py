@@ -1,0 +1,86 @@
+"""Population statistics over several workers: those of one process on all the data, and equal on every worker."""
+
+import pytest
+import torch
+from torch import nn
+
+from bnext import recompute_population_statistics
+from bnext.layers import NormSpec
+from tests import reference
+from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
+from tests.workers import run_workers
+
+SPECS = [NormSpec.from_table5_row(1), NormSpec.from_table5_row(3), NormSpec.from_table5_row(4)]
+
+
+def make_data(rank, world_size):
+    """Uneven numbers of batches, of samples and of image sizes; the last of three workers has no data."""
+    if rank == 2:
+        return []
+    sizes = ((1 + rank, 6 - rank, 4), (1 + rank, 3, 2 + rank), (2, 2, 1))
+    return [make_features(seed=10 * rank + step, sizes=sizes) for step in range(2 + world_size - rank)]
+
+
+def make_model(spec):
+    return nn.ModuleDict(
+        {"level": make_norm(spec), "unused": nn.BatchNorm2d(3), "bn": nn.BatchNorm2d(NUM_CHANNELS).double()}
+    )
+
+
+def forward(model, features):
+    """A plain norm on the finest level alone, and the level norm on all."""
+    model["bn"](features["p3"])
+    model["level"](features)
+
+
+def recompute(rank, world_size):
+    results = []
+    for spec in SPECS:
+        model = make_model(spec)
+        report = recompute_population_statistics(model, make_data(rank, world_size), forward=forward)
+        state = {key: value for key, value in model.state_dict().items() if not key.endswith("num_batches_tracked")}
+        results.append((state, report))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_workers_agree_with_one_process_on_all_data(world_size):
+    results = run_workers(recompute, world_size, world_size)
+    data = [batch for rank in range(world_size) for batch in make_data(rank, world_size)]
+    for index, spec in enumerate(SPECS):
+        alone = make_model(spec)
+        expected = recompute_population_statistics(alone, data, forward=forward)
+        states, reports = zip(*(result[index] for result in results), strict=True)
+        for state in states:
+            assert all(torch.equal(value, states[0][key]) for key, value in state.items()), "workers differ"
+            for key, value in state.items():
+                torch.testing.assert_close(value, alone.state_dict()[key], rtol=1e-12, atol=1e-12)
+        for report in reports:
+            assert report.estimates == reports[0].estimates
+            assert [e.count for e in report.estimates] == [e.count for e in expected.estimates]
+            assert [e.path for e in report.not_reached] == ["unused"]
+        assert [report.num_batches for report in reports] == [len(make_data(r, world_size)) for r in range(world_size)]
+        assert_is_the_definition(states[0], spec, data)
+
+
+def assert_is_the_definition(state, spec, data):
+    for level in LEVELS:
+        seen = LEVELS if spec.population == "shared" else [level]
+        prefix = "level." if spec.population == "shared" else f"level.{level}."
+        count, mean, var = reference.moments_of([batch[name] for batch in data for name in seen])
+        torch.testing.assert_close(state[f"{prefix}running_mean"], mean, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(state[f"{prefix}running_var"], var * count / (count - 1), rtol=1e-12, atol=1e-12)
+
+
+def recompute_in_lock_step(rank):
+    """Norms that share their mini-batch over workers: every worker has as many batches as the others."""
+    model = make_model(NormSpec.from_table5_row(1, workers="all"))
+    recompute_population_statistics(model, make_data(rank, 2)[:2], forward=forward)
+    return dict(model.state_dict())
+
+
+def test_norms_over_all_workers_are_re_estimated_too():
+    first, second = run_workers(recompute_in_lock_step, 2)
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+    data = [batch for rank in range(2) for batch in make_data(rank, 2)[:2]]
+    assert_is_the_definition(first, NormSpec.from_table5_row(1), data)
