@@ -28,5 +28,6 @@ lint: setup
 types: setup
 	$(RUN) -m mypy
 
+# Large tensors stay with malloc; otherwise the kernel's mapping of memory is timed.
 bench: setup
-	$(RUN) tools/bench.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) tools/bench.py

@@ -41,9 +41,8 @@ PROJECTS = {
     "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
 }
 # black (only for LazyConfig.to_py), pydot and future (only for the Caffe2 export) are left out.
-REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate")
-REQUIRES += ("cloudpickle", "tqdm>4.29.0", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1")
-REQUIRES += ("hydra-core>=1.1",)
+REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate", "tqdm>4.29.0")
+REQUIRES += ("cloudpickle", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1")
 
 _OPTIONAL_C = """\
 try:
@@ -143,9 +142,6 @@ def run_pip(*arguments: str, python: Path | str = sys.executable, path: Path | N
         python: the interpreter.
         path: a folder put before everything else that the interpreter imports.
         show: let pip's output and progress bars through.
-
-    Raises:
-        InstallError: pip failed.
     """
     env = dict(os.environ)
     if path is not None:
