@@ -115,17 +115,18 @@ def format_table(results: Mapping[str, Any], title: str) -> str:
         is_repair = row != trained and "bbox/AP" in source
         lines.append(
             [
-                row,
+                str(row),
                 *(cell.replace("_", " ") for cell in TABLE5_ROWS[row]),
                 "trained" if row == trained else f"row {trained} re-estimated",
-                metrics["bbox/AP"],
+                f"{metrics['bbox/AP']:.1f}",
                 f"{metrics['bbox/AP'] - source['bbox/AP']:+.1f}" if is_repair else "",
-                PAPER_AP[row],
+                f"{PAPER_AP[row]:.1f}",
                 f"{PAPER_AP[row] - PAPER_AP[trained]:+.1f}" if is_repair else "",
             ]
         )
     headers = ["row", "mini-batch", "population", "affine", "how", f"AP {title}", "change", "AP COCO (paper)", "change"]
-    return tabulate(lines, headers=headers, floatfmt=".1f")
+    aligned = ["left"] * 5 + ["right"] * 4
+    return tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned)  # tabulate drops a plus sign
 
 
 def _run_row(
