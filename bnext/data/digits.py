@@ -25,12 +25,12 @@ from tqdm import tqdm
 from bnext.data.digits_images import SPLITS, DigitsRecipe, DrawnDigit, draw_picture, load_sources
 from bnext.errors import DatasetError
 
-__all__ = ["CLASSES", "FOLDER", "MANIFEST", "has_digits", "prepare_digits", "read_recipe"]
+__all__ = ["CLASSES", "FOLDER", "MANIFEST", "VERSION", "has_digits", "prepare_digits", "read_recipe"]
 
 CLASSES = tuple("0123456789")
 FOLDER = "digits"
 MANIFEST = "digits.json"
-VERSION = 1  # raise it whenever the same arguments give other pictures or annotations
+VERSION = 2  # raise it whenever the same arguments give other pictures or annotations
 LOCK = ".digits.lock"
 UNFINISHED = "digits-unfinished-"
 

@@ -19,6 +19,8 @@ SPLITS = ("train", "val")
 SMALLEST_DIGIT = 8  # pixels: the height of the scanned digits; below it they cannot be told apart
 STROKE = 0.5  # ink from which a pixel belongs to the digit
 SOFTNESS = 0.3  # span of ink over which the stroke's edge fades
+BLOCKS = (2, 4)  # rows and columns that a photograph is cut into
+VAL_BLOCKS = ((0, 1), (1, 3))
 MARGIN = 2  # pixels between the boxes of two digits
 PLACES_TRIED = 40  # per digit, before the picture is redrawn
 DRAWS_TRIED = 500  # per picture, before the recipe is refused
@@ -77,11 +79,11 @@ class DigitsRecipe:
 
 @dataclass(frozen=True)
 class Sources:
-    """What the pictures of one split are made from: digits (N, 8, 8) with ink 0..1, labels (N,), photographs."""
+    """What one split is made from: digits (N, 8, 8) with ink 0..1, labels (N,), pieces of photographs."""
 
     digits: np.ndarray
     labels: np.ndarray
-    photographs: tuple[np.ndarray, ...]
+    backgrounds: tuple[np.ndarray, ...]
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,11 @@ class DrawnDigit:
 
 
 def load_sources(split: str) -> Sources:
-    """The digits and photographs of "train" or "val"; the two splits share neither a digit nor a background pixel.
+    """The digits and backgrounds of "train" or "val"; the two splits share neither a digit nor a background pixel.
 
     Digits: a fixed permutation, four fifths for training, whatever the seed of the pictures.
-    Photographs: the left two thirds for training, the right third for validation.
+    Photographs: cut into blocks, three quarters for training. The blocks for validation are spread so that both
+    splits have sky, walls, leaves and petals: statistics of the one shall hold for the other.
     """
     from sklearn.datasets import load_digits, load_sample_images
 
@@ -104,11 +107,13 @@ def load_sources(split: str) -> Sources:
     order = np.random.default_rng(1797).permutation(len(bunch.target))
     cut = len(order) * 4 // 5
     chosen = order[:cut] if split == "train" else order[cut:]
-    photographs = []
+    blocks = []
     for photograph in load_sample_images().images:
-        column = photograph.shape[1] * 2 // 3
-        photographs.append(photograph[:, :column] if split == "train" else photograph[:, column:])
-    return Sources(bunch.images[chosen] / 16.0, bunch.target[chosen], tuple(photographs))
+        rows, columns = (length // count for length, count in zip(photograph.shape, BLOCKS, strict=False))
+        for row, column in np.ndindex(*BLOCKS):
+            if ((row, column) in VAL_BLOCKS) == (split == "val"):
+                blocks.append(photograph[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns])
+    return Sources(bunch.images[chosen] / 16.0, bunch.target[chosen], tuple(blocks))
 
 
 def draw_picture(
@@ -187,12 +192,12 @@ def _place(shapes: list[tuple[int, ...]], side: int, rng: np.random.Generator) -
 
 def _draw_background(side: int, sources: Sources, rng: np.random.Generator) -> np.ndarray:
     """A random square of a photograph, resized to float (S, S, 3), at times mirrored, softened a little."""
-    photograph = sources.photographs[int(rng.integers(len(sources.photographs)))]
-    rows, columns = photograph.shape[:2]
+    block = sources.backgrounds[int(rng.integers(len(sources.backgrounds)))]
+    rows, columns = block.shape[:2]
     widest = min(rows, columns)
-    crop = round(float(np.exp(rng.uniform(np.log(widest / 4), np.log(widest)))))
+    crop = round(float(np.exp(rng.uniform(np.log(widest / 3), np.log(widest)))))
     top, left = int(rng.integers(rows - crop + 1)), int(rng.integers(columns - crop + 1))
-    square = Image.fromarray(photograph[top : top + crop, left : left + crop])
+    square = Image.fromarray(block[top : top + crop, left : left + crop])
     picture = np.asarray(square.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
