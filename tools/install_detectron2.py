@@ -41,8 +41,9 @@ PROJECTS = {
     "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
 }
 # black (only for LazyConfig.to_py), pydot and future (only for the Caffe2 export) are left out.
-REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate", "tqdm>4.29.0")
-REQUIRES += ("cloudpickle", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1", "hydra-core>=1.1")
+REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate")
+REQUIRES += ("tqdm>4.29.0", "cloudpickle", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1")
+REQUIRES += ("hydra-core>=1.1",)
 
 _OPTIONAL_C = """\
 try:
