@@ -152,6 +152,11 @@ def _check_batch_size(cfg: CfgNode, args: argparse.Namespace) -> None:
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
     path = cfg.MODEL.WEIGHTS
     is_resumed = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if args.eval_only and not path and not is_resumed:
+        raise CheckpointError(
+            "MODEL.WEIGHTS must name the checkpoint to evaluate; got ''. "
+            "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        )
     if path and "://" not in path and not os.path.isfile(path.split("?")[0]) and not is_resumed:
         raise CheckpointError(
             f"MODEL.WEIGHTS must name a file; got {path!r}, which does not exist. Correct the path, or set it to ''."

@@ -9,6 +9,11 @@ from bnext.engine import train
 from tests.engine import tiny
 
 
+# Otherwise the trainer would set up console handlers, on a stream that pytest closes after the test.
+for name in ("bnext", "detectron2"):
+    logging.getLogger(name).setLevel(logging.INFO)
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The folder of the tiny digits set, registered until the session ends."""

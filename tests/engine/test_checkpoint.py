@@ -28,7 +28,9 @@ def test_what_is_saved_is_loaded_and_is_the_last(tmp_path):
     Checkpointer(source, str(tmp_path)).save("model_final", iteration=4)
     assert {path.name for path in tmp_path.iterdir()} == {"model_final.pth", "last_checkpoint"}
     assert Checkpointer(target, str(tmp_path)).resume_or_load("", resume=True) == {"iteration": 4}
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 class Interrupted(dict):

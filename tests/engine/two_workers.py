@@ -1,6 +1,6 @@
 """What two gloo workers must do, in one spawn; run by test_launch.py in a process of its own.
 
-    python -m tests.engine.two_workers FOLDER
+python -m tests.engine.two_workers FOLDER
 """
 
 import os

@@ -1,0 +1,161 @@
+"""Hooks: their order, their seeds, the progress bar, the memory of the metrics."""
+
+import io
+import logging
+import logging.handlers
+import os
+import random
+
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine import hooks as d2_hooks
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from bnext.engine import Trainer, hooks
+from tests.engine import tiny
+
+
+class Quadratic(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, data):
+        return {"loss": (self.weight - data) ** 2}
+
+
+def make_trainer(*registered):
+    model = Quadratic()
+    data = [torch.tensor(float(value)) for value in range(100)]
+    trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), 0.01))
+    trainer.seed = 5
+    trainer.register_hooks(list(registered))
+    return trainer
+
+
+def test_saved_is_evaluated_because_of_the_order(digits, tmp_path):
+    kinds = [type(hook) for hook in Trainer(tiny.load(tmp_path, "TEST.PRECISE_BN.ENABLED", True))._hooks]
+    order = [
+        d2_hooks.LRScheduler,
+        d2_hooks.PreciseBN,
+        hooks.EqualizeBuffers,
+        hooks.PeriodicCheckpointer,
+        hooks.EvalHook,
+        hooks.PeriodicWriter,
+    ]
+    assert [kind for kind in kinds if kind in order] == order
+
+
+@pytest.mark.parametrize(
+    ("iteration", "period", "due"), [(1, 2, True), (2, 2, False), (2, 0, False), (9, 0, True), (9, 4, True)]
+)
+def test_due_is_every_period_and_the_end(iteration, period, due):
+    assert hooks.is_due(iteration, period, 10) is due
+
+
+def draws_of_steps(start):
+    found = {}
+
+    def draw(trainer):
+        found[trainer.iter] = (torch.rand(()).item(), np.random.rand(), random.random())  # noqa: NPY002
+
+    make_trainer(hooks.SeedSteps(), d2_hooks.CallbackHook(after_step=draw)).train(start, 6)
+    return found
+
+
+def test_random_numbers_of_a_step_do_not_depend_on_the_start():
+    whole = draws_of_steps(0)
+    torch.rand(7)
+    assert draws_of_steps(4) == {4: whole[4], 5: whole[5]}
+    assert len(set(whole.values())) == 6
+
+
+def test_smoothed_metrics_go_on_where_they_were():
+    first = make_trainer(hooks.RememberMetrics())
+    with EventStorage(0) as first.storage:
+        for first.storage.iter in range(30):
+            first.storage.put_scalars(total_loss=first.storage.iter, time=1.0)
+            first.storage.put_scalar("lr", 0.1, smoothing_hint=False)
+        state = first._hooks[0].state_dict()
+    assert state == {"total_loss": [(float(value), value) for value in range(10, 30)]}
+    second = make_trainer(hooks.RememberMetrics())
+    second.start_iter = 30
+    second._hooks[0].load_state_dict(state)
+    with EventStorage(30) as second.storage:
+        second.before_train()
+        assert second.storage.iter == 30
+        assert second.storage.history("total_loss").median(20) == first.storage.history("total_loss").median(20)
+
+
+def test_no_evaluation_follows_a_failure_in_the_last_iteration():
+    called = []
+
+    def fail(trainer):
+        if trainer.iter == 3:
+            raise RuntimeError("on purpose")
+
+    trainer = make_trainer(hooks.EvalHook(0, lambda: called.append(1)), d2_hooks.CallbackHook(before_step=fail))
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.train(0, 4)
+    assert called == []
+    make_trainer(hooks.EvalHook(0, lambda: called.append(1))).train(0, 4)
+    assert called == [1]
+
+
+@pytest.fixture
+def console():
+    """A console handler and a file-like one on detectron2's logger, as its setup_logger makes them."""
+    logger = logging.getLogger("detectron2")
+    handlers = [logging.StreamHandler(io.StringIO()), logging.handlers.MemoryHandler(1000)]
+    before = logger.level, list(logger.handlers)
+    logger.handlers = list(handlers)
+    logger.setLevel(logging.INFO)
+    yield handlers
+    logger.setLevel(before[0])
+    logger.handlers = before[1]
+
+
+def test_the_bar_shows_progress_loss_and_rate_and_keeps_the_console_clean(console):
+    stream = io.StringIO()
+
+    def log(trainer):
+        trainer.storage.put_scalar("lr", 0.25, smoothing_hint=False)
+        logging.getLogger("detectron2.utils.events").info("metrics")
+
+    bar, before = hooks.ProgressBar(stream), list(logging.getLogger("detectron2").handlers)
+    make_trainer(d2_hooks.CallbackHook(after_step=log), bar).train(0, 4)
+    assert "4/4" in stream.getvalue()
+    assert "loss=" in stream.getvalue()
+    assert "lr=0.25" in stream.getvalue()
+    terminal, file = console
+    assert "metrics" not in terminal.stream.getvalue()
+    assert sum(record.getMessage() == "metrics" for record in file.buffer) == 4
+    assert logging.getLogger("detectron2").handlers == before
+    assert terminal.filters == []
+
+
+def test_the_bar_is_closed_when_the_training_fails(console):
+    def fail(trainer):
+        raise RuntimeError("on purpose")
+
+    before = list(logging.getLogger("detectron2").handlers)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        make_trainer(hooks.ProgressBar(io.StringIO()), d2_hooks.CallbackHook(before_step=fail)).train(0, 4)
+    assert logging.getLogger("detectron2").handlers == before
+
+
+def test_a_bar_is_for_terminals():
+    assert not hooks.ProgressBar.is_wanted(io.StringIO())
+    leader, follower = os.openpty()
+    with os.fdopen(leader), os.fdopen(follower, "w") as terminal:
+        assert hooks.ProgressBar.is_wanted(terminal)
+
+
+def test_buffers_of_one_worker_are_left_alone():
+    model = nn.BatchNorm2d(3)
+    model.running_var.fill_(1 / 3)
+    assert hooks.equalize_buffers(model) == {}
+    assert bool((model.running_var == 1 / 3).all())

@@ -1,0 +1,114 @@
+"""The command line: what it refuses before training starts, in one line; what a whole run leaves."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import train_net
+from detectron2.config import get_cfg
+
+from bnext.engine import load_config
+from bnext.errors import ConfigError, LaunchError
+from tests.engine import tiny
+from tests.engine.conftest import digits  # noqa: F401  the fixture
+
+
+@pytest.fixture
+def refuse(digits, tmp_path, capsys):  # noqa: F811
+    """Run the command; return its one line of error. Nothing may have been trained."""
+
+    def run(*arguments, output=tmp_path / "out"):
+        command = arguments if "--config-file" in arguments else ("--config-file", tiny.CONFIG, *arguments)
+        assert train_net.main([*map(str, command), "OUTPUT_DIR", str(output)]) == 2
+        line = capsys.readouterr().err.strip()
+        assert line.startswith("error: "), line
+        assert "\n" not in line
+        assert not list(tmp_path.glob("**/*.pth"))
+        return line
+
+    return run
+
+
+def test_unknown_keys_and_values_are_refused(refuse, tmp_path):
+    assert "MODEL.NOPE" in refuse("MODEL.NOPE", 1)
+    assert "MODEL.BNEXT.RETINANET.AFFINE" in refuse("MODEL.BNEXT.RETINANET.AFFINE", "everyone")
+    assert "pairs" in refuse("MODEL.WEIGHTS")
+    assert "SOLVER.MAX_ITER" in refuse("SOLVER.MAX_ITER", "many")
+    path = tmp_path / "wrong.yaml"
+    path.write_text("MODEL: {NOPE: 1}")
+    assert "MODEL.NOPE" in refuse("--config-file", path)
+    path.write_text("MODEL: {")
+    assert "wrong.yaml" in refuse("--config-file", path)
+    assert "absent.yaml" in refuse("--config-file", tmp_path / "absent.yaml")
+
+
+def test_data_sets_are_checked_first(refuse):
+    assert "'digits_tain'" in refuse("DATASETS.TRAIN", "('digits_tain',)")
+    assert "DATASETS.TRAIN" in refuse("DATASETS.TRAIN", "()")
+    assert "DATASETS.TEST" in refuse("--eval-only", "DATASETS.TEST", "()")
+    assert "digits_train" in refuse("MODEL.RETINANET.NUM_CLASSES", 3)
+
+
+def test_what_the_machine_lacks_is_named(refuse, tmp_path):
+    line = refuse("--num-gpus", 4096, "SOLVER.IMS_PER_BATCH", 4096)
+    assert "--num-gpus must be at most" in line
+    assert "4096" in line
+    assert "SOLVER.IMS_PER_BATCH must be a multiple of the 3 workers; got 4" in refuse("--num-gpus", 3)
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert f"'{blocked}/out'" in refuse(output=blocked / "out")
+
+
+def test_weights_are_checked(refuse, tmp_path):
+    assert "'/absent.pth'" in refuse("MODEL.WEIGHTS", "/absent.pth")
+    assert "MODEL.WEIGHTS must name the checkpoint to evaluate" in refuse("--eval-only")
+
+
+def test_a_key_of_bnext_is_known_without_a_further_call():
+    """facebookresearch/detectron2#3187: "Non-existent config key" where add_xxx_config was forgotten."""
+    with pytest.raises((KeyError, AssertionError), match="BNEXT"):
+        get_cfg().merge_from_list(["MODEL.BNEXT.RETINANET.AFFINE", "shared"])
+    assert load_config("", ["MODEL.BNEXT.RETINANET.AFFINE", "shared"]).MODEL.BNEXT.RETINANET.AFFINE == "shared"
+
+
+def test_a_machine_without_cuda_takes_the_cpu(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert load_config("").MODEL.DEVICE == "cpu"
+    assert load_config("", ["MODEL.DEVICE", "meta"]).MODEL.DEVICE == "meta"
+    with pytest.raises(LaunchError, match="got 'cuda:1'"):
+        load_config("", ["MODEL.DEVICE", "cuda:1"])
+
+
+def test_errors_name_the_file_and_the_reason():
+    with pytest.raises(ConfigError, match=r"must be a YAML file.*does not exist.*absent\.yaml"):
+        load_config("absent.yaml")
+
+
+def run(folder, *arguments):
+    command = [sys.executable, "tools/train_net.py", "--config-file", tiny.CONFIG, *arguments]
+    result = subprocess.run(
+        [*map(str, command), "SOLVER.MAX_ITER", "3"],
+        cwd=tiny.ROOT,
+        env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONWARNINGS": "ignore"},
+        timeout=110,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    return result.stdout
+
+
+def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path):  # noqa: F811
+    output = run(tmp_path, "OUTPUT_DIR", tmp_path)
+    assert "iter: 2  total_loss" in output  # plain lines, as this is no terminal
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_final.pth", "inference"}
+    assert list(tmp_path.glob("events.*"))
+    assert "total_loss" in json.loads(Path(tmp_path, "metrics.json").read_text().splitlines()[0])
+    again = run(tmp_path, "--eval-only", "--resume", "OUTPUT_DIR", tmp_path)
+    assert "copypaste: AP,AP50" in again
+    assert "holds an earlier training" not in again
