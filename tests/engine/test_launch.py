@@ -59,7 +59,7 @@ def test_one_worker_is_this_process(number):
 
 
 def run(*command, timeout=110):
-    environment = {**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"}
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=tiny.ROOT,

@@ -92,7 +92,7 @@ def run(folder, *arguments):
     result = subprocess.run(
         [*map(str, command), "SOLVER.MAX_ITER", "3"],
         cwd=tiny.ROOT,
-        env={**os.environ, "PYTHONPATH": str(tiny.ROOT), "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"},
         timeout=110,
         capture_output=True,
         text=True,
