@@ -28,9 +28,9 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("detectron2") is not None:
+    from bnext import heads  # registers BNextRetinaNet and BNextFCOS
     from bnext.config import add_bnext_config
     from bnext.data.catalog import register_datasets
-    from bnext.heads import retinanet  # noqa: F401  registers BNextRetinaNet
 
-    __all__ += ["add_bnext_config"]
+    __all__ += ["add_bnext_config", "heads"]
     register_datasets()

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import get_args
 
-from detectron2.config import CfgNode
+try:
+    from detectron2.config import CfgNode
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "detectron2 must be installed for bnext's configs, heads, data and tools; got none. Run "
+        "`python tools/install_detectron2.py`, or install it from its repository or from conda-forge. "
+        "bnext's layers and statistics work without it."
+    ) from error
 
 from bnext.errors import ConfigError
 from bnext.layers.build import BATCH_NORM_WORKERS

@@ -1,5 +1,6 @@
 """Training and evaluation: the trainer, its hooks, checkpoints, evaluation, and how workers start."""
 
+import bnext.config  # noqa: F401  first, as it says how to get detectron2
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.command import load_config, run
 from bnext.engine.evaluation import build_evaluator, evaluate_model

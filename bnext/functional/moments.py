@@ -25,7 +25,7 @@ class Moments(NamedTuple):
         var: shape [..., C].
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple has a method of this name
     mean: Tensor
     var: Tensor
 

@@ -16,7 +16,14 @@ HeadNorm = NormSpec | str | Callable[[int], nn.Module]
 
 def make_head_norm(norm: HeadNorm, levels: Sequence[str]) -> str | Callable[[int], nn.Module]:
     """What detectron2's `get_norm` takes: a spec becomes a factory of level norms, the rest stays."""
+    if norm == "GN":
+        return _make_group_norm
     return build_norm(norm, levels) if isinstance(norm, NormSpec) else norm
+
+
+def _make_group_norm(num_channels: int) -> nn.GroupNorm:
+    """Detectron2's "GN". Its 0.6 tries every norm on one channel, which current torch refuses to cut into 32 groups."""
+    return nn.GroupNorm(min(32, num_channels), num_channels)
 
 
 def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -147,7 +147,7 @@ def _select_norms(model: nn.Module, layers: Selection | None) -> list[tuple[str,
 class _Collector:
     """Merges, in float64, the moments of everything that one set of statistics is to describe."""
 
-    def __init__(self, path: str, levels: tuple[str, ...], state: _BatchNorm) -> None:
+    def __init__(self, path: str, levels: tuple[str, ...], state: Any) -> None:
         self.path, self.levels, self.state = path, levels, state
         zeros = torch.zeros(state.num_features, dtype=torch.float64, device=state.running_mean.device)
         self.total = Moments(zeros.new_zeros(()), zeros, zeros.clone())
