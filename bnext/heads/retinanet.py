@@ -58,7 +58,10 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
         ConfigError: see `bnext.config.check_config`.
     """
     check_config(cfg)
-    arguments = RetinaNet.from_config(cfg)
+    without_norm = cfg.clone()  # detectron2's head is made and left; 0.6 cannot make one with "GN"
+    without_norm.defrost()
+    without_norm.MODEL.RETINANET.NORM = ""
+    arguments = RetinaNet.from_config(without_norm)
     shapes = arguments["backbone"].output_shape()
     arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in cfg.MODEL.RETINANET.IN_FEATURES])
     model = RetinaNet(**arguments)
