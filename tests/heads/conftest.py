@@ -1,0 +1,12 @@
+"""Detectors this small are slower on two threads than on one, and far slower when the threads must wait for a core."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,63 @@
+"""Small detectors and batches for the tests of the heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from bnext import add_bnext_config
+from bnext.layers import TABLE5_ROWS
+
+__all__ = ["LEVELS", "NUM_CLASSES", "make_batch", "make_detector", "run_step"]
+
+LEVELS = ("p3", "p4", "p5", "p6", "p7")
+NUM_CLASSES = 3
+
+
+def make_detector(architecture: str = "BNextRetinaNet", norm: str = "BN", row: int = 4, seed: int = 0) -> nn.Module:
+    """A detector on a very narrow ResNet-50-FPN, five levels, on the CPU."""
+    cfg = get_cfg()
+    add_bnext_config(cfg)
+    model = cfg.MODEL
+    model.META_ARCHITECTURE, model.DEVICE, model.WEIGHTS = architecture, "cpu", ""
+    model.BACKBONE.NAME, model.BACKBONE.FREEZE_AT = "build_retinanet_resnet_fpn_backbone", 0
+    model.RESNETS.DEPTH, model.RESNETS.WIDTH_PER_GROUP = 50, 4
+    model.RESNETS.RES2_OUT_CHANNELS, model.RESNETS.STEM_OUT_CHANNELS = 16, 8
+    model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    model.RESNETS.NORM, model.FPN.OUT_CHANNELS = "FrozenBN", 32
+    model.ANCHOR_GENERATOR.SIZES = [[16.0 * 2**level] for level in range(len(LEVELS))]
+    model.RETINANET.IN_FEATURES = list(LEVELS)
+    model.RETINANET.NORM, model.RETINANET.NUM_CLASSES, model.RETINANET.NUM_CONVS = norm, NUM_CLASSES, 2
+    node = model.BNEXT.RETINANET
+    node.STATISTICS, node.POPULATION, node.AFFINE = TABLE5_ROWS[row]
+    torch.manual_seed(seed)
+    return build_model(cfg)
+
+
+def make_batch(sides: tuple[int, ...] = (64, 64), seed: int = 0) -> list[dict[str, Any]]:
+    """Records as a mapper makes them: noise with one box per image; p7 of two images has two elements."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = []
+    for index, side in enumerate(sides):
+        instances = Instances((side, side))
+        instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0 + index, 40.0]]))
+        instances.gt_classes = torch.tensor([index % NUM_CLASSES])
+        image = torch.rand(3, side, side, generator=generator) * 255
+        batch.append({"image": image, "instances": instances, "height": side, "width": side})
+    return batch
+
+
+def run_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of one training step."""
+    model.zero_grad()
+    with EventStorage():
+        losses = model.train()(batch)
+        sum(losses.values()).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: loss.detach() for name, loss in losses.items()}, gradients

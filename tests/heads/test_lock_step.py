@@ -1,0 +1,52 @@
+"""Lock-step over levels: a level norm meets all levels in one call, everything else each level alone."""
+
+import pytest
+import torch
+from torch import nn
+
+from bnext.errors import ConfigError
+from bnext.heads.lock_step import make_head_norm, name_levels, run_tower
+from bnext.layers import LevelBatchNorm2d, NormSpec
+from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
+
+
+def test_features_are_named_in_order():
+    features = [torch.zeros(1), torch.ones(1)]
+    named = name_levels(("p4", "p3"), features)
+    assert list(named) == ["p4", "p3"]
+    assert named["p3"] is features[1]
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_another_number_of_features_is_refused(number):
+    with pytest.raises(ConfigError, match=rf"got {number} features for the levels.*IN_FEATURES"):
+        name_levels(("p3", "p4"), [torch.zeros(1)] * number)
+
+
+def test_a_spec_becomes_a_factory_and_names_stay():
+    norm = make_head_norm(NormSpec.from_table5_row(6), LEVELS)(NUM_CHANNELS)
+    assert isinstance(norm, LevelBatchNorm2d)
+    assert (norm.levels, norm.spec.table5_row) == (LEVELS, 6)
+    for name in ("FrozenBN", "", nn.BatchNorm2d):
+        assert make_head_norm(name, LEVELS) is name
+
+
+def test_group_norm_has_the_groups_of_detectron2_and_can_be_tried_on_one_channel():
+    make = make_head_norm("GN", LEVELS)
+    assert [make(channels).num_groups for channels in (1, 32, 256)] == [1, 32, 32]
+    with pytest.raises(ValueError, match="divisible"):
+        make(48)
+
+
+def test_a_tower_applies_convolutions_per_level_and_the_norm_to_all():
+    conv, norm, same = (
+        nn.Conv2d(NUM_CHANNELS, NUM_CHANNELS, 1).double(),
+        *(make_norm(NormSpec.from_table5_row(1)) for _ in range(2)),
+    )
+    calls = []
+    norm.register_forward_hook(lambda module, args, output: calls.append(list(args[0])))
+    features = make_features()
+    outputs = run_tower(nn.Sequential(conv, norm, nn.ReLU()).train(), features)
+    expected = same.train()({level: conv(feature) for level, feature in features.items()})
+    assert calls == [list(LEVELS)]
+    assert all(torch.equal(outputs[level], expected[level].relu()) for level in LEVELS)
