@@ -1,0 +1,257 @@
+"""Faults of the peers' code that made us write ours: each is shown on the peer as installed, and then not on ours.
+
+Where a peer mends its fault, its half of the test fails: then the fault is history, and the test's first half goes.
+"""
+
+import logging
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as Detectron2RetinaNetHead
+from detectron2.solver.build import get_default_optimizer_params
+from fvcore.nn.distributed import differentiable_all_reduce
+from fvcore.nn.precise_bn import update_bn_stats
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext import convert_norm_state, recompute_population_statistics
+from bnext.distributed import all_reduce_sum, resolve_group
+from bnext.heads import RetinaNetHead
+from bnext.layers import TABLE5_ROWS, LevelBatchNorm2d, NormSpec
+from tests import reference
+from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
+from tests.workers import run_workers
+
+FIVE_LEVELS = ("p3", "p4", "p5", "p6", "p7")
+ROW_3, ROW_4 = NormSpec.from_table5_row(3), NormSpec.from_table5_row(4)
+
+
+def make_head(kind, norm, **levels):
+    shapes = [ShapeSpec(channels=8)] * len(FIVE_LEVELS)
+    return kind(input_shape=shapes, num_classes=2, num_anchors=1, conv_dims=[8] * 4, norm=norm, **levels)
+
+
+def make_cycling():
+    return CycleBatchNormList(len(LEVELS), bn_class=nn.BatchNorm2d, num_features=NUM_CHANNELS).double()
+
+
+def make_batches(number=4, offset=0.0):
+    features = [make_features(seed)["p3"] for seed in range(number)]
+    return [feature + offset for feature in features]
+
+
+# detectron2: CycleBatchNormList
+
+
+def test_cycling_is_misaligned_for_ever_after_one_partial_forward():
+    features = make_features()
+    peer, ours = make_cycling(), make_norm(ROW_4)
+    for state, level in zip(peer, LEVELS, strict=True):  # give every level statistics of its own
+        state.load_state_dict(ours.get_submodule(level).state_dict())
+    peer.weight.data, peer.bias.data = ours.weight.data.clone(), ours.bias.data.clone()
+    peer.eval()
+    ours.eval()
+    before = {level: peer(feature) for level, feature in features.items()}
+    peer(features["p3"])  # the second level raises, say
+    for _ in range(3):
+        after = {level: peer(feature) for level, feature in features.items()}
+        assert not any(torch.allclose(after[level], before[level]) for level in LEVELS)
+    ours({"p3": features["p3"]})
+    again = ours(features)
+    torch.testing.assert_close(again, before, rtol=1e-12, atol=1e-12)
+
+
+def test_the_affine_of_cycling_gets_weight_decay():
+    for norm, decay in (
+        (make_cycling(), 1e-4),
+        (make_norm(ROW_4), 0.0),
+        (make_norm(ROW_4.replace(affine="per_level")), 0.0),
+    ):
+        groups = get_default_optimizer_params(norm, base_lr=0.1, weight_decay=1e-4, weight_decay_norm=0.0)
+        assert {group["weight_decay"] for group in groups} == {decay}
+
+
+def test_the_warning_of_a_shared_batch_norm_never_fires(caplog):
+    with caplog.at_level(logging.WARNING):
+        head = make_head(Detectron2RetinaNetHead, "nnSyncBN")
+    assert isinstance(head.cls_subnet[1], nn.SyncBatchNorm), "this is the shared norm that it should warn of"
+    assert not caplog.records
+    # Ours needs no warning: what is shared is said, one of six ways.
+    specs = [NormSpec.from_table5_row(row) for row in TABLE5_ROWS]
+    heads = [make_head(RetinaNetHead, spec, levels=FIVE_LEVELS) for spec in specs]
+    assert [head.cls_subnet[1].spec.table5_row for head in heads] == list(TABLE5_ROWS)
+
+
+def test_a_shared_checkpoint_does_not_fit_the_cycling_head():
+    shared = make_head(Detectron2RetinaNetHead, "nnSyncBN")
+    result = make_head(Detectron2RetinaNetHead, "BN").load_state_dict(shared.state_dict(), strict=False)
+    assert (len(result.missing_keys), len(result.unexpected_keys)) == (80, 24)
+    ours = make_head(RetinaNetHead, ROW_4, levels=FIVE_LEVELS)
+    state, report = convert_norm_state(shared.state_dict(), ours)
+    ours.load_state_dict(state, strict=True)
+    assert "8 norms" in str(report)
+    assert "re-estimate" in str(report)
+
+
+def test_the_norm_of_the_published_configs_does_not_exist():
+    assert not hasattr(nn, "SyncBatchNorm2d")  # projects/Rethinking-BatchNorm/configs/retinanet_SyncBNhead*.py
+    assert make_head(RetinaNetHead, ROW_3.replace(workers="all"), levels=FIVE_LEVELS)
+
+
+# fvcore: update_bn_stats
+
+
+class Reusing(nn.Module):
+    """A plain BN in a level-shared head: row 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(NUM_CHANNELS).double()
+
+    def forward(self, features):
+        return [self.bn(feature) for feature in features.values()]
+
+
+class Skipping(nn.Module):
+    """One norm is not part of this forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.used = nn.BatchNorm2d(NUM_CHANNELS).double()
+        self.unused = nn.BatchNorm2d(NUM_CHANNELS).double()
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class OwnNorm(_BatchNorm):
+    """A batch norm that is none of the four classes which fvcore knows."""
+
+    def _check_input_dim(self, input):
+        pass
+
+
+def test_re_estimation_of_a_reused_layer():
+    data = [make_features(seed) for seed in range(3)]
+    with pytest.raises(AssertionError, match="Some BN layers are reused"):
+        update_bn_stats(Reusing(), data, num_iters=3)
+    ours = Reusing()
+    recompute_population_statistics(ours, data)
+    _, mean, _ = reference.moments_of([x for features in data for x in features.values()])
+    torch.testing.assert_close(ours.bn.running_mean, mean)
+
+
+def test_re_estimation_of_a_layer_that_is_not_reached():
+    peer, ours = Skipping(), Skipping()
+    update_bn_stats(peer, make_batches(), num_iters=4)
+    assert torch.equal(peer.unused.running_var, torch.zeros(NUM_CHANNELS).double())
+    report = recompute_population_statistics(ours, make_batches())
+    assert torch.equal(ours.unused.running_var, torch.ones(NUM_CHANNELS).double())
+    assert [estimate.path for estimate in report.not_reached] == ["unused"]
+    torch.testing.assert_close(ours.used.running_var, peer.used.running_var, rtol=0.05, atol=0)
+
+
+def test_re_estimation_with_a_short_loader():
+    peer, ours = Skipping(), Skipping()
+    with pytest.raises(AssertionError, match="dataloader stops at"):
+        update_bn_stats(peer, make_batches(), num_iters=9)
+    assert peer.used.momentum == 1.0
+    assert len(peer.used._forward_pre_hooks) == 1
+    assert recompute_population_statistics(ours, make_batches(), num_batches=9).num_batches == 4
+    assert ours.used.momentum == 0.1
+    assert not ours.used._forward_pre_hooks
+
+
+def test_re_estimation_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    data = [torch.randn(4, 32, 32, 32, generator=generator) + 1e4 for _ in range(8)]
+    peer, ours = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
+    update_bn_stats(peer, data, num_iters=8)
+    assert peer.running_var.min() < 0
+    recompute_population_statistics(ours, data)
+    _, _, var = reference.moments_of(data)
+    torch.testing.assert_close(ours.running_var.double(), var, rtol=2e-4, atol=0)
+
+
+def test_re_estimation_of_an_own_norm_class():
+    peer, ours = (nn.Sequential(OwnNorm(NUM_CHANNELS).double()) for _ in range(2))
+    update_bn_stats(peer, make_batches(), num_iters=4)
+    assert torch.equal(peer[0].running_mean, torch.zeros(NUM_CHANNELS).double()), "skipped without a word"
+    recompute_population_statistics(ours, make_batches())
+    _, mean, _ = reference.moments_of(make_batches())
+    torch.testing.assert_close(ours[0].running_mean, mean)
+
+
+# Several workers
+
+
+def run_peers_and_ours(rank):
+    """Everything that needs two workers, in one go."""
+    share = make_share(rank)
+    z = torch.ones(1, requires_grad=True)
+    (differentiable_all_reduce(z) + z).sum().backward()
+    constant = torch.ones(1)
+    total = all_reduce_sum(constant, resolve_group("all"))
+
+    try:
+        nn.SyncBatchNorm(NUM_CHANNELS).train()(share.float())
+        refusal = ""
+    except ValueError as error:
+        refusal = str(error)
+
+    naive = NaiveSyncBatchNorm(NUM_CHANNELS).double().train()(share).detach()
+    spec = NormSpec(statistics="shared", population="shared", workers="all")
+    ours = LevelBatchNorm2d(NUM_CHANNELS, ["p3"], spec).double().train()({"p3": share})["p3"].detach()
+
+    peer_bn, our_bn = nn.BatchNorm2d(NUM_CHANNELS).double(), nn.BatchNorm2d(NUM_CHANNELS).double()
+    update_bn_stats(peer_bn, [share], num_iters=1)
+    recompute_population_statistics(our_bn, [share])
+    return {
+        "gradient": z.grad,
+        "sum": (constant, total),
+        "refusal": refusal,
+        "naive": naive,
+        "ours": ours,
+        "peer_mean": peer_bn.running_mean,
+        "our_mean": our_bn.running_mean,
+    }
+
+
+def make_share(rank):
+    """Images of one worker are larger and brighter than those of the other."""
+    return make_features(rank)["p3"] if rank == 0 else make_features(rank, ((2, 2, 3), (1, 1, 1), (1, 1, 1)))["p3"] + 3
+
+
+@pytest.fixture(scope="module")
+def two_workers():
+    return run_workers(run_peers_and_ours, 2)
+
+
+def test_the_all_reduce_of_fvcore_reduces_in_place_in_backward(two_workers):
+    assert [result["gradient"].item() for result in two_workers] == [4.0, 4.0], "d(sum over workers of z + z)/dz is 3"
+    assert [result["sum"] for result in two_workers] == [(torch.ones(1), torch.full((1,), 2.0))] * 2
+
+
+def test_torchs_sync_batch_norm_refuses_the_cpu(two_workers):
+    assert all("SyncBatchNorm expected input tensor to be on" in result["refusal"] for result in two_workers)
+    assert all(torch.isfinite(result["ours"]).all() for result in two_workers)
+
+
+def test_naive_sync_batch_norm_is_off_where_workers_are_unequal(two_workers):
+    ones, zeros = torch.ones(NUM_CHANNELS).double(), torch.zeros(NUM_CHANNELS).double()
+    expected = reference.concatenated_batch_norm([make_share(0), make_share(1)], [ones, ones], [zeros, zeros], 1e-5)
+    for result, right in zip(two_workers, expected, strict=True):
+        assert (result["naive"] - right).abs().max() > 0.1
+        torch.testing.assert_close(result["ours"], right, rtol=1e-11, atol=1e-11)
+
+
+def test_re_estimation_by_fvcore_differs_between_workers(two_workers):
+    first, second = two_workers
+    assert not torch.allclose(first["peer_mean"], second["peer_mean"])
+    assert torch.equal(first["our_mean"], second["our_mean"])
+    _, mean, _ = reference.moments_of([make_share(0), make_share(1)])
+    torch.testing.assert_close(first["our_mean"], mean)
