@@ -103,6 +103,7 @@ class TestState:
 def test_full_disk_is_seen_before_anything_is_made(whole, monkeypatch):
     shutil.rmtree(whole)
     monkeypatch.setattr(setup, "DISK_GB", 10**9)
+    monkeypatch.setattr(setup, "create_environment", lambda: pytest.fail("it was begun on a full disk"))
     with pytest.raises(InstallError, match=r"must have 1000000000 GB free; got [\d.]+ GB"):
         setup.set_up()
     assert not whole.exists()
