@@ -1,71 +1,16 @@
-"""Re-estimated population statistics are the moments of all data; nothing else of the model changes, come what may."""
+"""Re-estimated population statistics are the moments of all data; nothing else of the model changes."""
 
 import pytest
 import torch
 from torch import nn
 
 from bnext import recompute_population_statistics
-from bnext.errors import StatisticsError
 from bnext.layers import LevelBatchNorm2d, NormSpec
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, make_norm, randomize
+from tests.statistics.models import STATE, assert_as_before, assert_population, batches, make_net, snapshot
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
-STATE = ("running_mean", "running_var")
-
-
-def assert_population(state, features):
-    count, mean, var = reference.moments_of(features)
-    torch.testing.assert_close(state.running_mean.double(), mean, **EXACT)
-    torch.testing.assert_close(state.running_var.double(), var * count / (count - 1), **EXACT)
-
-
-def snapshot(model):
-    return (
-        {key: value.clone() for key, value in model.state_dict().items()},
-        {name: module.training for name, module in model.named_modules()},
-        {name: (len(m._forward_pre_hooks), len(m._forward_hooks)) for name, m in model.named_modules()},
-        {name: getattr(module, "momentum", None) for name, module in model.named_modules()},
-        {name: buffer.data_ptr() for name, buffer in model.named_buffers()},
-    )
-
-
-def assert_as_before(model, before):
-    after = snapshot(model)
-    assert after[0].keys() == before[0].keys()
-    changed = [k for k, value in before[0].items() if not torch.equal(value, after[0][k])]
-    assert not changed
-    assert after[1:] == before[1:]
-
-
-class Net(nn.Module):
-    """Two norms, one of them reached only with `long`; a dropout and a frozen norm beside them."""
-
-    def __init__(self):
-        super().__init__()
-        self.first = nn.BatchNorm2d(NUM_CHANNELS)
-        self.drop = nn.Dropout(0.9)
-        self.frozen = nn.BatchNorm2d(NUM_CHANNELS, track_running_stats=False)
-        self.second = nn.BatchNorm2d(NUM_CHANNELS)
-        self.long = True
-
-    def forward(self, batch):
-        if isinstance(batch, BaseException):
-            raise batch
-        x = self.drop(self.first(batch))
-        return self.second(x) if self.long else x
-
-
-def make_net(training=False):
-    net = randomize(Net().double()).train(training)
-    net.first.eval()  # a mixture of modes is somebody's choice too
-    net.second.momentum = 0.37
-    return net
-
-
-def batches(number=4, samples=3):
-    """Batches of unequal size and of unequal mean."""
-    return [make_features(seed, ((samples + seed, 4, 3), (1, 1, 1), (1, 1, 1)))["p3"] + seed for seed in range(number)]
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -213,62 +158,6 @@ def test_num_batches_limits_and_a_short_loader_is_enough():
     assert recompute_population_statistics(net, iter(data), num_batches=100).num_batches == 4
     assert_population(net.first, data)
     assert net.second.momentum == 0.37
-
-
-@pytest.mark.parametrize(
-    ("poison", "error"),
-    [
-        (RuntimeError("lost"), RuntimeError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
-        (torch.full((2, NUM_CHANNELS, 3, 3), float("nan")).double(), StatisticsError),
-        (torch.full((2, NUM_CHANNELS, 3, 3), float("inf")).double(), StatisticsError),
-        (torch.zeros(2, NUM_CHANNELS + 1, 3, 3).double(), Exception),
-    ],
-    ids=["exception", "interrupt", "nan", "inf", "shape"],
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_after_an_error_the_model_is_bitwise_as_it_was(poison, error, training):
-    net = make_net(training)
-    before = snapshot(net)
-    with pytest.raises(error):
-        recompute_population_statistics(net, [*batches(), poison])
-    assert_as_before(net, before)
-
-
-def test_a_loader_that_fails_leaves_the_model_bitwise_as_it_was():
-    def load():
-        yield from batches()
-        raise OSError("disk")
-
-    net = make_net(training=True)
-    before = snapshot(net)
-    with pytest.raises(OSError, match="disk"):
-        recompute_population_statistics(net, load())
-    assert_as_before(net, before)
-
-
-@pytest.mark.parametrize("row", ROWS)
-def test_level_norms_are_as_they_were_after_an_error(row):
-    norm = make_norm(NormSpec.from_table5_row(row)).train()
-    before = snapshot(norm)
-    bad = {**make_features(), "p4": torch.full((1, NUM_CHANNELS, 2, 2), float("nan")).double()}
-    with pytest.raises(StatisticsError, match=r"finite; got NaN or Inf"):
-        recompute_population_statistics(norm, [make_features(), bad])
-    assert_as_before(norm, before)
-
-
-def test_an_empty_loader_is_an_error_and_changes_nothing():
-    net = make_net()
-    before = snapshot(net)
-    with pytest.raises(StatisticsError, match="at least one batch.*got 0 batches"):
-        recompute_population_statistics(net, [])
-    assert_as_before(net, before)
-
-
-def test_a_model_without_a_norm_is_an_error():
-    for model in (nn.Conv2d(3, 3, 1), nn.Sequential(nn.GroupNorm(1, 3), nn.BatchNorm2d(3, track_running_stats=False))):
-        with pytest.raises(StatisticsError, match="must have a batch norm with running statistics"):
-            recompute_population_statistics(model, [torch.zeros(2, 3, 2, 2)])
 
 
 def test_the_report_tells_how_far_statistics_moved():
