@@ -1,0 +1,44 @@
+"""What the documents show runs: Python blocks are executed, YAML blocks are configs, files exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bnext.engine import load_config
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "projects/RethinkingBatchNorm/README.md", "datasets/README.md", "CONTRIBUTING.md"]
+
+
+def find_blocks(document, language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(
+    ("document", "number"),
+    [(document, number) for document in DOCUMENTS for number in range(len(find_blocks(document, "python")))],
+)
+def test_python_block_runs(document, number, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    exec(compile(find_blocks(document, "python")[number], f"{document}, block {number}", "exec"), {})
+
+
+def test_yaml_blocks_are_configs(tmp_path):
+    blocks = find_blocks("README.md", "yaml")
+    assert blocks
+    for number, block in enumerate(blocks):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump({"VERSION": 2, **yaml.safe_load(block)}))
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_files_that_are_named_exist(document):
+    text = (ROOT / document).read_text()
+    named = set(re.findall(r"(?:configs|projects|tools|datasets)/[\w/.-]+\.(?:py|yaml|md)", text))
+    missing = [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / document).parent.joinpath(name).exists()
+    ]
+    assert not missing
