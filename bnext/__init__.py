@@ -5,6 +5,7 @@ registers its meta-architectures and data sets; where it is not, everything else
 """
 
 import importlib.util
+import warnings
 
 from bnext.errors import BNextError, CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
 from bnext.layers import LevelBatchNorm2d, NormSpec, convert_norm, convert_norm_state, copy_norm_state
@@ -28,9 +29,12 @@ __all__ = [
 ]
 
 if importlib.util.find_spec("detectron2") is not None:
-    from bnext import heads  # registers BNextRetinaNet and BNextFCOS
-    from bnext.config import add_bnext_config
-    from bnext.data.catalog import register_datasets
+    with warnings.catch_warnings():
+        # fvcore and detectron2 script a few functions at import; users can do nothing about it.
+        warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
+        from bnext import heads  # registers BNextRetinaNet and BNextFCOS
+        from bnext.config import add_bnext_config
+        from bnext.data.catalog import register_datasets
 
     __all__ += ["add_bnext_config", "heads"]
     register_datasets()

@@ -13,17 +13,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from detectron2.engine import default_argument_parser
-
-from bnext.engine import load_config, run
+from bnext.engine import build_parser, load_config, run
 from bnext.errors import BNextError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
-    parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")
-    args = parser.parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         run(load_config(args.config_file, args.opts), args)
     except BNextError as error:

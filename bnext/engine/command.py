@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
@@ -24,7 +24,14 @@ from bnext.engine.launch import launch
 from bnext.engine.trainer import evaluate, train
 from bnext.errors import CheckpointError, ConfigError, LaunchError
 
-__all__ = ["check_run", "load_config", "run"]
+__all__ = ["build_parser", "check_run", "load_config", "run"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line; --dist-url is by default a free port of this machine."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    return parser
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:

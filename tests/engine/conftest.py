@@ -8,7 +8,6 @@ from bnext.data.catalog import register_datasets
 from bnext.engine import train
 from tests.engine import tiny
 
-
 # Otherwise the trainer would set up console handlers, on a stream that pytest closes after the test.
 for name in ("bnext", "detectron2"):
     logging.getLogger(name).setLevel(logging.INFO)

@@ -103,6 +103,7 @@ if __name__ == "__main__":
     where = sys.argv[1]
     if "RANK" in os.environ:
         launch(look, 1, args=(where,))
+        assert not torch.distributed.is_initialized()
     else:
         launch(work, 2, args=(where,))
         launch(fail, 2)  # last, as it raises
