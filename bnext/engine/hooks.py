@@ -227,12 +227,12 @@ class ProgressBar(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
-        loggers = [logging.getLogger(name) for name in _CONSOLE_LOGGERS]
-        consoles = [h for log in loggers for h in log.handlers if type(h) is logging.StreamHandler]
-        for handler in consoles:
+        consoles = [(log, handler) for log in _CONSOLE_LOGGERS for handler in logging.getLogger(log).handlers]
+        consoles = [(log, handler) for log, handler in consoles if _writes_to_console(handler)]
+        for _, handler in consoles:
             handler.addFilter(_is_not_metrics)
             self._stack.callback(handler.removeFilter, _is_not_metrics)
-        self._stack.enter_context(logging_redirect_tqdm([log for log in loggers if log.handlers]))
+        self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(log) for log, _ in consoles]))
         self._bar = self._stack.enter_context(
             tqdm(
                 total=trainer.max_iter,
@@ -255,6 +255,11 @@ class ProgressBar(HookBase):
 
     def after_train(self) -> None:
         self._stack.close()
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    # log.txt is a StreamHandler of Detectron2's too, so the stream decides.
+    return getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
 
 
 def _is_not_metrics(record: logging.LogRecord) -> bool:

@@ -6,6 +6,7 @@ their own around them.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections import OrderedDict
@@ -78,8 +79,11 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def _distribute(self, model: nn.Module) -> nn.Module:
+        # Newer torch renamed the switch; with both names DDP leaves the buffers alone in forward.
+        parameters = inspect.signature(DistributedDataParallel.__init__).parameters
+        switch = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         devices = {"device_ids": None} if self._is_on_cpu else {}  # DDP refuses device ids for a CPU model
-        return create_ddp_model(model, broadcast_buffers=False, **devices)
+        return create_ddp_model(model, **{switch: False}, **devices)
 
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
