@@ -119,6 +119,7 @@ def test_every_spec_is_the_float64_definition(spec):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_eval_is_torchs_batch_norm_by_the_levels_own_state(spec):
+    spec = spec.replace(eps=0.3)
     norm = make_norm(spec).eval()
     before = {key: value.clone() for key, value in norm.state_dict().items()}
     features = make_features(requires_grad=True)
