@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import get_args
 
 try:
     from detectron2.config import CfgNode
+    from detectron2.layers import get_norm
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "detectron2 must be installed for bnext's configs, heads, data and tools; got none. Run "
@@ -22,6 +24,8 @@ __all__ = ["LEVEL_ARCHITECTURES", "add_bnext_config", "check_config", "get_head_
 # Meta-architectures whose head sees several named levels; they read MODEL.RETINANET.
 LEVEL_ARCHITECTURES = ("BNextRetinaNet", "BNextFCOS")
 PLACE = "MODEL.BNEXT.RETINANET"
+# Other batch norms of detectron2: a head would share them over its levels without a word, as row 3 is.
+UNSAFE_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 FIELDS = {"STATISTICS": "statistics", "POPULATION": "population", "AFFINE": "affine"}
 
 
@@ -64,10 +68,26 @@ def check_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.BNEXT.RETINANET
     for key in FIELDS:
         check_choice(f"{PLACE}.{key}", node[key], get_args(Sharing), where="config")
+    if cfg.MODEL.META_ARCHITECTURE in LEVEL_ARCHITECTURES:
+        _check_norm(cfg.MODEL.RETINANET.NORM)
     default = NormSpec()
     changed = [key for key, field in FIELDS.items() if node[key] != getattr(default, field)]
     if changed:
         _check_has_levels(cfg, f"{PLACE}.{changed[0]}", node[changed[0]])
+
+
+def _check_norm(name: str) -> None:
+    """The head's norm is one of ours, or one that the installed detectron2 has and that needs no levels."""
+    is_known = name in BATCH_NORM_WORKERS
+    if not is_known and name not in UNSAFE_NORMS:
+        with contextlib.suppress(KeyError):
+            get_norm(name, 32)
+            is_known = True
+    if not is_known:
+        raise ConfigError(
+            f"MODEL.RETINANET.NORM must be BN, SyncBN, or a norm of the installed detectron2 that is no other batch "
+            f"norm (GN, FrozenBN, ''); got {name!r}. For a mini-batch over all workers use SyncBN."
+        )
 
 
 def _check_has_levels(cfg: CfgNode, key: str, value: str) -> None:

@@ -50,11 +50,16 @@ def test_six_rows_by_keys_alone(architecture, row, norm, workers):
     assert get_head_norm(cfg) == NormSpec.from_table5_row(row, workers=workers)
 
 
-@pytest.mark.parametrize("norm", ["GN", "", "FrozenBN", "LN"])
+@pytest.mark.parametrize("norm", ["GN", "", "FrozenBN"])
 def test_other_norms_are_detectron2s(norm):
     cfg = make_cfg(norm=norm)
     check_config(cfg)
     assert get_head_norm(cfg) == norm
+
+
+@pytest.mark.parametrize("norm", ["naiveSyncBN", "nnSyncBN", "batchnorm"])
+def test_a_norm_that_would_be_shared_silently_or_is_unknown(norm):
+    assert refusal(make_cfg(norm=norm)).startswith("MODEL.RETINANET.NORM must be BN, SyncBN")
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -80,7 +85,7 @@ def test_rows_asked_for_a_model_without_levels(architecture, key, value):
 @pytest.mark.parametrize(
     ("key", "value"), [("STATISTICS", "shared"), ("POPULATION", "shared"), ("AFFINE", "per_level")]
 )
-@pytest.mark.parametrize("norm", ["", "GN", "FrozenBN", "nnSyncBN"])
+@pytest.mark.parametrize("norm", ["", "GN", "FrozenBN"])
 def test_rows_asked_for_a_head_without_batch_norm(norm, key, value):
     text = refusal(make_cfg(norm=norm, **{key: value}))
     assert text.startswith(f"MODEL.BNEXT.RETINANET.{key} must keep its default where the head has no batch norm")

@@ -51,7 +51,7 @@ class PopulationEstimate:
 
 @dataclasses.dataclass(frozen=True)
 class RecomputeReport:
-    """All estimates of one run, and the number of batches of this worker."""
+    """All estimates of one run, and the number of batches over all workers."""
 
     estimates: tuple[PopulationEstimate, ...]
     num_batches: int
@@ -97,14 +97,14 @@ def recompute_population_statistics(
             for which it is true are re-estimated. Default: all.
 
     Returns:
-        The report, equal on every worker but for `num_batches`.
+        The report, equal on every worker.
 
     Raises:
         StatisticsError: no norm is selected, there is no batch, or activations are not finite.
 
     Note:
         After an exception the model is bitwise as it was; otherwise only the running statistics
-        of the reached norms differ. One all-gather per set of statistics, at the end.
+        of the reached norms differ. Collectives at the end: one per set of statistics, and one more.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
@@ -119,6 +119,7 @@ def recompute_population_statistics(
     with _estimating(model, norms) as collectors:
         done = _run(model, data, num_batches, forward)
     totals = [_merge_over_workers(collector.total) for collector in collectors]
+    done = int(all_gather_stacked(totals[0].count.new_tensor(done), resolve_group("all")).sum())
     if all(total.count == 0 for total in totals):
         raise StatisticsError(
             f"data must give at least one batch that reaches a norm; got {done} batches and no activation "
@@ -153,7 +154,7 @@ class _Collector:
         self.total = Moments(zeros.new_zeros(()), zeros, zeros.clone())
 
     def add(self, feature: Tensor) -> None:
-        new = Moments(*(field.double() for field in batch_moments(feature)))
+        new = batch_moments(feature.double())  # float32 would round the mean of a batch far from zero
         if not torch.isfinite(new.var).all() or not torch.isfinite(new.mean).all():
             raise StatisticsError(
                 f"activations must be finite; got NaN or Inf ({'.'.join([self.path, *self.levels[:1]])}). "
