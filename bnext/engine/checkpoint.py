@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import CheckpointError
 from bnext.layers.convert import convert_norm_state
+from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
 __all__ = ["Checkpointer", "find_required_keys"]
 
@@ -48,7 +49,7 @@ class Checkpointer(DetectionCheckpointer):
             super().save(name, **kwargs)
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
+        data = {"model": self.model.state_dict(), **states, **self._norm_specs(), **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         _replace_file(path, lambda partial: torch.save(data, partial))
@@ -95,6 +96,11 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(self.get_checkpoint_file(), complete=True)
         return self.load(path, checkpointables=[])
 
+    def _norm_specs(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """How the level norms compute statistics: their keys alone do not tell row 1 from 3, or 2 from 4."""
+        specs = collect_norm_specs(self.model)
+        return {"norm_specs": specs} if specs else {}
+
     def _must_see_file(self) -> bool:
         # With several workers, only the main one needs the file: Detectron2 sends the weights to the others.
         return comm.is_main_process() or not isinstance(self.model, DistributedDataParallel)
@@ -120,6 +126,7 @@ class Checkpointer(DetectionCheckpointer):
         state = _strip_prefix(checkpoint["model"], "module.")
         metadata = getattr(state, "_metadata", None)
         state, report = convert_norm_state(state, self.model)
+        report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), state, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
         self._check_fit(state)

@@ -58,7 +58,7 @@ class ConversionReport:
         for change in self.changes:
             paths.setdefault(change.text, []).append(change.path)
         lines = [f"  {len(where)} norms ({where[0]}, ...): {text}" for text, where in paths.items()]
-        return "\n".join(["Norm state was converted:", *lines]) if lines else "Norm state needed no conversion."
+        return "\n".join(["Norm state of the checkpoint:", *lines]) if lines else "Norm state needed no conversion."
 
 
 def convert_norm_state(state_dict: StateDict, model: nn.Module) -> tuple[dict[str, Tensor], ConversionReport]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ class LevelBatchNorm2d(nn.BatchNorm2d):
     @torch.no_grad()
     def _update_population(self, state: Any, moments: Moments, index: int) -> None:
         own = Moments(moments.count[index], moments.mean[index], moments.var[index])
-        mean, var = update_running_statistics(state.running_mean, state.running_var, own, self.momentum)
+        mean, var = update_running_statistics(state.running_mean, state.running_var, own, cast(float, self.momentum))
         state.running_mean.copy_(mean)
         state.running_var.copy_(var)
         state.num_batches_tracked.add_((own.count >= 2).to(state.num_batches_tracked.dtype))

@@ -136,5 +136,28 @@ def test_norm_state_is_converted_and_reported(tmp_path, bnext_log):
     means = [value for key, value in target.state_dict().items() if key.endswith("running_mean")]
     assert len(means) == 2
     assert all(bool((mean == 3).all()) for mean in means)
-    assert "Norm state was converted" in bnext_log.text
+    assert "Norm state of the checkpoint" in bnext_log.text
     assert path in bnext_log.text
+
+
+@pytest.mark.parametrize(("trained", "loaded"), [(1, 3), (3, 1), (2, 4), (4, 2)])
+def test_rows_with_equal_keys_are_told_apart(tmp_path, bnext_log, trained, loaded):
+    def head(row):
+        return nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(row)))
+
+    Checkpointer(head(trained), str(tmp_path)).save("model_final")
+    path = str(tmp_path / "model_final.pth")
+    Checkpointer(head(trained)).load(path, complete=True)
+    assert not bnext_log.messages
+    rest = Checkpointer(head(loaded)).load(path, complete=True)
+    names = {1: "shared", 2: "shared", 3: "per_level", 4: "per_level"}
+    expected = f"mini-batch statistics were {names[trained]}, the model's are {names[loaded]}"
+    assert sum(expected in message for message in bnext_log.messages) >= 1
+    assert "norm_specs" not in rest
+
+
+def test_a_checkpoint_that_does_not_say_is_said(tmp_path, bnext_log):
+    model = nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(3)))
+    path = save(model, tmp_path / "foreign.pth")
+    Checkpointer(model).load(path, complete=True)
+    assert any("does not say whether" in message for message in bnext_log.messages)
