@@ -36,6 +36,7 @@ def test_defaults_leave_detectron2_as_it_is():
     check_config(cfg)
     before = get_cfg()
     del cfg.MODEL["BNEXT"]
+    assert cfg.SOLVER.pop("OPTIMIZER") == "SGD"
     cfg.MODEL.META_ARCHITECTURE = before.MODEL.META_ARCHITECTURE
     assert cfg == before
     assert get_head_norm(make_cfg()).table5_row == 4

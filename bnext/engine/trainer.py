@@ -30,6 +30,7 @@ from bnext.data.seeding import derive_seed, seeded
 from bnext.engine import hooks
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
+from bnext.engine.optimizer import build_optimizer
 from bnext.errors import CheckpointError
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -119,6 +120,11 @@ class Trainer(DefaultTrainer):
             JSONWriter(f"{folder}/metrics.json"),
             TensorboardXWriter(folder),
         ]
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """See `bnext.engine.optimizer.build_optimizer`."""
+        return build_optimizer(cfg, model)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
