@@ -24,7 +24,6 @@ __all__ = ["LEVEL_ARCHITECTURES", "add_bnext_config", "check_config", "get_head_
 # Meta-architectures whose head sees several named levels; they read MODEL.RETINANET.
 LEVEL_ARCHITECTURES = ("BNextRetinaNet", "BNextFCOS")
 PLACE = "MODEL.BNEXT.RETINANET"
-OPTIMIZERS = ("SGD", "ADAMW")
 # Other batch norms of detectron2: a head would share them over its levels without a word, as row 3 is.
 UNSAFE_NORMS = ("nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 FIELDS = {"STATISTICS": "statistics", "POPULATION": "population", "AFFINE": "affine"}
@@ -45,7 +44,8 @@ def add_bnext_config(cfg: CfgNode) -> None:
     # Scale and shift: one pair ("shared") or one "per_level".
     cfg.MODEL.BNEXT.RETINANET.AFFINE = "shared"
     # "SGD" or "ADAMW"; the name and the values that other projects on detectron2 use.
-    cfg.SOLVER.OPTIMIZER = "SGD"
+    if "OPTIMIZER" not in cfg.SOLVER:
+        cfg.SOLVER.OPTIMIZER = "SGD"
 
 
 def get_head_norm(cfg: CfgNode) -> NormSpec | str:
@@ -71,7 +71,6 @@ def check_config(cfg: CfgNode) -> None:
     node = cfg.MODEL.BNEXT.RETINANET
     for key in FIELDS:
         check_choice(f"{PLACE}.{key}", node[key], get_args(Sharing), where="config")
-    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS, where="config")
     if cfg.MODEL.META_ARCHITECTURE in LEVEL_ARCHITECTURES:
         _check_norm(cfg.MODEL.RETINANET.NORM)
     default = NormSpec()

@@ -35,6 +35,20 @@ def test_yaml_blocks_are_configs(tmp_path):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
+def test_nothing_is_left_to_fill_in(document):
+    assert re.findall(r"@[A-Z]+@", (ROOT / document).read_text()) == []
+
+
+def test_the_method_card_has_the_configs_numbers():
+    card = (ROOT / "projects/RethinkingBatchNorm/README.md").read_text()
+    for name in ("digits", "coco"):
+        cfg = load_config(str(ROOT / f"projects/RethinkingBatchNorm/configs/{name}/table5_row3.yaml"))
+        iterations, batch = cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH
+        assert f"{iterations:,} iterations of {batch} images" in card
+        assert f"{cfg.TEST.PRECISE_BN.NUM_ITER * batch:,} training images" in card
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()
     named = set(re.findall(r"(?:configs|projects|tools|datasets)/[\w/.-]+\.(?:py|yaml|md)", text))

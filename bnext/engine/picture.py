@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
 from detectron2.utils.visualizer import Visualizer
+from matplotlib.figure import Figure
 from torch import nn
+
+from bnext.files import replace_file
 
 __all__ = ["draw_detections"]
 
@@ -25,7 +27,7 @@ def draw_detections(
     *,
     num_images: int = 4,
     score_threshold: float = 0.3,
-    scale: float = 3.0,
+    scale: float = 4.0,
 ) -> Path:
     """Draw boxes, classes and scores of several models, one row of pictures each, under the true boxes.
 
@@ -77,9 +79,9 @@ def _draw_prediction(
 
 def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
     num_columns = len(next(iter(rows.values())))
-    figure, axes = plt.subplots(
-        len(rows), num_columns, figsize=(3.2 * num_columns, 3.2 * len(rows)), squeeze=False, layout="constrained"
-    )
+    # Not pyplot, which may want a display.
+    figure = Figure(figsize=(3.2 * num_columns, 3.2 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), num_columns, squeeze=False)
     for (title, images), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(title, fontsize=13)
         for axis, image in zip(line, images, strict=True):
@@ -87,8 +89,5 @@ def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
             axis.set_xticks([])
             axis.set_yticks([])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    figure.savefig(partial, format="png", dpi=110)
-    plt.close(figure)
-    os.replace(partial, path)
+    replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
     return path

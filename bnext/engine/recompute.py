@@ -1,8 +1,12 @@
-"""Re-estimate the population statistics of a checkpoint on the training images of a config."""
+"""Re-estimate population statistics on the training images of a config: in a training, or of a checkpoint."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
+
 from detectron2.config import CfgNode
+from detectron2.engine import HookBase
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
@@ -11,19 +15,31 @@ from tqdm import tqdm
 
 from bnext.data.loader import build_train_loader
 from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.hooks import is_due
 from bnext.heads import forward_statistics
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 
-__all__ = ["recompute_head_statistics", "repair_checkpoint"]
+__all__ = ["PreciseBN", "is_level_norm", "recompute_statistics", "repair_checkpoint"]
 
 
-def recompute_head_statistics(cfg: CfgNode, model: nn.Module) -> RecomputeReport:
-    """Re-estimate the statistics of the level norms of a model on TEST.PRECISE_BN.NUM_ITER training batches.
+def is_level_norm(path: str, module: nn.Module) -> bool:
+    """Selects the norms of level-shared heads."""
+    return isinstance(module, LevelBatchNorm2d)
+
+
+def recompute_statistics(
+    cfg: CfgNode, model: nn.Module, layers: Callable[[str, nn.Module], bool] | None = None
+) -> RecomputeReport:
+    """Re-estimate the statistics of a detector's norms on TEST.PRECISE_BN.NUM_ITER training batches.
 
     Args:
         cfg: its training data, batch size and TEST.PRECISE_BN.NUM_ITER are used.
-        model: a detector with level norms; every other norm keeps its statistics.
+        model: the detector; anchors, matching and losses of a dense one are left out.
+        layers: called as layers(path, module), says which norms; None: all. Others keep their statistics.
+
+    Raises:
+        StatisticsError: see `recompute_population_statistics`.
 
     Note:
         A collective. Every worker uses its share of each batch.
@@ -37,16 +53,33 @@ def recompute_head_statistics(cfg: CfgNode, model: nn.Module) -> RecomputeReport
         disable=None if comm.is_main_process() else True,  # None: shown on a terminal only
     )
     with batches:
-        return recompute_population_statistics(
-            model,
-            batches,
-            num_batches=cfg.TEST.PRECISE_BN.NUM_ITER,
-            forward=forward,
-            layers=lambda path, module: isinstance(module, LevelBatchNorm2d),
+        report = recompute_population_statistics(
+            model, batches, num_batches=cfg.TEST.PRECISE_BN.NUM_ITER, forward=forward, layers=layers
         )
+    logging.getLogger(__name__).info("%s", report)
+    return report
 
 
-def repair_checkpoint(cfg: CfgNode, weights: str) -> tuple[nn.Module, RecomputeReport]:
+class PreciseBN(HookBase):
+    """Re-estimates the statistics before an evaluation, as detectron2's hook of this name does.
+
+    Detectron2's cannot: fvcore's estimate refuses a norm that is used for several levels.
+
+    Args:
+        period: iterations between estimates; 0: after the last iteration only.
+        recompute: does it.
+    """
+
+    def __init__(self, period: int, recompute: Callable[[], object]) -> None:
+        self._period = period
+        self._recompute = recompute
+
+    def after_step(self) -> None:
+        if is_due(self.trainer.iter, self._period, self.trainer.max_iter):
+            self._recompute()
+
+
+def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
     """A model of `cfg` with the weights of a checkpoint of any row, its head's statistics estimated anew.
 
     Args:
@@ -59,8 +92,8 @@ def repair_checkpoint(cfg: CfgNode, weights: str) -> tuple[nn.Module, RecomputeR
     """
     model = build_model(cfg)
     Checkpointer(model).load(weights, checkpointables=[], complete=True)
-    report = recompute_head_statistics(cfg, model)
+    recompute_statistics(cfg, model, layers=is_level_norm)
     saver = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process())
     saver.save("model_final")
     comm.synchronize()
-    return model.eval(), report
+    return model.eval()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import logging
 import math
@@ -27,8 +26,9 @@ from bnext.config import get_head_norm
 from bnext.engine.command import check_run, load_config
 from bnext.engine.evaluation import evaluate_model
 from bnext.engine.recompute import repair_checkpoint
-from bnext.engine.trainer import evaluate, train
+from bnext.engine.trainer import train
 from bnext.errors import ConfigError
+from bnext.files import replace_file
 from bnext.layers import TABLE5_ROWS, NormSpec
 
 __all__ = ["PAPER_AP", "TRAINED_ROW", "format_table", "load_rows", "order_rows", "run_rows"]
@@ -60,6 +60,11 @@ def load_rows(
     Raises:
         BNextError: a config, a data set or the folder is wrong.
     """
+    if "OUTPUT_DIR" in opts:
+        raise ConfigError(
+            f"OUTPUT_DIR must not be among the pairs, as every row has a folder of its own; got {list(opts)}. "
+            f"Use --output."
+        )
     configs = {}
     for row, file in config_files.items():
         configs[row] = load_config(file, [*opts, "OUTPUT_DIR", os.path.join(output, f"row{row}")])
@@ -69,6 +74,12 @@ def load_rows(
             raise ConfigError(
                 f"the config of row {row} must have its three answers {expected}; got {spec} ({config_files[row]}). "
                 f"Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET."
+            )
+    for row, cfg in configs.items():
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ConfigError(
+                f"DATASETS.TEST must name one data set, which gives the table its AP; got {cfg.DATASETS.TEST} "
+                f"(row {row}). Name one."
             )
     run = argparse.Namespace(eval_only=False, resume=False, num_gpus=num_workers, num_machines=1)
     check_run(next(iter(configs.values())), run)
@@ -89,13 +100,16 @@ def run_rows(configs: Mapping[int, CfgNode], output: str, title: str, resume: bo
         written anew, whole, after every row.
     """
     results: dict[str, Any] = {"rows": {}, "seconds": {}}
+    file = Path(output, "results.json")
+    if resume and file.exists():
+        results = json.loads(file.read_text())
     _set_up_logging(output)
     for row, cfg in configs.items():
         logger.info("Row %d: %s.", row, describe_row(row))
         metrics = _run_row(row, cfg, configs, results["seconds"], resume)
         results["rows"][str(row)] = _flatten(metrics)
         if comm.is_main_process():
-            _write_json(Path(output, "results.json"), results)
+            replace_file(file, lambda partial: partial.write(f"{json.dumps(results, indent=2)}\n".encode()))
     if comm.is_main_process():
         print(format_table(results, title), flush=True)
 
@@ -135,15 +149,14 @@ def _run_row(
     trained = TRAINED_ROW[row]
     if comm.is_main_process():
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        if not resume:  # else an interrupted new study would later go on with the old one's checkpoint
+            Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink(missing_ok=True)
         Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
     if row == trained:
-        weights = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
-        is_done = resume and os.path.isfile(weights)
-        with _timed(seconds, f"evaluate_row{row}" if is_done else f"train_and_evaluate_row{row}"):
-            return evaluate(_with_weights(cfg, weights)) if is_done else train(cfg, resume=resume)
+        with _timed(seconds, f"train_and_evaluate_row{row}"):
+            return train(cfg, resume=resume)
     with _timed(seconds, f"reestimate_row{row}"):
-        model, report = repair_checkpoint(cfg, os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth"))
-    logger.info("%s", report)
+        model = repair_checkpoint(cfg, os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth"))
     with _timed(seconds, f"evaluate_row{row}"):
         return evaluate_model(cfg, model)
 
@@ -158,20 +171,12 @@ def _flatten(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
-def _with_weights(cfg: CfgNode, weights: str) -> CfgNode:
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = weights
-    return cfg
-
-
 @contextlib.contextmanager
 def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
-    """Wall seconds of a step; COCO's own tables, which are printed, are kept off the screen."""
+    """Wall seconds of a step; those of a training that went on are added up."""
     start = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-    seconds[step] = round(time.perf_counter() - start, 1)
+    yield
+    seconds[step] = round(seconds.get(step, 0) + time.perf_counter() - start, 1)
 
 
 def _set_up_logging(output: str) -> None:
@@ -183,12 +188,6 @@ def _set_up_logging(output: str) -> None:
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:
-    is_ours = record.name.startswith(("bnext", "detectron2.utils.events"))
+    is_ours = record.name.startswith(("bnext", "detectron2.utils.events")) and record.name != "bnext.engine.evaluation"
     return is_ours or record.levelno >= logging.WARNING
 
-
-def _write_json(path: Path, value: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(partial, path)

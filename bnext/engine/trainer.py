@@ -21,7 +21,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,6 +30,7 @@ from bnext.engine import hooks
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.optimizer import build_optimizer
+from bnext.engine.recompute import PreciseBN, recompute_statistics
 from bnext.errors import CheckpointError
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -94,7 +94,7 @@ class Trainer(DefaultTrainer):
             hooks.SeedSteps(),
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
-            self._build_precise_bn(),
+            PreciseBN(cfg.TEST.EVAL_PERIOD, self._recompute) if cfg.TEST.PRECISE_BN.ENABLED else None,
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
@@ -104,12 +104,8 @@ class Trainer(DefaultTrainer):
         writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
         return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
 
-    def _build_precise_bn(self) -> d2_hooks.PreciseBN | None:
-        cfg = self.cfg
-        if not cfg.TEST.PRECISE_BN.ENABLED or not get_bn_modules(self.model):
-            return None
-        loader = self.build_train_loader(cfg)
-        return d2_hooks.PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, cfg.TEST.PRECISE_BN.NUM_ITER)
+    def _recompute(self) -> None:
+        recompute_statistics(self.cfg, _unwrap(self.model))
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""

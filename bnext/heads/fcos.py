@@ -11,7 +11,7 @@ from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from torch import Tensor
 
 from bnext.config import check_config, get_head_norm
-from bnext.heads.lock_step import HeadNorm, make_head_norm, name_levels, run_tower
+from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
 from bnext.layers import name_norms
 
 __all__ = ["BNextFCOS", "FCOSHead"]
@@ -43,13 +43,17 @@ class FCOSHead(detectron2_fcos.FCOSHead):
 def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
     """Detectron2's FCOS by YAML keys: those of MODEL.RETINANET, its norm also by MODEL.BNEXT.RETINANET.
 
+    The thresholds of RetinaNet's keys are 0.05 (score) and 0.5 (NMS), where FCOS's own defaults are 0.2 and 0.6;
+    MODEL.ANCHOR_GENERATOR is not read, as FCOS has one point per position.
+
     Raises:
         ConfigError: see `bnext.config.check_config`.
     """
     check_config(cfg)
     node = cfg.MODEL.RETINANET
     backbone = build_backbone(cfg)
-    shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
+    with looking_up_levels(node.IN_FEATURES):
+        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
     head = FCOSHead(
         levels=node.IN_FEATURES,
         norm=get_head_norm(cfg),

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
 from bnext.errors import ConfigError
 from bnext.layers import LevelBatchNorm2d, NormSpec, build_norm
 
-__all__ = ["make_head_norm", "name_levels", "run_tower"]
+__all__ = ["looking_up_levels", "make_head_norm", "name_levels", "run_tower"]
 
 HeadNorm = NormSpec | str | Callable[[int], nn.Module]
+
+
+@contextlib.contextmanager
+def looking_up_levels(levels: Sequence[str]) -> Iterator[None]:
+    """A level that the backbone has not becomes a ConfigError."""
+    try:
+        yield
+    except KeyError as error:
+        if error.args[0] not in levels:
+            raise
+        raise ConfigError(
+            f"MODEL.RETINANET.IN_FEATURES must name features of the backbone; got {error.args[0]!r}. "
+            f"A RetinaNet's FPN has p3 to p7; correct the name."
+        ) from error
 
 
 def make_head_norm(norm: HeadNorm, levels: Sequence[str]) -> str | Callable[[int], nn.Module]:

@@ -17,7 +17,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor
 
 from bnext.config import check_config, get_head_norm
-from bnext.heads.lock_step import HeadNorm, make_head_norm, name_levels, run_tower
+from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
 from bnext.layers import name_norms
 
 __all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
@@ -61,7 +61,8 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
     without_norm = cfg.clone()  # detectron2's head is made and left; 0.6 cannot make one with "GN"
     without_norm.defrost()
     without_norm.MODEL.RETINANET.NORM = ""
-    arguments = RetinaNet.from_config(without_norm)
+    with looking_up_levels(cfg.MODEL.RETINANET.IN_FEATURES):
+        arguments = RetinaNet.from_config(without_norm)
     shapes = arguments["backbone"].output_shape()
     arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in cfg.MODEL.RETINANET.IN_FEATURES])
     model = RetinaNet(**arguments)

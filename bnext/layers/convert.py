@@ -36,6 +36,10 @@ MERGED_POPULATION = (
 NUMBERED_LEVELS = "numbered levels were read in the order {levels}"
 NO_POPULATION = "the checkpoint holds no population statistics for {levels}; re-estimate them"
 DROPPED_LEVELS = "the checkpoint's state of {levels} was left out: the model has no such level"
+NO_NORM = (
+    "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
+    "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
+)
 NO_AFFINE = "the checkpoint holds no affine for {levels}; the initial one is kept"
 
 
@@ -85,6 +89,9 @@ def convert_norm_state(state_dict: StateDict, model: nn.Module) -> tuple[dict[st
             continue
         for key in found:
             del converted[prefix + key]
+        if any(value.dim() > 1 for value in found.values()):
+            report.changes.append(Change(path, NO_NORM))
+            continue
         state, texts = _convert(found, layer, path)
         converted.update({prefix + key: value for key, value in state.items()})
         report.changes += [Change(path, text) for text in texts]
@@ -172,7 +179,6 @@ def _convert(found: StateDict, layer: LevelBatchNorm2d, path: str) -> tuple[dict
 
 
 def _check_shapes(found: StateDict, num_features: int, path: str) -> None:
-    """In a head without norms, or of another depth, the same names belong to convolutions."""
     for key, value in found.items():
         if key.rpartition(".")[2] != "num_batches_tracked" and tuple(value.shape) != (num_features,):
             raise CheckpointError(

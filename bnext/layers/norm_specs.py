@@ -42,7 +42,8 @@ def compare_norm_specs(
 
     Args:
         stored: from `collect_norm_specs` when it was saved; None: the checkpoint does not have it.
-        keys: of its state dict; a norm that it does not hold is passed over.
+        keys: of its state dict, as it was saved; a norm that it does not hold is passed over. Numbered levels
+            are detectron2's `CycleBatchNormList`, whose statistics are always per level.
         model: loads it.
     """
     owners = {key.rpartition(".")[0] for key in keys}
@@ -51,7 +52,7 @@ def compare_norm_specs(
         if not any(owner == path or owner.startswith(f"{path}.") for owner in owners):
             continue
         own = spec["statistics"]
-        before = (stored or {}).get(path, {}).get("statistics")
+        before = "per_level" if f"{path}.0" in owners else (stored or {}).get(path, {}).get("statistics")
         if before is None:
             changes.append(Change(path, UNKNOWN_STATISTICS.format(own=own)))
         elif before != own:

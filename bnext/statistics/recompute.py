@@ -90,7 +90,8 @@ def recompute_population_statistics(
 
     Args:
         model: any torch model.
-        data: batches; every worker brings its own share.
+        data: batches; every worker brings its own share. Norms over all workers need the same number of
+            batches on every worker, as in training.
         num_batches: how many to use at most, per worker; None: all.
         forward: called as forward(model, batch); default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
@@ -100,7 +101,8 @@ def recompute_population_statistics(
         The report, equal on every worker.
 
     Raises:
-        StatisticsError: no norm is selected, there is no batch, or activations are not finite.
+        StatisticsError: no norm is selected, there is no batch, activations are not finite, or another
+            worker failed.
 
     Note:
         After an exception the model is bitwise as it was; otherwise only the running statistics
@@ -116,10 +118,14 @@ def recompute_population_statistics(
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 3 (PreciseBN).
     """
     norms = _select_norms(model, layers)
+    failure, done = None, 0
     with _estimating(model, norms) as collectors:
-        done = _run(model, data, num_batches, forward)
+        try:
+            done = _run(model, data, num_batches, forward)
+        except Exception as error:  # the other workers are told before it is raised: they wait for this one
+            failure = error
+    done = _count_batches(done, failure, norms[0][1])
     totals = [_merge_over_workers(collector.total) for collector in collectors]
-    done = int(all_gather_stacked(totals[0].count.new_tensor(done), resolve_group("all")).sum())
     if all(total.count == 0 for total in totals):
         raise StatisticsError(
             f"data must give at least one batch that reaches a norm; got {done} batches and no activation "
@@ -220,6 +226,21 @@ def _run(
         model(batch) if forward is None else forward(model, batch)
         done += 1
     return done
+
+
+def _count_batches(done: int, failure: Exception | None, norm: _BatchNorm) -> int:
+    """Batches over all workers; raises on every worker if one of them has failed."""
+    device = next(norm.buffers()).device
+    message = torch.tensor([done, failure is not None], dtype=torch.float64, device=device)
+    answers = all_gather_stacked(message, resolve_group("all"))
+    if failure is not None:
+        raise failure
+    if answers[:, 1].any():
+        raise StatisticsError(
+            f"every worker must reach the end of its data; got a failure on worker {int(answers[:, 1].argmax())} "
+            f"(recompute_population_statistics). Its own message says why; the statistics are as they were."
+        )
+    return int(answers[:, 0].sum())
 
 
 def _merge_over_workers(total: Moments) -> Moments:

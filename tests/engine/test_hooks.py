@@ -16,6 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.engine import Trainer, hooks
+from bnext.engine.recompute import PreciseBN
 from tests.engine import tiny
 
 
@@ -41,7 +42,7 @@ def test_saved_is_evaluated_because_of_the_order(digits, tmp_path):
     kinds = [type(hook) for hook in Trainer(tiny.load(tmp_path, "TEST.PRECISE_BN.ENABLED", True))._hooks]
     order = [
         d2_hooks.LRScheduler,
-        d2_hooks.PreciseBN,
+        PreciseBN,
         hooks.EqualizeBuffers,
         hooks.PeriodicCheckpointer,
         hooks.EvalHook,

@@ -51,12 +51,28 @@ def test_two_rows_share_their_weights_and_differ_in_statistics(digits, tmp_path,
     assert "34.1" in capsys.readouterr().out
 
 
-def test_a_finished_row_is_not_trained_again(digits, tmp_path):
-    configs = load_rows(config_files(3), str(tmp_path), TINY)
-    run_rows(configs, str(tmp_path), "digits")
-    written = (tmp_path / "row3/model_final.pth").stat().st_mtime_ns
-    run_rows(configs, str(tmp_path), "digits", resume=True)
-    assert (tmp_path / "row3/model_final.pth").stat().st_mtime_ns == written
+def test_resume_goes_on_and_a_new_study_does_not(digits, tmp_path):
+    run_rows(load_rows(config_files(3), str(tmp_path), TINY), str(tmp_path), "digits")
+    first = torch.load(tmp_path / "row3/model_final.pth", weights_only=False)
+    longer = load_rows(config_files(3), str(tmp_path), [*TINY, "SOLVER.MAX_ITER", "3"])
+    run_rows(longer, str(tmp_path), "digits", resume=True)
+    second = torch.load(tmp_path / "row3/model_final.pth", weights_only=False)
+    assert (first["iteration"], second["iteration"]) == (1, 2)
+    stale = tmp_path / "row3/last_checkpoint"
+    stale.write_text("model_of_an_earlier_study.pth")
+    run_rows(load_rows(config_files(3), str(tmp_path), TINY), str(tmp_path), "digits")
+    assert stale.read_text() == "model_final.pth"
+
+
+@pytest.mark.parametrize("sets", ["()", "('digits_val', 'digits_train')"])
+def test_the_table_wants_one_test_set(digits, tmp_path, sets):
+    with pytest.raises(ConfigError, match="DATASETS.TEST must name one data set"):
+        load_rows(config_files(3), str(tmp_path), ["DATASETS.TEST", sets])
+
+
+def test_every_row_has_its_own_folder(digits, tmp_path):
+    with pytest.raises(ConfigError, match="OUTPUT_DIR must not be among the pairs"):
+        load_rows(config_files(3), str(tmp_path), ["OUTPUT_DIR", "elsewhere"])
 
 
 def test_demo_writes_results_and_picture(digits, tmp_path, capsys):

@@ -43,10 +43,11 @@ def check_equal_buffers():
 
 
 def check_resume(folder):
-    """Bit by bit, with normalizers and RoI-less randomness of each worker its own."""
+    """Bit by bit, with a normalizer of each worker's own, and a head that shares its mini-batch over both."""
     whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
-    train(tiny.load(whole))
-    cfg = tiny.load(resumed)
+    sync = ("MODEL.RETINANET.NORM", "SyncBN", "MODEL.BNEXT.RETINANET.STATISTICS", "shared")
+    train(tiny.load(whole, *sync))
+    cfg = tiny.load(resumed, *sync)
     tiny.train_until(cfg, 4)
     results = train(cfg, resume=True)
     comm.synchronize()

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
 from torch import nn
 
+from bnext import add_bnext_config
 from bnext.errors import ConfigError
 from bnext.heads.lock_step import make_head_norm, name_levels, run_tower
 from bnext.layers import LevelBatchNorm2d, NormSpec
@@ -50,3 +53,15 @@ def test_a_tower_applies_convolutions_per_level_and_the_norm_to_all():
     expected = same.train()({level: conv(feature) for level, feature in features.items()})
     assert calls == [list(LEVELS)]
     assert all(torch.equal(outputs[level], expected[level].relu()) for level in LEVELS)
+
+
+@pytest.mark.parametrize("architecture", ["BNextRetinaNet", "BNextFCOS"])
+def test_a_level_that_the_backbone_has_not_is_named(architecture):
+    cfg = get_cfg()
+    add_bnext_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.DEVICE = architecture, "cpu"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p8"]
+    with pytest.raises(ConfigError, match=r"MODEL.RETINANET.IN_FEATURES must name features .* got 'p8'"):
+        build_model(cfg)

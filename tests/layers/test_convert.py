@@ -174,11 +174,19 @@ def test_unknown_keys_are_refused(number, key):
 
 
 @pytest.mark.parametrize("number", ROWS)
-def test_state_of_a_convolution_is_refused(number):
-    """A head without norms has convolutions where another has norms."""
+def test_a_convolution_in_the_place_of_a_norm_is_left_out_and_said(number):
+    """A head without norms, as of detectron2's model zoo, has convolutions where another has norms."""
     conv = nn.Conv2d(NUM_CHANNELS, NUM_CHANNELS, 3)
     state = {f"subnet.norm.{key}": value for key, value in conv.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"shape \[4\]; got \[4, 4, 3, 3\] \(subnet\.norm, 'weight'\)"):
+    converted, report = convert_norm_state({**state, "conv.bias": torch.ones(1)}, Tower(row(number)))
+    assert converted.keys() == {"conv.bias"}
+    assert "convolution in the place of the norm" in str(report)
+
+
+@pytest.mark.parametrize("number", ROWS)
+def test_state_of_other_channels_is_refused(number):
+    state = {"subnet.norm.weight": torch.ones(7)}
+    with pytest.raises(CheckpointError, match=r"shape \[4\]; got \[7\] \(subnet\.norm, 'weight'\)"):
         convert_norm_state(state, Tower(row(number)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnext import recompute_population_statistics
+from bnext import StatisticsError, recompute_population_statistics
 from bnext.layers import NormSpec
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
@@ -41,6 +41,27 @@ def recompute(rank, world_size):
         state = model.state_dict()
         results.append((state, report))
     return results
+
+
+def recompute_with_one_nan(rank, world_size):
+    model = make_model(SPECS[0])
+    data = make_data(rank, world_size)
+    if rank == 1:
+        data[0]["p3"][:] = float("nan")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    try:
+        recompute_population_statistics(model, data, forward=forward)
+    except StatisticsError as error:
+        return str(error), all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return "", False
+
+
+def test_a_failure_of_one_worker_ends_all_and_changes_nothing():
+    (first, is_first_kept), (second, is_second_kept) = run_workers(recompute_with_one_nan, 2, 2)
+    assert "a failure on worker 1" in first
+    assert "activations must be finite" in second
+    assert is_first_kept
+    assert is_second_kept
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
