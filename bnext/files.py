@@ -24,6 +24,8 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     try:
         with open(partial, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -7,7 +7,6 @@ first images. This one can begin at any iteration without reading what came befo
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bnext.data.sampler import BatchSampler, aspect_ratio_groups
 from bnext.data.seeding import derive_seed, seeded
+from bnext.distributed.groups import count_cores
 from bnext.errors import DatasetError
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "limit_loader_workers", "share_seed"]
@@ -134,8 +134,7 @@ def limit_loader_workers(wanted: int) -> int:
     Args:
         wanted: DATALOADER.NUM_WORKERS.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(wanted, max(1, cores // comm.get_local_size()))
+    return min(wanted, max(1, count_cores() // comm.get_local_size()))
 
 
 def share_seed(seed: int) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import Sampler
 from bnext.data.seeding import derive_seed
 from bnext.errors import ConfigError
 
-__all__ = ["BatchSampler", "aspect_ratio_groups"]
+__all__ = ["BatchSampler", "aspect_ratio_groups", "check_batch_size"]
 
 _SHUFFLE = 1  # what the derived seed is for
 
@@ -37,6 +37,23 @@ def aspect_ratio_groups(dataset_dicts: Sequence[dict[str, Any]]) -> list[int]:
             "got True (DATASETS.TRAIN). Add the two sizes to every record, or set it to False."
         )
     return [0 if record["width"] > record["height"] else 1 for record in dataset_dicts]
+
+
+def check_batch_size(total_batch_size: int, num_workers: int) -> None:
+    """Refuse a batch that cannot be dealt to the workers in equal parts.
+
+    Args:
+        total_batch_size: SOLVER.IMS_PER_BATCH, images per SGD step over all workers.
+        num_workers: 1 or more.
+
+    Raises:
+        ConfigError: if it is no positive multiple of the number of workers.
+    """
+    if total_batch_size < 1 or total_batch_size % num_workers:
+        raise ConfigError(
+            f"SOLVER.IMS_PER_BATCH must be a positive multiple of the {num_workers} worker(s) (--num-gpus x "
+            f"--num-machines); got {total_batch_size}. Change one of the two."
+        )
 
 
 class BatchSampler(Sampler):
@@ -83,11 +100,7 @@ class BatchSampler(Sampler):
                 "DATASETS.TRAIN must have at least one image to train on; got 0. Name data sets with images, "
                 "or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
             )
-        if total_batch_size < 1 or total_batch_size % world_size:
-            raise ConfigError(
-                f"SOLVER.IMS_PER_BATCH must be a positive multiple of the {world_size} worker(s) (--num-gpus x "
-                f"--num-machines); got {total_batch_size}. Change one of the two."
-            )
+        check_batch_size(total_batch_size, world_size)
         self.size = size
         self.total_batch_size = total_batch_size
         self.batch_size = total_batch_size // world_size

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 
-__all__ = ["get_world_size", "is_running", "resolve_group"]
+__all__ = ["count_cores", "get_world_size", "is_running", "resolve_group"]
+
+
+def count_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def is_running() -> bool:

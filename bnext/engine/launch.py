@@ -26,9 +26,11 @@ import torch.multiprocessing as mp
 from detectron2.utils import comm
 
 import bnext.errors
+from bnext.distributed.groups import count_cores
 from bnext.errors import BNextError, LaunchError
+from bnext.files import replace_file
 
-__all__ = ["DEFAULT_TIMEOUT", "count_cores", "launch"]
+__all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -41,6 +43,7 @@ class _World(NamedTuple):
     size: int
     workers_per_machine: int
     timeout: timedelta
+    uses_gpus: bool
 
 
 def launch(
@@ -51,19 +54,21 @@ def launch(
     dist_url: str = "auto",
     args: tuple[Any, ...] = (),
     timeout: timedelta = DEFAULT_TIMEOUT,
+    device: str = "cuda",
 ) -> None:
     """Run `main(*args)` in every worker; in this process if there is one worker only.
 
     Args:
         main: an importable function (the workers are fresh processes).
-        num_workers_per_machine: one per GPU; on a machine without GPUs, one per CPU core at most.
-            0 means one worker.
+        num_workers_per_machine: one per GPU; one per CPU core at most where `device` is no GPU or
+            the machine has none. 0 means one worker.
         num_machines: machines that take part, each of which calls `launch`.
         machine_rank: this machine, in [0, num_machines).
         dist_url: where the workers meet, e.g. "tcp://10.0.0.1:29500"; "auto" takes a free port of
             this machine.
         args: positional arguments of `main`, picklable.
         timeout: how long a collective waits for the others.
+        device: of the model (MODEL.DEVICE); with "cpu" the workers are CPU workers on any machine.
 
     Raises:
         LaunchError: if the machine has not that many GPUs or cores, or a worker was ended by a signal.
@@ -75,22 +80,49 @@ def launch(
         process joins the world that it finds, and the numbers given here are not used.
     """
     if all(name in os.environ for name in _TORCHRUN):
-        return _join_torchrun(main, args, timeout)
-    num_workers = max(num_workers_per_machine, 1)
-    _check_request(num_workers_per_machine, num_machines, machine_rank, dist_url)
-    _check_devices(num_workers)
-    if num_workers * num_machines == 1:
+        return _join_torchrun(main, args, timeout, device)
+    size = count_workers(num_workers_per_machine, num_machines, machine_rank, dist_url, device)
+    if size == 1:
         main(*args)
         return
+    num_workers = size // num_machines
     url = f"tcp://127.0.0.1:{_find_free_port()}" if dist_url == "auto" else dist_url
-    world = _World(url, num_workers * num_machines, num_workers, timeout)
+    world = _World(url, size, num_workers, timeout, _count_gpus(device) > 0)
     with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
         _spawn(main, args, world, machine_rank * num_workers, folder)
 
 
-def count_cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_workers(
+    num_workers_per_machine: int,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    device: str = "cuda",
+) -> int:
+    """How many workers `launch` would start or join, on all machines; refuses what it would refuse.
+
+    Args:
+        num_workers_per_machine, num_machines, machine_rank, dist_url, device: see `launch`.
+
+    Returns:
+        1 or more; under torchrun WORLD_SIZE.
+
+    Raises:
+        LaunchError: if the numbers make no sense, or this machine has not that many GPUs or cores.
+    """
+    if all(name in os.environ for name in _TORCHRUN):
+        if _count_gpus(device):
+            _check_devices(int(os.environ["LOCAL_WORLD_SIZE"]), device, "--nproc-per-node")
+        return int(os.environ["WORLD_SIZE"])
+    _check_request(num_workers_per_machine, num_machines, machine_rank, dist_url)
+    num_workers = max(num_workers_per_machine, 1)
+    _check_devices(num_workers, device, "--num-gpus")
+    return num_workers * num_machines
+
+
+def _count_gpus(device: str) -> int:
+    """GPUs that workers with models on `device` may use."""
+    return torch.cuda.device_count() if device.startswith("cuda") and torch.cuda.is_available() else 0
 
 
 def _check_request(num_workers: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
@@ -109,18 +141,14 @@ def _check_request(num_workers: int, num_machines: int, machine_rank: int, dist_
         )
 
 
-def _check_devices(num_workers: int) -> None:
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if num_gpus and num_workers > num_gpus:
-        raise LaunchError(
-            f"--num-gpus must be at most the {num_gpus} GPU(s) of this machine; got {num_workers}. "
-            f"Use --num-gpus {num_gpus}."
-        )
-    if not num_gpus and num_workers > count_cores():
-        raise LaunchError(
-            f"--num-gpus must be at most the {count_cores()} CPU core(s) of this machine, which has no GPU; "
-            f"got {num_workers}. Use --num-gpus {count_cores()}."
-        )
+def _check_devices(num_workers: int, device: str, option: str) -> None:
+    num_gpus = _count_gpus(device)
+    limit = num_gpus or count_cores()
+    if num_workers <= limit:
+        return
+    reason = f", as MODEL.DEVICE is {device!r}" if torch.cuda.is_available() else ", which has no GPU"
+    kind = "GPU(s) of this machine" if num_gpus else f"CPU core(s) of this machine{reason}"
+    raise LaunchError(f"{option} must be at most the {limit} {kind}; got {num_workers}. Use {option} {limit}.")
 
 
 def _find_free_port() -> int:
@@ -129,14 +157,13 @@ def _find_free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _join_torchrun(main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> None:
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
-    if torch.cuda.is_available():
-        _check_devices(local_size)
-    if size == 1:
+def _join_torchrun(main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, device: str) -> None:
+    if count_workers(1, device=device) == 1:
         main(*args)
         return
-    with _process_group(_World("env://", size, local_size, timeout), rank, local_rank):
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
+    world = _World("env://", size, local_size, timeout, _count_gpus(device) > 0)
+    with _process_group(world, rank, local_rank):
         main(*args)
 
 
@@ -203,8 +230,7 @@ def record_failure(folder: str, rank: int, error: BaseException) -> None:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
-    path.with_suffix(".partial").write_text(json.dumps(record))
-    os.replace(path.with_suffix(".partial"), path)
+    replace_file(path, lambda file: file.write(json.dumps(record).encode()))
 
 
 @contextmanager
@@ -212,13 +238,13 @@ def _process_group(
     world: _World, rank: int, local_rank: int, on_error: Callable[[BaseException], None] = lambda error: None
 ) -> Iterator[None]:
     """Be a worker of the world within the block."""
-    has_gpu = torch.cuda.is_available()
-    if has_gpu:
+    if world.uses_gpus:
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
     arguments = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
-    dist.init_process_group("nccl" if has_gpu else "gloo", init_method=world.url, timeout=world.timeout, **arguments)
+    backend = "nccl" if world.uses_gpus else "gloo"
+    dist.init_process_group(backend, init_method=world.url, timeout=world.timeout, **arguments)
     try:
         _make_local_group(world, rank)
         comm.synchronize()
@@ -226,10 +252,12 @@ def _process_group(
         comm.synchronize()  # nobody leaves while another still talks to it
     except BaseException as error:
         on_error(error)  # before the group ends: its end makes the others fail too
+        if not world.uses_gpus:
+            _end_groups()
+        # Ending NCCL's group waits for the others, who may sit in a collective that waits for this worker: it is
+        # left to the end of this process, upon which the parent (or torchrun) ends the others.
         raise
-    finally:
-        _forget_groups()
-        dist.destroy_process_group()
+    _end_groups()
 
 
 def _make_local_group(world: _World, rank: int) -> None:
@@ -244,9 +272,10 @@ def _make_local_group(world: _World, rank: int) -> None:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _forget_groups() -> None:
+def _end_groups() -> None:
     comm._LOCAL_PROCESS_GROUP = None
     for name in ("create_local_process_group", "_get_global_gloo_group"):
         cached = getattr(comm, name, None)
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
+    dist.destroy_process_group()

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.multiprocessing import ProcessExitedException
 
-from bnext.engine.launch import count_cores, explain_failure, launch, record_failure
+from bnext.distributed.groups import count_cores
+from bnext.engine.launch import count_workers, explain_failure, launch, record_failure
 from bnext.errors import LaunchError
 from tests.engine import tiny
 
@@ -34,6 +35,39 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(LaunchError, match=r"at most the 2 GPU\(s\).*got 3"):
         launch(nothing, 3)
+
+
+def test_workers_of_a_cpu_model_are_counted_by_cores_beside_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4096)
+    cores = count_cores()
+    assert count_workers(4096, device="cuda") == 4096
+    assert count_workers(cores, device="cpu") == cores
+    with pytest.raises(LaunchError, match=rf"at most the {cores} CPU core\(s\).*MODEL.DEVICE is 'cpu'; got 4096"):
+        launch(nothing, 4096, device="cpu")
+
+
+@needs_two_cores
+def test_workers_of_a_cpu_model_use_gloo_beside_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    worlds = []
+    monkeypatch.setattr(sys.modules[launch.__module__], "_spawn", lambda main, args, world, *rest: worlds.append(world))
+    launch(nothing, 2, device="cpu")
+    launch(nothing, 2, device="cuda")
+    assert [world.uses_gpus for world in worlds] == [False, True]
+
+
+def test_the_world_of_torchrun_counts(monkeypatch):
+    for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, str(value))
+    assert count_workers(1, 0, device="cpu") == 8
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LaunchError, match=r"--nproc-per-node must be at most the 2 GPU\(s\) of this machine; got 4"):
+        count_workers(1)
+    monkeypatch.delenv("LOCAL_RANK")
+    assert count_workers(1, 3, 2, "tcp://127.0.0.1:1") == 3
 
 
 @pytest.mark.parametrize(
