@@ -8,22 +8,27 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 from collections.abc import Iterable
+from http.client import HTTPException
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import CheckpointError
+from bnext.files import replace_file
 from bnext.layers.convert import convert_norm_state
 from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
-__all__ = ["Checkpointer", "find_required_keys"]
+__all__ = ["Checkpointer", "check_eval_weights", "find_required_keys"]
 
 _SHOWN = 3  # keys of each kind in an error
+# What pickle and torch raise for a file that is cut, of another kind, or refused.
+_UNREADABLE = (RuntimeError, EOFError, pickle.PickleError, ValueError, LookupError, TypeError, AttributeError)
+_UNREADABLE += (ImportError, AssertionError)
 _POPULATION = ("running_mean", "running_var")
 
 
@@ -46,13 +51,13 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
         if "://" in self.save_dir:
-            super().save(name, **kwargs)
+            super().save(name, **self._norm_specs(), **kwargs)
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         data = {"model": self.model.state_dict(), **states, **self._norm_specs(), **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        _replace_file(path, lambda partial: torch.save(data, partial))
+        replace_file(path, lambda file: torch.save(data, file))
         self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
@@ -61,7 +66,7 @@ class Checkpointer(DetectionCheckpointer):
             super().tag_last_checkpoint(last_filename_basename)
             return
         path = os.path.join(self.save_dir, "last_checkpoint")
-        _replace_file(path, lambda partial: partial.write(last_filename_basename.encode()))
+        replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
     def load(self, path: str, checkpointables: list[str] | None = None, *, complete: bool = False) -> dict[str, Any]:
         """Load a checkpoint into the model and the states.
@@ -76,15 +81,25 @@ class Checkpointer(DetectionCheckpointer):
             What else the file holds.
 
         Raises:
-            CheckpointError: if the file is missing or broken, or does not fit the model.
+            CheckpointError: if the file is missing, cannot be downloaded, is broken or no checkpoint, or does not
+                fit the model.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]) and self._must_see_file():
+        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
             raise CheckpointError(
                 f"A checkpoint must be a file; got {path!r} (MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint), which does "
                 "not exist. Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
             )
         self._path, self._complete = path, complete
-        return super().load(path, checkpointables)
+        try:
+            return super().load(path, checkpointables)
+        except (OSError, HTTPException, AssertionError) as error:
+            if "://" not in path:
+                raise
+            reason = "".join(str(error).splitlines()[:1])
+            raise CheckpointError(
+                f"A checkpoint must be reachable at its address; got {type(error).__name__}: {reason} ({path}). "
+                "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>."
+            ) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
@@ -101,21 +116,14 @@ class Checkpointer(DetectionCheckpointer):
         specs = collect_norm_specs(self.model)
         return {"norm_specs": specs} if specs else {}
 
-    def _must_see_file(self) -> bool:
-        # With several workers, only the main one needs the file: Detectron2 sends the weights to the others.
-        return comm.is_main_process() or not isinstance(self.model, DistributedDataParallel)
-
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, UnicodeDecodeError, KeyError) as error:
-            raise CheckpointError(
-                f"A checkpoint must be a whole file of tensors and plain values; got {filename} "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no content'}). "
-                "Copy or train it again."
-            ) from error
+        except _UNREADABLE as error:
+            raise _explain_unreadable(filename, error) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        _check_is_state(checkpoint["model"], self._path)
         self._convert_ndarray_to_tensor(checkpoint["model"])
         _check_variances(checkpoint["model"], self._path)
         if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
@@ -123,10 +131,10 @@ class Checkpointer(DetectionCheckpointer):
             missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}
             self._check_fit({key: value for key, value in self.model.state_dict().items() if key not in missing})
             return incompatible
-        state = _strip_prefix(checkpoint["model"], "module.")
-        metadata = getattr(state, "_metadata", None)
-        state, report = convert_norm_state(state, self.model)
-        report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), state, self.model)
+        stored = _strip_prefix(checkpoint["model"], "module.")
+        metadata = getattr(stored, "_metadata", None)
+        state, report = convert_norm_state(stored, self.model)
+        report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
         self._check_fit(state)
@@ -162,6 +170,22 @@ class _WithMetadata(dict):
     """A state dict that can carry torch's versions of the modules."""
 
 
+def check_eval_weights(path: str) -> None:
+    """Refuse an evaluation without weights.
+
+    Args:
+        path: MODEL.WEIGHTS, where no last checkpoint is evaluated instead.
+
+    Raises:
+        CheckpointError: if it is empty.
+    """
+    if not path:
+        raise CheckpointError(
+            "MODEL.WEIGHTS must name the checkpoint to evaluate; got ''. "
+            "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        )
+
+
 def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
     """What a complete checkpoint has: each parameter and norm statistic, with all its names.
 
@@ -178,6 +202,43 @@ def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
         if id(value) in parameters or key.rpartition(".")[2] in _POPULATION:
             names.setdefault(id(value), set()).add(key)
     return [frozenset(keys) for keys in names.values()]
+
+
+def _explain_unreadable(filename: str, error: Exception) -> CheckpointError:
+    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if refused:
+        return CheckpointError(
+            f"A checkpoint must hold tensors and plain values only; got a {refused[1]} ({filename}), which torch does "
+            "not load as it may run code. If you trust the file, load it with torch.load(file, weights_only=False), "
+            "and save its state dict again with torch.save({'model': state_dict}, file)."
+        )
+    reason = str(error).splitlines()[0] if str(error) else "no content"
+    kind = re.match(r"'(\w+)' object has no attribute|argument of type '(\w+)'", reason)
+    if kind:
+        return _no_state(f"a {kind[1] or kind[2]}", filename)
+    return CheckpointError(
+        f"A checkpoint must be a whole file with a dictionary of tensors and plain values; got {filename} "
+        f"({type(error).__name__}: {reason}). Copy or train it again."
+    )
+
+
+def _check_is_state(state: Any, path: str) -> None:
+    if isinstance(state, dict):
+        wrong = {key: value for key, value in state.items() if not isinstance(value, (Tensor, np.ndarray))}
+        if not wrong and all(isinstance(key, str) for key in state):
+            return
+        shown = _show(f"{key!r} ({type(value).__name__})" for key, value in (wrong or state).items())
+        found = f"a dictionary with {shown}"
+    else:
+        found = f"a {type(state).__name__}"
+    raise _no_state(found, path)
+
+
+def _no_state(found: str, path: str) -> CheckpointError:
+    return CheckpointError(
+        f"A checkpoint must hold a state dict, tensors by name, alone or under 'model'; got {found} ({path}). "
+        "Save the model's state dict again with torch.save({'model': state_dict}, file)."
+    )
 
 
 def _check_variances(state: dict[str, Tensor], path: str) -> None:
@@ -202,17 +263,3 @@ def _show(keys: Iterable[str]) -> str:
     keys = list(keys)
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
     return ", ".join(keys[:_SHOWN]) + more if keys else "none"
-
-
-def _replace_file(path: str, write: Any) -> None:
-    """Fill a neighbouring file, then give it the name in one step."""
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)

@@ -1,14 +1,18 @@
 """Checkpoints: whole files, the right architecture, sane statistics, converted norms."""
 
+import argparse
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.utils.file_io import PathManager
+from iopath.common.file_io import NativePathHandler
 from torch import nn
 
 from bnext.engine import Checkpointer
+from bnext.engine.checkpoint import check_eval_weights
 from bnext.errors import CheckpointError
 from bnext.layers import LevelBatchNorm2d, NormSpec
 
@@ -161,3 +165,95 @@ def test_a_checkpoint_that_does_not_say_is_said(tmp_path, bnext_log):
     path = save(model, tmp_path / "foreign.pth")
     Checkpointer(model).load(path, complete=True)
     assert any("does not say whether" in message for message in bnext_log.messages)
+
+
+def test_numbered_levels_are_per_level_whatever_they_become(tmp_path, bnext_log):
+    """detectron2's CycleBatchNormList; the keys as they are in the file tell."""
+    cycle = nn.Sequential(nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2)))
+    model = nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(6)))
+    Checkpointer(model).load(save(cycle, tmp_path / "cycle.pth"), complete=True)
+    assert not any("does not say whether" in message for message in bnext_log.messages)
+
+
+FOREIGN = {
+    "state_dict and epoch": (
+        {"state_dict": small().state_dict(), "epoch": 3},
+        "'state_dict' (OrderedDict), 'epoch' (int)",
+    ),
+    "list as model": ({"model": [torch.ones(2)]}, "got a list"),
+    "nothing but numbers": ({"epoch": 3}, "a dictionary with 'epoch' (int)"),
+    "numbered": ({"model": {0: torch.ones(2)}}, "a dictionary with 0 (Tensor)"),
+}
+
+
+@pytest.mark.parametrize("ending", ["pth", "pkl"])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_programs_are_refused(tmp_path, name, ending):
+    content, found = FOREIGN[name]
+    path = tmp_path / f"foreign.{ending}"
+    if ending == "pth":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps({**content, "__author__": "someone"} if "model" in content else content))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpointer(small()).load(str(path))
+    assert found in str(caught.value)
+    assert "must hold a state dict" in str(caught.value)
+    assert "torch.save({'model': state_dict}, file)" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [["a"], 3])
+def test_pickles_that_hold_no_dictionary_are_refused(tmp_path, content):
+    (tmp_path / "foreign.pkl").write_bytes(pickle.dumps(content))
+    kind = type(content).__name__
+    with pytest.raises(CheckpointError, match=rf"must hold a state dict.*got a {kind} \(.*foreign\.pkl"):
+        Checkpointer(small()).load(str(tmp_path / "foreign.pkl"))
+
+
+def test_a_file_that_torch_refuses_has_a_remedy(tmp_path):
+    torch.save({"model": small().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
+    with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*args\.pth.*weights_only=False"):
+        Checkpointer(small()).load(str(tmp_path / "args.pth"))
+
+
+class Elsewhere(NativePathHandler):
+    """A storage with a name of its own, as an object store; a folder in truth."""
+
+    folder = ""
+
+    def _get_supported_prefixes(self):
+        return ["elsewhere://"]
+
+    def _get_path_with_cwd(self, path):
+        return path.replace("elsewhere:/", self.folder)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    Elsewhere.folder = str(tmp_path)
+    PathManager.register_handler(Elsewhere(), allow_override=True)
+    return "elsewhere://out"
+
+
+def test_another_storage_holds_the_norm_specs_too(tmp_path, elsewhere):
+    (tmp_path / "out").mkdir()
+    model = nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(3)))
+    Checkpointer(model, elsewhere).save("model_final", iteration=4)
+    stored = torch.load(tmp_path / "out" / "model_final.pth")
+    assert stored["norm_specs"]["0"]["statistics"] == "per_level"
+    assert stored["iteration"] == 4
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/model.pth", "nowhere://model.pth"])
+def test_a_failed_download_has_a_remedy(address, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpointer(small()).load(address)
+    assert address in str(caught.value)
+    assert "download the file by hand and give MODEL.WEIGHTS <file>" in str(caught.value)
+
+
+def test_an_evaluation_needs_weights():
+    check_eval_weights("model.pth")
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS must name the checkpoint to evaluate"):
+        check_eval_weights("")
