@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
+import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -21,8 +24,27 @@ from torch import nn
 
 from bnext.data.loader import limit_loader_workers
 from bnext.errors import ConfigError
+from bnext.files import replace_file
 
-__all__ = ["build_evaluator", "evaluate_model", "evaluate_with"]
+__all__ = ["build_evaluator", "check_evaluator", "evaluate_model", "evaluate_with"]
+
+
+def check_evaluator(dataset_name: str) -> None:
+    """Refuse a data set that is not evaluated with COCO's metrics.
+
+    Args:
+        dataset_name: a registered data set.
+
+    Raises:
+        ConfigError: names the data set and the kind of evaluation that its metadata asks for.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = getattr(metadata, "evaluator_type", "coco" if hasattr(metadata, "json_file") else None)
+    if kind != "coco":
+        raise ConfigError(
+            f"DATASETS.TEST must name data sets with COCO evaluation; got {dataset_name!r} (evaluator_type {kind!r}). "
+            "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
+        )
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
@@ -34,15 +56,9 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         output_folder: for the detections; None: OUTPUT_DIR/inference.
 
     Raises:
-        ConfigError: if the data set is not evaluated with COCO's metrics.
+        ConfigError: see `check_evaluator`.
     """
-    metadata = MetadataCatalog.get(dataset_name)
-    kind = getattr(metadata, "evaluator_type", "coco" if hasattr(metadata, "json_file") else None)
-    if kind != "coco":
-        raise ConfigError(
-            f"DATASETS.TEST must name data sets with COCO evaluation; got {dataset_name!r} (evaluator_type {kind!r}). "
-            "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
-        )
+    check_evaluator(dataset_name)
     has_fast = importlib.util.find_spec("detectron2._C") is not None
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_fast)
@@ -89,17 +105,34 @@ def evaluate_with(cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetE
         cfg, model: see `evaluate_model`.
         name: the data set.
         evaluator: takes in the detections.
+
+    Note:
+        What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
     """
     num_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
     loader = build_detection_test_loader(cfg, name, num_workers=num_workers)
     mode = model.training
     try:
-        results = inference_on_dataset(model, loader, evaluator)
+        with _log_prints():
+            results = inference_on_dataset(model, loader, evaluator)
     finally:
         model.train(mode)  # inference_on_dataset leaves eval mode behind when it fails
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+@contextlib.contextmanager
+def _log_prints() -> Iterator[None]:
+    """Log what is printed in the block as one record: so it is in log.txt, and no progress bar is garbled."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        text = printed.getvalue().strip("\n")
+        if text:
+            logging.getLogger(__name__).info("Printed by the evaluation:\n%s", text)
 
 
 def save_results(results: dict[str, Any], folder: str) -> None:
@@ -110,10 +143,8 @@ def save_results(results: dict[str, Any], folder: str) -> None:
         folder: made if missing.
     """
     os.makedirs(folder, exist_ok=True)
-    path = os.path.join(folder, "results.json")
-    with open(f"{path}.partial", "w") as file:
-        json.dump(_drop_nan(results), file, indent=1, allow_nan=False)
-    os.replace(f"{path}.partial", path)
+    text = json.dumps(_drop_nan(results), indent=1, allow_nan=False)
+    replace_file(os.path.join(folder, "results.json"), lambda file: file.write(text.encode()))
 
 
 def _drop_nan(value: Any) -> Any:

@@ -20,7 +20,6 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import Tensor, nn
 from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from bnext.data.seeding import derive_seed, seed_everything
 from bnext.functional.moments import Moments, merge_moments
@@ -141,7 +140,15 @@ class EqualizeBuffers(HookBase):
 
 
 class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
-    """Detectron2's, on every worker: what differs between workers is gathered before worker 0 writes."""
+    """Detectron2's, on every worker: what differs between workers is gathered before worker 0 writes.
+
+    A period of 0 or less: after the last iteration only (`is_due`), where Detectron2 divides by it.
+    """
+
+    def before_train(self) -> None:
+        super().before_train()
+        if self.period <= 0:
+            self.period = self.trainer.max_iter + 1  # never reached: the last iteration has a file of its own
 
     def after_step(self) -> None:
         if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
@@ -227,12 +234,6 @@ class ProgressBar(HookBase):
 
     def before_train(self) -> None:
         trainer = self.trainer
-        consoles = [(log, handler) for log in _CONSOLE_LOGGERS for handler in logging.getLogger(log).handlers]
-        consoles = [(log, handler) for log, handler in consoles if _writes_to_console(handler)]
-        for _, handler in consoles:
-            handler.addFilter(_is_not_metrics)
-            self._stack.callback(handler.removeFilter, _is_not_metrics)
-        self._stack.enter_context(logging_redirect_tqdm([logging.getLogger(log) for log, _ in consoles]))
         self._bar = self._stack.enter_context(
             tqdm(
                 total=trainer.max_iter,
@@ -243,6 +244,12 @@ class ProgressBar(HookBase):
                 dynamic_ncols=True,
             )
         )
+        handlers = {handler for log in _CONSOLE_LOGGERS for handler in logging.getLogger(log).handlers}
+        for handler in filter(_writes_to_console, handlers):
+            handler.addFilter(_is_not_metrics)
+            self._stack.callback(handler.removeFilter, _is_not_metrics)
+            self._stack.callback(handler.setStream, handler.stream)
+            handler.setStream(_AboveBar(handler.stream, self._bar))
 
     def after_step(self) -> None:
         latest = self.trainer.storage.latest()
@@ -258,8 +265,28 @@ class ProgressBar(HookBase):
 
 
 def _writes_to_console(handler: logging.Handler) -> bool:
-    # log.txt is a StreamHandler of Detectron2's too, so the stream decides.
-    return getattr(handler, "stream", None) in (sys.stdout, sys.stderr)
+    # log.txt is a StreamHandler of Detectron2's too, so the stream decides. sys.stdout may be redirected for now.
+    if not isinstance(handler, logging.StreamHandler) or handler.stream is None:
+        return False
+    return handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+
+
+class _AboveBar:
+    """A stream whose lines come above a bar. tqdm's own redirection knows the present sys.stdout only."""
+
+    def __init__(self, stream: TextIO, bar: tqdm) -> None:
+        self._stream = stream
+        self._bar = bar
+
+    def write(self, text: str) -> None:
+        with self._bar.get_lock():
+            self._bar.clear(nolock=True)
+            self._stream.write(text)
+            self._stream.flush()
+            self._bar.refresh(nolock=True)
+
+    def flush(self) -> None:
+        self._stream.flush()
 
 
 def _is_not_metrics(record: logging.LogRecord) -> bool:

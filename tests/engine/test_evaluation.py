@@ -37,6 +37,14 @@ def test_several_sets_have_a_dictionary_and_a_folder_each(model, digits, tmp_pat
     assert stored["digits_val"]["bbox"]["APl"] is None  # no large object in images of 64 pixels: NaN is no JSON
 
 
+def test_what_pycocotools_prints_is_logged(model, digits, tmp_path, bnext_log, capsys):
+    evaluate_model(tiny.load(tmp_path), model)
+    assert "Average Precision" not in capsys.readouterr().out
+    (record,) = {record for record in bnext_log.records if "Average Precision" in record.getMessage()}
+    assert (record.name, record.levelname) == ("bnext.engine.evaluation", "INFO")
+    assert "Accumulating evaluation results" in record.getMessage()
+
+
 def test_the_mode_is_put_back_when_the_model_fails(finished, tmp_path):
     class Failing(torch.nn.Module):
         def forward(self, inputs):

@@ -141,6 +141,25 @@ def test_the_bar_shows_progress_loss_and_rate_and_keeps_the_console_clean(monkey
     assert terminal.filters == []
 
 
+def test_lines_come_above_the_bar_while_stdout_is_redirected(monkeypatch):
+    both = io.StringIO()  # a terminal: the bar and the console write to it
+    monkeypatch.setattr(sys, "__stdout__", both)
+
+    def log(trainer):
+        logging.getLogger("detectron2.utils.events").info("metrics")
+        logging.getLogger("detectron2.data").warning("a warning")
+
+    with console(monkeypatch) as (terminal, _):
+        terminal.setStream(both)
+        make_trainer(d2_hooks.CallbackHook(after_step=log), hooks.ProgressBar(both)).train(0, 3)
+        assert terminal.stream is both
+    text = both.getvalue()
+    assert "metrics" not in text
+    lines = text.replace("\r", "\n").splitlines()
+    assert lines.count("a warning") == 3
+    assert text.endswith("\n")
+
+
 def test_the_bar_is_closed_when_the_training_fails(monkeypatch):
     def fail(trainer):
         raise RuntimeError("on purpose")
@@ -159,6 +178,29 @@ def test_a_bar_is_for_terminals():
     leader, follower = os.openpty()
     with os.fdopen(leader), os.fdopen(follower, "w") as terminal:
         assert hooks.ProgressBar.is_wanted(terminal)
+
+
+class Saved:
+    """Stands for the checkpointer: what is saved when."""
+
+    path_manager = None
+
+    def __init__(self):
+        self.names = []
+
+    def save(self, name, **kwargs):
+        self.names.append((name, kwargs["iteration"]))
+
+
+@pytest.mark.parametrize("period", [0, -1])
+def test_without_a_period_only_the_end_is_saved(period):
+    saved = Saved()
+    trainer = make_trainer(hooks.PeriodicCheckpointer(saved, period))
+    gathered = []
+    trainer.gather_worker_states = lambda: gathered.append(trainer.iter)
+    trainer.train(0, 4)
+    assert saved.names == [("model_final", 3)]
+    assert gathered == [3]
 
 
 def test_buffers_of_one_worker_are_left_alone():
