@@ -8,7 +8,20 @@ from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-__all__ = ["build_optimizer"]
+from bnext.layers.spec import check_choice
+
+__all__ = ["build_optimizer", "check_optimizer"]
+
+OPTIMIZERS = ("SGD", "ADAMW")
+
+
+def check_optimizer(cfg: CfgNode) -> None:
+    """Refuse a SOLVER.OPTIMIZER that `build_optimizer` does not know.
+
+    Raises:
+        ConfigError: names the value and those that are allowed.
+    """
+    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS, where="config")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -18,7 +31,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         cfg: SOLVER.* is read; "ADAMW" takes BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, the keys for
             biases and CLIP_GRADIENTS as detectron2's SGD does, and has no use for MOMENTUM and NESTEROV.
         model: its norms' weights and biases get WEIGHT_DECAY_NORM.
+
+    Raises:
+        ConfigError: see `check_optimizer`.
     """
+    check_optimizer(cfg)
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)

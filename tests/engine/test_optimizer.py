@@ -5,7 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from torch import nn
 
-from bnext.config import add_bnext_config, check_config
+from bnext.config import add_bnext_config
 from bnext.engine.optimizer import build_optimizer
 from bnext.errors import ConfigError
 from bnext.layers import LevelBatchNorm2d, NormSpec
@@ -46,4 +46,4 @@ def test_gradients_are_clipped_for_adamw():
 
 def test_an_unknown_optimizer_is_refused():
     with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER must be one of 'SGD', 'ADAMW'; got 'LION'"):
-        check_config(make_cfg(OPTIMIZER="LION"))
+        build_optimizer(make_cfg(OPTIMIZER="LION"), nn.Linear(3, 1))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import train_net
 from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.engine import load_config
 from bnext.errors import ConfigError, LaunchError
@@ -43,6 +44,56 @@ def test_unknown_keys_and_values_are_refused(refuse, tmp_path):
     path.write_text("MODEL: {")
     assert "wrong.yaml" in refuse("--config-file", path)
     assert "absent.yaml" in refuse("--config-file", tmp_path / "absent.yaml")
+    assert "SOLVER.OPTIMIZER must be one of 'SGD', 'ADAMW'; got 'LION'" in refuse("SOLVER.OPTIMIZER", "LION")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "no mapping"),
+        ("- MODEL", "no mapping"),
+        ("word", "no mapping"),
+        ("_BASE_: 3", "no mapping"),
+        ("_BASE_: wrong.yaml", "recursion"),
+        ("MODEL:", "no mapping"),
+        ("SOLVER:", "another type for SOLVER "),
+        ("SOLVER: {MAX_ITER: }", "no value for SOLVER.MAX_ITER"),
+        ("3: x", "no mapping"),
+        ("MODEL: {3: x}", "no mapping"),
+        ("SOLVER: 3", "SOLVER"),
+    ],
+)
+def test_files_that_are_no_config_are_refused(tmp_path, text, reason):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"--config-file must be a YAML file.*{reason}.*wrong\.yaml"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize("pair", [("SOLVER.MAX_ITER.X", "1"), ("MODEL", "None"), ("SOLVER.MAX_ITER", "None")])
+def test_pairs_that_have_not_the_form_of_a_config_are_refused(pair):
+    with pytest.raises(ConfigError, match=rf"KEY VALUE pairs must name keys.*{' '.join(pair)}"):
+        load_config("", pair)
+
+
+def test_unknown_architectures_and_devices_are_refused(refuse):
+    line = refuse("MODEL.META_ARCHITECTURE", "BNextRetinanet")
+    assert "MODEL.META_ARCHITECTURE must name a registered architecture; got 'BNextRetinanet'" in line
+    assert "BNextRetinaNet" in line
+    assert "MODEL.DEVICE must be a device of torch; got 'gpu'" in refuse("MODEL.DEVICE", "gpu")
+    assert "MODEL.DEVICE" in refuse("MODEL.DEVICE", "None")
+
+
+def test_sets_without_coco_metrics_are_refused_before_training(refuse):
+    DatasetCatalog.register("bnext_test_voc", list)
+    MetadataCatalog.get("bnext_test_voc").evaluator_type = "pascal_voc"
+    try:
+        # Before the training set is read.
+        line = refuse("DATASETS.TRAIN", "('absent',)", "DATASETS.TEST", "('bnext_test_voc',)")
+    finally:
+        DatasetCatalog.remove("bnext_test_voc")
+        MetadataCatalog.remove("bnext_test_voc")
+    assert "'bnext_test_voc' (evaluator_type 'pascal_voc')" in line
 
 
 def test_data_sets_are_checked_first(refuse):
@@ -53,10 +104,14 @@ def test_data_sets_are_checked_first(refuse):
 
 
 def test_what_the_machine_lacks_is_named(refuse, tmp_path):
-    line = refuse("--num-gpus", 4096, "SOLVER.IMS_PER_BATCH", 4096)
+    line = refuse("--num-gpus", 4095, "DATASETS.TRAIN", "('absent',)")  # before batch size and data sets
     assert "--num-gpus must be at most" in line
-    assert "4096" in line
-    assert "SOLVER.IMS_PER_BATCH must be a multiple of the 3 workers; got 4" in refuse("--num-gpus", 3)
+    assert "4095" in line
+    assert "--num-machines 1 or more; got 1 and 0" in refuse("--num-machines", 0)
+    several = ("--num-machines", 3, "--dist-url", "tcp://127.0.0.1:1", "DATASETS.TRAIN", "('absent',)")
+    assert "SOLVER.IMS_PER_BATCH must be a positive multiple of the 3 worker(s)" in refuse(*several)
+    assert "multiple of the 3 worker(s)" in refuse("SOLVER.REFERENCE_WORLD_SIZE", 3)
+    assert "got 0" in refuse("SOLVER.IMS_PER_BATCH", 0)
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert f"'{blocked}/out'" in refuse(output=blocked / "out")
