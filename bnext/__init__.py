@@ -28,7 +28,8 @@ __all__ = [
     "recompute_population_statistics",
 ]
 
-if importlib.util.find_spec("detectron2") is not None:
+_detectron2 = importlib.util.find_spec("detectron2")
+if _detectron2 is not None and _detectron2.origin is not None:  # a bare folder of that name has no origin
     with warnings.catch_warnings():
         # fvcore and detectron2 script a few functions at import; users can do nothing about it.
         warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)

@@ -42,8 +42,8 @@ def main() -> int:
     try:
         folder = prepare_digits(arguments.pop("root"), **arguments)
     except BNextError as error:
-        print(f"prepare_digits: {error}", file=sys.stderr)
-        return 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(f"The digits set is in {folder}.")
     return 0
 

@@ -100,8 +100,17 @@ def load_sources(split: str) -> Sources:
     Digits: a fixed permutation, four fifths for training, whatever the seed of the pictures.
     Photographs: cut into blocks, three quarters for training. The blocks for validation are spread so that both
     splits have sky, walls, leaves and petals: statistics of the one shall hold for the other.
+
+    Raises:
+        DatasetError: scikit-learn, which has both, is not installed.
     """
-    from sklearn.datasets import load_digits, load_sample_images
+    try:
+        from sklearn.datasets import load_digits, load_sample_images
+    except ImportError as error:
+        raise DatasetError(
+            f"scikit-learn must be installed to make the digits set; got {error} (digits set). "
+            "Run `pip install scikit-learn`, or install bnext with the extra `bnext[digits]`."
+        ) from error
 
     bunch = load_digits()
     order = np.random.default_rng(1797).permutation(len(bunch.target))

@@ -275,9 +275,17 @@ def test_processes_that_start_together_make_one_set(folder: Path, tmp_path: Path
 def test_command_line_reports_a_mistake_in_one_line(folder: Path) -> None:
     command = [*COMMAND, str(folder.parent), "--seed", "5"]
     result = subprocess.run(command, check=False, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 1
-    assert result.stderr.startswith("prepare_digits: The digits set must have been made")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: The digits set must have been made")
     assert result.stderr.count("\n") == 1
+
+
+def test_without_scikit_learn_its_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(
+        DatasetError, match=r"scikit-learn must be installed.*pip install scikit-learn.*bnext\[digits\]"
+    ):
+        load_sources("train")
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
