@@ -51,7 +51,7 @@ def test_the_method_card_has_the_configs_numbers():
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_that_are_named_exist(document):
     text = (ROOT / document).read_text()
-    named = set(re.findall(r"(?:configs|projects|tools|datasets)/[\w/.-]+\.(?:py|yaml|md)", text))
+    named = set(re.findall(r"(?<![\w/.])(?:configs|projects|tools|datasets)/[\w/.-]+\.(?:py|yaml|md)", text))
     missing = [
         name for name in named if not (ROOT / name).exists() and not (ROOT / document).parent.joinpath(name).exists()
     ]

@@ -6,7 +6,6 @@ re-estimated per level, without training.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -23,7 +22,7 @@ from detectron2.utils.logger import setup_logger
 from tabulate import tabulate
 
 from bnext.config import get_head_norm
-from bnext.engine.command import check_run, load_config
+from bnext.engine.command import build_parser, check_run, load_config
 from bnext.engine.evaluation import evaluate_model
 from bnext.engine.recompute import repair_checkpoint
 from bnext.engine.trainer import train
@@ -81,8 +80,7 @@ def load_rows(
                 f"DATASETS.TEST must name one data set, which gives the table its AP; got {cfg.DATASETS.TEST} "
                 f"(row {row}). Name one."
             )
-    run = argparse.Namespace(eval_only=False, resume=False, num_gpus=num_workers, num_machines=1)
-    check_run(next(iter(configs.values())), run)
+    check_run(next(iter(configs.values())), build_parser().parse_args(["--num-gpus", str(num_workers)]))
     return configs
 
 

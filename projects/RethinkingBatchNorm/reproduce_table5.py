@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.dataset == "digits":
             ensure_digits()
         configs = load_rows(files, output, args.opts, num_workers=args.num_gpus)
-        launch(run_rows, args.num_gpus, args=(configs, output, args.dataset, args.resume))
+        device = next(iter(configs.values())).MODEL.DEVICE
+        launch(run_rows, args.num_gpus, args=(configs, output, args.dataset, args.resume), device=device)
     except BNextError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
