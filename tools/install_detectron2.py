@@ -8,7 +8,6 @@ applies the fixes of `PATCHES`, and installs the result as a distribution called
 
 Nothing of the archive is executed before its hash is known, and its setup.py never is. A detectron2
 that is importable already, from whatever source, is left alone. Standard library and pip only.
-
 Usage: python tools/install_detectron2.py
 """
 
@@ -105,7 +104,9 @@ PATCHES: tuple[tuple[str, str, str], ...] = (
     ("evaluation/sem_seg_evaluation.py", "logger.warn(", "logger.warning("),
     # torch warns when meshgrid is not told its indexing.
     ("modeling/anchor_generator.py", "meshgrid(shifts_y, shifts_x)", 'meshgrid(shifts_y, shifts_x, indexing="ij")'),
-    # torch 2.4 moved automatic mixed precision out of torch.cuda.
+    # torch deprecates typed storages, and moved automatic mixed precision out of torch.cuda.
+    ("utils/comm.py", "torch.ByteStorage.from_buffer(buffer)", "bytearray(buffer)"),
+    ("utils/comm.py", "torch.ByteTensor(storage)", "torch.frombuffer(storage, dtype=torch.uint8)"),
     ("engine/train_loop.py", "from torch.cuda.amp import GradScaler", "from torch.amp import GradScaler"),
     ("engine/train_loop.py", "grad_scaler = GradScaler()", 'grad_scaler = GradScaler("cuda")'),
     ("engine/train_loop.py", "from torch.cuda.amp import autocast", "from torch.amp import autocast"),

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import importlib.metadata
 import io
+import pickle
 import subprocess
 import sys
 import tarfile
@@ -242,6 +243,17 @@ class TestRepairs:
         generator = DefaultAnchorGenerator(sizes=[[8]], aspect_ratios=[[1.0]], strides=[4], offset=0.0)
         (anchors,) = generator([torch.zeros(1, 1, 2, 3)])
         assert anchors.get_centers().tolist() == [[0, 0], [4, 0], [8, 0], [0, 4], [4, 4], [8, 4]]
+
+    def test_objects_of_workers_are_gathered_without_a_warning(self, tmp_path):
+        import torch.distributed as dist
+        from detectron2.utils import comm
+
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+        try:
+            tensor = comm._serialize_to_tensor({"a": [1, 2]}, dist.group.WORLD)
+            assert pickle.loads(tensor.numpy().tobytes()) == {"a": [1, 2]}
+        finally:
+            dist.destroy_process_group()
 
     def test_semantic_segmentation_evaluation(self, tmp_path):
         import torch
