@@ -13,6 +13,20 @@ for name in ("bnext", "detectron2"):
     logging.getLogger(name).setLevel(logging.INFO)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def loggers():
+    """Console handlers that a test sets up write to a stream that pytest closes: they end with the module."""
+    kept = [logging.getLogger(name) for name in ("bnext", "detectron2", "fvcore")]
+    before = [(list(logger.handlers), logger.level, logger.propagate) for logger in kept]
+    yield
+    for logger, (handlers, level, propagate) in zip(kept, before, strict=True):
+        for handler in set(logger.handlers) - set(handlers):
+            handler.close()
+        logger.handlers = handlers
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The folder of the tiny digits set, registered until the session ends."""
