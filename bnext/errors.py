@@ -4,7 +4,18 @@ All of them are `ValueError`s as well, so that code which catches torch's or det
 complaints about a bad value catches ours too.
 """
 
-__all__ = ["BNextError", "CheckpointError", "ConfigError", "DatasetError", "LaunchError", "StatisticsError"]
+import sys
+from collections.abc import Callable
+
+__all__ = [
+    "BNextError",
+    "CheckpointError",
+    "ConfigError",
+    "DatasetError",
+    "LaunchError",
+    "StatisticsError",
+    "run_command",
+]
 
 
 class BNextError(ValueError):
@@ -29,3 +40,20 @@ class DatasetError(BNextError):
 
 class LaunchError(BNextError):
     """The machine cannot run what was asked: devices, workers, or the output directory."""
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run what a command line asks for; the status to exit with.
+
+    Args:
+        command: does it.
+
+    Returns:
+        0; or 2 after a mistake that the user can mend, whose message is one line on the standard error stream.
+    """
+    try:
+        command()
+    except BNextError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bnext.data.digits import prepare_digits
 from bnext.data.digits_images import DigitsRecipe
-from bnext.errors import BNextError
+from bnext.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,13 +39,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     arguments = vars(parse_arguments())
     arguments["scale_range"] = tuple(arguments["scale_range"])
-    try:
-        folder = prepare_digits(arguments.pop("root"), **arguments)
-    except BNextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"The digits set is in {folder}.")
-    return 0
+    return run_command(lambda: print(f"The digits set is in {prepare_digits(arguments.pop('root'), **arguments)}."))
 
 
 if __name__ == "__main__":

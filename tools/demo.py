@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bnext.engine.demo import run_demo
-from bnext.errors import BNextError
+from bnext.errors import run_command
 
 CONFIGS = Path(__file__).parents[1] / "projects/RethinkingBatchNorm/configs/digits"
 
@@ -26,12 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="output/demo", help="folder for the results (default: %(default)s)")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override the config")
     args = parser.parse_args(argv)
-    try:
-        run_demo({row: str(CONFIGS / f"table5_row{row}.yaml") for row in (3, 4)}, args.output, args.opts)
-    except BNextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    files = {row: str(CONFIGS / f"table5_row{row}.yaml") for row in (3, 4)}
+    return run_command(lambda: run_demo(files, args.output, args.opts))
 
 
 if __name__ == "__main__":

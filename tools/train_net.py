@@ -14,18 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from bnext.engine import build_parser, load_config, run
-from bnext.errors import BNextError
+from bnext.errors import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
     args = build_parser().parse_args(argv)
-    try:
-        run(load_config(args.config_file, args.opts), args)
-    except BNextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: run(load_config(args.config_file, args.opts), args))
 
 
 if __name__ == "__main__":

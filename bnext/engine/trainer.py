@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.data.seeding import derive_seed, seeded
 from bnext.engine import hooks
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.recompute import PreciseBN, recompute_statistics
@@ -267,12 +267,9 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
-    if not last and not cfg.MODEL.WEIGHTS:
-        raise CheckpointError(
-            "MODEL.WEIGHTS must name the checkpoint to evaluate; got ''. "
-            "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
-        )
-    checkpointer.load(last or cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
+    weights = last or cfg.MODEL.WEIGHTS
+    check_eval_weights(weights)
+    checkpointer.load(weights, checkpointables=[], complete=True)
     return Trainer.test(cfg, model)
 
 

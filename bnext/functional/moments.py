@@ -29,10 +29,6 @@ class Moments(NamedTuple):
     mean: Tensor
     var: Tensor
 
-    def index_select(self, index: Tensor) -> Moments:
-        """The parts `index` [K] of the first dimension."""
-        return Moments(*(field.index_select(0, index) for field in self))
-
     def unbiased_var(self) -> Tensor:
         """The variance with correction 1, shape [..., C]; 0 where fewer than two elements were seen."""
         count = self.count.unsqueeze(-1)

@@ -18,7 +18,7 @@ from pathlib import Path
 from bnext.data.catalog import ensure_digits
 from bnext.engine.launch import launch
 from bnext.engine.table5 import TRAINED_ROW, load_rows, order_rows, run_rows
-from bnext.errors import BNextError
+from bnext.errors import run_command
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -33,18 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep finished trainings, go on with unfinished ones")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs that override every config")
     args = parser.parse_args(argv)
+    return run_command(lambda: reproduce(args))
+
+
+def reproduce(args: argparse.Namespace) -> None:
+    """Prepare the data, check everything, and run the rows in all workers."""
     output = args.output or f"output/table5_{args.dataset}"
     files = {row: str(CONFIGS / args.dataset / f"table5_row{row}.yaml") for row in order_rows(args.rows)}
-    try:
-        if args.dataset == "digits":
-            ensure_digits()
-        configs = load_rows(files, output, args.opts, num_workers=args.num_gpus)
-        device = next(iter(configs.values())).MODEL.DEVICE
-        launch(run_rows, args.num_gpus, args=(configs, output, args.dataset, args.resume), device=device)
-    except BNextError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.dataset == "digits":
+        ensure_digits()
+    configs = load_rows(files, output, args.opts, num_workers=args.num_gpus)
+    device = next(iter(configs.values())).MODEL.DEVICE
+    launch(run_rows, args.num_gpus, args=(configs, output, args.dataset, args.resume), device=device)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,11 @@ from tests import reference, strategies
 BATCH = 24
 
 
+def pick(parts, indices):
+    """Some parts, in an order."""
+    return Moments(*(field[torch.tensor(indices)] for field in parts))
+
+
 def random_parts(seed: int, sizes: list[int], offset: float = 3.0, side: int = 2) -> tuple[torch.Tensor, Moments]:
     """A batch [BATCH, 3, side, side], and the moments of its splits."""
     data = (
@@ -86,10 +91,10 @@ def test_merging_is_free_of_order_and_of_grouping(seed, sizes, random):
     data, parts = random_parts(seed, sizes)
     order = list(range(len(sizes)))
     random.shuffle(order)
-    assert_moments(merge_moments(parts.index_select(torch.tensor(order))), reference.moments_of([data]))
-    running = parts.index_select(torch.tensor(order[:1]))
+    assert_moments(merge_moments(pick(parts, order)), reference.moments_of([data]))
+    running = pick(parts, order[:1])
     for index in order[1:]:  # one after another
-        added = parts.index_select(torch.tensor([index]))
+        added = pick(parts, [index])
         pair = Moments(*(torch.cat(fields) for fields in zip(running, added, strict=True)))
         running = Moments(*(field.unsqueeze(0) for field in merge_moments(pair)))
     assert_moments(Moments(*(field[0] for field in running)), reference.moments_of([data]))
