@@ -12,6 +12,9 @@ setup:
 		echo "setup: Python must be 3.10 to 3.13; got $$($(PYTHON) -V 2>&1). Use make PYTHON=python3.12 or another." >&2; exit 1; }
 	@$(PYTHON) tools/setup_environment.py
 
+# OpenMP's threads spin while they wait for one another: with any other program on the same cores, a step of the
+# demo then takes 1 to 30 times as long. A short spin costs nothing on an idle machine.
+demo: export GOMP_SPINCOUNT = 1000
 demo: setup
 	$(RUN) tools/demo.py
 
