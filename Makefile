@@ -32,5 +32,6 @@ types: setup
 	$(RUN) -m mypy
 
 # Large tensors stay with malloc; otherwise the kernel's mapping of memory is timed.
+bench: export GOMP_SPINCOUNT = 1000
 bench: setup
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) tools/bench.py
