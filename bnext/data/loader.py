@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
+from detectron2.data.detection_utils import SizeMismatchError
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -54,7 +55,7 @@ class MappedDataset(Dataset):
         others = np.random.default_rng(derive_seed(self.seed, _REPLACE, position))
         with seeded(derive_seed(self.seed, _AUGMENT, position)):
             for _ in range(_MAX_REPLACEMENTS):
-                mapped = self.mapper(self.records[index])
+                mapped = self._map(self.records[index])
                 if mapped is not None:
                     return mapped
                 index = int(others.integers(len(self.records)))
@@ -62,6 +63,16 @@ class MappedDataset(Dataset):
             f"The mapper must accept some image; got None for {_MAX_REPLACEMENTS} images in a row (the last one: "
             f"record {index}). Check the augmentations and the annotations of DATASETS.TRAIN."
         )
+
+
+    def _map(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return self.mapper(record)
+        except (OSError, SizeMismatchError) as error:
+            raise DatasetError(
+                f"An image of DATASETS.TRAIN must be readable and as large as its record says; got "
+                f"{type(error).__name__}: {error} ({record.get('file_name')}). Restore the file, or remove its record."
+            ) from error
 
 
 class TrainLoader:

@@ -70,6 +70,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+    options = [word for word in opts[::2] if word.startswith("--")]
+    if options:
+        raise ConfigError(
+            f"Options must come before the KEY VALUE pairs; got {options[0]} among them ({' '.join(opts)}). Move it."
+        )
     defaults = cfg.clone()
     try:
         if config_file:
@@ -139,6 +144,9 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
             "to. Use --resume to continue it, or another OUTPUT_DIR to keep it.",
             cfg.OUTPUT_DIR,
         )
+        comm.synchronize()  # every worker has seen the file
+        if comm.is_main_process():  # else an interrupted new training would later go on with the old one
+            os.remove(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
     train(cfg, resume=args.resume)
 
 

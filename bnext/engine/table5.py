@@ -75,6 +75,11 @@ def load_rows(
                 f"Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET."
             )
     for row, cfg in configs.items():
+        if cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+            raise ConfigError(
+                f"TEST.PRECISE_BN.NUM_ITER, the batches of a re-estimation, must be 1 or more; "
+                f"got {cfg.TEST.PRECISE_BN.NUM_ITER} (row {row}). Use 50."
+            )
         if len(cfg.DATASETS.TEST) != 1:
             raise ConfigError(
                 f"DATASETS.TEST must name one data set, which gives the table its AP; got {cfg.DATASETS.TEST} "
@@ -99,6 +104,8 @@ def run_rows(configs: Mapping[int, CfgNode], output: str, title: str, resume: bo
     """
     results: dict[str, Any] = {"rows": {}, "seconds": {}}
     file = Path(output, "results.json")
+    if file.exists() and not resume and comm.is_main_process():
+        logger.warning("%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file)
     if resume and file.exists():
         results = json.loads(file.read_text())
     _set_up_logging(output)

@@ -31,7 +31,7 @@ from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.recompute import PreciseBN, recompute_statistics
-from bnext.errors import CheckpointError
+from bnext.errors import BNextError, CheckpointError, ConfigError
 
 __all__ = ["Trainer", "evaluate", "train"]
 
@@ -210,14 +210,30 @@ class Trainer(DefaultTrainer):
         at, workers = self._worker_states
         if at != self.iter:  # saved by hand: of the other workers nothing is known
             workers = [_read_normalizers(_unwrap(self.model))]
-        state["bnext"] = {"seed": self.seed, "total_batch_size": self.cfg.SOLVER.IMS_PER_BATCH, "workers": workers}
+        solver = self.cfg.SOLVER
+        state["bnext"] = {
+            "seed": self.seed,
+            "total_batch_size": solver.IMS_PER_BATCH,
+            "optimizer": solver.OPTIMIZER,
+            "workers": workers,
+        }
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super(DefaultTrainer, self).load_state_dict(state_dict)
-        if "_trainer" in state_dict:
-            self._trainer.load_state_dict(state_dict["_trainer"])
         own = state_dict.get("bnext")
+        before, now = (own or {}).get("optimizer", self.cfg.SOLVER.OPTIMIZER), self.cfg.SOLVER.OPTIMIZER
+        try:
+            if before != now:
+                raise ValueError(f"SOLVER.OPTIMIZER is {now}, it was {before}")
+            super(DefaultTrainer, self).load_state_dict(state_dict)
+            if "_trainer" in state_dict:
+                self._trainer.load_state_dict(state_dict["_trainer"])
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(
+                f"The optimizer of the resumed training must be that of the checkpoint; got another ({error}; "
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}). Resume with the config of the training, or start another with "
+                f"MODEL.WEIGHTS <file> and another OUTPUT_DIR."
+            ) from error
         if own is None:
             what = "it has" if "_trainer" in state_dict else "it lacks the optimizer and has"
             _tell_inexact(f"the checkpoint was not written by bnext, {what} no seed")
@@ -246,7 +262,15 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     Raises:
         BNextError: whatever is wrong with config, data or checkpoint, before the first iteration.
     """
-    trainer = Trainer(cfg)
+    try:
+        trainer = Trainer(cfg)
+    except BNextError:
+        raise
+    except (KeyError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"The config must describe a model and a schedule that detectron2 can build; got {error!r}. "
+            f"Correct the key that it speaks of."
+        ) from error
     trainer.resume_or_load(resume=resume)
     return trainer.train()
 

@@ -132,6 +132,11 @@ def convert_norm(model: nn.Module, **changes: object) -> ConversionReport:
             "model must hold its norms in modules; got a LevelBatchNorm2d itself (convert_norm). "
             "Make the new norm and call copy_norm_state(old, new)."
         )
+    if not any(isinstance(module, LevelBatchNorm2d) for module in model.modules()):
+        raise ConfigError(
+            f"model must have a level norm to convert; got {type(model).__name__} without one (convert_norm). "
+            f"Build it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint into it."
+        )
     report = ConversionReport()
     converted: dict[nn.Module, LevelBatchNorm2d] = {}
     for path, layer in list(model.named_modules(remove_duplicate=False)):  # a norm at two places stays one

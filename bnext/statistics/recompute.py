@@ -117,6 +117,11 @@ def recompute_population_statistics(
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 3 (PreciseBN).
     """
+    if num_batches is not None and num_batches < 1:
+        raise StatisticsError(
+            f"num_batches must be 1 or more; got {num_batches} (recompute_population_statistics; "
+            f"TEST.PRECISE_BN.NUM_ITER in a config). Use some 4,000 images."
+        )
     norms = _select_norms(model, layers)
     failure, done = None, 0
     with _estimating(model, norms) as collectors:

@@ -64,6 +64,11 @@ def test_resume_goes_on_and_a_new_study_does_not(digits, tmp_path):
     assert stale.read_text() == "model_final.pth"
 
 
+def test_batches_for_the_re_estimation_are_checked_before_training(digits, tmp_path):
+    with pytest.raises(ConfigError, match="TEST.PRECISE_BN.NUM_ITER"):
+        load_rows(config_files(3, 4), str(tmp_path), ["TEST.PRECISE_BN.NUM_ITER", "0"])
+
+
 @pytest.mark.parametrize("sets", ["()", "('digits_val', 'digits_train')"])
 def test_the_table_wants_one_test_set(digits, tmp_path, sets):
     with pytest.raises(ConfigError, match="DATASETS.TEST must name one data set"):

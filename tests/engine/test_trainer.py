@@ -2,13 +2,16 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from bnext.engine import Trainer, evaluate, train
-from bnext.errors import CheckpointError
+from bnext.data.catalog import register_datasets
+from bnext.engine import Trainer, build_parser, evaluate, train
+from bnext.engine.command import run_worker
+from bnext.errors import CheckpointError, ConfigError, DatasetError
 from tests.engine import tiny
 
 
@@ -124,3 +127,40 @@ def test_initial_weights_and_batches_are_a_function_of_the_seed(digits, tmp_path
     assert_same(state, again)
     assert torch.equal(image, same_image)
     assert any(not torch.equal(state[key], other[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    "opts", [("SOLVER.OPTIMIZER", "ADAMW"), ("MODEL.BNEXT.RETINANET.AFFINE", "shared"), ("MODEL.BACKBONE.FREEZE_AT", 2)]
+)
+def test_a_resume_with_another_optimizer_or_other_parameters_is_refused(finished, tmp_path, opts):
+    shutil.copytree(finished[0].OUTPUT_DIR, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="optimizer of the resumed training"):
+        train(tiny.load(tmp_path / "copy", "SOLVER.MAX_ITER", 8, *opts), resume=True)
+
+
+@pytest.mark.parametrize(
+    "opts", [("MODEL.RESNETS.NORM", "FooBN"), ("MODEL.RESNETS.DEPTH", 19), ("SOLVER.LR_SCHEDULER_NAME", "Foo")]
+)
+def test_a_config_that_cannot_be_built_is_a_mistake_of_the_config(digits, tmp_path, opts):
+    with pytest.raises(ConfigError, match="config must describe a model and a schedule"):
+        train(tiny.load(tmp_path, *opts))
+
+
+def test_an_image_that_cannot_be_read_is_named(digits, tmp_path, monkeypatch):
+    shutil.copytree(digits, tmp_path / "sets")
+    for path in (tmp_path / "sets/digits/train").iterdir():
+        path.write_text("no picture")
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    try:
+        register_datasets()
+        with pytest.raises(DatasetError, match=r"must be readable.*UnidentifiedImageError.*digits/train"):
+            train(tiny.load(tmp_path / "out"))
+    finally:
+        tiny.register(digits)
+
+
+def test_a_new_training_that_ends_early_is_not_resumed_as_the_old_one(digits, tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_of_an_old_training.pth")
+    with pytest.raises(CheckpointError):
+        run_worker(tiny.load(tmp_path, "MODEL.WEIGHTS", "/nonexistent.pth"), build_parser().parse_args([]))
+    assert not (tmp_path / "last_checkpoint").exists()

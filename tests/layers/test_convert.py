@@ -266,3 +266,9 @@ def test_a_norm_at_two_places_stays_one():
     convert_norm(model, population="per_level")
     assert model["a"] is model["b"]["c"]
     assert model["a"].spec.table5_row == 4
+
+
+def test_a_model_without_level_norms_has_nothing_to_convert():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with pytest.raises(ConfigError, match="must have a level norm to convert; got Sequential"):
+        convert_norm(model, population="per_level")

@@ -167,3 +167,7 @@ def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp
     again = run(tmp_path, "--eval-only", "--resume", "OUTPUT_DIR", tmp_path)
     assert "copypaste: AP,AP50" in again
     assert "holds an earlier training" not in again
+
+
+def test_options_among_the_pairs_are_named(refuse):
+    assert "Options must come before" in refuse("SOLVER.MAX_ITER", 2, "--eval-only", 1)
