@@ -31,13 +31,19 @@ from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.recompute import PreciseBN, recompute_statistics
+from bnext.engine.resume import (
+    collect_training,
+    compare_training,
+    expect_same_optimizer,
+    read_normalizers,
+    write_normalizers,
+)
 from bnext.errors import BNextError, CheckpointError, ConfigError
 
 __all__ = ["Trainer", "evaluate", "train"]
 
 _INITIALIZE = 5  # what the derived seed is for
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
-_NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as a plain attribute
 
 
 class Trainer(DefaultTrainer):
@@ -196,7 +202,7 @@ class Trainer(DefaultTrainer):
 
     def gather_worker_states(self) -> None:
         """Collect on every worker what only the worker itself knows. A collective, before a save."""
-        self._worker_states = (self.iter, comm.all_gather(_read_normalizers(_unwrap(self.model))))
+        self._worker_states = (self.iter, comm.all_gather(read_normalizers(_unwrap(self.model))))
 
     def run_step(self) -> None:
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
@@ -209,44 +215,19 @@ class Trainer(DefaultTrainer):
         state = {**super(DefaultTrainer, self).state_dict(), "_trainer": self._trainer.state_dict()}
         at, workers = self._worker_states
         if at != self.iter:  # saved by hand: of the other workers nothing is known
-            workers = [_read_normalizers(_unwrap(self.model))]
-        solver = self.cfg.SOLVER
-        state["bnext"] = {
-            "seed": self.seed,
-            "total_batch_size": solver.IMS_PER_BATCH,
-            "optimizer": solver.OPTIMIZER,
-            "workers": workers,
-        }
-        return state
+            workers = [read_normalizers(_unwrap(self.model))]
+        return {**state, "bnext": collect_training(self.cfg, self.seed, workers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        own = state_dict.get("bnext")
-        before, now = (own or {}).get("optimizer", self.cfg.SOLVER.OPTIMIZER), self.cfg.SOLVER.OPTIMIZER
-        try:
-            if before != now:
-                raise ValueError(f"SOLVER.OPTIMIZER is {now}, it was {before}")
+        with expect_same_optimizer(self.cfg, state_dict):
             super(DefaultTrainer, self).load_state_dict(state_dict)
             if "_trainer" in state_dict:
                 self._trainer.load_state_dict(state_dict["_trainer"])
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(
-                f"The optimizer of the resumed training must be that of the checkpoint; got another ({error}; "
-                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}). Resume with the config of the training, or start another with "
-                f"MODEL.WEIGHTS <file> and another OUTPUT_DIR."
-            ) from error
-        if own is None:
-            what = "it has" if "_trainer" in state_dict else "it lacks the optimizer and has"
-            _tell_inexact(f"the checkpoint was not written by bnext, {what} no seed")
-            return
-        if own["seed"] != self.seed:
-            logging.getLogger(__name__).info("The resumed training keeps its seed %d.", own["seed"])
-        self.seed = own["seed"]
-        workers, batch = own["workers"], self.cfg.SOLVER.IMS_PER_BATCH
-        if len(workers) != comm.get_world_size():
-            _tell_inexact(f"{comm.get_world_size()} worker(s) now, the state of {len(workers)} in the checkpoint")
-        if own["total_batch_size"] != batch:
-            _tell_inexact(f"SOLVER.IMS_PER_BATCH is {batch}, it was {own['total_batch_size']}")
-        _write_normalizers(_unwrap(self.model), workers[comm.get_rank() % len(workers)])
+        own = compare_training(self.cfg, self.seed, state_dict)
+        if own is not None:
+            self.seed = own["seed"]
+            workers = own["workers"]
+            write_normalizers(_unwrap(self.model), workers[comm.get_rank() % len(workers)])
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -299,17 +280,3 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
 
 def _unwrap(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
-
-
-def _read_normalizers(model: nn.Module) -> dict[str, float]:
-    found = {path: vars(module).get(_NORMALIZER) for path, module in model.named_modules()}
-    return {path: float(value) for path, value in found.items() if isinstance(value, (int, float))}
-
-
-def _write_normalizers(model: nn.Module, values: dict[str, float]) -> None:
-    for path, value in values.items():
-        setattr(model.get_submodule(path), _NORMALIZER, value)
-
-
-def _tell_inexact(reason: str) -> None:
-    logging.getLogger(__name__).warning("The resume is not exact: %s.", reason)
