@@ -7,25 +7,48 @@ registers its meta-architectures and data sets; where it is not, everything else
 import importlib.util
 import warnings
 
-from bnext.errors import BNextError, CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
-from bnext.layers import LevelBatchNorm2d, NormSpec, convert_norm, convert_norm_state, copy_norm_state
+from bnext.domain import use_domain
+from bnext.errors import (
+    BNextError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    DomainError,
+    LaunchError,
+    StatisticsError,
+)
+from bnext.layers import (
+    BatchNorm2d,
+    LevelBatchNorm2d,
+    NormSpec,
+    build_norm,
+    convert_norm,
+    convert_norm_state,
+    copy_norm_state,
+    frozen_statistics,
+)
 from bnext.statistics import recompute_population_statistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BNextError",
+    "BatchNorm2d",
     "CheckpointError",
     "ConfigError",
     "DatasetError",
+    "DomainError",
     "LaunchError",
     "LevelBatchNorm2d",
     "NormSpec",
     "StatisticsError",
+    "build_norm",
     "convert_norm",
     "convert_norm_state",
     "copy_norm_state",
+    "frozen_statistics",
     "recompute_population_statistics",
+    "use_domain",
 ]
 
 _detectron2 = importlib.util.find_spec("detectron2")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from typing import get_args
-
 try:
     from detectron2.config import CfgNode
     from detectron2.layers import get_norm
@@ -16,8 +14,8 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bnext.errors import ConfigError
-from bnext.layers.build import BATCH_NORM_WORKERS
-from bnext.layers.spec import NormSpec, Sharing, check_choice
+from bnext.layers.build import NAMED_NORMS
+from bnext.layers.spec import NormSpec, check_choice
 
 __all__ = ["LEVEL_ARCHITECTURES", "add_bnext_config", "check_config", "get_head_norm"]
 
@@ -51,10 +49,10 @@ def add_bnext_config(cfg: CfgNode) -> None:
 def get_head_norm(cfg: CfgNode) -> NormSpec | str:
     """The norm of a level-shared head: a spec for "BN" and "SyncBN", else detectron2's name of it."""
     name = cfg.MODEL.RETINANET.NORM
-    if name not in BATCH_NORM_WORKERS:
+    if name not in NAMED_NORMS:
         return name
     answers = {field: cfg.MODEL.BNEXT.RETINANET[key] for key, field in FIELDS.items()}
-    return NormSpec(workers=BATCH_NORM_WORKERS[name], **answers)
+    return NAMED_NORMS[name].replace(**answers)
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -70,10 +68,10 @@ def check_config(cfg: CfgNode) -> None:
         )
     node = cfg.MODEL.BNEXT.RETINANET
     for key in FIELDS:
-        check_choice(f"{PLACE}.{key}", node[key], get_args(Sharing), where="config")
+        check_choice(f"{PLACE}.{key}", node[key], ("shared", "per_level"), where="config")
     if cfg.MODEL.META_ARCHITECTURE in LEVEL_ARCHITECTURES:
         _check_norm(cfg.MODEL.RETINANET.NORM)
-    default = NormSpec()
+    default = NormSpec.from_table5_row(4)
     changed = [key for key, field in FIELDS.items() if node[key] != getattr(default, field)]
     if changed:
         _check_has_levels(cfg, f"{PLACE}.{changed[0]}", node[changed[0]])
@@ -81,7 +79,7 @@ def check_config(cfg: CfgNode) -> None:
 
 def _check_norm(name: str) -> None:
     """The head's norm is one of ours, or one that the installed detectron2 has and that needs no levels."""
-    is_known = name in BATCH_NORM_WORKERS
+    is_known = name in NAMED_NORMS
     if not is_known and name not in UNSAFE_NORMS:
         with contextlib.suppress(KeyError):
             get_norm(name, 32)
@@ -102,11 +100,11 @@ def _check_has_levels(cfg: CfgNode, key: str, value: str) -> None:
             f"(MODEL.META_ARCHITECTURE is {architecture!r}). Set MODEL.META_ARCHITECTURE to one of "
             f"{', '.join(LEVEL_ARCHITECTURES)}, or remove the key."
         )
-    if norm not in BATCH_NORM_WORKERS:
+    if norm not in NAMED_NORMS:
         raise ConfigError(
             f"{key} must keep its default where the head has no batch norm; got {value!r} "
             f"(MODEL.RETINANET.NORM is {norm!r}). Set MODEL.RETINANET.NORM to one of "
-            f"{', '.join(BATCH_NORM_WORKERS)}, or remove the key."
+            f"{', '.join(NAMED_NORMS)}, or remove the key."
         )
     if len(cfg.MODEL.RETINANET.IN_FEATURES) < 2:
         raise ConfigError(

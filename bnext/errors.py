@@ -12,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DatasetError",
+    "DomainError",
     "LaunchError",
     "StatisticsError",
     "run_command",
@@ -28,6 +29,10 @@ class ConfigError(BNextError):
 
 class StatisticsError(BNextError):
     """Statistics of a norm layer are missing, not finite, or cannot be computed."""
+
+
+class DomainError(BNextError):
+    """No domain, or an unknown one, is named where statistics or an affine belong to domains."""
 
 
 class CheckpointError(BNextError):

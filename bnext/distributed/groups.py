@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import torch.distributed as dist
+
+from bnext.errors import ConfigError
 
 __all__ = ["count_cores", "get_world_size", "is_running", "resolve_group"]
 
@@ -24,12 +27,58 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if is_running() else 1
 
 
-def resolve_group(workers: str) -> dist.ProcessGroup | None:
+class _Groups:
+    """The process groups of one world. Making one is a collective and costs; each is made once."""
+
+    world: dist.ProcessGroup | None = None
+    made: dict[str | int, dist.ProcessGroup | None] = {}
+
+
+def resolve_group(workers: str | int) -> dist.ProcessGroup | None:
     """The process group over which a norm shares its mini-batch, or None where it has no partner.
 
     Args:
-        workers: "one" (this worker) or "all" (every worker).
+        workers: "one" (this worker), "node" (those of this machine, by host name), `k` consecutive
+            workers, or "all" (every worker).
+
+    Raises:
+        ConfigError: `k` does not divide the number of workers.
+
+    Note:
+        A collective over all workers, the first time that "node" or a number is asked for in a world.
     """
-    if workers == "one" or get_world_size() == 1:
+    if workers in ("one", 1) or get_world_size() == 1:
         return None
-    return dist.group.WORLD
+    if workers == "all":
+        return dist.group.WORLD
+    if _Groups.world is not dist.group.WORLD:
+        _Groups.world, _Groups.made = dist.group.WORLD, {}
+    if workers not in _Groups.made:
+        _Groups.made[workers] = _make_group(workers)
+    return _Groups.made[workers]
+
+
+def _make_group(workers: str | int) -> dist.ProcessGroup | None:
+    members = _list_node_members() if workers == "node" else _list_consecutive_members(int(workers))
+    own = None
+    for ranks in members:  # every worker makes every group: torch demands it
+        group = dist.new_group(ranks)
+        if dist.get_rank() in ranks and len(ranks) > 1:
+            own = group
+    return own
+
+
+def _list_consecutive_members(size: int) -> list[list[int]]:
+    world_size = get_world_size()
+    if world_size % size:
+        divisors = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
+        raise ConfigError(
+            f"workers must divide the number of all workers, {world_size}; got {size} (NormSpec). Use one of {divisors}."
+        )
+    return [list(range(start, start + size)) for start in range(0, world_size, size)]
+
+
+def _list_node_members() -> list[list[int]]:
+    names: list[str] = [""] * get_world_size()
+    dist.all_gather_object(names, socket.gethostname())
+    return [[rank for rank, name in enumerate(names) if name == node] for node in dict.fromkeys(names)]

@@ -1,18 +1,29 @@
 """Pure arithmetic of batch normalization: tensors in, tensors out; no modules, no configuration.
 
-Shape letters in this folder: N samples, C channels, H W, L levels, B mini-batches, P parts.
+Shape letters in this folder: N samples, C channels, H W, L features (levels), B mini-batches, P parts, D domains.
 """
 
 from bnext.functional.averaging import update_running_statistics
-from bnext.functional.moments import Moments, batch_moments, group_moments, merge_moments
-from bnext.functional.normalize import LevelMoments, normalize_levels
+from bnext.functional.grouping import Grouping, group_samples
+from bnext.functional.moments import (
+    Moments,
+    batch_moments,
+    group_moments,
+    merge_moments,
+    part_moments,
+    sample_moments,
+)
+from bnext.functional.normalize import normalize_parts
 
 __all__ = [
-    "LevelMoments",
+    "Grouping",
     "Moments",
     "batch_moments",
     "group_moments",
+    "group_samples",
     "merge_moments",
-    "normalize_levels",
+    "normalize_parts",
+    "part_moments",
+    "sample_moments",
     "update_running_statistics",
 ]

@@ -6,12 +6,13 @@ correct digit left once the mean is a thousand standard deviations (it even turn
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "batch_moments", "group_moments", "merge_moments"]
+__all__ = ["Moments", "batch_moments", "group_moments", "merge_moments", "part_moments", "sample_moments"]
 
 
 class Moments(NamedTuple):
@@ -91,18 +92,69 @@ def merge_moments(parts: Moments, dim: int = 0) -> Moments:
     return Moments(count, mean, var)
 
 
-def group_moments(parts: Moments, membership: Tensor) -> Moments:
-    """Merge parts into several unions at once.
+def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
+    """Merge parts into several unions at once, each part into one of them; by Chan's formula.
 
     Args:
         parts: count [P], mean and var [P, C].
-        membership: [B, P], true where part p belongs to union b.
+        groups: [P], the union of each part, 0 to G - 1.
+        num_groups: G.
 
     Returns:
-        count [B], mean and var [B, C].
+        count [G], mean and var [G, C]; a union without parts has count 0.
     """
-    count = parts.count * membership.to(parts.count.dtype)
-    num_unions = membership.shape[0]
-    mean = parts.mean.expand(num_unions, *parts.mean.shape)
-    var = parts.var.expand(num_unions, *parts.var.shape)
-    return merge_moments(Moments(count, mean, var), dim=1)
+    zeros = parts.mean.new_zeros(num_groups, parts.mean.shape[1])
+    count = parts.count.new_zeros(num_groups).index_add(0, groups, parts.count)
+    weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
+    mean = zeros.index_add(0, groups, weight * parts.mean)
+    var = zeros.index_add(0, groups, weight * (parts.var + (parts.mean - mean[groups]).square()))
+    return Moments(count, mean, var)
+
+
+def sample_moments(features: Tensor) -> Moments:
+    """Moments of each sample and channel over positions.
+
+    Args:
+        features: [N, C, ...], any memory format, may be empty.
+
+    Returns:
+        count [N], mean and var [N, C], float32 or wider.
+    """
+    num_samples, num_channels = features.shape[:2]
+    num_positions = features[0, 0].numel() if num_samples and num_channels else 0
+    dtype = accumulation_dtype(features.dtype)
+    count = torch.full((num_samples,), num_positions, dtype=dtype, device=features.device)
+    if num_positions == 0:
+        zeros = torch.zeros(num_samples, num_channels, dtype=dtype, device=features.device)
+        return Moments(count, zeros, zeros.clone())
+    if features.is_contiguous() and features.dtype == dtype:  # samples as channels: one pass of torch's kernel
+        rows = features.view(1, num_samples * num_channels, *features.shape[2:])
+        mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
+        return Moments(count, mean.view(num_samples, -1), var.view(num_samples, -1))
+    dims = list(range(2, features.dim()))
+    mean = features.mean(dims, keepdim=True, dtype=dtype)
+    var = (features - mean).square_().mean(dims)
+    return Moments(count, mean.flatten(1), var)
+
+
+def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_parts: int) -> Moments:
+    """Moments of the parts into which the samples of one or several features are sorted.
+
+    Args:
+        features: tensors [N_l, C, ...].
+        parts: for each feature the part of all its samples, or a tensor [N_l] with that of each sample.
+        num_parts: P.
+
+    Returns:
+        count [P], mean and var [P, C].
+    """
+    found, owners = [], []
+    for feature, part in zip(features, parts, strict=True):
+        if isinstance(part, Tensor):
+            found.append(sample_moments(feature))
+            owners.append(part)
+        else:
+            found.append(Moments(*(field.unsqueeze(0) for field in batch_moments(feature))))
+            owners.append(torch.full((1,), part, device=feature.device))
+    together = Moments(*(torch.cat(field) for field in zip(*found, strict=True)))
+    return group_moments(together, torch.cat(owners), num_parts)

@@ -1,148 +1,114 @@
-"""Normalize the features of several levels, each level alone or several as one mini-batch.
+"""Normalize features by the statistics of mini-batches, each sample by those of its own.
 
-Nothing is concatenated: moments are taken per level, merged over levels and workers, and one pass
-of scale and shift is made per level. A worker's level and another worker's level are the same kind
-of part, so one collective forward and one backward serve all levels of a layer.
+Nothing is concatenated and nothing is sorted: moments are taken per part (a level, the samples of a
+domain, a group of samples), merged over parts and workers, and one pass of scale and shift is made
+per feature. One collective backward serves everything that a layer normalizes in a call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnext.functional.moments import Moments, batch_moments, group_moments, merge_moments
+from bnext.functional.moments import Moments
 
-__all__ = ["LevelMoments", "normalize_levels"]
+__all__ = ["normalize_parts"]
 
-Gather = Callable[[Tensor], Tensor]  # [...] of this worker -> [R, ...] of all workers
 Reduce = Callable[[Tensor], Tensor]  # [...] of this worker -> [...] summed over all workers
+Part = int | Tensor
 
 
-class LevelMoments(NamedTuple):
-    """What a mini-batch has told: moments of each level, and of each mini-batch that normalized.
-
-    Args:
-        levels: over all workers; count [L], mean and var [L, C].
-        mini_batches: count [B], mean and var [B, C].
-    """
-
-    levels: Moments
-    mini_batches: Moments
-
-
-def normalize_levels(
+def normalize_parts(
     features: Sequence[Tensor],
+    parts: Sequence[Part],
     weight: Tensor,
     bias: Tensor,
     eps: float,
-    mini_batches: Sequence[int],
-    gather: Gather | None = None,
+    statistics: Moments,
+    mini_batches: Tensor,
     reduce: Reduce | None = None,
-) -> tuple[list[Tensor], LevelMoments]:
-    """Normalize every level by the statistics of the mini-batch that it belongs to.
+) -> list[Tensor]:
+    """Normalize every sample by the statistics of the mini-batch that its part belongs to.
 
-        y_l = weight_l * ((x_l - mean_b) / sqrt(var_b + eps)) + bias_l,  b = mini_batches[l]
+        y_i = weight_p * ((x_i - mean_b) / sqrt(var_b + eps)) + bias_p,  p = parts[i], b = mini_batches[p]
 
     Args:
-        features: L tensors [N_l, C, H_l, W_l]; samples and sizes may differ, a level may be empty.
-        weight, bias: [L, C]; expand a shared affine to it, its gradients then sum over levels.
+        features: tensors [N_l, C, ...]; samples and sizes may differ, one may be empty.
+        parts: for each feature the part of all its samples, or a tensor [N_l] with that of each sample.
+        weight, bias: [P, C]; expand a shared affine to it, its gradients then sum over parts.
         eps: added to the variance, above 0.
-        mini_batches: for each level the index of its mini-batch, 0 to B - 1. All zeros share one
-            mini-batch, `range(L)` keeps every level apart.
-        gather, reduce: collectives over the workers that share the mini-batches; None: this worker.
+        statistics: of the mini-batches, count [B], mean and var [B, C], over all workers, as made from these very
+            features: gradients flow through them as if they had been computed here. A count of infinity says
+            that the statistics are constants, as population statistics are.
+        mini_batches: [P], for each part its mini-batch.
+        reduce: sums over the workers that share the mini-batches; None: this worker alone.
 
     Returns:
-        L tensors of the shapes, types and memory formats of `features`; and the moments.
+        Tensors of the shapes, types and memory formats of `features`.
 
     Note:
-        Accumulates in float32 or wider. One `gather` of [L, 2C+1] forward, one `reduce` of [2, B, C]
-        backward; every worker must make the call, also with empty features. Gradients of `weight`
-        and `bias` are those of this worker's loss terms: summing over workers is DDP's work.
-        A second derivative is refused.
+        Accumulates in float32 or wider. One `reduce` of [2, B, C] backward: every worker must make the call,
+        also with empty features. Gradients of `weight` and `bias` are those of this worker's loss terms:
+        summing over workers is DDP's work. A second derivative is refused.
     """
-    num_levels = len(features)
-    outputs = _NormalizeLevels.apply(weight, bias, eps, tuple(mini_batches), gather, reduce, *features)
-    levels, batches = Moments(*outputs[num_levels : num_levels + 3]), Moments(*outputs[num_levels + 3 :])
-    return list(outputs[:num_levels]), LevelMoments(levels, batches)
+    mean = statistics.mean[mini_batches]
+    rstd = (statistics.var[mini_batches] + eps).rsqrt()
+    return list(
+        _NormalizeParts.apply(weight, bias, mean, rstd, statistics.count, mini_batches, parts, reduce, *features)
+    )
 
 
-def _gather_level_moments(features: Sequence[Tensor], gather: Gather | None) -> Moments:
-    """Moments of each level over the workers: count [L], mean and var [L, C]."""
-    own = [batch_moments(feature) for feature in features]
-    levels = Moments(*(torch.stack(field) for field in zip(*own, strict=True)))
-    if gather is None:
-        return levels
-    num_channels = levels.mean.shape[1]
-    message = torch.cat([levels.count.unsqueeze(1), levels.mean, levels.var], dim=1)
-    count, mean, var = gather(message).split([1, num_channels, num_channels], dim=-1)
-    return merge_moments(Moments(count.squeeze(-1), mean, var))
-
-
-class _NormalizeLevels(torch.autograd.Function):
-    """See `normalize_levels`. Saves the features and [L, C] vectors, nothing of the features' size beside."""
+class _NormalizeParts(torch.autograd.Function):
+    """See `normalize_parts`. Saves the features and [P, C] vectors, nothing of the features' size beside."""
 
     @staticmethod
     def forward(
         ctx: Any,
         weight: Tensor,
         bias: Tensor,
-        eps: float,
-        mini_batches: tuple[int, ...],
-        gather: Gather | None,
+        mean: Tensor,
+        rstd: Tensor,
+        count: Tensor,
+        mini_batches: Tensor,
+        parts: Sequence[Part],
         reduce: Reduce | None,
         *features: Tensor,
     ) -> tuple[Tensor, ...]:
-        levels = _gather_level_moments(features, gather)
-        owner = torch.tensor(mini_batches, device=levels.mean.device)
-        membership = torch.arange(max(mini_batches) + 1, device=owner.device).unsqueeze(1) == owner
-        batches = group_moments(levels, membership)
-        mean = batches.mean[owner]
-        rstd = (batches.var[owner] + eps).rsqrt()
         scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-        outputs = [_affine(x, mean[i], scale[i], shift[i]) for i, x in enumerate(features)]
-        ctx.save_for_backward(weight, mean, rstd, batches.count, owner, membership, *features)
-        ctx.reduce = reduce
-        ctx.mark_non_differentiable(*levels, *batches)
-        return (*outputs, *levels, *batches)
+        ctx.save_for_backward(weight, mean, rstd, count, mini_batches, *features)
+        ctx.parts, ctx.reduce = parts, reduce
+        return tuple(_affine(x, mean[p], scale[p], shift[p]) for x, p in zip(features, parts, strict=True))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         with torch.no_grad():
-            gradients = _NormalizeLevels._gradients(ctx, *grads)
+            gradients = _NormalizeParts._gradients(ctx, grads)
         if not torch.is_grad_enabled():  # as always, unless create_graph was asked for
             return gradients
-        weight, features = ctx.saved_tensors[0], ctx.saved_tensors[6:]
-        return _RefuseSecondDerivative.attach(gradients, [weight, *features, *grads[: len(features)]])
+        weight, features = ctx.saved_tensors[0], ctx.saved_tensors[5:]
+        return _RefuseSecondDerivative.attach(gradients, [weight, *features, *grads])
 
     @staticmethod
-    def _gradients(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        weight, mean, rstd, count, owner, membership, *features = ctx.saved_tensors
-        grad_outputs = grads[: len(features)]
-        sums = [_backward_sums(x, dy, mean[i]) for i, (x, dy) in enumerate(zip(features, grad_outputs, strict=True))]
-        sum_dy, sum_dy_xmu = (torch.stack(field) for field in zip(*sums, strict=True))  # [L, C] each
+    def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        weight, mean, rstd, count, mini_batches, *features = ctx.saved_tensors
+        triples = list(zip(features, grads, ctx.parts, strict=True))
+        sums = mean.new_zeros(2, *mean.shape)  # [2, P, C]: sum dy, sum dy (x - mean)
+        for feature, grad, part in triples:
+            own = _backward_sums(feature, grad, mean[part])
+            index = part if isinstance(part, Tensor) else torch.full((1,), part, device=mean.device)
+            sums = sums.index_add(1, index, own if isinstance(part, Tensor) else own.unsqueeze(1))
         gamma = weight.to(rstd.dtype)
-        totals = torch.stack([gamma * sum_dy, gamma * sum_dy_xmu])  # [2, L, C]
-        totals = (membership.to(totals.dtype)[None, :, :, None] * totals.unsqueeze(1)).sum(2)  # [2, B, C]
+        totals = sums.new_zeros(2, *count.shape, mean.shape[1]).index_add(1, mini_batches, gamma * sums)  # [2, B, C]
         if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker
             totals = ctx.reduce(totals)
-        sum_g, sum_g_xmu = (totals / count.clamp(min=1).unsqueeze(1))[:, owner]
-        slope, offset = -(rstd.pow(3)) * sum_g_xmu, -rstd * sum_g
-        grad_features = [
-            _grad_feature(x, dy, mean[i], gamma[i] * rstd[i], slope[i], offset[i])
-            for i, (x, dy) in enumerate(zip(features, grad_outputs, strict=True))
-        ]
-        return (
-            (rstd * sum_dy_xmu).to(weight.dtype),
-            sum_dy.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-            *grad_features,
-        )
+        sum_g, sum_g_xmu = (totals / count.clamp(min=1).unsqueeze(1))[:, mini_batches]
+        scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * sum_g_xmu, -rstd * sum_g
+        grad_features = [_grad_feature(x, dy, mean[p], scale[p], slope[p], offset[p]) for x, dy, p in triples]
+        grad_weight, grad_bias = (rstd * sums[1]).to(weight.dtype), sums[0].to(weight.dtype)
+        return grad_weight, grad_bias, None, None, None, None, None, None, *grad_features
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
@@ -166,31 +132,59 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
-            "normalize_levels must be differentiated once; got a second derivative. "
+            "normalize_parts must be differentiated once; got a second derivative. "
             "Compute gradients of gradients with torch's BatchNorm2d, or on the population statistics (eval mode)."
         )
 
 
 # The three passes over a feature. torch's own batch norm kernels do each in one go, in both memory formats
-# and with float32 accumulation of half types; the plain formula takes two to four passes.
+# and with float32 accumulation of half types; the plain formula takes two to four passes. Vectors are [C], or
+# [N, C] where each sample has its own: the samples of a contiguous feature are then channels to torch's kernels,
+# and in channels_last the formula is written out.
+
+
+def _has_samples_as_channels(feature: Tensor, vector: Tensor) -> bool:
+    return vector.dim() == 2 and feature.is_contiguous()
+
+
+def _merge_samples(feature: Tensor) -> Tensor:
+    """[N, C, ...] -> [1, N C, ...]."""
+    return feature.reshape(1, -1, *feature.shape[2:])
+
+
+def _spread(vector: Tensor, feature: Tensor) -> Tensor:
+    """[N, C] -> [N, C, 1, ...]."""
+    return vector.reshape(*vector.shape, *[1] * (feature.dim() - 2))
 
 
 def _affine(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * (x - mean) + shift, in the type of the feature."""
     if feature.numel() == 0:
         return feature.clone()
+    if _has_samples_as_channels(feature, mean):
+        rows = _affine(_merge_samples(feature), mean.flatten(), scale.flatten(), shift.flatten())
+        return rows.view_as(feature)
+    if mean.dim() == 2:
+        normalized = (feature - _spread(mean, feature)).mul_(_spread(scale, feature)).add_(_spread(shift, feature))
+        return normalized.to(feature.dtype)
     return torch.native_batch_norm(feature, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
 
 
-def _backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """sum dy and sum dy (x - mean), [C] each."""
+def _backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
+    """sum dy and sum dy (x - mean): [2, C], or [2, N, C]."""
     if feature.numel() == 0:
-        return torch.zeros_like(mean), torch.zeros_like(mean)
+        return mean.new_zeros(2, *mean.shape)
+    if _has_samples_as_channels(feature, mean):
+        rows = _backward_sums(_merge_samples(feature), _merge_samples(grad_output), mean.flatten())
+        return rows.view(2, *mean.shape)
+    if mean.dim() == 2:
+        dims, dy = list(range(2, feature.dim())), grad_output.to(mean.dtype)
+        return torch.stack([dy.sum(dims), (dy * (feature - _spread(mean, feature))).sum(dims)])
     ones = torch.ones_like(mean)
     _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
         grad_output, feature, ones, None, None, mean, ones, True, 0.0, [False, True, True]
     )
-    return sum_dy, sum_dy_xmu
+    return torch.stack([sum_dy, sum_dy_xmu])
 
 
 def _grad_feature(
@@ -198,4 +192,5 @@ def _grad_feature(
 ) -> Tensor:
     """scale * dy + slope * (x - mean) + offset, in the type of the feature."""
     grad = _affine(feature.to(mean.dtype), mean, slope, offset)
-    return grad.addcmul_(grad_output.to(mean.dtype), scale.view(1, -1, *[1] * (grad.dim() - 2))).to(feature.dtype)
+    factor = _spread(scale if scale.dim() == 2 else scale.unsqueeze(0), grad)
+    return grad.addcmul_(grad_output.to(mean.dtype), factor).to(feature.dtype)

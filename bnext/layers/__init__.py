@@ -1,13 +1,16 @@
 """Normalization layers: nn.Modules whose state-dict keys are torch's."""
 
-from bnext.layers.build import BATCH_NORM_WORKERS, build_norm, name_norms
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.convert import ConversionReport, convert_norm, convert_norm_state, copy_norm_state
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.scopes import frozen_statistics
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
 
 __all__ = [
-    "BATCH_NORM_WORKERS",
+    "NAMED_NORMS",
     "TABLE5_ROWS",
+    "BatchNorm2d",
     "ConversionReport",
     "LevelBatchNorm2d",
     "NormSpec",
@@ -15,5 +18,7 @@ __all__ = [
     "convert_norm",
     "convert_norm_state",
     "copy_norm_state",
+    "frozen_statistics",
+    "make_named_norm",
     "name_norms",
 ]

@@ -1,37 +1,93 @@
-"""The only place where a norm is made from a spec."""
+"""The only place where a norm is made: from a spec, or by one of detectron2's names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+from bnext.errors import ConfigError
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
-from bnext.layers.spec import NormSpec, Workers
+from bnext.layers.spec import NormSpec
 
-__all__ = ["BATCH_NORM_WORKERS", "build_norm", "name_norms"]
+__all__ = ["NAMED_NORMS", "NORM_NAMES", "LayerNorm2d", "build_norm", "make_named_norm", "name_norms"]
 
-# detectron2's names for a batch norm -> who shares its mini-batch.
-BATCH_NORM_WORKERS: dict[str, Workers] = {"BN": "one", "SyncBN": "all"}
+# detectron2's names of batch norms, as points of the one table.
+NAMED_NORMS: dict[str, NormSpec] = {
+    "BN": NormSpec(),
+    "SyncBN": NormSpec(workers="all"),
+    "FrozenBN": NormSpec(frozen="both"),
+}
+NORM_NAMES = (*NAMED_NORMS, "GN", "LN", "")
 
 
-def build_norm(spec: NormSpec, levels: Sequence[str]) -> Callable[[int], LevelBatchNorm2d]:
+def build_norm(spec: NormSpec, levels: Sequence[str] | None = None) -> Callable[[int], BatchNorm2d]:
     """A factory of norms, as detectron2's `get_norm` takes it: number of channels -> layer.
 
     Args:
         spec: the norm.
-        levels: names of the features that the norm will see.
-    """
-    names = tuple(levels)
+        levels: names of the features that the norm will see in one call; None: it sees one feature map.
 
-    def make_norm(num_features: int) -> LevelBatchNorm2d:
-        return LevelBatchNorm2d(num_features, names, spec)
+    Example:
+        >>> build_norm(NormSpec(workers="all"))(8)
+        BatchNorm2d(8, workers='all')
+    """
+    names = None if levels is None else tuple(levels)
+
+    def make_norm(num_features: int) -> BatchNorm2d:
+        return BatchNorm2d(num_features, spec) if names is None else LevelBatchNorm2d(num_features, names, spec)
 
     return make_norm
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Layer normalization over the channels of each position of [N, C, H, W], as detectron2's "LN".
+
+    Source:
+        Ba, Kiros and Hinton, *Layer Normalization*, 2016, in the form of Liu et al., *A ConvNet for the
+        2020s*, 2022.
+    """
+
+    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+        super().__init__(num_channels, eps=eps)
+
+    def forward(self, input: Tensor) -> Tensor:
+        last = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return last.permute(0, 3, 1, 2)
+
+
+def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
+    """A norm of one feature map by detectron2's name of it.
+
+    Args:
+        name: "BN", "SyncBN", "FrozenBN", "GN" (32 groups, or one per channel where there are fewer), "LN",
+            or "" for none.
+        num_channels: C.
+
+    Returns:
+        The layer; None for "".
+
+    Raises:
+        ConfigError: another name.
+    """
+    if name in NAMED_NORMS:
+        return BatchNorm2d(num_channels, NAMED_NORMS[name])
+    if name == "GN":
+        return nn.GroupNorm(min(32, num_channels), num_channels)
+    if name == "LN":
+        return LayerNorm2d(num_channels)
+    if name == "":
+        return None
+    raise ConfigError(
+        f"a norm must be one of {', '.join(repr(known) for known in NORM_NAMES)}; got {name!r}. Choose one of them, "
+        f"or give a NormSpec."
+    )
 
 
 def name_norms(model: nn.Module) -> None:
     """Tell every norm of bnext its path in the model, so that its errors can name it."""
     for path, module in model.named_modules():
-        if isinstance(module, LevelBatchNorm2d):
+        if isinstance(module, BatchNorm2d):
             module.path = path

@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import all_gather_stacked, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
-from bnext.layers.level_norm import LevelBatchNorm2d, LevelState
+from bnext.layers.batch_norm import DomainState
+from bnext.layers.level_norm import LevelBatchNorm2d
 
 __all__ = ["PopulationEstimate", "RecomputeReport", "recompute_population_statistics"]
 
@@ -143,7 +144,7 @@ def recompute_population_statistics(
 def _select_norms(model: nn.Module, layers: Selection | None) -> list[tuple[str, _BatchNorm]]:
     norms = []
     for path, module in model.named_modules():
-        if not isinstance(module, _BatchNorm) or isinstance(module, LevelState):
+        if not isinstance(module, _BatchNorm) or isinstance(module, DomainState):
             continue
         tracks = isinstance(module, LevelBatchNorm2d) or module.running_mean is not None
         if tracks and (layers is None or layers(path, module)):

@@ -1,14 +1,17 @@
-"""`normalize_levels` against the concatenation in float64: value, gradient, memory format, inputs left alone."""
+"""`normalize_parts` against the concatenation in float64: value, gradient, memory format, inputs left alone."""
+
+import collections
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnext.functional import normalize_levels
+from bnext.functional import group_moments, normalize_parts, part_moments
 from tests import reference, strategies
 
 EPS = 1e-5
+LevelMoments = collections.namedtuple("LevelMoments", "levels mini_batches")
 CHANNELS = 3
 
 
@@ -19,6 +22,15 @@ def make_inputs(seed, sizes, dtype=torch.float64):
     weight = torch.rand(len(sizes), CHANNELS, generator=generator, dtype=dtype) + 0.5
     bias = torch.randn(len(sizes), CHANNELS, generator=generator, dtype=dtype)
     return [*features, weight, bias], [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+
+
+def normalize_levels(features, weight, bias, eps, mini_batches):
+    """Each feature a part; what a layer does, without its state. Outputs, and the moments of levels and mini-batches."""
+    parts, owners = range(len(features)), torch.tensor(tuple(mini_batches))
+    with torch.no_grad():
+        levels = part_moments(features, parts, len(features))
+        batches = group_moments(levels, owners, max(mini_batches) + 1)
+    return normalize_parts(features, parts, weight, bias, eps, batches, owners), LevelMoments(levels, batches)
 
 
 def value_and_gradients(function, inputs, grad_outputs):
@@ -94,7 +106,7 @@ def test_second_derivative_is_refused_also_where_the_loss_is_linear(power, targe
     outputs, _ = normalize_levels(inputs[:-2], inputs[-2], inputs[-1], EPS, [0, 0])
     loss = sum((output.pow(power) * grad).sum() for output, grad in zip(outputs, grads, strict=True))
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match="normalize_levels must be differentiated once"):
+    with pytest.raises(RuntimeError, match="normalize_parts must be differentiated once"):
         gradients[target].square().sum().backward()
 
 

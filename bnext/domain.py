@@ -1,0 +1,50 @@
+"""The named domain(s) of the samples that are now in the network. No tensor, no module is known here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+from bnext.errors import DomainError
+
+__all__ = ["get_active_domain", "use_domain"]
+
+_active: ContextVar[str | tuple[str, ...] | None] = ContextVar("bnext_domain", default=None)
+
+
+@contextlib.contextmanager
+def use_domain(domain: str | Sequence[str]) -> Iterator[None]:
+    """Say of which domain the samples are that go through the network in this scope.
+
+    Args:
+        domain: its name; or one name per sample of the batch, in their order, for a mixed batch.
+
+    Raises:
+        DomainError: no name, or something that is none.
+
+    Note:
+        The innermost scope counts. A scope belongs to its thread. With activation checkpointing the
+        backward pass runs the network again and must lie in the scope, too.
+
+    Example:
+        >>> with use_domain("night"):
+        ...     get_active_domain()
+        'night'
+    """
+    names = (domain,) if isinstance(domain, str) else tuple(domain)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise DomainError(
+            f"domain must be a name, or one name per sample; got {domain!r} (use_domain). "
+            f"Name the data set that the samples are from."
+        )
+    token = _active.set(domain if isinstance(domain, str) else names)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def get_active_domain() -> str | tuple[str, ...] | None:
+    """The domain of all samples, or that of each, or None outside of `use_domain`."""
+    return _active.get()

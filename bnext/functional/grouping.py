@@ -1,0 +1,81 @@
+"""Which samples belong to which normalization batch: by domain, and by size.
+
+Plain Python on numbers of samples; no tensor is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+__all__ = ["Grouping", "group_samples"]
+
+
+class Grouping(NamedTuple):
+    """Samples sorted into parts: those of one domain in one mini-batch.
+
+    Args:
+        parts: for each feature the part of all its samples, or that of each sample.
+        mini_batches: for each part its mini-batch, 0 to B - 1.
+        domains: for each part its domain, 0 to D - 1.
+    """
+
+    parts: tuple[int | tuple[int, ...], ...]
+    mini_batches: tuple[int, ...]
+    domains: tuple[int, ...]
+
+
+@lru_cache(maxsize=256)  # the same few numbers of samples come again and again
+def group_samples(
+    num_samples: tuple[int, ...],
+    domains: tuple[int | tuple[int, ...], ...],
+    num_domains: int,
+    shares_statistics: bool,
+    normalization_batch_size: int | None = None,
+) -> Grouping:
+    """Sort the samples of one or several features into mini-batches.
+
+    Args:
+        num_samples: of each feature.
+        domains: for each feature the domain of all its samples, or that of each sample; 0 to D - 1.
+        num_domains: D.
+        shares_statistics: whether domains share a mini-batch, or each has its own.
+        normalization_batch_size: at most so many samples of a feature are in one mini-batch; None:
+            all of them. They are cut, in their order, into as few groups as that allows, whose sizes
+            differ by at most one.
+
+    Returns:
+        The grouping. Without a normalization batch size its parts are all D domains in their order, also
+        those that no sample has, so that workers agree on the number of parts.
+
+    Example:
+        >>> group_samples((5,), (0,), 1, True, 2).parts  # groups of 2, 2 and 1
+        ((0, 0, 1, 1, 2),)
+    """
+    if normalization_batch_size is None:
+        mini_batches = (0,) * num_domains if shares_statistics else tuple(range(num_domains))
+        return Grouping(domains, mini_batches, tuple(range(num_domains)))
+    size = normalization_batch_size
+    per_sample = [(own,) * n if isinstance(own, int) else own for own, n in zip(domains, num_samples, strict=True)]
+    keys = [_cut(own, shares_statistics, size) for own in per_sample]  # (domain, owner of the mini-batch, group)
+    parts = {key: index for index, key in enumerate(sorted({key for feature in keys for key in feature}))}
+    batches = {key: index for index, key in enumerate(sorted({key[1:] for key in parts}))}
+    return Grouping(
+        tuple(tuple(parts[key] for key in feature) for feature in keys),
+        tuple(batches[key[1:]] for key in parts),
+        tuple(key[0] for key in parts),
+    )
+
+
+def _cut(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tuple[int, int, int]]:
+    """For each sample of a feature: its domain, the domain whose mini-batch it is in (-1: all), and its group there."""
+    owners = [-1 if shares_statistics else domain for domain in domains]
+    totals = {owner: owners.count(owner) for owner in set(owners)}
+    seen = dict.fromkeys(totals, 0)
+    keys = []
+    for domain, owner in zip(domains, owners, strict=True):
+        num_groups = -(-totals[owner] // size)
+        keys.append((domain, owner, seen[owner] * num_groups // totals[owner]))
+        seen[owner] += 1
+    return keys

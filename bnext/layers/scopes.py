@@ -1,0 +1,53 @@
+"""When running statistics must not move: in a scope of the user's, and while activations are computed again."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["frozen_statistics", "is_recomputing"]
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Leave all running statistics of a model as they are in this scope, also in training mode.
+
+    For forwards that are no training: a validation loss, a warm-up or shape-finding forward, the
+    discriminator on generated images. What normalizes stays what it was: the mini-batch in training mode.
+
+    Args:
+        model: any module; its batch norms may be torch's, bnext's, or subclasses of torch's.
+
+    Note:
+        A norm that heeds torch's `track_running_stats` is never written to. One that does not
+        (a subclass with a forward of its own) is put back bit by bit at the end of the scope.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(3)
+        >>> with frozen_statistics(norm):
+        ...     output = norm(torch.randn(2, 3, 4, 4))
+        >>> int(norm.num_batches_tracked)
+        0
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    tracked = [norm.track_running_stats for norm in norms]
+    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    try:
+        for norm in norms:
+            norm.track_running_stats = False
+        yield
+    finally:
+        for norm, tracks, values in zip(norms, tracked, before, strict=True):
+            norm.track_running_stats = tracks
+            for name, buffer in norm.named_buffers(recurse=False):
+                # Through .data: a changed version would forbid the backward pass of what ran in the scope.
+                buffer.data.copy_(values[name])
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
