@@ -6,7 +6,6 @@ Plain Python on numbers of samples; no tensor is looked at.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 __all__ = ["Grouping", "group_samples"]
@@ -26,7 +25,6 @@ class Grouping(NamedTuple):
     domains: tuple[int, ...]
 
 
-@lru_cache(maxsize=256)  # the same few numbers of samples come again and again
 def group_samples(
     num_samples: tuple[int, ...],
     domains: tuple[int | tuple[int, ...], ...],

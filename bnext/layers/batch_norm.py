@@ -110,7 +110,7 @@ class BatchNorm2d(nn.BatchNorm2d):
         for name in self.domains:
             if self.domains.count(name) > 1 or hasattr(self, name) or not name or "." in name:
                 raise ConfigError(
-                    f"names of levels and domains must be distinct, without dots, and no attribute of the layer; got "
+                    f"levels and domains must be distinct, without dots, and no attribute of the layer; got "
                     f"{self.domains!r} ({type(self).__name__}, {name!r}). Choose another name."
                 )
         owns_affine, owns_population = (
@@ -274,9 +274,11 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def _normalize_plainly(self, feature: Tensor, name: str) -> Tensor:
         state, affine, moves = self.population_state(name), self.affine_state(name), self._is_moving(name)
-        mean, var = (state.running_mean, state.running_var) if moves else (None, None)
+        mean, var = state.running_mean, state.running_var
         if moves:
             state.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        elif mean is not None:  # copies to be thrown away: a recomputation must save as many tensors as the forward
+            mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
         return F.batch_norm(feature, mean, var, affine.weight, affine.bias, True, self.momentum or 0.0, self.eps)
 
     def _collect_moments(
@@ -326,8 +328,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         self, features: list[Tensor], statistics: Moments, moments: Moments, grouping: Grouping, names: tuple[str, ...]
     ) -> Moments:
         """One element has no variance: an error, or the population's statistics."""
-        # Counts lie on the device; they are read only where a sample has a single position.
-        if all(x.numel() == 0 or x.shape[2] * x.shape[3] > 1 for x in features):
+        # Counts lie on the device; they are read only where a sample has a single position, or none has any here.
+        if all(x.shape[2] * x.shape[3] > 1 and len(x) > 0 for x in features):
             return statistics
         alone = (statistics.count == 1).nonzero().flatten().tolist()
         for batch in alone:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bnext.errors import StatisticsError
 from bnext.layers import NormSpec
 from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, make_norm
 from tests.workers import run_workers
@@ -126,12 +127,24 @@ def single_elements(rank, spec):
     norm = make_norm(spec).train()
     before = norm.running_mean.clone()
     outputs = norm({"p3": torch.full((1 - rank, NUM_CHANNELS, 1, 1), 3.0).double()})
-    return outputs["p3"], norm.bias.detach(), torch.equal(norm.running_mean, before)
+    expected = norm.eval()({"p3": torch.full((1 - rank, NUM_CHANNELS, 1, 1), 3.0).double()})
+    return outputs["p3"], expected["p3"], torch.equal(norm.running_mean, before)
 
 
-def test_one_element_over_all_workers_gives_the_bias_and_is_not_remembered():
-    first, second = run_workers(single_elements, 2, NormSpec.from_table5_row(1, workers="all"))
-    torch.testing.assert_close(first[0].flatten(), first[1])
+def test_one_element_over_all_workers_is_normalized_by_the_population_if_asked_for():
+    spec = NormSpec.from_table5_row(1, workers="all").replace(single_element="population")
+    first, second = run_workers(single_elements, 2, spec)
+    torch.testing.assert_close(first[0], first[1])
     assert second[0].numel() == 0
     assert first[2]
     assert second[2]
+
+
+def refuse_single_elements(rank, spec):
+    norm = make_norm(spec).train()
+    with pytest.raises(StatisticsError, match=r"more than 1 element per channel in training; got 1"):
+        norm({"p3": torch.full((1 - rank, NUM_CHANNELS, 1, 1), 3.0).double()})
+
+
+def test_one_element_over_all_workers_is_refused_by_all_of_them():
+    run_workers(refuse_single_elements, 2, NormSpec.from_table5_row(1, workers="all"), timeout=30)

@@ -26,8 +26,9 @@ def test_rows_are_the_papers(row):
     assert spec.table5_row == row
 
 
-def test_the_default_is_the_row_of_detectron2():
-    assert NormSpec().table5_row == 4
+def test_the_default_is_torchs_batch_norm():
+    assert NormSpec().table5_row == 1
+    assert (NormSpec().momentum, NormSpec().eps, NormSpec().workers) == (0.1, 1e-5, "one")
 
 
 @pytest.mark.parametrize("population", ["shared", "per_level"])
@@ -42,9 +43,9 @@ def test_unknown_row(row):
 
 
 @pytest.mark.parametrize("field", ["statistics", "population", "affine", "workers"])
-@pytest.mark.parametrize("value", ["none", "", None, "Shared"])
+@pytest.mark.parametrize("value", ["other", "", None, "Shared"])
 def test_unknown_answer_names_field_value_and_choices(field, value):
-    choices = ("one", "all") if field == "workers" else ("shared", "per_level")
+    choices = ("one", "node") if field == "workers" else ("shared", "per_level")
     with pytest.raises(ConfigError) as error:
         NormSpec(**{field: value})
     assert str(error.value).startswith(f"{field} must be one of {choices[0]!r}, {choices[1]!r}; got {value!r}")
@@ -71,6 +72,6 @@ def test_a_spec_is_frozen_hashable_and_pickles():
 
 
 def test_replace_checks_too():
-    assert NormSpec().replace(affine="per_level").table5_row == 6
+    assert NormSpec.from_table5_row(4).replace(affine="per_level").table5_row == 6
     with pytest.raises(ConfigError, match="affine"):
         NormSpec().replace(affine="mine")
