@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from bnext.errors import CheckpointError
 from bnext.files import replace_file
+from bnext.layers.check import check_variances, find_unwritten, find_unwritten_norms
 from bnext.layers.convert import convert_norm_state
 from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
@@ -30,6 +31,8 @@ _SHOWN = 3  # keys of each kind in an error
 _UNREADABLE = (RuntimeError, EOFError, pickle.PickleError, ValueError, LookupError, TypeError, AttributeError)
 _UNREADABLE += (ImportError, AssertionError)
 _POPULATION = ("running_mean", "running_var")
+_STATISTICS = (*_POPULATION, "num_batches_tracked")
+_REESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -38,7 +41,8 @@ class Checkpointer(DetectionCheckpointer):
     - saves atomically: an interrupted save leaves the previous files as they were;
     - brings norm state into the form of the model and logs what it did;
     - refuses a checkpoint of another architecture, and population variances that are negative or
-      not finite, before the model is changed.
+      not finite, before the model is changed;
+    - names the norms that will normalize by population statistics which nobody wrote.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -90,6 +94,8 @@ class Checkpointer(DetectionCheckpointer):
                 "not exist. Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
             )
         self._path, self._complete = path, complete
+        if not path:
+            self._warn_of_unwritten({})
         try:
             return super().load(path, checkpointables)
         except (OSError, HTTPException, AssertionError) as error:
@@ -111,6 +117,28 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(self.get_checkpoint_file(), complete=True)
         return self.load(path, checkpointables=[])
 
+    def _warn_of_unwritten(self, state: dict[str, Tensor]) -> None:
+        """Say which frozen norms, and which norms of a checkpoint, have no statistics but the initial ones.
+
+        Norms that are trained from scratch have them too, and rightly: nothing is said of them.
+        """
+        frozen = find_unwritten_norms(self.model, only_frozen=True)
+        stored = [
+            owner
+            for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith("running_var"))
+            if find_unwritten({name: state[f"{owner}.{name}"] for name in _STATISTICS if f"{owner}.{name}" in state})
+        ]
+        stored = [owner for owner in stored if owner not in frozen]
+        source = self._path or "no checkpoint"
+        for names, what, remedy in (
+            (frozen, "frozen norms do not normalize", "Load weights with statistics, or do not freeze them"),
+            (stored, "norms of the checkpoint have statistics that were never written", _REESTIMATE),
+        ):
+            if names:
+                logging.getLogger(__name__).warning(
+                    "%d %s: mean 0 and variance 1 (%s; %s). %s.", len(names), what, _show(names), source, remedy
+                )
+
     def _norm_specs(self) -> dict[str, dict[str, dict[str, Any]]]:
         """How the level norms compute statistics: their keys alone do not tell row 1 from 3, or 2 from 4."""
         specs = collect_norm_specs(self.model)
@@ -125,11 +153,13 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         _check_is_state(checkpoint["model"], self._path)
         self._convert_ndarray_to_tensor(checkpoint["model"])
-        _check_variances(checkpoint["model"], self._path)
+        check_variances(checkpoint["model"], self._path)
         if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
             incompatible = super()._load_model(checkpoint)
             missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}
-            self._check_fit({key: value for key, value in self.model.state_dict().items() if key not in missing})
+            loaded = {key: value for key, value in self.model.state_dict().items() if key not in missing}
+            self._check_fit(loaded)
+            self._warn_of_unwritten({})
             return incompatible
         stored = _strip_prefix(checkpoint["model"], "module.")
         metadata = getattr(stored, "_metadata", None)
@@ -142,7 +172,9 @@ class Checkpointer(DetectionCheckpointer):
             state = _WithMetadata(state)
             state._metadata = metadata
         checkpoint["model"] = state
-        return super()._load_model(checkpoint)
+        incompatible = super()._load_model(checkpoint)
+        self._warn_of_unwritten(state)
+        return incompatible
 
     def _check_fit(self, state: dict[str, Tensor]) -> None:
         own = self.model.state_dict()
@@ -239,18 +271,6 @@ def _no_state(found: str, path: str) -> CheckpointError:
         f"A checkpoint must hold a state dict, tensors by name, alone or under 'model'; got {found} ({path}). "
         "Save the model's state dict again with torch.save({'model': state_dict}, file)."
     )
-
-
-def _check_variances(state: dict[str, Tensor], path: str) -> None:
-    for key, value in state.items():
-        if key.rpartition(".")[2] != "running_var":
-            continue
-        if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
-            worst = value[~torch.isfinite(value) | (value < 0)].flatten()[0].item()
-            raise CheckpointError(
-                f"{key} must be 0 or more and finite; got {worst} ({path}). "
-                "Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
-            )
 
 
 def _strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

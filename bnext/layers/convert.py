@@ -1,255 +1,289 @@
-"""Carry the state of a norm from one form to another, and say what was known and what was not.
+"""Replace the norms of a model by norms of other answers, and carry their state over.
 
-Forms that are read: one torch BN / SyncBN shared by all levels (rows 1 and 3 of Table 5), an affine
-with statistics per level (rows 2 and 4), an affine per level (rows 5 and 6), and detectron2's
-`CycleBatchNormList`, which numbers its levels in the order of the head's input features.
+How state goes from one norm to another is in `bnext.layers.carry`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 from collections.abc import Callable, Mapping
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from bnext.errors import CheckpointError, ConfigError
-from bnext.functional import Moments, merge_moments
+from bnext.errors import ConfigError
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
+from bnext.layers.caffe import read_caffe_state
+from bnext.layers.carry import Change, ConversionReport, convert_norm_state, copy_norm_state
+from bnext.layers.forms import AFFINE, NormForm, find_form, find_leftovers, iterate_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.spec import NormSpec
 
-__all__ = ["Change", "ConversionReport", "convert_norm", "convert_norm_state", "copy_norm_state"]
+__all__ = [
+    "Change",
+    "ConversionReport",
+    "NewNorm",
+    "convert_norm",
+    "convert_norm_state",
+    "copy_norm_state",
+    "read_caffe_state",
+]
 
-AFFINE = ("weight", "bias")
-POPULATION = ("running_mean", "running_var", "num_batches_tracked")
-StateDict = Mapping[str, Tensor]
+NewNorm = NormSpec | str | Callable[[int], nn.Module]
 
-EXACT_AFFINE = "the shared affine was copied to every level; outputs are unchanged"
-AVERAGED_AFFINE = "the affines of the levels were averaged into one; outputs change, fine-tune before use"
-COPIED_POPULATION = (
-    "the shared population statistics were copied to every level; the levels' own are not in the "
-    "checkpoint, re-estimate them with recompute_population_statistics"
-)
-MERGED_POPULATION = (
-    "the population statistics of the levels were merged into one with equal weights; their element "
-    "counts are not in the checkpoint, re-estimate them with recompute_population_statistics"
-)
-NUMBERED_LEVELS = "numbered levels were read in the order {levels}"
-NO_POPULATION = "the checkpoint holds no population statistics for {levels}; re-estimate them"
-DROPPED_LEVELS = "the checkpoint's state of {levels} was left out: the model has no such level"
-NO_NORM = (
-    "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
-    "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
-)
-NO_AFFINE = "the checkpoint holds no affine for {levels}; the initial one is kept"
+_ABSENT = object()
+REMOVED = "the norm was removed, and its affine with it; outputs change"
+OTHER_MOMENTUM = "momentum was {source}, and is {target} now"
+UNFROZEN = "it was frozen; now its statistics follow the mini-batches of training"
+LEFT_ANSWERS = "the answers {answers} of its spec were left out"
+# Fields of a spec that a norm of any form has, or which the report speaks of by another name.
+_CARRIED = {"population", "affine", "domains", "fallback_domain", "eps", "momentum", "average", "inference", "frozen"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One thing that was done to the state of one norm: its path in the model, and what."""
+def convert_norm(
+    model: nn.Module,
+    specs: Mapping[str, NewNorm] | None = None,
+    *,
+    domain_map: Mapping[str, str] | None = None,
+    adopt_eps: bool = True,
+    **changes: object,
+) -> ConversionReport:
+    """Give norms of a model other answers, and carry their state over. In place.
 
-    path: str
-    text: str
-
-
-@dataclasses.dataclass
-class ConversionReport:
-    """What a conversion did, norm by norm. `str(report)` is the text to log."""
-
-    changes: list[Change] = dataclasses.field(default_factory=list)
-
-    def __str__(self) -> str:
-        paths: dict[str, list[str]] = {}
-        for change in self.changes:
-            paths.setdefault(change.text, []).append(change.path)
-        lines = [f"  {len(where)} norms ({where[0]}, ...): {text}" for text, where in paths.items()]
-        return "\n".join(["Norm state of the checkpoint:", *lines]) if lines else "Norm state needed no conversion."
-
-
-def convert_norm_state(state_dict: StateDict, model: nn.Module) -> tuple[dict[str, Tensor], ConversionReport]:
-    """A state dict in the form that the norms of a model expect.
+    With `changes` alone, every level norm of the model gets them: `convert_norm(model, population="per_level")`.
 
     Args:
-        state_dict: of any form that the module docstring lists; it is not changed.
-        model: the model that will load it, with `LevelBatchNorm2d` layers of any spec.
+        model: from any source, of torchvision or detectron2, say.
+        specs: pattern -> new norm. A pattern is the path of a module, for every norm in it (`"backbone"`; `""`
+            is the model), or a glob for the paths of norms (`"*.conv1.norm"`); of several that match, the last
+            holds. A new norm is a `NormSpec`; a name, "BN", "SyncBN", "FrozenBN", "GN", "LN" or "" for none;
+            or what makes a norm of a number of channels, as `torch.nn.BatchNorm2d`.
+        domain_map: name of a domain of the new norm -> name in the old one, see `copy_norm_state`.
+        adopt_eps: every norm keeps its eps, so that outputs stay what they were. False: the new eps.
+        changes: fields of `NormSpec`, for every level norm.
 
     Returns:
-        A new state dict, and the report of what was converted.
+        What could be carried over and what could not; `keeps_outputs` says whether the outputs of every norm in
+        evaluation mode are what they were.
 
     Raises:
-        CheckpointError: numbered levels whose number is not the model's, or state of no known form
-            or of other channels.
-    """
-    converted, report = dict(state_dict), ConversionReport()
-    for path, layer in model.named_modules():
-        if not isinstance(layer, LevelBatchNorm2d):
-            continue
-        prefix = f"{path}." if path else ""
-        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not found or found.keys() == layer.state_dict().keys():
-            continue
-        for key in found:
-            del converted[prefix + key]
-        if any(value.dim() > 1 for value in found.values()):
-            report.changes.append(Change(path, NO_NORM))
-            continue
-        state, texts = _convert(found, layer, path)
-        converted.update({prefix + key: value for key, value in state.items()})
-        report.changes += [Change(path, text) for text in texts]
-    return converted, report
-
-
-def copy_norm_state(source: nn.Module, target: LevelBatchNorm2d, path: str = "") -> ConversionReport:
-    """Copy the affine and the statistics of one norm into another of any form.
-
-    Args:
-        source: torch BN or SyncBN, `CycleBatchNormList`, or `LevelBatchNorm2d`; not changed.
-        target: receives the state; what the source does not know keeps its value.
-        path: name of the norm, for the report.
-    """
-    state, report = convert_norm_state(source.state_dict(), target)
-    target.load_state_dict(state, strict=False)
-    report.changes = [Change(path or change.path, change.text) for change in report.changes]
-    return report
-
-
-def convert_norm(model: nn.Module, **changes: object) -> ConversionReport:
-    """Give every level norm of a model other answers, and carry its state over. In place.
-
-    Args:
-        changes: fields of `NormSpec`, for example population="per_level".
-
-    Returns:
-        What could be carried over and what could not.
-
-    Raises:
-        ConfigError: an answer is not allowed, or the model is itself a norm.
+        ConfigError: a pattern without a norm; an answer that is not allowed; a norm that holds or computes more
+            than its state, which would be lost; a model that is itself a norm. The model is then as it was.
 
     Note:
-        The parameters are new ones: build the optimizer afterwards. Hooks on the norms are not kept.
+        Device, type, mode and whether the affine is trained are carried over. The parameters are new ones:
+        build the optimizer afterwards. A norm that only a list outside of the modules holds is not found.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+        >>> report = convert_norm(model, {"": NormSpec(workers="all")})
+        >>> model[1]
+        BatchNorm2d(8, workers='all')
+        >>> report.keeps_outputs
+        True
+
+    Source:
+        What conversions that keep only what they know have lost: pytorch/pytorch#187298,
+        huggingface/pytorch-image-models#1254.
     """
-    if isinstance(model, LevelBatchNorm2d):
+    norms = [norm for norm in iterate_norms(model) if not _normalizes_last(norm[1])]
+    if any(not path for path, *_ in norms):
         raise ConfigError(
-            "model must hold its norms in modules; got a LevelBatchNorm2d itself (convert_norm). "
-            "Make the new norm and call copy_norm_state(old, new)."
+            f"model must hold its norms in modules; got a {type(model).__name__} itself (convert_norm). "
+            f"Make the new norm and call copy_norm_state(old, new)."
         )
-    if not any(isinstance(module, LevelBatchNorm2d) for module in model.modules()):
-        raise ConfigError(
-            f"model must have a level norm to convert; got {type(model).__name__} without one (convert_norm). "
-            f"Build it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint into it."
-        )
-    report = ConversionReport()
-    converted: dict[nn.Module, LevelBatchNorm2d] = {}
-    for path, layer in list(model.named_modules(remove_duplicate=False)):  # a norm at two places stays one
-        if not isinstance(layer, LevelBatchNorm2d):
-            continue
-        if layer not in converted:
-            converted[layer] = _make_like(layer, changes)
-            report.changes += copy_norm_state(layer, converted[layer], path).changes
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, converted[layer])
+    chosen = _choose_levels(model, norms, specs, changes) or _choose(model, norms, specs or {})
+    report, made = ConversionReport(), {}
+    for path, module, form in norms:
+        if path in chosen and module not in made:
+            made[module], notes = _replace(module, form, chosen[path], path, domain_map, adopt_eps)
+            report.changes += notes
+    for path, module, _ in norms:  # everything is made, so nothing stops half-way
+        if path in chosen:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, made[module])
+    name_norms(model)
+    report.title = f"{len(made)} norms converted:"
+    report.nothing = f"{len(made)} norms converted, and nothing was lost."
     return report
 
 
-def _make_like(layer: LevelBatchNorm2d, changes: dict[str, object]) -> LevelBatchNorm2d:
-    """A new norm with some answers changed; device, type, mode and freezing are those of `layer`."""
-    made = LevelBatchNorm2d(layer.num_features, layer.levels, layer.spec.replace(**changes))
-    first = next(value for value in layer.state_dict().values() if value.is_floating_point())
-    made.to(first.device, first.dtype).train(layer.training)
-    made.requires_grad_(any(parameter.requires_grad for parameter in layer.parameters()))
-    made.path = layer.path
+def _normalizes_last(module: nn.Module) -> bool:
+    """A LayerNorm as torch has it normalizes the last dimension: another thing than a norm of [N, C, H, W]."""
+    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+
+
+def _choose_levels(
+    model: nn.Module,
+    norms: list[tuple[str, nn.Module, NormForm]],
+    specs: Mapping[str, NewNorm] | None,
+    changes: dict[str, object],
+) -> dict[str, NewNorm]:
+    """The new spec of every level norm, where fields were given and no patterns."""
+    if specs is not None and changes:
+        raise ConfigError(
+            f"specs must say everything that changes; got patterns and {', '.join(changes)}= as well (convert_norm). "
+            f"Put the fields into the specs."
+        )
+    if specs is not None:
+        return {}
+    chosen = {path: module.spec.replace(**changes) for path, module, _ in norms if isinstance(module, LevelBatchNorm2d)}
+    if not chosen:
+        raise ConfigError(
+            f"model must have a level norm to convert; got {type(model).__name__} without one (convert_norm). Build "
+            f"it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint into it; or "
+            f'say which norms become what: convert_norm(model, {{"backbone": NormSpec(...)}}).'
+        )
+    return cast(dict[str, NewNorm], chosen)
+
+
+def _choose(
+    model: nn.Module, norms: list[tuple[str, nn.Module, NormForm]], specs: Mapping[str, NewNorm]
+) -> dict[str, NewNorm]:
+    """Path -> new norm, for the norms that a pattern matches."""
+    chosen: dict[str, NewNorm] = {}
+    paths = [path for path, *_ in norms]
+    for pattern, value in specs.items():
+        found = [path for path in paths if _matches(path, pattern)]
+        if not found:
+            raise _no_match(model, paths, pattern)
+        chosen.update(dict.fromkeys(found, value))
+    places: dict[nn.Module, set[str]] = {}
+    for path, module, _ in norms:
+        places.setdefault(module, set()).add(path)
+    for same in places.values():
+        values = [chosen.get(path) for path in sorted(same)]
+        if any(value != values[0] for value in values):
+            raise ConfigError(
+                f"a norm at several places must become one norm; got {values} for {', '.join(sorted(same))} "
+                f"(convert_norm). Use patterns that match all of its places."
+            )
+    return chosen
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return not pattern or path == pattern or path.startswith(f"{pattern}.") or fnmatch.fnmatchcase(path, pattern)
+
+
+def _no_match(model: nn.Module, paths: list[str], pattern: str) -> ConfigError:
+    parents = {path[:index] for path in paths for index, letter in enumerate(path) if letter == "."}
+    near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
+    held = f"near it are {', '.join(near)}" if near else "the model has no norm at all"
+    return ConfigError(
+        f"specs must be of paths or globs that match a norm; got {pattern!r}, which matches none of the {len(paths)} "
+        f"norms of {type(model).__name__} (convert_norm); {held}. Correct the pattern, or leave it out."
+    )
+
+
+def _replace(
+    module: nn.Module, form: NormForm, value: NewNorm, path: str, domain_map: Mapping[str, str] | None, adopt_eps: bool
+) -> tuple[nn.Module, list[Change]]:
+    """The norm that takes the place of another, and what is to be said of it."""
+    refused, texts = find_leftovers(module, form)
+    if refused:
+        raise ConfigError(
+            f"a norm must be nothing but a norm to be converted; got {type(module).__name__}: {'; '.join(refused)} "
+            f"({path}). Take it apart into a norm and the rest, or leave it out of the patterns."
+        )
+    made = _make_norm(module, form, value, path)
+    if made is None:
+        return nn.Identity(), [Change(path, REMOVED, keeps_outputs=False)]
+    made_form = cast(NormForm, find_form(made))
+    _place_like(module, made)
+    texts += _carry_momentum(module, made, keeps_own=isinstance(value, NormSpec))
+    if form.is_frozen and not made_form.is_frozen and made_form.is_batch_norm:
+        texts.append(UNFROZEN)
+    texts += _find_left_answers(module, made)
+    own_map = {to: source for to, source in (domain_map or {}).items() if not to or to in made_form.owners} or None
+    report = copy_norm_state(module, made, path, domain_map=own_map, adopt_eps=adopt_eps)
+    _freeze_like(module, made)
+    return made, [*(Change(path, text) for text in texts), *report.changes]
+
+
+def _make_norm(module: nn.Module, form: NormForm, value: NewNorm, path: str) -> nn.Module | None:
+    spec = NAMED_NORMS.get(value) if isinstance(value, str) else value if isinstance(value, NormSpec) else None
+    levels = module.levels if isinstance(module, LevelBatchNorm2d) else None
+    if spec is not None and levels is None and spec.owner == "per_level":
+        raise ConfigError(
+            f"spec must not be per_level for a norm that gets one feature map at a time; got {spec} ({path}). "
+            f"Use per_domain with names, or a head of bnext, which gives all levels to its norms at once."
+        )
+    if spec is not None:
+        return build_norm(spec, levels)(form.num_features)
+    if levels is not None:
+        raise ConfigError(
+            f"a level norm must become a norm of levels; got {value!r} ({path}), which takes one feature map. "
+            f"Give a NormSpec, or build the head with that norm."
+        )
+    if isinstance(value, str):
+        return make_named_norm(value, form.num_features)
+    made = cast(Callable[[int], nn.Module], value)(form.num_features)
+    if find_form(made) is None:
+        raise ConfigError(
+            f"specs must be NormSpecs, names, or classes of norms; got {value!r}, which makes a {type(made).__name__} "
+            f"({path}). Give one of them."
+        )
     return made
 
 
-def _convert(found: StateDict, layer: LevelBatchNorm2d, path: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Keys and values relative to one layer, in the layer's form; and what was done."""
-    _check_shapes(found, layer.num_features, path)
-    by_level, texts = _name_levels(found, layer.levels, path)
-    dropped = sorted(by_level.keys() - {"", *layer.levels})
-    if dropped:
-        texts = [*texts, DROPPED_LEVELS.format(levels=", ".join(dropped))]
-    affine, affine_texts = _spread(
-        by_level, layer.levels, AFFINE, layer.spec.affine, _average_affines, EXACT_AFFINE, AVERAGED_AFFINE, NO_AFFINE
-    )
-    population, population_texts = _spread(
-        by_level,
-        layer.levels,
-        POPULATION,
-        layer.spec.population,
-        _merge_populations,
-        COPIED_POPULATION,
-        MERGED_POPULATION,
-        NO_POPULATION,
-    )
-    return {**affine, **population}, [*texts, *affine_texts, *population_texts]
+def _place_like(module: nn.Module, made: nn.Module) -> None:
+    """Device, type and mode."""
+    first = next((value for value in module.state_dict().values() if value.is_floating_point()), None)
+    if first is not None:
+        made.to(first.device, first.dtype)
+    made.train(module.training)
+    if getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True) is False:
+        made.track_running_stats = False  # type: ignore[assignment]
 
 
-def _check_shapes(found: StateDict, num_features: int, path: str) -> None:
-    for key, value in found.items():
-        if key.rpartition(".")[2] != "num_batches_tracked" and tuple(value.shape) != (num_features,):
-            raise CheckpointError(
-                f"state of a batch norm must have the shape [{num_features}]; got {list(value.shape)} "
-                f"({path}, {key!r}). Load a checkpoint of a head with batch norm and as many channels."
-            )
-
-
-def _name_levels(
-    found: StateDict, levels: tuple[str, ...], path: str
-) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Sort keys by owner: "" for what all levels share, else the level; numbers become names."""
-    owners: dict[str, dict[str, Tensor]] = {}
-    for key, value in found.items():
-        owner, _, field = key.rpartition(".")
-        if field not in AFFINE + POPULATION or owner.count("."):
-            raise CheckpointError(
-                f"state of a batch norm must be of torch's names, by level or not; got {key!r} ({path}). "
-                f"Load a checkpoint of a head with batch norm."
-            )
-        owners.setdefault(owner, {})[field] = value
-    numbers = sorted(owner for owner in owners if owner.isdigit())
-    if not numbers:
-        return owners, []
-    if numbers != [str(i) for i in range(len(levels))]:
-        raise CheckpointError(
-            f"numbered levels must be as many as the {len(levels)} levels of the model; got {len(numbers)} ({path}). "
-            f"Set MODEL.RETINANET.IN_FEATURES as it was in training."
+def _freeze_like(module: nn.Module, made: nn.Module) -> None:
+    """An affine that somebody froze stays frozen; one that its form froze is trained if the new form trains it."""
+    if isinstance(module, BatchNorm2d) and module.spec.has_frozen_affine:
+        return
+    for field in AFFINE:
+        old, new = (
+            [parameter for name, parameter in norm.named_parameters() if name.rpartition(".")[2] == field]
+            for norm in (module, made)
         )
-    named = {levels[int(owner)] if owner.isdigit() else owner: fields for owner, fields in owners.items()}
-    return named, [NUMBERED_LEVELS.format(levels=", ".join(levels))]
+        if old and not any(parameter.requires_grad for parameter in old):
+            for parameter in new:
+                parameter.requires_grad_(False)
 
 
-def _spread(
-    by_owner: dict[str, dict[str, Tensor]],
-    levels: tuple[str, ...],
-    fields: tuple[str, ...],
-    sharing: str,
-    join: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]],
-    copied: str,
-    joined: str,
-    unknown: str,
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Some fields of a norm's state, given to one owner or to every level."""
-    held = {owner: {field: values[field] for field in fields if field in values} for owner, values in by_owner.items()}
-    held = {owner: values for owner, values in held.items() if fields[0] in values}
-    own = {level: held[level] for level in levels if level in held}
-    if sharing == "shared":
-        if "" in held:
-            return dict(held[""]), []
-        return (join(list(own.values())), [joined]) if own else ({}, [unknown.format(levels="any level")])
-    if "" in held and not own:
-        return {f"{level}.{field}": value.clone() for level in levels for field, value in held[""].items()}, [copied]
-    missing = [level for level in levels if level not in own]
-    state = {f"{level}.{field}": value for level, values in own.items() for field, value in values.items()}
-    return state, [unknown.format(levels=", ".join(missing))] if missing else []
+def _carry_momentum(module: nn.Module, made: nn.Module, keeps_own: bool) -> list[str]:
+    """Momentum None is torch's for a cumulative average. A spec has its own; what a name or a class makes has not."""
+    own, momentum = _find_momentum(made), _find_momentum(module)
+    if own is _ABSENT or momentum is _ABSENT or own == momentum:
+        return []
+    if keeps_own or not (momentum is None or 0 < momentum <= 1):
+        return [OTHER_MOMENTUM.format(source=momentum, target=own)]
+    if isinstance(made, BatchNorm2d):
+        changes: dict[str, Any] = {"average": "cumulative"} if momentum is None else {"momentum": momentum}
+        made.spec = made.spec.replace(**changes)
+    for part in made.modules():
+        if hasattr(part, "momentum"):
+            part.momentum = momentum
+    return []
 
 
-def _average_affines(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {field: torch.stack([state[field] for state in states]).mean(0) for field in AFFINE}
+def _find_momentum(norm: nn.Module) -> Any:
+    return next((part.momentum for part in norm.modules() if hasattr(part, "momentum")), _ABSENT)
 
 
-def _merge_populations(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    mean = torch.stack([state["running_mean"] for state in states])
-    var = torch.stack([state["running_var"] for state in states])
-    merged = merge_moments(Moments(mean.new_ones(len(states)), mean, var))
-    tracked = [state["num_batches_tracked"] for state in states if "num_batches_tracked" in state]
-    counter = {"num_batches_tracked": torch.stack(tracked).amax(0)} if tracked else {}
-    return {"running_mean": merged.mean, "running_var": merged.var, **counter}
+def _find_left_answers(module: nn.Module, made: nn.Module) -> list[str]:
+    """Answers to "which batch?" that torch's norms cannot hold."""
+    if not isinstance(module, BatchNorm2d) or isinstance(made, BatchNorm2d):
+        return []
+    default = NormSpec()
+    left = {
+        field.name: getattr(module.spec, field.name)
+        for field in dataclasses.fields(NormSpec)
+        if field.name not in _CARRIED and getattr(module.spec, field.name) != getattr(default, field.name)
+    }
+    if isinstance(made, nn.SyncBatchNorm) and left.get("workers") == "all":
+        del left["workers"]
+    answers = ", ".join(f"{name}={value!r}" for name, value in left.items())
+    return [LEFT_ANSWERS.format(answers=answers)] if left else []

@@ -1,0 +1,191 @@
+"""Is the state of a model's norms such that one can normalize with it?
+
+What is checked are values: NaN, variances that cannot be, statistics that nobody wrote. Whether the
+statistics are the right ones is a matter of diagnosis.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from bnext.errors import CheckpointError
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.forms import NormForm, iterate_norms
+from bnext.layers.norm_state import Fields, NormRecord, read_norm
+
+__all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "find_unwritten_norms"]
+
+Kind = Literal["mean", "variance", "affine", "channels", "unwritten", "eps"]
+StateDict = Mapping[str, Tensor]
+
+_SHOWN = 5  # channels in a text
+# The initial running variance: 1, or in detectron2's frozen norm 1 - eps.
+_INITIAL_VARIANCES = (1.0, 1.0 - 1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong with the state of one norm.
+
+    Args:
+        path: of the norm in the model.
+        kind: of what is wrong.
+        text: what, with the level or domain and the channels.
+        owner: the level or domain whose state it is; "" is what all share.
+        channels: where it is so; empty: in all.
+    """
+
+    path: str
+    kind: Kind
+    text: str
+    owner: str = ""
+    channels: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.path or 'the norm'}{f' ({self.owner})' if self.owner else ''}: {self.text}"
+
+
+def check_norm_state(model: nn.Module) -> list[Finding]:
+    """What is wrong with the state of the norms of a model, in the order of its modules.
+
+    Running variances must be above 0 and finite, means and affine finite, all of as many channels as the
+    norm has, population statistics written at least once, and eps everywhere that of the spec.
+
+    Args:
+        model: with norms of any form, see `bnext.layers.forms`; it is not changed.
+
+    Returns:
+        Nothing where all is well.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+        >>> print(*check_norm_state(model))
+        1: population statistics were never written: mean 0 and variance 1 in every channel, 0 mini-batches
+    """
+    findings: list[Finding] = []
+    seen: set[nn.Module] = set()
+    for path, module, form in iterate_norms(model):
+        if module not in seen:
+            seen.add(module)
+            findings += _check_norm(path, module, form)
+    return findings
+
+
+def find_unwritten_norms(model: nn.Module, *, only_frozen: bool = False) -> list[str]:
+    """Paths of the norms, with level or domain, that have population statistics which nobody wrote.
+
+    Args:
+        model: with norms of any form.
+        only_frozen: of those alone that normalize by them in training too. One whose affine was written is left
+            out: the statistics of some old backbones are in their affine.
+    """
+    places = []
+    for path, module, form in iterate_norms(model):
+        if only_frozen and not form.is_frozen:
+            continue
+        record = _read(path, module, form)
+        for owner, fields in record.populations.items() if record else ():
+            affine = record.affines.get(owner, record.affines.get("", {})) if record else {}
+            if find_unwritten(fields) and not (only_frozen and _is_written(affine)):
+                places.append(f"{path}.{owner}" if owner else path)
+    return places
+
+
+def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
+    """Whether one set of population statistics is as it was made: mean 0, variance 1, and no mini-batch counted."""
+    mean, var, counter = (fields.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
+    if mean is None or var is None or (counter is not None and int(counter) > 0):
+        return False
+    return not bool(mean.any()) and any(bool((var == var.new_tensor(value)).all()) for value in _INITIAL_VARIANCES)
+
+
+def check_variances(state_dict: StateDict, where: str) -> None:
+    """Refuse state whose running variances are negative or not finite.
+
+    Args:
+        state_dict: of a model.
+        where: the file that it is from, for the message.
+
+    Raises:
+        CheckpointError: names the layer, the channels and the value (facebookresearch/detectron2#2413).
+    """
+    for key, value in state_dict.items():
+        if key.rpartition(".")[2] != "running_var":
+            continue
+        wrong = (~torch.isfinite(value) | (value < 0)).flatten()
+        if bool(wrong.any()):
+            channels = _list_channels(wrong)
+            raise CheckpointError(
+                f"{key} must be 0 or more and finite; got {value.flatten()[channels[0]].item()} "
+                f"({_name_channels(channels, len(wrong))}; {where}). "
+                f"Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
+            )
+
+
+def _check_norm(path: str, module: nn.Module, form: NormForm) -> Iterator[Finding]:
+    record = _read(path, module, form)
+    if record is None:
+        shapes = {key: list(value.shape) for key, value in module.state_dict().items() if value.dim()}
+        yield Finding(path, "channels", f"all state must be of its {form.num_features} channels; got {shapes}")
+        return
+    for owner, fields in record.affines.items():
+        yield from _check_fields(path, owner, "affine", fields)
+    for owner, fields in record.populations.items():
+        yield from _check_fields(path, owner, "mean", {"running_mean": fields["running_mean"]})
+        yield from _check_fields(path, owner, "variance", {"running_var": fields["running_var"]})
+        if find_unwritten(fields):
+            count = "0 mini-batches" if "num_batches_tracked" in fields else "no counter"
+            values = "mean 0 and variance 1 in every channel"
+            yield Finding(path, "unwritten", f"population statistics were never written: {values}, {count}", owner)
+    yield from _check_eps(path, module)
+
+
+def _read(path: str, module: nn.Module, form: NormForm) -> NormRecord | None:
+    try:
+        return read_norm(module, form, path)
+    except CheckpointError:
+        return None
+
+
+def _check_fields(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator[Finding]:
+    for name, value in fields.items():
+        wrong = ~torch.isfinite(value)
+        if kind == "variance":
+            wrong |= value <= 0
+        if not bool(wrong.any()):
+            continue
+        channels = _list_channels(wrong)
+        rule = "above 0 and finite" if kind == "variance" else "finite"
+        text = f"{name} must be {rule}; got {value[channels[0]].item()} ({_name_channels(channels, len(value))})"
+        yield Finding(path, kind, text, owner, channels)
+
+
+def _check_eps(path: str, module: nn.Module) -> Iterator[Finding]:
+    """One norm has one eps: on its parts too, which others read."""
+    expected = module.spec.eps if isinstance(module, BatchNorm2d) else getattr(module, "eps", None)
+    for name, part in module.named_modules():
+        own = getattr(part, "eps", expected)
+        expected = own if expected is None else expected
+        if own != expected:
+            yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {own}", name)
+
+
+def _is_written(affine: Fields) -> bool:
+    return any(bool((value != float(name == "weight")).any()) for name, value in affine.items())
+
+
+def _list_channels(wrong: Tensor) -> tuple[int, ...]:
+    return tuple(int(channel) for channel in wrong.nonzero().flatten())
+
+
+def _name_channels(channels: Iterable[int], num_channels: int) -> str:
+    channels = list(channels)
+    if len(channels) == num_channels > 1:
+        return "all channels"
+    more = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
+    return f"channel{'s' * (len(channels) > 1)} {', '.join(map(str, channels[:_SHOWN]))}{more}"
