@@ -14,7 +14,9 @@ __all__ = [
     "concatenated_batch_norm",
     "inference_norm",
     "moments_of",
+    "move_population",
     "moving_average",
+    "normalize_samples",
     "per_channel_rows",
     "table5_forward",
 ]
@@ -95,3 +97,62 @@ def table5_forward(
         detached = [[feature.detach() for feature in batch] for batch in seen]
         new_means[level], new_vars[level] = moving_average(means[level], variances[level], detached, momentum)
     return outputs, new_means, new_vars
+
+
+def normalize_samples(
+    samples: Sequence[Tensor],
+    mini_batches: Sequence[object],
+    affines: Sequence[tuple[Tensor, Tensor] | None],
+    populations: Sequence[tuple[Tensor, Tensor] | None],
+    by: str,
+    *,
+    eps: float = 1e-5,
+    r_max: float = 3.0,
+    d_max: float = 5.0,
+) -> list[Tensor]:
+    """Samples [C, H, W], each normalized with the samples of its mini-batch; differentiable.
+
+    `by` is "mini_batch", "population", or "renorm" (Ioffe 2017, algorithm 1: r and d are constants to the
+    gradient and use the population as it is before its update). A mini-batch of a single element has no
+    variance: the population normalizes it.
+    """
+    outputs = []
+    for x, key, affine, population in zip(samples, mini_batches, affines, populations, strict=True):
+        members = [y.unsqueeze(0) for y, other in zip(samples, mini_batches, strict=True) if other == key]
+        count, mean, var = moments_of(members)
+        if by == "population" or count == 1:
+            normalized = _standardize(x, *_known(population), eps)
+        else:
+            normalized = _standardize(x, mean, var, eps)
+        if by == "renorm" and count > 1:
+            old_mean, old_var = _known(population)
+            r = (torch.sqrt(var + eps) / torch.sqrt(old_var + eps)).clamp(1 / r_max, r_max).detach()
+            d = ((mean - old_mean) / torch.sqrt(old_var + eps)).clamp(-d_max, d_max).detach()
+            normalized = normalized * r[:, None, None] + d[:, None, None]
+        if affine is not None:
+            normalized = normalized * affine[0][:, None, None] + affine[1][:, None, None]
+        outputs.append(normalized)
+    return outputs
+
+
+def _standardize(x: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    return (x - mean[:, None, None]) / torch.sqrt(var[:, None, None] + eps)
+
+
+def _known(population: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    assert population is not None, "a population is needed"
+    return population
+
+
+def move_population(
+    mean: Tensor, var: Tensor, num_updates: int, samples: Sequence[Tensor], momentum: float | None
+) -> tuple[Tensor, Tensor, int]:
+    """One update by all elements of the samples [C, H, W]; `momentum` None: the mean of all updates so far.
+
+    Fewer than two elements have no variance and change nothing.
+    """
+    if not samples or sum(x[0].numel() for x in samples) < 2:
+        return mean, var, num_updates
+    weight = 1 / (num_updates + 1) if momentum is None else momentum
+    batch = [x.detach().unsqueeze(0) for x in samples]
+    return *moving_average(mean, var, [batch], weight), num_updates + 1

@@ -1,4 +1,4 @@
-"""What every norm must stand, whatever it computes: all specs of cases.py, one property after another."""
+"""What every norm must stand, whatever it computes: all cases of cases.py, one property after another."""
 
 import copy
 import pickle
@@ -9,10 +9,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.layers import LevelBatchNorm2d
-from tests.cases import LEVELS, NUM_CHANNELS, SPECS, make_features, make_norm
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, frozen_statistics
+from tests.cases import CASES, NUM_CHANNELS
 
-pytestmark = pytest.mark.parametrize("spec", SPECS)
+pytestmark = pytest.mark.parametrize("case", CASES)
+both_modes = pytest.mark.parametrize("training", [True, False])
+EXACT = {"rtol": 1e-11, "atol": 1e-11}
 
 
 def state_of(norm):
@@ -26,184 +28,247 @@ def assert_equal_state(norm, state):
 
 def assert_equal_outputs(actual, expected):
     assert list(actual) == list(expected)
-    assert all(torch.equal(actual[level], expected[level]) for level in actual)
+    assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
-def step(norm, features):
+def loss_of(outputs):
+    return sum(output.float().pow(3).sum() for output in outputs.values())
+
+
+def step(case, norm, inputs, call=None):
     """Outputs and gradients of one training step."""
-    features = {level: feature.detach().clone().requires_grad_() for level, feature in features.items()}
-    outputs = norm(features)
-    sum(output.float().pow(3).sum() for output in outputs.values()).backward()
-    return outputs, [x.grad for x in features.values()] + [p.grad for p in norm.parameters()]
+    inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    outputs = (call or case.call)(norm, inputs)
+    loss_of(outputs).backward()
+    return outputs, [x.grad for x in inputs.values()] + [p.grad for p in norm.parameters()]
 
 
-def test_state_dict_round_trip_is_strict_and_exact(spec):
-    norm, other = make_norm(spec, seed=1), make_norm(spec, seed=2)
+def test_state_dict_round_trip_is_strict_and_exact(case):
+    norm, other = case.build(seed=1), case.build(seed=2)
     other.load_state_dict(norm.state_dict(), strict=True)
     for training in (False, True):
-        assert_equal_outputs(norm.train(training)(make_features()), other.train(training)(make_features()))
+        assert_equal_outputs(
+            case.call(norm.train(training), case.inputs()), case.call(other.train(training), case.inputs())
+        )
     assert_equal_state(other, norm.state_dict())
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda norm: pickle.loads(pickle.dumps(norm))])
-def test_copies_are_equal_and_independent(spec, duplicate):
-    norm = make_norm(spec).train()
-    twin = duplicate(norm)
-    assert (twin.spec, twin.levels, twin.path) == (norm.spec, norm.levels, norm.path)
-    assert_equal_state(twin, norm.state_dict())
-    before = state_of(norm)
-    step(twin, make_features())
-    with torch.no_grad():
-        for parameter in twin.parameters():
-            parameter.zero_()
-    assert_equal_state(norm, before)
+def test_copies_are_equal_and_independent(case):
+    norm = case.build().train()
+    for twin in (copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
+        assert (twin.spec, twin.domains, twin.path) == (norm.spec, norm.domains, norm.path)
+        assert_equal_state(twin, norm.state_dict())
+        before = state_of(norm)
+        step(case, twin, case.inputs())
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert_equal_state(norm, before)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_train_moves_buffers_and_eval_does_not(spec, training):
-    norm = make_norm(spec).train(training)
+@both_modes
+def test_train_moves_the_buffers_that_it_should_and_eval_none(case, training):
+    norm = case.build().train(training)
     assert all(module.training == training for module in norm.modules())
-    before = dict(norm.named_buffers())
-    before = {name: buffer.clone() for name, buffer in before.items()}
-    norm(make_features())
-    assert all(torch.equal(buffer, before[name]) != training for name, buffer in norm.named_buffers())
+    before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+    case.call(norm, case.inputs())
+    moved = {name for name, buffer in norm.named_buffers() if not torch.equal(buffer, before[name])}
+    assert moved == (case.moving_buffers(norm) if training else set())
 
 
-@pytest.mark.parametrize("training", [True, False])
+def test_exactly_the_used_parameters_get_a_gradient(case):
+    norm = case.build().train()
+    step(case, norm, case.inputs())
+    used = {id(parameter) for parameter in case.used_parameters(norm)}
+    for name, parameter in norm.named_parameters():
+        has_gradient = parameter.grad is not None and bool(parameter.grad.any())
+        assert has_gradient == (id(parameter) in used), name
+        assert parameter.requires_grad == (not case.spec.has_frozen_affine)
+
+
+@both_modes
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_features_with_float32_state(spec, dtype, training):
-    norm, wide = (make_norm(spec, torch.float32).train(training) for _ in range(2))
-    features = make_features(dtype=dtype)
-    outputs, gradients = step(norm, features)
-    expected, expected_gradients = step(wide, {level: feature.float() for level, feature in features.items()})
+def test_half_features_with_float32_state(case, dtype, training):
+    norm, wide = (case.build(torch.float32).train(training) for _ in range(2))
+    inputs = case.inputs(dtype=dtype)
+    outputs, gradients = step(case, norm, inputs)
+    expected, expected_gradients = step(case, wide, {name: x.float() for name, x in inputs.items()})
     assert {output.dtype for output in outputs.values()} == {dtype}
     digit = 4 * torch.finfo(dtype).eps
-    for level in LEVELS:
-        torch.testing.assert_close(outputs[level].float(), expected[level], rtol=digit, atol=digit)
+    for name in case.names:
+        torch.testing.assert_close(outputs[name].float(), expected[name], rtol=digit, atol=digit)
     # The loss' gradient is rounded with the outputs, by a digit of its largest values.
     for actual, right in zip(gradients, expected_gradients, strict=True):
+        if actual is None or right is None:  # a domain without samples: nothing, or zeros
+            assert all(gradient is None or not gradient.any() for gradient in (actual, right))
+            continue
         torch.testing.assert_close(actual.float(), right, rtol=0, atol=float(8 * digit * right.abs().max() + digit))
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(value, wide.state_dict()[key], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_norm_that_is_half_itself(spec, dtype, training):
-    norm = make_norm(spec, torch.float32).to(dtype).train(training)
-    outputs, gradients = step(norm, make_features(dtype=dtype))
-    assert {tensor.dtype for tensor in [*outputs.values(), *gradients]} == {dtype}
-    assert all(torch.isfinite(tensor).all() for tensor in [*outputs.values(), *gradients, *norm.buffers()])
-    expected = make_norm(spec, torch.float32).train(training)(make_features(dtype=torch.float32))
-    for level in LEVELS:
-        torch.testing.assert_close(outputs[level].float(), expected[level], rtol=0.05, atol=0.1)
+@both_modes
+def test_a_norm_that_is_half_itself(case, training):
+    for dtype in (torch.float16, torch.bfloat16):
+        norm = case.build(torch.float32).to(dtype).train(training)
+        outputs, gradients = step(case, norm, case.inputs(dtype=dtype))
+        gradients = [gradient for gradient in gradients if gradient is not None]
+        assert {tensor.dtype for tensor in [*outputs.values(), *gradients]} == {dtype}
+        assert all(torch.isfinite(tensor).all() for tensor in [*outputs.values(), *gradients, *norm.buffers()])
+        expected = case.call(case.build(torch.float32).train(training), case.inputs(dtype=torch.float32))
+        for name in case.names:
+            torch.testing.assert_close(outputs[name].float(), expected[name], rtol=0.05, atol=0.1)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_under_autocast_after_a_convolution(spec, training):
+@both_modes
+def test_under_autocast_after_a_convolution(case, training):
     conv = nn.Conv2d(NUM_CHANNELS, NUM_CHANNELS, 1)
-    norm = make_norm(spec, torch.float32).train(training)
-    features = make_features(dtype=torch.float32)
+    norm = case.build(torch.float32).train(training)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = {level: conv(feature) for level, feature in features.items()}
-        outputs = norm(half)
+        half = {name: conv(x) for name, x in case.inputs(dtype=torch.float32).items()}
+        outputs = case.call(norm, half)
         loss = sum(output.float().square().mean() for output in outputs.values())
     loss.backward()
     assert {x.dtype for x in half.values()} == {output.dtype for output in outputs.values()} == {torch.bfloat16}
-    assert {parameter.grad.dtype for parameter in [*norm.parameters(), *conv.parameters()]} == {torch.float32}
-    expected = make_norm(spec, torch.float32).train(training)({k: x.detach().float() for k, x in half.items()})
-    for level in LEVELS:
-        torch.testing.assert_close(outputs[level].float(), expected[level], rtol=0.02, atol=0.02)
+    assert {p.grad.dtype for p in [*case.used_parameters(norm), *conv.parameters()]} == {torch.float32}
+    wide = {name: x.detach().float() for name, x in half.items()}
+    expected = case.call(case.build(torch.float32).train(training), wide)
+    for name in case.names:
+        torch.testing.assert_close(outputs[name].float(), expected[name], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_channels_last_stays_channels_last(spec, training):
-    norm = make_norm(spec).train(training)
-    features = {k: x.contiguous(memory_format=torch.channels_last) for k, x in make_features().items()}
-    features = {level: feature.requires_grad_() for level, feature in features.items()}
-    outputs = norm(features)
-    for level, output in outputs.items():
-        assert output.stride() == features[level].stride()
+@both_modes
+def test_channels_last_stays_channels_last(case, training):
+    norm = case.build().train(training)
+    inputs = {name: x.contiguous(memory_format=torch.channels_last) for name, x in case.inputs().items()}
+    inputs = {name: x.requires_grad_() for name, x in inputs.items()}
+    outputs = case.call(norm, inputs)
     grads = [torch.randn_like(output) for output in outputs.values()]
-    for gradient, feature in zip(
-        torch.autograd.grad(list(outputs.values()), list(features.values()), grads), features.values(), strict=True
-    ):
-        assert gradient.stride() == feature.stride()
-    expected = make_norm(spec).train(training)(make_features())
-    torch.testing.assert_close(outputs, expected, rtol=1e-12, atol=1e-12)
+    wanted = [*inputs.values(), *case.used_parameters(norm)]
+    gradients = torch.autograd.grad(list(outputs.values()), wanted, grads)
+    for index, (name, x) in enumerate(inputs.items()):
+        assert outputs[name].stride() == gradients[index].stride() == x.stride()
+    plain, same = case.build().train(training), case.inputs(requires_grad=True)
+    expected = case.call(plain, same)
+    torch.testing.assert_close(outputs, expected, **EXACT)
+    right = torch.autograd.grad(list(expected.values()), [*same.values(), *case.used_parameters(plain)], grads)
+    torch.testing.assert_close(gradients, right, **EXACT)
+    torch.testing.assert_close(dict(norm.state_dict()), dict(plain.state_dict()), **EXACT)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_inputs_are_never_changed_in_place(spec, training):
-    norm = make_norm(spec).train(training)
-    features = make_features()
-    before = {level: feature.clone() for level, feature in features.items()}
-    outputs = norm(features)
-    assert all(torch.equal(features[level], before[level]) for level in LEVELS)
-    assert list(features) == list(LEVELS)
-    assert all(outputs[level].data_ptr() != features[level].data_ptr() for level in LEVELS)
+@both_modes
+def test_inputs_are_never_changed_in_place(case, training):
+    norm = case.build().train(training)
+    inputs = case.inputs()
+    before = {name: x.clone() for name, x in inputs.items()}
+    outputs = case.call(norm, inputs)
+    assert all(torch.equal(inputs[name], before[name]) for name in case.names)
+    assert list(inputs) == list(case.names)
+    assert all(outputs[name].data_ptr() != inputs[name].data_ptr() for name in case.names)
 
 
-def test_a_later_in_place_relu_is_allowed(spec):
-    norm, plain = make_norm(spec).train(), make_norm(spec).train()
+def test_a_later_in_place_relu_is_allowed(case):
     gradients = []
-    for layer, relu in ((norm, torch.relu_), (plain, torch.relu)):
-        features = make_features(requires_grad=True)
-        sum(relu(output).square().sum() for output in layer(features).values()).backward()
-        gradients.append([feature.grad for feature in features.values()])
+    for relu in (torch.relu_, torch.relu):
+        inputs = case.inputs(requires_grad=True)
+        outputs = case.call(case.build().train(), inputs)
+        sum(relu(output).square().sum() for output in outputs.values()).backward()
+        gradients.append([x.grad for x in inputs.values()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_activation_checkpointing_gives_the_same_outputs_and_gradients(spec, training):
-    # How the running statistics take the recomputation is not stated here.
-    norm, plain = make_norm(spec).train(training), make_norm(spec).train(training)
-    expected = step(plain, make_features())
-    features = make_features(requires_grad=True)
-    outputs = checkpoint(norm, features, use_reentrant=False)
-    sum(output.float().pow(3).sum() for output in outputs.values()).backward()
-    gradients = [x.grad for x in features.values()] + [p.grad for p in norm.parameters()]
-    assert_equal_outputs(outputs, expected[0])
-    torch.testing.assert_close(gradients, expected[1], rtol=0, atol=0)
+@both_modes
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_moves_statistics_once(case, training, use_reentrant):
+    """pytorch#96136, YOLO-Master#262: the recomputation counted as a second step."""
+    norm, plain = case.build().train(training), case.build().train(training)
+    expected, gradients = step(case, plain, case.inputs())
+    if case.is_normalized_by_population and training:
+        # Documented: what is computed again uses the statistics as moved; its gradients are those of them.
+        again = case.build().train()
+        again.load_state_dict(plain.state_dict())
+        with frozen_statistics(again):
+            gradients = step(case, again, case.inputs())[1] if not use_reentrant else None
+
+    def run(norm, inputs):
+        call = lambda *tensors: tuple(case.call(norm, dict(zip(inputs, tensors, strict=True))).values())  # noqa: E731
+        return dict(zip(inputs, checkpoint(call, *inputs.values(), use_reentrant=use_reentrant), strict=True))
+
+    outputs, actual = step(case, norm, case.inputs(), run)
+    assert_equal_outputs(outputs, expected)
+    assert_equal_state(norm, plain.state_dict())
+    if gradients is not None and not (case.is_normalized_by_population and training):
+        torch.testing.assert_close(actual, gradients, rtol=0, atol=0)
 
 
-def test_twice_in_one_graph(spec):
-    norm = make_norm(spec).train()
-    outputs = norm(norm(make_features()))
-    sum(output.square().sum() for output in outputs.values()).backward()
-    assert all(torch.isfinite(parameter.grad).all() and parameter.grad.any() for parameter in norm.parameters())
+def test_twice_in_one_graph(case):
+    norm = case.build().train()
+    inputs = case.inputs(requires_grad=True)
+    loss_of(case.call(norm, case.call(norm, inputs))).backward()
+    assert all(torch.isfinite(x.grad).all() and x.grad.any() for x in inputs.values())
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in case.used_parameters(norm))
 
 
-def test_every_affine_is_a_norms_for_the_optimizer(spec):
+@both_modes
+def test_nothing_in_nothing_out(case, training):
+    """detectron2#366, #1807, pytorch#36530: no RoIs."""
+    norm = case.build().train(training)
+    before = state_of(norm)
+    empty = {name: x[:0].clone().requires_grad_() for name, x in case.inputs().items()}
+    outputs = case.call(norm, empty)
+    assert {name: output.shape for name, output in outputs.items()} == {name: x.shape for name, x in empty.items()}
+    if any(output.requires_grad for output in outputs.values()):
+        sum(output.sum() for output in outputs.values()).backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in norm.parameters())
+    assert_equal_state(norm, before)
+
+
+def test_every_affine_is_a_norms_for_the_optimizer(case):
     get_params = pytest.importorskip("detectron2.solver.build").get_default_optimizer_params
-    model = nn.Sequential(nn.Conv2d(3, NUM_CHANNELS, 1), make_norm(spec))
+    model = nn.Sequential(nn.Conv2d(3, NUM_CHANNELS, 1), case.build())
     groups = get_params(model, base_lr=0.1, weight_decay=1e-4, weight_decay_norm=0.0)
     decay = {parameter: group["weight_decay"] for group in groups for parameter in group["params"]}
     assert decay == {
         **dict.fromkeys(model[0].parameters(), 0.0001),
-        **dict.fromkeys(model[1].parameters(), 0.0),
+        **dict.fromkeys((p for p in model[1].parameters() if p.requires_grad), 0.0),
     }
 
 
-def test_without_gradient_nothing_is_recorded(spec):
-    norm = make_norm(spec).train()
+def test_without_gradient_nothing_is_recorded(case):
+    norm = case.build().train()
     with torch.no_grad():
-        outputs = norm(make_features())
+        outputs = case.call(norm, case.inputs())
     assert not any(output.requires_grad for output in outputs.values())
     norm.requires_grad_(False)
-    assert not any(output.requires_grad for output in norm(make_features()).values())
+    assert not any(output.requires_grad for output in case.call(norm, case.inputs()).values())
 
 
-def test_moves_to_another_type_as_a_whole(spec):
-    norm = make_norm(spec, torch.float32).double()
+def test_moves_to_another_type_and_device_as_a_whole(case):
+    norm = case.build(torch.float32).double()
     floats = [tensor for tensor in norm.state_dict().values() if tensor.is_floating_point()]
-    assert {tensor.dtype for tensor in floats} == {torch.float64}
-    meta = LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).to("meta")
-    assert {tensor.device.type for tensor in meta.state_dict().values()} == {"meta"}
+    assert {tensor.dtype for tensor in floats} <= {torch.float64}
+    meta = copy.deepcopy(norm).to("meta")
+    assert {tensor.device.type for tensor in meta.state_dict().values()} <= {"meta"}
+    with torch.device("meta"):
+        built = type(norm)(NUM_CHANNELS, *([case.levels] if case.levels else []), case.spec)
+    assert {tensor.device.type for tensor in built.state_dict().values()} <= {"meta"}
+    assert built.state_dict().keys() == norm.state_dict().keys()
 
 
-def test_warns_of_nothing(spec):
+def test_state_dict_has_torchs_names_by_owner(case):
+    keys = {"affine": {"weight", "bias"}, "population": {"running_mean", "running_var", "num_batches_tracked"}}
+    expected = set()
+    for axis, names in keys.items():
+        answer = getattr(case.spec, axis)
+        owners = [""] if answer == "shared" else [f"{domain}." for domain in case.levels or case.spec.domains]
+        expected |= {owner + name for owner in owners for name in names} if answer != "none" else set()
+    assert set(case.build().state_dict()) == expected
+    kind = LevelBatchNorm2d if case.levels else BatchNorm2d
+    assert isinstance(case.build(), kind)
+
+
+def test_warns_of_nothing(case):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        step(make_norm(spec).train(), make_features())
-        make_norm(spec).eval()(make_features())
+        step(case, case.build().train(), case.inputs())
+        case.call(case.build().eval(), case.inputs())
