@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from typing import Any
 
 import torch.distributed as dist
 
@@ -60,7 +61,7 @@ def resolve_group(workers: str | int) -> dist.ProcessGroup | None:
 
 def _make_group(workers: str | int) -> dist.ProcessGroup | None:
     members = _list_node_members() if workers == "node" else _list_consecutive_members(int(workers))
-    own = None
+    own: Any = None
     for ranks in members:  # every worker makes every group: torch demands it
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks and len(ranks) > 1:
@@ -73,7 +74,8 @@ def _list_consecutive_members(size: int) -> list[list[int]]:
     if world_size % size:
         divisors = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
         raise ConfigError(
-            f"workers must divide the number of all workers, {world_size}; got {size} (NormSpec). Use one of {divisors}."
+            f"workers must divide the number of all workers, {world_size}; got {size} (NormSpec). "
+            f"Use one of {divisors}."
         )
     return [list(range(start, start + size)) for start in range(0, world_size, size)]
 

@@ -51,7 +51,7 @@ def group_samples(
         >>> group_samples((5,), (0,), 1, True, 2).parts  # groups of 2, 2 and 1
         ((0, 0, 1, 1, 2),)
     """
-    if normalization_batch_size is None:
+    if normalization_batch_size is None or not any(num_samples):
         mini_batches = (0,) * num_domains if shares_statistics else tuple(range(num_domains))
         return Grouping(domains, mini_batches, tuple(range(num_domains)))
     size = normalization_batch_size

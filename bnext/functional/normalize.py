@@ -163,7 +163,8 @@ def _affine(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tens
         return feature.clone()
     if _has_samples_as_channels(feature, mean):
         rows = _affine(_merge_samples(feature), mean.flatten(), scale.flatten(), shift.flatten())
-        return rows.view_as(feature)
+        # Not view: what a Function returns as a view must not be changed in place, by a ReLU for example.
+        return torch.ops.aten._unsafe_view(rows, feature.shape)
     if mean.dim() == 2:
         normalized = (feature - _spread(mean, feature)).mul_(_spread(scale, feature)).add_(_spread(shift, feature))
         return normalized.to(feature.dtype)

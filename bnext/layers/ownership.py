@@ -1,0 +1,181 @@
+"""Who owns what of a batch norm: the layer, or each of its levels or domains; and how populations move.
+
+The lower half of `BatchNorm2d`: state and its checks. What normalizes is in batch_norm.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bnext.distributed import resolve_group
+from bnext.errors import ConfigError, StatisticsError
+from bnext.functional import Grouping, Moments, group_moments, update_running_statistics
+from bnext.layers.scopes import is_recomputing
+from bnext.layers.spec import NormSpec
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["DomainState", "OwnedBatchNorm2d"]
+
+
+class DomainState(nn.BatchNorm2d):
+    """What one level or domain owns of a norm: its affine, its running statistics, or both. It is never called.
+
+    A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        raise RuntimeError("DomainState must not be called; it holds one domain's part of a batch norm.")
+
+
+class OwnedBatchNorm2d(nn.BatchNorm2d):
+    """State of a batch norm by its spec; see `BatchNorm2d`."""
+
+    def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
+        super().__init__(
+            num_features,
+            eps=spec.eps,
+            momentum=None if spec.average == "cumulative" else spec.momentum,
+            affine=spec.affine == "shared",
+            track_running_stats=spec.population == "shared",
+        )
+        self.spec = spec
+        self.r_max, self.d_max = spec.r_max, spec.d_max
+        self.path = ""
+        self.domains = tuple(domains)
+        self._is_checked = False
+        self._add_domain_states()
+        if spec.has_frozen_affine:
+            self.requires_grad_(False)
+        resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
+
+    def _add_domain_states(self) -> None:
+        for name in self.domains:
+            if self.domains.count(name) > 1 or hasattr(self, name) or not name or "." in name:
+                raise ConfigError(
+                    f"levels and domains must be distinct, without dots, and no attribute of the layer; got "
+                    f"{self.domains!r} ({type(self).__name__}, {name!r}). Choose another name."
+                )
+        affine, population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
+        for name in self.domains if affine or population else ():
+            self.add_module(name, DomainState(self.num_features, self.eps, self.momentum, affine, population))
+
+    def extra_repr(self) -> str:
+        default = NormSpec()
+        answers = {name: value for name, value in vars(self.spec).items() if value != getattr(default, name)}
+        return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in answers.items())])
+
+    @property
+    def where(self) -> str:
+        """Name of the layer in messages."""
+        return self.path or type(self).__name__
+
+    def population_state(self, domain: str = "") -> nn.BatchNorm2d:
+        """The module whose running statistics normalize this level or domain: the layer, or its own."""
+        return self.get_submodule(domain) if self.spec.population.startswith("per_") else self  # type: ignore[return-value]
+
+    def affine_state(self, domain: str = "") -> nn.BatchNorm2d:
+        """The module whose weight and bias scale and shift this level or domain."""
+        return self.get_submodule(domain) if self.spec.affine.startswith("per_") else self  # type: ignore[return-value]
+
+    def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
+        """Each set of population statistics, with the levels or domains that it normalizes."""
+        if self.spec.population.startswith("per_"):
+            for domain in self.domains:
+                yield (domain,), self.population_state(domain)
+        elif self.spec.population == "shared":
+            yield self.domains, self
+
+    def stack_affines(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight and bias for each name, [P, C]; `like` gives type and device where there is no affine."""
+        size = (len(names), self.num_features)
+        if self.spec.affine == "none":
+            return like.new_ones(size), like.new_zeros(size)
+        if self.spec.affine == "shared":
+            return self.weight.expand(size), self.bias.expand(size)
+        states = [self.affine_state(name) for name in names]
+        return torch.stack([state.weight for state in states]), torch.stack([state.bias for state in states])
+
+    def stack_populations(self, names: Sequence[str]) -> Moments:
+        """Running statistics for each name, [P, C]; a copy, as they may move before the backward pass.
+
+        Their count is infinity: to the gradient they are constants.
+        """
+        states: list[Any] = [self.population_state(name) for name in names]
+        mean = torch.stack([state.running_mean for state in states])
+        var = torch.stack([state.running_var for state in states])
+        return Moments(mean.new_full((len(states),), float("inf")), mean, var)
+
+    def is_moving(self, name: str) -> bool:
+        """Whether a call now moves the running statistics of a level or domain."""
+        if not self.training or self.spec.has_frozen_statistics or self.spec.population == "none":
+            return False
+        return self.population_state(name).track_running_stats and not is_recomputing()
+
+    @torch.no_grad()
+    def move_populations(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:
+        """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first."""
+        if not any(self.is_moving(name) for name in names):
+            return
+        is_one = self.spec.statistics == "shared" and self.spec.population == "shared"
+        units = [0 if is_one else domain for domain in grouping.domains]
+        merged = group_moments(moments, torch.tensor(units, device=moments.mean.device), max(units) + 1)
+        for unit in range(max(units) + 1):
+            state: Any = self.population_state(names[unit])
+            own = Moments(*(field[unit] for field in merged))
+            tracked = state.num_batches_tracked
+            momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(own.mean.dtype)
+            mean, var = update_running_statistics(state.running_mean, state.running_var, own, momentum)
+            state.running_mean.copy_(mean)
+            state.running_var.copy_(var)
+            tracked.add_((own.count >= 2).to(tracked.dtype))
+
+    # ---- checks
+
+    def train(self, mode: bool = True) -> Self:
+        self._is_checked = False
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._is_checked = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def name_place(self, name: str) -> str:
+        """The layer and one of its levels or domains, in messages."""
+        return f"{self.where}, {name}" if name else self.where
+
+    def check_feature(self, feature: Tensor, name: str = "") -> None:
+        """Rank, channels and device of an input."""
+        if feature.dim() != 4 or feature.shape[1] != self.num_features:
+            raise StatisticsError(
+                f"features must be [N, {self.num_features}, H, W]; got {list(feature.shape)} "
+                f"({self.name_place(name)}). Check the channels of the layer before it."
+            )
+        own = self.weight if self.weight is not None else self.running_mean
+        if own is not None and own.device != feature.device:
+            raise StatisticsError(
+                f"features must be on the device of the norm, {own.device}; got {feature.device} "
+                f"({self.name_place(name)}). Move the model or the images."
+            )
+
+    def check_populations(self, names: Sequence[str]) -> None:
+        """Finite, and no negative variance. Once after every change of mode: it waits for the device."""
+        if self._is_checked or torch.compiler.is_compiling():
+            return
+        for name in names:
+            state: Any = self.population_state(name)
+            mean, var = state.running_mean, state.running_var
+            is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+            if not is_right.all():
+                channel = int((~is_right).nonzero()[0])
+                raise StatisticsError(
+                    f"running statistics must be finite and the variance not negative; got mean {float(mean[channel])} "
+                    f"and variance {float(var[channel])} in channel {channel} ({self.name_place(name)}). "
+                    f"Re-estimate them with recompute_population_statistics; look for the batch that spoiled them."
+                )
+        self._is_checked = True
