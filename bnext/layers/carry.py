@@ -26,7 +26,7 @@ NO_NORM = (
     "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
 )
 ADOPTED_EPS = "eps {source} of the source was taken over, in the place of {target}"
-ADOPTED_ZERO = f"{ADOPTED_EPS}; as a spec's eps is above 0, it is {{used}}, too small to change a variance"
+ADOPTED_ZERO = f"{ADOPTED_EPS}; as eps is above 0 in training, it is {{used}}, too small to change a variance"
 OTHER_EPS = "eps is {target}, but was {source}; outputs change, most where the variance is small"
 OTHER_INFERENCE = "in evaluation mode it was normalized by {source}, and now is by {target}; outputs change"
 ROUNDED = "state of {source} was rounded to {target}"
@@ -217,7 +217,8 @@ def _settle_eps(record: NormRecord, form: NormForm, target: nn.Module, adopt: bo
     holders = [module for module in target.modules() if hasattr(module, "eps")]  # the parts of a norm too
     if not adopt or not holders:
         return [Note(OTHER_EPS.format(source=source.eps, target=form.eps), keeps_outputs=False)]
-    used = source.eps if source.eps > 0 or not isinstance(target, BatchNorm2d) else NO_EPS
+    takes_zero = not form.is_batch_norm or (form.is_frozen and not isinstance(target, BatchNorm2d))
+    used = source.eps if source.eps > 0 or takes_zero else NO_EPS
     for module in holders:
         module.eps = used  # type: ignore[assignment]
     if isinstance(target, BatchNorm2d):

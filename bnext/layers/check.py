@@ -24,8 +24,8 @@ Kind = Literal["mean", "variance", "affine", "channels", "unwritten", "eps"]
 StateDict = Mapping[str, Tensor]
 
 _SHOWN = 5  # channels in a text
-# The initial running variance: 1, or in detectron2's frozen norm 1 - eps.
-_INITIAL_VARIANCES = (1.0, 1.0 - 1e-5)
+# The initial running variance is 1, or in detectron2's frozen norm 1 - 1e-5.
+_INITIAL_SLACK = 2e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,7 @@ def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
     mean, var, counter = (fields.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
     if mean is None or var is None or (counter is not None and int(counter) > 0):
         return False
-    return not bool(mean.any()) and any(bool((var == var.new_tensor(value)).all()) for value in _INITIAL_VARIANCES)
+    return not bool(mean.any()) and bool(((var - 1).abs() <= _INITIAL_SLACK).all()) and bool((var == var[0]).all())
 
 
 def check_variances(state_dict: StateDict, where: str) -> None:
@@ -121,7 +121,7 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         if bool(wrong.any()):
             channels = _list_channels(wrong)
             raise CheckpointError(
-                f"{key} must be 0 or more and finite; got {value.flatten()[channels[0]].item()} "
+                f"{key} must be 0 or more and finite; got {value.flatten()[channels[0]].item():g} "
                 f"({_name_channels(channels, len(wrong))}; {where}). "
                 f"Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
             )
@@ -161,7 +161,7 @@ def _check_fields(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator
             continue
         channels = _list_channels(wrong)
         rule = "above 0 and finite" if kind == "variance" else "finite"
-        text = f"{name} must be {rule}; got {value[channels[0]].item()} ({_name_channels(channels, len(value))})"
+        text = f"{name} must be {rule}; got {value[channels[0]].item():g} ({_name_channels(channels, len(value))})"
         yield Finding(path, kind, text, owner, channels)
 
 

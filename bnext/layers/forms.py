@@ -88,7 +88,7 @@ def find_form(module: nn.Module) -> NormForm | None:
     if isinstance(module, TORCH_NORMS):
         inference: tuple[object, ...] = ("population",)
         if module.running_mean is None:
-            inference = ("mini_batch", "shared", False)
+            inference = ("mini_batch", "shared")
         affine, population = _layout(module.weight), _layout(module.running_mean)
         return NormForm(module.num_features, affine, population, module.eps, inference=inference)
     if isinstance(module, nn.ModuleList):
@@ -155,9 +155,8 @@ def _read_own(module: BatchNorm2d) -> NormForm:
     layouts: dict[str, Layout] = {"shared": "shared", "none": "none", "per_level": "owned", "per_domain": "owned"}
     inference: tuple[object, ...] = ("population",)
     if spec.inference == "mini_batch":
-        inference = ("mini_batch", spec.statistics, spec.population != "none")
-        inference += (module.domains if spec.statistics != "shared" else (),) if spec.owner else ()
-        inference += ("frozen",) if spec.has_frozen_statistics else ()
+        inference = ("mini_batch", spec.statistics)
+        inference += (module.domains,) if spec.statistics != "shared" else ()
     return NormForm(
         num_features=module.num_features,
         affine=layouts[spec.affine],

@@ -26,20 +26,20 @@ EXACT_AFFINE = "the shared affine was copied to every {one}; outputs are unchang
 EQUAL_AFFINES = "the affines of the {sources} are equal and became one; outputs are unchanged"
 AVERAGED_AFFINE = "the affines of the {sources} were averaged into one; outputs change, fine-tune before use"
 COPIED_POPULATION = (
-    "the shared population statistics were copied to every {one}; the {sources}' own are not in the "
-    "checkpoint, re-estimate them with recompute_population_statistics"
+    "the shared population statistics were copied to every {one}; the {sources}' own are unknown, "
+    "re-estimate them with recompute_population_statistics"
 )
 EQUAL_POPULATIONS = "the population statistics of the {sources} are equal and became one; outputs are unchanged"
 MERGED_POPULATION = (
     "the population statistics of the {sources} were merged into one with equal weights; their element "
-    "counts are not in the checkpoint, re-estimate them with recompute_population_statistics"
+    "counts are unknown, re-estimate them with recompute_population_statistics"
 )
 NUMBERED = "numbered {sources} were read in the order {names}"
 MAPPED = "{target} was taken from {source}, as domain_map says"
-NO_POPULATION = "the checkpoint holds no population statistics for {names}; re-estimate them"
-NO_AFFINE = "the checkpoint holds no affine for {names}; the initial one is kept"
+NO_POPULATION = "the source holds no population statistics for {names}; re-estimate them"
+NO_AFFINE = "the source holds no affine for {names}; the initial one is kept"
 UNIT_AFFINE = "the source has no affine, so weight 1 and bias 0 were set; outputs are unchanged"
-DROPPED_OWNERS = "the checkpoint's state of {names} was left out: the model has no such {one}"
+DROPPED_OWNERS = "the source's state of {names} was left out: the target has no such {one}"
 DROPPED_AFFINE = "the affine was left out: the norm has none"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
@@ -197,6 +197,8 @@ def _write_population(record: NormRecord, owners: Mapping[str, str], form: NormF
         return {}, [Note(DROPPED_POPULATION, keeps_outputs=not _uses_population(record.form))] if held else []
     texts = (COPIED_POPULATION, EQUAL_POPULATIONS, MERGED_POPULATION, NO_POPULATION)
     state, notes = _spread(held, owners, form, form.population, _merge_populations, texts)
+    if not _uses_population(form):
+        notes = [note._replace(keeps_outputs=True) for note in notes]
     counters = [key for key in state if key.endswith("num_batches_tracked")]
     if counters and not form.has_counter:
         state = {key: value for key, value in state.items() if key not in counters}
