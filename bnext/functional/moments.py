@@ -148,6 +148,9 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
     Returns:
         count [P], mean and var [P, C].
     """
+    if tuple(part for part in parts if isinstance(part, int)) == tuple(range(num_parts)):  # nothing to merge
+        own = [batch_moments(feature) for feature in features]
+        return Moments(*(torch.stack(field) for field in zip(*own, strict=True)))
     found, owners = [], []
     for feature, part in zip(features, parts, strict=True):
         if isinstance(part, Tensor):

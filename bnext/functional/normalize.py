@@ -28,7 +28,7 @@ def normalize_parts(
     bias: Tensor,
     eps: float,
     statistics: Moments,
-    mini_batches: Tensor,
+    mini_batches: Tensor | None = None,
     reduce: Reduce | None = None,
 ) -> list[Tensor]:
     """Normalize every sample by the statistics of the mini-batch that its part belongs to.
@@ -43,7 +43,7 @@ def normalize_parts(
         statistics: of the mini-batches, count [B], mean and var [B, C], over all workers, as made from these very
             features: gradients flow through them as if they had been computed here. A count of infinity says
             that the statistics are constants, as population statistics are.
-        mini_batches: [P], for each part its mini-batch.
+        mini_batches: [P], for each part its mini-batch; None: every part is one.
         reduce: sums over the workers that share the mini-batches; None: this worker alone.
 
     Returns:
@@ -54,8 +54,9 @@ def normalize_parts(
         also with empty features. Gradients of `weight` and `bias` are those of this worker's loss terms:
         summing over workers is DDP's work. A second derivative is refused.
     """
-    mean = statistics.mean[mini_batches]
-    rstd = (statistics.var[mini_batches] + eps).rsqrt()
+    mean, rstd = statistics.mean, (statistics.var + eps).rsqrt()
+    if mini_batches is not None:
+        mean, rstd = mean[mini_batches], rstd[mini_batches]
     return list(
         _NormalizeParts.apply(weight, bias, mean, rstd, statistics.count, mini_batches, parts, reduce, *features)
     )
@@ -72,7 +73,7 @@ class _NormalizeParts(torch.autograd.Function):
         mean: Tensor,
         rstd: Tensor,
         count: Tensor,
-        mini_batches: Tensor,
+        mini_batches: Tensor | None,
         parts: Sequence[Part],
         reduce: Reduce | None,
         *features: Tensor,
@@ -95,20 +96,31 @@ class _NormalizeParts(torch.autograd.Function):
     def _gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         weight, mean, rstd, count, mini_batches, *features = ctx.saved_tensors
         triples = list(zip(features, grads, ctx.parts, strict=True))
-        sums = mean.new_zeros(2, *mean.shape)  # [2, P, C]: sum dy, sum dy (x - mean)
-        for feature, grad, part in triples:
-            own = _backward_sums(feature, grad, mean[part])
-            index = part if isinstance(part, Tensor) else torch.full((1,), part, device=mean.device)
-            sums = sums.index_add(1, index, own if isinstance(part, Tensor) else own.unsqueeze(1))
+        sums = _sum_parts([_backward_sums(x, dy, mean[p]) for x, dy, p in triples], ctx.parts, len(mean))  # [2, P, C]
         gamma = weight.to(rstd.dtype)
-        totals = sums.new_zeros(2, *count.shape, mean.shape[1]).index_add(1, mini_batches, gamma * sums)  # [2, B, C]
+        totals = gamma * sums
+        if mini_batches is not None:
+            totals = totals.new_zeros(2, *count.shape, mean.shape[1]).index_add(1, mini_batches, totals)  # [2, B, C]
         if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker
             totals = ctx.reduce(totals)
-        sum_g, sum_g_xmu = (totals / count.clamp(min=1).unsqueeze(1))[:, mini_batches]
+        sum_g, sum_g_xmu = totals / count.clamp(min=1).unsqueeze(1)
+        if mini_batches is not None:
+            sum_g, sum_g_xmu = sum_g[mini_batches], sum_g_xmu[mini_batches]
         scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * sum_g_xmu, -rstd * sum_g
         grad_features = [_grad_feature(x, dy, mean[p], scale[p], slope[p], offset[p]) for x, dy, p in triples]
         grad_weight, grad_bias = (rstd * sums[1]).to(weight.dtype), sums[0].to(weight.dtype)
         return grad_weight, grad_bias, None, None, None, None, None, None, *grad_features
+
+
+def _sum_parts(rows: Sequence[Tensor], parts: Sequence[Part], num_parts: int) -> Tensor:
+    """Add up vectors of features, [2, C], or of their samples, [2, N, C], by the parts they belong to: [2, P, C]."""
+    if tuple(part for part in parts if isinstance(part, int)) == tuple(range(num_parts)):
+        return torch.stack(list(rows), dim=1)
+    total = rows[0].new_zeros(2, num_parts, rows[0].shape[-1])
+    for row, part in zip(rows, parts, strict=True):
+        index = part if isinstance(part, Tensor) else torch.full((1,), part, device=row.device)
+        total = total.index_add(1, index, row if isinstance(part, Tensor) else row.unsqueeze(1))
+    return total
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

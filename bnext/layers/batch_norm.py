@@ -152,8 +152,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return [self._infer(x, names[d], moves) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
-        index = torch.arange(len(names), device=weight.device)
-        return normalize_parts(features, _to_parts(domains, weight.device), weight, bias, self.eps, populations, index)
+        return normalize_parts(features, _to_parts(domains, weight.device), weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, moves: bool) -> Tensor:
         state: Any = self.population_state(name)
@@ -170,9 +169,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if group is None and self._is_plain(features, domains, size):
             return [self._normalize_plainly(x, names[d]) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
         moments, grouping = self._collect_moments(features, domains, names, size, group)
-        device, owners = moments.mean.device, torch.tensor(grouping.mini_batches, device=moments.mean.device)
         part_names = [names[domain] for domain in grouping.domains]
-        statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
+        device, statistics, owners = moments.mean.device, moments, None
+        if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
+            owners = torch.tensor(grouping.mini_batches, device=device)
+            statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
         if not all(x.shape[2] * x.shape[3] > 1 and len(x) > 0 for x in features):  # else every mini-batch has two
             statistics = self._replace_single_elements(statistics, moments, grouping, part_names)
         weight, bias = self.stack_affines(part_names, moments.mean)
@@ -234,13 +235,16 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self.recording = {name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)}
 
     def _renormalize(
-        self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor, part_names: Sequence[str]
+        self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """Batch Renormalization as an affine: weight r, bias + weight d; r and d are constants to the gradient."""
         population = self.stack_populations(part_names)
+        mean, var = statistics.mean, statistics.var
+        if owners is not None:
+            mean, var = mean[owners], var[owners]
         std = (population.var + self.eps).sqrt()
-        r = ((statistics.var[owners] + self.eps).sqrt() / std).clamp(1 / self.r_max, self.r_max)
-        d = ((statistics.mean[owners] - population.mean) / std).clamp(-self.d_max, self.d_max)
+        r = ((var + self.eps).sqrt() / std).clamp(1 / self.r_max, self.r_max)
+        d = ((mean - population.mean) / std).clamp(-self.d_max, self.d_max)
         return weight * r, bias + weight * d
 
     def _replace_single_elements(

@@ -124,7 +124,9 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             return
         is_one = self.spec.statistics == "shared" and self.spec.population == "shared"
         units = [0 if is_one else domain for domain in grouping.domains]
-        merged = group_moments(moments, torch.tensor(units, device=moments.mean.device), max(units) + 1)
+        merged = moments
+        if units != list(range(len(units))):
+            merged = group_moments(moments, torch.tensor(units, device=moments.mean.device), max(units) + 1)
         for unit in range(max(units) + 1):
             state: Any = self.population_state(names[unit])
             own = Moments(*(field[unit] for field in merged))
