@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, frozen_statistics
-from tests.cases import CASES, NUM_CHANNELS
+from tests.cases import CASES, NUM_CHANNELS, Case
 
 pytestmark = pytest.mark.parametrize("case", CASES)
 both_modes = pytest.mark.parametrize("training", [True, False])
@@ -35,10 +36,10 @@ def loss_of(outputs):
     return sum(output.float().pow(3).sum() for output in outputs.values())
 
 
-def step(case, norm, inputs, call=None):
+def step(case, norm, inputs):
     """Outputs and gradients of one training step."""
     inputs = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
-    outputs = (call or case.call)(norm, inputs)
+    outputs = case.call(norm, inputs)
     loss_of(outputs).backward()
     return outputs, [x.grad for x in inputs.values()] + [p.grad for p in norm.parameters()]
 
@@ -177,28 +178,34 @@ def test_a_later_in_place_relu_is_allowed(case):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
+def run_checkpointed(case, norm, inputs, use_reentrant):
+    def call(*tensors):
+        return tuple(case.call(norm, dict(zip(case.names, tensors, strict=True))).values())
+
+    return dict(zip(case.names, checkpoint(call, *inputs.values(), use_reentrant=use_reentrant), strict=True))
+
+
+def backward_by_fixed_gradients(case, norm, call):
+    inputs = case.inputs(requires_grad=True)
+    outputs = call(case, norm, inputs)
+    torch.autograd.backward(list(outputs.values()), list(case.inputs(seed=9).values()))
+    return outputs, [x.grad for x in inputs.values()] + [p.grad for p in norm.parameters()]
+
+
 @both_modes
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_moves_statistics_once(case, training, use_reentrant):
     """pytorch#96136, YOLO-Master#262: the recomputation counted as a second step."""
     norm, plain = case.build().train(training), case.build().train(training)
-    expected, gradients = step(case, plain, case.inputs())
-    if case.is_normalized_by_population and training:
-        # Documented: what is computed again uses the statistics as moved; its gradients are those of them.
-        again = case.build().train()
-        again.load_state_dict(plain.state_dict())
-        with frozen_statistics(again):
-            gradients = step(case, again, case.inputs())[1] if not use_reentrant else None
-
-    def run(norm, inputs):
-        call = lambda *tensors: tuple(case.call(norm, dict(zip(inputs, tensors, strict=True))).values())  # noqa: E731
-        return dict(zip(inputs, checkpoint(call, *inputs.values(), use_reentrant=use_reentrant), strict=True))
-
-    outputs, actual = step(case, norm, case.inputs(), run)
+    expected, gradients = backward_by_fixed_gradients(case, plain, Case.call)
+    outputs, actual = backward_by_fixed_gradients(case, norm, partial(run_checkpointed, use_reentrant=use_reentrant))
     assert_equal_outputs(outputs, expected)
     assert_equal_state(norm, plain.state_dict())
-    if gradients is not None and not (case.is_normalized_by_population and training):
-        torch.testing.assert_close(actual, gradients, rtol=0, atol=0)
+    if case.is_normalized_by_population:  # documented: what is computed again uses the statistics as moved
+        plain.zero_grad()
+        with frozen_statistics(plain):
+            _, gradients = backward_by_fixed_gradients(case, plain, Case.call)
+    torch.testing.assert_close(actual, gradients, rtol=0, atol=0)
 
 
 def test_twice_in_one_graph(case):
