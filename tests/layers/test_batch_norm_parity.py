@@ -58,10 +58,11 @@ def expect_populations(case, norm, inputs):
         state = norm.population_state(owner)
         values = (state.running_mean.clone(), state.running_var.clone(), int(state.num_batches_tracked))
         one_update = spec.population != "shared" or spec.statistics == "shared"
+        momentum = None if spec.average == "cumulative" else spec.momentum
         for unit in [owner] if one_update else known:  # one update of all samples together, or one per domain
             mine = [x for x, d in zip(samples, domains, strict=True) if unit in ("", d)]
             if not spec.has_frozen_statistics:
-                values = reference.move_population(*values, mine, None if spec.average == "cumulative" else spec.momentum)
+                values = reference.move_population(*values, mine, momentum)
         found[owner] = values
     return found
 
@@ -127,7 +128,8 @@ def random_cases(draw):
     )
     num_samples = draw(st.integers(1, 7))
     active = tuple(draw(st.lists(st.sampled_from(DOMAINS), min_size=num_samples, max_size=num_samples)))
-    return Case(spec, active=active if spec.domains else None), (num_samples, *draw(st.tuples(*[st.integers(1, 4)] * 2)))
+    sides = draw(st.tuples(st.integers(1, 4), st.integers(1, 4)))
+    return Case(spec, active=active if spec.domains else None), (num_samples, *sides)
 
 
 @given(random_cases(), strategies.seeds, st.sampled_from([torch.contiguous_format, torch.channels_last]))
