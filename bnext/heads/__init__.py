@@ -1,11 +1,14 @@
-"""Detectron2 heads whose norms know which batch they normalize."""
+"""Detectron2 heads and architectures whose norms know which batch they normalize."""
 
 import importlib.util
 
-import bnext.config  # noqa: F401  first, as it says how to get detectron2
+import bnext.config
+import bnext.heads.architectures  # noqa: F401  registers them
+from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead, forward_statistics
+from bnext.heads.rpn import RPNHead
 
-__all__ = ["RetinaNetHead", "forward_statistics"]
+__all__ = ["RPNHead", "RetinaNetHead", "forward_statistics", "give_norms", "make_buildable"]
 
 if importlib.util.find_spec("detectron2.modeling.meta_arch.fcos") is not None:  # since detectron2 0.6
     from bnext.heads.fcos import FCOSHead

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnext.config import check_config, get_head_norm
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
-from bnext.layers import name_norms
+from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextFCOS", "FCOSHead"]
 
@@ -51,7 +51,7 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
     """
     check_config(cfg)
     node = cfg.MODEL.RETINANET
-    backbone = build_backbone(cfg)
+    backbone = build_backbone(make_buildable(cfg))
     with looking_up_levels(node.IN_FEATURES):
         shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
     head = FCOSHead(
@@ -76,5 +76,5 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
-    name_norms(model)
+    give_norms(model, cfg)
     return model

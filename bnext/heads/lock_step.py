@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from bnext.errors import ConfigError
-from bnext.layers import LevelBatchNorm2d, NormSpec, build_norm
+from bnext.layers import NAMED_NORMS, LevelBatchNorm2d, NormSpec, build_norm, make_named_norm
 
 __all__ = ["looking_up_levels", "make_head_norm", "name_levels", "run_tower"]
 
@@ -29,16 +30,18 @@ def looking_up_levels(levels: Sequence[str]) -> Iterator[None]:
         ) from error
 
 
-def make_head_norm(norm: HeadNorm, levels: Sequence[str]) -> str | Callable[[int], nn.Module]:
-    """What detectron2's `get_norm` takes: a spec becomes a factory of level norms, the rest stays."""
-    if norm == "GN":
-        return _make_group_norm
-    return build_norm(norm, levels) if isinstance(norm, NormSpec) else norm
+def make_head_norm(norm: HeadNorm, levels: Sequence[str] | None) -> str | Callable[[int], nn.Module]:
+    """What detectron2's `get_norm` takes: a spec becomes a factory, with levels of level norms; a factory stays.
 
-
-def _make_group_norm(num_channels: int) -> nn.GroupNorm:
-    """Detectron2's "GN". Its 0.6 tries every norm on one channel, which current torch refuses to cut into 32 groups."""
-    return nn.GroupNorm(min(32, num_channels), num_channels)
+    A name means the same with every version of detectron2: "GN" can be tried on one channel, "LN" is there,
+    "BN" and "SyncBN" are bnext's; of several levels each has its own statistics, as in detectron2's RetinaNet.
+    """
+    if isinstance(norm, str) and norm in ("BN", "SyncBN"):
+        norm = NAMED_NORMS[norm]
+        norm = norm if levels is None else norm.replace(statistics="per_level", population="per_level")
+    if isinstance(norm, NormSpec):
+        return build_norm(norm, levels)
+    return partial(make_named_norm, norm) if norm in ("GN", "LN") else norm  # type: ignore[return-value]
 
 
 def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, Tensor]:
@@ -50,7 +53,7 @@ def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, 
     if len(levels) != len(features):
         raise ConfigError(
             f"a head must get one feature per level; got {len(features)} features for the levels {tuple(levels)}. "
-            f"Set MODEL.RETINANET.IN_FEATURES to the features that it gets."
+            f"Set the head's IN_FEATURES to the features that it gets."
         )
     return dict(zip(levels, features, strict=True))
 

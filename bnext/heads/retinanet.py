@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bnext.config import check_config, get_head_norm
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
-from bnext.layers import name_norms
+from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
 
@@ -52,21 +52,20 @@ class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
 
 @META_ARCH_REGISTRY.register()
 def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
-    """Detectron2's RetinaNet, its head's norm by MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET.
+    """Detectron2's RetinaNet with the norms of MODEL.BNEXT; its head's are those of MODEL.BNEXT.RETINANET.
 
     Raises:
         ConfigError: see `bnext.config.check_config`.
     """
     check_config(cfg)
-    without_norm = cfg.clone()  # detectron2's head is made and left; 0.6 cannot make one with "GN"
-    without_norm.defrost()
-    without_norm.MODEL.RETINANET.NORM = ""
+    without_norm = make_buildable(cfg)
+    without_norm.MODEL.RETINANET.NORM = ""  # detectron2's head is made and left
     with looking_up_levels(cfg.MODEL.RETINANET.IN_FEATURES):
         arguments = RetinaNet.from_config(without_norm)
     shapes = arguments["backbone"].output_shape()
     arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in cfg.MODEL.RETINANET.IN_FEATURES])
     model = RetinaNet(**arguments)
-    name_norms(model)
+    give_norms(model, cfg)
     return model
 
 
