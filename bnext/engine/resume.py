@@ -13,8 +13,21 @@ from torch import nn
 
 from bnext.errors import CheckpointError
 
-__all__ = ["collect_training", "compare_training", "expect_same_optimizer", "read_normalizers", "write_normalizers"]
+__all__ = [
+    "collect_training",
+    "compare_training",
+    "expect_same_optimizer",
+    "read_normalizers",
+    "read_training_keys",
+    "write_normalizers",
+]
 
+# What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
+_NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT")
+_NO_INFLUENCE = ("IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD", "REFERENCE_WORLD_SIZE", "NUM_WORKERS")
+# These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
+_IN_OPTIMIZER = ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
+_IN_OPTIMIZER += ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS")
 _NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as a plain attribute
 
 
@@ -43,7 +56,35 @@ def collect_training(cfg: CfgNode, seed: int, workers: list[dict[str, float]]) -
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
         "optimizer": cfg.SOLVER.OPTIMIZER,
         "workers": workers,
+        "config": read_training_keys(cfg),
     }
+
+
+def read_training_keys(cfg: CfgNode) -> dict[str, Any]:
+    """Key -> value of the config's solver and training data; lists for tuples, as files do not tell them apart."""
+    keys: dict[str, Any] = {}
+    for name in _NODES:
+        keys.update(_flatten(cfg[name], name))
+    if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
+        del keys["SOLVER.MAX_ITER"]  # a longer training with steps is the same so far
+    return {key: value for key, value in keys.items() if not _has_no_influence(key)}
+
+
+def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name, value in node.items():
+        own = f"{prefix}.{name}"
+        keys.update(_flatten(value, own) if isinstance(value, CfgNode) else {own: _listed(value)})
+    return keys
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _has_no_influence(key: str) -> bool:
+    name = key.rpartition(".")[2]
+    return name in _NO_INFLUENCE or "TEST" in name
 
 
 @contextlib.contextmanager
@@ -94,7 +135,28 @@ def compare_training(cfg: CfgNode, seed: int, state: dict[str, Any]) -> dict[str
         _tell_inexact(f"{comm.get_world_size()} worker(s) now, the state of {len(workers)} in the checkpoint")
     if own["total_batch_size"] != batch:
         _tell_inexact(f"SOLVER.IMS_PER_BATCH is {batch}, it was {own['total_batch_size']}")
+    _compare_keys(own.get("config"), read_training_keys(cfg))
     return own
+
+
+def _compare_keys(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    if before is None:
+        logging.getLogger(__name__).info(
+            "The checkpoint does not say with which solver and data it was trained: a change would not be seen."
+        )
+        return
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] == now[key]:
+            continue
+        if key in [f"SOLVER.{name}" for name in _IN_OPTIMIZER]:
+            logging.getLogger(__name__).warning(
+                "The resume keeps %s %s, which is in the optimizer of the checkpoint; the config's %s has no effect.",
+                key,
+                before[key],
+                now[key],
+            )
+        else:
+            _tell_inexact(f"{key} is {now[key]}, it was {before[key]}")
 
 
 def _tell_inexact(reason: str) -> None:

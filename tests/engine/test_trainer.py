@@ -114,6 +114,58 @@ def test_another_batch_size_is_told(finished, tmp_path, bnext_log):
     assert "not exact: SOLVER.IMS_PER_BATCH is 2, it was 4" in bnext_log.text
 
 
+def resume_log(finished, folder, log, *opts):
+    """What a resume of the finished training says, with a changed config."""
+    for name in ("model_0000002.pth", "last_checkpoint"):
+        (folder / name).write_bytes(Path(finished[0].OUTPUT_DIR, name).read_bytes())
+    (folder / "last_checkpoint").write_text("model_0000002.pth")
+    Trainer(tiny.load(folder, *opts)).resume_or_load(resume=True)
+    # A set: the record arrives twice where bnext's logger is not set up yet.
+    return list({record.getMessage() for record in log.records if "resume" in record.getMessage()})
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.STEPS", "(3,)"), "The resume is not exact: SOLVER.STEPS is [3], it was [5]."),
+        (("DATASETS.TRAIN", "('digits_val',)"), "not exact: DATASETS.TRAIN is ['digits_val'], it was ['digits_train']"),
+        (("INPUT.RANDOM_FLIP", "none"), "not exact: INPUT.RANDOM_FLIP is none, it was horizontal"),
+        (("SOLVER.CLIP_GRADIENTS.ENABLED", True), "not exact: SOLVER.CLIP_GRADIENTS.ENABLED is True, it was False"),
+        (("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"), "not exact: SOLVER.LR_SCHEDULER_NAME is WarmupCosineLR, it"),
+        (("SOLVER.BASE_LR", 0.1), "The resume keeps SOLVER.BASE_LR 0.001, which is in the optimizer"),
+        (("SOLVER.WEIGHT_DECAY", 0.5), "The resume keeps SOLVER.WEIGHT_DECAY 0.0001"),
+    ],
+)
+def test_a_changed_solver_or_data_set_is_told(finished, tmp_path, bnext_log, opts, message):
+    messages = resume_log(finished, tmp_path, bnext_log, *opts)
+    assert len(messages) == 1
+    assert message in messages[0]
+
+
+def test_keys_of_the_optimizer_stay_those_of_the_checkpoint(finished, tmp_path, bnext_log):
+    """What the message says is so."""
+    resume_log(finished, tmp_path, bnext_log)
+    cfg = tiny.load(tmp_path, "SOLVER.BASE_LR", 0.1, "SOLVER.MOMENTUM", 0.5, "DATASETS.TEST", "()")
+    train(cfg, resume=True)
+    assert_same(weights(tmp_path), weights(finished[0].OUTPUT_DIR))
+
+
+def test_changes_without_influence_are_not_told(finished, tmp_path, bnext_log):
+    opts = ("SOLVER.MAX_ITER", 9, "SOLVER.CHECKPOINT_PERIOD", 1, "DATASETS.TEST", "()", "INPUT.MIN_SIZE_TEST", 32)
+    assert resume_log(finished, tmp_path, bnext_log, *opts, "DATALOADER.NUM_WORKERS", 1) == []
+
+
+def test_an_older_checkpoint_without_the_keys_resumes(finished, tmp_path, bnext_log):
+    state = torch.load(Path(finished[0].OUTPUT_DIR, "model_0000002.pth"))
+    del state["trainer"]["bnext"]["config"]
+    torch.save(state, tmp_path / "model_0000002.pth")
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    trainer = Trainer(tiny.load(tmp_path))
+    trainer.resume_or_load(resume=True)
+    assert trainer.start_iter == 3
+    assert "does not say with which solver and data" in bnext_log.text
+
+
 def test_initial_weights_and_batches_are_a_function_of_the_seed(digits, tmp_path):
     def first(*opts):
         trainer = Trainer(tiny.load(tmp_path, *opts))
