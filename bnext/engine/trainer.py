@@ -29,6 +29,7 @@ from bnext.data.seeding import derive_seed, seeded
 from bnext.engine import hooks
 from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
+from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.recompute import PreciseBN, recompute_statistics
 from bnext.engine.resume import (
@@ -95,12 +96,14 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
         cfg = self.cfg
+        recompute = self._recompute if cfg.TEST.PRECISE_BN.ENABLED else None
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
-            PreciseBN(cfg.TEST.EVAL_PERIOD, self._recompute) if cfg.TEST.PRECISE_BN.ENABLED else None,
+            PreciseBN(cfg.TEST.EVAL_PERIOD, recompute) if recompute else None,
+            *build_norm_schedules(cfg, _unwrap(self.model), recompute),
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
@@ -111,7 +114,8 @@ class Trainer(DefaultTrainer):
         return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
 
     def _recompute(self) -> None:
-        recompute_statistics(self.cfg, _unwrap(self.model))
+        if not are_statistics_frozen(self.cfg, self.iter):
+            recompute_statistics(self.cfg, _unwrap(self.model))
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""

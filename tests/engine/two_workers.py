@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import torch
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 from torch import nn
 
+from bnext.config_schedules import add_schedule_keys
 from bnext.data.check import check_datasets
 from bnext.engine import Trainer, launch, train
 from bnext.engine.hooks import equalize_buffers
@@ -79,12 +81,40 @@ def check_saved_is_evaluated(folder):
         assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
 
 
+def check_freezing(folder):
+    """From iteration 2 on statistics and affines are bitwise constant and equal, and everything else trains."""
+    cfg = tiny.load(folder, "DATASETS.TEST", "()", "SOLVER.WEIGHT_DECAY_NORM", 0.01)
+    cfg.defrost()
+    if "BNEXT" not in cfg.SOLVER:
+        add_schedule_keys(cfg)
+    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.BNEXT.FREEZE.ITER", 2])
+    states = []
+    trainer = Trainer(cfg)
+    keep = CallbackHook(after_step=lambda t: states.append({k: v.clone() for k, v in t.model.state_dict().items()}))
+    trainer.register_hooks([keep])
+    trainer.train()
+    norms = {key for key in states[0] if ".norm." in key or "_subnet.1." in key}
+    assert {key for key in norms if not torch.equal(states[1][key], states[5][key])} == set()
+    before = {key for key in norms if "num_batches" not in key and not torch.equal(states[0][key], states[1][key])}
+    assert len(before) > len(norms) / 2, "until then they train"
+    trained = {key.removeprefix("module.") for key, value in trainer.model.named_parameters() if value.requires_grad}
+    own = {key for key in states[0] if key.removeprefix("module.") in trained and key not in norms}
+    assert {key for key in own if torch.equal(states[1][key], states[5][key])} == set()
+    assert all(equal for equal in compare_with_worker_0(states[5]).values())
+
+
+def compare_with_worker_0(state):
+    every = comm.all_gather(state)
+    return {key: torch.equal(value, every[0][key]) for key, value in state.items()}
+
+
 def work(folder):
     tiny.register(Path(folder, "datasets"))
     check_datasets(["digits_train"], num_classes=10)
     check_world()
     check_equal_buffers()
     check_saved_is_evaluated(Path(folder, "saved"))
+    check_freezing(Path(folder, "frozen"))
     check_resume(folder)
     Path(folder, f"worker{comm.get_rank()}.passed").touch()
 

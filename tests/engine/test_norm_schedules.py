@@ -1,0 +1,265 @@
+"""Norms that change during a training: what moves, what does not, and that a resume is exact."""
+
+import itertools
+import logging
+
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine import hooks as d2_hooks
+from detectron2.layers import CycleBatchNormList
+from detectron2.solver.build import maybe_add_gradient_clipping
+from torch import nn
+
+from bnext.config_schedules import add_schedule_keys, check_schedules
+from bnext.engine import Trainer, train
+from bnext.engine.norm_schedules import FreezeNorms, MomentumSchedule, RenormSchedule
+from bnext.errors import ConfigError
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.spec import NormSpec
+from tests.engine import tiny
+
+FREEZE = "SOLVER.BNEXT.FREEZE"
+
+
+def load(output, *opts):
+    """The tiny config with the keys of schedules, and overrides."""
+    cfg = tiny.load(output, "DATASETS.TEST", "()")
+    cfg.defrost()
+    if "BNEXT" not in cfg.SOLVER:
+        add_schedule_keys(cfg)
+    cfg.merge_from_list([str(opt) for opt in opts])
+    check_schedules(cfg)
+    return cfg
+
+
+class Net(nn.Module):
+    """Norms of several kinds, and a convolution."""
+
+    def __init__(self, spec=None):
+        super().__init__()
+        self.ours = BatchNorm2d(3, spec)
+        self.theirs = nn.BatchNorm2d(3)
+        self.cycle = CycleBatchNormList(2, num_features=3)
+        self.conv = nn.Conv2d(3, 2, 1)
+
+    def forward(self, x):
+        x = self.theirs(self.ours(x))
+        return {"loss": self.conv(self.cycle(x) + self.cycle(x + 1)).square().mean()}
+
+
+class Watch(d2_hooks.HookBase):
+    """Keeps the state and the learning rate of every iteration."""
+
+    def __init__(self):
+        self.states, self.rates = [], []
+
+    def before_train(self):
+        self.trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: self.rates.append(self.rate(optimizer)))
+
+    @staticmethod
+    def rate(optimizer):
+        return optimizer.param_groups[0]["lr"]
+
+    def after_step(self):
+        self.trainer.model.train()  # as an evaluation does
+        self.states.append({key: value.clone() for key, value in self.trainer.model.state_dict().items()})
+
+
+def run(*hooks, iterations=6, spec=None, clip=False):
+    """Train a `Net` with momentum and weight decay; what was seen."""
+    torch.manual_seed(0)
+    model, watch = Net(spec), Watch()
+    data = [torch.randn(4, 3, 5, 5) * 2 + 1 for _ in range(iterations)]
+    kind = torch.optim.SGD
+    if clip:
+        cfg = load("")
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+        kind = maybe_add_gradient_clipping(cfg, kind)
+    optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    trainer = SimpleTrainer(model, data, optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)  # takes the optimizer's rate on
+    trainer.register_hooks([d2_hooks.LRScheduler(scheduler=scheduler), *hooks, watch])
+    trainer.train(0, iterations)
+    watch.logged = trainer.storage.history("lr").values()
+    watch.model, watch.optimizer = model, optimizer
+    return watch
+
+
+def moving(watch, start):
+    """Names of what changes from the iteration before `start` on."""
+    steps = itertools.pairwise(watch.states[start - 1 :])
+    changed = [{key for key in old if not torch.equal(old[key], new[key])} for old, new in steps]
+    assert all(names == changed[0] for names in changed)
+    return changed[0]
+
+
+CONV = {"conv.weight", "conv.bias"}
+AFFINE = {f"{norm}.{name}" for norm in ("ours", "theirs", "cycle") for name in ("weight", "bias")}
+NORMS = ("ours", "theirs", "cycle.0", "cycle.1")
+STATISTICS = {f"{norm}.{name}" for norm in NORMS for name in ("running_mean", "running_var", "num_batches_tracked")}
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize(
+    ("what", "left"), [("both", CONV), ("statistics", CONV | AFFINE), ("affine", CONV | STATISTICS)]
+)
+def test_what_is_frozen_stays_bitwise_from_the_iteration_on(what, left, clip):
+    watch = run(FreezeNorms(3, what), clip=clip)
+    assert moving(watch, 3) == left
+    before = run(clip=clip)
+    assert all(torch.equal(watch.states[2][key], value) for key, value in before.states[2].items())
+
+
+def test_frozen_norms_normalize_by_the_population():
+    first, second = run(FreezeNorms(3)), run(FreezeNorms(3), spec=NormSpec(training="renorm"))
+    assert first.model.ours.spec.frozen == "statistics"
+    x = torch.randn(4, 3, 5, 5)
+    for watch in (first, second):
+        train_mode = watch.model.ours.train()(x)
+        assert torch.equal(train_mode, watch.model.ours.eval()(x))
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_the_learning_rate_warms_up_by_a_factor_of_the_schedules(clip):
+    watch = run(FreezeNorms(2, warmup_iters=3), clip=clip)
+    expected = [0.1, 0.1, 0.1 / 4, 0.1 / 2, 0.05 * 3 / 4, 0.05]
+    logged = {iteration: value for value, iteration in watch.logged}  # the last one of an iteration counts
+    assert list(logged.values()) == pytest.approx(expected)
+    used = watch.rates[:: 2 if clip else 1]
+    assert used == pytest.approx(expected)
+    assert Watch.rate(watch.optimizer) == pytest.approx(0.05)
+
+
+def test_statistics_are_estimated_once_right_before():
+    calls = []
+
+    class Iteration(d2_hooks.HookBase):
+        def after_step(self):
+            calls.append(self.trainer.iter)
+
+    run(Iteration(), FreezeNorms(3, recompute=lambda: calls.append("recompute")))
+    assert calls == [0, 1, 2, "recompute", 3, 4, 5]
+    calls.clear()
+    run(FreezeNorms(3, "affine", recompute=lambda: calls.append("recompute")))
+    assert calls == []
+
+
+def test_norms_without_population_statistics_are_told(bnext_log):
+    bnext_log.set_level(logging.INFO)
+    run(FreezeNorms(3), spec=NormSpec(population="none", inference="mini_batch"))
+    assert "1 norms have no population statistics to freeze (ours, ...)" in bnext_log.text
+    assert "frozen from iteration 3 on: the statistics of 3 norms" in bnext_log.text
+
+
+def test_momentum_and_limits_follow_their_points():
+    seen = []
+
+    class Look(d2_hooks.HookBase):
+        def before_step(self):
+            norm = self.trainer.model.ours
+            seen.append((norm.momentum, self.trainer.model.theirs.momentum, norm.r_max, norm.d_max))
+
+    renorm = RenormSchedule([(1, 1), (3, 3)], [(0, 0)])
+    run(MomentumSchedule([(0, 0.5), (4, 0.1)]), renorm, Look(), spec=NormSpec(training="renorm"))
+    assert [row[0] for row in seen] == pytest.approx([0.5, 0.4, 0.3, 0.2, 0.1, 0.1])
+    assert [row[1] for row in seen] == [row[0] for row in seen]
+    assert [row[2:] for row in seen] == [(1, 0), (1, 0), (2, 0), (3, 0), (3, 0), (3, 0)]
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        (lambda: FreezeNorms(-1), "iteration must be 0 or more; got -1"),
+        (lambda: FreezeNorms(0, warmup_iters=-2), "warmup_iters must be 0 or more; got -2"),
+        (lambda: FreezeNorms(0, "all"), "what must be one of"),
+        (lambda: MomentumSchedule([]), "points must be one or more"),
+        (lambda: RenormSchedule([(3, 1), (1, 1)]), "r_max_points must have iterations that increase"),
+    ],
+)
+def test_hooks_refuse_wrong_values(hook, message):
+    with pytest.raises(ConfigError, match=message):
+        hook()
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        ((f"{FREEZE}.ITER", 6), r"FREEZE.ITER must be an iteration of the training, 0 to 5, .*got 6"),
+        ((f"{FREEZE}.ITER", -2), "FREEZE.ITER must .*got -2"),
+        ((f"{FREEZE}.ITER", 1, f"{FREEZE}.WHAT", "gamma"), "FREEZE.WHAT must be one of .*got 'gamma'"),
+        ((f"{FREEZE}.ITER", 1, f"{FREEZE}.WARMUP_ITERS", -1), "WARMUP_ITERS must be 0 or more; got -1"),
+        ((f"{FREEZE}.WARMUP_ITERS", 5), "WARMUP_ITERS must keep its default where nothing is frozen; got 5"),
+        (("SOLVER.BNEXT.MOMENTUM", "[[0, 0.0]]"), "SOLVER.BNEXT.MOMENTUM must have values .*got 0.0"),
+        (("SOLVER.BNEXT.MOMENTUM", "[0.1]"), "SOLVER.BNEXT.MOMENTUM must be one or more"),
+        (("SOLVER.BNEXT.RENORM.R_MAX", "[[0, 0.5]]"), "RENORM.R_MAX must have values that be 1 or more; got 0.5"),
+        (("SOLVER.BNEXT.RENORM.D_MAX", "[[0, -1]]"), "RENORM.D_MAX must have values that be 0 or more; got -1"),
+    ],
+)
+def test_keys_refuse_wrong_values(opts, message):
+    with pytest.raises(ConfigError, match=message):
+        load("", *opts)
+
+
+# A model without a batch norm that moves.
+PER_LEVEL = {"STATISTICS": "per_level", "POPULATION": "per_level", "AFFINE": "shared"}
+NO_NORM = tuple(part for key, value in PER_LEVEL.items() for part in (f"MODEL.BNEXT.RETINANET.{key}", value))
+NO_NORM += ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "")
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (("SOLVER.BNEXT.RENORM.R_MAX", "[[0, 1]]"), "SOLVER.BNEXT.RENORM must have a norm to act on: .*renorm"),
+        ((f"{FREEZE}.ITER", 2, *NO_NORM), "batch norm that is not frozen yet; got 0 batch norms"),
+        (("SOLVER.BNEXT.MOMENTUM", "[[0, 0.1]]", *NO_NORM), "SOLVER.BNEXT.MOMENTUM must have a norm to act on"),
+    ],
+)
+def test_keys_without_effect_are_refused_before_training(digits, tmp_path, opts, message):
+    with pytest.raises(ConfigError, match=message):
+        Trainer(load(tmp_path, *opts))
+
+
+SCHEDULED = (f"{FREEZE}.ITER", 4, f"{FREEZE}.WARMUP_ITERS", 2, "SOLVER.BNEXT.MOMENTUM", "[[0, 0.3], [4, 0.05]]")
+SCHEDULED += ("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 8, "SOLVER.WEIGHT_DECAY_NORM", 0.001)
+SCHEDULED += ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)
+
+
+@pytest.fixture(scope="module")
+def scheduled(digits, tmp_path_factory):
+    """The output of a whole training with schedules."""
+    folder = tmp_path_factory.mktemp("scheduled")
+    train(load(folder, *SCHEDULED))
+    return folder
+
+
+def weights(folder, name):
+    return torch.load(folder / f"{name}.pth")["model"]
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])  # resumes from iteration 2, 4, 6: before, at and after the freezing
+def test_a_resumed_training_is_the_uninterrupted_one(scheduled, tmp_path, stop):
+    cfg = load(tmp_path, *SCHEDULED)
+    tiny.train_until(cfg, stop)
+    train(cfg, resume=True)
+    whole, resumed = weights(scheduled, "model_final"), weights(tmp_path, "model_final")
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+    last, again = tiny.read_metrics(scheduled), tiny.read_metrics(tmp_path)
+    assert again[-1] == last[-1]
+
+
+def test_a_detector_trains_on_with_frozen_norms(scheduled):
+    before, at, final = (weights(scheduled, name) for name in ("model_0000003", "model_0000005", "model_final"))
+    norms = [key for key in final if ".norm." in key or "_subnet.1." in key or "running" in key]
+    assert len(norms) > 50
+    assert [key for key in norms if not torch.equal(before[key], final[key])] == []
+    others = [key for key in final if key.endswith("weight") and key not in norms and not key.startswith("pixel")]
+    assert [key for key in others if torch.equal(at[key], final[key])] == []
+
+
+def test_statistics_are_re_estimated_before_they_are_frozen(scheduled, tmp_path):
+    train(load(tmp_path, *SCHEDULED, "TEST.PRECISE_BN.ENABLED", False))
+    with_estimate, without = weights(scheduled, "model_0000003"), weights(tmp_path, "model_0000003")
+    different = {key.rpartition(".")[2] for key in without if not torch.equal(without[key], with_estimate[key])}
+    assert {"running_mean", "running_var"} <= different <= {"running_mean", "running_var", "num_batches_tracked"}
