@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
 from bnext.errors import CheckpointError
 from bnext.files import replace_file
+from bnext.layers.carry import list_shared_keys
 from bnext.layers.check import check_variances, find_unwritten, find_unwritten_norms
 from bnext.layers.convert import convert_norm_state
 from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
@@ -42,7 +44,8 @@ class Checkpointer(DetectionCheckpointer):
     - brings norm state into the form of the model and logs what it did;
     - refuses a checkpoint of another architecture, and population variances that are negative or
       not finite, before the model is changed;
-    - names the norms that will normalize by population statistics which nobody wrote.
+    - names the norms that will normalize by population statistics which nobody wrote;
+    - brings backbones of other libraries into norms with domains too.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -131,16 +134,16 @@ class Checkpointer(DetectionCheckpointer):
         stored = [owner for owner in stored if owner not in frozen]
         source = self._path or "no checkpoint"
         for names, what, remedy in (
-            (frozen, "frozen norms do not normalize", "Load weights with statistics, or do not freeze them"),
-            (stored, "norms of the checkpoint have statistics that were never written", _REESTIMATE),
+            (frozen, "Frozen norms that do not normalize", "Load weights with statistics, or do not freeze them"),
+            (stored, "Statistics that were never written", _REESTIMATE),
         ):
             if names:
                 logging.getLogger(__name__).warning(
-                    "%d %s: mean 0 and variance 1 (%s; %s). %s.", len(names), what, _show(names), source, remedy
+                    "%s: %s (mean 0 and variance 1; %s). %s.", what, _show(names), source, remedy
                 )
 
     def _norm_specs(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """How the level norms compute statistics: their keys alone do not tell row 1 from 3, or 2 from 4."""
+        """How the norms compute statistics: their keys alone do not tell row 1 from 3, or 2 from 4."""
         specs = collect_norm_specs(self.model)
         return {"norm_specs": specs} if specs else {}
 
@@ -154,6 +157,12 @@ class Checkpointer(DetectionCheckpointer):
         _check_is_state(checkpoint["model"], self._path)
         self._convert_ndarray_to_tensor(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
+        shared = list_shared_keys(self.model)
+        if checkpoint.get("matching_heuristics", False) and shared.keys() != self.model.state_dict().keys():
+            # Such names are matched by their ends, which are other ones where a level or domain owns something.
+            caffe2 = checkpoint.get("__author__", None) == "Caffe2"
+            checkpoint["model"] = align_and_update_state_dicts(shared, checkpoint["model"], c2_conversion=caffe2)
+            checkpoint["matching_heuristics"] = False
         if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
             incompatible = super()._load_model(checkpoint)
             missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}

@@ -17,7 +17,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_form, iterate_norms
 from bnext.layers.norm_state import Fields, NormRecord, Note, read_norm, read_state, write_state
 
-__all__ = ["Change", "ConversionReport", "convert_norm_state", "copy_norm_state"]
+__all__ = ["Change", "ConversionReport", "convert_norm_state", "copy_norm_state", "list_shared_keys"]
 
 StateDict = Mapping[str, Tensor]
 
@@ -107,6 +107,29 @@ def convert_norm_state(
         converted.update({prefix + key: value for key, value in state.items()})
         report.changes += [Change(path, *note) for note in notes]
     return converted, report
+
+
+def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as it would be if no level or domain owned anything: names to match others with.
+
+    Args:
+        model: is not changed.
+
+    Returns:
+        Its state dict, where no norm has anything that is owned; otherwise without what is, and with what
+        `convert_norm_state` makes it from.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for path, _, form in iterate_norms(model):
+        prefix = f"{path}." if path else ""
+        for fields, layout in ((AFFINE, form.affine), (POPULATION, form.population)):
+            if layout == "owned":
+                first = {field: state.get(f"{prefix}{form.owners[0]}.{field}") for field in fields}
+                state |= {f"{prefix}{field}": value for field, value in first.items() if value is not None}
+                for owner in form.owners:
+                    for field in fields:
+                        state.pop(f"{prefix}{owner}.{field}", None)
+    return state
 
 
 def copy_norm_state(

@@ -1,12 +1,14 @@
 """Checkpoints: whole files, the right architecture, sane statistics, converted norms."""
 
 import argparse
+import copy
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils.file_io import PathManager
 from iopath.common.file_io import NativePathHandler
 from torch import nn
@@ -130,6 +132,66 @@ def test_backbone_weights_with_the_names_of_another_library_are_matched(tmp_path
     assert bool((model["backbone"]["stem"].weight == 1).all())
     with pytest.raises(CheckpointError, match="1 of 4"):
         Checkpointer(model).load(str(tmp_path / "imagenet.pkl"), complete=True)
+
+
+SEPARATE = NormSpec(population="per_domain", affine="per_domain", domains=("day", "night"))
+
+
+def test_a_backbone_of_another_library_is_matched_with_norms_of_domains(tmp_path):
+    """Its names end otherwise than those of a domain's state: detectron2 alone would leave the norms as they were."""
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"stem": BatchNorm2d(4, SEPARATE), "conv": nn.Conv2d(3, 4, 1)})})
+    arrays = {f"stem.{key}": np.full(4, 3, np.float32) for key in ("weight", "bias", "running_mean", "running_var")}
+    arrays["conv.weight"] = np.ones((4, 3, 1, 1), dtype=np.float32)
+    data = {"model": arrays, "__author__": "someone", "matching_heuristics": True}
+    (tmp_path / "imagenet.pkl").write_bytes(pickle.dumps(data))
+    Checkpointer(model).load(str(tmp_path / "imagenet.pkl"))
+    state = model["backbone"]["stem"].state_dict()
+    assert bool((model["backbone"]["conv"].weight == 1).all())
+    assert all(bool((value == 3).all()) for key, value in state.items() if not key.endswith("tracked"))
+
+
+def list_unwritten(log):
+    return {message for message in log.messages if "mean 0 and variance 1" in message}
+
+
+def test_frozen_norms_that_nothing_was_loaded_into_are_said(tmp_path, bnext_log):
+    """pytorch/vision#5443, facebookresearch/detectron2#914: they normalize nothing, and losses explode."""
+    frozen = BatchNorm2d(4, NormSpec(frozen="both"))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), frozen, FrozenBatchNorm2d(4), nn.BatchNorm2d(4))
+    Checkpointer(model).load("")
+    (message,) = list_unwritten(bnext_log)
+    assert message.startswith("Frozen norms that do not normalize: 1, 2 (mean 0 and variance 1; no checkpoint).")
+    bnext_log.clear()
+    path = save(randomize(copy.deepcopy(model)), tmp_path / "good.pth")
+    Checkpointer(model).load(path)
+    assert not list_unwritten(bnext_log)
+
+
+def test_training_from_scratch_is_not_bothered(tmp_path, bnext_log):
+    backbone = save(randomize(nn.Sequential(nn.BatchNorm2d(4))), tmp_path / "backbone.pth")
+    model = nn.Sequential(nn.BatchNorm2d(4), BatchNorm2d(4), BatchNorm2d(4, SEPARATE))
+    Checkpointer(model).load("")
+    Checkpointer(model).load(backbone)
+    assert not list_unwritten(bnext_log)
+
+
+def test_statistics_of_a_checkpoint_that_nobody_wrote_are_said(tmp_path, bnext_log):
+    source = randomize(nn.Sequential(nn.BatchNorm2d(4), BatchNorm2d(4, SEPARATE)))
+    source[1].night.reset_running_stats()
+    path = save(source, tmp_path / "half.pth")
+    Checkpointer(source).load(path)
+    (message,) = list_unwritten(bnext_log)
+    assert "Statistics that were never written" in message
+    assert f"1.night (mean 0 and variance 1; {path})" in message
+
+
+def test_another_eps_than_in_training_is_said(tmp_path, bnext_log):
+    """pytorch/vision#2169: the outputs differ, and nothing says why."""
+    source = randomize(nn.Sequential(BatchNorm2d(4, NormSpec(eps=1e-3))))
+    Checkpointer(source, str(tmp_path)).save("model_final")
+    target = nn.Sequential(BatchNorm2d(4))
+    Checkpointer(target).load(str(tmp_path / "model_final.pth"), complete=True)
+    assert "eps was 0.001, the model's is 1e-05" in bnext_log.text
 
 
 def test_norm_state_is_converted_and_reported(tmp_path, bnext_log):
