@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Time the level norm against the ways to write it with torch alone: forward and backward, in one process.
+"""Time the norms against the ways to write them with torch alone: forward and backward, in one process.
 
     make bench
 
@@ -20,9 +20,11 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bnext import LevelBatchNorm2d, NormSpec
+from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_domain
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
+CHANNELS = 256
+MIXED = ("day", "night", "night", "rain", "day", "snow", "rain", "snow") * 2  # domains of a batch
 Norm = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
@@ -43,12 +45,61 @@ class BatchNormPerLevel(nn.ModuleDict):
         return {level: self[level](feature) for level, feature in features.items()}
 
 
-def make_features(channels_last: bool, batch_size: int, channels: int) -> dict[str, Tensor]:
-    """FPN features p3 ... p7 of images of 800 x 1344 pixels."""
-    sides = [(100, 168), (50, 84), (25, 42), (13, 21), (7, 11)]
+class OnEveryFeature(nn.Module):
+    """A norm of one feature map, applied to each."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {level: self.norm(feature) for level, feature in features.items()}
+
+
+class ChunkedBatchNorm(nn.BatchNorm2d):
+    """Ghost BN as it is usually written: chunk, normalize each, concatenate."""
+
+    size = 4
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.cat([super(ChunkedBatchNorm, self).forward(chunk) for chunk in input.split(self.size)])
+
+
+class BatchNormPerDomain(nn.ModuleDict):
+    """Statistics of a mixed batch as they are usually written: gather, normalize, scatter, domain by domain."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = torch.empty_like(input)
+        for domain, norm in self.items():
+            index = torch.tensor([i for i, name in enumerate(MIXED[: len(input)]) if name == domain])
+            output = output.index_copy(0, index, norm(input[index]))
+        return output
+
+
+class InMixedBatch(OnEveryFeature):
+    """Our norm, told the domain of every sample."""
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        with use_domain(MIXED[: len(next(iter(features.values())))]):
+            return super().forward(features)
+
+
+def make_pyramid(channels_last: bool) -> dict[str, Tensor]:
+    """FPN features p3 ... p7 of two images of 800 x 1344 pixels."""
+    sides = {"p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21), "p7": (7, 11)}
+    return make_features(channels_last, 2, sides)
+
+
+def make_map(channels_last: bool) -> dict[str, Tensor]:
+    """One feature map of 16 images."""
+    return make_features(channels_last, 16, {"p4": (50, 84)})
+
+
+def make_features(channels_last: bool, batch_size: int, sides: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Random features [N, 256, H, W]."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    tensors = [torch.randn(batch_size, channels, *side).to(memory_format=layout) for side in sides]
-    return {level: tensor.requires_grad_() for level, tensor in zip(LEVELS, tensors, strict=True)}
+    shapes = {level: (batch_size, CHANNELS, *side) for level, side in sides.items()}
+    return {level: torch.randn(shape).to(memory_format=layout).requires_grad_() for level, shape in shapes.items()}
 
 
 def time_step(norm: Norm, features: dict[str, Tensor], grads: list[Tensor]) -> float:
@@ -76,26 +127,37 @@ def compare(ours: Norm, theirs: Norm, features: dict[str, Tensor], runs: int) ->
     ]
 
 
+def make_cases() -> list[tuple[str, Callable[[bool], dict[str, Tensor]], Norm, Norm]]:
+    """What is compared: name, inputs, ours, torch's."""
+    rows = {row: LevelBatchNorm2d(CHANNELS, LEVELS, NormSpec.from_table5_row(row)) for row in (1, 6)}
+    per_level = BatchNormPerLevel({level: nn.BatchNorm2d(CHANNELS) for level in LEVELS})
+    ghost = BatchNorm2d(CHANNELS, NormSpec(normalization_batch_size=ChunkedBatchNorm.size))
+    own = dict.fromkeys(("statistics", "population", "affine"), "per_domain")
+    domains = tuple(dict.fromkeys(MIXED))
+    mixed = InMixedBatch(BatchNorm2d(CHANNELS, NormSpec(domains=domains, **own)))
+    per_domain = OnEveryFeature(BatchNormPerDomain({domain: nn.BatchNorm2d(CHANNELS) for domain in domains}))
+    plain = (OnEveryFeature(norm) for norm in (BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)))
+    return [
+        ("BN, against BatchNorm2d", make_map, *plain),
+        ("Ghost BN of 4, against chunks", make_map, OnEveryFeature(ghost), OnEveryFeature(ChunkedBatchNorm(CHANNELS))),
+        ("4 domains mixed, against gather and scatter", make_map, mixed, per_domain),
+        ("row 1, against concatenate, BN, split", make_pyramid, rows[1], ConcatenatedBatchNorm(CHANNELS)),
+        ("row 6, against one BatchNorm2d per level", make_pyramid, rows[6], per_level),
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=11)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--channels", type=int, default=256)
     args = parser.parse_args(argv)
-    cases = {
-        (1, "concatenate, BN, split"): ConcatenatedBatchNorm(args.channels),
-        (6, "one BatchNorm2d per level"): BatchNormPerLevel({level: nn.BatchNorm2d(args.channels) for level in LEVELS}),
-    }
     table = []
-    for channels_last in (False, True):
-        features = make_features(channels_last, args.batch_size, args.channels)
-        for (row, name), theirs in tqdm(cases.items(), desc="channels_last" if channels_last else "NCHW", disable=None):
-            ours = LevelBatchNorm2d(args.channels, LEVELS, NormSpec.from_table5_row(row))
+    for name, make_inputs, ours, theirs in tqdm(make_cases(), disable=None):
+        for channels_last in (False, True):
             layout = "channels_last" if channels_last else "NCHW"
-            table.append([row, layout, name, *compare(ours, theirs, features, args.runs)])
+            table.append([name, layout, *compare(ours, theirs, make_inputs(channels_last), args.runs)])
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.runs} pairs of runs, float32")
-    print(tabulate(table, headers=["row", "layout", "torch alone", "ours, ms", "torch, ms", "torch / ours"]))
+    print(tabulate(table, headers=["norm", "layout", "ours, ms", "torch, ms", "torch / ours"]))
 
 
 if __name__ == "__main__":

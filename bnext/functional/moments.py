@@ -15,6 +15,9 @@ from torch import Tensor
 __all__ = ["Moments", "batch_moments", "group_moments", "merge_moments", "part_moments", "sample_moments"]
 
 
+_BLOCK = 64  # rows of channels_last that are averaged at once; the square of it is a piece
+
+
 class Moments(NamedTuple):
     """Count, mean and variance of some elements, per channel.
 
@@ -41,8 +44,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def has_safe_kernel(features: Tensor) -> bool:
+    """Whether torch's statistics of a float32 or float64 tensor [N, C, ...] keep their digits on this device.
+
+    On CPU its channels_last kernel, which it also takes for single positions, adds up row after row.
+    """
+    return features.is_cuda or (features.is_contiguous() and not features.movedim(1, -1).is_contiguous())
+
+
 def batch_moments(features: Tensor) -> Moments:
-    """Moments of each channel over samples and positions, in two passes.
+    """Moments of each channel over samples and positions.
 
     Args:
         features: [N, C, ...], any memory format, may be empty.
@@ -51,8 +62,9 @@ def batch_moments(features: Tensor) -> Moments:
         count [], mean [C], var [C], float32 or wider.
 
     Note:
-        Two passes in channels_last and for half types: torch's one-pass statistics lose the mean in
-        channels_last (1e-3 standard deviations at a mean/std ratio of 1,000) and round it in half types.
+        torch's own statistics are taken where they are right. On CPU its channels_last kernel adds up row after
+        row in float32: at a mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of 90. And of
+        half types its results are half types.
     """
     dtype = accumulation_dtype(features.dtype)
     num_channels = features.shape[1]
@@ -61,12 +73,38 @@ def batch_moments(features: Tensor) -> Moments:
     if num_elements == 0:
         zeros = torch.zeros(num_channels, dtype=dtype, device=features.device)
         return Moments(count, zeros, zeros.clone())
-    if features.is_contiguous() and features.dtype == dtype:
-        return Moments(count, *torch.batch_norm_update_stats(features, None, None, 0.0))
+    rows = features.movedim(1, -1)
+    if features.is_cuda or (features.dtype == dtype and has_safe_kernel(features)):
+        mean, var = torch.batch_norm_update_stats(features, None, None, 0.0)
+        return Moments(count, mean.to(dtype), var.to(dtype))
+    if features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2:
+        if not torch.compiler.is_compiling():  # a compiler unrolls the pieces, and fuses the formula below
+            return _row_moments(rows.view(num_elements, num_channels))
     dims = [0, *range(2, features.dim())]
     mean = features.mean(dims, keepdim=True, dtype=dtype)
     var = (features - mean).square_().mean(dims)
     return Moments(count, mean.flatten(), var)
+
+
+def _row_moments(rows: Tensor) -> Moments:
+    """Moments over the rows of [M, C], three readings of a feature in channels_last instead of eight.
+
+    torch's kernel gives the variance about a mean that is somewhat off, piece by piece; another mean, of blocks
+    of blocks, is right to the last digits and corrects it.
+    """
+    num_channels, size = rows.shape[1], _BLOCK**2
+    pieces = rows[: len(rows) // size * size].view(-1, _BLOCK, _BLOCK, num_channels)
+    mean = pieces.mean(2).mean(1)
+    features = pieces.view(-1, 1, size, 1, num_channels).movedim(-1, 2)  # each [1, C, size, 1], in channels_last
+    rough = [torch.batch_norm_update_stats(feature, None, None, 0.0) for feature in features]
+    rough_mean, rough_var = (torch.stack(field) for field in zip(*rough, strict=True))
+    var = (rough_var - (mean - rough_mean).square()).clamp(min=0)
+    moments = merge_moments(Moments(mean.new_full((len(pieces),), size), mean, var))
+    rest = rows[len(pieces) * size :]
+    if len(rest) == 0:
+        return moments
+    last = batch_moments(rest.t().contiguous().unsqueeze(0))
+    return merge_moments(Moments(*(torch.stack(pair) for pair in zip(moments, last, strict=True))))
 
 
 def merge_moments(parts: Moments, dim: int = 0) -> Moments:

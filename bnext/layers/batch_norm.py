@@ -24,6 +24,7 @@ from bnext.functional import (
     Moments,
     group_moments,
     group_samples,
+    has_safe_kernel,
     merge_moments,
     normalize_parts,
     part_moments,
@@ -195,8 +196,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return False
         return all(
             isinstance(domain, int) and (size is None or len(x) <= size) and x.numel() >= 2 * self.num_features
-            # On CPU torch's statistics lose digits in channels_last and of half types; see batch_moments.
-            and (x.is_cuda or (x.is_contiguous() and x.dtype in (torch.float32, torch.float64)))
+            and has_safe_kernel(x)
+            and (x.is_cuda or x.dtype in (torch.float32, torch.float64))  # on CPU it rounds sums of half types
             for x, domain in zip(features, domains, strict=True)
         )
 

@@ -145,3 +145,15 @@ def test_unbiased_variance_divides_by_one_less():
     torch.testing.assert_close(batch_moments(data).unbiased_var(), reference.per_channel_rows([data]).var(1))
     one = Moments(torch.tensor([0.0, 1.0]), torch.ones(2, 3), torch.zeros(2, 3))
     assert torch.equal(one.unbiased_var(), torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("shape", [(2, 3, 130, 131), (5, 3, 64, 64), (40_000, 3, 1, 1), (4, 1, 130, 131)])
+def test_many_rows_in_channels_last_keep_their_variance(shape, offset):
+    generator = torch.Generator().manual_seed(3)
+    features = (torch.randn(shape, generator=generator) + offset).contiguous(memory_format=torch.channels_last)
+    count, mean, var = reference.moments_of([features])
+    found = batch_moments(features)
+    assert int(found.count) == count
+    torch.testing.assert_close(found.mean.double(), mean, rtol=0, atol=5e-3 if offset else 1e-6)
+    torch.testing.assert_close(found.var.double(), var, rtol=1e-4 if offset else 1e-5, atol=0)
