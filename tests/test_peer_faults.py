@@ -3,6 +3,7 @@
 Where a peer mends its fault, its half of the test fails: then the fault is history, and the test's first half goes.
 """
 
+import copy
 import logging
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
+from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as Detectron2RetinaNetHead
 from detectron2.solver.build import get_default_optimizer_params
@@ -18,8 +20,10 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext import convert_norm_state, recompute_population_statistics
+from bnext import convert_norm, convert_norm_state, recompute_population_statistics
 from bnext.distributed import all_reduce_sum, resolve_group
+from bnext.engine import Checkpointer
+from bnext.errors import CheckpointError, ConfigError
 from bnext.heads import RetinaNetHead
 from bnext.layers import TABLE5_ROWS, LevelBatchNorm2d, NormSpec
 from tests import reference
@@ -255,3 +259,37 @@ def test_re_estimation_by_fvcore_differs_between_workers(two_workers):
     assert torch.equal(first["our_mean"], second["our_mean"])
     _, mean, _ = reference.moments_of([make_share(0), make_share(1)])
     torch.testing.assert_close(first["our_mean"], mean)
+
+
+# torch and detectron2: conversion and loading
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d: a norm by type, and more by what it computes."""
+
+    def forward(self, input):
+        return super().forward(input).relu()
+
+
+def test_conversion_to_sync_batch_norm_drops_what_a_subclass_adds():
+    """pytorch/pytorch#187298, huggingface/pytorch-image-models#1254."""
+    model = nn.Sequential(WithActivation(NUM_CHANNELS).double()).eval()
+    features = make_features()["p3"]
+    peer = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert bool((model(features) >= 0).all())
+    assert not bool((peer(features) >= 0).all())
+    with pytest.raises(ConfigError, match=r"WithActivation computes something else.*\(0\)"):
+        convert_norm(model, {"": "SyncBN"})
+
+
+def test_a_negative_variance_is_loaded_without_a_word(tmp_path, caplog):
+    """facebookresearch/detectron2#2413."""
+    model = nn.Sequential(nn.BatchNorm2d(NUM_CHANNELS)).eval()
+    state = {**model.state_dict(), "0.running_var": torch.tensor([1.0, 1.0, -1e-3, 1.0])}
+    path = str(tmp_path / "model.pth")
+    torch.save({"model": state}, path)
+    DetectionCheckpointer(model).load(path)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert bool(torch.isnan(model(make_features()["p3"].float())).any())
+    with pytest.raises(CheckpointError, match=r"0.running_var must be 0 or more and finite; got -0.001 \(channel 2;"):
+        Checkpointer(model).load(path)

@@ -93,7 +93,9 @@ def test_a_resume_must_be_complete(tmp_path):
 def test_variances_that_cannot_be_are_refused(tmp_path, value, shown):
     """facebookresearch/detectron2#2413: such a checkpoint gave NaN without a word."""
     path = save(small(), tmp_path / "bad.pth", **{"1.running_var": torch.tensor([1.0, 1.0, value, 1.0])})
-    with pytest.raises(CheckpointError, match=rf"1.running_var must be 0 or more and finite; got {shown} \(channel 2; .*bad.pth"):
+    with pytest.raises(
+        CheckpointError, match=rf"1.running_var must be 0 or more and finite; got {shown} \(channel 2; .*bad.pth"
+    ):
         Checkpointer(small()).load(path)
 
 

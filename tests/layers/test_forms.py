@@ -210,9 +210,7 @@ def test_a_variance_of_zero_survives_its_inverse_root():
 @pytest.mark.parametrize("value", [1e3, 0.0, -1.0, float("nan")])
 def test_what_is_no_inverse_root_is_refused(value):
     found = {"norm.running_var": torch.tensor([1.0, value])}
-    with pytest.raises(
-        CheckpointError, match=r"running_var must hold 1 / sqrt.*channel 1.*holds_inverse_std=False"
-    ):
+    with pytest.raises(CheckpointError, match=r"running_var must hold 1 / sqrt.*channel 1.*holds_inverse_std=False"):
         read_caffe_state(found, holds_inverse_std=True, eps=1e-5)
 
 
