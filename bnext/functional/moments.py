@@ -77,9 +77,9 @@ def batch_moments(features: Tensor) -> Moments:
     if features.is_cuda or (features.dtype == dtype and has_safe_kernel(features)):
         mean, var = torch.batch_norm_update_stats(features, None, None, 0.0)
         return Moments(count, mean.to(dtype), var.to(dtype))
-    if features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2:
-        if not torch.compiler.is_compiling():  # a compiler unrolls the pieces, and fuses the formula below
-            return _row_moments(rows.view(num_elements, num_channels))
+    has_many_rows = features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2
+    if has_many_rows and not torch.compiler.is_compiling():  # which would unroll the pieces; it fuses the formula below
+        return _row_moments(rows.view(num_elements, num_channels))
     dims = [0, *range(2, features.dim())]
     mean = features.mean(dims, keepdim=True, dtype=dtype)
     var = (features - mean).square_().mean(dims)

@@ -92,12 +92,12 @@ class BatchNorm2d(OwnedBatchNorm2d):
             DomainError: no domain is active, or an unknown one, or not one per sample.
         """
         self.check_feature(input)
-        if not self.domains:
-            return self.normalize_features([input], [0], ("",))[0]
-        return self.normalize_features([input], [self._find_domains(len(input))], self.domains)[0]
+        return self.normalize_features([input], [self.find_domains(len(input))], self.domains or ("",))[0]
 
-    def _find_domains(self, num_samples: int) -> Domains:
-        """Index of the active domain, or of each sample's."""
+    def find_domains(self, num_samples: int) -> Domains:
+        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
+        if not self.domains:
+            return 0
         active = get_active_domain()
         if isinstance(active, tuple) and len(active) != num_samples:
             raise DomainError(

@@ -19,8 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import all_gather_stacked, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
-from bnext.layers.batch_norm import DomainState
-from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.batch_norm import BatchNorm2d, DomainState
 
 __all__ = ["PopulationEstimate", "RecomputeReport", "recompute_population_statistics"]
 
@@ -146,7 +145,9 @@ def _select_norms(model: nn.Module, layers: Selection | None) -> list[tuple[str,
     for path, module in model.named_modules():
         if not isinstance(module, _BatchNorm) or isinstance(module, DomainState):
             continue
-        tracks = isinstance(module, LevelBatchNorm2d) or module.running_mean is not None
+        tracks = module.running_mean is not None
+        if isinstance(module, BatchNorm2d):
+            tracks = any(module.populations()) and not module.spec.has_frozen_statistics
         if tracks and (layers is None or layers(path, module)):
             norms.append((path, module))
     if not norms:
@@ -201,23 +202,36 @@ def _estimating(model: nn.Module, norms: list[tuple[str, _BatchNorm]]) -> Iterat
 
 
 def _make_collectors(path: str, norm: _BatchNorm) -> dict[str, _Collector]:
-    """Level -> collector; levels with one population share a collector. A norm without levels: ""."""
-    if not isinstance(norm, LevelBatchNorm2d):
+    """Level or domain -> collector; those with one population share it. A norm without them: ""."""
+    if not isinstance(norm, BatchNorm2d):
         return {"": _Collector(path, (), norm)}
-    by_level = {}
-    for levels, state in norm.populations():
-        by_level.update(dict.fromkeys(levels, _Collector(path, levels, state)))
-    return by_level
+    by_name = {}
+    for names, state in norm.populations():
+        by_name.update(dict.fromkeys(names or ("",), _Collector(path, names, state)))
+    return by_name
 
 
-def _make_hook(by_level: dict[str, _Collector]) -> Callable[[nn.Module, Any], None]:
+def _make_hook(by_name: dict[str, _Collector]) -> Callable[[nn.Module, Any], None]:
     def collect(module: nn.Module, args: Any) -> None:
-        features = args[0] if isinstance(args[0], Mapping) else {"": args[0]}
-        for level, feature in features.items():
-            if level in by_level:  # the norm itself refuses an unknown level
-                by_level[level].add(feature)
+        for name, feature in _name_features(module, args[0]):
+            if name in by_name:  # the norm itself refuses an unknown level
+                by_name[name].add(feature)
 
     return collect
+
+
+def _name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
+    """What a norm is called with, by level or domain; a mixed batch is taken apart."""
+    if isinstance(given, Mapping):
+        yield from given.items()
+        return
+    domains = norm.find_domains(len(given)) if isinstance(norm, BatchNorm2d) else 0
+    names = norm.domains if isinstance(norm, BatchNorm2d) and norm.domains else ("",)
+    if isinstance(domains, int):
+        yield names[domains], given
+        return
+    for domain in sorted(set(domains)):
+        yield names[domain], given[[own == domain for own in domains]]
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def make_inputs(seed, sizes, dtype=torch.float64):
 
 
 def normalize_levels(features, weight, bias, eps, mini_batches):
-    """Each feature a part; what a layer does, without its state. Outputs, and the moments of levels and mini-batches."""
+    """Each feature a part; what a layer does, without its state. Outputs, and moments of levels and mini-batches."""
     parts, owners = range(len(features)), torch.tensor(tuple(mini_batches))
     with torch.no_grad():
         levels = part_moments(features, parts, len(features))

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from bnext import StatisticsError, recompute_population_statistics
-from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext import StatisticsError, recompute_population_statistics, use_domain
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, make_norm, randomize
 from tests.statistics.models import STATE, assert_as_before, assert_population, batches, make_net, snapshot
@@ -204,3 +204,33 @@ def test_a_number_of_batches_below_one_is_refused(num_batches):
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(StatisticsError, match=f"num_batches must be 1 or more; got {num_batches}"):
         recompute_population_statistics(model, [torch.ones(2, 3, 4, 4)], num_batches=num_batches)
+
+
+@pytest.mark.parametrize("sharing", ["shared", "per_domain"])
+def test_every_domain_of_mixed_and_pure_batches_is_estimated_by_its_samples(sharing):
+    spec = NormSpec(statistics="per_domain", population=sharing, domains=("day", "night"))
+    norm = randomize(BatchNorm2d(NUM_CHANNELS, spec).double())
+    data = [torch.randn(3, NUM_CHANNELS, 4, 5).double() * (i + 1) + i for i in range(3)]
+    domains = ["day", ("night", "day", "night"), "night"]
+
+    def forward(model, batch):
+        with use_domain(batch[0]):
+            model(batch[1])
+
+    report = recompute_population_statistics(nn.Sequential(norm), list(zip(domains, data, strict=True)), forward=forward)
+    day, night = [data[0], data[1][1:2]], [data[1][0:1], data[1][2:], data[2]]
+    if sharing == "shared":
+        assert_population(norm, [*day, *night])
+    else:
+        assert_population(norm.day, day)
+        assert_population(norm.night, night)
+    assert {estimate.levels for estimate in report.estimates} == (
+        {("day", "night")} if sharing == "shared" else {("day",), ("night",)}
+    )
+
+
+def test_frozen_statistics_are_not_estimated():
+    model = nn.Sequential(BatchNorm2d(NUM_CHANNELS, NormSpec(frozen="statistics")), nn.BatchNorm2d(NUM_CHANNELS))
+    report = recompute_population_statistics(model, [torch.randn(4, NUM_CHANNELS, 3, 3)])
+    assert [estimate.path for estimate in report.estimates] == ["1"]
+    assert int(model[0].num_batches_tracked) == 0
