@@ -1,0 +1,87 @@
+"""Which samples are normalized together: every one once, evenly, in as few groups as the size allows."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bnext.functional import group_samples
+
+NUM_DOMAINS = 3
+compositions = st.lists(st.integers(0, NUM_DOMAINS - 1), min_size=1, max_size=20)
+
+
+def members_of(grouping):
+    """For each mini-batch the (feature, sample) pairs that are in it, in order."""
+    found = {}
+    for feature, parts in enumerate(grouping.parts):
+        for sample, part in enumerate(parts):
+            found.setdefault(grouping.mini_batches[part], []).append((feature, sample))
+    return found
+
+
+@given(compositions, st.integers(1, 25), st.booleans())
+def test_groups_of_one_feature(domains, size, shares):
+    grouping = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares, size)
+    (parts,) = grouping.parts
+    assert [grouping.domains[part] for part in parts] == domains, "a part is of one domain"
+    groups = members_of(grouping)
+    assert sorted(pair for group in groups.values() for pair in group) == [(0, i) for i in range(len(domains))]
+    assert sorted(groups) == list(range(len(groups))), "no group is empty"
+    owners = {}
+    for batch, group in groups.items():
+        kinds = {None if shares else domains[sample] for _, sample in group}
+        assert len(kinds) == 1, "a mini-batch is of one owner"
+        owners.setdefault(kinds.pop(), []).append([sample for _, sample in groups[batch]])
+    for owner, own in owners.items():
+        total = len(domains) if shares else domains.count(owner)
+        sizes = [len(group) for group in own]
+        assert max(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1
+        assert len(own) == -(-total // size), "as few as possible"
+        ordered = [sample for group in sorted(own) for sample in group]
+        assert ordered == sorted(ordered), "in their order"
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 12), st.booleans())
+def test_groups_of_several_features(counts, size, shares):
+    """Levels: samples are cut within each feature, and the g-th groups are one mini-batch where levels share it."""
+    grouping = group_samples(tuple(counts), tuple(range(len(counts))), len(counts), shares, size)
+    if not any(counts):
+        return
+    alone = [group_samples((count,), (0,), 1, True, size) for count in counts]
+    for feature, count in enumerate(counts):
+        own = [grouping.mini_batches[part] for part in grouping.parts[feature]]
+        expected = [alone[feature].mini_batches[part] for part in alone[feature].parts[0]] if count else []
+        assert [sorted(set(own)).index(batch) for batch in own] == expected
+    for batch, group in members_of(grouping).items():
+        features = [feature for feature, _ in group]
+        assert shares or len(set(features)) == 1
+        assert all(features.count(feature) <= size for feature in features), batch
+
+
+@given(compositions, st.booleans())
+def test_without_a_size_the_parts_are_the_domains(domains, shares):
+    grouping = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares)
+    assert grouping.parts == (tuple(domains),)
+    assert grouping.domains == tuple(range(NUM_DOMAINS)), "also those without samples: workers agree on the number"
+    assert grouping.mini_batches == ((0,) * NUM_DOMAINS if shares else tuple(range(NUM_DOMAINS)))
+
+
+@given(st.integers(1, 30))
+def test_a_size_that_is_not_reached_is_no_size(num_samples):
+    grouping = group_samples((num_samples,), (0,), 1, True, num_samples)
+    assert set(members_of(grouping)) == {0}
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "size", "sizes"), [(5, 2, [2, 2, 1]), (7, 3, [3, 2, 2]), (6, 3, [3, 3]), (3, 1, [1, 1, 1])]
+)
+def test_examples(num_samples, size, sizes):
+    grouping = group_samples((num_samples,), (0,), 1, True, size)
+    assert [len(group) for group in members_of(grouping).values()] == sizes
+
+
+def test_no_samples_at_all():
+    for size in (None, 2):
+        grouping = group_samples((0, 0), (0, 1), 2, False, size)
+        assert (grouping.mini_batches, grouping.domains) == ((0, 1), (0, 1))
