@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnext.functional import Moments, batch_moments, group_moments, merge_moments
+from bnext.functional import Moments, batch_moments, group_moments, merge_moments, part_moments, sample_moments
 from tests import reference, strategies
 
 BATCH = 24
@@ -134,10 +134,62 @@ def test_only_empty_parts_merge_to_nothing():
 def test_group_moments_are_those_of_the_members():
     data = [torch.randn(2, 3, side, 4, dtype=torch.float64) + side for side in (2, 3, 5)]
     parts = Moments(*(torch.stack(field) for field in zip(*map(batch_moments, data), strict=True)))
-    membership = torch.tensor([[True, False, True], [False, True, False]])
-    groups = group_moments(parts, membership)
+    groups = group_moments(parts, torch.tensor([0, 1, 0]), 3)
     assert_moments(Moments(*(field[0] for field in groups)), reference.moments_of([data[0], data[2]]))
     assert_moments(Moments(*(field[1] for field in groups)), reference.moments_of([data[1]]))
+    nothing = Moments(*(field[2] for field in groups))
+    assert nothing.count == 0
+    assert not nothing.mean.any()
+    assert not nothing.var.any()
+
+
+@given(strategies.seeds, strategies.splits(BATCH), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_grouping_then_merging_is_merging(seed, sizes, num_groups):
+    data, parts = random_parts(seed, sizes)
+    owners = torch.randint(num_groups, (len(sizes),), generator=torch.Generator().manual_seed(seed))
+    assert_moments(merge_moments(group_moments(parts, owners, num_groups)), reference.moments_of([data]))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_sample_moments_are_those_of_each_sample(dtype, memory_format):
+    data = (torch.randn(5, 3, 4, 6, generator=torch.Generator().manual_seed(0)) * 2 + 3).to(dtype)
+    moments = sample_moments(data.contiguous(memory_format=memory_format))
+    assert {field.dtype for field in moments} == {torch.promote_types(dtype, torch.float32)}
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype != torch.float64 else {"rtol": 1e-12, "atol": 1e-12}
+    for index in range(5):
+        count, mean, var = reference.moments_of([data[index : index + 1]])
+        assert int(moments.count[index]) == count
+        torch.testing.assert_close(moments.mean[index].double(), mean, **tolerance)
+        torch.testing.assert_close(moments.var[index].double(), var, **tolerance)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4)])
+def test_samples_without_positions_have_count_zero(shape):
+    count, mean, var = sample_moments(torch.empty(shape))
+    assert count.shape == (shape[0],)
+    assert not count.any()
+    assert mean.shape == var.shape == (shape[0], 3)
+    assert not mean.any()
+    assert not var.any()
+
+
+@given(strategies.seeds, st.lists(st.integers(0, 3), min_size=BATCH, max_size=BATCH), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_part_moments_are_those_of_the_parts(seed, owners, is_channels_last):
+    data, _ = random_parts(seed, [BATCH])
+    other = data[:5, :, :1] * 2
+    feature = data.contiguous(memory_format=torch.channels_last) if is_channels_last else data
+    moments = part_moments([feature, other], [torch.tensor(owners), 2], 4)
+    for part in range(4):
+        members = [x.unsqueeze(0) for x, owner in zip(data, owners, strict=True) if owner == part]
+        members += [other] if part == 2 else []
+        own = Moments(*(field[part] for field in moments))
+        if members:
+            assert_moments(own, reference.moments_of(members))
+        else:
+            assert own.count == 0
 
 
 def test_unbiased_variance_divides_by_one_less():

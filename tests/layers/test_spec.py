@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+import re
 
 import pytest
 
@@ -42,25 +43,168 @@ def test_unknown_row(row):
         NormSpec.from_table5_row(row)
 
 
-@pytest.mark.parametrize("field", ["statistics", "population", "affine", "workers"])
-@pytest.mark.parametrize("value", ["other", "", None, "Shared"])
-def test_unknown_answer_names_field_value_and_choices(field, value):
-    choices = ("one", "node") if field == "workers" else ("shared", "per_level")
+@pytest.mark.parametrize(
+    ("field", "choices"),
+    {
+        "statistics": ("shared", "per_level", "per_domain"),
+        "population": ("shared", "per_level", "per_domain", "none"),
+        "affine": ("shared", "per_level", "per_domain", "none"),
+        "training": ("mini_batch", "population", "renorm"),
+        "average": ("moving", "cumulative"),
+        "inference": ("population", "mini_batch"),
+        "frozen": ("none", "statistics", "affine", "both"),
+        "single_element": ("error", "population"),
+    }.items(),
+)
+@pytest.mark.parametrize("value", ["other", "", None, "Shared", 1])
+def test_unknown_answer_names_field_value_and_choices(field, choices, value):
     with pytest.raises(ConfigError) as error:
         NormSpec(**{field: value})
-    assert str(error.value).startswith(f"{field} must be one of {choices[0]!r}, {choices[1]!r}; got {value!r}")
+    listed = ", ".join(repr(choice) for choice in choices)
+    assert str(error.value) == f"{field} must be one of {listed}; got {value!r} (NormSpec). Choose one of them."
 
 
-@pytest.mark.parametrize("momentum", [0, -0.1, 1.5, float("nan")])
-def test_momentum_out_of_range(momentum):
-    with pytest.raises(ConfigError, match="momentum must be above 0 and at most 1"):
-        NormSpec(momentum=momentum)
+@pytest.mark.parametrize(
+    ("field", "values", "rule"),
+    [
+        ("workers", ["other", "", None, 0, -1, 2.0, True, "2"], "'one', 'node', 'all', or a number of workers"),
+        ("normalization_batch_size", [0, -1, 2.5, True, "2"], "1 or more, or None for the whole batch"),
+        ("r_max", [0.9, 0, -1, float("nan")], "1 or more"),
+        ("d_max", [-0.1, float("nan")], "0 or more"),
+        ("momentum", [0, -0.1, 1.5, float("nan")], "above 0 and at most 1"),
+        ("eps", [0, -1e-5, float("nan"), float("inf")], "above 0"),
+    ],
+)
+def test_out_of_range_names_field_value_and_rule(field, values, rule):
+    for value in values:
+        with pytest.raises(ConfigError) as error:
+            NormSpec(**{field: value})
+        message = str(error.value)
+        assert message.startswith(f"{field} must be ")
+        assert f"{rule}" in message
+        assert f"; got {value!r} (NormSpec). " in message
+        assert message.endswith(".")
 
 
-@pytest.mark.parametrize("eps", [0, -1e-5, float("nan")])
-def test_eps_out_of_range(eps):
-    with pytest.raises(ConfigError, match="eps must be above 0"):
-        NormSpec(eps=eps)
+NAMES = ("day", "night")
+CONTRADICTIONS = {
+    "levels and domains": (
+        {"statistics": "per_level", "affine": "per_domain", "domains": NAMES},
+        ["statistics, population and affine must speak of levels or of domains", "'per_level'", "'per_domain'", "Use "],
+    ),
+    "no names": ({"affine": "per_domain"}, ["domains must name the domains of affine='per_domain'; got none", "NAMES"]),
+    "names for nothing": ({"domains": NAMES}, ["domains must be empty", "('day', 'night')", "Set statistics"]),
+    "names for levels": (
+        {"affine": "per_level", "domains": NAMES},
+        ["domains must be empty where nothing is per_domain", "('day', 'night')", "leave the domains out"],
+    ),
+    "unknown fallback": (
+        {"affine": "per_domain", "domains": NAMES, "fallback_domain": "fog"},
+        ["fallback_domain must be one of the domains ('day', 'night'); got 'fog'", "Name one of them"],
+    ),
+    "fallback without domains": ({"fallback_domain": "fog"}, ["fallback_domain must be one of", "got 'fog'"]),
+    "inference without population": (
+        {"population": "none"},
+        ["inference must not be 'population'", "got population='none'", "Set inference='mini_batch'"],
+    ),
+    "training without population": (
+        {"population": "none", "inference": "mini_batch", "training": "population"},
+        ["training must not be 'population'", "got population='none'", "Set training='mini_batch'"],
+    ),
+    "renorm without population": (
+        {"population": "none", "inference": "mini_batch", "training": "renorm"},
+        ["training must not be 'renorm'", "got population='none'", "Set training='mini_batch'"],
+    ),
+    "frozen without population": (
+        {"population": "none", "inference": "mini_batch", "frozen": "statistics"},
+        ["frozen must not ask for population statistics", "got 'statistics' with population='none'", "Set population"],
+    ),
+    "both frozen without population": (
+        {"population": "none", "inference": "mini_batch", "frozen": "both"},
+        ["frozen must not ask for population statistics", "got 'both' with population='none'", "Set population"],
+    ),
+    "single element without population": (
+        {"population": "none", "inference": "mini_batch", "single_element": "population"},
+        ["single_element must not ask for population statistics", "got 'population' with population='none'"],
+    ),
+    "frozen affine without affine": (
+        {"affine": "none", "frozen": "affine"},
+        ["frozen must be 'none' or 'statistics' where there is no affine; got 'affine' with affine='none'", "Set one"],
+    ),
+    "both frozen without affine": ({"affine": "none", "frozen": "both"}, ["got 'both' with affine='none'"]),
+    "groups over workers": (
+        {"normalization_batch_size": 2, "workers": "all"},
+        ["normalization_batch_size must be None where several workers", "got 2 with workers='all'", "workers='one'"],
+    ),
+    "groups over two workers": (
+        {"normalization_batch_size": 2, "workers": 2},
+        ["normalization_batch_size must be None where several workers", "got 2 with workers=2", "workers=k"],
+    ),
+    "groups without mini-batch": (
+        {"normalization_batch_size": 2, "training": "population"},
+        ["normalization_batch_size must be None where population statistics normalize", "got 2", "Set training"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("answers", "texts"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_contradictions_name_field_value_rule_and_remedy(answers, texts):
+    with pytest.raises(ConfigError) as error:
+        NormSpec(**answers)
+    message = str(error.value)
+    assert "(NormSpec). " in message
+    assert [text for text in texts if text not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        {"normalization_batch_size": 2, "workers": 1},
+        {"normalization_batch_size": 2, "training": "renorm"},
+        {"workers": 7},
+        {"r_max": 1, "d_max": 0},
+        {"r_max": float("inf"), "d_max": float("inf")},
+        {"momentum": 1},
+        {"affine": "none", "frozen": "statistics"},
+        {"population": "none", "inference": "mini_batch", "frozen": "affine"},
+        {"statistics": "per_domain", "domains": NAMES, "fallback_domain": "day"},
+        {"population": "per_level"},
+    ],
+)
+def test_what_is_sensible_is_accepted(answers):
+    spec = NormSpec(**answers)
+    assert {name: getattr(spec, name) for name in answers} == answers
+
+
+@pytest.mark.parametrize(
+    ("answers", "owner"),
+    [
+        ({}, None),
+        ({"affine": "none"}, None),
+        ({"population": "per_level"}, "per_level"),
+        ({"affine": "per_domain", "domains": NAMES}, "per_domain"),
+    ],
+)
+def test_owner(answers, owner):
+    assert NormSpec(**answers).owner == owner
+
+
+@pytest.mark.parametrize("frozen", ["none", "statistics", "affine", "both"])
+def test_what_is_frozen(frozen):
+    spec = NormSpec(frozen=frozen)
+    assert spec.has_frozen_statistics == (frozen in ("statistics", "both"))
+    assert spec.has_frozen_affine == (frozen in ("affine", "both"))
+
+
+def test_every_field_is_described():
+    described = NormSpec.__doc__.partition("Args:")[2].partition("Raises:")[0]
+    for field in dataclasses.fields(NormSpec):
+        assert re.search(rf"^ {{8}}(\w+, )?{field.name}(, \w+)?:", described, re.MULTILINE), field.name
+
+
+def test_domains_per_domain_are_in_no_row():
+    assert NormSpec(statistics="per_domain", domains=NAMES).table5_row is None
+    assert NormSpec(affine="none").table5_row is None
 
 
 def test_a_spec_is_frozen_hashable_and_pickles():
