@@ -6,6 +6,7 @@ from bnext.layers.convert import ConversionReport, convert_norm, convert_norm_st
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.scopes import frozen_statistics
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
+from bnext.layers.virtual import virtual_samples
 
 __all__ = [
     "NAMED_NORMS",
@@ -21,4 +22,5 @@ __all__ = [
     "frozen_statistics",
     "make_named_norm",
     "name_norms",
+    "virtual_samples",
 ]

@@ -187,7 +187,7 @@ def test_gradients_are_neither_recorded_nor_touched():
 
 def test_levels_of_one_norm_and_a_plain_norm_in_one_model():
     model = nn.ModuleDict(
-        {"bn": nn.BatchNorm2d(NUM_CHANNELS), "level": LevelBatchNorm2d(NUM_CHANNELS, LEVELS)}
+        {"bn": nn.BatchNorm2d(NUM_CHANNELS), "level": LevelBatchNorm2d(NUM_CHANNELS, LEVELS, NormSpec.from_table5_row(4))}
     ).double()
     data = [make_features(seed) for seed in range(3)]
 
@@ -217,7 +217,8 @@ def test_every_domain_of_mixed_and_pure_batches_is_estimated_by_its_samples(shar
         with use_domain(batch[0]):
             model(batch[1])
 
-    report = recompute_population_statistics(nn.Sequential(norm), list(zip(domains, data, strict=True)), forward=forward)
+    pairs = list(zip(domains, data, strict=True))
+    report = recompute_population_statistics(nn.Sequential(norm), pairs, forward=forward)
     day, night = [data[0], data[1][1:2]], [data[1][0:1], data[1][2:], data[2]]
     if sharing == "shared":
         assert_population(norm, [*day, *night])
