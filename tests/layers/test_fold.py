@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchvision
 from detectron2.layers import Conv2d as WrappedConv2d
-from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm
+from detectron2.layers import CycleBatchNormList, DeformConv, NaiveSyncBatchNorm
 from detectron2.layers import FrozenBatchNorm2d as DetectronFrozen
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -168,6 +168,12 @@ def test_every_norm(make, bias, owned):
     report = assert_unchanged(lambda model: model(x), model, 1e-12)
     assert report.folded == ({"0.norm": "0"} if owned else {"1": "0"})
     assert is_folded(model)
+
+
+def test_an_owning_convolution_with_an_activation_that_has_parameters():
+    conv = WrappedConv2d(3, 4, 3, norm=nn.BatchNorm2d(4), activation=nn.PReLU())
+    x = torch.randn(2, 3, 5, 6)
+    assert assert_unchanged(lambda model: model(x), randomize(nn.Sequential(conv)), 1e-5).folded == {"0.norm": "0"}
 
 
 @given(
@@ -347,6 +353,12 @@ class Leaks(nn.Module):
         return self.norm(y), self.conv.weight.sum() if self.of_weight else y
 
 
+def share_norm(*classes):
+    """One norm in several convolutions that own theirs."""
+    norm = nn.BatchNorm2d(3)
+    return nn.Sequential(*(make(3, 3, 1, norm=norm) for make in classes))
+
+
 class Untraceable(nn.Module):
     def __init__(self):
         super().__init__()
@@ -377,10 +389,10 @@ def alias():
         (lambda: nn.Sequential(nn.BatchNorm2d(3)), {"0": "no convolution feeds it directly"}),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), {"1": "feeds it directly, but a Linear"}),
         (lambda: nn.ModuleDict({"norm": nn.BatchNorm2d(3)}), {"norm": "cannot be traced|does not call it"}),
-        (
-            lambda: randomize(nn.Sequential(WrappedConv2d(3, 4, 1, activation=torch.relu), nn.BatchNorm2d(4))),
-            {"1": "does more before the norm than to convolve"},
-        ),
+        (lambda: make_convolution_with_activation(0.0), {"1": "does more before the norm than to convolve"}),
+        (lambda: make_convolution_with_activation(100.0), {"1": "does more before the norm than to convolve"}),
+        (lambda: share_norm(WrappedConv2d, WrappedConv2d), {"0.norm": "several modules use it"}),
+        (lambda: share_norm(WrappedConv2d, DeformConv), {"0.norm": "several modules use it"}),
         (
             lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
             {"1": "computed from other parameters"},
@@ -403,6 +415,12 @@ def test_what_is_not_folded_is_reported_and_untouched(make, left):
         assert re.search(reason, report.left[path]), report.left[path]
     assert_untouched(model, before)
     assert vars(model) == attributes
+
+
+def make_convolution_with_activation(bias):
+    conv = WrappedConv2d(3, 4, 1, activation=torch.relu)
+    conv.bias.data.fill_(bias)
+    return randomize(nn.Sequential(conv, nn.BatchNorm2d(4)))
 
 
 class Doubling(nn.BatchNorm2d):
@@ -469,6 +487,11 @@ def test_named_pairs_do_not_override_other_uses():
     report = fold_norms(model, pairs=[("0", "3")])
     assert not report.folded
     assert report.left["1"] == report.left["3"] == "its convolution (0) has other norms, too"
+
+
+def test_named_pairs_must_agree_in_channels():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(1)).eval()
+    assert fold_norms(model, pairs=[("0", "1")]).left == {"1": "it has 1 channels, its convolution 4"}
 
 
 # ---- a folded model
