@@ -187,7 +187,10 @@ def test_gradients_are_neither_recorded_nor_touched():
 
 def test_levels_of_one_norm_and_a_plain_norm_in_one_model():
     model = nn.ModuleDict(
-        {"bn": nn.BatchNorm2d(NUM_CHANNELS), "level": LevelBatchNorm2d(NUM_CHANNELS, LEVELS, NormSpec.from_table5_row(4))}
+        {
+            "bn": nn.BatchNorm2d(NUM_CHANNELS),
+            "level": LevelBatchNorm2d(NUM_CHANNELS, LEVELS, NormSpec.from_table5_row(4)),
+        }
     ).double()
     data = [make_features(seed) for seed in range(3)]
 
