@@ -24,6 +24,7 @@ from bnext.files import replace_file
 from bnext.layers.carry import list_shared_keys
 from bnext.layers.check import check_variances, find_unwritten, find_unwritten_norms
 from bnext.layers.convert import convert_norm_state
+from bnext.layers.folded_norm import check_folded_state
 from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
 __all__ = ["Checkpointer", "check_eval_weights", "find_required_keys"]
@@ -43,7 +44,7 @@ class Checkpointer(DetectionCheckpointer):
     - saves atomically: an interrupted save leaves the previous files as they were;
     - brings norm state into the form of the model and logs what it did;
     - refuses a checkpoint of another architecture, and population variances that are negative or
-      not finite, before the model is changed;
+      not finite, before the model is changed, and one that is folded where the model is not;
     - names the norms that will normalize by population statistics which nobody wrote;
     - brings backbones of other libraries into norms with domains too.
     """
@@ -160,7 +161,7 @@ class Checkpointer(DetectionCheckpointer):
         shared = list_shared_keys(self.model)
         if checkpoint.get("matching_heuristics", False) and shared.keys() != self.model.state_dict().keys():
             # Such names are matched by their ends, which are other ones where a level or domain owns something.
-            caffe2 = checkpoint.get("__author__", None) == "Caffe2"
+            caffe2 = checkpoint.get("__author__") == "Caffe2"
             checkpoint["model"] = align_and_update_state_dicts(shared, checkpoint["model"], c2_conversion=caffe2)
             checkpoint["matching_heuristics"] = False
         if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
@@ -171,6 +172,7 @@ class Checkpointer(DetectionCheckpointer):
             self._warn_of_unwritten({})
             return incompatible
         stored = _strip_prefix(checkpoint["model"], "module.")
+        check_folded_state(stored, self.model)
         metadata = getattr(stored, "_metadata", None)
         state, report = convert_norm_state(stored, self.model)
         report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)

@@ -7,7 +7,7 @@ All forms of `bnext.layers.forms`, both ways. Norms inside a model are replaced 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_form, iterate_norms
 from bnext.layers.norm_state import Fields, NormRecord, Note, read_norm, read_state, write_state
 
-__all__ = ["Change", "ConversionReport", "convert_norm_state", "copy_norm_state", "list_shared_keys"]
+__all__ = [
+    "Change",
+    "ConversionReport",
+    "check_map",
+    "convert_norm_state",
+    "copy_norm_state",
+    "list_shared_keys",
+    "restrict_map",
+]
 
 StateDict = Mapping[str, Tensor]
 
@@ -90,8 +98,9 @@ def convert_norm_state(
     Raises:
         CheckpointError: numbered levels whose number is not the model's, or state of no known form
             or of other channels.
+        ConfigError: domain_map names what no norm has.
     """
-    converted, report = dict(state_dict), ConversionReport()
+    converted, report, used = dict(state_dict), ConversionReport(), set[str]()
     for path, layer, form in iterate_norms(model):
         prefix = f"{path}." if path else ""
         found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
@@ -103,9 +112,12 @@ def convert_norm_state(
             report.changes.append(Change(path, NO_NORM, keeps_outputs=False))
             continue
         record = read_state(found, form.num_features, path)
-        state, notes = write_state(record, form, path, _restrict(domain_map, record, form))
+        own_map = restrict_map(domain_map, form, record.owners)
+        used |= own_map.keys()
+        state, notes = write_state(record, form, path, own_map)
         converted.update({prefix + key: value for key, value in state.items()})
         report.changes += [Change(path, *note) for note in notes]
+    check_map(domain_map, used)
     return converted, report
 
 
@@ -190,11 +202,24 @@ def _needs_conversion(found: StateDict, layer: nn.Module, form: NormForm, domain
     )
 
 
-def _restrict(domain_map: Mapping[str, str] | None, record: NormRecord, form: NormForm) -> dict[str, str]:
-    """What of a model's `domain_map` concerns one norm."""
-    known = {"", *record.owners}
-    mapping = {target: source for target, source in (domain_map or {}).items() if source in known}
-    return {target: source for target, source in mapping.items() if not target or target in form.owners}
+def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
+    """What of a model's `domain_map` concerns one norm of this form, whose source has the `known` names."""
+    names, targets = {"", *known}, {"", *form.owners}
+    return {target: source for target, source in (domain_map or {}).items() if source in names and target in targets}
+
+
+def check_map(domain_map: Mapping[str, str] | None, used: Iterable[str]) -> None:
+    """Every name must have concerned some norm; a misspelt one is not passed over.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for target in sorted((domain_map or {}).keys() - set(used)):
+        source = (domain_map or {})[target]
+        raise ConfigError(
+            f"domain_map must map a name in the new norms to a name in the old ones; got {target!r}: {source!r}, which "
+            f"no norm of the model has. Correct the name, or leave it out."
+        )
 
 
 def _require_form(module: nn.Module, path: str) -> NormForm:

@@ -17,7 +17,14 @@ from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.caffe import read_caffe_state
-from bnext.layers.carry import Change, ConversionReport, convert_norm_state, copy_norm_state
+from bnext.layers.carry import (
+    Change,
+    ConversionReport,
+    check_map,
+    convert_norm_state,
+    copy_norm_state,
+    restrict_map,
+)
 from bnext.layers.forms import AFFINE, NormForm, find_form, find_leftovers, iterate_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -101,6 +108,8 @@ def convert_norm(
         if path in chosen and module not in made:
             made[module], notes = _replace(module, form, chosen[path], path, domain_map, adopt_eps)
             report.changes += notes
+    targets = [(form.owners, find_form(made[module])) for path, module, form in norms if path in chosen]
+    check_map(domain_map, [to for known, form in targets if form for to in restrict_map(domain_map, form, known)])
     for path, module, _ in norms:  # everything is made, so nothing stops half-way
         if path in chosen:
             parent, _, name = path.rpartition(".")
@@ -197,7 +206,7 @@ def _replace(
     if form.is_frozen and not made_form.is_frozen and made_form.is_batch_norm:
         texts.append(UNFROZEN)
     texts += _find_left_answers(module, made)
-    own_map = {to: source for to, source in (domain_map or {}).items() if not to or to in made_form.owners} or None
+    own_map = restrict_map(domain_map, made_form, form.owners)
     report = copy_norm_state(module, made, path, domain_map=own_map, adopt_eps=adopt_eps)
     _freeze_like(module, made)
     return made, [*(Change(path, text) for text in texts), *report.changes]

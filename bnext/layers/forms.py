@@ -107,13 +107,13 @@ def iterate_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormForm]]
 
     The parts of a norm (a domain's state, a numbered level) are no norms of their own.
     """
-    inside: list[str] = []
+    outer: str | None = None  # the parts of a module follow it directly
     for path, module in model.named_modules(remove_duplicate=False):
-        if any(not outer or path.startswith(f"{outer}.") for outer in inside):
+        if outer is not None and (not outer or path.startswith(f"{outer}.")):
             continue
         form = find_form(module)
         if form is not None:
-            inside.append(path)
+            outer = path
             yield path, module, form
 
 

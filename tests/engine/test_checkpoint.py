@@ -17,6 +17,7 @@ from bnext.engine import Checkpointer
 from bnext.engine.checkpoint import check_eval_weights
 from bnext.errors import CheckpointError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
+from bnext.layers.fold import fold_norms
 from tests.cases import randomize
 
 
@@ -185,6 +186,20 @@ def test_statistics_of_a_checkpoint_that_nobody_wrote_are_said(tmp_path, bnext_l
     (message,) = list_unwritten(bnext_log)
     assert "Statistics that were never written" in message
     assert f"1.night (mean 0 and variance 1; {path})" in message
+
+
+def test_folded_and_unfolded_checkpoints_are_told_apart(tmp_path):
+    """fvcore's loader leaves out what does not fit: the norm would be applied a second time, or never."""
+    plain = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4))).eval()
+    folded = copy.deepcopy(plain)
+    fold_norms(folded)
+    paths = save(plain, tmp_path / "plain.pth"), save(folded, tmp_path / "folded.pth")
+    before = {key: value.clone() for key, value in plain.state_dict().items()}
+    for model, path in ((plain, paths[1]), (folded, paths[0])):
+        with pytest.raises(CheckpointError, match="folded"):
+            Checkpointer(model).load(path)
+    assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
+    Checkpointer(folded).load(paths[1])
 
 
 def test_another_eps_than_in_training_is_said(tmp_path, bnext_log):

@@ -11,7 +11,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnext.domain import use_domain
 from bnext.errors import ConfigError
-from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, convert_norm
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, convert_norm, convert_norm_state
 from bnext.layers.forms import iterate_norms
 from tests.cases import randomize
 
@@ -179,6 +179,22 @@ def test_a_norm_at_two_places_stays_one():
     assert isinstance(model["a"], BatchNorm2d)
     with pytest.raises(ConfigError, match=r"several places must become one norm; got .* for a, b\.c"):
         convert_norm(model, {"a": nn.BatchNorm2d})
+
+
+def test_a_new_domain_starts_from_another_and_plain_norms_are_no_obstacle():
+    model = nn.Sequential(BatchNorm2d(4, SEPARATE), nn.BatchNorm2d(4))
+    randomize(model)
+    state = copy.deepcopy(model[0].state_dict())
+    more = SEPARATE.replace(domains=("day", "night", "dusk"))
+    assert convert_norm(model, {"": more}, domain_map={"dusk": "night"}).keeps_outputs
+    assert torch.equal(model[0].dusk.running_mean, state["night.running_mean"])
+    assert torch.equal(model[1].dusk.running_mean, model[1].day.running_mean)
+    with pytest.raises(ConfigError, match="got 'dusk': 'nihgt', which no norm of the model has"):
+        convert_norm(model, {"": more}, domain_map={"dusk": "nihgt"})
+    with pytest.raises(ConfigError, match="got 'dsuk': 'night', which no norm of the model has"):
+        convert_norm_state(model.state_dict(), model, domain_map={"dsuk": "night"})
+    convert_norm(model, {"": "BN"}, domain_map={"": "night"})
+    assert torch.equal(model[0].running_mean, state["night.running_mean"])
 
 
 # pytorch/pytorch#187298, huggingface/pytorch-image-models#1254: what a subclass adds was dropped without a word
