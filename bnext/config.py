@@ -109,8 +109,8 @@ def _make_node(name: str, place: Place) -> CfgNode:
     node.STATISTICS = "per_level" if place.levels else "shared"
     # At most so many samples of a worker are normalized together (Ghost BN); 0: its whole batch.
     node.NORMALIZATION_BATCH_SIZE = 0
-    # Who shares a mini-batch: "one", "node", "all", or so many workers ("4"); "": as the norm's name says.
-    node.WORKERS = ""
+    # Who shares a mini-batch: "one", "node", "all", or so many workers; None: as the norm's name says.
+    node.WORKERS = None
     # What normalizes in training: the "mini_batch", the "population", or in between ("renorm").
     node.TRAINING = "mini_batch"
     # Limits of renorm's corrections.
@@ -156,10 +156,7 @@ def get_place_norm(cfg: CfgNode, place: str, name: str | None = None) -> NormSpe
     fields = {field.name for field in dataclasses.fields(NormSpec)}
     answers: dict[str, Any] = {key.lower(): value for key, value in node.items() if key.lower() in fields}
     answers["normalization_batch_size"] = node.NORMALIZATION_BATCH_SIZE or None
-    if node.WORKERS:
-        answers["workers"] = int(node.WORKERS) if node.WORKERS.isdecimal() else node.WORKERS
-    else:
-        answers["workers"] = NAMED_NORMS[name].workers
+    answers["workers"] = NAMED_NORMS[name].workers if node.WORKERS is None else node.WORKERS
     if _is_per_domain(node):
         domains = cfg.MODEL.BNEXT.DOMAINS
         answers |= {"domains": tuple(domains.NAMES), "fallback_domain": domains.FALLBACK or None}
@@ -232,10 +229,11 @@ def _check_choices(node: CfgNode, place: str) -> None:
     }
     for key, values in allowed.items():
         check_choice(f"MODEL.BNEXT.{place}.{key}", node[key], values, where="config")
-    if node.WORKERS not in ("", "one", "node", "all") and not node.WORKERS.isdecimal():
+    is_number = isinstance(node.WORKERS, int) and not isinstance(node.WORKERS, bool)
+    if not is_number and node.WORKERS not in (None, "one", "node", "all"):
         raise ConfigError(
-            f"MODEL.BNEXT.{place}.WORKERS must be one of 'one', 'node', 'all', a number of workers in quotes ('4'), or "
-            f"'' for what the norm's name says; got {node.WORKERS!r} (config). Choose one of them."
+            f"MODEL.BNEXT.{place}.WORKERS must be one of 'one', 'node', 'all', a number of workers, or None for what "
+            f"the norm's name says; got {node.WORKERS!r} (config). Choose one of them."
         )
     for keys, other, value in ((("R_MAX", "D_MAX"), "TRAINING", "renorm"), (("MOMENTUM",), "AVERAGE", "moving")):
         for key in keys:

@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
-from torch import nn
+from torch import Tensor, nn
 
 from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
 from bnext.domain import get_active_domain
@@ -67,7 +67,7 @@ def give_norms(model: nn.Module, cfg: CfgNode) -> None:
         roots = [(path, module) for path, module in _find_roots(model, place) if module is not None]
         if place == "ROI_KEYPOINT_HEAD":
             for head in (head for _, head in roots if isinstance(head, KRCNNConvDeconvUpsampleHead)):
-                add_norms([part for part in head if isinstance(part, Conv2d)], get_place_norm(cfg, place))
+                _give_keypoint_norms(head, get_place_norm(cfg, place))
         elif not PLACES[place].levels:  # heads with levels make their norms themselves
             _replace_norms(model, [path for path, _ in roots], cfg, place)
         _check_found(cfg, place, [module for _, module in roots])
@@ -103,6 +103,16 @@ def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | N
         conv.norm, conv.bias = get_norm(make_norm, conv.out_channels), None
 
 
+def _give_keypoint_norms(head: KRCNNConvDeconvUpsampleHead, norm: NormSpec | str) -> None:
+    add_norms([part for part in head if isinstance(part, Conv2d)], norm)
+    if norm == "LN":  # its result may lie in channels_last order, which the loss of detectron2 cannot view
+        head.score_lowres.register_forward_pre_hook(_make_contiguous)
+
+
+def _make_contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(argument.contiguous() for argument in args)
+
+
 def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str) -> None:
     """Batch norms of torch become ours, and stand-ins what they stand for; FrozenBN stays."""
     name, specs = get_norm_name(cfg, place), {}
@@ -117,7 +127,7 @@ def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str)
         elif type(norm) in NAMES_OF_CLASSES:
             specs[path] = _make_spec(norm, cfg, place)
     if specs:
-        convert_norm(model, specs)
+        convert_norm(model, specs, adopt_eps=False)
 
 
 def _make_spec(norm: Any, cfg: CfgNode, place: str) -> NormSpec:
@@ -143,7 +153,7 @@ def _check_found(cfg: CfgNode, place: str, roots: list[nn.Module]) -> None:
         key, value = f"MODEL.BNEXT.{place}.{changed[0]}", cfg.MODEL.BNEXT[place][changed[0]]
         what = f"no batch norm that is not frozen; got {value!r}"
     elif _is_chosen(key, name) and not any(True for root in roots for _ in iterate_norms(root)):
-        what = f"no norm by that key; got {name!r}"
+        what = f"no norm at all; got {name!r}"
     else:
         return
     remedy = REMEDIES.get(place, f"Choose a head of detectron2 that heeds {PLACES[place].norm}")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import get_cfg
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import BitMasks, Boxes, Instances, Keypoints
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from bnext import add_bnext_config
 from bnext.layers import TABLE5_ROWS
 
-__all__ = ["LEVELS", "NUM_CLASSES", "make_batch", "make_detector", "run_step"]
+__all__ = ["LEVELS", "NUM_CLASSES", "make_batch", "make_cfg", "make_detector", "make_model", "run_step"]
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 NUM_CLASSES = 3
@@ -40,22 +41,41 @@ def make_detector(architecture: str = "BNextRetinaNet", norm: str = "BN", row: i
     return build_model(cfg)
 
 
+def make_cfg(*pairs: Any, architecture: str = "BNextPanopticFPN") -> CfgNode:
+    """A config with every place of a two-stage detector, and KEY, VALUE, ... pairs."""
+    cfg = get_cfg()
+    add_bnext_config(cfg)
+    cfg.merge_from_file(str(Path(__file__).with_name("panoptic.yaml")))
+    cfg.merge_from_list(["MODEL.META_ARCHITECTURE", architecture, *pairs])
+    return cfg
+
+
+def make_model(*pairs: Any, architecture: str = "BNextPanopticFPN", seed: int = 0) -> nn.Module:
+    """The model of `make_cfg`."""
+    torch.manual_seed(seed)
+    return build_model(make_cfg(*pairs, architecture=architecture))
+
+
 def make_batch(sides: tuple[int, ...] = (64, 64), seed: int = 0) -> list[dict[str, Any]]:
-    """Records as a mapper makes them: noise with one box per image; p7 of two images has two elements."""
+    """Records as a mapper makes them: noise with one object per image; p7 of two images has two elements."""
     generator = torch.Generator().manual_seed(seed)
     batch = []
     for index, side in enumerate(sides):
         instances = Instances((side, side))
         instances.gt_boxes = Boxes(torch.tensor([[4.0, 6.0, 30.0 + index, 40.0]]))
         instances.gt_classes = torch.tensor([index % NUM_CLASSES])
+        instances.gt_masks = BitMasks(torch.ones(1, side, side, dtype=torch.bool))
+        instances.gt_keypoints = Keypoints(torch.tensor([[[10.0, 12.0, 2.0], [20.0, 30.0, 2.0]]]))
         image = torch.rand(3, side, side, generator=generator) * 255
-        batch.append({"image": image, "instances": instances, "height": side, "width": side})
+        record = {"image": image, "instances": instances, "height": side, "width": side}
+        batch.append({**record, "sem_seg": torch.arange(side * side).reshape(side, side) % 4})
     return batch
 
 
 def run_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one training step."""
+    """Losses and gradients of one training step; the sampling of anchors and RoIs is the same in every call."""
     model.zero_grad()
+    torch.manual_seed(0)
     with EventStorage():
         losses = model.train()(batch)
         sum(losses.values()).backward()

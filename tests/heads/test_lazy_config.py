@@ -4,9 +4,10 @@ import torch
 from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
+from detectron2.layers import ShapeSpec
 
-from bnext import LevelBatchNorm2d, NormSpec
-from bnext.heads import FCOSHead, RetinaNetHead
+from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, build_norm
+from bnext.heads import FCOSHead, RetinaNetHead, RPNHead
 from tests.heads.detectors import LEVELS, make_batch, run_step
 
 
@@ -38,3 +39,31 @@ def test_retinanet():
 
 def test_fcos():
     check_trains_and_detects(make_model("fcos", FCOSHead))
+
+
+def test_mask_rcnn_with_norms_by_spec_at_every_place():
+    """`norm=L(build_norm)(spec=...)` wherever detectron2's LazyConfigs take a norm."""
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    norm = L(build_norm)(spec=L(NormSpec)(workers="all", momentum=0.2))
+    bottom_up, box_head = model.backbone.bottom_up, model.roi_heads.box_head
+    model.backbone.norm = bottom_up.stem.norm = bottom_up.stages.norm = norm
+    model.backbone.out_channels = model.proposal_generator.head.in_channels = 16
+    model.proposal_generator.head._target_ = RPNHead
+    model.proposal_generator.head.levels = "${..in_features}"
+    model.proposal_generator.head.norm = norm.spec  # it sees several levels
+    box_head.input_shape = L(ShapeSpec)(channels=16, height=7, width=7)
+    model.roi_heads.mask_head.input_shape = L(ShapeSpec)(channels=16, height=14, width=14)
+    box_head.conv_dims, box_head.fc_dims, box_head.conv_norm = [16], [16], norm
+    model.roi_heads.box_predictor.input_shape = L(ShapeSpec)(channels=16)
+    model.roi_heads.mask_head.conv_dims, model.roi_heads.mask_head.conv_norm = [16, 16], norm
+    model.roi_heads.num_classes = 3
+    torch.manual_seed(0)
+    model = instantiate(model)
+    norms = {path: part for path, part in model.named_modules() if isinstance(part, BatchNorm2d)}
+    assert len(norms) == 53 + 8 + 1 + 1 + 1
+    assert {(part.spec.workers, part.momentum) for part in norms.values()} == {("all", 0.2)}
+    losses, gradients = run_step(model, make_batch())
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        assert "instances" in model.eval()(make_batch())[0]
