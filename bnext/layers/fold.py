@@ -93,7 +93,8 @@ def fold_norms(
 
     Source:
         Jacob et al., *Quantization and Training of Neural Networks*, 2018, section 3.2; why not to train a folded
-        model: Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.8.
+        model: Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.8, and You et al., *Efficient
+        ConvBN Blocks for Transfer Learning and Beyond*, 2024.
     """
     found, left = find_pairs(model, pairs)
     _check_modes(found)
