@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import get_args
 
 from detectron2.config import CfgNode
@@ -47,13 +46,13 @@ def check_schedules(cfg: CfgNode) -> None:
     """
     node = cfg.SOLVER.BNEXT
     _check_freeze(node.FREEZE, cfg.SOLVER.MAX_ITER)
-    for key, points, low, high in (
-        ("MOMENTUM", node.MOMENTUM, math.nextafter(0, 1), 1),
-        ("RENORM.R_MAX", node.RENORM.R_MAX, 1, math.inf),
-        ("RENORM.D_MAX", node.RENORM.D_MAX, 0, math.inf),
+    for key, points, quantity in (
+        ("MOMENTUM", node.MOMENTUM, "momentum"),
+        ("RENORM.R_MAX", node.RENORM.R_MAX, "r_max"),
+        ("RENORM.D_MAX", node.RENORM.D_MAX, "d_max"),
     ):
         if len(points):
-            check_points(points, f"{PLACE}.{key}", low, high, where="config")
+            check_points(points, f"{PLACE}.{key}", quantity, where="config")
 
 
 def _check_freeze(node: CfgNode, max_iter: int) -> None:

@@ -181,7 +181,7 @@ class MomentumSchedule(HookBase):
     """
 
     def __init__(self, points: Points) -> None:
-        self._points = check_points(points, "points", where="MomentumSchedule")
+        self._points = check_points(points, "points", "momentum", where="MomentumSchedule")
 
     def apply(self, model: nn.Module, iteration: int) -> None:
         """Set it for one iteration."""
@@ -206,7 +206,7 @@ class RenormSchedule(HookBase):
 
     def __init__(self, r_max_points: Points | None = None, d_max_points: Points | None = None) -> None:
         self._points = {
-            name: check_points(points, f"{name}_points", where="RenormSchedule")
+            name: check_points(points, f"{name}_points", name, where="RenormSchedule")
             for name, points in (("r_max", r_max_points), ("d_max", d_max_points))
             if points is not None
         }
@@ -221,8 +221,6 @@ class RenormSchedule(HookBase):
 
 def are_statistics_frozen(cfg: CfgNode, iteration: int) -> bool:
     """Whether SOLVER.BNEXT.FREEZE holds the population statistics in an iteration."""
-    if "BNEXT" not in cfg.SOLVER:
-        return False
     freeze = cfg.SOLVER.BNEXT.FREEZE
     return freeze.WHAT != "affine" and 0 <= freeze.ITER <= iteration
 
@@ -240,8 +238,6 @@ def build_norm_schedules(
     Raises:
         ConfigError: the model has no norm on which one of them would act.
     """
-    if "BNEXT" not in cfg.SOLVER:
-        return []
     node, hooks = cfg.SOLVER.BNEXT, []
     if node.FREEZE.ITER >= 0:
         is_done = is_due(node.FREEZE.ITER - 1, cfg.TEST.EVAL_PERIOD, cfg.SOLVER.MAX_ITER)

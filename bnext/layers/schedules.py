@@ -7,7 +7,7 @@ are frozen is in `bnext.layers.freezing`; which statistics they compute (their s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,11 @@ __all__ = [
 ]
 
 Points = Sequence[Sequence[float]]
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "momentum": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "r_max": (lambda value: 1 <= value < math.inf, "1 or more"),
+    "d_max": (lambda value: 0 <= value < math.inf, "0 or more"),
+}
 
 # The limits of Batch Renormalization over the iterations: none for 5k, then relaxed to 3 at 40k and to 5 at 25k.
 # Ioffe, *Batch Renormalization*, 2017, training of Inception-v3.
@@ -57,13 +62,14 @@ def interpolate(points: Points, iteration: float) -> float:
 
 
 def check_points(
-    points: Any, name: str = "points", low: float = -math.inf, high: float = math.inf, where: str = "interpolate"
+    points: Any, name: str = "points", quantity: str | None = None, where: str = "interpolate"
 ) -> list[tuple[float, float]]:
     """The points of a schedule as pairs of floats.
 
     Args:
-        points: one or more (iteration, value); iterations are 0 or more and increase, values are in [low, high].
+        points: one or more (iteration, value); iterations are 0 or more and increase.
         name, where: for the message.
+        quantity: "momentum", "r_max" or "d_max", whose range the values keep; None: any finite number.
 
     Raises:
         ConfigError: they are not.
@@ -83,11 +89,15 @@ def check_points(
             f"{name} must have iterations that increase from 0 or more; got {iterations} ({where}). Sort the points, "
             f"one for each iteration."
         )
-    for _, value in points:
-        if not low <= value <= high:
-            limits = f"be {low:g} or more" if high == math.inf else f"lie between {low:g} and {high:g}"
-            raise ConfigError(f"{name} must have values that {limits}; got {value!r} ({where}). Correct the value.")
+    for _, value in points if quantity else ():
+        _check_value(quantity, value, name, where)
     return [(float(iteration), float(value)) for iteration, value in points]
+
+
+def _check_value(quantity: str | None, value: float, name: str, where: str) -> None:
+    is_right, rule = _RANGES[quantity or ""]
+    if not is_right(value):
+        raise ConfigError(f"{name} must be {rule}; got {value!r} ({where}). Correct the value.")
 
 
 def set_momentum(model: nn.Module, momentum: float, select: Selection | None = None) -> tuple[str, ...]:
@@ -105,8 +115,7 @@ def set_momentum(model: nn.Module, momentum: float, select: Selection | None = N
     Raises:
         ConfigError: the value is out of range, or no norm has a moving average.
     """
-    if not 0 < momentum <= 1:
-        raise ConfigError(f"momentum must be above 0 and at most 1; got {momentum!r} (set_momentum). Use 0.1.")
+    _check_value("momentum", momentum, "momentum", "set_momentum")
     norms: list[tuple[str, Any]] = [(path, n) for path, n in find_batch_norms(model, select) if n.momentum is not None]
     if not norms:
         raise say_no_norm("a moving average", "set_momentum")
@@ -135,9 +144,9 @@ def set_renorm_limits(
     Source:
         Ioffe, *Batch Renormalization*, 2017; its schedule is RENORM_R_MAX_POINTS and RENORM_D_MAX_POINTS.
     """
-    for name, value, low in (("r_max", r_max, 1), ("d_max", d_max, 0)):
-        if value is not None and not low <= value < math.inf:
-            raise ConfigError(f"{name} must be {low} or more; got {value!r} (set_renorm_limits). Correct it.")
+    for name, value in (("r_max", r_max), ("d_max", d_max)):
+        if value is not None:
+            _check_value(name, value, name, "set_renorm_limits")
     norms: list[tuple[str, Any]] = [(path, n) for path, n in find_batch_norms(model, select) if _has_renorm(n)]
     if not norms:
         raise say_no_norm("training='renorm'", "set_renorm_limits")

@@ -11,9 +11,10 @@ from detectron2.layers import CycleBatchNormList
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
-from bnext.config_schedules import add_schedule_keys, check_schedules
 from bnext.engine import Trainer, train
+from bnext.engine.hooks import EqualizeBuffers, PeriodicCheckpointer
 from bnext.engine.norm_schedules import FreezeNorms, MomentumSchedule, RenormSchedule
+from bnext.engine.recompute import PreciseBN
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -23,14 +24,8 @@ FREEZE = "SOLVER.BNEXT.FREEZE"
 
 
 def load(output, *opts):
-    """The tiny config with the keys of schedules, and overrides."""
-    cfg = tiny.load(output, "DATASETS.TEST", "()")
-    cfg.defrost()
-    if "BNEXT" not in cfg.SOLVER:
-        add_schedule_keys(cfg)
-    cfg.merge_from_list([str(opt) for opt in opts])
-    check_schedules(cfg)
-    return cfg
+    """The tiny config without a test set, and overrides."""
+    return tiny.load(output, "DATASETS.TEST", "()", *opts)
 
 
 class Net(nn.Module):
@@ -73,9 +68,7 @@ def run(*hooks, iterations=6, spec=None, clip=False):
     data = [torch.randn(4, 3, 5, 5) * 2 + 1 for _ in range(iterations)]
     kind = torch.optim.SGD
     if clip:
-        cfg = load("")
-        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
-        kind = maybe_add_gradient_clipping(cfg, kind)
+        kind = maybe_add_gradient_clipping(load("", "SOLVER.CLIP_GRADIENTS.ENABLED", True), kind)
     optimizer = kind(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
     trainer = SimpleTrainer(model, data, optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.5)  # takes the optimizer's rate on
@@ -174,6 +167,8 @@ def test_momentum_and_limits_follow_their_points():
         (lambda: FreezeNorms(0, warmup_iters=-2), "warmup_iters must be 0 or more; got -2"),
         (lambda: FreezeNorms(0, "all"), "what must be one of"),
         (lambda: MomentumSchedule([]), "points must be one or more"),
+        (lambda: MomentumSchedule([(0, 0.1), (9, -0.1)]), "points must be above 0 and at most 1; got -0.1"),
+        (lambda: RenormSchedule(None, [(0, -1)]), "d_max_points must be 0 or more"),
         (lambda: RenormSchedule([(3, 1), (1, 1)]), "r_max_points must have iterations that increase"),
     ],
 )
@@ -190,10 +185,10 @@ def test_hooks_refuse_wrong_values(hook, message):
         ((f"{FREEZE}.ITER", 1, f"{FREEZE}.WHAT", "gamma"), "FREEZE.WHAT must be one of .*got 'gamma'"),
         ((f"{FREEZE}.ITER", 1, f"{FREEZE}.WARMUP_ITERS", -1), "WARMUP_ITERS must be 0 or more; got -1"),
         ((f"{FREEZE}.WARMUP_ITERS", 5), "WARMUP_ITERS must keep its default where nothing is frozen; got 5"),
-        (("SOLVER.BNEXT.MOMENTUM", "[[0, 0.0]]"), "SOLVER.BNEXT.MOMENTUM must have values .*got 0.0"),
+        (("SOLVER.BNEXT.MOMENTUM", "[[0, 0.0]]"), "SOLVER.BNEXT.MOMENTUM must be above 0 and at most 1; got 0.0"),
         (("SOLVER.BNEXT.MOMENTUM", "[0.1]"), "SOLVER.BNEXT.MOMENTUM must be one or more"),
-        (("SOLVER.BNEXT.RENORM.R_MAX", "[[0, 0.5]]"), "RENORM.R_MAX must have values that be 1 or more; got 0.5"),
-        (("SOLVER.BNEXT.RENORM.D_MAX", "[[0, -1]]"), "RENORM.D_MAX must have values that be 0 or more; got -1"),
+        (("SOLVER.BNEXT.RENORM.R_MAX", "[[0, 0.5]]"), "RENORM.R_MAX must be 1 or more; got 0.5"),
+        (("SOLVER.BNEXT.RENORM.D_MAX", "[[0, -1]]"), "RENORM.D_MAX must be 0 or more; got -1"),
     ],
 )
 def test_keys_refuse_wrong_values(opts, message):
@@ -222,7 +217,25 @@ def test_keys_without_effect_are_refused_before_training(digits, tmp_path, opts,
 
 SCHEDULED = (f"{FREEZE}.ITER", 4, f"{FREEZE}.WARMUP_ITERS", 2, "SOLVER.BNEXT.MOMENTUM", "[[0, 0.3], [4, 0.05]]")
 SCHEDULED += ("SOLVER.CHECKPOINT_PERIOD", 2, "SOLVER.MAX_ITER", 8, "SOLVER.WEIGHT_DECAY_NORM", 0.001)
+SCHEDULED += ("SOLVER.BNEXT.RENORM.R_MAX", "[[1, 1], [3, 2]]", "SOLVER.BNEXT.RENORM.D_MAX", "[[1, 0], [3, 1]]")
+SCHEDULED += ("MODEL.BNEXT.RETINANET.TRAINING", "renorm")
 SCHEDULED += ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)
+
+
+def test_hooks_are_there_where_keys_ask_for_them_and_in_their_order(digits, tmp_path):
+    kinds = [type(hook) for hook in Trainer(load(tmp_path, *SCHEDULED))._hooks]
+    order = [d2_hooks.LRScheduler, PreciseBN, FreezeNorms, MomentumSchedule, RenormSchedule]
+    order += [EqualizeBuffers, PeriodicCheckpointer]
+    assert [kind for kind in kinds if kind in order] == order
+    kinds = [type(hook) for hook in Trainer(load(tmp_path))._hooks]
+    assert not {FreezeNorms, MomentumSchedule, RenormSchedule} & set(kinds)
+
+
+@pytest.mark.parametrize(("period", "own"), [(0, True), (4, False)])
+def test_statistics_are_estimated_by_one_of_two_hooks(digits, tmp_path, period, own):
+    hooks = Trainer(load(tmp_path, *SCHEDULED, "TEST.EVAL_PERIOD", period))._hooks
+    freeze = next(hook for hook in hooks if isinstance(hook, FreezeNorms))
+    assert (freeze._recompute is not None) is own, "PreciseBN does it after iteration 3"
 
 
 @pytest.fixture(scope="module")

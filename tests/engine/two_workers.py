@@ -12,7 +12,6 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 from torch import nn
 
-from bnext.config_schedules import add_schedule_keys
 from bnext.data.check import check_datasets
 from bnext.engine import Trainer, launch, train
 from bnext.engine.hooks import equalize_buffers
@@ -83,11 +82,8 @@ def check_saved_is_evaluated(folder):
 
 def check_freezing(folder):
     """From iteration 2 on statistics and affines are bitwise constant and equal, and everything else trains."""
-    cfg = tiny.load(folder, "DATASETS.TEST", "()", "SOLVER.WEIGHT_DECAY_NORM", 0.01)
-    cfg.defrost()
-    if "BNEXT" not in cfg.SOLVER:
-        add_schedule_keys(cfg)
-    cfg.merge_from_list(["SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.BNEXT.FREEZE.ITER", 2])
+    opts = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.BNEXT.FREEZE.ITER", 2)
+    cfg = tiny.load(folder, *opts, "SOLVER.WEIGHT_DECAY_NORM", 0.01)
     states = []
     trainer = Trainer(cfg)
     keep = CallbackHook(after_step=lambda t: states.append({k: v.clone() for k, v in t.model.state_dict().items()}))

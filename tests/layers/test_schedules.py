@@ -47,12 +47,12 @@ def test_a_single_point_is_a_constant():
         ([(0, True)], "finite numbers; got True"),
         ([(5, 1), (5, 2)], r"increase from 0 or more; got \[5, 5\]"),
         ([(-1, 1)], "increase from 0"),
-        ([(0, 0.5), (1, 2.0)], "lie between 0 and 1; got 2.0"),
+        ([(0, 0.5), (1, 2.0)], "above 0 and at most 1; got 2.0"),
     ],
 )
 def test_points_that_are_none_are_refused(points, message):
     with pytest.raises(ConfigError, match=rf"KEY must .*{message}"):
-        check_points(points, "KEY", 0, 1)
+        check_points(points, "KEY", "momentum")
 
 
 def test_momentum_is_set_on_every_moving_average_and_used():
