@@ -22,10 +22,15 @@ from bnext.layers import (
     LevelBatchNorm2d,
     NormSpec,
     build_norm,
+    check_norm_state,
     convert_norm,
     convert_norm_state,
     copy_norm_state,
+    fold_norms,
+    freeze_norms,
     frozen_statistics,
+    unfreeze_norms,
+    virtual_samples,
 )
 from bnext.statistics import recompute_population_statistics
 
@@ -43,12 +48,17 @@ __all__ = [
     "NormSpec",
     "StatisticsError",
     "build_norm",
+    "check_norm_state",
     "convert_norm",
     "convert_norm_state",
     "copy_norm_state",
+    "fold_norms",
+    "freeze_norms",
     "frozen_statistics",
     "recompute_population_statistics",
+    "unfreeze_norms",
     "use_domain",
+    "virtual_samples",
 ]
 
 _detectron2 = importlib.util.find_spec("detectron2")

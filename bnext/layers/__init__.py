@@ -2,8 +2,12 @@
 
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
-from bnext.layers.convert import ConversionReport, convert_norm, convert_norm_state, copy_norm_state
+from bnext.layers.check import check_norm_state
+from bnext.layers.convert import ConversionReport, convert_norm, convert_norm_state, copy_norm_state, read_caffe_state
+from bnext.layers.fold import FoldedNorm, FoldReport, fold_norms, is_folded
+from bnext.layers.freezing import freeze_norms, unfreeze_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.schedules import interpolate, set_momentum, set_renorm_limits
 from bnext.layers.scopes import frozen_statistics
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
 from bnext.layers.virtual import virtual_samples
@@ -13,14 +17,25 @@ __all__ = [
     "TABLE5_ROWS",
     "BatchNorm2d",
     "ConversionReport",
+    "FoldReport",
+    "FoldedNorm",
     "LevelBatchNorm2d",
     "NormSpec",
     "build_norm",
+    "check_norm_state",
     "convert_norm",
     "convert_norm_state",
     "copy_norm_state",
+    "fold_norms",
+    "freeze_norms",
     "frozen_statistics",
+    "interpolate",
+    "is_folded",
     "make_named_norm",
     "name_norms",
+    "read_caffe_state",
+    "set_momentum",
+    "set_renorm_limits",
+    "unfreeze_norms",
     "virtual_samples",
 ]
