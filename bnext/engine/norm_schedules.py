@@ -42,7 +42,8 @@ class FreezeNorms(HookBase):
 
     Note:
         Statistics are made equal on all workers before they are frozen: a collective. torch's norms, and other
-        subclasses, are held in evaluation mode; those without population statistics keep their mini-batch.
+        subclasses, are put into evaluation mode before every step (a trainer whose step calls `model.train()` undoes
+        that: convert them with `convert_norm`); those without population statistics keep their mini-batch.
         The affine keeps its `requires_grad`, as DistributedDataParallel expects its gradient, but the optimizer's
         step leaves it out, so that momentum and weight decay do not move it either.
 
