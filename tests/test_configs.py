@@ -4,19 +4,44 @@ from pathlib import Path
 
 import pytest
 import yaml
+from detectron2 import model_zoo
 from detectron2.modeling import build_model
 
+from bnext.config import get_place_norm, has_place
 from bnext.engine import load_config
-from bnext.layers import LevelBatchNorm2d
+from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.layers.freezing import find_batch_norms
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(
     path.relative_to(ROOT) for folder in ("configs", "projects") for path in ROOT.glob(f"{folder}/**/*.yaml")
 )
+PARTS = {
+    "RESNETS": "backbone.bottom_up.",
+    "FPN": "backbone.fpn_",
+    "ROI_BOX_HEAD": "roi_heads.box_head.",
+    "ROI_MASK_HEAD": "roi_heads.mask_head.",
+}
 
 
 def test_there_are_configs():
-    assert len(CONFIGS) >= 17
+    assert len(CONFIGS) >= 26
+
+
+@pytest.mark.parametrize("ours", [path for path in CONFIGS if "rcnn" in path.stem or "panoptic" in path.stem], ids=str)
+def test_a_two_stage_recipe_is_detectron2s_but_for_its_norms(ours):
+    """The namesake in its model zoo, without the norm in the name; convolutions of the box head come with their norm."""
+    stem = ours.stem.removesuffix("_SyncBN").removesuffix("_GhostBN")
+    cfg, stock = load_config(str(ROOT / ours)), model_zoo.get_config(f"{ours.parent.name}/{stem}.yaml")
+    for section in ("INPUT", "DATASETS", "DATALOADER"):
+        assert cfg[section] == stock[section]
+    assert {key for key, value in stock.SOLVER.items() if cfg.SOLVER[key] != value} == set()
+    for key, value in stock.MODEL.items():
+        if isinstance(value, dict):
+            changed = {name for name in value if cfg.MODEL[key][name] != value[name]}
+            assert changed <= {"NORM", *(("NUM_CONV", "NUM_FC") if key == "ROI_BOX_HEAD" else ())}
+        elif key not in ("META_ARCHITECTURE", "WEIGHTS", "DEVICE"):
+            assert cfg.MODEL[key] == value
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)
@@ -25,7 +50,12 @@ def test_config_is_safe_yaml_and_builds(path):
     cfg = load_config(str(ROOT / path), ["MODEL.DEVICE", "cpu"])
     model = build_model(cfg)
     norms = [module for module in model.modules() if isinstance(module, LevelBatchNorm2d)]
-    assert len(norms) == (2 * cfg.MODEL.RETINANET.NUM_CONVS if cfg.MODEL.RETINANET.NORM else 0)
+    num_towers = 2 * cfg.MODEL.RETINANET.NUM_CONVS if cfg.MODEL.RETINANET.NORM else 0
+    assert len(norms) == num_towers + bool(cfg.MODEL.BNEXT.RPN.NORM)
+    for place in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        asked = get_place_norm(cfg, place) if has_place(cfg, place) else ""
+        found = {module.spec for path, module in find_batch_norms(model) if path.startswith(PARTS[place])}
+        assert found == ({asked} if isinstance(asked, NormSpec) else set())
     if path.stem.startswith("table5_row"):
         assert {norm.spec.table5_row for norm in norms} == {int(path.stem[-1])}
 
