@@ -144,6 +144,14 @@ def test_device_type_mode_and_freezing_are_carried(training):
     assert "it was frozen" in str(report)
 
 
+def test_statistics_that_were_held_still_are_held_still():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].track_running_stats = False
+    convert_norm(model, {"": NormSpec()})
+    model(torch.rand(2, 4, 3, 3))
+    assert int(model[0].num_batches_tracked) == 0
+
+
 def test_a_meta_model_is_converted_too():
     with torch.device("meta"):
         model = resnet18(norm_layer=FrozenBatchNorm2d)
@@ -174,9 +182,10 @@ def test_answers_that_torch_cannot_hold_are_said():
 def test_a_norm_at_two_places_stays_one():
     norm = nn.BatchNorm2d(4)
     model = nn.ModuleDict({"a": norm, "b": nn.ModuleDict({"c": norm})})
-    convert_norm(model, {"": NormSpec()})
+    report = convert_norm(model, {"": SEPARATE})
     assert model["a"] is model["b"]["c"]
     assert isinstance(model["a"], BatchNorm2d)
+    assert {change.path for change in report.changes} == {"a"}
     with pytest.raises(ConfigError, match=r"several places must become one norm; got .* for a, b\.c"):
         convert_norm(model, {"a": nn.BatchNorm2d})
 

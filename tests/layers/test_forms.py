@@ -123,6 +123,22 @@ def test_numbered_levels_need_as_many_names():
             copy_norm_state(source, target)
 
 
+def test_unknown_statistics_change_nothing_where_the_mini_batch_normalizes():
+    report = copy_norm_state(make("own_no_population"), make("own_by_batch"))
+    assert "holds no population statistics" in str(report)
+    assert report.keeps_outputs
+
+
+def test_mini_batches_of_other_domains_are_other_mini_batches():
+    source = make("domains_DNS")
+    target = randomize(BatchNorm2d(NUM_CHANNELS, source.spec.replace(domains=("day", "night"))).double())
+    report = copy_norm_state(source, target)
+    assert "('per_domain', ('p3', 'p4', 'p5')), and now is by mini-batch ('per_domain', ('day', 'night'))" in str(
+        report
+    )
+    assert not report.keeps_outputs
+
+
 def test_zero_eps_is_taken_over_as_next_to_nothing():
     """torchvision's published detectors have frozen norms with eps 0 (pytorch/vision#2599)."""
     source, target = make("torchvision_frozen_no_eps"), make("own_frozen", seed=2)
