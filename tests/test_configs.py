@@ -30,7 +30,7 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("ours", [path for path in CONFIGS if "rcnn" in path.stem or "panoptic" in path.stem], ids=str)
 def test_a_two_stage_recipe_is_detectron2s_but_for_its_norms(ours):
-    """The namesake in its model zoo, without the norm in the name; convolutions of the box head come with their norm."""
+    """Its namesake without the norm; convolutions of the box head come with their norm."""
     stem = ours.stem.removesuffix("_SyncBN").removesuffix("_GhostBN")
     cfg, stock = load_config(str(ROOT / ours)), model_zoo.get_config(f"{ours.parent.name}/{stem}.yaml")
     for section in ("INPUT", "DATASETS", "DATALOADER"):

@@ -14,9 +14,38 @@ from torch import Tensor, nn
 
 from bnext import add_bnext_config
 from bnext.layers import TABLE5_ROWS
+from bnext.layers.forms import iterate_norms
 
-__all__ = ["LEVELS", "NUM_CLASSES", "make_batch", "make_cfg", "make_detector", "make_model", "run_step"]
+__all__ = [
+    "C4",
+    "LEVELS",
+    "NUM_CLASSES",
+    "ROOTS",
+    "make_batch",
+    "make_cfg",
+    "make_detector",
+    "make_model",
+    "norms_of",
+    "run_step",
+    "train_and_infer",
+]
 
+# Where the norms of a place are in a model.
+ROOTS = {
+    "RESNETS": "backbone.bottom_up.",
+    "FPN": "backbone.fpn_",
+    "RPN": "proposal_generator.",
+    "ROI_BOX_HEAD": "roi_heads.box_head.",
+    "ROI_MASK_HEAD": "roi_heads.mask_head.",
+    "ROI_KEYPOINT_HEAD": "roi_heads.keypoint_head.",
+    "SEM_SEG_HEAD": "sem_seg_head.",
+}
+# Without an FPN; the last stage is in the RoI heads.
+C4 = [
+    *("MODEL.BACKBONE.NAME", "build_resnet_backbone", "MODEL.RESNETS.OUT_FEATURES", ["res4"]),
+    *("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.KEYPOINT_ON", False, "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]]),
+    *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"], "MODEL.ROI_MASK_HEAD.NUM_CONV", 0),
+]
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 NUM_CLASSES = 3
 
@@ -81,3 +110,21 @@ def run_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[dict[str, T
         sum(losses.values()).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {name: loss.detach() for name, loss in losses.items()}, gradients
+
+
+def norms_of(model: nn.Module, place: str | None = None) -> dict[str, Any]:
+    """Path -> norm, of a place or of the whole model."""
+    root = ROOTS[place] if place else ""
+    return {path: norm for path, norm, _ in iterate_norms(model) if path.startswith(root)}
+
+
+def train_and_infer(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]]]:
+    """Losses, gradients and results of one step and one inference, which are finite and complete."""
+    losses, gradients = run_step(model, make_batch((64, 96)))
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    model.eval()
+    with torch.no_grad():
+        results = model(make_batch((64, 96)))
+    assert len(results) == 2
+    return losses, gradients, results
