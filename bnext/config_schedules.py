@@ -33,6 +33,8 @@ def add_schedule_keys(cfg: CfgNode) -> None:
     cfg.SOLVER.BNEXT.RENORM = CfgNode()
     cfg.SOLVER.BNEXT.RENORM.R_MAX = []
     cfg.SOLVER.BNEXT.RENORM.D_MAX = []
+    # Virtual BN: so many more images per step, over all workers, are run forward only and enlarge the mini-batches.
+    cfg.SOLVER.BNEXT.VIRTUAL_IMAGES = 0
 
 
 def check_schedules(cfg: CfgNode) -> None:

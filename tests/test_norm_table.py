@@ -36,7 +36,7 @@ def test_the_test_that_is_named_exists(way):
 def test_keys_are_taken(way):
     cfg = get_cfg()
     add_bnext_config(cfg)
-    keys = WAYS[way][1].strip("`").split()
+    keys = WAYS[way][1].split("`")[1].split()
     cfg.MODEL.META_ARCHITECTURE = "BNextRetinaNet" if "RETINANET" in keys[0] else "BNextGeneralizedRCNN"
     cfg.SOLVER.MAX_ITER = 90000
     cfg.MODEL.BACKBONE.NAME = "build_resnet_fpn_backbone"

@@ -39,6 +39,7 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
+from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -100,6 +101,7 @@ class Trainer(DefaultTrainer):
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
+            *build_virtual_images(cfg, _unwrap(self.model)),  # over when the next hooks look at the model
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
             PreciseBN(cfg.TEST.EVAL_PERIOD, recompute) if recompute else None,
