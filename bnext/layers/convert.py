@@ -12,19 +12,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.caffe import read_caffe_state
-from bnext.layers.carry import (
-    Change,
-    ConversionReport,
-    check_map,
-    convert_norm_state,
-    copy_norm_state,
-    restrict_map,
-)
+from bnext.layers.carry import Change, ConversionReport, check_map, convert_norm_state, copy_norm_state, restrict_map
 from bnext.layers.forms import AFFINE, NormForm, find_form, find_leftovers, iterate_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -244,8 +238,13 @@ def _place_like(module: nn.Module, made: nn.Module) -> None:
     if first is not None:
         made.to(first.device, first.dtype)
     made.train(module.training)
-    if getattr(module, "running_mean", None) is not None and getattr(module, "track_running_stats", True) is False:
-        made.track_running_stats = False  # type: ignore[assignment]
+    old, new = (
+        [part for part in norm.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+        for norm in (module, made)
+    )
+    if old and not any(part.track_running_stats for part in old):  # somebody holds them still
+        for part in new:
+            part.track_running_stats = False
 
 
 def _freeze_like(module: nn.Module, made: nn.Module) -> None:

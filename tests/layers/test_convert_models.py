@@ -147,9 +147,11 @@ def test_device_type_mode_and_freezing_are_carried(training):
 def test_statistics_that_were_held_still_are_held_still():
     model = nn.Sequential(nn.BatchNorm2d(4))
     model[0].track_running_stats = False
-    convert_norm(model, {"": NormSpec()})
-    model(torch.rand(2, 4, 3, 3))
-    assert int(model[0].num_batches_tracked) == 0
+    for spec in (NormSpec(), SEPARATE, NormSpec()):
+        convert_norm(model, {"": spec})
+        with use_domain("day"):
+            model(torch.rand(2, 4, 3, 3))
+        assert all(int(value) == 0 for key, value in model.state_dict().items() if key.endswith("tracked"))
 
 
 def test_a_meta_model_is_converted_too():
