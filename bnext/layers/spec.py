@@ -98,6 +98,11 @@ class NormSpec:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
+        if isinstance(self.domains, str):
+            raise ConfigError(
+                f"domains must be a sequence of names; got {self.domains!r} (NormSpec). Write ({self.domains!r},)."
+            )
+        object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
         hints = get_type_hints(type(self))
         for name in _CHOICES:
             check_choice(name, getattr(self, name), get_args(hints[name]))

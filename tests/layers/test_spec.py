@@ -219,3 +219,10 @@ def test_replace_checks_too():
     assert NormSpec.from_table5_row(4).replace(affine="per_level").table5_row == 6
     with pytest.raises(ConfigError, match="affine"):
         NormSpec().replace(affine="mine")
+
+
+def test_domains_may_come_as_a_list_and_never_as_one_string():
+    own = {"population": "per_domain"}
+    assert NormSpec(domains=["day", "night"], **own) == NormSpec(domains=("day", "night"), **own)
+    with pytest.raises(ConfigError, match=r"domains must be a sequence of names; got 'day'"):
+        NormSpec(domains="day", **own)
