@@ -9,10 +9,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from bnext.errors import ConfigError
-from bnext.layers import NAMED_NORMS, LevelBatchNorm2d, NormSpec, build_norm, make_named_norm
+from bnext.layers import NAMED_NORMS, FoldedNorm, LevelBatchNorm2d, NormSpec, build_norm, make_named_norm
 
-__all__ = ["looking_up_levels", "make_head_norm", "name_levels", "run_tower"]
+__all__ = ["SEEING_LEVELS", "looking_up_levels", "make_head_norm", "name_levels", "run_tower"]
 
+# They get all levels by name; a folded norm refuses those that it was not folded for.
+SEEING_LEVELS = (LevelBatchNorm2d, FoldedNorm)
 HeadNorm = NormSpec | str | Callable[[int], nn.Module]
 
 
@@ -61,7 +63,7 @@ def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, 
 def run_tower(tower: nn.Sequential, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """Apply a tower to every level: a level norm to all at once, every other module to each alone."""
     for module in tower:
-        if isinstance(module, LevelBatchNorm2d):
+        if isinstance(module, SEEING_LEVELS):
             features = module(features)
         else:
             features = {level: module(feature) for level, feature in features.items()}

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnext.config import get_place_norm
-from bnext.heads.lock_step import HeadNorm, name_levels
+from bnext.heads.lock_step import SEEING_LEVELS, HeadNorm, name_levels
 from bnext.heads.places import add_norms
-from bnext.layers import LevelBatchNorm2d
 
 __all__ = ["BNextRPNHead", "RPNHead"]
 
@@ -55,7 +54,7 @@ class RPNHead(StandardRPNHead):
 
 def _run_conv(conv: Conv2d, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """A convolution with its norm and activation: a level norm gets all levels at once."""
-    if not isinstance(conv.norm, LevelBatchNorm2d):
+    if not isinstance(conv.norm, SEEING_LEVELS):
         return {level: conv(feature) for level, feature in features.items()}
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     features = {level: F.conv2d(feature, conv.weight, conv.bias, *geometry) for level, feature in features.items()}

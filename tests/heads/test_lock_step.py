@@ -7,9 +7,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from bnext import add_bnext_config
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.lock_step import make_head_norm, name_levels, run_tower
-from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.layers import LevelBatchNorm2d, NormSpec, fold_norms
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
 
 
@@ -65,3 +65,13 @@ def test_a_level_that_the_backbone_has_not_is_named(architecture):
     cfg.MODEL.RETINANET.IN_FEATURES = ["p3", "p8"]
     with pytest.raises(ConfigError, match=r"MODEL.RETINANET.IN_FEATURES must name features .* got 'p8'"):
         build_model(cfg)
+
+
+def test_a_head_that_was_folded_for_one_level_refuses_the_others():
+    tower = nn.Sequential(nn.Conv2d(NUM_CHANNELS, NUM_CHANNELS, 1), make_norm(NormSpec.from_table5_row(4)), nn.ReLU())
+    tower, features = tower.double().eval(), make_features()
+    expected = run_tower(tower, features)["p4"]
+    fold_norms(tower, "p4")
+    torch.testing.assert_close(run_tower(tower, {"p4": features["p4"]})["p4"], expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(StatisticsError, match="p3"):
+        run_tower(tower, features)
