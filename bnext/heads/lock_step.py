@@ -43,7 +43,17 @@ def make_head_norm(norm: HeadNorm, levels: Sequence[str] | None) -> str | Callab
         norm = norm if levels is None else norm.replace(statistics="per_level", population="per_level")
     if isinstance(norm, NormSpec):
         return build_norm(norm, levels)
-    return partial(make_named_norm, norm) if norm in ("GN", "LN") else norm  # type: ignore[return-value]
+    return partial(_make_named_norm, norm) if norm in ("GN", "LN") else norm  # type: ignore[return-value]
+
+
+def _make_named_norm(name: str, num_channels: int) -> nn.Module | None:
+    try:
+        return make_named_norm(name, num_channels)
+    except ValueError as error:
+        raise ConfigError(
+            f"a norm must fit the channels of its layer; got {name!r} for {num_channels} ({error}). Use a multiple of "
+            f"32 channels, or another norm for this place."
+        ) from error
 
 
 def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_nor
 from bnext.domain import get_active_domain
 from bnext.errors import ConfigError, DomainError
 from bnext.heads.lock_step import HeadNorm, make_head_norm
-from bnext.layers import BatchNorm2d, NormSpec, convert_norm, make_named_norm, name_norms
+from bnext.layers import BatchNorm2d, NormSpec, convert_norm, name_norms
 from bnext.layers.forms import iterate_norms
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
@@ -120,7 +120,7 @@ def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str)
         if not any(path.startswith(f"{root}.") for root in paths):
             continue
         if name in ("GN", "LN") and isinstance(norm, (NaiveSyncBatchNorm, FrozenBatchNorm2d)):
-            made = make_named_norm(name, norm.num_features)
+            made: Any = make_head_norm(name, None)(norm.num_features)
             made.requires_grad_(isinstance(norm, NaiveSyncBatchNorm))  # FREEZE_AT has frozen a stand-in
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, made)

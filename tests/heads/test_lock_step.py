@@ -37,8 +37,15 @@ def test_a_spec_becomes_a_factory_and_names_stay():
 def test_group_norm_has_the_groups_of_detectron2_and_can_be_tried_on_one_channel():
     make = make_head_norm("GN", LEVELS)
     assert [make(channels).num_groups for channels in (1, 32, 256)] == [1, 32, 32]
-    with pytest.raises(ValueError, match="divisible"):
+    with pytest.raises(ConfigError, match=r"got 'GN' for 48 \(.*divisible.*\)\. Use a multiple of 32"):
         make(48)
+
+
+def test_names_of_batch_norms_are_bnexts_with_statistics_per_level():
+    norm = make_head_norm("SyncBN", LEVELS)(NUM_CHANNELS)
+    assert (type(norm), norm.levels) == (LevelBatchNorm2d, LEVELS)
+    assert norm.spec == NormSpec.from_table5_row(4, workers="all")
+    assert make_head_norm("SyncBN", None)(NUM_CHANNELS).spec == NormSpec(workers="all")
 
 
 def test_a_tower_applies_convolutions_per_level_and_the_norm_to_all():
