@@ -206,6 +206,7 @@ _ANY: dict[str, dict[str, object]] = {
 _PLAIN: dict[str, dict[str, object]] = {
     "plain": {},
     "ghost3": {"normalization_batch_size": 3},
+    "ghost4": {"normalization_batch_size": 4},
     "ghost9": {"normalization_batch_size": 9},
     "workers_node": {"workers": "node"},
     "workers_1": {"workers": 1},

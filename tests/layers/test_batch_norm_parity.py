@@ -145,6 +145,15 @@ def test_any_answers_over_any_shapes_are_the_definition(drawn, seed, memory_form
         check_step(case, norm, {"x": x}, {"x": grad})
 
 
+@pytest.mark.parametrize("training", ["mini_batch", "renorm"])
+@pytest.mark.parametrize("num_samples", range(1, 9))
+def test_every_normalization_batch_size_is_the_definition(num_samples, training):
+    for size in range(1, num_samples + 2):
+        case = Case(NormSpec(normalization_batch_size=size, training=training))
+        x, grad = (torch.randn(num_samples, NUM_CHANNELS, 2, 2, dtype=torch.float64) + seed for seed in (0, 1))
+        check_step(case, case.build().train(), {"x": x.requires_grad_()}, {"x": grad})
+
+
 @given(strategies.seeds, st.tuples(*[st.integers(1, 5)] * 3))
 @settings(max_examples=30, deadline=None)
 def test_the_default_is_torchs_batch_norm_bit_by_bit(seed, sizes):

@@ -210,6 +210,8 @@ def count_collectives(rank, specs):
 def test_one_collective_forward_and_one_backward_whatever_is_normalized():
     levels = {param.id: param.values[0] for param in SPECS if param.values[0].workers == "all"}
     specs = {**SPECS_OVER_ALL, **levels, "frozen": NormSpec(workers="all", frozen="statistics")}
+    specs["by_batch"] = NormSpec(workers="all", inference="mini_batch")  # at inference of this worker alone
+    specs["domains_by_batch"] = DOMAIN_SPEC.replace(workers="all", inference="mini_batch")
     specs["one"] = NormSpec()
     specs = {name: spec for name, spec in specs.items() if spec.owner != "per_level" or name in levels}
     for counts in run_workers(count_collectives, 3, specs):
