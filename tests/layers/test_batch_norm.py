@@ -159,7 +159,7 @@ def test_another_device_is_refused_with_the_layers_path(case, training):
         case.call(norm, {"x": draw().to("meta")})
 
 
-@pytest.mark.parametrize("case", EVERY_KIND)
+@pytest.mark.parametrize("case", [*EVERY_KIND, *pick_cases("levels_row1-one", "levels_row6-one")])
 @pytest.mark.parametrize(
     ("buffer", "value"), [("running_mean", "nan"), ("running_var", "inf"), ("running_var", "-0.5")]
 )
@@ -175,6 +175,8 @@ def test_broken_running_statistics_are_refused_with_the_layers_path(case, buffer
     with pytest.raises(StatisticsError, match=rf"got mean .*{value}.* channel 2 \(backbone.stem.norm") as error:
         case.call(norm, case.inputs())
     assert "recompute_population_statistics" in str(error.value)
+    if "." in key:
+        assert f"(backbone.stem.norm, {key.partition('.')[0]})" in str(error.value)
     if case.active:
         assert ("stem.norm, night)" in str(error.value)) == key.startswith("night")
 
