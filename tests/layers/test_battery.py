@@ -279,3 +279,37 @@ def test_warns_of_nothing(case):
         warnings.simplefilter("error")
         step(case, case.build().train(), case.inputs())
         case.call(case.build().eval(), case.inputs())
+
+
+@both_modes
+def test_views_are_as_good_as_copies(case, training):
+    """Slices of a larger feature, and the expanded gradient of a sum."""
+    results = []
+    for is_view in (True, False):
+        norm = case.build().train(training)
+        wide = {name: torch.cat([x, x], 3).transpose(2, 3)[:, :, ::2] for name, x in case.inputs().items()}
+        inputs = {name: (x if is_view else x.contiguous()).detach().requires_grad_() for name, x in wide.items()}
+        outputs = case.call(norm, inputs)
+        sum(output[:, :2].sum() * 3 for output in outputs.values()).backward()
+        results.append(([*outputs.values()], [x.grad for x in inputs.values()], dict(norm.state_dict())))
+    torch.testing.assert_close(*results, **EXACT)
+
+
+@both_modes
+def test_no_positions(case, training):
+    norm = case.build().train(training)
+    before = state_of(norm)
+    inputs = {name: x[:, :, :0].clone() for name, x in case.inputs().items()}
+    outputs = case.call(norm, inputs)
+    assert {name: output.shape for name, output in outputs.items()} == {name: x.shape for name, x in inputs.items()}
+    assert_equal_state(norm, before)
+
+
+def test_inference_mode(case):
+    norm, plain = case.build(), case.build()
+    for training in (True, False):
+        with torch.inference_mode():
+            outputs = case.call(norm.train(training), case.inputs())
+        assert_equal_outputs(outputs, case.call(plain.train(training), case.inputs()))
+    assert_equal_state(norm, plain.state_dict())
+    step(case, norm.train(), case.inputs())
