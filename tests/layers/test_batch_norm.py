@@ -145,13 +145,8 @@ def test_wrong_shapes_are_refused_with_the_layers_path(case, shape, text, traini
         case.call(model[0]["stem"], {"x": torch.zeros(shape, dtype=torch.float64)})
 
 
-def mark_known_faults(param):
-    fault = pytest.mark.xfail(strict=True, reason="the device is not looked at where domains own all state")
-    return pytest.param(*param.values, id=param.id, marks=[fault] if "DDD" in param.id else [])
-
-
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", [mark_known_faults(param) for param in EVERY_KIND])
+@pytest.mark.parametrize("case", EVERY_KIND)
 def test_another_device_is_refused_with_the_layers_path(case, training):
     norm = case.build().train(training)
     norm.path = "backbone.stem.norm"
@@ -256,3 +251,16 @@ def test_no_single_element_is_met_where_several_share_a_mini_batch():
         norm(draw(3, 1, 1))
     moved = {n for n in DOMAINS if not torch.equal(norm.population_state(n).running_mean, before[n])}
     assert moved == {"day"}, "one element has no variance to remember"
+
+
+@pytest.mark.parametrize("second", ["channels_last", "evaluation"])
+def test_a_later_call_does_not_spoil_the_graph_of_an_earlier_one(second):
+    norm, alone = (randomize(BatchNorm2d(NUM_CHANNELS).double()) for _ in range(2))
+    norm.train(second != "evaluation")
+    alone.train(second != "evaluation")
+    images = torch.randn(3, NUM_CHANNELS, 4, 5, dtype=torch.float64, requires_grad=True)
+    output = norm(images)
+    norm.train()(images.detach().contiguous(memory_format=torch.channels_last) * 3)
+    (gradient,) = torch.autograd.grad(output.square().sum(), images)
+    (expected,) = torch.autograd.grad(alone(images).square().sum(), images)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)

@@ -252,10 +252,26 @@ def meet_a_lonely_domain(rank):
     return "nothing"
 
 
-@pytest.mark.xfail(strict=True, reason="who has no small feature does not look at the counts, goes on, and waits")
 def test_a_domain_of_one_element_is_refused_also_by_workers_without_that_domain():
     messages = run_workers(meet_a_lonely_domain, 2, timeout=20)
     assert all("got 1 (BatchNorm2d, day)" in message for message in messages)
+
+
+def leave_levels_out(rank, spec):
+    """Worker 1 has one of three levels."""
+    norm, filled, features = make_norm(spec).train(), make_norm(spec).train(), make_features(seed=rank)
+    given = {level: features[level] for level in (LEVELS[1:2] if rank else LEVELS)}
+    outputs = norm(given)
+    expected = filled({level: x if level in given else x[:0] for level, x in features.items()})
+    return outputs, {level: expected[level] for level in given}, dict(norm.state_dict()), dict(filled.state_dict())
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_a_level_that_one_worker_leaves_out_is_as_if_it_were_empty(row):
+    spec = NormSpec.from_table5_row(row, workers="all")
+    for outputs, expected, state, right in run_workers(leave_levels_out, 2, spec, timeout=20):
+        torch.testing.assert_close(outputs, expected, **EXACT)
+        torch.testing.assert_close(state, right, **EXACT)
 
 
 @pytest.mark.parametrize("shares", [(1, 0, 0), (0, 0, 1)])

@@ -6,15 +6,16 @@ import torch
 from tests.cases import Case, pick_cases
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
-# batch_norm_update_stats has no kernel for tensors of unknown size (torch 2.15).
-FAULT = pytest.mark.xfail(strict=True, reason="moments of a contiguous feature cannot be compiled with dynamic=True")
-TRAINING = [
-    *pick_cases("plain", "domains_DDD-one", "levels_row5-one"),
-    *(
-        pytest.param(*param.values, id=param.id, marks=[FAULT])
-        for param in pick_cases("ghost2", "renorm", "train_by_population", "domains_DDD-mixed", "levels_row1-one")
-    ),
-]
+TRAINING = pick_cases(
+    "plain",
+    "ghost2",
+    "renorm",
+    "train_by_population",
+    "domains_DDD-one",
+    "domains_DDD-mixed",
+    "levels_row1-one",
+    "levels_row5-one",
+)
 EVALUATION = pick_cases("plain", "domains_DDD-mixed", "levels_row2-one")
 
 

@@ -187,8 +187,8 @@ def test_a_recomputation_outside_of_the_scope_is_refused_not_guessed():
         inside.sum().backward()
 
 
-@pytest.mark.xfail(strict=True, reason="a scope belongs to its thread; a GPU's backward pass runs in one of autograd's")
 def test_a_recomputation_by_another_thread_sees_the_scope():
+    """A GPU's backward pass runs in a thread of autograd's."""
     output, errors = checkpointed(build(OWN), draw(0)), []
 
     def run_backward():

@@ -68,12 +68,7 @@ class IgnoresTheFlag(nn.BatchNorm2d):
         return input - self.running_mean[:, None, None]
 
 
-def mark_known_faults():
-    fault = pytest.mark.xfail(strict=True, reason="only batch norms are looked for; an InstanceNorm may track, too")
-    return [pytest.param(name, marks=[fault] if name == "instance" else []) for name in make_models()]
-
-
-@pytest.mark.parametrize("name", mark_known_faults())
+@pytest.mark.parametrize("name", make_models())
 def test_norms_of_others_are_left_alone_too(name):
     model, x = make_models()[name].train(), torch.randn(4, NUM_CHANNELS, 3, 3)
     before = state_of(model)
