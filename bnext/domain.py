@@ -10,7 +10,10 @@ from bnext.errors import DomainError
 
 __all__ = ["get_active_domain", "use_domain"]
 
-_active: ContextVar[str | tuple[str, ...] | None] = ContextVar("bnext_domain", default=None)
+Active = str | tuple[str, ...] | None
+
+_active: ContextVar[Active] = ContextVar("bnext_domain", default=None)
+_entered: list[tuple[Active, object]] = []  # scopes of all threads, the latest last
 
 
 @contextlib.contextmanager
@@ -25,7 +28,7 @@ def use_domain(domain: str | Sequence[str]) -> Iterator[None]:
 
     Note:
         The innermost scope counts. A scope belongs to its thread. With activation checkpointing the
-        backward pass runs the network again and must lie in the scope, too.
+        backward pass runs the network again, on a GPU in another thread, and must lie in the scope, too.
 
     Example:
         >>> with use_domain("night"):
@@ -39,12 +42,20 @@ def use_domain(domain: str | Sequence[str]) -> Iterator[None]:
             f"Name the data set that the samples are from."
         )
     token = _active.set(domain if isinstance(domain, str) else names)
+    entry = (_active.get(), token)
+    _entered.append(entry)
     try:
         yield
     finally:
+        _entered.remove(entry)
         _active.reset(token)
 
 
-def get_active_domain() -> str | tuple[str, ...] | None:
-    """The domain of all samples, or that of each, or None outside of `use_domain`."""
-    return _active.get()
+def get_active_domain(of_any_thread: bool = False) -> Active:
+    """The domain of all samples, or that of each, or None outside of `use_domain`.
+
+    Args:
+        of_any_thread: where this thread is in no scope, take the latest of all threads.
+    """
+    own = _active.get()
+    return _entered[-1][0] if own is None and of_any_thread and _entered else own

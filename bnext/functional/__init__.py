@@ -4,7 +4,7 @@ Shape letters in this folder: N samples, C channels, H W, L features (levels), B
 """
 
 from bnext.functional.averaging import update_running_statistics
-from bnext.functional.grouping import Grouping, group_samples
+from bnext.functional.grouping import Grouping, count_elements, group_samples
 from bnext.functional.moments import (
     Moments,
     batch_moments,
@@ -20,6 +20,7 @@ __all__ = [
     "Grouping",
     "Moments",
     "batch_moments",
+    "count_elements",
     "group_moments",
     "group_samples",
     "has_safe_kernel",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-__all__ = ["Grouping", "group_samples"]
+__all__ = ["Grouping", "count_elements", "group_samples"]
 
 
 class Grouping(NamedTuple):
@@ -77,3 +77,20 @@ def _cut(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tup
         keys.append((domain, owner, seen[owner] * num_groups // totals[owner]))
         seen[owner] += 1
     return keys
+
+
+def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], grouping: Grouping) -> list[int]:
+    """Elements per channel of each mini-batch, as far as these features go.
+
+    Args:
+        num_samples, num_positions: of each feature: N, and H W.
+        grouping: of these samples.
+    """
+    counts = [0] * (max(grouping.mini_batches) + 1)
+    for number, positions, part in zip(num_samples, num_positions, grouping.parts, strict=True):
+        if isinstance(part, int):
+            counts[grouping.mini_batches[part]] += number * positions
+        else:
+            for own in part:
+                counts[grouping.mini_batches[own]] += positions
+    return counts

@@ -73,15 +73,21 @@ def batch_moments(features: Tensor) -> Moments:
     if num_elements == 0:
         zeros = torch.zeros(num_channels, dtype=dtype, device=features.device)
         return Moments(count, zeros, zeros.clone())
+    if torch.compiler.is_compiling():  # the kernels below are closed to a compiler; the formula it makes fast itself
+        return _formula_moments(features, count)
     rows = features.movedim(1, -1)
     if features.is_cuda or (features.dtype == dtype and has_safe_kernel(features)):
         mean, var = torch.batch_norm_update_stats(features, None, None, 0.0)
         return Moments(count, mean.to(dtype), var.to(dtype))
-    has_many_rows = features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2
-    if has_many_rows and not torch.compiler.is_compiling():  # which would unroll the pieces; it fuses the formula below
+    if features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2:
         return _row_moments(rows.view(num_elements, num_channels))
+    return _formula_moments(features, count)
+
+
+def _formula_moments(features: Tensor, count: Tensor) -> Moments:
+    """Moments as they are defined, in two passes."""
     dims = [0, *range(2, features.dim())]
-    mean = features.mean(dims, keepdim=True, dtype=dtype)
+    mean = features.mean(dims, keepdim=True, dtype=count.dtype)
     var = (features - mean).square_().mean(dims)
     return Moments(count, mean.flatten(), var)
 
@@ -165,7 +171,8 @@ def sample_moments(features: Tensor) -> Moments:
     if num_positions == 0:
         zeros = torch.zeros(num_samples, num_channels, dtype=dtype, device=features.device)
         return Moments(count, zeros, zeros.clone())
-    if features.is_contiguous() and features.dtype == dtype:  # samples as channels: one pass of torch's kernel
+    is_plain = features.is_contiguous() and features.dtype == dtype and not torch.compiler.is_compiling()
+    if is_plain:  # samples as channels: one pass of torch's kernel
         rows = features.view(1, num_samples * num_channels, *features.shape[2:])
         mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
         return Moments(count, mean.view(num_samples, -1), var.view(num_samples, -1))

@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
-from torch import Tensor, nn
+from torch import nn
 
 from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
 from bnext.domain import get_active_domain
@@ -105,12 +105,6 @@ def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | N
 
 def _give_keypoint_norms(head: KRCNNConvDeconvUpsampleHead, norm: NormSpec | str) -> None:
     add_norms([part for part in head if isinstance(part, Conv2d)], norm)
-    if norm == "LN":  # its result may lie in channels_last order, which the loss of detectron2 cannot view
-        head.score_lowres.register_forward_pre_hook(_make_contiguous)
-
-
-def _make_contiguous(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(argument.contiguous() for argument in args)
 
 
 def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str) -> None:

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnext.distributed import all_gather_stacked, all_reduce_sum, resolve_group
+from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
 from bnext.domain import get_active_domain
 from bnext.errors import ConfigError, DomainError, StatisticsError
 from bnext.functional import (
     Grouping,
     Moments,
+    count_elements,
     group_moments,
     group_samples,
     has_safe_kernel,
@@ -30,6 +31,7 @@ from bnext.functional import (
     part_moments,
 )
 from bnext.layers.ownership import DomainState, OwnedBatchNorm2d
+from bnext.layers.scopes import is_recomputing
 from bnext.layers.spec import NormSpec
 
 __all__ = ["BatchNorm2d", "DomainState"]
@@ -98,7 +100,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
         if not self.domains:
             return 0
-        active = get_active_domain()
+        active = get_active_domain(of_any_thread=is_recomputing())
         if isinstance(active, tuple) and len(active) != num_samples:
             raise DomainError(
                 f"use_domain must name one domain per sample; got {len(active)} names for {num_samples} samples "
@@ -147,7 +149,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def _normalize_by_population(
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool
     ) -> list[Tensor]:
-        """`moves`: the statistics will change before the backward pass, which needs those of now."""
+        """`moves`: the statistics will change before the backward pass."""
         self.check_populations(names)
         if all(isinstance(domain, int) for domain in domains):
             return [self._infer(x, names[d], moves) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
@@ -158,7 +160,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def _infer(self, feature: Tensor, name: str, moves: bool) -> Tensor:
         state: Any = self.population_state(name)
         mean, var, affine = state.running_mean, state.running_var, self.affine_state(name)
-        mean, var = (mean.clone(), var.clone()) if moves else (mean, var)
+        if moves or (torch.is_grad_enabled() and not self.spec.has_frozen_statistics):
+            mean, var = mean.clone(), var.clone()  # the backward pass needs those of now
         return F.batch_norm(feature, mean, var, affine.weight, affine.bias, False, 0.0, self.eps)
 
     def _normalize_by_mini_batch(
@@ -175,7 +178,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
             owners = torch.tensor(grouping.mini_batches, device=device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
-        if not all(x.shape[2] * x.shape[3] > 1 and len(x) > 0 for x in features):  # else every mini-batch has two
+        # The device is asked only where a mini-batch may have one element per channel. Where others share mini-batches,
+        # one that has none here may be such, and all workers must see it.
+        local = count_elements([len(x) for x in features], [x.shape[2] * x.shape[3] for x in features], grouping)
+        if any(number == 1 or (number == 0 and group is not None) for number in local):
             statistics = self._replace_single_elements(statistics, moments, grouping, part_names)
         weight, bias = self.stack_affines(part_names, moments.mean)
         if self.training and spec.training == "renorm":
@@ -218,9 +224,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         counts = tuple(len(feature) for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), self.spec.statistics == "shared", size)
         parts = _to_parts(grouping.parts, features[0].device)
-        moments = part_moments(features, parts, len(grouping.domains))
-        if group is not None:
-            moments = _merge_over_workers(moments, group)
+        moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group)
         if self.recording is not None:
             self._record(moments, names)
         if self.virtual is not None:
@@ -290,10 +294,3 @@ def _add_samples(moments: Moments, extra: Sequence[Moments | None]) -> Moments:
     rows = zip(*(own if own is not None else nothing for own in extra), strict=True)
     pairs = [torch.stack([own, torch.stack(new)]) for own, new in zip(moments, rows, strict=True)]
     return merge_moments(Moments(*pairs))
-
-
-def _merge_over_workers(moments: Moments, group: Any) -> Moments:
-    num_channels = moments.mean.shape[1]
-    message = torch.cat([moments.count.unsqueeze(1), moments.mean, moments.var], dim=1)
-    count, mean, var = all_gather_stacked(message, group).split([1, num_channels, num_channels], dim=-1)
-    return merge_moments(Moments(count.squeeze(-1), mean, var))

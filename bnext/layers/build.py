@@ -55,7 +55,8 @@ class LayerNorm2d(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         last = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
-        return last.permute(0, 3, 1, 2)
+        output = last.permute(0, 3, 1, 2)
+        return output.contiguous() if input.is_contiguous() else output
 
 
 def make_named_norm(name: str, num_channels: int) -> nn.Module | None:

@@ -87,10 +87,10 @@ class LevelBatchNorm2d(BatchNorm2d):
             are shared; otherwise one per level, in the order of `levels`.
         """
         self._check_levels(features)
-        present = tuple(level for level in self.levels if level in features)
+        present = {level: index for index, level in enumerate(self.levels) if level in features}
         if not present:
             return {}
-        outputs = self.normalize_features([features[level] for level in present], list(range(len(present))), present)
+        outputs = self.normalize_features([features[level] for level in present], list(present.values()), self.levels)
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
 

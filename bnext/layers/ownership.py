@@ -91,6 +91,10 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         elif self.spec.population == "shared":
             yield self.domains, self
 
+    def _find_state(self) -> nn.Module | None:
+        """The first domain that owns something, where the layer itself owns nothing."""
+        return next((module for module in self.children() if isinstance(module, DomainState)), None)
+
     def stack_affines(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias for each name, [P, C]; `like` gives type and device where there is no affine."""
         size = (len(names), self.num_features)
@@ -133,8 +137,9 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             tracked = state.num_batches_tracked
             momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(own.mean.dtype)
             mean, var = update_running_statistics(state.running_mean, state.running_var, own, momentum)
-            state.running_mean.copy_(mean)
-            state.running_var.copy_(var)
+            # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
+            state.running_mean.data.copy_(mean)
+            state.running_var.data.copy_(var)
             tracked.add_((own.count >= 2).to(tracked.dtype))
 
     # ---- checks
@@ -158,7 +163,8 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
                 f"features must be [N, {self.num_features}, H, W]; got {list(feature.shape)} "
                 f"({self.name_place(name)}). Check the channels of the layer before it."
             )
-        own = self.weight if self.weight is not None else self.running_mean
+        state: Any = self if self.weight is not None or self.running_mean is not None else self._find_state()
+        own = None if state is None else state.weight if state.weight is not None else state.running_mean
         if own is not None and own.device != feature.device:
             raise StatisticsError(
                 f"features must be on the device of the norm, {own.device}; got {feature.device} "

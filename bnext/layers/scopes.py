@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 __all__ = ["frozen_statistics", "is_recomputing"]
@@ -20,11 +20,11 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     discriminator on generated images. What normalizes stays what it was: the mini-batch in training mode.
 
     Args:
-        model: any module; its batch norms may be torch's, bnext's, or subclasses of torch's.
+        model: any module; its norms may be torch's, bnext's, or others that have running statistics.
 
     Note:
-        A norm that heeds torch's `track_running_stats` is never written to. One that does not
-        (a subclass with a forward of its own) is put back bit by bit at the end of the scope.
+        A batch norm that heeds torch's `track_running_stats` is never written to. Any other norm
+        (a subclass with a forward of its own, an InstanceNorm) is put back bit by bit at the end of the scope.
 
     Example:
         >>> norm = nn.BatchNorm2d(3)
@@ -35,15 +35,17 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     tracked = [norm.track_running_stats for norm in norms]
-    before = [{name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)} for norm in norms]
+    holders = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
+    before = [{name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in holders]
     try:
         for norm in norms:
             norm.track_running_stats = False
         yield
     finally:
-        for norm, tracks, values in zip(norms, tracked, before, strict=True):
+        for norm, tracks in zip(norms, tracked, strict=True):
             norm.track_running_stats = tracks
-            for name, buffer in norm.named_buffers(recurse=False):
+        for module, values in zip(holders, before, strict=True):
+            for name, buffer in module.named_buffers(recurse=False):
                 # Through .data: a changed version would forbid the backward pass of what ran in the scope.
                 buffer.data.copy_(values[name])
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.distributed import all_gather_stacked, resolve_group
+from bnext.distributed import all_gather_stacked, merge_moments_over_workers, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
@@ -130,7 +130,8 @@ def recompute_population_statistics(
         except Exception as error:  # the other workers are told before it is raised: they wait for this one
             failure = error
     done = _count_batches(done, failure, norms[0][1])
-    totals = [_merge_over_workers(collector.total) for collector in collectors]
+    everyone = resolve_group("all")
+    totals = [merge_moments_over_workers(collector.total, everyone) for collector in collectors]
     if all(total.count == 0 for total in totals):
         raise StatisticsError(
             f"data must give at least one batch that reaches a norm; got {done} batches and no activation "
@@ -261,13 +262,6 @@ def _count_batches(done: int, failure: Exception | None, norm: _BatchNorm) -> in
             f"(recompute_population_statistics). Its own message says why; the statistics are as they were."
         )
     return int(answers[:, 0].sum())
-
-
-def _merge_over_workers(total: Moments) -> Moments:
-    num_channels = total.mean.numel()
-    message = torch.cat([total.count.unsqueeze(0), total.mean, total.var])
-    count, mean, var = all_gather_stacked(message, resolve_group("all")).split([1, num_channels, num_channels], dim=1)
-    return merge_moments(Moments(count.squeeze(1), mean, var))
 
 
 @torch.no_grad()

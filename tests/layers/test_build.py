@@ -81,3 +81,9 @@ def test_norms_learn_their_paths():
     model = nn.Sequential(nn.Sequential(BatchNorm2d(3)), LevelBatchNorm2d(3, ["p3"]))
     name_norms(model)
     assert (model[0][0].path, model[1].path) == ("0.0", "1")
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_ln_keeps_the_memory_format(memory_format):
+    images = make_images(6).float().contiguous(memory_format=memory_format)
+    assert make_named_norm("LN", 6)(images).stride() == images.stride()
