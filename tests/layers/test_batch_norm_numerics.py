@@ -7,6 +7,7 @@ from bnext.domain import use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from tests import reference
 from tests.cases import DOMAINS
+from tests.workers import run_workers
 
 C = 3
 OWN = NormSpec(statistics="per_domain", population="per_domain", affine="per_domain", domains=DOMAINS)
@@ -140,3 +141,20 @@ def test_gradients_are_those_of_finite_differences():
             return (run(BatchNorm2d(C, spec).double().train(), x, names_of(spec, 4)) * weight).sum()
 
         assert torch.autograd.gradcheck(loss, (x,)) or spec.training == "renorm"
+
+
+def offset_variance(rank, memory_format):
+    generator = torch.Generator().manual_seed(rank)
+    x = (torch.randn(4, C, 48, 48, generator=generator) + 1e4).contiguous(memory_format=memory_format)
+    norm = BatchNorm2d(C, NormSpec(workers="all", momentum=1.0)).train()
+    norm(x)
+    return x, norm.running_var
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_variance_at_offset_ten_thousand_by_two_workers(memory_format):
+    results = run_workers(offset_variance, 2, memory_format)
+    count, _, var = reference.moments_of([x for x, _ in results])
+    expected = var * count / (count - 1)
+    for _, actual in results:
+        assert ((actual.double() - expected) / expected).abs().max() < 1e-4

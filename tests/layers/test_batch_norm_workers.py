@@ -287,20 +287,3 @@ def test_one_element_per_worker_is_a_mini_batch_where_workers_share_it():
     alone = run_workers(single_elements, 2, "one", (1, 2), "error", timeout=20)
     assert "got 1 (roi_heads.norm)" in alone[0]
     assert alone[1][0] is False
-
-
-def offset_variance(rank, memory_format):
-    generator = torch.Generator().manual_seed(rank)
-    x = (torch.randn(4, NUM_CHANNELS, 48, 48, generator=generator) + 1e4).contiguous(memory_format=memory_format)
-    norm = BatchNorm2d(NUM_CHANNELS, NormSpec(workers="all", momentum=1.0)).train()
-    norm(x)
-    return x, norm.running_var
-
-
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_variance_at_offset_ten_thousand_by_two_workers(memory_format):
-    results = run_workers(offset_variance, 2, memory_format)
-    rows = torch.cat([to_row(x).double() for x, _ in results])
-    expected = rows.var(0).flatten()
-    for _, var in results:
-        assert ((var.double() - expected) / expected).abs().max() < 1e-4
