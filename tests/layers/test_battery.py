@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.layers import BatchNorm2d, LevelBatchNorm2d, frozen_statistics
+from bnext.layers import frozen_statistics
 from tests.cases import CASES, NUM_CHANNELS, Case
 
 pytestmark = pytest.mark.parametrize("case", CASES)
@@ -30,6 +30,10 @@ def assert_equal_state(norm, state):
 def assert_equal_outputs(actual, expected):
     assert list(actual) == list(expected)
     assert all(torch.equal(actual[name], expected[name]) for name in actual)
+
+
+def assert_close_outputs(actual, expected, rtol, atol):
+    torch.testing.assert_close({k: x.float() for k, x in actual.items()}, expected, rtol=rtol, atol=atol)
 
 
 def loss_of(outputs):
@@ -96,8 +100,7 @@ def test_half_features_with_float32_state(case, dtype, training):
     expected, expected_gradients = step(case, wide, {name: x.float() for name, x in inputs.items()})
     assert {output.dtype for output in outputs.values()} == {dtype}
     digit = 4 * torch.finfo(dtype).eps
-    for name in case.names:
-        torch.testing.assert_close(outputs[name].float(), expected[name], rtol=digit, atol=digit)
+    assert_close_outputs(outputs, expected, digit, digit)
     # The loss' gradient is rounded with the outputs, by a digit of its largest values.
     for actual, right in zip(gradients, expected_gradients, strict=True):
         if actual is None or right is None:  # a domain without samples: nothing, or zeros
@@ -117,8 +120,7 @@ def test_a_norm_that_is_half_itself(case, training):
         assert {tensor.dtype for tensor in [*outputs.values(), *gradients]} == {dtype}
         assert all(torch.isfinite(tensor).all() for tensor in [*outputs.values(), *gradients, *norm.buffers()])
         expected = case.call(case.build(torch.float32).train(training), case.inputs(dtype=torch.float32))
-        for name in case.names:
-            torch.testing.assert_close(outputs[name].float(), expected[name], rtol=0.05, atol=0.1)
+        assert_close_outputs(outputs, expected, 0.05, 0.1)
 
 
 @both_modes
@@ -134,8 +136,7 @@ def test_under_autocast_after_a_convolution(case, training):
     assert {p.grad.dtype for p in [*case.used_parameters(norm), *conv.parameters()]} == {torch.float32}
     wide = {name: x.detach().float() for name, x in half.items()}
     expected = case.call(case.build(torch.float32).train(training), wide)
-    for name in case.names:
-        torch.testing.assert_close(outputs[name].float(), expected[name], rtol=0.02, atol=0.02)
+    assert_close_outputs(outputs, expected, 0.02, 0.02)
 
 
 @both_modes
@@ -164,7 +165,6 @@ def test_inputs_are_never_changed_in_place(case, training):
     before = {name: x.clone() for name, x in inputs.items()}
     outputs = case.call(norm, inputs)
     assert all(torch.equal(inputs[name], before[name]) for name in case.names)
-    assert list(inputs) == list(case.names)
     assert all(outputs[name].data_ptr() != inputs[name].data_ptr() for name in case.names)
 
 
@@ -245,8 +245,7 @@ def test_every_affine_is_a_norms_for_the_optimizer(case):
 def test_without_gradient_nothing_is_recorded(case):
     norm = case.build().train()
     with torch.no_grad():
-        outputs = case.call(norm, case.inputs())
-    assert not any(output.requires_grad for output in outputs.values())
+        assert not any(output.requires_grad for output in case.call(norm, case.inputs()).values())
     norm.requires_grad_(False)
     assert not any(output.requires_grad for output in case.call(norm, case.inputs()).values())
 
@@ -271,8 +270,6 @@ def test_state_dict_has_torchs_names_by_owner(case):
         owners = [""] if answer == "shared" else [f"{domain}." for domain in case.levels or case.spec.domains]
         expected |= {owner + name for owner in owners for name in names} if answer != "none" else set()
     assert set(case.build().state_dict()) == expected
-    kind = LevelBatchNorm2d if case.levels else BatchNorm2d
-    assert isinstance(case.build(), kind)
 
 
 def test_warns_of_nothing(case):
@@ -303,4 +300,3 @@ def test_inference_mode(case):
             outputs = case.call(norm.train(training), case.inputs())
         assert_equal_outputs(outputs, case.call(plain.train(training), case.inputs()))
     assert_equal_state(norm, plain.state_dict())
-    step(case, norm.train(), case.inputs())
