@@ -9,7 +9,13 @@ import yaml
 from bnext.engine import load_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "configs/README.md", "projects/RethinkingBatchNorm/README.md", "datasets/README.md", "CONTRIBUTING.md"]
+DOCUMENTS = [
+    "README.md",
+    "configs/README.md",
+    "projects/RethinkingBatchNorm/README.md",
+    "datasets/README.md",
+    "CONTRIBUTING.md",
+]
 
 
 def find_blocks(document, language):

@@ -150,7 +150,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
-        self.check_populations(names)
+        self.check_populations([names[index] for domain in domains for index in _list_domains(domain)])
         if all(isinstance(domain, int) for domain in domains):
             return [self._infer(x, names[d], moves) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
         populations = self.stack_populations(names)
@@ -282,6 +282,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
                 "This is said once.",
                 self.name_place(name),
             )
+
+
+def _list_domains(domains: Domains) -> Sequence[int]:
+    return (domains,) if isinstance(domains, int) else domains
 
 
 def _to_parts(parts: Sequence[Domains], device: torch.device) -> list[int | Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -89,10 +90,19 @@ class LevelBatchNorm2d(BatchNorm2d):
         self._check_levels(features)
         present = {level: index for index, level in enumerate(self.levels) if level in features}
         if not present:
+            self._check_is_alone()
             return {}
         outputs = self.normalize_features([features[level] for level in present], list(present.values()), self.levels)
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
+
+    def _check_is_alone(self) -> None:
+        """Without any feature there is no backward pass here, for which other workers would wait."""
+        if self.training and self.uses_mini_batch and resolve_group(self.spec.workers) is not None:
+            raise StatisticsError(
+                f"features must hold a level on every worker that shares mini-batches; got none ({self.where}). "
+                f"Pass features without samples, [0, {self.num_features}, H, W], and use the outputs in the loss."
+            )
 
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:
         if not isinstance(features, Mapping):

@@ -48,7 +48,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
         self.domains = tuple(domains)
-        self._is_checked = False
+        self._checked: set[str] = set()
         self._add_domain_states()
         if spec.has_frozen_affine:
             self.requires_grad_(False)
@@ -145,11 +145,11 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     # ---- checks
 
     def train(self, mode: bool = True) -> Self:
-        self._is_checked = False
+        self._checked = set()
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._is_checked = False
+        self._checked = set()
         super()._load_from_state_dict(*args, **kwargs)
 
     def name_place(self, name: str) -> str:
@@ -173,9 +173,9 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def check_populations(self, names: Sequence[str]) -> None:
         """Finite, and no negative variance. Once after every change of mode: it waits for the device."""
-        if self._is_checked or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
             return
-        for name in names:
+        for name in set(names) - self._checked:
             state: Any = self.population_state(name)
             mean, var = state.running_mean, state.running_var
             is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
@@ -186,4 +186,4 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
                     f"and variance {float(var[channel])} in channel {channel} ({self.name_place(name)}). "
                     f"Re-estimate them with recompute_population_statistics; look for the batch that spoiled them."
                 )
-        self._is_checked = True
+            self._checked.add(name)

@@ -264,3 +264,15 @@ def test_a_later_call_does_not_spoil_the_graph_of_an_earlier_one(second):
     (gradient,) = torch.autograd.grad(output.square().sum(), images)
     (expected,) = torch.autograd.grad(alone(images).square().sum(), images)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+
+
+def test_a_domain_that_is_not_used_may_be_broken():
+    spec = NormSpec(population="per_domain", domains=("day", "night"))
+    norm = BatchNorm2d(NUM_CHANNELS, spec).eval()
+    norm.night.running_var.fill_(float("nan"))
+    x = torch.zeros(2, NUM_CHANNELS, 3, 3)
+    with use_domain("day"):
+        assert torch.isfinite(norm(x)).all()
+    for domain in ("night", ["day", "night"]):
+        with use_domain(domain), pytest.raises(StatisticsError, match="night"):
+            norm(x)
