@@ -4,10 +4,11 @@ Shape letters in this folder: N samples, C channels, H W, L features (levels), B
 """
 
 from bnext.functional.averaging import update_running_statistics
-from bnext.functional.grouping import Grouping, count_elements, group_samples
+from bnext.functional.grouping import Grouping, count_elements, group_samples, make_index
 from bnext.functional.moments import (
     Moments,
     batch_moments,
+    enlarge_parts,
     group_moments,
     has_safe_kernel,
     merge_moments,
@@ -21,9 +22,11 @@ __all__ = [
     "Moments",
     "batch_moments",
     "count_elements",
+    "enlarge_parts",
     "group_moments",
     "group_samples",
     "has_safe_kernel",
+    "make_index",
     "merge_moments",
     "normalize_parts",
     "part_moments",

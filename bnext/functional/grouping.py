@@ -1,14 +1,20 @@
 """Which samples belong to which normalization batch: by domain, and by size.
 
-Plain Python on numbers of samples; no tensor is looked at.
+Plain Python on numbers of samples; no tensor is looked at, and none is waited for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
-__all__ = ["Grouping", "count_elements", "group_samples"]
+import torch
+from torch import Tensor
+
+__all__ = ["Grouping", "count_elements", "group_samples", "make_index"]
+
+_CACHED = 256  # groupings and index tensors; the same few come again and again
 
 
 class Grouping(NamedTuple):
@@ -51,6 +57,17 @@ def group_samples(
         >>> group_samples((5,), (0,), 1, True, 2).parts  # groups of 2, 2 and 1
         ((0, 0, 1, 1, 2),)
     """
+    arguments = (num_samples, domains, num_domains, shares_statistics, normalization_batch_size)
+    return _group_samples(*arguments) if torch.compiler.is_compiling() else _cached_groups(*arguments)
+
+
+def _group_samples(
+    num_samples: tuple[int, ...],
+    domains: tuple[int | tuple[int, ...], ...],
+    num_domains: int,
+    shares_statistics: bool,
+    normalization_batch_size: int | None,
+) -> Grouping:
     if normalization_batch_size is None or not any(num_samples):
         mini_batches = (0,) * num_domains if shares_statistics else tuple(range(num_domains))
         return Grouping(domains, mini_batches, tuple(range(num_domains)))
@@ -64,6 +81,22 @@ def group_samples(
         tuple(batches[key[1:]] for key in parts),
         tuple(key[0] for key in parts),
     )
+
+
+_cached_groups = lru_cache(_CACHED)(_group_samples)
+
+
+def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device."""
+    return _make_index(values, device) if torch.compiler.is_compiling() else _cached_index(values, device)
+
+
+def _make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it may serve in a graph later
+        return torch.tensor(values, dtype=torch.long, device=device)
+
+
+_cached_index = lru_cache(_CACHED)(_make_index)
 
 
 def _cut(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tuple[int, int, int]]:

@@ -12,7 +12,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Moments", "batch_moments", "group_moments", "merge_moments", "part_moments", "sample_moments"]
+__all__ = [
+    "Moments",
+    "batch_moments",
+    "enlarge_parts",
+    "group_moments",
+    "has_safe_kernel",
+    "merge_moments",
+    "part_moments",
+    "sample_moments",
+]
 
 
 _BLOCK = 64  # rows of channels_last that are averaged at once; the square of it is a piece
@@ -155,6 +164,20 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     return Moments(count, mean, var)
 
 
+def enlarge_parts(parts: Moments, extra: Sequence[Moments | None]) -> Moments:
+    """Merge into each part the moments of other elements; a part without elements of its own stays empty.
+
+    Args:
+        parts: count [P], mean and var [P, C].
+        extra: P moments, count [], mean and var [C]; None: nothing.
+    """
+    nothing = Moments(*(torch.zeros_like(field[0]) for field in parts))
+    rows = zip(*(own if own is not None else nothing for own in extra), strict=True)
+    added = Moments(*(torch.stack(field) for field in rows))
+    added = added._replace(count=added.count * (parts.count > 0))
+    return merge_moments(Moments(*(torch.stack(pair) for pair in zip(parts, added, strict=True))))
+
+
 def sample_moments(features: Tensor) -> Moments:
     """Moments of each sample and channel over positions.
 
@@ -193,7 +216,8 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
     Returns:
         count [P], mean and var [P, C].
     """
-    if tuple(part for part in parts if isinstance(part, int)) == tuple(range(num_parts)):  # nothing to merge
+    is_whole = all(isinstance(part, int) for part in parts)
+    if is_whole and tuple(parts) == tuple(range(num_parts)):  # nothing to merge
         own = [batch_moments(feature) for feature in features]
         return Moments(*(torch.stack(field) for field in zip(*own, strict=True)))
     found, owners = [], []

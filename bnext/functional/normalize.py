@@ -107,14 +107,17 @@ class _NormalizeParts(torch.autograd.Function):
         if mini_batches is not None:
             sum_g, sum_g_xmu = sum_g[mini_batches], sum_g_xmu[mini_batches]
         scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * sum_g_xmu, -rstd * sum_g
-        grad_features = [_grad_feature(x, dy, mean[p], scale[p], slope[p], offset[p]) for x, dy, p in triples]
+        grad_features = [
+            _grad_feature(x, dy, mean[p], scale[p], slope[p], offset[p]) if needed else None
+            for (x, dy, p), needed in zip(triples, ctx.needs_input_grad[8:], strict=True)
+        ]
         grad_weight, grad_bias = (rstd * sums[1]).to(weight.dtype), sums[0].to(weight.dtype)
         return grad_weight, grad_bias, None, None, None, None, None, None, *grad_features
 
 
 def _sum_parts(rows: Sequence[Tensor], parts: Sequence[Part], num_parts: int) -> Tensor:
     """Add up vectors of features, [2, C], or of their samples, [2, N, C], by the parts they belong to: [2, P, C]."""
-    if tuple(part for part in parts if isinstance(part, int)) == tuple(range(num_parts)):
+    if all(isinstance(part, int) for part in parts) and tuple(parts) == tuple(range(num_parts)):
         return torch.stack(list(rows), dim=1)
     total = rows[0].new_zeros(2, num_parts, rows[0].shape[-1])
     for row, part in zip(rows, parts, strict=True):
@@ -145,7 +148,7 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "normalize_parts must be differentiated once; got a second derivative. "
-            "Compute gradients of gradients with torch's BatchNorm2d, or on the population statistics (eval mode)."
+            "Compute gradients of gradients with a plain batch norm, or on population statistics, one domain at a time."
         )
 
 

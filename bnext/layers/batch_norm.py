@@ -23,10 +23,11 @@ from bnext.functional import (
     Grouping,
     Moments,
     count_elements,
+    enlarge_parts,
     group_moments,
     group_samples,
     has_safe_kernel,
-    merge_moments,
+    make_index,
     normalize_parts,
     part_moments,
 )
@@ -37,6 +38,7 @@ from bnext.layers.spec import NormSpec
 __all__ = ["BatchNorm2d", "DomainState"]
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
+Affine = tuple[Tensor | None, Tensor | None]
 
 
 class BatchNorm2d(OwnedBatchNorm2d):
@@ -67,11 +69,18 @@ class BatchNorm2d(OwnedBatchNorm2d):
         one call are merged first. They do not move in `frozen_statistics`, while a backward pass computes
         activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them.
         With renorm, or training="population", activations that are computed again use the statistics as moved.
+        `spec` may be replaced during training (`layer.spec = layer.spec.replace(training="renorm")`) in what says
+        what normalizes and over which samples; momentum and limits are attributes, `freeze_norms` freezes.
         With several workers every worker calls one collective forward and one backward, also with an empty input.
 
     Source:
         Ioffe and Szegedy, *Batch Normalization*, 2015, and the sources of `NormSpec`.
     """
+
+    # Of the class, so that no domain takes their names.
+    virtual: dict[str, Moments] | None = None  # see `virtual_samples`
+    recording: dict[str, Moments] | None = None
+    _has_told = False
 
     def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
         spec = spec or NormSpec()
@@ -81,9 +90,6 @@ class BatchNorm2d(OwnedBatchNorm2d):
                 f"Use LevelBatchNorm2d, or per_domain with names."
             )
         super().__init__(num_features, spec, tuple(levels) or spec.domains)
-        self.virtual: dict[str, Moments] | None = None  # see `virtual_samples`
-        self.recording: dict[str, Moments] | None = None
-        self._has_told = False
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize [N, C, H, W]; the result has the same shape, type and memory format.
@@ -152,17 +158,19 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """`moves`: the statistics will change before the backward pass."""
         self.check_populations([names[index] for domain in domains for index in _list_domains(domain)])
         if all(isinstance(domain, int) for domain in domains):
-            return [self._infer(x, names[d], moves) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
+            used: list[int] = domains  # type: ignore[assignment]
+            affines = self.list_affines(names, used)
+            return [self._infer(x, names[d], affines[d], moves) for x, d in zip(features, used, strict=True)]
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
         return normalize_parts(features, _to_parts(domains, weight.device), weight, bias, self.eps, populations)
 
-    def _infer(self, feature: Tensor, name: str, moves: bool) -> Tensor:
+    def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
         state: Any = self.population_state(name)
-        mean, var, affine = state.running_mean, state.running_var, self.affine_state(name)
+        mean, var = state.running_mean, state.running_var
         if moves or (torch.is_grad_enabled() and not self.spec.has_frozen_statistics):
             mean, var = mean.clone(), var.clone()  # the backward pass needs those of now
-        return F.batch_norm(feature, mean, var, affine.weight, affine.bias, False, 0.0, self.eps)
+        return F.batch_norm(feature, mean, var, *affine, False, 0.0, self.eps)
 
     def _normalize_by_mini_batch(
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...]
@@ -171,12 +179,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
         group = resolve_group(spec.workers) if self.training else None
         size = spec.normalization_batch_size if self.training and self.recording is None else None
         if group is None and self._is_plain(features, domains, size):
-            return [self._normalize_plainly(x, names[d]) for x, d in zip(features, domains, strict=True)]  # type: ignore[index]
+            used: list[int] = domains  # type: ignore[assignment]
+            affines = self.list_affines(names, used)
+            return [self._normalize_plainly(x, names[d], affines[d]) for x, d in zip(features, used, strict=True)]
         moments, grouping = self._collect_moments(features, domains, names, size, group)
         part_names = [names[domain] for domain in grouping.domains]
         device, statistics, owners = moments.mean.device, moments, None
         if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
-            owners = torch.tensor(grouping.mini_batches, device=device)
+            owners = make_index(grouping.mini_batches, device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
         # The device is asked only where a mini-batch may have one element per channel. Where others share mini-batches,
         # one that has none here may be such, and all workers must see it.
@@ -207,14 +217,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
             for x, domain in zip(features, domains, strict=True)
         )
 
-    def _normalize_plainly(self, feature: Tensor, name: str) -> Tensor:
-        state, affine = self.population_state(name), self.affine_state(name)
+    def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine) -> Tensor:
+        state = self.population_state(name)
         mean, var = state.running_mean, state.running_var
         if self.is_moving(name):
             state.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         elif mean is not None:  # copies to be thrown away: a recomputation must save as many tensors as the forward
             mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
-        return F.batch_norm(feature, mean, var, affine.weight, affine.bias, True, self.momentum or 0.0, self.eps)
+        return F.batch_norm(feature, mean, var, *affine, True, self.momentum or 0.0, self.eps)
 
     @torch.no_grad()
     def _collect_moments(
@@ -228,7 +238,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if self.recording is not None:
             self._record(moments, names)
         if self.virtual is not None:
-            moments = _add_samples(moments, [self.virtual.get(names[domain]) for domain in grouping.domains])
+            moments = enlarge_parts(moments, [self.virtual.get(names[domain]) for domain in grouping.domains])
         return moments, grouping
 
     def _record(self, moments: Moments, names: tuple[str, ...]) -> None:
@@ -243,6 +253,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]
     ) -> tuple[Tensor, Tensor]:
         """Batch Renormalization as an affine: weight r, bias + weight d; r and d are constants to the gradient."""
+        self.check_populations(part_names)
         population = self.stack_populations(part_names)
         mean, var = statistics.mean, statistics.var
         if owners is not None:
@@ -263,17 +274,18 @@ class BatchNorm2d(OwnedBatchNorm2d):
         for batch in alone:
             part = next(p for p, b in enumerate(grouping.mini_batches) if b == batch and moments.count[p] == 1)
             self._say_single_element(part_names[part])
+            self.check_populations([part_names[part]])
             population = self.stack_populations([part_names[part]])
             count[batch], mean[batch], var[batch] = (field[0] for field in population)
         return Moments(count, mean, var)
 
     def _say_single_element(self, name: str) -> None:
-        has_population = self.spec.population != "none"
-        if not has_population or (self.training and self.spec.single_element == "error"):
+        mode = "training" if self.training else "evaluation"
+        if self.spec.population == "none" or (self.training and self.spec.single_element == "error"):
+            remedy = "population='shared'" if self.spec.population == "none" else "single_element='population'"
             raise StatisticsError(
-                f"a mini-batch must hold more than 1 element per channel in training; got 1 ({self.name_place(name)}). "
-                f"Use larger images, more samples, statistics shared over levels or workers, or "
-                f"single_element='population'."
+                f"a mini-batch must hold more than 1 element per channel in {mode}; got 1 ({self.name_place(name)}). "
+                f"Use larger images, more samples, statistics shared over levels or workers, or {remedy}."
             )
         if not self._has_told:
             self._has_told = True
@@ -289,12 +301,4 @@ def _list_domains(domains: Domains) -> Sequence[int]:
 
 
 def _to_parts(parts: Sequence[Domains], device: torch.device) -> list[int | Tensor]:
-    return [part if isinstance(part, int) else torch.tensor(part, dtype=torch.long, device=device) for part in parts]
-
-
-def _add_samples(moments: Moments, extra: Sequence[Moments | None]) -> Moments:
-    """Merge into each part, [P], what is to enlarge it."""
-    nothing = Moments(*(torch.zeros_like(field[0]) for field in moments))
-    rows = zip(*(own if own is not None else nothing for own in extra), strict=True)
-    pairs = [torch.stack([own, torch.stack(new)]) for own, new in zip(moments, rows, strict=True)]
-    return merge_moments(Moments(*pairs))
+    return [part if isinstance(part, int) else make_index(part, device) for part in parts]

@@ -97,15 +97,23 @@ def find_unwritten_norms(model: nn.Module, *, only_frozen: bool = False) -> list
 
 
 def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
-    """Whether one set of population statistics is as it was made: mean 0, variance 1, and no mini-batch counted."""
+    """Whether one set of population statistics says nothing.
+
+    As it was made: mean 0, variance 1, and no mini-batch counted; or zero everywhere, as tools leave a norm that
+    they did not reach.
+    """
     mean, var, counter = (fields.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if mean is None or var is None or (counter is not None and int(counter) > 0):
+    if mean is None or var is None or var.numel() == 0:
+        return False
+    if not bool(mean.any()) and not bool(var.any()):
+        return True
+    if counter is not None and int(counter) > 0:
         return False
     return not bool(mean.any()) and bool(((var - 1).abs() <= _INITIAL_SLACK).all()) and bool((var == var[0]).all())
 
 
 def check_variances(state_dict: StateDict, where: str) -> None:
-    """Refuse state whose running variances are negative or not finite.
+    """Refuse state whose running variances are negative or not finite, or whose running means are not finite.
 
     Args:
         state_dict: of a model.
@@ -115,13 +123,15 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         CheckpointError: names the layer, the channels and the value (facebookresearch/detectron2#2413).
     """
     for key, value in state_dict.items():
-        if key.rpartition(".")[2] != "running_var":
+        name = key.rpartition(".")[2]
+        if name not in ("running_mean", "running_var"):
             continue
-        wrong = (~torch.isfinite(value) | (value < 0)).flatten()
+        wrong = (~torch.isfinite(value) | ((value < 0) & (name == "running_var"))).flatten()
         if bool(wrong.any()):
             channels = _list_channels(wrong)
+            rule = "0 or more and finite" if name == "running_var" else "finite"
             raise CheckpointError(
-                f"{key} must be 0 or more and finite; got {value.flatten()[channels[0]].item():g} "
+                f"{key} must be {rule}; got {value.flatten()[channels[0]].item():g} "
                 f"({_name_channels(channels, len(wrong))}; {where}). "
                 f"Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
             )
@@ -139,8 +149,9 @@ def _check_norm(path: str, module: nn.Module, form: NormForm) -> Iterator[Findin
         yield from _check_fields(path, owner, "mean", {"running_mean": fields["running_mean"]})
         yield from _check_fields(path, owner, "variance", {"running_var": fields["running_var"]})
         if find_unwritten(fields):
-            count = "0 mini-batches" if "num_batches_tracked" in fields else "no counter"
-            values = "mean 0 and variance 1 in every channel"
+            count = f"{int(fields.get('num_batches_tracked', 0))} mini-batches"
+            count = count if "num_batches_tracked" in fields else "no counter"
+            values = f"mean 0 and variance {round(float(fields['running_var'][0]))} in every channel"
             yield Finding(path, "unwritten", f"population statistics were never written: {values}, {count}", owner)
     yield from _check_eps(path, module)
 

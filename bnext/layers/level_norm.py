@@ -98,7 +98,8 @@ class LevelBatchNorm2d(BatchNorm2d):
 
     def _check_is_alone(self) -> None:
         """Without any feature there is no backward pass here, for which other workers would wait."""
-        if self.training and self.uses_mini_batch and resolve_group(self.spec.workers) is not None:
+        is_shared = self.training and (self.uses_mini_batch or any(self.is_moving(level) for level in self.levels))
+        if is_shared and resolve_group(self.spec.workers) is not None:
             raise StatisticsError(
                 f"features must hold a level on every worker that shares mini-batches; got none ({self.where}). "
                 f"Pass features without samples, [0, {self.num_features}, H, W], and use the outputs in the loss."

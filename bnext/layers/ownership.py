@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, StatisticsError
-from bnext.functional import Grouping, Moments, group_moments, update_running_statistics
+from bnext.functional import Grouping, Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.scopes import is_recomputing
 from bnext.layers.spec import NormSpec
 
@@ -35,6 +35,8 @@ class DomainState(nn.BatchNorm2d):
 
 class OwnedBatchNorm2d(nn.BatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
+
+    _spec: NormSpec | None = None
 
     def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
         super().__init__(
@@ -65,6 +67,35 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         for name in self.domains if affine or population else ():
             self.add_module(name, DomainState(self.num_features, self.eps, self.momentum, affine, population))
 
+    @property
+    def spec(self) -> NormSpec:
+        """The answers in force; during a training others may be set, but for those that say who owns what."""
+        assert self._spec is not None
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: NormSpec) -> None:
+        for name in ("population", "affine", "domains") if self._spec is not None else ():
+            if getattr(spec, name) != getattr(self._spec, name):
+                raise ConfigError(
+                    f"{name} of a norm's spec must stay what it was built with, {getattr(self._spec, name)!r}; got "
+                    f"{getattr(spec, name)!r} ({self.where}). Use convert_norm, which carries the state over."
+                )
+        self._spec = spec
+
+    def reset_running_stats(self) -> None:
+        super().reset_running_stats()
+        for state in self._list_states():
+            state.reset_running_stats()
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        for state in self._list_states():
+            state.reset_parameters()
+
+    def _list_states(self) -> list[DomainState]:
+        return [module for module in self.children() if isinstance(module, DomainState)]
+
     def extra_repr(self) -> str:
         default = NormSpec()
         answers = {name: value for name, value in vars(self.spec).items() if value != getattr(default, name)}
@@ -91,10 +122,6 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         elif self.spec.population == "shared":
             yield self.domains, self
 
-    def _find_state(self) -> nn.Module | None:
-        """The first domain that owns something, where the layer itself owns nothing."""
-        return next((module for module in self.children() if isinstance(module, DomainState)), None)
-
     def stack_affines(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias for each name, [P, C]; `like` gives type and device where there is no affine."""
         size = (len(names), self.num_features)
@@ -104,6 +131,16 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             return self.weight.expand(size), self.bias.expand(size)
         states = [self.affine_state(name) for name in names]
         return torch.stack([state.weight for state in states]), torch.stack([state.bias for state in states])
+
+    def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
+        """Weight and bias for each name, of which `used` are needed.
+
+        Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
+        """
+        states = [self.affine_state(name) for name in names]
+        if not self.spec.affine.startswith("per_") or len(set(used)) == len(names) or not torch.is_grad_enabled():
+            return [(state.weight, state.bias) for state in states]
+        return list(zip(*(field.unbind() for field in self.stack_affines(names, states[0].weight)), strict=True))
 
     def stack_populations(self, names: Sequence[str]) -> Moments:
         """Running statistics for each name, [P, C]; a copy, as they may move before the backward pass.
@@ -130,8 +167,10 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         units = [0 if is_one else domain for domain in grouping.domains]
         merged = moments
         if units != list(range(len(units))):
-            merged = group_moments(moments, torch.tensor(units, device=moments.mean.device), max(units) + 1)
+            merged = group_moments(moments, make_index(tuple(units), moments.mean.device), max(units) + 1)
         for unit in range(max(units) + 1):
+            if not is_one and not self.is_moving(names[unit]):
+                continue
             state: Any = self.population_state(names[unit])
             own = Moments(*(field[unit] for field in merged))
             tracked = state.num_batches_tracked
@@ -163,7 +202,8 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
                 f"features must be [N, {self.num_features}, H, W]; got {list(feature.shape)} "
                 f"({self.name_place(name)}). Check the channels of the layer before it."
             )
-        state: Any = self if self.weight is not None or self.running_mean is not None else self._find_state()
+        owns = self.weight is not None or self.running_mean is not None
+        state: Any = self if owns else next(iter(self._list_states()), None)
         own = None if state is None else state.weight if state.weight is not None else state.running_mean
         if own is not None and own.device != feature.device:
             raise StatisticsError(

@@ -23,8 +23,9 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         model: any module; its norms may be torch's, bnext's, or others that have running statistics.
 
     Note:
-        A batch norm that heeds torch's `track_running_stats` is never written to. Any other norm
-        (a subclass with a forward of its own, an InstanceNorm) is put back bit by bit at the end of the scope.
+        Batch norms that heed torch's `track_running_stats` do not move at all, and at the end of the scope every
+        running statistic is put back bit by bit, whatever wrote to it: a subclass with a forward of its own, the
+        broadcast of DistributedDataParallel, a checkpoint. Scopes of one model nest; they must not overlap otherwise.
 
     Example:
         >>> norm = nn.BatchNorm2d(3)

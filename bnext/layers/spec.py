@@ -103,6 +103,7 @@ class NormSpec:
                 f"domains must be a sequence of names; got {self.domains!r} (NormSpec). Write ({self.domains!r},)."
             )
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
+        _check_types(self)
         hints = get_type_hints(type(self))
         for name in _CHOICES:
             check_choice(name, getattr(self, name), get_args(hints[name]))
@@ -154,6 +155,19 @@ def check_choice(name: str, value: object, allowed: tuple[object, ...], where: s
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
         raise ConfigError(f"{name} must be one of {choices}; got {value!r} ({where}). Choose one of them.")
+
+
+def _check_types(spec: NormSpec) -> None:
+    for name in ("momentum", "eps", "r_max", "d_max"):
+        value = getattr(spec, name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            hint = " For torch's momentum=None use average='cumulative'." if name == "momentum" else ""
+            raise ConfigError(f"{name} must be a number; got {value!r} (NormSpec). Write it without quotes.{hint}")
+    is_right = all(isinstance(name, str) and name for name in spec.domains)
+    if not is_right or len(set(spec.domains)) < len(spec.domains):
+        raise ConfigError(
+            f"domains must be distinct names; got {spec.domains!r} (NormSpec). Name each once, as ('day', 'night')."
+        )
 
 
 def _is_count(value: object) -> bool:
@@ -208,7 +222,7 @@ def _check_domains(spec: NormSpec) -> None:
 
 
 def _check_contradictions(spec: NormSpec) -> None:
-    """Answers that exclude one another, or of which one would be without effect."""
+    """Answers that exclude one another, and groups that would be without effect."""
     if spec.population == "none":
         for name, value in (("training", "population"), ("training", "renorm"), ("inference", "population")):
             if getattr(spec, name) == value:

@@ -38,13 +38,15 @@ def virtual_samples(
             or reached one twice.
 
     Note:
+        The backward pass must lie in the scope, too, where activation checkpointing computes activations again.
         Running statistics do not move while the virtual samples run; they then take in the enlarged
         mini-batches. Norms over several workers share the virtual samples as well: every worker brings some.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4))
         >>> with virtual_samples(model, torch.randn(16, 3, 8, 8)):
-        ...     output = model(torch.randn(2, 3, 8, 8))
+        ...     loss = model(torch.randn(2, 3, 8, 8)).square().mean()
+        ...     loss.backward()
 
     Source:
         Salimans et al., *Improved Techniques for Training GANs*, 2016, section 3.5.

@@ -176,12 +176,19 @@ def test_broken_running_statistics_are_refused_with_the_layers_path(case, buffer
         assert ("stem.norm, night)" in str(error.value)) == key.startswith("night")
 
 
-@pytest.mark.parametrize("name", ["weight", "forward", "spec", "training", "a.b", ""])
+@pytest.mark.parametrize(
+    "name", ["weight", "forward", "spec", "training", "a.b", "virtual", "recording", "_has_told", "_checked", "domains"]
+)
 def test_a_domain_that_cannot_be_a_module_is_refused(name):
     with pytest.raises(ConfigError, match=r"domains must be .* no attribute of the layer; got .* Choose another name"):
         BatchNorm2d(NUM_CHANNELS, OWN.replace(domains=("day", name)))
-    with pytest.raises(ConfigError, match="distinct"):
-        BatchNorm2d(NUM_CHANNELS, OWN.replace(domains=("day", "day")))
+
+
+def test_no_attribute_of_a_norm_can_be_a_domain():
+    norm = BatchNorm2d(NUM_CHANNELS, OWN)
+    for name in {*vars(norm), *dir(norm)} - {*OWN.domains}:
+        with pytest.raises(ConfigError):
+            BatchNorm2d(NUM_CHANNELS, OWN.replace(domains=("day", name)))
 
 
 def test_per_level_needs_levels():
@@ -276,3 +283,56 @@ def test_a_domain_that_is_not_used_may_be_broken():
     for domain in ("night", ["day", "night"]):
         with use_domain(domain), pytest.raises(StatisticsError, match="night"):
             norm(x)
+
+
+@pytest.mark.parametrize("name", ["population", "affine", "domains"])
+def test_who_owns_what_cannot_be_changed_in_place(name):
+    norm = BatchNorm2d(NUM_CHANNELS, OWN)
+    value = {"population": "shared", "affine": "none", "domains": ("day", "dusk")}[name]
+    with pytest.raises(ConfigError, match=rf"{name} of a norm's spec must stay .* Use convert_norm"):
+        norm.spec = norm.spec.replace(**{name: value})
+    assert norm.spec == OWN
+
+
+def test_a_reset_reaches_what_domains_own():
+    norm = randomize(BatchNorm2d(NUM_CHANNELS, OWN))
+    norm.reset_parameters()
+    fresh = BatchNorm2d(NUM_CHANNELS, OWN)
+    assert all(torch.equal(value, fresh.state_dict()[key]) for key, value in norm.state_dict().items())
+
+
+@pytest.mark.parametrize("answers", [{"training": "renorm"}, {"single_element": "population"}])
+def test_broken_statistics_are_refused_where_training_needs_them(answers):
+    norm = BatchNorm2d(NUM_CHANNELS, NormSpec(**answers)).train()
+    norm.path = "backbone.stem.norm"
+    norm.running_var.fill_(float("nan"))
+    shape = (2, NUM_CHANNELS, 3, 3) if "training" in answers else (1, NUM_CHANNELS, 1, 1)
+    with pytest.raises(StatisticsError, match=r"must be finite .*\(backbone.stem.norm\)"):
+        norm(torch.zeros(shape))
+
+
+def test_a_domain_that_is_not_tracked_stays_in_a_mixed_batch():
+    norm = BatchNorm2d(NUM_CHANNELS, OWN).train()
+    norm.day.track_running_stats = False
+    with use_domain(["day", "night"]):
+        norm(torch.randn(2, NUM_CHANNELS, 3, 3))
+    assert (int(norm.day.num_batches_tracked), int(norm.night.num_batches_tracked)) == (0, 1)
+
+
+def test_no_gradient_is_computed_for_a_feature_that_needs_none():
+    norm, images = BatchNorm2d(NUM_CHANNELS, NormSpec(training="renorm")), torch.randn(2, NUM_CHANNELS, 3, 3)
+    output = norm(images)
+    assert output.grad_fn.next_functions[-1][0] is None
+    output.square().sum().backward()
+    assert norm.weight.grad is not None
+
+
+@pytest.mark.parametrize("mode", ["plain", "frozen", "evaluation"])
+def test_every_domains_affine_gets_a_gradient(mode):
+    """DistributedDataParallel waits for them."""
+    norm = BatchNorm2d(NUM_CHANNELS, OWN.replace(frozen="statistics" if mode == "frozen" else "none"))
+    norm.train(mode != "evaluation")
+    with use_domain("day"):
+        norm(torch.randn(2, NUM_CHANNELS, 3, 3)).square().sum().backward()
+    assert norm.day.weight.grad.any()
+    assert not norm.night.weight.grad.any()

@@ -7,7 +7,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnext.errors import CheckpointError
 from bnext.layers import BatchNorm2d, NormSpec
-from bnext.layers.check import check_norm_state, check_variances, find_unwritten_norms
+from bnext.layers.check import check_norm_state, check_variances, find_unwritten, find_unwritten_norms
 from tests.layers.norm_forms import FORMS, make
 
 CHANNEL = 2
@@ -123,3 +123,18 @@ def test_variances_of_a_checkpoint_are_refused_by_name(values, shown):
         check_variances(state, "model.pth")
     assert f"stem.norm.running_var must be 0 or more and finite; {shown}; model.pth)" in str(caught.value)
     check_variances({"norm.running_var": torch.zeros(2)}, "model.pth")
+
+
+@pytest.mark.parametrize(("name", "value"), [("running_mean", float("nan")), ("running_var", -1.0)])
+def test_broken_means_and_variances_of_a_checkpoint_are_refused(name, value):
+    state = nn.BatchNorm2d(3).state_dict()
+    state[name][1] = value
+    with pytest.raises(CheckpointError, match=rf"{name} must be .*finite; got .* \(channel 1; x.pth\)"):
+        check_variances(state, "x.pth")
+
+
+def test_statistics_that_are_zero_everywhere_say_nothing():
+    norm = nn.BatchNorm2d(3)
+    norm.running_var.zero_()
+    norm.num_batches_tracked.fill_(8)
+    assert find_unwritten(norm.state_dict())

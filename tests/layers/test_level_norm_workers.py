@@ -150,12 +150,13 @@ def test_one_element_over_all_workers_is_refused_by_all_of_them():
     run_workers(refuse_single_elements, 2, NormSpec.from_table5_row(1, workers="all"), timeout=30)
 
 
-def give_no_level(rank):
-    norm = make_norm(NormSpec.from_table5_row(1, workers="all")).train()
+def give_no_level(rank, training):
+    norm = make_norm(NormSpec(workers="all", training=training)).train()
     with pytest.raises(StatisticsError, match="must hold a level on every worker .* Pass features without samples"):
         norm({})
     assert norm.eval()({}) == {}
 
 
-def test_a_worker_without_any_level_is_told_instead_of_letting_others_wait():
-    run_workers(give_no_level, 2, timeout=30)
+@pytest.mark.parametrize("training", ["mini_batch", "population"])
+def test_a_worker_without_any_level_is_told_instead_of_letting_others_wait(training):
+    run_workers(give_no_level, 2, training, timeout=30)

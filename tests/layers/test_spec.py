@@ -226,3 +226,21 @@ def test_domains_may_come_as_a_list_and_never_as_one_string():
     assert NormSpec(domains=["day", "night"], **own) == NormSpec(domains=("day", "night"), **own)
     with pytest.raises(ConfigError, match=r"domains must be a sequence of names; got 'day'"):
         NormSpec(domains="day", **own)
+
+
+@pytest.mark.parametrize("name", ["momentum", "eps", "r_max", "d_max"])
+@pytest.mark.parametrize("value", ["0.1", None, True, [0.1]])
+def test_numbers_are_numbers(name, value):
+    with pytest.raises(ConfigError, match=rf"{name} must be a number; got"):
+        NormSpec(**{name: value})
+
+
+def test_torchs_momentum_none_is_pointed_to_the_cumulative_average():
+    with pytest.raises(ConfigError, match="average='cumulative'"):
+        NormSpec(momentum=None)
+
+
+@pytest.mark.parametrize("domains", [("day", "day"), (1, 2), ("day", "")])
+def test_domains_are_distinct_names(domains):
+    with pytest.raises(ConfigError, match="domains must be distinct names"):
+        NormSpec(population="per_domain", domains=domains)

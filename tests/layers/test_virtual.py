@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from bnext import StatisticsError
+from bnext import StatisticsError, use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, virtual_samples
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, randomize
@@ -154,3 +155,27 @@ def test_workers_share_the_virtual_samples():
     expected = reference.concatenated_batch_norm([*own, extra], [norm.weight] * 3, [norm.bias] * 3, norm.eps)
     for output, right in zip(outputs, expected, strict=False):
         torch.testing.assert_close(output, right, **EXACT)
+
+
+def test_a_domain_without_samples_of_its_own_does_not_move():
+    spec = NormSpec(statistics="per_domain", population="per_domain", domains=("day", "night"))
+    norm = BatchNorm2d(NUM_CHANNELS, spec).double().train()
+
+    def run(model, images):
+        with use_domain("night"):
+            model(images)
+
+    with virtual_samples(norm, make_images(2), forward=run), use_domain("day"):
+        norm(make_images(1))
+    assert (int(norm.day.num_batches_tracked), int(norm.night.num_batches_tracked)) == (1, 0)
+
+
+def test_activations_that_are_computed_again_in_the_scope_are_enlarged_too():
+    gradients = []
+    for use_checkpoint in (False, True):
+        model, images = make_model(normalization_batch_size=2).train(), make_images(1).requires_grad_()
+        with virtual_samples(model, make_images(2)):
+            output = checkpoint(model[3], images, use_reentrant=False) if use_checkpoint else model[3](images)
+            output.pow(3).sum().backward()
+        gradients.append(images.grad)
+    torch.testing.assert_close(*gradients, **EXACT)
