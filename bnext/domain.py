@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 
 from bnext.errors import DomainError
@@ -35,7 +35,7 @@ def use_domain(domain: str | Sequence[str]) -> Iterator[None]:
         ...     get_active_domain()
         'night'
     """
-    names = (domain,) if isinstance(domain, str) else tuple(domain)
+    names = (domain,) if isinstance(domain, str) else tuple(domain) if isinstance(domain, Iterable) else ()
     if not names or not all(isinstance(name, str) and name for name in names):
         raise DomainError(
             f"domain must be a name, or one name per sample; got {domain!r} (use_domain). "

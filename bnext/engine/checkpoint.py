@@ -151,7 +151,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except _UNREADABLE as error:
+        except (*_UNREADABLE, OSError) as error:
             raise _explain_unreadable(filename, error) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:

@@ -23,8 +23,9 @@ __all__ = [
 ]
 
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
-_NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT")
-_NO_INFLUENCE = ("IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD", "REFERENCE_WORLD_SIZE", "NUM_WORKERS")
+_NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
+_NO_INFLUENCE = ("WEIGHTS", "DEVICE", "INFERENCE")
+_NO_INFLUENCE += ("IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD", "REFERENCE_WORLD_SIZE", "NUM_WORKERS")
 # These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
 _IN_OPTIMIZER = ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
 _IN_OPTIMIZER += ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS")

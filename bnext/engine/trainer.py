@@ -75,6 +75,10 @@ class Trainer(DefaultTrainer):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+        if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
+            raise ConfigError(
+                "SOLVER.AMP.ENABLED must be False without a GPU; got True (config). Train in float32 on this machine."
+            )
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
         self._trainer = step(self._distribute(model), loader, optimizer)

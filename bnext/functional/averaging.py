@@ -26,8 +26,10 @@ def update_running_statistics(
         The new running mean and variance [C], in the types of the old ones. Both are the old values
         where the mini-batch has fewer than two elements per channel: one element has no variance.
     """
+    # In the wider type: the variance of half features may not fit into half statistics before it is averaged.
+    dtype = torch.promote_types(running_mean.dtype, moments.mean.dtype)
     # Not torch.where(..., momentum, 0.0): two Python numbers make a float32, too short for float64 statistics.
-    weight = (moments.count >= 2).to(running_mean.dtype) * momentum
-    mean = torch.lerp(running_mean, moments.mean.to(running_mean.dtype), weight)
-    var = torch.lerp(running_var, moments.unbiased_var().to(running_var.dtype), weight)
-    return mean, var
+    weight = (moments.count >= 2).to(dtype) * momentum
+    mean = torch.lerp(running_mean.to(dtype), moments.mean.to(dtype), weight)
+    var = torch.lerp(running_var.to(dtype), moments.unbiased_var().to(dtype), weight)
+    return mean.to(running_mean.dtype), var.to(running_var.dtype)

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
-from bnext.domain import get_active_domain
-from bnext.errors import ConfigError, DomainError, StatisticsError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import (
     Grouping,
     Moments,
@@ -31,13 +30,12 @@ from bnext.functional import (
     normalize_parts,
     part_moments,
 )
-from bnext.layers.ownership import DomainState, OwnedBatchNorm2d
-from bnext.layers.scopes import is_recomputing
+from bnext.layers.ownership import Domains, DomainState, OwnedBatchNorm2d
+from bnext.layers.scopes import is_traced
 from bnext.layers.spec import NormSpec
 
 __all__ = ["BatchNorm2d", "DomainState"]
 
-Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
 
 
@@ -83,7 +81,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
     _has_told = False
 
     def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
-        spec = spec or NormSpec()
+        spec = NormSpec() if spec is None else spec
+        if not isinstance(spec, NormSpec):
+            raise ConfigError(
+                f"spec must be a NormSpec; got {spec!r} (BatchNorm2d). For a norm by name use make_named_norm."
+            )
         if spec.owner == "per_level" and not levels:
             raise ConfigError(
                 f"spec must not be per_level in a norm of a single feature map; got {spec} (BatchNorm2d). "
@@ -101,30 +103,6 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """
         self.check_feature(input)
         return self.normalize_features([input], [self.find_domains(len(input))], self.domains or ("",))[0]
-
-    def find_domains(self, num_samples: int) -> Domains:
-        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
-        if not self.domains:
-            return 0
-        active = get_active_domain(of_any_thread=is_recomputing())
-        if isinstance(active, tuple) and len(active) != num_samples:
-            raise DomainError(
-                f"use_domain must name one domain per sample; got {len(active)} names for {num_samples} samples "
-                f"({self.where}). Name one domain for all of them, or one for each."
-            )
-        if isinstance(active, tuple):
-            return tuple(self._find_domain(name) for name in active)
-        return self._find_domain(active)
-
-    def _find_domain(self, name: str | None) -> int:
-        found = name if name in self.domains else self.spec.fallback_domain
-        if found is None:
-            what = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(
-                f"{what} in {self.where}, which has the domains {self.domains}. Wrap the call in "
-                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
-            )
-        return self.domains.index(found)
 
     @property
     def uses_mini_batch(self) -> bool:
@@ -149,7 +127,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         outputs = self._normalize_by_population(features, domains, names, moves)
         if moves:
             moments, grouping = self._collect_moments(features, domains, names, None, resolve_group(self.spec.workers))
-            self.move_populations(moments, grouping, names)
+            self.move_populations(moments, grouping.domains, names)
         return outputs
 
     def _normalize_by_population(
@@ -168,7 +146,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
         state: Any = self.population_state(name)
         mean, var = state.running_mean, state.running_var
-        if moves or (torch.is_grad_enabled() and not self.spec.has_frozen_statistics):
+        may_move = torch.is_grad_enabled() and not self.spec.has_frozen_statistics and not is_traced()
+        if moves or may_move:
             mean, var = mean.clone(), var.clone()  # the backward pass needs those of now
         return F.batch_norm(feature, mean, var, *affine, False, 0.0, self.eps)
 
@@ -182,7 +161,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
             used: list[int] = domains  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._normalize_plainly(x, names[d], affines[d]) for x, d in zip(features, used, strict=True)]
-        moments, grouping = self._collect_moments(features, domains, names, size, group)
+        own, grouping = self._collect_moments(features, domains, names, size, group)
+        extra = [] if self.virtual is None else [self.virtual.get(names[domain]) for domain in grouping.domains]
+        moments = enlarge_parts(own, extra) if extra else own
         part_names = [names[domain] for domain in grouping.domains]
         device, statistics, owners = moments.mean.device, moments, None
         if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
@@ -199,7 +180,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         reduce = partial(all_reduce_sum, group=group) if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self.move_populations(moments, grouping, names)
+        self._move_by_mini_batch(own, grouping, names)
         return outputs
 
     def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None) -> bool:
@@ -230,15 +211,13 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def _collect_moments(
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], size: int | None, group: Any
     ) -> tuple[Moments, Grouping]:
-        """Moments of the parts over all workers of the group, virtual samples included; and what the parts are."""
+        """Moments of the parts over all workers of the group; and what the parts are."""
         counts = tuple(len(feature) for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), self.spec.statistics == "shared", size)
         parts = _to_parts(grouping.parts, features[0].device)
         moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group)
         if self.recording is not None:
             self._record(moments, names)
-        if self.virtual is not None:
-            moments = enlarge_parts(moments, [self.virtual.get(names[domain]) for domain in grouping.domains])
         return moments, grouping
 
     def _record(self, moments: Moments, names: tuple[str, ...]) -> None:
@@ -248,6 +227,15 @@ class BatchNorm2d(OwnedBatchNorm2d):
                 f"Use LevelBatchNorm2d where several features share a norm."
             )
         self.recording = {name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)}
+
+    def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:
+        """The virtual samples count once for a domain, in however many groups they were."""
+        domains = list(grouping.domains)
+        if self.virtual is not None:
+            first = [domains.index(domain) for domain in sorted(set(domains))]
+            extra = [self.virtual.get(names[domains[i]]) if i in first else None for i in range(len(domains))]
+            moments = enlarge_parts(moments, extra)
+        self.move_populations(moments, domains, names)
 
     def _renormalize(
         self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]

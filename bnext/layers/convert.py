@@ -6,8 +6,6 @@ How state goes from one norm to another is in `bnext.layers.carry`.
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -21,6 +19,7 @@ from bnext.layers.caffe import read_caffe_state
 from bnext.layers.carry import Change, ConversionReport, check_map, convert_norm_state, copy_norm_state, restrict_map
 from bnext.layers.forms import AFFINE, NormForm, find_form, find_leftovers, iterate_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.norm_patterns import NewNorm, check_arguments, choose_norms
 from bnext.layers.spec import NormSpec
 
 __all__ = [
@@ -32,8 +31,6 @@ __all__ = [
     "copy_norm_state",
     "read_caffe_state",
 ]
-
-NewNorm = NormSpec | str | Callable[[int], nn.Module]
 
 _ABSENT = object()
 REMOVED = "the norm was removed, and its affine with it; outputs change"
@@ -90,13 +87,14 @@ def convert_norm(
         What conversions that keep only what they know have lost: pytorch/pytorch#187298,
         huggingface/pytorch-image-models#1254.
     """
+    check_arguments(model, specs, changes)
     norms = [norm for norm in iterate_norms(model) if not _normalizes_last(norm[1])]
     if any(not path for path, *_ in norms):
         raise ConfigError(
             f"model must hold its norms in modules; got a {type(model).__name__} itself (convert_norm). "
             f"Make the new norm and call copy_norm_state(old, new)."
         )
-    chosen = _choose_levels(model, norms, specs, changes) or _choose(model, norms, specs or {})
+    chosen = choose_norms(model, norms, specs, changes)
     report, made = ConversionReport(), {}
     for path, module, form in norms:
         if path in chosen and module not in made:
@@ -117,68 +115,6 @@ def convert_norm(
 def _normalizes_last(module: nn.Module) -> bool:
     """A LayerNorm as torch has it normalizes the last dimension: another thing than a norm of [N, C, H, W]."""
     return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
-
-
-def _choose_levels(
-    model: nn.Module,
-    norms: list[tuple[str, nn.Module, NormForm]],
-    specs: Mapping[str, NewNorm] | None,
-    changes: dict[str, object],
-) -> dict[str, NewNorm]:
-    """The new spec of every level norm, where fields were given and no patterns."""
-    if specs is not None and changes:
-        raise ConfigError(
-            f"specs must say everything that changes; got patterns and {', '.join(changes)}= as well (convert_norm). "
-            f"Put the fields into the specs."
-        )
-    if specs is not None:
-        return {}
-    chosen = {path: module.spec.replace(**changes) for path, module, _ in norms if isinstance(module, LevelBatchNorm2d)}
-    if not chosen:
-        raise ConfigError(
-            f"model must have a level norm to convert; got {type(model).__name__} without one (convert_norm). Build "
-            f"it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint into it; or "
-            f'say which norms become what: convert_norm(model, {{"backbone": NormSpec(...)}}).'
-        )
-    return cast(dict[str, NewNorm], chosen)
-
-
-def _choose(
-    model: nn.Module, norms: list[tuple[str, nn.Module, NormForm]], specs: Mapping[str, NewNorm]
-) -> dict[str, NewNorm]:
-    """Path -> new norm, for the norms that a pattern matches."""
-    chosen: dict[str, NewNorm] = {}
-    paths = [path for path, *_ in norms]
-    for pattern, value in specs.items():
-        found = [path for path in paths if _matches(path, pattern)]
-        if not found:
-            raise _no_match(model, paths, pattern)
-        chosen.update(dict.fromkeys(found, value))
-    places: dict[nn.Module, set[str]] = {}
-    for path, module, _ in norms:
-        places.setdefault(module, set()).add(path)
-    for same in places.values():
-        values = [chosen.get(path) for path in sorted(same)]
-        if any(value != values[0] for value in values):
-            raise ConfigError(
-                f"a norm at several places must become one norm; got {values} for {', '.join(sorted(same))} "
-                f"(convert_norm). Use patterns that match all of its places."
-            )
-    return chosen
-
-
-def _matches(path: str, pattern: str) -> bool:
-    return not pattern or path == pattern or path.startswith(f"{pattern}.") or fnmatch.fnmatchcase(path, pattern)
-
-
-def _no_match(model: nn.Module, paths: list[str], pattern: str) -> ConfigError:
-    parents = {path[:index] for path in paths for index, letter in enumerate(path) if letter == "."}
-    near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
-    held = f"near it are {', '.join(near)}" if near else "the model has no norm at all"
-    return ConfigError(
-        f"specs must be of paths or globs that match a norm; got {pattern!r}, which matches none of the {len(paths)} "
-        f"norms of {type(model).__name__} (convert_norm); {held}. Correct the pattern, or leave it out."
-    )
 
 
 def _replace(

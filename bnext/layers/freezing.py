@@ -151,6 +151,8 @@ def _check_is_replaceable(path: str, layer: Any) -> None:
         reason = f"a {type(layer).__name__}"
     elif not path:
         reason = "the model itself"
+    elif not layer.eps > 0:
+        reason = f"one with eps {layer.eps!r}"
     elif any(hooks):
         reason = "one with hooks, which would be lost"
     elif getattr(layer, "process_group", None) is not None:
@@ -198,6 +200,7 @@ def _set_frozen(layer: Any, parts: frozenset[str]) -> None:
     if ("affine" in parts) != ("affine" in _parts_of(layer)):
         for parameter in _affine_of(layer):
             parameter.requires_grad_("affine" not in parts)
+            parameter.grad = None  # an optimizer would still make steps with an old one
     if isinstance(layer, BatchNorm2d):
         frozen = next(name for name, value in _PARTS.items() if value == parts)
         layer.spec = layer.spec.replace(frozen=frozen)

@@ -48,14 +48,14 @@ class LevelBatchNorm2d(BatchNorm2d):
     """
 
     def __init__(self, num_features: int, levels: Sequence[str], spec: NormSpec | None = None) -> None:
-        spec = spec or NormSpec()
+        spec = NormSpec() if spec is None else spec
         if not levels:
             raise ConfigError("levels must name at least one level; got none (LevelBatchNorm2d). Name the features.")
         if isinstance(levels, str):
             raise ConfigError(
                 f"levels must be a sequence of names; got {levels!r} (LevelBatchNorm2d). Write ({levels!r},)."
             )
-        if spec.owner == "per_domain":
+        if isinstance(spec, NormSpec) and spec.owner == "per_domain":
             raise ConfigError(
                 f"spec must not be per_domain in a norm over levels; got {spec} (LevelBatchNorm2d). "
                 f"Use per_level: its domains are the levels."

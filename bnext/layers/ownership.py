@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
-from bnext.errors import ConfigError, StatisticsError
-from bnext.functional import Grouping, Moments, group_moments, make_index, update_running_statistics
-from bnext.layers.scopes import is_recomputing
+from bnext.domain import get_active_domain
+from bnext.errors import ConfigError, DomainError, StatisticsError
+from bnext.functional import Moments, group_moments, make_index, update_running_statistics
+from bnext.layers.scopes import is_recomputing, is_traced
 from bnext.layers.spec import NormSpec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DomainState", "OwnedBatchNorm2d"]
+__all__ = ["DomainState", "Domains", "OwnedBatchNorm2d"]
+
+Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 
 
 class DomainState(nn.BatchNorm2d):
@@ -50,7 +53,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
         self.domains = tuple(domains)
-        self._checked: set[str] = set()
+        self._checked: dict[str, tuple[int, int]] = {}  # name -> versions of mean and variance when they were right
         self._add_domain_states()
         if spec.has_frozen_affine:
             self.requires_grad_(False)
@@ -58,7 +61,8 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def _add_domain_states(self) -> None:
         for name in self.domains:
-            if self.domains.count(name) > 1 or hasattr(self, name) or not name or "." in name:
+            is_name = isinstance(name, str) and name and "." not in name
+            if not is_name or self.domains.count(name) > 1 or hasattr(self, name):
                 raise ConfigError(
                     f"levels and domains must be distinct, without dots, and no attribute of the layer; got "
                     f"{self.domains!r} ({type(self).__name__}, {name!r}). Choose another name."
@@ -132,6 +136,30 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         states = [self.affine_state(name) for name in names]
         return torch.stack([state.weight for state in states]), torch.stack([state.bias for state in states])
 
+    def find_domains(self, num_samples: int) -> Domains:
+        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
+        if not self.domains:
+            return 0
+        active = get_active_domain(of_any_thread=is_recomputing())
+        if isinstance(active, tuple) and len(active) != num_samples:
+            raise DomainError(
+                f"use_domain must name one domain per sample; got {len(active)} names for {num_samples} samples "
+                f"({self.where}). Name one domain for all of them, or one for each."
+            )
+        if isinstance(active, tuple):
+            return tuple(self._find_domain(name) for name in active)
+        return self._find_domain(active)
+
+    def _find_domain(self, name: str | None) -> int:
+        found = name if name in self.domains else self.spec.fallback_domain
+        if found is None:
+            what = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+            raise DomainError(
+                f"{what} in {self.where}, which has the domains {self.domains}. Wrap the call in "
+                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
+            )
+        return self.domains.index(found)
+
     def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
         """Weight and bias for each name, of which `used` are needed.
 
@@ -159,12 +187,17 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         return self.population_state(name).track_running_stats and not is_recomputing()
 
     @torch.no_grad()
-    def move_populations(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:
-        """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first."""
+    def move_populations(self, moments: Moments, domains: Sequence[int], names: tuple[str, ...]) -> None:
+        """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first.
+
+        Args:
+            moments: of parts of the samples, [P].
+            domains: for each part the index of its domain in `names`.
+        """
         if not any(self.is_moving(name) for name in names):
             return
         is_one = self.spec.statistics == "shared" and self.spec.population == "shared"
-        units = [0 if is_one else domain for domain in grouping.domains]
+        units = [0 if is_one else domain for domain in domains]
         merged = moments
         if units != list(range(len(units))):
             merged = group_moments(moments, make_index(tuple(units), moments.mean.device), max(units) + 1)
@@ -184,11 +217,11 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     # ---- checks
 
     def train(self, mode: bool = True) -> Self:
-        self._checked = set()
+        self._checked = {}
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._checked = set()
+        self._checked = {}
         super()._load_from_state_dict(*args, **kwargs)
 
     def name_place(self, name: str) -> str:
@@ -197,6 +230,11 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def check_feature(self, feature: Tensor, name: str = "") -> None:
         """Rank, channels and device of an input."""
+        if not isinstance(feature, Tensor):
+            raise StatisticsError(
+                f"features must be a tensor [N, {self.num_features}, H, W]; got {type(feature).__name__} "
+                f"({self.name_place(name)}). Pass the output of the layer before it."
+            )
         if feature.dim() != 4 or feature.shape[1] != self.num_features:
             raise StatisticsError(
                 f"features must be [N, {self.num_features}, H, W]; got {list(feature.shape)} "
@@ -210,14 +248,26 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
                 f"features must be on the device of the norm, {own.device}; got {feature.device} "
                 f"({self.name_place(name)}). Move the model or the images."
             )
+        is_half = feature.dtype in (torch.float16, torch.bfloat16) and own is not None and own.dtype == torch.float32
+        if not feature.is_floating_point() or (own is not None and feature.dtype != own.dtype and not is_half):
+            raise StatisticsError(
+                f"features must be of the norm's type, {own.dtype if own is not None else 'a floating one'}, or half "
+                f"of float32; got {feature.dtype} ({self.name_place(name)}). Convert the images or the model."
+            )
 
     def check_populations(self, names: Sequence[str]) -> None:
-        """Finite, and no negative variance. Once after every change of mode: it waits for the device."""
-        if torch.compiler.is_compiling():
+        """Finite, and no negative variance.
+
+        It waits for the device, so it is done once after a change of mode, a load, or somebody else's write.
+        """
+        if is_traced():
             return
-        for name in set(names) - self._checked:
+        for name in set(names):
             state: Any = self.population_state(name)
             mean, var = state.running_mean, state.running_var
+            versions = (0, 0) if mean.is_inference() else (mean._version, var._version)
+            if self._checked.get(name) == versions:
+                continue
             is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
             if not is_right.all():
                 channel = int((~is_right).nonzero()[0])
@@ -226,4 +276,4 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
                     f"and variance {float(var[channel])} in channel {channel} ({self.name_place(name)}). "
                     f"Re-estimate them with recompute_population_statistics; look for the batch that spoiled them."
                 )
-            self._checked.add(name)
+            self._checked[name] = versions

@@ -96,7 +96,8 @@ def check_points(
 
 def _check_value(quantity: str | None, value: float, name: str, where: str) -> None:
     is_right, rule = _RANGES[quantity or ""]
-    if not is_right(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not is_right(value):
         raise ConfigError(f"{name} must be {rule}; got {value!r} ({where}). Correct the value.")
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["frozen_statistics", "is_recomputing"]
+__all__ = ["frozen_statistics", "is_recomputing", "is_traced"]
 
 
 @contextlib.contextmanager
@@ -53,4 +53,9 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 def is_recomputing() -> bool:
     """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+    return not is_traced() and torch._C._current_graph_task_id() != -1
+
+
+def is_traced() -> bool:
+    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]

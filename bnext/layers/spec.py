@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, get_args, get_type_hints
 
 from bnext.errors import ConfigError
@@ -98,9 +99,9 @@ class NormSpec:
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if isinstance(self.domains, str):
+        if isinstance(self.domains, str) or not isinstance(self.domains, Sequence):
             raise ConfigError(
-                f"domains must be a sequence of names; got {self.domains!r} (NormSpec). Write ({self.domains!r},)."
+                f"domains must be a sequence of names; got {self.domains!r} (NormSpec). Write ('day', 'night')."
             )
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
         _check_types(self)
@@ -118,7 +119,7 @@ class NormSpec:
         Raises:
             ConfigError: `row` is not 1 to 6.
         """
-        if row not in TABLE5_ROWS:
+        if not isinstance(row, int) or row not in TABLE5_ROWS:
             raise ConfigError(f"row must be one of 1 to 6; got {row!r} (Table 5). Choose one of them.")
         statistics, population, affine = TABLE5_ROWS[row]
         return cls(statistics=statistics, population=population, affine=affine, workers=workers)

@@ -336,3 +336,49 @@ def test_every_domains_affine_gets_a_gradient(mode):
         norm(torch.randn(2, NUM_CHANNELS, 3, 3)).square().sum().backward()
     assert norm.day.weight.grad.any()
     assert not norm.night.weight.grad.any()
+
+
+def test_statistics_that_somebody_breaks_later_are_noticed():
+    norm = BatchNorm2d(NUM_CHANNELS).eval()
+    norm.path = "backbone.stem.norm"
+    images = torch.zeros(2, NUM_CHANNELS, 3, 3)
+    norm(images)
+    norm.running_var.fill_(-1.0)
+    with pytest.raises(StatisticsError, match=r"got mean 0.0 and variance -1.0 .*backbone.stem.norm"):
+        norm(images)
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], "x"])
+def test_what_is_no_tensor_is_refused_with_the_layers_path(wrong):
+    with pytest.raises(StatisticsError, match=rf"must be a tensor .* got {type(wrong).__name__} \(BatchNorm2d\)"):
+        BatchNorm2d(NUM_CHANNELS)(wrong)
+
+
+@pytest.mark.parametrize("answers", [{}, {"normalization_batch_size": 2}, {"frozen": "statistics"}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool, torch.complex64])
+def test_another_type_is_refused_with_the_layers_path(answers, dtype):
+    norm = BatchNorm2d(NUM_CHANNELS, NormSpec(**answers))
+    with pytest.raises(StatisticsError, match=r"norm's type, torch.float32, .* got torch.\w+ \(BatchNorm2d\)"):
+        norm(torch.ones(2, NUM_CHANNELS, 3, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("spec", ["SyncBN", {"workers": "all"}, 3])
+def test_a_spec_is_a_spec(spec):
+    with pytest.raises(ConfigError, match="spec must be a NormSpec; got .* make_named_norm"):
+        BatchNorm2d(NUM_CHANNELS, spec)
+
+
+def test_half_statistics_of_wide_features_stay_finite():
+    images = (torch.randn(4, NUM_CHANNELS, 16, 16) * 300 + 2000).half()
+    norm, wide = BatchNorm2d(NUM_CHANNELS).half(), nn.BatchNorm2d(NUM_CHANNELS)
+    norm(images)
+    wide(images.float())
+    torch.testing.assert_close(norm.running_var.float(), wide.running_var, rtol=2e-3, atol=0)
+
+
+def test_an_evaluated_norm_can_be_traced():
+    model = nn.Sequential(nn.Conv2d(3, NUM_CHANNELS, 1), randomize(BatchNorm2d(NUM_CHANNELS))).eval()
+    with pytest.warns((FutureWarning, DeprecationWarning), match="jit"):
+        traced = torch.jit.trace(model, torch.randn(1, 3, 4, 4))
+    images = torch.randn(2, 3, 6, 5)
+    torch.testing.assert_close(traced(images), model(images))

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.domain import use_domain
 from bnext.errors import ConfigError, StatisticsError
@@ -287,3 +288,19 @@ def test_one_element_per_worker_is_a_mini_batch_where_workers_share_it():
     alone = run_workers(single_elements, 2, "one", (1, 2), "error", timeout=20)
     assert "got 1 (roi_heads.norm)" in alone[0]
     assert alone[1][0] is False
+
+
+def train_domain_after_domain(rank):
+    """Batches of one domain each, as a data set at a time gives; every affine has to take part."""
+    own = dict.fromkeys(("statistics", "population", "affine"), "per_domain")
+    norm = BatchNorm2d(NUM_CHANNELS, NormSpec(domains=("day", "night"), **own))
+    model = DistributedDataParallel(nn.Sequential(nn.Conv2d(3, NUM_CHANNELS, 1), norm))
+    for step in range(4):
+        with use_domain(("day", "night")[step % 2]):
+            model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    return [parameter.grad for parameter in norm.parameters()]
+
+
+def test_domains_take_turns_in_data_parallel_training():
+    first, second = run_workers(train_domain_after_domain, 2, timeout=30)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

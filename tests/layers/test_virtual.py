@@ -179,3 +179,12 @@ def test_activations_that_are_computed_again_in_the_scope_are_enlarged_too():
             output.pow(3).sum().backward()
         gradients.append(images.grad)
     torch.testing.assert_close(*gradients, **EXACT)
+
+
+def test_the_population_counts_virtual_samples_once_however_many_groups_there_are():
+    norm = make_model(normalization_batch_size=1, momentum=1.0)[0].train()
+    with virtual_samples(norm, make_images(2, 4)):
+        norm(make_images(1, 3))
+    count, mean, var = reference.moments_of([make_images(1, 3), make_images(2, 4)])
+    torch.testing.assert_close(norm.running_mean, mean, **EXACT)
+    torch.testing.assert_close(norm.running_var, var * count / (count - 1), **EXACT)
