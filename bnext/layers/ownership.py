@@ -229,7 +229,9 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         return f"{self.where}, {name}" if name else self.where
 
     def check_feature(self, feature: Tensor, name: str = "") -> None:
-        """Rank, channels and device of an input."""
+        """Rank, channels, device and type of an input."""
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # which takes sizes for tensors
+            return
         if not isinstance(feature, Tensor):
             raise StatisticsError(
                 f"features must be a tensor [N, {self.num_features}, H, W]; got {type(feature).__name__} "
