@@ -102,7 +102,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             DomainError: no domain is active, or an unknown one, or not one per sample.
         """
         self.check_feature(input)
-        return self.normalize_features([input], [self.find_domains(len(input))], self.domains or ("",))[0]
+        return self.normalize_features([input], [self.find_domains(input.shape[0])], self.domains or ("",))[0]
 
     @property
     def uses_mini_batch(self) -> bool:
