@@ -25,7 +25,7 @@ from bnext.distributed import all_reduce_sum, resolve_group
 from bnext.engine import Checkpointer
 from bnext.errors import CheckpointError, ConfigError
 from bnext.heads import RetinaNetHead
-from bnext.layers import TABLE5_ROWS, LevelBatchNorm2d, NormSpec
+from bnext.layers import TABLE5_ROWS, BatchNorm2d, LevelBatchNorm2d, NormSpec
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
 from tests.workers import run_workers
@@ -293,3 +293,14 @@ def test_a_negative_variance_is_loaded_without_a_word(tmp_path, caplog):
     assert bool(torch.isnan(model(make_features()["p3"].float())).any())
     with pytest.raises(CheckpointError, match=r"0.running_var must be 0 or more and finite; got -0.001 \(channel 2;"):
         Checkpointer(model).load(path)
+
+
+def test_torchs_variance_in_channels_last_is_off_by_a_factor_far_from_zero():
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.randn(2, 64, 200, 336, generator=generator) + 1e4).contiguous(memory_format=torch.channels_last)
+    variance = images.double().var([0, 2, 3], unbiased=False)
+    _, theirs = torch.batch_norm_update_stats(images, None, None, 0.0)
+    assert ((theirs - variance) / variance).abs().max() > 10
+    norm = BatchNorm2d(64, NormSpec(momentum=1.0))
+    norm(images)
+    torch.testing.assert_close(norm.running_var.double(), variance, rtol=1e-4, atol=0)

@@ -260,7 +260,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     def check_populations(self, names: Sequence[str]) -> None:
         """Finite, and no negative variance.
 
-        It waits for the device, so it is done once after a change of mode, a load, or somebody else's write.
+        It waits for the device, so it is done once after a change of mode, a load, or, at inference, somebody's write.
         """
         if is_traced():
             return
@@ -268,8 +268,8 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             state: Any = self.population_state(name)
             mean, var = state.running_mean, state.running_var
             versions = (0, 0) if mean.is_inference() else (mean._version, var._version)
-            if self._checked.get(name) == versions:
-                continue
+            if self._checked.get(name) == versions or (self.training and name in self._checked):
+                continue  # in training not at every write: DistributedDataParallel may broadcast buffers in each step
             is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
             if not is_right.all():
                 channel = int((~is_right).nonzero()[0])
