@@ -194,6 +194,7 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.BNEXT must be in the config; got a config without it (check_config). "
             "Call bnext.add_bnext_config(cfg) after get_cfg() and before merge_from_file."
         )
+    _check_domains(cfg)
     for place in PLACES:
         _check_choices(cfg.MODEL.BNEXT[place], place)
         _check_has_effect(cfg, place)
@@ -201,7 +202,6 @@ def check_config(cfg: CfgNode) -> None:
             check_choice(PLACES[place].norm, get_norm_name(cfg, place), NORM_NAMES, where="config")
             is_batch_norm = get_norm_name(cfg, place) in BATCH_NORMS or not find_changed_keys(cfg, place)
             get_place_norm(cfg, place, name=None if is_batch_norm else "BN")
-    _check_domains(cfg)
     check_schedules(cfg)
 
 
