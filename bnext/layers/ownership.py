@@ -6,7 +6,7 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     @property
     def spec(self) -> NormSpec:
         """The answers in force; during a training others may be set, but for those that say who owns what."""
-        assert self._spec is not None
-        return self._spec
+        return cast(NormSpec, self._spec)
 
     @spec.setter
     def spec(self, spec: NormSpec) -> None:
