@@ -35,6 +35,7 @@ __all__ = [
 _ABSENT = object()
 REMOVED = "the norm was removed, and its affine with it; outputs change"
 OTHER_MOMENTUM = "momentum was {source}, and is {target} now"
+TIED = "its {name} was shared with another module, and is its own now"
 UNFROZEN = "it was frozen; now its statistics follow the mini-batches of training"
 LEFT_ANSWERS = "the answers {answers} of its spec were left out"
 # Fields of a spec that a norm of any form has, or which the report speaks of by another name.
@@ -102,6 +103,7 @@ def convert_norm(
             report.changes += notes
     targets = [(form.owners, find_form(made[module])) for path, module, form in norms if path in chosen]
     check_map(domain_map, [to for known, form in targets if form for to in restrict_map(domain_map, form, known)])
+    report.changes += _find_ties(model, {module: path for path, module, _ in norms if path in chosen})
     for path, module, _ in norms:  # everything is made, so nothing stops half-way
         if path in chosen:
             parent, _, name = path.rpartition(".")
@@ -110,6 +112,20 @@ def convert_norm(
     report.title = f"{len(made)} norms converted:"
     report.nothing = f"{len(made)} norms converted, and nothing was lost."
     return report
+
+
+def _find_ties(model: nn.Module, replaced: Mapping[nn.Module, str]) -> list[Change]:
+    """Parameters of the norms that are replaced which another module holds, too: they come apart."""
+    holders: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(module)
+    return [
+        Change(path, TIED.format(name=name))
+        for norm, path in replaced.items()
+        for name, parameter in norm.named_parameters()
+        if len(holders[parameter]) > 1
+    ]
 
 
 def _normalizes_last(module: nn.Module) -> bool:

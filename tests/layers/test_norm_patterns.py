@@ -45,3 +45,11 @@ def test_a_frozen_affine_keeps_no_gradient_for_the_optimizer():
     optimizer.step()
     assert torch.equal(model[1].bias, before[0])
     assert not torch.equal(model[0].bias, before[1])
+
+
+def test_parameters_that_come_apart_are_reported():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.BatchNorm2d(4))
+    model[1].weight = model[0].weight
+    report = convert_norm(model, {"": NormSpec()})
+    told = {(change.path, change.text) for change in report.changes}
+    assert told == {(path, "its weight was shared with another module, and is its own now") for path in ("0", "1")}
