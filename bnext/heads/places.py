@@ -67,7 +67,7 @@ def give_norms(model: nn.Module, cfg: CfgNode) -> None:
         roots = [(path, module) for path, module in _find_roots(model, place) if module is not None]
         if place == "ROI_KEYPOINT_HEAD":
             for head in (head for _, head in roots if isinstance(head, KRCNNConvDeconvUpsampleHead)):
-                _give_keypoint_norms(head, get_place_norm(cfg, place))
+                add_norms([part for part in head if isinstance(part, Conv2d)], get_place_norm(cfg, place))
         elif not PLACES[place].levels:  # heads with levels make their norms themselves
             _replace_norms(model, [path for path, _ in roots], cfg, place)
         _check_found(cfg, place, [module for _, module in roots])
@@ -101,10 +101,6 @@ def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | N
     make_norm = make_head_norm(norm, levels)
     for conv in convs if make_norm else ():
         conv.norm, conv.bias = get_norm(make_norm, conv.out_channels), None
-
-
-def _give_keypoint_norms(head: KRCNNConvDeconvUpsampleHead, norm: NormSpec | str) -> None:
-    add_norms([part for part in head if isinstance(part, Conv2d)], norm)
 
 
 def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str) -> None:

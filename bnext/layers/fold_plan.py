@@ -16,6 +16,7 @@ from torch.func import functional_call
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.fold_pairs import Conv, Pair
+from bnext.layers.ownership import check_statistics
 
 __all__ = ["FoldPlan", "choose_domain", "find_difference", "make_plan"]
 
@@ -58,14 +59,7 @@ def make_plan(pair: Pair, domain: str | None) -> FoldPlan:
     """
     population, affine = _find_states(pair.norm, pair.norm_path, domain)
     mean, var = _to_double(population.running_mean), _to_double(population.running_var)
-    is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-    if not is_right.all():
-        channel = int((~is_right).nonzero()[0])
-        raise StatisticsError(
-            f"running statistics must be finite and the variance not negative; got mean {float(mean[channel])} and "
-            f"variance {float(var[channel])} in channel {channel} ({pair.norm_path}). Re-estimate them with "
-            f"recompute_population_statistics; nothing was folded."
-        )
+    check_statistics(mean, var, pair.norm_path, "; nothing was folded")
     gamma = torch.ones_like(mean) if affine.weight is None else _to_double(affine.weight)
     beta = torch.zeros_like(mean) if affine.bias is None else _to_double(affine.bias)
     eps: Any = pair.norm.eps

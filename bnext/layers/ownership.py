@@ -21,9 +21,26 @@ from bnext.layers.spec import NormSpec
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DomainState", "Domains", "OwnedBatchNorm2d"]
+__all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
+
+
+def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None:
+    """Refuse running statistics, [C] each, that are not finite, or whose variance is negative. It waits for the device.
+
+    Args:
+        where: the norm, for the message.
+        remedy: what the message says after the advice to re-estimate them.
+    """
+    is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+    if not is_right.all():
+        channel = int((~is_right).nonzero()[0])
+        raise StatisticsError(
+            f"running statistics must be finite and the variance not negative; got mean {float(mean[channel])} and "
+            f"variance {float(var[channel])} in channel {channel} ({where}). Re-estimate them with "
+            f"recompute_population_statistics{remedy}."
+        )
 
 
 class DomainState(nn.BatchNorm2d):
@@ -269,12 +286,6 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             versions = (0, 0) if mean.is_inference() else (mean._version, var._version)
             if self._checked.get(name) == versions or (self.training and name in self._checked):
                 continue  # in training not at every write: DistributedDataParallel may broadcast buffers in each step
-            is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-            if not is_right.all():
-                channel = int((~is_right).nonzero()[0])
-                raise StatisticsError(
-                    f"running statistics must be finite and the variance not negative; got mean {float(mean[channel])} "
-                    f"and variance {float(var[channel])} in channel {channel} ({self.name_place(name)}). "
-                    f"Re-estimate them with recompute_population_statistics; look for the batch that spoiled them."
-                )
+            remedy = "; look for the batch that spoiled them"
+            check_statistics(mean, var, self.name_place(name), remedy)
             self._checked[name] = versions
