@@ -1,9 +1,9 @@
-"""Config keys of bnext: their defaults, their meaning, and the check that they make sense together."""
+"""Config keys of bnext: their defaults, and what they say of a place. Their check is in `bnext.config_check`."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any
 
 try:
     from detectron2.config import CfgNode
@@ -14,23 +14,26 @@ except ModuleNotFoundError as error:
         "bnext's layers and statistics work without it."
     ) from error
 
-from bnext.config_schedules import add_schedule_keys, check_schedules
+from bnext.config_schedules import add_schedule_keys
 from bnext.errors import ConfigError
-from bnext.layers.build import NAMED_NORMS, NORM_NAMES
-from bnext.layers.spec import Average, Frozen, Inference, NormSpec, SingleElement, Training, check_choice
+from bnext.layers.build import NAMED_NORMS
+from bnext.layers.spec import NormSpec
 
 __all__ = [
     "BATCH_NORMS",
     "LEVEL_ARCHITECTURES",
     "PLACES",
+    "RESNET_BACKBONES",
     "Place",
     "add_bnext_config",
-    "check_config",
     "find_changed_keys",
     "get_head_norm",
     "get_norm_name",
     "get_place_norm",
     "has_place",
+    "is_per_domain",
+    "make_node",
+    "read_key",
 ]
 
 # Meta-architectures whose head sees several named levels; they read MODEL.RETINANET.
@@ -40,7 +43,7 @@ _WITH_RPN = ("BNextGeneralizedRCNN", "BNextProposalNetwork", "BNextPanopticFPN")
 _SEGMENTORS = ("BNextPanopticFPN", "BNextSemanticSegmentor")
 _ALL = (*LEVEL_ARCHITECTURES, *_WITH_RPN, "BNextSemanticSegmentor")
 # Backbones that have the norm of MODEL.RESNETS.NORM and no other. What another has shows when it is built.
-_RESNETS = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
+RESNET_BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
 # Names whose norms are of bnext, by a node of keys; the other norms are detectron2's.
 BATCH_NORMS = ("BN", "SyncBN")
 
@@ -87,7 +90,7 @@ def add_bnext_config(cfg: CfgNode) -> None:
     """
     cfg.MODEL.BNEXT = CfgNode()
     for name, place in PLACES.items():
-        cfg.MODEL.BNEXT[name] = _make_node(name, place)
+        cfg.MODEL.BNEXT[name] = make_node(name, place)
     cfg.MODEL.BNEXT.DOMAINS = CfgNode()
     # Names of the domains, in every place where something is per_domain; see bnext.use_domain.
     cfg.MODEL.BNEXT.DOMAINS.NAMES = ()
@@ -99,7 +102,7 @@ def add_bnext_config(cfg: CfgNode) -> None:
     add_schedule_keys(cfg)
 
 
-def _make_node(name: str, place: Place) -> CfgNode:
+def make_node(name: str, place: Place) -> CfgNode:
     """The keys of one place; the same for all. `NormSpec` says at length what they mean."""
     node = CfgNode()
     if place.norm.startswith("MODEL.BNEXT."):
@@ -135,7 +138,7 @@ def _make_node(name: str, place: Place) -> CfgNode:
 
 def get_norm_name(cfg: CfgNode, place: str) -> str:
     """The name of a place's norm, such as "BN"."""
-    return str(_read(cfg, PLACES[place].norm))
+    return str(read_key(cfg, PLACES[place].norm))
 
 
 def get_place_norm(cfg: CfgNode, place: str, name: str | None = None) -> NormSpec | str:
@@ -157,7 +160,7 @@ def get_place_norm(cfg: CfgNode, place: str, name: str | None = None) -> NormSpe
     answers: dict[str, Any] = {key.lower(): value for key, value in node.items() if key.lower() in fields}
     answers["normalization_batch_size"] = node.NORMALIZATION_BATCH_SIZE or None
     answers["workers"] = NAMED_NORMS[name].workers if node.WORKERS is None else node.WORKERS
-    if _is_per_domain(node):
+    if is_per_domain(node):
         domains = cfg.MODEL.BNEXT.DOMAINS
         answers |= {"domains": tuple(domains.NAMES), "fallback_domain": domains.FALLBACK or None}
     try:
@@ -174,124 +177,22 @@ def get_head_norm(cfg: CfgNode) -> NormSpec | str:
 def has_place(cfg: CfgNode, place: str) -> bool:
     """Whether the config's architecture has a place. (Its FPN, and the kind of its heads, show when it is built.)"""
     what = PLACES[place]
-    return cfg.MODEL.META_ARCHITECTURE in what.architectures and (not what.switch or bool(_read(cfg, what.switch)))
+    return cfg.MODEL.META_ARCHITECTURE in what.architectures and (not what.switch or bool(read_key(cfg, what.switch)))
 
 
 def find_changed_keys(cfg: CfgNode, place: str) -> list[str]:
     """The keys of a place's node, but NORM, that are not at their defaults."""
-    node, default = cfg.MODEL.BNEXT[place], _make_node(place, PLACES[place])
+    node, default = cfg.MODEL.BNEXT[place], make_node(place, PLACES[place])
     return [key for key, value in default.items() if key != "NORM" and node[key] != value]
 
 
-def check_config(cfg: CfgNode) -> None:
-    """Refuse keys of bnext that are unknown, contradict one another, or would have no effect.
-
-    Raises:
-        ConfigError: names the key, its value, and what is allowed.
-    """
-    if "BNEXT" not in cfg.MODEL:
-        raise ConfigError(
-            "MODEL.BNEXT must be in the config; got a config without it (check_config). "
-            "Call bnext.add_bnext_config(cfg) after get_cfg() and before merge_from_file."
-        )
-    _check_domains(cfg)
-    for place in PLACES:
-        _check_choices(cfg.MODEL.BNEXT[place], place)
-        _check_has_effect(cfg, place)
-        if has_place(cfg, place):
-            check_choice(PLACES[place].norm, get_norm_name(cfg, place), NORM_NAMES, where="config")
-            is_batch_norm = get_norm_name(cfg, place) in BATCH_NORMS or not find_changed_keys(cfg, place)
-            get_place_norm(cfg, place, name=None if is_batch_norm else "BN")
-    check_schedules(cfg)
-
-
-def _read(cfg: CfgNode, key: str) -> Any:
+def read_key(cfg: CfgNode, key: str) -> Any:
+    """The value of a key such as "MODEL.FPN.NORM"."""
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
 
 
-def _is_per_domain(node: CfgNode) -> bool:
+def is_per_domain(node: CfgNode) -> bool:
+    """Whether something of a place belongs to domains."""
     return "per_domain" in (node.STATISTICS, node.POPULATION, node.AFFINE)
-
-
-def _check_choices(node: CfgNode, place: str) -> None:
-    sources = PLACES[place].sources
-    allowed = {
-        "STATISTICS": sources,
-        "POPULATION": (*sources, "none"),
-        "AFFINE": (*sources, "none"),
-        "TRAINING": get_args(Training),
-        "AVERAGE": get_args(Average),
-        "INFERENCE": get_args(Inference),
-        "FROZEN": get_args(Frozen),
-        "SINGLE_ELEMENT": get_args(SingleElement),
-    }
-    for key, values in allowed.items():
-        check_choice(f"MODEL.BNEXT.{place}.{key}", node[key], values, where="config")
-    is_number = isinstance(node.WORKERS, int) and not isinstance(node.WORKERS, bool)
-    if not is_number and node.WORKERS not in (None, "one", "node", "all"):
-        raise ConfigError(
-            f"MODEL.BNEXT.{place}.WORKERS must be one of 'one', 'node', 'all', a number of workers, or None for what "
-            f"the norm's name says; got {node.WORKERS!r} (config). Choose one of them."
-        )
-    for keys, other, value in ((("R_MAX", "D_MAX"), "TRAINING", "renorm"), (("MOMENTUM",), "AVERAGE", "moving")):
-        for key in keys:
-            if node[key] != _make_node(place, PLACES[place])[key] and node[other] != value:
-                raise ConfigError(
-                    f"MODEL.BNEXT.{place}.{key} must keep its default unless {other} is {value!r}; got {node[key]!r} "
-                    f"({other} is {node[other]!r}). Set {other}, or remove the key."
-                )
-
-
-def _check_has_effect(cfg: CfgNode, place: str) -> None:
-    """Changed keys need the place, with a batch norm; a choice between levels needs several."""
-    what, node = PLACES[place], cfg.MODEL.BNEXT[place]
-    named = ["NORM"] if node.get("NORM") else []
-    for key in [*named, *find_changed_keys(cfg, place)]:
-        start = f"MODEL.BNEXT.{place}.{key} must keep its default"
-        if cfg.MODEL.META_ARCHITECTURE not in what.architectures:
-            raise ConfigError(
-                f"{start} in a model without this place of bnext; got {node[key]!r} (MODEL.META_ARCHITECTURE is "
-                f"{cfg.MODEL.META_ARCHITECTURE!r}). Set MODEL.META_ARCHITECTURE to one of "
-                f"{', '.join(what.architectures)}, or remove the key."
-            )
-        if not has_place(cfg, place):
-            raise ConfigError(
-                f"{start} where {what.switch} is False; got {node[key]!r} (config). Set {what.switch} to True, or "
-                f"remove the key."
-            )
-        if key != "NORM":
-            _check_has_norm(cfg, place, key)
-
-
-def _check_has_norm(cfg: CfgNode, place: str, key: str) -> None:
-    what, norm = PLACES[place], get_norm_name(cfg, place)
-    start, value = f"MODEL.BNEXT.{place}.{key} must keep its default", cfg.MODEL.BNEXT[place][key]
-    if norm not in BATCH_NORMS and (place != "RESNETS" or cfg.MODEL.BACKBONE.NAME in _RESNETS):
-        check_choice(what.norm, norm, NORM_NAMES, where="config")
-        raise ConfigError(
-            f"{start} where there is no batch norm of bnext; got {value!r} ({what.norm} is {norm!r}). "
-            f"Set {what.norm} to one of {', '.join(BATCH_NORMS)}, or remove the key."
-        )
-    is_choice = key in ("STATISTICS", "POPULATION", "AFFINE") and "none" not in value
-    if what.levels and is_choice and len(_read(cfg, what.levels)) < 2:
-        raise ConfigError(
-            f"{start} where the head sees a single level; got {value!r} ({what.levels} is {_read(cfg, what.levels)}). "
-            f"Name several levels there."
-        )
-
-
-def _check_domains(cfg: CfgNode) -> None:
-    """Names that nothing uses would be a separate BN that is none."""
-    domains = cfg.MODEL.BNEXT.DOMAINS
-    if not all(isinstance(name, str) and name for name in domains.NAMES):
-        raise ConfigError(
-            f"MODEL.BNEXT.DOMAINS.NAMES must be names; got {domains.NAMES!r} (config). Write them as ('day', 'night')."
-        )
-    key = "NAMES" if domains.NAMES else "FALLBACK"
-    if domains[key] and not any(_is_per_domain(cfg.MODEL.BNEXT[place]) for place in PLACES):
-        raise ConfigError(
-            f"MODEL.BNEXT.DOMAINS.{key} must keep its default where nothing is per_domain; got {domains[key]!r} "
-            f"(config). Set STATISTICS, POPULATION or AFFINE of a place, such as MODEL.BNEXT.RESNETS, to 'per_domain'."
-        )

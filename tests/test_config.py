@@ -7,7 +7,8 @@ pytest.importorskip("detectron2")
 from detectron2.config import get_cfg
 
 from bnext import add_bnext_config
-from bnext.config import LEVEL_ARCHITECTURES, PLACES, check_config, get_head_norm, get_place_norm
+from bnext.config import LEVEL_ARCHITECTURES, PLACES, get_head_norm, get_place_norm
+from bnext.config_check import check_config
 from bnext.errors import BNextError, ConfigError
 from bnext.layers import TABLE5_ROWS, NormSpec
 

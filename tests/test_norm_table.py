@@ -9,7 +9,7 @@ import pytest
 from detectron2.config import get_cfg
 
 from bnext import add_bnext_config
-from bnext.config import check_config
+from bnext.config_check import check_config
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "configs" / "README.md").read_text()

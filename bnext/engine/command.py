@@ -21,7 +21,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bnext.config import add_bnext_config, check_config
+from bnext.config import add_bnext_config
+from bnext.config_check import check_config
 from bnext.data.check import check_datasets
 from bnext.data.sampler import check_batch_size
 from bnext.engine.checkpoint import check_eval_weights

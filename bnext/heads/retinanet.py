@@ -16,7 +16,8 @@ from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor
 
-from bnext.config import check_config, get_head_norm
+from bnext.config import get_head_norm
+from bnext.config_check import check_config
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
 from bnext.heads.places import give_norms, make_buildable
 
@@ -55,7 +56,7 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
     """Detectron2's RetinaNet with the norms of MODEL.BNEXT; its head's are those of MODEL.BNEXT.RETINANET.
 
     Raises:
-        ConfigError: see `bnext.config.check_config`.
+        ConfigError: see `bnext.config_check.check_config`.
     """
     check_config(cfg)
     without_norm = make_buildable(cfg)
