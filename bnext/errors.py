@@ -15,6 +15,7 @@ __all__ = [
     "DomainError",
     "LaunchError",
     "StatisticsError",
+    "WorkerError",
     "run_command",
 ]
 
@@ -45,6 +46,10 @@ class DatasetError(BNextError):
 
 class LaunchError(BNextError):
     """The machine cannot run what was asked: devices, workers, or the output directory."""
+
+
+class WorkerError(BNextError):
+    """Another worker has failed, or did not come to a layer that all workers share."""
 
 
 def run_command(command: Callable[[], object]) -> int:

@@ -1,7 +1,16 @@
 """The only place of bnext that calls `torch.distributed`."""
 
-from bnext.distributed.collectives import all_gather_stacked, all_reduce_sum
-from bnext.distributed.groups import get_world_size, resolve_group
+from bnext.distributed.collectives import all_gather_numbers, all_gather_stacked, all_reduce_sum, all_to_all_rows
+from bnext.distributed.groups import get_rank, get_world_size, resolve_group
 from bnext.distributed.moments import merge_moments_over_workers
 
-__all__ = ["all_gather_stacked", "all_reduce_sum", "get_world_size", "merge_moments_over_workers", "resolve_group"]
+__all__ = [
+    "all_gather_numbers",
+    "all_gather_stacked",
+    "all_reduce_sum",
+    "all_to_all_rows",
+    "get_rank",
+    "get_world_size",
+    "merge_moments_over_workers",
+    "resolve_group",
+]

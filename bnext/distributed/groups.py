@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from bnext.errors import ConfigError
 
-__all__ = ["count_cores", "get_world_size", "is_running", "resolve_group"]
+__all__ = ["count_cores", "get_rank", "get_world_size", "is_running", "resolve_group"]
 
 
 def count_cores() -> int:
@@ -26,6 +26,11 @@ def is_running() -> bool:
 def get_world_size(group: dist.ProcessGroup | None = None) -> int:
     """Workers in `group` (default: all); 1 when no world is running."""
     return dist.get_world_size(group) if is_running() else 1
+
+
+def get_rank(group: dist.ProcessGroup | None) -> int:
+    """This worker's place among the workers of a group; 0 without one."""
+    return dist.get_rank(group) if group is not None else 0
 
 
 class _Groups:

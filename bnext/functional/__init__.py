@@ -4,7 +4,8 @@ Shape letters in this folder: N samples, C channels, H W, L features (levels), B
 """
 
 from bnext.functional.averaging import update_running_statistics
-from bnext.functional.grouping import Grouping, count_elements, group_samples, make_index
+from bnext.functional.dealing import deal_samples
+from bnext.functional.grouping import Grouping, Groups, count_elements, divide_parts, group_samples, make_index
 from bnext.functional.moments import (
     Moments,
     batch_moments,
@@ -19,9 +20,12 @@ from bnext.functional.normalize import normalize_parts
 
 __all__ = [
     "Grouping",
+    "Groups",
     "Moments",
     "batch_moments",
     "count_elements",
+    "deal_samples",
+    "divide_parts",
     "enlarge_parts",
     "group_moments",
     "group_samples",

@@ -1,6 +1,6 @@
-"""Which samples belong to which normalization batch: by domain, and by size.
+"""Which samples belong to which normalization batch: by domain, by size, and by groups that somebody else has made.
 
-Plain Python on numbers of samples; no tensor is looked at, and none is waited for.
+Plain Python on numbers of samples; the values of no tensor are looked at, and none is waited for.
 """
 
 from __future__ import annotations
@@ -12,21 +12,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Grouping", "count_elements", "group_samples", "make_index"]
+__all__ = ["Grouping", "Groups", "count_elements", "divide_parts", "group_samples", "make_index"]
 
 _CACHED = 256  # groupings and index tensors; the same few come again and again
+
+
+class Groups(NamedTuple):
+    """Samples of a feature that are normalized together: those that were dealt to a group, the RoIs of an image.
+
+    Args:
+        numbers: [N], the group of each sample, 0 to G - 1, on the device of the feature.
+        num_groups: G; some may be empty.
+    """
+
+    numbers: Tensor
+    num_groups: int
 
 
 class Grouping(NamedTuple):
     """Samples sorted into parts: those of one domain in one mini-batch.
 
     Args:
-        parts: for each feature the part of all its samples, or that of each sample.
+        parts: for each feature the part of all its samples, or that of each sample: numbers or a tensor [N].
         mini_batches: for each part its mini-batch, 0 to B - 1.
         domains: for each part its domain, 0 to D - 1.
     """
 
-    parts: tuple[int | tuple[int, ...], ...]
+    parts: tuple[int | tuple[int, ...] | Tensor, ...]
     mini_batches: tuple[int, ...]
     domains: tuple[int, ...]
 
@@ -86,6 +98,26 @@ def _group_samples(
 _cached_groups = lru_cache(_CACHED)(_group_samples)
 
 
+def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
+    """Divide every part, and with it every mini-batch, by the groups of the samples.
+
+    Args:
+        grouping: of a single feature, without a normalization batch size.
+        groups: of its samples.
+
+    Returns:
+        P G parts, G for each part that there was; also those that no sample has, so that workers agree on
+        their number.
+    """
+    (part,), (index, number) = grouping.parts, groups
+    own = part if isinstance(part, int) else make_index(part, index.device) if isinstance(part, tuple) else part
+    return Grouping(
+        (own * number + index,),
+        tuple(batch * number + group for batch in grouping.mini_batches for group in range(number)),
+        tuple(domain for domain in grouping.domains for _ in range(number)),
+    )
+
+
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device."""
     return _make_index(values, device) if torch.compiler.is_compiling() else _cached_index(values, device)
@@ -117,13 +149,13 @@ def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], gro
 
     Args:
         num_samples, num_positions: of each feature: N, and H W.
-        grouping: of these samples.
+        grouping: of these samples; its parts are numbers.
     """
     counts = [0] * (max(grouping.mini_batches) + 1)
     for number, positions, part in zip(num_samples, num_positions, grouping.parts, strict=True):
         if isinstance(part, int):
             counts[grouping.mini_batches[part]] += number * positions
-        else:
+        elif isinstance(part, tuple):
             for own in part:
                 counts[grouping.mini_batches[own]] += positions
     return counts

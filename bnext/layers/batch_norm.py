@@ -7,7 +7,6 @@ domains from `use_domain`. Whose the state is, is in ownership.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -20,8 +19,9 @@ from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolv
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import (
     Grouping,
+    Groups,
     Moments,
-    count_elements,
+    divide_parts,
     enlarge_parts,
     group_moments,
     group_samples,
@@ -32,6 +32,7 @@ from bnext.functional import (
 )
 from bnext.layers.ownership import Domains, DomainState, OwnedBatchNorm2d
 from bnext.layers.scopes import is_traced
+from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
 
 __all__ = ["BatchNorm2d", "DomainState"]
@@ -78,7 +79,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # Of the class, so that no domain takes their names.
     virtual: dict[str, Moments] | None = None  # see `virtual_samples`
     recording: dict[str, Moments] | None = None
-    _has_told = False
+    has_told_single_element = False
 
     def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
         spec = NormSpec() if spec is None else spec
@@ -169,15 +170,12 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
             owners = make_index(grouping.mini_batches, device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
-        # The device is asked only where a mini-batch may have one element per channel. Where others share mini-batches,
-        # one that has none here may be such, and all workers must see it.
-        local = count_elements([len(x) for x in features], [x.shape[2] * x.shape[3] for x in features], grouping)
-        if any(number == 1 or (number == 0 and group is not None) for number in local):
-            statistics = self._replace_single_elements(statistics, moments, grouping, part_names)
+        if may_have_single_elements(features, grouping, group is not None):
+            statistics = replace_single_elements(self, statistics, moments, grouping, part_names)
         weight, bias = self.stack_affines(part_names, moments.mean)
         if self.training and spec.training == "renorm":
             weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
-        reduce = partial(all_reduce_sum, group=group) if group else None
+        reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
         self._move_by_mini_batch(own, grouping, names)
@@ -185,7 +183,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None) -> bool:
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
-        if self.virtual is not None or self.recording is not None or self.momentum is None:
+        has_scope = self.groups is not None or self.virtual is not None or self.recording is not None
+        if has_scope or self.momentum is None:
             return False
         if self.training and self.spec.training == "renorm":
             return False
@@ -214,11 +213,26 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """Moments of the parts over all workers of the group; and what the parts are."""
         counts = tuple(len(feature) for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), self.spec.statistics == "shared", size)
+        if self.groups is not None and self.recording is None:
+            self._check_groups(self.groups, counts, size)
+            grouping = divide_parts(grouping, self.groups)
         parts = _to_parts(grouping.parts, features[0].device)
-        moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group)
+        moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group, self.where)
         if self.recording is not None:
             self._record(moments, names)
         return moments, grouping
+
+    def _check_groups(self, groups: Groups, counts: tuple[int, ...], size: int | None) -> None:
+        if len(counts) != 1 or counts[0] != len(groups.numbers):
+            raise StatisticsError(
+                f"groups must name one group per sample of a single feature; got {len(groups.numbers)} for "
+                f"{counts} samples ({self.where}). Name the groups for the batch that reaches this norm."
+            )
+        if size is not None:
+            raise StatisticsError(
+                f"normalization_batch_size must be None where samples have groups; got {size} ({self.where}). "
+                f"Choose the number of groups instead."
+            )
 
     def _record(self, moments: Moments, names: tuple[str, ...]) -> None:
         if self.recording:
@@ -251,42 +265,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
         d = ((mean - population.mean) / std).clamp(-self.d_max, self.d_max)
         return weight * r, bias + weight * d
 
-    def _replace_single_elements(
-        self, statistics: Moments, moments: Moments, grouping: Grouping, part_names: Sequence[str]
-    ) -> Moments:
-        """One element has no variance: an error, or the population's statistics. It waits for the device."""
-        alone = (statistics.count == 1).nonzero().flatten().tolist()
-        if not alone:
-            return statistics
-        count, mean, var = (field.clone() for field in statistics)
-        for batch in alone:
-            part = next(p for p, b in enumerate(grouping.mini_batches) if b == batch and moments.count[p] == 1)
-            self._say_single_element(part_names[part])
-            self.check_populations([part_names[part]])
-            population = self.stack_populations([part_names[part]])
-            count[batch], mean[batch], var[batch] = (field[0] for field in population)
-        return Moments(count, mean, var)
-
-    def _say_single_element(self, name: str) -> None:
-        mode = "training" if self.training else "evaluation"
-        if self.spec.population == "none" or (self.training and self.spec.single_element == "error"):
-            remedy = "population='shared'" if self.spec.population == "none" else "single_element='population'"
-            raise StatisticsError(
-                f"a mini-batch must hold more than 1 element per channel in {mode}; got 1 ({self.name_place(name)}). "
-                f"Use larger images, more samples, statistics shared over levels or workers, or {remedy}."
-            )
-        if not self._has_told:
-            self._has_told = True
-            logging.getLogger(__name__).warning(
-                "A mini-batch of a single element per channel was normalized by the population statistics (%s). "
-                "This is said once.",
-                self.name_place(name),
-            )
-
 
 def _list_domains(domains: Domains) -> Sequence[int]:
     return (domains,) if isinstance(domains, int) else domains
 
 
-def _to_parts(parts: Sequence[Domains], device: torch.device) -> list[int | Tensor]:
-    return [part if isinstance(part, int) else make_index(part, device) for part in parts]
+def _to_parts(parts: Sequence[Domains | Tensor], device: torch.device) -> list[int | Tensor]:
+    return [make_index(part, device) if isinstance(part, tuple) else part for part in parts]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnext.distributed import resolve_group
 from bnext.domain import get_active_domain
 from bnext.errors import ConfigError, DomainError, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, update_running_statistics
+from bnext.functional import Groups, Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.scopes import is_recomputing, is_traced
 from bnext.layers.spec import NormSpec
 
@@ -57,6 +57,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
 
     _spec: NormSpec | None = None
+    groups: Groups | None = None  # see `use_groups`; of the class, so that no domain takes the name
 
     def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
         super().__init__(
@@ -233,7 +234,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     # ---- checks
 
     def train(self, mode: bool = True) -> Self:
-        self._checked = {}
+        self._checked, self.groups = {}, None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -177,7 +177,7 @@ def test_broken_running_statistics_are_refused_with_the_layers_path(case, buffer
 
 
 @pytest.mark.parametrize(
-    "name", ["weight", "forward", "spec", "training", "a.b", "virtual", "recording", "_has_told", "_checked", "domains"]
+    "name", ["weight", "forward", "spec", "training", "a.b", "virtual", "recording", "groups", "_checked", "domains"]
 )
 def test_a_domain_that_cannot_be_a_module_is_refused(name):
     with pytest.raises(ConfigError, match=r"domains must be .* no attribute of the layer; got .* Choose another name"):

@@ -1,0 +1,147 @@
+"""Dealt statistics: shuffle BN without moving a sample.
+
+The samples of all workers are dealt out at random to groups, so that no mini-batch is the RoIs of one image. A sample
+stays where it is and gets the statistics of its group: 2C + 1 numbers per group and norm travel instead of features.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnext.distributed import all_gather_numbers, get_rank, get_world_size, resolve_group
+from bnext.errors import ConfigError, StatisticsError
+from bnext.functional import Groups, deal_samples
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.groups import find_grouping_norms, set_groups
+from bnext.layers.spec import Workers
+
+__all__ = ["StatisticsDeal", "deal_statistics", "draw_seed"]
+
+
+def draw_seed() -> int:
+    """A seed from torch's generator, for what all workers of a step draw alike: one of them gives it to the others.
+
+    It is reproducible, and comes again after a resume, as whatever else a step draws; activation checkpointing, which
+    puts the generator back, draws the same.
+    """
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
+class StatisticsDeal:
+    """What `deal_statistics` has attached to a module; `remove()` takes it away.
+
+    Attributes:
+        num_groups: as given.
+    """
+
+    def __init__(self, module: nn.Module, num_groups: int | None) -> None:
+        self.num_groups = num_groups
+        self._has_told = False
+        self._handle = module.register_forward_pre_hook(self._before)
+
+    def remove(self) -> None:
+        """Leave the module as it was before."""
+        self._handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        norms = [norm for norm in find_grouping_norms(module) if norm.training]
+        dealing = [norm for norm in norms if norm.uses_mini_batch]
+        set_groups(norms, None)
+        if not dealing:
+            return
+        feature = _find_feature(args, dealing[0].where)
+        workers = _find_workers(dealing)
+        group = resolve_group(workers)
+        num_groups = self.num_groups or get_world_size(group) if group is not None else self.num_groups or 1
+        if num_groups == 1:
+            self._tell_one_group(dealing[0], workers)
+            return
+        every = all_gather_numbers([len(feature), draw_seed()], group, feature.device, dealing[0].where)
+        numbers = deal_samples([own for own, _ in every], num_groups, every[0][1])
+        set_groups(dealing, Groups(numbers[get_rank(group)].to(feature.device), num_groups))
+
+    def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
+        if not self._has_told:
+            self._has_told = True
+            logging.getLogger(__name__).warning(
+                "Statistics are not dealt (%s): there is one group, as one worker shares them (workers=%r). Set the "
+                "number of groups for a shuffle within a worker. This is said once.",
+                norm.where,
+                workers,
+            )
+
+
+def deal_statistics(module: nn.Module, num_groups: int | None = None) -> StatisticsDeal:
+    """Deal the samples of every training batch of a module out at random to groups; each is a mini-batch of its norms.
+
+    The samples stay where they are: only the moments of the groups travel between the workers that the norms' specs
+    name. The result is that of `Shuffled` wherever the module treats samples alone but for its norms.
+
+    Args:
+        module: its first argument is the feature [N, C, H, W] of its samples, such as RoIs; the norms are bnext's.
+        num_groups: over all workers that share statistics, 2 or more ("virtual workers"); None: one for each of them.
+
+    Returns:
+        The deal, attached to the module by a hook; its `remove()` ends it.
+
+    Raises:
+        ConfigError: `num_groups` is below 2, the norms name different workers, have a normalization batch size, or are
+            of one worker without a number of groups.
+        StatisticsError: the module has no norm of bnext.
+
+    Note:
+        One more collective for each call in training, of two numbers per worker. The sizes of the groups differ by
+        at most one; with fewer samples than groups some are empty. All norms of a module have the same deal. In
+        evaluation mode nothing is dealt.
+
+    Example:
+        >>> head = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), BatchNorm2d(8), nn.ReLU())
+        >>> deal = deal_statistics(head, num_groups=4)
+        >>> output = head(torch.randn(32, 4, 7, 7))
+        >>> deal.remove()
+
+    Source:
+        He et al., *Momentum Contrast*, 2020 (shuffle BN); Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021,
+        section 6; that the features need not move follows from the formula of batch normalization.
+    """
+    norms = find_grouping_norms(module)
+    if num_groups is not None and num_groups < 2:
+        raise ConfigError(
+            f"num_groups must be 2 or more, or None for one per worker; got {num_groups} (deal_statistics). One group "
+            f"over all workers is a SyncBN: use workers='all' without a deal."
+        )
+    sizes = {norm.spec.normalization_batch_size for norm in norms} - {None}
+    if sizes:
+        raise ConfigError(
+            f"normalization_batch_size must be None where statistics are dealt; got {sizes} ({norms[0].where}). "
+            f"The number of groups says how many samples are normalized together."
+        )
+    if num_groups is None and _find_workers(norms) in ("one", 1):
+        raise ConfigError(
+            f"num_groups must be given where each worker has its own mini-batches; got None with workers='one' "
+            f"({norms[0].where}). Give a number, or share over workers: convert_norm(module, NormSpec(workers='all'))."
+        )
+    return StatisticsDeal(module, num_groups)
+
+
+def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
+    if args and isinstance(args[0], Tensor):
+        return args[0]
+    raise StatisticsError(
+        f"a module whose samples are dealt must get their features [N, C, H, W] first; got "
+        f"{type(args[0]).__name__ if args else 'no argument'} ({where}). Deal a part of it that does."
+    )
+
+
+def _find_workers(norms: list[BatchNorm2d]) -> Workers:
+    found = {norm.spec.workers for norm in norms}
+    if len(found) > 1:
+        raise ConfigError(
+            f"workers must be the same for all norms that share a deal; got {found} ({norms[0].where}, ...). "
+            f"Convert them with one spec."
+        )
+    return found.pop()

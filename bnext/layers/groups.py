@@ -1,0 +1,89 @@
+"""Samples that are normalized together, made known to the norms of a module: groups of a deal, the RoIs of an image."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bnext.errors import StatisticsError
+from bnext.functional import Groups
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.level_norm import LevelBatchNorm2d
+
+__all__ = ["find_grouping_norms", "set_groups", "use_groups"]
+
+
+@contextlib.contextmanager
+def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: int) -> Iterator[None]:
+    """Let the samples of each group be a mini-batch of their own in the norms of a module, in this scope.
+
+        y_i = weight * (x_i - mean_g) / sqrt(var_g + eps) + bias,  g = groups[i]
+
+    Only norms of bnext that are normalized by mini-batches heed it; a norm over several workers joins the samples
+    of a group of all workers. Every sample must reach the norms as a sample, in the same order.
+
+    Args:
+        module: with norms of bnext.
+        groups: [N], for each sample of the batch its group, 0 to `num_groups` - 1.
+        num_groups: how many there are, the same on all workers; some may be empty.
+
+    Raises:
+        StatisticsError: the module has no norm of bnext that can heed it, or the groups are out of range.
+
+    Note:
+        The backward pass must lie in the scope, too, where activation checkpointing computes activations again.
+        Running statistics take in all groups of a call as one mini-batch.
+
+    Example:
+        >>> norm = BatchNorm2d(3)
+        >>> rois = torch.randn(5, 3, 7, 7)
+        >>> with use_groups(norm, [0, 0, 0, 1, 1], 2):
+        ...     output = norm(rois)
+        >>> bool(output[:3].mean().abs() < 1e-6)
+        True
+    """
+    norms = find_grouping_norms(module)
+    numbers = torch.as_tensor(groups, dtype=torch.long, device=_find_device(norms))
+    if numbers.dim() != 1 or (len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= num_groups)):
+        raise StatisticsError(
+            f"groups must be one number per sample, 0 to {num_groups - 1}; got {groups!r} (use_groups). "
+            f"Number the groups from 0 and say how many there are."
+        )
+    before = [norm.groups for norm in norms]
+    try:
+        set_groups(norms, Groups(numbers, num_groups))
+        yield
+    finally:
+        for norm, own in zip(norms, before, strict=True):
+            norm.groups = own
+
+
+def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
+    """The norms of a module to which samples can come in groups.
+
+    Raises:
+        StatisticsError: there is none, or one sees several levels.
+    """
+    norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+    levels = [norm for norm in norms if isinstance(norm, LevelBatchNorm2d)]
+    if levels or not norms:
+        found = f"one over the levels {levels[0].levels} ({levels[0].where})" if levels else "none"
+        raise StatisticsError(
+            f"module must have batch norms of bnext, each of a single feature map; got {found} "
+            f"({type(module).__name__}). Convert its norms with convert_norm, or choose another module."
+        )
+    return norms
+
+
+def set_groups(norms: Iterable[BatchNorm2d], groups: Groups | None) -> None:
+    """Give all norms the same groups, until the next call or change of mode; None: none."""
+    for norm in norms:
+        norm.groups = groups
+
+
+def _find_device(norms: Sequence[BatchNorm2d]) -> torch.device | None:
+    tensors = [tensor for norm in norms for tensor in (*norm.parameters(), *norm.buffers())]
+    return tensors[0].device if tensors else None

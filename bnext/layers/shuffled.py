@@ -1,0 +1,161 @@
+"""Shuffle BN by moving features: random samples of all workers go through a module, and their outputs come back.
+
+For modules that couple samples otherwise than by norms of bnext; for those `bnext.layers.deal` does the same without
+moving a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext.distributed import all_gather_numbers, all_to_all_rows, get_rank, resolve_group
+from bnext.errors import StatisticsError
+from bnext.functional import deal_samples
+from bnext.layers.deal import draw_seed
+from bnext.layers.spec import Workers
+
+__all__ = ["Shuffled", "shuffle_features"]
+
+
+class _Route(NamedTuple):
+    """How samples get to the workers that they were dealt to.
+
+    Args:
+        order: [N], own samples sorted by destination.
+        inverse: the permutation that undoes it.
+        send, receive: numbers of samples to and from each worker.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    send: list[int]
+    receive: list[int]
+    group: dist.ProcessGroup
+    where: str
+
+    def go(self, rows: Tensor) -> Tensor:
+        return all_to_all_rows(rows.index_select(0, self.order), self.send, self.receive, self.group, self.where)
+
+    def come_back(self, rows: Tensor) -> Tensor:
+        back = all_to_all_rows(rows, self.receive, self.send, self.group, self.where)
+        return back.index_select(0, self.inverse)
+
+
+class _Go(torch.autograd.Function):
+    """Own samples [N, ...] to the samples that were dealt to this worker; gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return route.go(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.come_back(grad), None
+
+
+class _ComeBack(torch.autograd.Function):
+    """The way back of `_Go`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, route: _Route) -> Tensor:
+        ctx.route = route
+        return route.come_back(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.route.go(grad), None
+
+
+class Shuffled(nn.Module):
+    """A module that gets, in training, random samples of all workers, and whose outputs come back.
+
+    Samples are dealt evenly (numbers differ by at most one) and move by one uneven all-to-all there and one back. For
+    modules that couple samples otherwise than by norms of bnext; where those are all, `deal_statistics` gives the
+    same result and moves some thousandth of it.
+
+    Args:
+        module: tensor [N, ...] -> tensor [N, ...]; its state-dict keys get the prefix "module.".
+        workers: that exchange samples: "all", "node", or `k` consecutive workers.
+        where: its name in messages.
+
+    Note:
+        In evaluation mode, and alone, the module is called as it is. Batch norms in it should be of one worker. The
+        module must cope with no sample at all, where there are fewer than workers. Two collectives more forward, and
+        one; two backward, on every worker.
+
+    Example:
+        >>> head = Shuffled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)))
+        >>> head(torch.randn(32, 4, 7, 7)).shape
+        torch.Size([32, 8, 5, 5])
+
+    Source:
+        See `deal_statistics`.
+    """
+
+    def __init__(self, module: nn.Module, workers: Workers = "all", where: str = "") -> None:
+        super().__init__()
+        self.module = module
+        self.workers = workers
+        self.where = where or type(module).__name__
+        resolve_group(workers)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Tensor of the samples of this worker -> their outputs, in their order."""
+        return shuffle_features(self.module, self.module, input, self.workers, self.where)
+
+
+def shuffle_features(
+    module: nn.Module, function: Callable[[Tensor], Tensor], features: Tensor, workers: Workers = "all", where: str = ""
+) -> Tensor:
+    """Call a function of samples on random samples of all workers; see `Shuffled`.
+
+    Args:
+        module: that `function` belongs to: samples move while it, or a batch norm in it, is in training mode.
+        function: tensor [N, ...] -> tensor [N, ...].
+        features: [N, ...], of this worker.
+        workers, where: see `Shuffled`.
+
+    Raises:
+        StatisticsError: what `function` returns is no tensor with one row per sample.
+    """
+    group = resolve_group(workers)
+    if group is None or not _is_in_training(module):
+        return function(features)
+    features, route = _draw_route(features, group, where)
+    moved = _Go.apply(features, route)
+    output = function(moved)
+    if not isinstance(output, Tensor) or len(output) != len(moved):
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StatisticsError(
+            f"a shuffled module must return a tensor with one row per sample; got {found} for {len(moved)} samples "
+            f"({where}). Shuffle the part of it that does, or deal statistics."
+        )
+    return _ComeBack.apply(output, route)
+
+
+def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple[Tensor, _Route]:
+    """Where the samples go; and the features, with a gradient on every worker if some worker needs one."""
+    message = [len(features), draw_seed(), int(features.requires_grad)]
+    every = all_gather_numbers(message, group, features.device, where)
+    destinations = deal_samples([own for own, _, _ in every], group.size(), every[0][1])
+    rank, device = get_rank(group), features.device
+    own = destinations[rank]
+    order = own.argsort(stable=True)
+    send = own.bincount(minlength=group.size()).tolist()
+    receive = [int((numbers == rank).sum()) for numbers in destinations]
+    if any(needs for _, _, needs in every) and not features.requires_grad and torch.is_grad_enabled():
+        features = features.detach().requires_grad_()  # the others wait for this worker in the backward pass
+    return features, _Route(order.to(device), order.argsort().to(device), send, receive, group, where)
+
+
+def _is_in_training(module: nn.Module) -> bool:
+    """Norms decide where there are some: a re-estimation of their statistics has them in training mode alone."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    return any(norm.training for norm in norms) if norms else module.training

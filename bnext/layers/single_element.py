@@ -1,0 +1,78 @@
+"""A mini-batch of a single element per channel has no variance: an error, or the population's statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from bnext.errors import StatisticsError
+from bnext.functional import Grouping, Moments, count_elements
+
+if TYPE_CHECKING:
+    from bnext.layers.batch_norm import BatchNorm2d
+
+__all__ = ["may_have_single_elements", "replace_single_elements"]
+
+
+def may_have_single_elements(features: Sequence[Tensor], grouping: Grouping, is_shared: bool) -> bool:
+    """Whether some mini-batch may have one element per channel; else the device need not be asked.
+
+    Args:
+        features: [N_l, C, H_l, W_l].
+        grouping: of their samples.
+        is_shared: whether other workers share the mini-batches: one that has no element here may have one in all, and
+            all workers must see it.
+    """
+    num_positions = [x.shape[2] * x.shape[3] for x in features]
+    if any(isinstance(part, Tensor) for part in grouping.parts):  # groups whose sizes only the device knows
+        return 1 in num_positions
+    local = count_elements([len(x) for x in features], num_positions, grouping)
+    return any(number == 1 or (number == 0 and is_shared) for number in local)
+
+
+def replace_single_elements(
+    norm: BatchNorm2d, statistics: Moments, moments: Moments, grouping: Grouping, part_names: Sequence[str]
+) -> Moments:
+    """Statistics [B] with those of the population where a mini-batch has one element. It waits for the device.
+
+    Args:
+        norm: whose populations are taken.
+        statistics: of the mini-batches.
+        moments: of the parts, [P].
+        grouping: of the samples.
+        part_names: the level or domain of each part.
+
+    Raises:
+        StatisticsError: the norm keeps no population, or its spec says that this is an error.
+    """
+    alone = (statistics.count == 1).nonzero().flatten().tolist()
+    if not alone:
+        return statistics
+    count, mean, var = (field.clone() for field in statistics)
+    for batch in alone:
+        part = next(p for p, b in enumerate(grouping.mini_batches) if b == batch and moments.count[p] == 1)
+        _say(norm, part_names[part])
+        norm.check_populations([part_names[part]])
+        population = norm.stack_populations([part_names[part]])
+        count[batch], mean[batch], var[batch] = (field[0] for field in population)
+    return Moments(count, mean, var)
+
+
+def _say(norm: BatchNorm2d, name: str) -> None:
+    mode = "training" if norm.training else "evaluation"
+    if norm.spec.population == "none" or (norm.training and norm.spec.single_element == "error"):
+        remedy = "population='shared'" if norm.spec.population == "none" else "single_element='population'"
+        raise StatisticsError(
+            f"a mini-batch must hold more than 1 element per channel in {mode}; got 1 ({norm.name_place(name)}). "
+            f"Use larger images, more samples, statistics shared over levels or workers, or {remedy}."
+        )
+    if not norm.has_told_single_element:
+        norm.has_told_single_element = True
+        logging.getLogger(__name__).warning(
+            "A mini-batch of a single element per channel was normalized by the population statistics (%s). "
+            "This is said once.",
+            norm.name_place(name),
+        )
