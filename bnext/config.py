@@ -17,7 +17,7 @@ except ModuleNotFoundError as error:
 from bnext.config_schedules import add_schedule_keys
 from bnext.errors import ConfigError
 from bnext.layers.build import NAMED_NORMS
-from bnext.layers.spec import NormSpec
+from bnext.layers.spec import NormSpec, Workers
 
 __all__ = [
     "BATCH_NORMS",
@@ -57,12 +57,14 @@ class Place:
         architectures: that have the place.
         switch: key that must be true for it; "": it is always there.
         levels: key of the features of several levels that each of its norms sees; "": each sees one feature.
+        sees_rois: whether its samples are RoIs.
     """
 
     norm: str
     architectures: tuple[str, ...]
     switch: str = ""
     levels: str = ""
+    sees_rois: bool = False
 
     @property
     def sources(self) -> tuple[str, str]:
@@ -75,9 +77,11 @@ PLACES = {
     "FPN": Place("MODEL.FPN.NORM", _ALL),
     "RETINANET": Place("MODEL.RETINANET.NORM", LEVEL_ARCHITECTURES, levels="MODEL.RETINANET.IN_FEATURES"),
     "RPN": Place("MODEL.BNEXT.RPN.NORM", _WITH_RPN, levels="MODEL.RPN.IN_FEATURES"),
-    "ROI_BOX_HEAD": Place("MODEL.ROI_BOX_HEAD.NORM", _RCNNS),
-    "ROI_MASK_HEAD": Place("MODEL.ROI_MASK_HEAD.NORM", _RCNNS, switch="MODEL.MASK_ON"),
-    "ROI_KEYPOINT_HEAD": Place("MODEL.BNEXT.ROI_KEYPOINT_HEAD.NORM", _RCNNS, switch="MODEL.KEYPOINT_ON"),
+    "ROI_BOX_HEAD": Place("MODEL.ROI_BOX_HEAD.NORM", _RCNNS, sees_rois=True),
+    "ROI_MASK_HEAD": Place("MODEL.ROI_MASK_HEAD.NORM", _RCNNS, switch="MODEL.MASK_ON", sees_rois=True),
+    "ROI_KEYPOINT_HEAD": Place(
+        "MODEL.BNEXT.ROI_KEYPOINT_HEAD.NORM", _RCNNS, switch="MODEL.KEYPOINT_ON", sees_rois=True
+    ),
     "SEM_SEG_HEAD": Place("MODEL.SEM_SEG_HEAD.NORM", _SEGMENTORS),
 }
 
@@ -96,6 +100,8 @@ def add_bnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.BNEXT.DOMAINS.NAMES = ()
     # The domain of samples without one, or of an unknown one; "": that is an error.
     cfg.MODEL.BNEXT.DOMAINS.FALLBACK = ""
+    # RoIs on which statistics of R-CNN heads are re-estimated: "sampled" as in SGD, or "top_scored" as at test.
+    cfg.TEST.BNEXT = CfgNode({"PRECISE_BN": CfgNode({"ROIS": "sampled"})})
     # "SGD" or "ADAMW"; the name and the values that other projects on detectron2 use.
     if "OPTIMIZER" not in cfg.SOLVER:
         cfg.SOLVER.OPTIMIZER = "SGD"
@@ -124,7 +130,7 @@ def make_node(name: str, place: Place) -> CfgNode:
     # How they take in a mini-batch: "moving" average with MOMENTUM (torch's sense), or "cumulative".
     node.AVERAGE = "moving"
     node.MOMENTUM = 0.1
-    # What normalizes at inference: the "population", or the "mini_batch".
+    # What normalizes at inference: the "population", or the "mini_batch"; in a RoI head that of each image's RoIs.
     node.INFERENCE = "population"
     # Scale and shift: one pair ("shared"), one of each, or "none".
     node.AFFINE = "shared"
@@ -133,6 +139,12 @@ def make_node(name: str, place: Place) -> CfgNode:
     # A mini-batch of one element per channel in training is an "error", or normalized by the "population".
     node.SINGLE_ELEMENT = "error"
     node.EPS = 1e-5
+    if place.sees_rois:
+        # Deal the RoIs of all workers out at random, so that no mini-batch is of one image: only their "statistics"
+        # travel, or their "features", for heads that couple RoIs otherwise; or "none".
+        node.SHUFFLE = "none"
+        # Groups of a deal of statistics, over all workers; 0: one for each worker.
+        node.SHUFFLE_GROUPS = 0
     return node
 
 
@@ -159,7 +171,7 @@ def get_place_norm(cfg: CfgNode, place: str, name: str | None = None) -> NormSpe
     fields = {field.name for field in dataclasses.fields(NormSpec)}
     answers: dict[str, Any] = {key.lower(): value for key, value in node.items() if key.lower() in fields}
     answers["normalization_batch_size"] = node.NORMALIZATION_BATCH_SIZE or None
-    answers["workers"] = NAMED_NORMS[name].workers if node.WORKERS is None else node.WORKERS
+    answers["workers"] = _find_workers(node, name)
     if is_per_domain(node):
         domains = cfg.MODEL.BNEXT.DOMAINS
         answers |= {"domains": tuple(domains.NAMES), "fallback_domain": domains.FALLBACK or None}
@@ -167,6 +179,12 @@ def get_place_norm(cfg: CfgNode, place: str, name: str | None = None) -> NormSpe
         return NormSpec(**answers)
     except ConfigError as error:
         raise ConfigError(f"MODEL.BNEXT.{place}: {error}") from error
+
+
+def _find_workers(node: CfgNode, name: str) -> Workers:
+    if node.WORKERS is not None:
+        return node.WORKERS
+    return "all" if node.get("SHUFFLE") == "statistics" else NAMED_NORMS[name].workers
 
 
 def get_head_norm(cfg: CfgNode) -> NormSpec | str:

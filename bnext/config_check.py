@@ -43,8 +43,17 @@ def check_config(cfg: CfgNode) -> None:
         _check_has_effect(cfg, place)
         if has_place(cfg, place):
             check_choice(PLACES[place].norm, get_norm_name(cfg, place), NORM_NAMES, where="config")
+            if PLACES[place].sees_rois:
+                _check_shuffle(cfg, place)
             is_batch_norm = get_norm_name(cfg, place) in BATCH_NORMS or not find_changed_keys(cfg, place)
             get_place_norm(cfg, place, name=None if is_batch_norm else "BN")
+    rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS
+    check_choice("TEST.BNEXT.PRECISE_BN.ROIS", rois, ("sampled", "top_scored"), where="config")
+    if rois != "sampled" and not has_place(cfg, "ROI_BOX_HEAD"):
+        raise ConfigError(
+            f"TEST.BNEXT.PRECISE_BN.ROIS must keep its default in a model without RoI heads of bnext; got {rois!r} "
+            f"(MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}). Remove the key."
+        )
     check_schedules(cfg)
 
 
@@ -77,6 +86,46 @@ def _check_choices(node: CfgNode, place: str) -> None:
                 )
 
 
+def _check_shuffle(cfg: CfgNode, place: str) -> None:
+    """A shuffle that would be none, or that something else makes superfluous."""
+    node, key = cfg.MODEL.BNEXT[place], f"MODEL.BNEXT.{place}"
+    shuffle, groups, name = node.SHUFFLE, node.SHUFFLE_GROUPS, get_norm_name(cfg, place)
+    check_choice(f"{key}.SHUFFLE", shuffle, ("none", "statistics", "features"), where="config")
+    if groups < 0 or groups == 1:
+        raise ConfigError(
+            f"{key}.SHUFFLE_GROUPS must be 2 or more, or 0 for one per worker; got {groups} (config). One group over "
+            f"all workers is NORM: SyncBN without a shuffle."
+        )
+    if groups and shuffle != "statistics":
+        raise ConfigError(
+            f"{key}.SHUFFLE_GROUPS must keep its default unless SHUFFLE is 'statistics'; got {groups} (SHUFFLE is "
+            f"{shuffle!r}). Features move to as many workers as there are."
+        )
+    if shuffle == "none":
+        return
+    superfluous = {
+        "NORMALIZATION_BATCH_SIZE": node.NORMALIZATION_BATCH_SIZE != 0,
+        "TRAINING": node.TRAINING == "population",
+        "FROZEN": node.FROZEN in ("statistics", "both"),
+        "WORKERS": node.WORKERS not in (None, "one", 1) if shuffle == "features" else False,
+    }
+    for other in (other for other, is_set in superfluous.items() if is_set):
+        raise ConfigError(
+            f"{key}.{other} must keep its default where RoIs are dealt out; got {node[other]!r} (SHUFFLE is "
+            f"{shuffle!r}). Remove one of the two."
+        )
+    if shuffle == "features" and name == "SyncBN":
+        raise ConfigError(
+            f"{PLACES[place].norm} must not be SyncBN where features are shuffled; got 'SyncBN' ({key}.SHUFFLE is "
+            f"'features'): all RoIs share one mini-batch wherever they are. Use BN."
+        )
+    if shuffle == "statistics" and node.WORKERS in ("one", 1) and not groups:
+        raise ConfigError(
+            f"{key}.SHUFFLE_GROUPS must be 2 or more where each worker deals its own RoIs; got 0 (WORKERS is "
+            f"{node.WORKERS!r}). Set it, or remove WORKERS: the RoIs of all workers are dealt out."
+        )
+
+
 def _check_has_effect(cfg: CfgNode, place: str) -> None:
     """Changed keys need the place, with a batch norm; a choice between levels needs several."""
     what, node = PLACES[place], cfg.MODEL.BNEXT[place]
@@ -94,7 +143,8 @@ def _check_has_effect(cfg: CfgNode, place: str) -> None:
                 f"{start} where {what.switch} is False; got {node[key]!r} (config). Set {what.switch} to True, or "
                 f"remove the key."
             )
-        if key != "NORM":
+        is_foreign = key == "SHUFFLE" and node[key] == "features"  # what couples RoIs is seen when the head is built
+        if key != "NORM" and not is_foreign:
             _check_has_norm(cfg, place, key)
 
 

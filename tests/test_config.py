@@ -59,7 +59,7 @@ def test_defaults_leave_detectron2_as_it_is():
     cfg = make_cfg(architecture="GeneralizedRCNN", norm="")
     check_config(cfg)
     before = get_cfg()
-    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"]
+    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"]
     assert cfg.SOLVER.pop("OPTIMIZER") == "SGD"
     cfg.MODEL.META_ARCHITECTURE = before.MODEL.META_ARCHITECTURE
     assert cfg == before
@@ -145,8 +145,11 @@ def test_building_a_model_checks_first(architecture):
 
 @pytest.mark.parametrize("place", PLACES)
 def test_every_place_has_the_same_keys(place):
+    """RoI heads have those of their shuffle besides."""
     node = make_cfg().MODEL.BNEXT[place]
-    assert set(node) - {"NORM"} == {
+    shuffle = {"SHUFFLE", "SHUFFLE_GROUPS"}
+    assert place.startswith("ROI_") == (shuffle <= set(node))
+    assert set(node) - {"NORM"} - shuffle == {
         *("STATISTICS", "NORMALIZATION_BATCH_SIZE", "WORKERS", "TRAINING", "R_MAX", "D_MAX", "POPULATION", "AVERAGE"),
         *("MOMENTUM", "INFERENCE", "AFFINE", "FROZEN", "SINGLE_ELEMENT", "EPS"),
     }

@@ -7,20 +7,23 @@ from collections.abc import Callable
 
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.modeling import build_model
+from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 from tqdm import tqdm
 
 from bnext.data.loader import build_train_loader
+from bnext.data.seeding import derive_seed, seeded
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.hooks import is_due
-from bnext.heads import forward_statistics
+from bnext.heads import forward_sampled_rois, forward_statistics
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 
 __all__ = ["PreciseBN", "is_level_norm", "recompute_statistics", "repair_checkpoint"]
+
+_RECOMPUTE = 8  # what the derived seed is for
 
 
 def is_level_norm(path: str, module: nn.Module) -> bool:
@@ -35,7 +38,8 @@ def recompute_statistics(
 
     Args:
         cfg: its training data, batch size and TEST.PRECISE_BN.NUM_ITER are used.
-        model: the detector; anchors, matching and losses of a dense one are left out.
+        model: the detector; anchors, matching and losses of a dense one are left out. The RoIs of an R-CNN are those
+            that TEST.BNEXT.PRECISE_BN.ROIS says.
         layers: called as layers(path, module), says which norms; None: all. Others keep their statistics.
 
     Raises:
@@ -45,6 +49,8 @@ def recompute_statistics(
         A collective. Every worker uses its share of each batch.
     """
     forward = forward_statistics if isinstance(model, DenseDetector) else None
+    if isinstance(model, GeneralizedRCNN) and cfg.TEST.BNEXT.PRECISE_BN.ROIS == "sampled":
+        forward = forward_sampled_rois
     batches = tqdm(
         build_train_loader(cfg),
         total=cfg.TEST.PRECISE_BN.NUM_ITER,
@@ -52,7 +58,8 @@ def recompute_statistics(
         unit="batch",
         disable=None if comm.is_main_process() else True,  # None: shown on a terminal only
     )
-    with batches:
+    seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
+    with batches, seeded(seed):  # the sampling of RoIs
         report = recompute_population_statistics(
             model, batches, num_batches=cfg.TEST.PRECISE_BN.NUM_ITER, forward=forward, layers=layers
         )

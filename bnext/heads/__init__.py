@@ -6,9 +6,19 @@ import bnext.config
 import bnext.heads.architectures  # noqa: F401  registers them
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead, forward_statistics
+from bnext.heads.roi import mixing_images
 from bnext.heads.rpn import RPNHead
+from bnext.heads.sampled_rois import forward_sampled_rois
 
-__all__ = ["RPNHead", "RetinaNetHead", "forward_statistics", "give_norms", "make_buildable"]
+__all__ = [
+    "RPNHead",
+    "RetinaNetHead",
+    "forward_sampled_rois",
+    "forward_statistics",
+    "give_norms",
+    "make_buildable",
+    "mixing_images",
+]
 
 if importlib.util.find_spec("detectron2.modeling.meta_arch.fcos") is not None:  # since detectron2 0.6
     from bnext.heads.fcos import FCOSHead

@@ -16,9 +16,10 @@ from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleH
 from torch import nn
 
 from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
-from bnext.domain import get_active_domain
-from bnext.errors import ConfigError, DomainError
+from bnext.errors import ConfigError
 from bnext.heads.lock_step import HeadNorm, make_head_norm
+from bnext.heads.roi import tell_images
+from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, convert_norm, name_norms
 from bnext.layers.forms import iterate_norms
 
@@ -71,8 +72,9 @@ def give_norms(model: nn.Module, cfg: CfgNode) -> None:
         elif not PLACES[place].levels:  # heads with levels make their norms themselves
             _replace_norms(model, [path for path, _ in roots], cfg, place)
         _check_found(cfg, place, [module for _, module in roots])
-    _guard_rois(model)
     name_norms(model)
+    tell_images(model)
+    shuffle_heads(model, cfg)
 
 
 def _find_roots(model: Any, place: str) -> Iterator[tuple[str, nn.Module | None]]:
@@ -138,7 +140,7 @@ def _make_spec(norm: Any, cfg: CfgNode, place: str) -> NormSpec:
 def _check_found(cfg: CfgNode, place: str, roots: list[nn.Module]) -> None:
     """A norm that the config asks for is in the model; of a BN's keys, a BN."""
     key, name = PLACES[place].norm, get_norm_name(cfg, place)
-    changed = find_changed_keys(cfg, place)
+    changed = [key for key in find_changed_keys(cfg, place) if key != "SHUFFLE"]  # which heads of others may do with
     if changed and not any(isinstance(part, BatchNorm2d) for root in roots for part in root.modules()):
         key, value = f"MODEL.BNEXT.{place}.{changed[0]}", cfg.MODEL.BNEXT[place][changed[0]]
         what = f"no batch norm that is not frozen; got {value!r}"
@@ -158,19 +160,3 @@ def _is_chosen(key: str, name: str) -> bool:
     if key == PLACES["RESNETS"].norm or not name:
         return False
     return key.startswith("MODEL.BNEXT.") or name != get_cfg().MODEL[key.split(".")[1]].NORM
-
-
-def _guard_rois(model: Any) -> None:
-    """RoI heads do not know of which image a RoI is: with a domain per image they refuse, whatever the numbers."""
-    rois = getattr(model, "roi_heads", None)
-    if rois is not None and any(isinstance(part, BatchNorm2d) and part.domains for part in rois.modules()):
-        rois.register_forward_pre_hook(_refuse_domain_per_image)
-
-
-def _refuse_domain_per_image(module: nn.Module, args: Any) -> None:
-    active = get_active_domain()
-    if isinstance(active, tuple):
-        raise DomainError(
-            f"use_domain must name one domain for all images where RoI heads have norms per_domain; got {active} "
-            f"({type(module).__name__}). Make batches of one domain, or keep the norms of the RoI heads shared."
-        )

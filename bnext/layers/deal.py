@@ -48,7 +48,7 @@ class StatisticsDeal:
         self._handle.remove()
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        norms = [norm for norm in find_grouping_norms(module) if norm.training]
+        norms = [part for part in module.modules() if isinstance(part, BatchNorm2d) and part.training]
         dealing = [norm for norm in norms if norm.uses_mini_batch]
         set_groups(norms, None)
         if not dealing:

@@ -99,15 +99,17 @@ def test_a_backbone_with_statistics_per_domain():
     assert all(norm.population_state("day").num_batches_tracked == 1 for norm in norms_of(fallback, "RESNETS").values())
 
 
-def test_roi_heads_take_one_domain_and_refuse_one_per_image():
-    """With two images and two RoIs the numbers would agree, and the RoIs would be taken for images."""
+def test_rois_have_the_domain_of_their_image():
     keys = ("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.BNEXT.ROI_BOX_HEAD.POPULATION", "per_domain", *DOMAINS)
     model = make_model(*keys)
+    norm = norms_of(model, "ROI_BOX_HEAD")["roi_heads.box_head.conv1.norm"]
     with use_domain("night"):
         run_step(model, make_batch())
-    norm = norms_of(model, "ROI_BOX_HEAD")["roi_heads.box_head.conv1.norm"]
     assert [int(norm.population_state(name).num_batches_tracked) for name in norm.domains] == [0, 1]
-    with use_domain(["night", "day"]), pytest.raises(DomainError, match="one domain for all images"):
+    with use_domain(["night", "day"]):
+        run_step(model, make_batch())
+    assert [int(norm.population_state(name).num_batches_tracked) for name in norm.domains] == [1, 2]
+    with use_domain(["night"]), pytest.raises(DomainError, match=r"one domain per image; got 1 names for 2 images"):
         run_step(model, make_batch())
 
 

@@ -1,0 +1,148 @@
+"""Which RoI is of which image: box, mask and keypoint heads get the RoIs of all images in one batch.
+
+Known from the instances of the call, or from the pooler, which get them image by image. With it mini-batch statistics
+at inference are those of one image, whichever images are evaluated together; and RoIs have the domain of their image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnext.domain import get_active_domain, use_domain
+from bnext.errors import DomainError, StatisticsError
+from bnext.functional import Groups, deal_samples
+from bnext.layers import BatchNorm2d, set_groups
+from bnext.layers.deal import draw_seed
+
+__all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
+
+# Attribute of the RoI heads -> attribute of the pooler whose features it gets.
+POOLERS = {
+    "box_head": "box_pooler",
+    "mask_head": "mask_pooler",
+    "keypoint_head": "keypoint_pooler",
+    "res5": "pooler",  # of C4 models
+}
+
+
+class ImagesOfRois:
+    """Tells the norms of a head of which image each RoI is.
+
+    Args:
+        head: gets the features of the RoIs of all images, [N, C, H, W], image by image.
+        pooler: a detectron2 ROIPooler that makes them; None: not known.
+
+    Attributes:
+        mixes: in evaluation mode deal the RoIs of all images out at random to as many groups, instead of one for each
+            image. It shows what a head that was trained on RoIs of one image has learned of that.
+    """
+
+    def __init__(self, head: nn.Module, pooler: nn.Module | None) -> None:
+        self.mixes = False
+        self._num_rois: list[int] | None = None
+        self._scope = contextlib.ExitStack()
+        if pooler is not None:
+            pooler.register_forward_pre_hook(self._before_pooler, with_kwargs=True)
+        head.register_forward_pre_hook(self._before_head)
+        head.register_forward_hook(self._after_head, always_call=True)
+
+    def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        boxes = kwargs["box_lists"] if "box_lists" in kwargs else args[1]
+        self._num_rois = [len(own) for own in boxes]
+
+    def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
+        self._scope.close()  # of a call that failed
+        norms = [part for part in head.modules() if isinstance(part, BatchNorm2d)]
+        active = get_active_domain()
+        if isinstance(active, tuple) and any(norm.domains for norm in norms):
+            self._scope.enter_context(use_domain(self._spread_domains(active, args, norms)))
+        deciding = [norm for norm in norms if not norm.training]
+        set_groups(deciding, None)
+        deciding = [norm for norm in deciding if norm.uses_mini_batch]
+        if deciding:
+            set_groups(deciding, self._group_images(args, deciding[0]))
+            self._scope.callback(set_groups, deciding, None)
+
+    def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._scope.close()
+
+    def _group_images(self, args: tuple[Any, ...], norm: BatchNorm2d) -> Groups | None:
+        """The RoIs of each image, or random ones of all; None for a single image."""
+        num_rois = self._check_known(args, norm)
+        if len(num_rois) < 2:
+            return None
+        if self.mixes:
+            numbers = deal_samples([sum(num_rois)], len(num_rois), draw_seed())[0]
+        else:
+            numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
+        return Groups(numbers.to(args[0].device), len(num_rois))
+
+    def _spread_domains(
+        self, active: tuple[str, ...], args: tuple[Any, ...], norms: list[BatchNorm2d]
+    ) -> str | list[str]:
+        """The domain of each RoI, from that of each image."""
+        num_rois = self._check_known(args, next(norm for norm in norms if norm.domains))
+        if len(active) != len(num_rois):
+            raise DomainError(
+                f"use_domain must name one domain per image; got {len(active)} names for {len(num_rois)} images "
+                f"({norms[0].where}). Name one domain for all of them, or one for each."
+            )
+        names = [name for name, number in zip(active, num_rois, strict=True) for _ in range(number)]
+        return names or active[0]
+
+    def _check_known(self, args: tuple[Any, ...], norm: BatchNorm2d) -> list[int]:
+        num_features = len(args[0]) if args and isinstance(args[0], Tensor) else None
+        num_rois = self._num_rois
+        if len(args) > 1 and isinstance(args[1], list):  # a mask or keypoint head: (features, instances)
+            num_rois = [len(own) for own in args[1]]
+        if num_rois is None or num_features != sum(num_rois):
+            raise StatisticsError(
+                f"a RoI head whose norms depend on the image must get the features of its pooler, image by image; got "
+                f"{num_features} features for {num_rois} boxes ({norm.where}). Take a head of detectron2 with a "
+                f"pooler, or population statistics that are shared."
+            )
+        return num_rois
+
+
+def find_roi_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The heads of a detectron2 R-CNN that see RoIs: ("box_head", module), ...; one for each stage of a cascade."""
+    rois = getattr(model, "roi_heads", None)
+    for name in POOLERS:
+        head = getattr(rois, name, None)
+        for part in head if isinstance(head, nn.ModuleList) else [head]:
+            if isinstance(part, nn.Module):
+                yield name, part
+
+
+def tell_images(model: Any) -> None:
+    """Attach `ImagesOfRois` to every head of a detectron2 R-CNN that has norms of bnext."""
+    for name, head in find_roi_heads(model):
+        if any(isinstance(part, BatchNorm2d) for part in head.modules()):
+            ImagesOfRois(head, getattr(model.roi_heads, POOLERS[name], None))
+
+
+@contextlib.contextmanager
+def mixing_images(model: nn.Module) -> Iterator[None]:
+    """In this scope, mini-batches at inference are random RoIs of all images that are evaluated together.
+
+    As many mini-batches as images, whose sizes differ by at most one. For a look at what a head has learned of the
+    fact that the RoIs of a mini-batch were of one image; not for use.
+
+    Args:
+        model: built by bnext; the norms of its heads have inference="mini_batch".
+    """
+    hooks = [hook for _, head in find_roi_heads(model) for hook in head._forward_pre_hooks.values()]
+    found = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), ImagesOfRois)]
+    before = [owner.mixes for owner in found]
+    try:
+        for owner in found:
+            owner.mixes = True
+        yield
+    finally:
+        for owner, mixes in zip(found, before, strict=True):
+            owner.mixes = mixes
