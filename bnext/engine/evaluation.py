@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
@@ -98,19 +99,24 @@ def evaluate_model(
     return next(iter(results.values())) if len(results) == 1 else results
 
 
-def evaluate_with(cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetEvaluator) -> dict[str, Any]:
+def evaluate_with(
+    cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetEvaluator, images_per_batch: int = 1
+) -> dict[str, Any]:
     """Results of one evaluator on one data set.
 
     Args:
         cfg, model: see `evaluate_model`.
         name: the data set.
         evaluator: takes in the detections.
+        images_per_batch: that a worker evaluates together.
 
     Note:
         What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
     """
     num_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
     loader = build_detection_test_loader(cfg, name, num_workers=num_workers)
+    if images_per_batch > 1:
+        loader = _JoinedBatches(loader, images_per_batch)
     mode = model.training
     try:
         with _log_prints():
@@ -120,6 +126,21 @@ def evaluate_with(cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetE
     if comm.is_main_process():
         print_csv_format(results)
     return results
+
+
+class _JoinedBatches:
+    """A loader's batches, joined; detectron2 0.6 loads test images one by one only."""
+
+    def __init__(self, loader: Any, size: int) -> None:
+        self._loader, self._size = loader, size
+
+    def __len__(self) -> int:
+        return -(-len(self._loader) // self._size)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches = iter(self._loader)
+        while joined := [record for batch in itertools.islice(batches, self._size) for record in batch]:
+            yield joined
 
 
 @contextlib.contextmanager

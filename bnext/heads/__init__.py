@@ -6,7 +6,7 @@ import bnext.config
 import bnext.heads.architectures  # noqa: F401  registers them
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead, forward_statistics
-from bnext.heads.roi import mixing_images
+from bnext.heads.roi import mixing_images, tell_images
 from bnext.heads.rpn import RPNHead
 from bnext.heads.sampled_rois import forward_sampled_rois
 
@@ -18,6 +18,7 @@ __all__ = [
     "give_norms",
     "make_buildable",
     "mixing_images",
+    "tell_images",
 ]
 
 if importlib.util.find_spec("detectron2.modeling.meta_arch.fcos") is not None:  # since detectron2 0.6

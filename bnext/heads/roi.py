@@ -120,10 +120,23 @@ def find_roi_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:
 
 
 def tell_images(model: Any) -> None:
-    """Attach `ImagesOfRois` to every head of a detectron2 R-CNN that has norms of bnext."""
+    """Tell the heads of a detectron2 R-CNN of which image each RoI is, where they have norms of bnext.
+
+    bnext's architectures have it done. A model that was built otherwise needs it for mini-batch statistics at
+    inference with several images in a batch, and for a domain per image.
+
+    Args:
+        model: a GeneralizedRCNN, or what has `roi_heads` such as detectron2's.
+    """
     for name, head in find_roi_heads(model):
-        if any(isinstance(part, BatchNorm2d) for part in head.modules()):
+        if _find_owner(head) is None and any(isinstance(part, BatchNorm2d) for part in head.modules()):
             ImagesOfRois(head, getattr(model.roi_heads, POOLERS[name], None))
+
+
+def _find_owner(head: nn.Module) -> ImagesOfRois | None:
+    """What is attached to a head, also to the copy of one."""
+    owners = [getattr(hook, "__self__", None) for hook in head._forward_pre_hooks.values()]
+    return next((owner for owner in owners if isinstance(owner, ImagesOfRois)), None)
 
 
 @contextlib.contextmanager
@@ -136,8 +149,7 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
     Args:
         model: built by bnext; the norms of its heads have inference="mini_batch".
     """
-    hooks = [hook for _, head in find_roi_heads(model) for hook in head._forward_pre_hooks.values()]
-    found = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), ImagesOfRois)]
+    found = [owner for _, head in find_roi_heads(model) if (owner := _find_owner(head)) is not None]
     before = [owner.mixes for owner in found]
     try:
         for owner in found:
