@@ -63,7 +63,7 @@ def test_every_key_of_a_node_is_explained_with_its_default():
         if len(names) > len(defaults):
             defaults = re.findall(r"`([^`]*)`", values)
         found |= dict(zip(names, defaults, strict=False))
-    assert found == {key: str(value) for key, value in cfg.MODEL.BNEXT.FPN.items()}
+    assert found == {key: str(value) for key, value in cfg.MODEL.BNEXT.ROI_BOX_HEAD.items()}
 
 
 def test_every_place_is_listed():
