@@ -5,7 +5,7 @@ Shape letters: N samples, C channels, H W. A "batch" is a list of [N, C, H, W] t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ __all__ = [
     "moving_average",
     "normalize_samples",
     "per_channel_rows",
+    "shuffled_by_gathering",
     "table5_forward",
 ]
 
@@ -156,3 +157,21 @@ def move_population(
     weight = 1 / (num_updates + 1) if momentum is None else momentum
     batch = [x.detach().unsqueeze(0) for x in samples]
     return *moving_average(mean, var, [batch], weight), num_updates + 1
+
+
+def shuffled_by_gathering(
+    function: Callable[[Tensor], Tensor], rows: Sequence[Tensor], deals: Sequence[Tensor], num_groups: int
+) -> list[Tensor]:
+    """Shuffle BN as it is told: gather the rows of all workers, give every group its own, take own outputs back.
+
+    `function` is a plain head in training mode; it sees one group after another. `deals` has the group of each row,
+    per worker. Differentiable in rows and parameters; all workers are in this one process.
+    """
+    groups = torch.cat(list(deals))
+    order = groups.argsort(stable=True)
+    shuffled = torch.cat(list(rows))[order]
+    parts = shuffled.split([int((groups == group).sum()) for group in range(num_groups)])
+    outputs = torch.cat([function(part) for part in parts if len(part)])
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order))
+    return list(outputs[back].split([len(own) for own in rows]))

@@ -18,7 +18,7 @@ def deal_samples(num_samples: Sequence[int], num_groups: int, seed: int) -> list
     Args:
         num_samples: of each worker, N_r; some may be 0.
         num_groups: G, 1 or more; groups beyond the number of samples stay empty.
-        seed: 0 to 2**63 - 1; the same arguments give the same deal.
+        seed: 0 to 2**63 - 1, of which torch takes the lower 32 bits; the same arguments give the same deal.
 
     Returns:
         For each worker the group of each of its samples, [N_r], 0 to G - 1, on the CPU.

@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_gather_numbers, get_rank, get_world_size, resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import Groups, deal_samples
-from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.groups import find_grouping_norms, set_groups
 from bnext.layers.spec import Workers
 
@@ -40,12 +41,14 @@ class StatisticsDeal:
 
     def __init__(self, module: nn.Module, num_groups: int | None) -> None:
         self.num_groups = num_groups
+        self._module = module
         self._has_told = False
         self._handle = module.register_forward_pre_hook(self._before)
 
     def remove(self) -> None:
         """Leave the module as it was before."""
         self._handle.remove()
+        set_groups((part for part in self._module.modules() if isinstance(part, BatchNorm2d)), None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         norms = [part for part in module.modules() if isinstance(part, BatchNorm2d) and part.training]
@@ -91,7 +94,7 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
     Raises:
         ConfigError: `num_groups` is below 2, the norms name different workers, have a normalization batch size, or are
             of one worker without a number of groups.
-        StatisticsError: the module has no norm of bnext.
+        StatisticsError: the module has no norm of bnext, or a batch norm of somebody else.
 
     Note:
         One more collective for each call in training, of two numbers per worker. The sizes of the groups differ by
@@ -109,18 +112,22 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
         section 6; that the features need not move follows from the formula of batch normalization.
     """
     norms = find_grouping_norms(module)
-    if num_groups is not None and num_groups < 2:
+    _check_foreign(module)
+    is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool)
+    if num_groups is not None and (not is_count or num_groups < 2):
         raise ConfigError(
-            f"num_groups must be 2 or more, or None for one per worker; got {num_groups} (deal_statistics). One group "
-            f"over all workers is a SyncBN: use workers='all' without a deal."
+            f"num_groups must be 2 or more, or None for one per worker; got {num_groups!r} (deal_statistics). One "
+            f"group over all workers is a SyncBN: use workers='all' without a deal."
         )
-    sizes = {norm.spec.normalization_batch_size for norm in norms} - {None}
-    if sizes:
-        raise ConfigError(
-            f"normalization_batch_size must be None where statistics are dealt; got {sizes} ({norms[0].where}). "
-            f"The number of groups says how many samples are normalized together."
-        )
-    if num_groups is None and _find_workers(norms) in ("one", 1):
+    for norm in norms:
+        if norm.spec.normalization_batch_size is not None:
+            raise ConfigError(
+                f"normalization_batch_size must be None where statistics are dealt; got "
+                f"{norm.spec.normalization_batch_size} ({norm.where}). The number of groups says how many samples are "
+                f"normalized together."
+            )
+    workers = _find_workers([norm for norm in norms if not norm.spec.has_frozen_statistics] or norms)
+    if num_groups is None and workers in ("one", 1):
         raise ConfigError(
             f"num_groups must be given where each worker has its own mini-batches; got None with workers='one' "
             f"({norms[0].where}). Give a number, or share over workers: convert_norm(module, NormSpec(workers='all'))."
@@ -138,10 +145,21 @@ def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
 
 
 def _find_workers(norms: list[BatchNorm2d]) -> Workers:
-    found = {norm.spec.workers for norm in norms}
-    if len(found) > 1:
-        raise ConfigError(
-            f"workers must be the same for all norms that share a deal; got {found} ({norms[0].where}, ...). "
-            f"Convert them with one spec."
-        )
-    return found.pop()
+    first = norms[0]
+    for norm in norms:
+        if norm.spec.workers != first.spec.workers:
+            raise ConfigError(
+                f"workers must be the same for all norms that share a deal; got {first.spec.workers!r} ({first.where}) "
+                f"and {norm.spec.workers!r} ({norm.where}). Convert them with one spec."
+            )
+    return first.spec.workers
+
+
+def _check_foreign(module: nn.Module) -> None:
+    """A batch norm of somebody else would normalize the groups of a deal together, RoIs of one image and all."""
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and not isinstance(part, (BatchNorm2d, DomainState)):
+            raise StatisticsError(
+                f"all batch norms of a module whose samples are dealt must be of bnext; got {type(part).__name__} "
+                f"({name}). Convert it with convert_norm, or move the features: Shuffled(module)."
+            )

@@ -46,12 +46,7 @@ def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: in
         True
     """
     norms = find_grouping_norms(module)
-    numbers = torch.as_tensor(groups, dtype=torch.long, device=_find_device(norms))
-    if numbers.dim() != 1 or (len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= num_groups)):
-        raise StatisticsError(
-            f"groups must be one number per sample, 0 to {num_groups - 1}; got {groups!r} (use_groups). "
-            f"Number the groups from 0 and say how many there are."
-        )
+    numbers = _check_groups(groups, num_groups).to(_find_device(norms))
     before = [norm.groups for norm in norms]
     try:
         set_groups(norms, Groups(numbers, num_groups))
@@ -82,6 +77,28 @@ def set_groups(norms: Iterable[BatchNorm2d], groups: Groups | None) -> None:
     """Give all norms the same groups, until the next call or change of mode; None: none."""
     for norm in norms:
         norm.groups = groups
+
+
+def _check_groups(groups: Tensor | Sequence[int], num_groups: int) -> Tensor:
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
+        raise StatisticsError(
+            f"num_groups must be 1 or more; got {num_groups!r} (use_groups). Say how many groups there are, on all "
+            f"workers together."
+        )
+    try:
+        numbers = torch.as_tensor(groups if isinstance(groups, Tensor) or len(groups) else torch.empty(0).long())
+    except (TypeError, ValueError, RuntimeError):  # of words, or of lists of different lengths
+        numbers = torch.empty(0)
+    wrong: object = groups
+    if not numbers.is_floating_point() and not numbers.is_complex() and numbers.dtype != torch.bool:
+        outside = numbers[(numbers < 0) | (numbers >= num_groups)]
+        if numbers.dim() == 1 and not len(outside):
+            return numbers.long()
+        wrong = int(outside[0]) if len(outside) else f"the shape {list(numbers.shape)}"
+    raise StatisticsError(
+        f"groups must be one whole number per sample, 0 to {num_groups - 1}; got {wrong} (use_groups). "
+        f"Number the groups from 0 and say how many there are."
+    )
 
 
 def _find_device(norms: Sequence[BatchNorm2d]) -> torch.device | None:

@@ -6,6 +6,7 @@ moving a feature.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from bnext.distributed import all_gather_numbers, all_to_all_rows, get_rank, res
 from bnext.errors import StatisticsError
 from bnext.functional import deal_samples
 from bnext.layers.deal import draw_seed
-from bnext.layers.spec import Workers
+from bnext.layers.spec import NormSpec, Workers
 
 __all__ = ["Shuffled", "shuffle_features"]
 
@@ -102,7 +103,7 @@ class Shuffled(nn.Module):
     def __init__(self, module: nn.Module, workers: Workers = "all", where: str = "") -> None:
         super().__init__()
         self.module = module
-        self.workers = workers
+        self.workers = NormSpec(workers=workers).workers  # which refuses what names no workers
         self.where = where or type(module).__name__
         resolve_group(workers)
 
@@ -123,7 +124,8 @@ def shuffle_features(
         workers, where: see `Shuffled`.
 
     Raises:
-        StatisticsError: what `function` returns is no tensor with one row per sample.
+        StatisticsError: what `function` returns is no tensor with one row per sample, or the shapes of samples differ
+            between workers.
     """
     group = resolve_group(workers)
     if group is None or not _is_in_training(module):
@@ -142,15 +144,21 @@ def shuffle_features(
 
 def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple[Tensor, _Route]:
     """Where the samples go; and the features, with a gradient on every worker if some worker needs one."""
-    message = [len(features), draw_seed(), int(features.requires_grad)]
+    message = [len(features), draw_seed(), int(features.requires_grad), math.prod(features.shape[1:])]
     every = all_gather_numbers(message, group, features.device, where)
-    destinations = deal_samples([own for own, _, _ in every], group.size(), every[0][1])
+    if len({size for *_, size in every}) > 1:
+        raise StatisticsError(
+            f"features must have samples of the same shape on all workers; got {list(features.shape[1:])} on worker "
+            f"{get_rank(group)}, and {[size for *_, size in every]} numbers per sample on all ({where}). Look for the "
+            f"worker that pools or crops otherwise; one without samples gives [0, ...] with the shape of the others."
+        )
+    destinations = deal_samples([own for own, *_ in every], group.size(), every[0][1])
     rank, device = get_rank(group), features.device
     own = destinations[rank]
     order = own.argsort(stable=True)
     send = own.bincount(minlength=group.size()).tolist()
     receive = [int((numbers == rank).sum()) for numbers in destinations]
-    if any(needs for _, _, needs in every) and not features.requires_grad and torch.is_grad_enabled():
+    if any(needs for _, _, needs, _ in every) and not features.requires_grad and torch.is_grad_enabled():
         features = features.detach().requires_grad_()  # the others wait for this worker in the backward pass
     return features, _Route(order.to(device), order.argsort().to(device), send, receive, group, where)
 

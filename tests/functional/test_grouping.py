@@ -1,10 +1,11 @@
 """Which samples are normalized together: every one once, evenly, in as few groups as the size allows."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnext.functional import group_samples
+from bnext.functional import Groups, divide_parts, group_samples
 
 NUM_DOMAINS = 3
 compositions = st.lists(st.integers(0, NUM_DOMAINS - 1), min_size=1, max_size=20)
@@ -85,3 +86,24 @@ def test_no_samples_at_all():
     for size in (None, 2):
         grouping = group_samples((0, 0), (0, 1), 2, False, size)
         assert (grouping.mini_batches, grouping.domains) == ((0, 1), (0, 1))
+
+
+@given(compositions, st.booleans(), st.integers(1, 4), st.data())
+def test_parts_divided_by_groups_keep_domains_and_part_mini_batches(domains, shares, num_groups, data):
+    numbers = data.draw(st.lists(st.integers(0, num_groups - 1), min_size=len(domains), max_size=len(domains)))
+    whole = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares)
+    divided = divide_parts(whole, Groups(torch.tensor(numbers), num_groups))
+    (parts,) = divided.parts
+    assert len(divided.domains) == len(divided.mini_batches) == NUM_DOMAINS * num_groups, "also those without samples"
+    assert [divided.domains[part] for part in parts] == domains
+    batches = [divided.mini_batches[part] for part in parts]
+    keys = [(group, None if shares else domain) for group, domain in zip(numbers, domains, strict=True)]
+    for batch, key in zip(batches, keys, strict=True):
+        assert [b == batch for b in batches] == [k == key for k in keys]
+    assert set(divided.mini_batches) == set(range((1 if shares else NUM_DOMAINS) * num_groups)), "numbered from 0"
+
+
+def test_parts_of_one_domain_are_divided_too():
+    divided = divide_parts(group_samples((3,), (1,), 2, False), Groups(torch.tensor([1, 0, 1]), 2))
+    assert divided.parts[0].tolist() == [3, 2, 3]
+    assert (divided.mini_batches, divided.domains) == ((0, 1, 2, 3), (0, 0, 1, 1))
