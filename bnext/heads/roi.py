@@ -148,8 +148,16 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: built by bnext; the norms of its heads have inference="mini_batch".
+
+    Raises:
+        StatisticsError: no head of the model knows the images of its RoIs.
     """
-    found = [owner for _, head in find_roi_heads(model) if (owner := _find_owner(head)) is not None]
+    found = [owner for part in model.modules() if (owner := _find_owner(part)) is not None]  # also in a wrapper
+    if not found:
+        raise StatisticsError(
+            f"model must have RoI heads with batch norms of bnext; got none ({type(model).__name__}). Set "
+            f"MODEL.ROI_BOX_HEAD.NORM to BN, or that of another head; a model that bnext did not build needs tell_images."
+        )
     before = [owner.mixes for owner in found]
     try:
         for owner in found:

@@ -18,6 +18,7 @@ from bnext.layers.forms import iterate_norms
 
 __all__ = [
     "C4",
+    "CASCADE",
     "LEVELS",
     "NUM_CLASSES",
     "ROOTS",
@@ -27,6 +28,7 @@ __all__ = [
     "make_model",
     "norms_of",
     "run_step",
+    "shuffle_pairs",
     "train_and_infer",
 ]
 
@@ -46,6 +48,8 @@ C4 = [
     *("MODEL.ROI_HEADS.NAME", "Res5ROIHeads", "MODEL.KEYPOINT_ON", False, "MODEL.ANCHOR_GENERATOR.SIZES", [[32, 64]]),
     *("MODEL.RPN.IN_FEATURES", ["res4"], "MODEL.ROI_HEADS.IN_FEATURES", ["res4"], "MODEL.ROI_MASK_HEAD.NUM_CONV", 0),
 ]
+# Three box heads, one after the other.
+CASCADE = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 NUM_CLASSES = 3
 
@@ -83,6 +87,11 @@ def make_model(*pairs: Any, architecture: str = "BNextPanopticFPN", seed: int = 
     """The model of `make_cfg`."""
     torch.manual_seed(seed)
     return build_model(make_cfg(*pairs, architecture=architecture))
+
+
+def shuffle_pairs(form: str, *places: str) -> list[Any]:
+    """KEY, VALUE, ... pairs that set the SHUFFLE of heads."""
+    return [item for place in places for item in (f"MODEL.BNEXT.{place}.SHUFFLE", form)]
 
 
 def make_batch(sides: tuple[int, ...] = (64, 64), seed: int = 0) -> list[dict[str, Any]]:
