@@ -17,11 +17,13 @@ from bnext.functional.moments import (
     sample_moments,
 )
 from bnext.functional.normalize import normalize_parts
+from bnext.functional.spread import Spread, merge_spreads, spread_of_batch, standard_errors
 
 __all__ = [
     "Grouping",
     "Groups",
     "Moments",
+    "Spread",
     "batch_moments",
     "count_elements",
     "deal_samples",
@@ -32,8 +34,11 @@ __all__ = [
     "has_safe_kernel",
     "make_index",
     "merge_moments",
+    "merge_spreads",
     "normalize_parts",
     "part_moments",
     "sample_moments",
+    "spread_of_batch",
+    "standard_errors",
     "update_running_statistics",
 ]

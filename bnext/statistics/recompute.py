@@ -1,75 +1,38 @@
 """Re-estimate population statistics of a trained model on data: no training, no labels.
 
-Moments of every batch are merged in float64, over batches, calls and workers. A layer may be called
-any number of times; one that is not reached keeps what it has, and is reported.
+A layer may be called any number of times; one that is not reached keeps what it has, and is reported.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from bnext.distributed import all_gather_stacked, merge_moments_over_workers, resolve_group
+from bnext.distributed import resolve_group
+from bnext.domain import use_domain
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, batch_moments, merge_moments
-from bnext.layers.batch_norm import BatchNorm2d, DomainState
+from bnext.functional import Moments, Spread, standard_errors
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.spec import check_choice
+from bnext.statistics.kept_state import KeptState
+from bnext.statistics.layer_by_layer import estimate_layer_by_layer
+from bnext.statistics.observe import Collector, Selection, collect_moments, make_collectors, restoring, select_norms
+from bnext.statistics.report import PopulationEstimate, RecomputeReport, percentile_error
+from bnext.statistics.rounds import Rounds, make_bar
 
-__all__ = ["PopulationEstimate", "RecomputeReport", "recompute_population_statistics"]
+__all__ = ["Estimator", "recompute_population_statistics"]
 
-Selection = Callable[[str, nn.Module], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class PopulationEstimate:
-    """What became of one set of population statistics.
-
-    Args:
-        path: of the layer in the model.
-        levels: the levels that the set normalizes; empty for a norm without levels.
-        count: elements per channel that were seen, over all workers; 0: not reached, left as it was.
-        mean_shift: largest |new - old| of the mean over channels, in new standard deviations.
-        var_ratio: largest of new/old and old/new of the variance over channels.
-    """
-
-    path: str
-    levels: tuple[str, ...]
-    count: int
-    mean_shift: float
-    var_ratio: float
-
-    @property
-    def is_reached(self) -> bool:
-        return self.count > 0
-
-
-@dataclasses.dataclass(frozen=True)
-class RecomputeReport:
-    """All estimates of one run, and the number of batches over all workers."""
-
-    estimates: tuple[PopulationEstimate, ...]
-    num_batches: int
-
-    @property
-    def not_reached(self) -> tuple[PopulationEstimate, ...]:
-        return tuple(estimate for estimate in self.estimates if not estimate.is_reached)
-
-    def __str__(self) -> str:
-        reached = [estimate for estimate in self.estimates if estimate.is_reached]
-        lines = [f"Population statistics re-estimated: {len(reached)} sets from {self.num_batches} batches."]
-        if reached:
-            farthest = max(reached, key=lambda estimate: estimate.mean_shift)
-            name = ".".join([farthest.path, *farthest.levels[:1]])
-            lines.append(f"  farthest from before: {name}, mean by {farthest.mean_shift:.2f} standard deviations")
-        for estimate in self.not_reached:
-            lines.append(f"  not reached, left as it was: {estimate.path} {' '.join(estimate.levels)}".rstrip())
-        return "\n".join(lines)
+Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer"]
+Forward = Callable[[nn.Module, Any], object]
+Domain = str | Callable[[Any], str | Sequence[str]]
+_FIRST_CHECK, _CHECK_PERIOD = 8, 4  # batches of a worker before and between looks at the standard errors
 
 
 def recompute_population_statistics(
@@ -77,36 +40,57 @@ def recompute_population_statistics(
     data: Iterable[Any],
     *,
     num_batches: int | None = None,
-    forward: Callable[[nn.Module, Any], object] | None = None,
+    num_samples: int | None = None,
+    tolerance: float | None = None,
+    forward: Forward | None = None,
     layers: Selection | None = None,
+    domain: Domain | None = None,
+    estimator: Estimator = "pooled",
+    source_samples: float = 0,
+    state_file: str | os.PathLike[str] | None = None,
+    progress: bool = False,
 ) -> RecomputeReport:
     """Replace the running statistics of batch norms by the moments of their inputs on `data`.
 
         mean, var = Chan's merge of the moments of all batches;  running_var has correction 1, as torch's
 
     Selected norms normalize by mini-batch statistics meanwhile, as in training; everything else of
-    the model is in evaluation mode. A norm with statistics per level gets each level's own, one with
-    shared statistics those of all levels together.
+    the model is in evaluation mode. A norm with statistics per level or domain gets each one's own, one with
+    shared statistics those of all together.
 
     Args:
         model: any torch model.
-        data: batches; every worker brings its own share. Norms over all workers need the same number of
-            batches on every worker, as in training.
+        data: batches; every worker brings its own share. With norms over all workers the shortest share ends it.
         num_batches: how many to use at most, per worker; None: all.
+        num_samples: enough images, over all workers; None: all. The batch that reaches it is the last one.
+        tolerance: stop as soon as the standard errors of all reached sets are below it: of the mean in standard
+            deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never.
         forward: called as forward(model, batch); default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
             for which it is true are re-estimated. Default: all.
+        domain: of all images, or called as domain(batch) for that of a batch or of each image; see `use_domain`.
+            None: as the caller or the batch has it.
+        estimator: "pooled": the variance of all data, which has the least error. "mean_of_batches": the mean of the
+            batches' variances with correction 1, as a moving average has it; differences between batches are not in
+            it. "layer_by_layer": every norm on features that the norms before it have normalized by their new
+            statistics, exact and independent of the batch size; as many passes over `data`, which must be a list, as
+            there are norms.
+        source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
+            new = (source_samples * former + n * estimate) / (source_samples + n), n images.
+        state_file: keeps what was collected so far, every now and then, so that a call that is interrupted goes on from
+            there the next time; removed at the end. `data` must give the same batches again. Not for layer_by_layer.
+        progress: show a bar where the standard error stream is a terminal.
 
     Returns:
         The report, equal on every worker.
 
     Raises:
-        StatisticsError: no norm is selected, there is no batch, activations are not finite, or another
-            worker failed.
+        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed, or
+            an argument is out of range.
 
     Note:
-        After an exception the model is bitwise as it was; otherwise only the running statistics
-        of the reached norms differ. Collectives at the end: one per set of statistics, and one more.
+        After an exception the model is bitwise as it was; otherwise only the running statistics of the reached norms
+        differ. Collectives: one per round of batches, and two per set at the end and at every look at the errors.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
@@ -115,168 +99,133 @@ def recompute_population_statistics(
         720
 
     Source:
-        Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 3 (PreciseBN).
+        Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 3 and appendix A.2, A.3 (PreciseBN); Li et al.,
+        *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016 (AdaBN); Schneider et al., *Improving
+        robustness against common corruptions by covariate shift adaptation*, 2020 (`source_samples`).
     """
+    _check_arguments(num_batches, num_samples, tolerance, estimator, source_samples)
+    norms = select_norms(model, layers)
+    collectors = make_collectors(norms)
+    sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
+    device = sets[0].total.mean.device
+    shares = any(isinstance(n, BatchNorm2d) and resolve_group(n.spec.workers) is not None for _, n in norms)
+    make_rounds = partial(
+        Rounds, data, device, shares_mini_batches=shares, num_batches=num_batches, num_samples=num_samples
+    )
+    call = partial(_call, model, forward=forward, domain=domain)
+    with torch.no_grad(), restoring(model, norms):
+        model.eval()
+        if estimator == "layer_by_layer":
+            rounds = estimate_layer_by_layer(norms, collectors, make_rounds, call, data)
+        else:
+            kept = KeptState(state_file, [own.where for own in sets])
+            rounds = make_rounds(skip=kept.load(sets))
+            for _, norm in norms:
+                norm.train()
+            with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
+                _go_through(rounds, call, sets, tolerance, kept, bar)
+    merged = [own.merged_over_workers() for own in sets]
+    if all(total.count == 0 for total, _, _ in merged):
+        raise StatisticsError(
+            f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and no "
+            f"activation (recompute_population_statistics). Pass a longer loader, or select norms that forward reaches."
+        )
+    weight = rounds.num_samples / (rounds.num_samples + source_samples)
+    estimates = [_write(own, *found, estimator, weight, rounds) for own, found in zip(sets, merged, strict=True)]
+    if estimator != "layer_by_layer":
+        kept.remove()
+    return RecomputeReport(tuple(estimates), rounds.num_batches, rounds.num_samples, tolerance)
+
+
+def _check_arguments(
+    num_batches: int | None, num_samples: int | None, tolerance: float | None, estimator: str, source_samples: float
+) -> None:
+    where = "recompute_population_statistics"
+    check_choice("estimator", estimator, get_args(Estimator), where=where)
     if num_batches is not None and num_batches < 1:
         raise StatisticsError(
-            f"num_batches must be 1 or more; got {num_batches} (recompute_population_statistics; "
-            f"TEST.PRECISE_BN.NUM_ITER in a config). Use some 4,000 images."
+            f"num_batches must be 1 or more; got {num_batches} ({where}; TEST.PRECISE_BN.NUM_ITER in a config). Use "
+            f"some 4,000 images."
         )
-    norms = _select_norms(model, layers)
-    failure, done = None, 0
-    with _estimating(model, norms) as collectors:
-        try:
-            done = _run(model, data, num_batches, forward)
-        except Exception as error:  # the other workers are told before it is raised: they wait for this one
-            failure = error
-    done = _count_batches(done, failure, norms[0][1])
-    everyone = resolve_group("all")
-    totals = [merge_moments_over_workers(collector.total, everyone) for collector in collectors]
-    if all(total.count == 0 for total in totals):
+    if num_samples is not None and num_samples < 1:
+        raise StatisticsError(f"num_samples must be 1 or more; got {num_samples} ({where}). Use 1,000 to 10,000.")
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise StatisticsError(f"tolerance must be above 0; got {tolerance} ({where}). Use 0.01 for 1 %.")
+    if not 0 <= source_samples < math.inf:
         raise StatisticsError(
-            f"data must give at least one batch that reaches a norm; got {done} batches and no activation "
-            f"(recompute_population_statistics). Pass a longer loader, or select norms that forward reaches."
+            f"source_samples must be 0 or more; got {source_samples} ({where}). Use 0 to replace the statistics."
         )
-    estimates = [_write(collector, total, done) for collector, total in zip(collectors, totals, strict=True)]
-    return RecomputeReport(tuple(estimates), done)
 
 
-def _select_norms(model: nn.Module, layers: Selection | None) -> list[tuple[str, _BatchNorm]]:
-    norms = []
-    for path, module in model.named_modules():
-        if not isinstance(module, _BatchNorm) or isinstance(module, DomainState):
-            continue
-        tracks = module.running_mean is not None
-        if isinstance(module, BatchNorm2d):
-            tracks = any(module.populations()) and not module.spec.has_frozen_statistics
-        if tracks and (layers is None or layers(path, module)):
-            norms.append((path, module))
-    if not norms:
-        raise StatisticsError(
-            f"model must have a batch norm with running statistics that is selected; got none "
-            f"({type(model).__name__}). Frozen norms and GroupNorm have nothing to re-estimate."
-        )
-    return norms
-
-
-class _Collector:
-    """Merges, in float64, the moments of everything that one set of statistics is to describe."""
-
-    def __init__(self, path: str, levels: tuple[str, ...], state: Any) -> None:
-        self.path, self.levels, self.state = path, levels, state
-        zeros = torch.zeros(state.num_features, dtype=torch.float64, device=state.running_mean.device)
-        self.total = Moments(zeros.new_zeros(()), zeros, zeros.clone())
-
-    def add(self, feature: Tensor) -> None:
-        new = batch_moments(feature.double())  # float32 would round the mean of a batch far from zero
-        if not torch.isfinite(new.var).all() or not torch.isfinite(new.mean).all():
-            raise StatisticsError(
-                f"activations must be finite; got NaN or Inf ({'.'.join([self.path, *self.levels[:1]])}). "
-                f"The statistics are as they were; look for the batch and the layer that make them."
-            )
-        self.total = merge_moments(Moments(*(torch.stack(pair) for pair in zip(self.total, new, strict=True))))
-
-
-@contextlib.contextmanager
-def _estimating(model: nn.Module, norms: list[tuple[str, _BatchNorm]]) -> Iterator[list[_Collector]]:
-    """Collect moments at the inputs of the selected norms; leave modes, buffers and hooks as they were."""
-    was_training = {module: module.training for module in model.modules()}
-    buffers = [buffer for _, norm in norms for buffer in norm.buffers()]
-    before = [buffer.clone() for buffer in buffers]
-    collectors: list[_Collector] = []
-    hooks = []
-    try:
-        model.eval()
-        for path, norm in norms:
-            by_level = _make_collectors(path, norm)
-            collectors += dict.fromkeys(by_level.values())
-            hooks.append(norm.register_forward_pre_hook(_make_hook(by_level)))
-            norm.train()
-        yield collectors
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in was_training.items():
-            module.training = training
-        for buffer, value in zip(buffers, before, strict=True):
-            buffer.copy_(value)
-
-
-def _make_collectors(path: str, norm: _BatchNorm) -> dict[str, _Collector]:
-    """Level or domain -> collector; those with one population share it. A norm without them: ""."""
-    if not isinstance(norm, BatchNorm2d):
-        return {"": _Collector(path, (), norm)}
-    by_name = {}
-    for names, state in norm.populations():
-        by_name.update(dict.fromkeys(names or ("",), _Collector(path, names, state)))
-    return by_name
-
-
-def _make_hook(by_name: dict[str, _Collector]) -> Callable[[nn.Module, Any], None]:
-    def collect(module: nn.Module, args: Any) -> None:
-        for name, feature in _name_features(module, args[0]):
-            if name in by_name:  # the norm itself refuses an unknown level
-                by_name[name].add(feature)
-
-    return collect
-
-
-def _name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
-    """What a norm is called with, by level or domain; a mixed batch is taken apart."""
-    if isinstance(given, Mapping):
-        yield from given.items()
-        return
-    domains = norm.find_domains(len(given)) if isinstance(norm, BatchNorm2d) else 0
-    names = norm.domains if isinstance(norm, BatchNorm2d) and norm.domains else ("",)
-    if isinstance(domains, int):
-        yield names[domains], given
-        return
-    for domain in sorted(set(domains)):
-        yield names[domain], given[[own == domain for own in domains]]
-
-
-@torch.no_grad()
-def _run(
-    model: nn.Module,
-    data: Iterable[Any],
-    num_batches: int | None,
-    forward: Callable[[nn.Module, Any], object] | None,
-) -> int:
-    done = 0
-    for batch in itertools.islice(data, num_batches):
+def _call(model: nn.Module, batch: Any, forward: Forward | None, domain: Domain | None) -> None:
+    name = domain if domain is None or isinstance(domain, str) else domain(batch)
+    with contextlib.nullcontext() if name is None else use_domain(name):
         model(batch) if forward is None else forward(model, batch)
-        done += 1
-    return done
 
 
-def _count_batches(done: int, failure: Exception | None, norm: _BatchNorm) -> int:
-    """Batches over all workers; raises on every worker if one of them has failed."""
-    device = next(norm.buffers()).device
-    message = torch.tensor([done, failure is not None], dtype=torch.float64, device=device)
-    answers = all_gather_stacked(message, resolve_group("all"))
-    if failure is not None:
-        raise failure
-    if answers[:, 1].any():
-        raise StatisticsError(
-            f"every worker must reach the end of its data; got a failure on worker {int(answers[:, 1].argmax())} "
-            f"(recompute_population_statistics). Its own message says why; the statistics are as they were."
-        )
-    return int(answers[:, 0].sum())
+def _go_through(
+    rounds: Rounds,
+    call: Callable[[Any], None],
+    sets: Sequence[Collector],
+    tolerance: float | None,
+    kept: KeptState,
+    bar: Any,
+) -> None:
+    """Collect until the data end, or the errors are small enough."""
+    for batch in rounds:
+        if batch is not None:
+            rounds.run(partial(call, batch))
+        for own in sets:
+            own.end_batch()
+        bar.update()
+        if tolerance is not None and rounds.done >= _FIRST_CHECK and rounds.done % _CHECK_PERIOD == 0:
+            rounds.finish()  # whoever has failed does not come to the look
+            error = _find_largest_error(sets)
+            bar.set_postfix_str(f"standard error {100 * error:.2g} %", refresh=False)
+            if error <= tolerance:
+                break
+        kept.save_now_and_then(rounds.done, sets)
+    rounds.finish()
 
 
-@torch.no_grad()
-def _write(collector: _Collector, total: Moments, num_batches: int) -> PopulationEstimate:
+def _find_largest_error(sets: Sequence[Collector]) -> float:
+    """Of the reached sets, over all workers. A collective."""
+    merged = [own.merged_over_workers() for own in sets]
+    errors = [_measure_errors(own, total, spread) for own, (total, spread, _) in zip(sets, merged, strict=True)]
+    reached = [max(pair) for pair, (total, _, _) in zip(errors, merged, strict=True) if total.count > 0]
+    return max(reached, default=math.inf)
+
+
+def _measure_errors(own: Collector, total: Moments, spread: Spread) -> tuple[float, float]:
+    """Relative standard errors of mean and variance; eps keeps a dead channel (variance 0) from an infinite error."""
+    mean_error, var_error = standard_errors(spread, total.mean)
+    var = total.var + own.state.eps
+    return percentile_error(mean_error / var.sqrt()), percentile_error(var_error / var)
+
+
+def _write(
+    own: Collector,
+    total: Moments,
+    spread: Spread,
+    num_samples: int,
+    estimator: Estimator,
+    weight: float,
+    rounds: Rounds,
+) -> PopulationEstimate:
     """Put the estimate in the place of the running statistics; one element has no variance and is no estimate."""
-    state = collector.state
-    count = int(total.count)
+    state, count = own.state, int(total.count)
     if count < 2:
-        return PopulationEstimate(collector.path, collector.levels, 0, 0.0, 1.0)
+        return PopulationEstimate(own.path, own.names, 0)
     mean, var = total.mean, total.unbiased_var()
-    # eps keeps a dead channel (variance 0) from looking infinitely far away.
-    old_var, new_var = state.running_var.double() + state.eps, var + state.eps
-    shift = ((mean - state.running_mean.double()).abs() / new_var.sqrt()).max()
-    ratio = torch.maximum(new_var / old_var, old_var / new_var).max()
+    if estimator == "mean_of_batches":
+        mean, var = spread.center + spread.first[0], spread.unbiased
+    old_mean, old_var = state.running_mean.double(), state.running_var.double()
+    mean, var = torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight)
+    shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()
+    ratio = torch.maximum((var + state.eps) / (old_var + state.eps), (old_var + state.eps) / (var + state.eps)).max()
     state.running_mean.copy_(mean)
     state.running_var.copy_(var)
-    state.num_batches_tracked.fill_(num_batches)
-    return PopulationEstimate(collector.path, collector.levels, count, float(shift), float(ratio))
+    state.num_batches_tracked.fill_(rounds.num_batches)
+    errors = _measure_errors(own, total, spread)
+    num_batches = int(spread.num_batches)
+    return PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)

@@ -1,0 +1,120 @@
+"""What became of every set of population statistics in a re-estimation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+__all__ = ["PopulationEstimate", "RecomputeReport"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PopulationEstimate:
+    """One set of population statistics.
+
+    Args:
+        path: of the layer in the model.
+        levels: the levels or domains that the set normalizes; empty for a norm without.
+        count: elements per channel that were seen, over all workers; 0: not reached, left as it was.
+        num_samples: images or RoIs that were seen, over all workers; those of several levels once.
+        num_batches: batches in which it was reached, over all workers.
+        mean_shift: largest |new - old| of the mean over channels, in new standard deviations.
+        var_ratio: largest of new/old and old/new of the variance over channels.
+        mean_error: standard error of the mean in standard deviations, 95th percentile over channels; infinite for
+            fewer than two batches.
+        var_error: standard error of the variance relative to it, likewise.
+    """
+
+    path: str
+    levels: tuple[str, ...]
+    count: int
+    num_samples: int = 0
+    num_batches: int = 0
+    mean_shift: float = 0.0
+    var_ratio: float = 1.0
+    mean_error: float = math.inf
+    var_error: float = math.inf
+
+    @property
+    def is_reached(self) -> bool:
+        return self.count > 0
+
+    @property
+    def error(self) -> float:
+        """The larger of both standard errors."""
+        return max(self.mean_error, self.var_error)
+
+    @property
+    def name(self) -> str:
+        """Path, and the level or domain where it is of one."""
+        return ".".join([self.path, *self.levels]) if len(self.levels) == 1 else self.path
+
+
+@dataclasses.dataclass(frozen=True)
+class RecomputeReport:
+    """All estimates of one run.
+
+    Args:
+        estimates: one for each set, in the order of the model.
+        num_batches: that were used, over all workers.
+        num_samples: images in them, over all workers.
+        tolerance: that was asked for, or None.
+    """
+
+    estimates: tuple[PopulationEstimate, ...]
+    num_batches: int
+    num_samples: int = 0
+    tolerance: float | None = None
+
+    @property
+    def reached(self) -> tuple[PopulationEstimate, ...]:
+        return tuple(estimate for estimate in self.estimates if estimate.is_reached)
+
+    @property
+    def not_reached(self) -> tuple[PopulationEstimate, ...]:
+        return tuple(estimate for estimate in self.estimates if not estimate.is_reached)
+
+    @property
+    def not_converged(self) -> tuple[PopulationEstimate, ...]:
+        """Reached sets whose standard error is above the tolerance; none without a tolerance."""
+        limit = math.inf if self.tolerance is None else self.tolerance
+        return tuple(estimate for estimate in self.reached if estimate.error > limit and self.tolerance is not None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; an infinite error is null."""
+        rows = [dataclasses.asdict(estimate) for estimate in self.estimates]
+        for row in rows:
+            row |= {key: None for key in ("mean_error", "var_error") if math.isinf(row[key])}
+        return {**dataclasses.asdict(self), "estimates": rows}
+
+    def __str__(self) -> str:
+        reached = self.reached
+        what = f"{self.num_batches} batches" + (f", {self.num_samples} samples" if self.num_samples else "")
+        lines = [f"Population statistics re-estimated: {len(reached)} sets from {what}."]
+        if reached:
+            farthest = max(reached, key=lambda estimate: estimate.mean_shift)
+            lines.append(
+                f"  farthest from before: {farthest.name}, mean by {farthest.mean_shift:.2f} standard deviations"
+            )
+            coarsest = max(reached, key=lambda estimate: estimate.error)
+            lines.append(f"  largest standard error: {coarsest.name}, {_percent(coarsest.error)} (p95 over channels)")
+        for estimate in self.not_converged:
+            lines.append(
+                f"  not converged: {estimate.name}, standard error {_percent(estimate.error)} of a tolerance of "
+                f"{_percent(self.tolerance or 0)} after {estimate.num_batches} batches"
+            )
+        for estimate in self.not_reached:
+            lines.append(f"  not reached, left as it was: {estimate.path} {' '.join(estimate.levels)}".rstrip())
+        return "\n".join(lines)
+
+
+def _percent(value: float) -> str:
+    return "unknown" if math.isinf(value) else f"{100 * value:.2g} %"
+
+
+def percentile_error(errors: torch.Tensor) -> float:
+    """The 95th percentile over channels, [C]."""
+    return float("inf") if torch.isinf(errors).any() else float(torch.quantile(errors, 0.95))
