@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ class KeptState:
         """Fill the collectors; the number of rounds that they have seen. A collective."""
         done = 0
         if self._path is not None and self._path.exists():
-            state = self._read()
+            state = self._read(self._path)
             for own, collected in zip(sets, state["sets"], strict=True):
                 own.load_state_dict(collected)
             done = state["done"]
@@ -49,9 +50,9 @@ class KeptState:
             )
         return done
 
-    def _read(self) -> dict[str, list[dict[str, object]]]:
+    def _read(self, path: Path) -> dict[str, Any]:
         try:
-            state = torch.load(self._path, weights_only=True)
+            state: dict[str, Any] = torch.load(path, weights_only=True)
             if state["names"] == self._names:
                 return state
             found = f"that of {len(state['names'])} sets, {state['names'][:1]} first"
@@ -59,7 +60,7 @@ class KeptState:
             found = f"{type(error).__name__}: {error}"
         raise StatisticsError(
             f"state_file must be of an interrupted run for the same {len(self._names)} sets of statistics; got {found} "
-            f"({self._path}). Remove it to begin anew, or name another."
+            f"({path}). Remove it to begin anew, or name another."
         )
 
     def save_now_and_then(self, done: int, sets: Sequence[Collector]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -82,7 +83,7 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 def _pass(rounds: Rounds, call: Callable[[Any], None], collectors: Mapping[str, Collector]) -> None:
     for batch in rounds:
         if batch is not None:
-            rounds.run(lambda batch=batch: _call_until_reached(call, batch))
+            rounds.run(partial(_call_until_reached, call, batch))
         for own in dict.fromkeys(collectors.values()):
             own.end_batch()
     rounds.finish()
@@ -109,7 +110,7 @@ def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> d
         for batch in rounds:
             now.clear()
             if batch is not None:
-                rounds.run(lambda batch=batch: call(batch))
+                rounds.run(partial(call, batch))
             most.update({path: max(number, most.get(path, 0)) for path, number in now.items()})
         rounds.finish()
     finally:
