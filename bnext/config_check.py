@@ -89,35 +89,47 @@ def _check_choices(node: CfgNode, place: str) -> None:
 def _check_shuffle(cfg: CfgNode, place: str) -> None:
     """A shuffle that would be none, or that something else makes superfluous."""
     node, key = cfg.MODEL.BNEXT[place], f"MODEL.BNEXT.{place}"
-    shuffle, groups, name = node.SHUFFLE, node.SHUFFLE_GROUPS, get_norm_name(cfg, place)
+    shuffle = node.SHUFFLE
     check_choice(f"{key}.SHUFFLE", shuffle, ("none", "statistics", "features"), where="config")
-    if groups < 0 or groups == 1:
-        raise ConfigError(
-            f"{key}.SHUFFLE_GROUPS must be 2 or more, or 0 for one per worker; got {groups} (config). One group over "
-            f"all workers is NORM: SyncBN without a shuffle."
-        )
-    if groups and shuffle != "statistics":
-        raise ConfigError(
-            f"{key}.SHUFFLE_GROUPS must keep its default unless SHUFFLE is 'statistics'; got {groups} (SHUFFLE is "
-            f"{shuffle!r}). Features move to as many workers as there are."
-        )
+    _check_shuffle_groups(cfg, place)
     if shuffle == "none":
         return
     superfluous = {
         "NORMALIZATION_BATCH_SIZE": node.NORMALIZATION_BATCH_SIZE != 0,
         "TRAINING": node.TRAINING == "population",
         "FROZEN": node.FROZEN in ("statistics", "both"),
-        "WORKERS": node.WORKERS not in (None, "one", 1) if shuffle == "features" else False,
+        "WORKERS": shuffle == "features" and node.WORKERS not in (None, "one", 1),
     }
     for other in (other for other, is_set in superfluous.items() if is_set):
         raise ConfigError(
             f"{key}.{other} must keep its default where RoIs are dealt out; got {node[other]!r} (SHUFFLE is "
             f"{shuffle!r}). Remove one of the two."
         )
-    if shuffle == "features" and name == "SyncBN":
+    if shuffle == "features" and get_norm_name(cfg, place) == "SyncBN":
         raise ConfigError(
             f"{PLACES[place].norm} must not be SyncBN where features are shuffled; got 'SyncBN' ({key}.SHUFFLE is "
             f"'features'): all RoIs share one mini-batch wherever they are. Use BN."
+        )
+    if shuffle == "features" and is_per_domain(node):
+        raise ConfigError(
+            f"{key}.SHUFFLE must be 'none' or 'statistics' where something is per_domain; got 'features' (config): "
+            f"RoIs move to workers that do not know their domain. Use 'statistics'."
+        )
+
+
+def _check_shuffle_groups(cfg: CfgNode, place: str) -> None:
+    node, key = cfg.MODEL.BNEXT[place], f"MODEL.BNEXT.{place}"
+    shuffle, groups = node.SHUFFLE, node.SHUFFLE_GROUPS
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 0 or groups == 1:
+        raise ConfigError(
+            f"{key}.SHUFFLE_GROUPS must be 2 or more, or 0 for one per worker; got {groups!r} (config). Choose a "
+            f"number; one group over all workers is {PLACES[place].norm} SyncBN without a shuffle."
+        )
+    if groups and shuffle != "statistics":
+        raise ConfigError(
+            f"{key}.SHUFFLE_GROUPS must keep its default unless SHUFFLE is 'statistics'; got {groups} (SHUFFLE is "
+            f"{shuffle!r}). Set SHUFFLE to 'statistics', or remove the key: features move to as many workers as "
+            f"there are."
         )
     if shuffle == "statistics" and node.WORKERS in ("one", 1) and not groups:
         raise ConfigError(

@@ -10,6 +10,7 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnext.config import PLACES, has_place
 from bnext.errors import ConfigError
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d, deal_statistics, shuffle_features
@@ -27,37 +28,45 @@ def shuffle_heads(model: nn.Module, cfg: CfgNode) -> None:
         cfg: checked by `check_config`.
 
     Raises:
-        ConfigError: a head has nothing that couples RoIs, or its features cannot be moved.
+        ConfigError: there is no such head, it has nothing that couples RoIs, or its features cannot be moved.
     """
-    for name, head in find_roi_heads(model):
-        node = cfg.MODEL.BNEXT.get(PLACES_OF_HEADS.get(name, ""), {})
-        form = node.get("SHUFFLE", "none")
-        if form == "none":
+    for name, place in PLACES_OF_HEADS.items():
+        node = cfg.MODEL.BNEXT[place]
+        if node.SHUFFLE == "none" or not has_place(cfg, place):
             continue
-        key = f"MODEL.BNEXT.{PLACES_OF_HEADS[name]}.SHUFFLE"
-        _check_couples(head, form, key)
-        if form == "statistics":
-            deal_statistics(head, node.SHUFFLE_GROUPS or None)
-        else:
-            _move_features(head, f"roi_heads.{name}", key)
+        heads = [head for found, head in find_roi_heads(model) if found == name]
+        _check_couples(heads, node.SHUFFLE, place, cfg.MODEL.ROI_HEADS.NAME)
+        for head in heads:
+            if node.SHUFFLE == "statistics":
+                deal_statistics(head, node.SHUFFLE_GROUPS or None)
+            else:
+                _move_features(head, f"roi_heads.{name}", f"MODEL.BNEXT.{place}.SHUFFLE")
 
 
-def _check_couples(head: nn.Module, form: str, key: str) -> None:
+def _check_couples(heads: list[nn.Module], form: str, place: str, roi_heads: str) -> None:
     """Without a norm that couples RoIs a shuffle changes nothing; what a head of somebody else does is not known."""
-    kind = BatchNorm2d if form == "statistics" else _BatchNorm
-    is_foreign = form == "features" and not type(head).__module__.startswith("detectron2.")
-    if not is_foreign and not any(isinstance(part, kind) for part in head.modules()):
+    key = f"MODEL.BNEXT.{place}.SHUFFLE"
+    if not heads:  # C4's box head is the last stage of the backbone
         raise ConfigError(
-            f"{key} must be 'none' in a head without batch norm; got {form!r} ({type(head).__name__}). "
-            f"Set the head's NORM to BN, or remove the key."
+            f"{key} must be 'none' where the RoI heads have no such head; got {form!r} (MODEL.ROI_HEADS.NAME is "
+            f"{roi_heads!r}). Take StandardROIHeads or CascadeROIHeads, or remove the key."
         )
+    kind = BatchNorm2d if form == "statistics" else _BatchNorm
+    for head in heads:
+        is_foreign = form == "features" and not type(head).__module__.startswith("detectron2.modeling.")
+        if not is_foreign and not any(isinstance(part, kind) for part in head.modules()):
+            raise ConfigError(
+                f"{key} must be 'none' in a head without batch norm; got {form!r} ({type(head).__name__}). "
+                f"Set {PLACES[place].norm} to BN, or remove the key."
+            )
 
 
 def _move_features(head: Any, where: str, key: str) -> None:
     """The part of a head that maps features to features gets random RoIs; losses are made at home."""
     if isinstance(head, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
         head.layers = _ShuffledCall(head, "layers", where)
-    elif type(head).__module__.startswith("detectron2.") or where == "roi_heads.box_head":
+        head.register_forward_hook(head.layers.check_used)
+    elif where == "roi_heads.box_head":
         head.forward = _ShuffledCall(head, "forward", where)
     else:
         raise ConfigError(
@@ -72,8 +81,19 @@ class _ShuffledCall:
 
     def __init__(self, head: nn.Module, method: str, where: str) -> None:
         self._head, self._method, self._where = head, method, where
+        self._is_used = False
+
+    def check_used(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A user's head may have a `forward` of its own; without this its RoIs would silently stay."""
+        if not self._is_used:
+            raise ConfigError(
+                f"SHUFFLE must be 'none' or 'statistics' in a head whose forward does not call its `{self._method}`; "
+                f"got 'features' ({self._where}, {type(head).__name__}). Let `{self._method}` map features to logits."
+            )
 
     def __call__(self, features: Tensor) -> Tensor:
+        self._is_used = True
+
         def call(rows: Tensor) -> Tensor:
             return getattr(type(self._head), self._method)(self._head, rows)
 
