@@ -99,7 +99,8 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
     Note:
         One more collective for each call in training, of two numbers per worker. The sizes of the groups differ by
         at most one; with fewer samples than groups some are empty. All norms of a module have the same deal. In
-        evaluation mode nothing is dealt.
+        evaluation mode nothing is dealt. Activation checkpointing of the module must keep torch's generator, as it does
+        by default; where only parts of the module are checkpointed, go backward before its next call.
 
     Example:
         >>> head = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), BatchNorm2d(8), nn.ReLU())
@@ -136,7 +137,7 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
 
 
 def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
-    if args and isinstance(args[0], Tensor):
+    if args and isinstance(args[0], Tensor) and args[0].dim():
         return args[0]
     raise StatisticsError(
         f"a module whose samples are dealt must get their features [N, C, H, W] first; got "

@@ -133,7 +133,7 @@ def shuffle_features(
     features, route = _draw_route(features, group, where)
     moved = _Go.apply(features, route)
     output = function(moved)
-    if not isinstance(output, Tensor) or len(output) != len(moved):
+    if not isinstance(output, Tensor) or output.shape[:1] != moved.shape[:1]:
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise StatisticsError(
             f"a shuffled module must return a tensor with one row per sample; got {found} for {len(moved)} samples "
