@@ -5,6 +5,7 @@ Where a peer mends its fault, its half of the test fails: then the fault is hist
 
 import copy
 import logging
+import math
 
 import pytest
 
@@ -24,6 +25,7 @@ from bnext import convert_norm, convert_norm_state, recompute_population_statist
 from bnext.distributed import all_reduce_sum, resolve_group
 from bnext.engine import Checkpointer
 from bnext.errors import CheckpointError, ConfigError
+from bnext.functional import deal_samples
 from bnext.heads import RetinaNetHead
 from bnext.layers import TABLE5_ROWS, BatchNorm2d, LevelBatchNorm2d, NormSpec
 from tests import reference
@@ -46,6 +48,26 @@ def make_cycling():
 def make_batches(number=4, offset=0.0):
     features = [make_features(seed)["p3"] for seed in range(number)]
     return [feature + offset for feature in features]
+
+
+# detectron2: the study's shuffle BN
+
+
+@pytest.mark.parametrize(
+    ("num_rois", "by_ceil", "even"),
+    [
+        ([10, 1, 1, 1], [4, 4, 4, 1], [4, 3, 3, 3]),
+        ([5, 0, 0, 0], [2, 2, 1, 0], [2, 1, 1, 1]),
+        ([3, 3, 3, 0], [3, 3, 3, 0], [3, 2, 2, 2]),
+    ],
+)
+def test_the_studys_shuffle_splits_by_ceil(num_rois, by_ceil, even):
+    """projects/Rethinking-BatchNorm/configs/mask_rcnn_BNhead_shuffle.py; no part of the installed package, so its rule
+    is told here: a worker gets its piece of `torch.split(..., ceil(total / workers))`, or nothing."""
+    total, workers = sum(num_rois), len(num_rois)
+    pieces = torch.arange(total).split(math.ceil(total / workers))
+    assert [len(piece) for piece in pieces] + [0] * (workers - len(pieces)) == by_ceil
+    assert torch.cat(deal_samples(num_rois, workers, seed=0)).bincount(minlength=workers).tolist() == even
 
 
 # detectron2: CycleBatchNormList
