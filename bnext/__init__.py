@@ -36,7 +36,7 @@ from bnext.layers import (
     use_groups,
     virtual_samples,
 )
-from bnext.statistics import recompute_population_statistics
+from bnext.statistics import following_stream, recompute_population_statistics
 
 __version__ = "0.1.0"
 
@@ -60,6 +60,7 @@ __all__ = [
     "copy_norm_state",
     "deal_statistics",
     "fold_norms",
+    "following_stream",
     "freeze_norms",
     "frozen_statistics",
     "recompute_population_statistics",

@@ -19,7 +19,7 @@ from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, batch_moments, merge_moments, merge_spreads, spread_of_batch
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
 
-__all__ = ["Collector", "Selection", "collect_moments", "make_collectors", "restoring", "select_norms"]
+__all__ = ["Collector", "Selection", "collect_moments", "make_collectors", "name_features", "restoring", "select_norms"]
 
 Selection = Callable[[str, nn.Module], bool]
 
@@ -61,14 +61,17 @@ class Collector:
         spread: how the batches differ.
         num_samples: images, or RoIs, that were seen; those of several levels once.
         num_batches: ends of batches, whether the set was reached in them or not.
+        moving: mean and variance (correction 1) as a moving average has them, [2, C]; begins with the state's.
     """
 
-    def __init__(self, path: str, names: tuple[str, ...], state: Any) -> None:
+    def __init__(self, path: str, names: tuple[str, ...], state: Any, momentum: float = 0.1) -> None:
         self.path, self.names, self.state = path, names, state
         zeros = torch.zeros(state.num_features, dtype=torch.float64, device=state.running_mean.device)
         self.total = Moments(zeros.new_zeros(()), zeros, zeros.clone())
         self.spread = spread_of_batch(self.total)
         self.num_samples = self.num_batches = 0
+        self.moving = torch.stack([state.running_mean, state.running_var]).double()
+        self._momentum = momentum
         self._calls: list[Moments] = []
         self._samples = 0
 
@@ -96,11 +99,8 @@ class Collector:
         batch = merge_moments(_stack(self._calls))
         self.total = merge_moments(_stack([self.total, batch]))
         self.spread = merge_spreads(_stack([self.spread, spread_of_batch(batch)]))
+        self.moving = torch.lerp(self.moving, torch.stack([batch.mean, batch.unbiased_var()]), self._momentum)
         self.num_samples += self._samples
-        self.drop_batch()
-
-    def drop_batch(self) -> None:
-        """Forget what was added since the last end."""
         self._calls, self._samples = [], 0
 
     def merged_over_workers(self) -> tuple[Moments, Spread, int]:
@@ -117,16 +117,21 @@ class Collector:
         stacked = Spread(*(part.reshape(-1, *shape) for part, shape in zip(parts[:-1], shapes, strict=True)))
         return total, merge_spreads(stacked), int(parts[-1].sum())
 
+    def moving_over_workers(self) -> Tensor:
+        """`moving` of all workers: the mean, which is the moving average of their means. A collective."""
+        return all_gather_stacked(self.moving, resolve_group("all"), self.where).mean(0)
+
     def state_dict(self) -> dict[str, Any]:
         """What was collected, to go on with later."""
         counts = {"num_samples": self.num_samples, "num_batches": self.num_batches}
-        return {"total": tuple(self.total), "spread": tuple(self.spread), **counts}
+        return {"total": tuple(self.total), "spread": tuple(self.spread), "moving": self.moving, **counts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what was collected before."""
         device = self.total.mean.device
         self.total = Moments(*(field.to(device) for field in state["total"]))
         self.spread = Spread(*(field.to(device) for field in state["spread"]))
+        self.moving = state["moving"].to(device)
         self.num_samples, self.num_batches = state["num_samples"], state["num_batches"]
 
 
@@ -134,16 +139,16 @@ def _stack(parts: list[Any]) -> Any:
     return type(parts[0])(*(torch.stack(fields) for fields in zip(*parts, strict=True)))
 
 
-def make_collectors(norms: list[tuple[str, _BatchNorm]]) -> dict[str, dict[str, Collector]]:
+def make_collectors(norms: list[tuple[str, _BatchNorm]], momentum: float = 0.1) -> dict[str, dict[str, Collector]]:
     """For each norm by its path, its collectors by level or domain ("": neither), one for each population."""
     collectors: dict[str, dict[str, Collector]] = {}
     for path, norm in norms:
         if not isinstance(norm, BatchNorm2d):
-            collectors[path] = {"": Collector(path, (), norm)}
+            collectors[path] = {"": Collector(path, (), norm, momentum)}
             continue
         collectors[path] = {}
         for names, state in norm.populations():
-            collectors[path].update(dict.fromkeys(names or ("",), Collector(path, names, state)))
+            collectors[path].update(dict.fromkeys(names or ("",), Collector(path, names, state, momentum)))
     return collectors
 
 
@@ -162,14 +167,14 @@ def collect_moments(
 
 def _make_hook(by_name: Mapping[str, Collector]) -> Callable[[nn.Module, Any], None]:
     def collect(module: nn.Module, args: Any) -> None:
-        for name, feature in _name_features(module, args[0]):
+        for name, feature in name_features(module, args[0]):
             if name in by_name:  # the norm itself refuses an unknown level
                 by_name[name].add(feature)
 
     return collect
 
 
-def _name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
+def name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
     """What a norm is called with, by level or domain; a mixed batch is taken apart."""
     if isinstance(given, Mapping):
         yield from given.items()

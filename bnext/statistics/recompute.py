@@ -29,7 +29,7 @@ from bnext.statistics.rounds import Rounds, make_bar
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
-Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer"]
+Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
 _FIRST_CHECK, _CHECK_PERIOD = 8, 4  # batches of a worker before and between looks at the standard errors
@@ -46,6 +46,7 @@ def recompute_population_statistics(
     layers: Selection | None = None,
     domain: Domain | None = None,
     estimator: Estimator = "pooled",
+    momentum: float = 0.1,
     source_samples: float = 0,
     state_file: str | os.PathLike[str] | None = None,
     progress: bool = False,
@@ -72,9 +73,11 @@ def recompute_population_statistics(
             None: as the caller or the batch has it.
         estimator: "pooled": the variance of all data, which has the least error. "mean_of_batches": the mean of the
             batches' variances with correction 1, as a moving average has it; differences between batches are not in
-            it. "layer_by_layer": every norm on features that the norms before it have normalized by their new
-            statistics, exact and independent of the batch size; as many passes over `data`, which must be a list, as
-            there are norms.
+            it. "moving_average": what `momentum` remembers of the batches, in their order, with weights that no
+            longer change. "layer_by_layer": every norm on features that the norms before it have normalized by their
+            new statistics, exact and independent of the batch size; as many passes over `data`, which must be a
+            list or a loader, as there are norms, and one more.
+        momentum: of "moving_average", in torch's sense, above 0 and at most 1.
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
             new = (source_samples * former + n * estimate) / (source_samples + n), n images.
         state_file: keeps what was collected so far, every now and then, so that a call that is interrupted goes on from
@@ -103,9 +106,9 @@ def recompute_population_statistics(
         *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016 (AdaBN); Schneider et al., *Improving
         robustness against common corruptions by covariate shift adaptation*, 2020 (`source_samples`).
     """
-    _check_arguments(num_batches, num_samples, tolerance, estimator, source_samples)
+    _check_arguments(num_batches, num_samples, tolerance, estimator, momentum, source_samples)
     norms = select_norms(model, layers)
-    collectors = make_collectors(norms)
+    collectors = make_collectors(norms, momentum)
     sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
     device = sets[0].total.mean.device
     shares = any(isinstance(n, BatchNorm2d) and resolve_group(n.spec.workers) is not None for _, n in norms)
@@ -138,7 +141,12 @@ def recompute_population_statistics(
 
 
 def _check_arguments(
-    num_batches: int | None, num_samples: int | None, tolerance: float | None, estimator: str, source_samples: float
+    num_batches: int | None,
+    num_samples: int | None,
+    tolerance: float | None,
+    estimator: str,
+    momentum: float,
+    source_samples: float,
 ) -> None:
     where = "recompute_population_statistics"
     check_choice("estimator", estimator, get_args(Estimator), where=where)
@@ -151,6 +159,8 @@ def _check_arguments(
         raise StatisticsError(f"num_samples must be 1 or more; got {num_samples} ({where}). Use 1,000 to 10,000.")
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise StatisticsError(f"tolerance must be above 0; got {tolerance} ({where}). Use 0.01 for 1 %.")
+    if not 0 < momentum <= 1:
+        raise StatisticsError(f"momentum must be above 0 and at most 1; got {momentum} ({where}). Use 0.1.")
     if not 0 <= source_samples < math.inf:
         raise StatisticsError(
             f"source_samples must be 0 or more; got {source_samples} ({where}). Use 0 to replace the statistics."
@@ -219,6 +229,8 @@ def _write(
     mean, var = total.mean, total.unbiased_var()
     if estimator == "mean_of_batches":
         mean, var = spread.center + spread.first[0], spread.unbiased
+    elif estimator == "moving_average":
+        mean, var = own.moving_over_workers()
     old_mean, old_var = state.running_mean.double(), state.running_var.double()
     mean, var = torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight)
     shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()

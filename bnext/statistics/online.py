@@ -1,0 +1,151 @@
+"""Adaptation at test time: population statistics that follow the stream of what is evaluated, and a way back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext.errors import StatisticsError
+from bnext.functional import Moments, batch_moments, merge_moments
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.statistics.observe import Selection, name_features, restoring, select_norms
+
+__all__ = ["OnlineStatistics", "following_stream"]
+
+
+@contextlib.contextmanager
+def following_stream(
+    model: nn.Module,
+    *,
+    momentum: float | None = 0.1,
+    source_samples: float = 0,
+    layers: Selection | None = None,
+) -> Iterator[OnlineStatistics]:
+    """In this scope, in evaluation mode, running statistics follow what the norms get; then they are as before.
+
+    Every batch is taken in before it is normalized. With a momentum a drift is followed; without one, all that was
+    seen counts alike, and the former statistics as much as `source_samples` images:
+
+        momentum:      new = (1 - momentum) * former + momentum * moments of the batch
+        source_samples: new = (source_samples * source + n * moments of the n samples so far) / (source_samples + n)
+
+    Args:
+        model: any torch model; its norms are normalized by population statistics at inference.
+        momentum: in torch's sense, above 0 and at most 1; None: by `source_samples`.
+        source_samples: 0 or more; of a RoI head these are RoIs.
+        layers: called as layers(path, module), says which norms; None: all.
+
+    Yields:
+        What follows; its `reset()` goes back to the source within the scope.
+
+    Raises:
+        StatisticsError: an argument is out of range, no norm is selected, activations are not finite.
+
+    Note:
+        Every worker follows its own stream. Predictions depend on the order of the images.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+        >>> with following_stream(model, momentum=0.2):
+        ...     outputs = [model(torch.randn(1, 3, 8, 8)) for _ in range(3)]
+        >>> float(model[1].running_mean.abs().max())
+        0.0
+
+    Source:
+        Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, 2020;
+        Mirza et al., *The Norm Must Go On*, 2022 (following by momentum).
+    """
+    if momentum is not None and not 0 < momentum <= 1:
+        raise StatisticsError(
+            f"momentum must be above 0 and at most 1, or None; got {momentum} (following_stream). Use 0.1."
+        )
+    if source_samples < 0 or (source_samples and momentum is not None):
+        raise StatisticsError(
+            f"source_samples must be 0 or more, and 0 with a momentum; got {source_samples} with momentum={momentum} "
+            f"(following_stream). Set momentum=None to count samples."
+        )
+    norms = select_norms(model, layers)
+    with restoring(model, norms):
+        following = OnlineStatistics(norms, momentum, source_samples)
+        try:
+            yield following
+        finally:
+            following.remove()
+
+
+class OnlineStatistics:
+    """See `following_stream`. `num_batches` counts the calls of the first norm."""
+
+    def __init__(self, norms: list[tuple[str, _BatchNorm]], momentum: float | None, source_samples: float) -> None:
+        self._momentum, self._source_samples = momentum, source_samples
+        self.num_batches = 0
+        self._first = norms[0][1]
+        self._source: dict[Any, Tensor] = {}
+        self._seen: dict[Any, tuple[Moments, int]] = {}
+        for _, norm in norms:
+            for state in _list_states(norm):
+                self._source[state] = torch.stack([state.running_mean, state.running_var]).double()
+        self._handles = [norm.register_forward_pre_hook(self._make_hook(path)) for path, norm in norms]
+
+    def reset(self) -> None:
+        """Go back to the statistics of the source; the stream begins anew."""
+        self._seen, self.num_batches = {}, 0
+        for state, (mean, var) in self._source.items():
+            _set(state, mean, var)
+
+    def remove(self) -> None:
+        """Follow no longer."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _make_hook(self, path: str) -> Any:
+        def follow(norm: nn.Module, args: Any) -> None:
+            if norm.training:
+                return
+            self.num_batches += norm is self._first
+            calls: dict[Any, list[Tensor]] = {}
+            for name, feature in name_features(norm, args[0]):
+                state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm
+                calls.setdefault(state, []).append(feature)
+            for state, features in calls.items():
+                self._take_in(state, features, path)
+
+        return follow
+
+    @torch.no_grad()
+    def _take_in(self, state: Any, features: list[Tensor], where: str) -> None:
+        """Levels that share a population are one batch to it."""
+        parts = [batch_moments(feature.double()) for feature in features]
+        new = merge_moments(Moments(*(torch.stack(fields) for fields in zip(*parts, strict=True))))
+        if new.count < 2:
+            return  # one element has no variance
+        if not torch.isfinite(new.mean).all() or not torch.isfinite(new.var).all():
+            raise StatisticsError(
+                f"activations must be finite; got NaN or Inf ({where}). The statistics have not taken them in; look "
+                f"for the image that makes them."
+            )
+        if self._momentum is not None:
+            former = torch.stack([state.running_mean, state.running_var]).double()
+            _set(state, *torch.lerp(former, torch.stack([new.mean, new.unbiased_var()]), self._momentum))
+            return
+        before, number = self._seen.get(state, (Moments(*(torch.zeros_like(field) for field in new)), 0))
+        seen = merge_moments(Moments(*(torch.stack(pair) for pair in zip(before, new, strict=True))))
+        number += max(len(feature) for feature in features)
+        self._seen[state] = seen, number
+        weight = number / (number + self._source_samples)
+        target = torch.stack([seen.mean, seen.unbiased_var()])
+        _set(state, *torch.lerp(self._source[state], target, weight))
+
+
+def _list_states(norm: _BatchNorm) -> list[Any]:
+    return [state for _, state in norm.populations()] if isinstance(norm, BatchNorm2d) else [norm]
+
+
+def _set(state: Any, mean: Tensor, var: Tensor) -> None:
+    state.running_mean.copy_(mean)
+    state.running_var.copy_(var)
