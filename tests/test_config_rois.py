@@ -52,10 +52,11 @@ def test_whose_rois_are_dealt_out(form, workers, groups, expected):
 
 @pytest.mark.parametrize("form", ["statistics", "features"])
 @pytest.mark.parametrize(
-    "changes", [{"FROZEN": "affine"}, {"TRAINING": "renorm"}, {"SINGLE_ELEMENT": "population"}, {"INFERENCE": "mini_batch"}]
+    ("key", "value"),
+    [("FROZEN", "affine"), ("TRAINING", "renorm"), ("SINGLE_ELEMENT", "population"), ("INFERENCE", "mini_batch")],
 )
-def test_what_goes_with_a_shuffle(form, changes):
-    check_config(make_shuffled(form, **changes))
+def test_what_goes_with_a_shuffle(form, key, value):
+    check_config(make_shuffled(form, **{key: value}))
 
 
 def test_a_shuffle_that_is_none_of_the_three():
@@ -93,7 +94,7 @@ def test_groups_of_nothing(form):
 @pytest.mark.parametrize("workers", ["one", 1])
 def test_one_group_per_worker_of_one_worker(workers):
     text = refusal(make_shuffled(WORKERS=workers))
-    assert text.startswith(f"{BOX}.SHUFFLE_GROUPS must be 2 or more where each worker deals its own RoIs; got 0 (WORKERS")
+    assert text.startswith(f"{BOX}.SHUFFLE_GROUPS must be 2 or more where each worker deals its own RoIs; got 0 (")
     assert text.endswith("Set it, or remove WORKERS: the RoIs of all workers are dealt out.")
 
 

@@ -25,21 +25,26 @@ def forward_sampled_rois(model: nn.Module, batch: list[dict[str, Any]]) -> None:
     Note:
         What the model reports of the run is dropped. Norms and other leaf modules keep their mode.
     """
-    with _routing_as_in_training(model), EventStorage(1):  # 0 would be an iteration of VIS_PERIOD
+    with _routing_as_in_training(model), EventStorage():
         model(batch)
 
 
 @contextlib.contextmanager
 def _routing_as_in_training(model: Any) -> Iterator[None]:
-    """Put those parts into training mode that choose RoIs by it, and none that computes otherwise in it."""
+    """Put those parts into training mode that choose RoIs by it, and none that computes otherwise in it.
+
+    They draw no pictures meanwhile: VIS_PERIOD asks for those of the training.
+    """
     rois = getattr(model, "roi_heads", None)
     routing = [model, getattr(model, "proposal_generator", None), rois]
     routing += [getattr(rois, name, None) for name in ("mask_head", "keypoint_head")]
-    before = [(part, part.training) for part in routing if isinstance(part, nn.Module)]
+    parts = [part for part in routing if isinstance(part, nn.Module)]
+    values = {"training": True, "vis_period": 0}
+    before = [(part, name, getattr(part, name)) for part in parts for name in values if hasattr(part, name)]
     try:
-        for part, _ in before:
-            part.training = True
+        for part, name, _ in before:
+            setattr(part, name, values[name])
         yield
     finally:
-        for part, mode in before:
-            part.training = mode
+        for part, name, value in before:
+            setattr(part, name, value)

@@ -186,8 +186,9 @@ def test_mixing_ends_with_an_exception():
 
 
 def test_mixing_needs_a_head_that_could():
-    with pytest.raises(StatisticsError, match="model must have RoI heads with batch norms of bnext"), mixing_images(
-        make_model()
+    with (
+        pytest.raises(StatisticsError, match="model must have RoI heads with batch norms of bnext"),
+        mixing_images(make_model()),
     ):
         pass
 
@@ -218,7 +219,7 @@ def make_domains(*places, **answers):
     pairs = [*NORMS[:4], *GIVEN, "MODEL.KEYPOINT_ON", False, "MODEL.BNEXT.DOMAINS.NAMES", ("day", "night")]
     for place in places:
         pairs += [item for key in ("AFFINE", "POPULATION") for item in (f"MODEL.BNEXT.{place}.{key}", "per_domain")]
-    pairs += [item for place in places for key, value in answers.items() for item in (f"MODEL.BNEXT.{place}.{key}", value)]
+        pairs += [item for key, value in answers.items() for item in (f"MODEL.BNEXT.{place}.{key}", value)]
     model = make_model(*pairs, architecture=RCNN)
     for place in places:  # what a norm gives for a RoI tells its domain
         for norm in norms_of(model, place).values():

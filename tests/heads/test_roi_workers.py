@@ -1,4 +1,4 @@
-"""SHUFFLE on two gloo workers: statistics and features are the same, in every head of detectron2 and in those of a user."""
+"""SHUFFLE on two gloo workers: statistics and features are the same, in detectron2's heads and in those of a user."""
 
 import pytest
 import torch
@@ -118,7 +118,8 @@ def test_heads_of_a_user(norm):
     if norm == "BN":
         compare_forms((*pairs, "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN"), heads)
         return
-    features, none = (run_workers(train_step, 2, (*pairs, *shuffle_pairs(form, *heads))) for form in ("features", "none"))
+    forms = [(*pairs, *shuffle_pairs(form, *heads)) for form in ("features", "none")]
+    features, none = (run_workers(train_step, 2, form) for form in forms)
     assert all(torch.isfinite(loss) for losses, *_ in features for loss in losses.values())
     assert abs(features[0][0]["loss_cls"] - none[0][0]["loss_cls"]) > 1e-6
 
