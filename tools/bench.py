@@ -1,7 +1,9 @@
 #!/usr/bin/env python
-"""Time the norms against the ways to write them with torch alone: forward and backward, in one process.
+"""Time the norms against the ways to write them with torch alone: forward and backward.
 
     make bench
+
+In one process; shuffle BN also over two workers of this machine.
 
 The variants alternate, so that a change of the machine's speed meets both; the figures are medians of the
 ratios of paired runs. `make bench` sets malloc's thresholds: by default glibc returns every large tensor to the
@@ -11,19 +13,26 @@ system after each operation, which times the kernel and not the norm.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_domain
+from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, Shuffled, deal_statistics, use_domain
 
 LEVELS = ("p3", "p4", "p5", "p6", "p7")
 CHANNELS = 256
+ROIS = 512  # of a worker
+WORKERS = 2
 MIXED = ("day", "night", "night", "rain", "day", "snow", "rain", "snow") * 2  # domains of a batch
 Norm = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
@@ -84,6 +93,48 @@ class InMixedBatch(OnEveryFeature):
             return super().forward(features)
 
 
+class GatherAll(torch.autograd.Function):
+    """Rows of all workers, as many on each; the gradient is summed over them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(WORKERS)]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        dist.all_reduce(grad)
+        return grad.chunk(WORKERS)[dist.get_rank()]
+
+
+class GatheringShuffle(nn.Module):
+    """Shuffle BN as it is usually written: gather all, take a random share, gather the outputs, take back one's own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, rows: Tensor) -> Tensor:
+        order = torch.randperm(WORKERS * len(rows))
+        dist.broadcast(order, src=0)
+        share, own = (index.chunk(WORKERS)[dist.get_rank()] for index in (order, order.argsort()))
+        return GatherAll.apply(self.module(GatherAll.apply(rows)[share]))[own]
+
+
+def make_head(workers: str, num_groups: int | None = None) -> nn.Sequential:
+    """Four norms, dealt to where statistics are shared or there are groups."""
+    head = nn.Sequential(*(BatchNorm2d(CHANNELS, NormSpec(workers=workers)) for _ in range(4)))
+    if workers == "all" or num_groups is not None:
+        deal_statistics(head, num_groups)
+    return head
+
+
+def make_rois(channels_last: bool) -> dict[str, Tensor]:
+    """Pooled features of the RoIs of a worker."""
+    return make_features(channels_last, ROIS, {"rois": (7, 7)})
+
+
 def make_pyramid(channels_last: bool) -> dict[str, Tensor]:
     """FPN features p3 ... p7 of two images of 800 x 1344 pixels."""
     sides = {"p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21), "p7": (7, 11)}
@@ -136,14 +187,43 @@ def make_cases() -> list[tuple[str, Callable[[bool], dict[str, Tensor]], Norm, N
     domains = tuple(dict.fromkeys(MIXED))
     mixed = InMixedBatch(BatchNorm2d(CHANNELS, NormSpec(domains=domains, **own)))
     per_domain = OnEveryFeature(BatchNormPerDomain({domain: nn.BatchNorm2d(CHANNELS) for domain in domains}))
+    dealt = OnEveryFeature(make_head("one", 4))
+    four = OnEveryFeature(nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(4))))
     plain = (OnEveryFeature(norm) for norm in (BatchNorm2d(CHANNELS), nn.BatchNorm2d(CHANNELS)))
     return [
         ("BN, against BatchNorm2d", make_map, *plain),
         ("Ghost BN of 4, against chunks", make_map, OnEveryFeature(ghost), OnEveryFeature(ChunkedBatchNorm(CHANNELS))),
         ("4 domains mixed, against gather and scatter", make_map, mixed, per_domain),
+        ("4 norms dealt to 4 groups, against 4 BatchNorm2d", make_rois, dealt, four),
         ("row 1, against concatenate, BN, split", make_pyramid, rows[1], ConcatenatedBatchNorm(CHANNELS)),
         ("row 6, against one BatchNorm2d per level", make_pyramid, rows[6], per_level),
     ]
+
+
+def compare_shuffles(rank: int, store: str, runs: int, rows: list[list[str]]) -> None:
+    """What one of the workers does; the first one reports."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // WORKERS))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORKERS)
+    dealt = OnEveryFeature(make_head("all"))
+    others = {
+        "gathered features": GatheringShuffle(make_head("one")),
+        "moved features (Shuffled)": Shuffled(make_head("one")),
+        "no shuffle": make_head("one"),
+    }
+    for name, other in others.items():
+        result = compare(dealt, OnEveryFeature(other), make_rois(channels_last=False), runs)
+        if rank == 0:
+            rows.append([f"4 dealt norms, against {name}", "NCHW", *result])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_workers(runs: int) -> list[list[str]]:
+    """Rows of the table for shuffle BN over several workers."""
+    with tempfile.TemporaryDirectory() as folder, mp.Manager() as manager:
+        rows: Any = manager.list()
+        mp.spawn(compare_shuffles, (f"file://{folder}/store", runs, rows), nprocs=WORKERS)
+        return list(rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             table.append([name, layout, *compare(ours, theirs, make_inputs(channels_last), args.runs)])
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.runs} pairs of runs, float32")
     print(tabulate(table, headers=["norm", "layout", "ours, ms", "torch, ms", "torch / ours"]))
+    print(f"{WORKERS} workers (gloo) with {ROIS} RoIs of {CHANNELS} x 7 x 7 each")
+    print(tabulate(run_workers(args.runs), headers=["head", "layout", "ours, ms", "other, ms", "other / ours"]))
 
 
 if __name__ == "__main__":
