@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
-from detectron2.engine import HookBase
 from detectron2.modeling import GeneralizedRCNN, build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
@@ -16,12 +15,11 @@ from tqdm import tqdm
 from bnext.data.loader import build_train_loader
 from bnext.data.seeding import derive_seed, seeded
 from bnext.engine.checkpoint import Checkpointer
-from bnext.engine.hooks import is_due
 from bnext.heads import forward_sampled_rois, forward_statistics
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 
-__all__ = ["PreciseBN", "is_level_norm", "recompute_statistics", "repair_checkpoint"]
+__all__ = ["is_level_norm", "recompute_statistics", "repair_checkpoint"]
 
 _RECOMPUTE = 8  # what the derived seed is for
 
@@ -65,25 +63,6 @@ def recompute_statistics(
         )
     logging.getLogger(__name__).info("%s", report)
     return report
-
-
-class PreciseBN(HookBase):
-    """Re-estimates the statistics before an evaluation, as detectron2's hook of this name does.
-
-    Detectron2's cannot: fvcore's estimate refuses a norm that is used for several levels.
-
-    Args:
-        period: iterations between estimates; 0: after the last iteration only.
-        recompute: does it.
-    """
-
-    def __init__(self, period: int, recompute: Callable[[], object]) -> None:
-        self._period = period
-        self._recompute = recompute
-
-    def after_step(self) -> None:
-        if is_due(self.trainer.iter, self._period, self.trainer.max_iter):
-            self._recompute()
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:

@@ -31,7 +31,8 @@ from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
-from bnext.engine.recompute import PreciseBN, recompute_statistics
+from bnext.engine.precise_bn import PreciseBN
+from bnext.engine.recompute import recompute_statistics
 from bnext.engine.resume import (
     collect_training,
     compare_training,

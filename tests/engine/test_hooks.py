@@ -16,7 +16,7 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.engine import Trainer, hooks
-from bnext.engine.recompute import PreciseBN
+from bnext.engine.precise_bn import PreciseBN
 from tests.engine import tiny
 
 

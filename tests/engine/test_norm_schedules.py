@@ -14,7 +14,7 @@ from torch import nn
 from bnext.engine import Trainer, train
 from bnext.engine.hooks import EqualizeBuffers, PeriodicCheckpointer
 from bnext.engine.norm_schedules import FreezeNorms, MomentumSchedule, RenormSchedule
-from bnext.engine.recompute import PreciseBN
+from bnext.engine.precise_bn import PreciseBN
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
