@@ -20,6 +20,7 @@ from bnext.layers import (
     deal_statistics,
     freeze_norms,
     name_norms,
+    use_groups,
     virtual_samples,
 )
 from bnext.layers.deal import draw_seed
@@ -111,14 +112,20 @@ def test_running_statistics_are_those_of_the_whole_batch(average):
     torch.testing.assert_close(head[1].state_dict(), whole[1].state_dict(), **EXACT)
 
 
-def test_evaluation_deals_nothing_draws_nothing_and_leaves_groups_that_somebody_gave():
-    head, plain = dealt(), build()
+@pytest.mark.parametrize("inference", ["population", "mini_batch"])
+def test_evaluation_deals_nothing_draws_nothing_and_leaves_groups_that_somebody_gave(inference):
+    spec = NormSpec(inference=inference)
+    head, plain = dealt(spec=spec), build(spec)
     head(draw())
     plain.load_state_dict(head.state_dict())
     state = torch.get_rng_state()
     assert torch.equal(head.eval()(draw()), plain.eval()(draw()))
-    assert torch.equal(torch.get_rng_state(), state)
     assert groups_of(head) == [None, None]
+    images = torch.arange(SAMPLES) // 4
+    with use_groups(head, images, 3), use_groups(plain, images, 3):
+        assert torch.equal(head(draw()), plain(draw()))
+        assert torch.equal(groups_of(head)[0].numbers, images)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", ["spec", "later", "population"])
