@@ -4,13 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
 from bnext.engine import train
-from bnext.engine.recompute import repair_checkpoint
-from bnext.errors import CheckpointError
+from bnext.engine.recompute import recompute_statistics, repair_checkpoint
+from bnext.errors import CheckpointError, StatisticsError
 from bnext.layers import TABLE5_ROWS
 from tests.engine import tiny
 
+BOX, MASK = "roi_heads.box_head.conv1.norm", "roi_heads.mask_head.mask_fcn1.norm"
+# Of detectron2's mapper, for masks that pycocotools has decoded.
+pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 KEYS = ("STATISTICS", "POPULATION", "AFFINE")
 
 
@@ -52,3 +56,67 @@ def test_repair_of_another_architecture_is_refused(digits, tmp_path):
     torch.save({"model": torch.nn.Linear(2, 2).state_dict()}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="every parameter"):
         repair_checkpoint(tiny.load(tmp_path / "out"), str(tmp_path / "other.pth"))
+
+
+def load_rcnn(output, *opts):
+    return tiny.load(output, "TEST.PRECISE_BN.NUM_ITER", 2, *opts, config=tiny.RCNN)
+
+
+def recompute_rcnn(cfg):
+    """Elements per channel that each norm has seen, and the running means, of a model that is always the same."""
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    torch.manual_seed(1)
+    before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    report = recompute_statistics(cfg, model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == [module.training for module in model.modules()]
+    assert not report.not_reached
+    return {estimate.path: estimate.count for estimate in report.estimates}, model.get_submodule(BOX).running_mean
+
+
+@pytest.mark.parametrize("shuffle", ["none", "statistics", "features"])
+def test_rois_as_in_training_or_as_at_test(digits, tmp_path, shuffle):
+    """Four images: as many RoIs per image as SGD samples; or the top-scored, and the detections of the mask head."""
+    groups = ("MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE_GROUPS", 2 if shuffle == "statistics" else 0)
+    opts = ("MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE", shuffle, *groups, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0)
+    sampled, mean = recompute_rcnn(load_rcnn(tmp_path, *opts))
+    again, same = recompute_rcnn(load_rcnn(tmp_path, *opts))
+    top_scored, other = recompute_rcnn(load_rcnn(tmp_path, *opts, "TEST.BNEXT.PRECISE_BN.ROIS", "top_scored"))
+    assert sampled == again
+    assert torch.equal(mean, same)
+    assert sampled[BOX] == 4 * 16 * 49
+    assert top_scored[BOX] <= 4 * 16 * 49
+    assert top_scored[MASK] == 4 * 8 * 196 > sampled[MASK] > 0
+    assert not torch.equal(mean, other)
+    assert {path: sampled[path] for path in sampled if path.startswith("backbone")}.items() <= top_scored.items()
+
+
+def test_another_seed_samples_other_rois(digits, tmp_path):
+    opts = ("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 4)
+    _, mean = recompute_rcnn(load_rcnn(tmp_path, *opts))
+    _, other = recompute_rcnn(load_rcnn(tmp_path, *opts, "SEED", 8))
+    assert not torch.equal(mean, other)
+
+
+def test_random_numbers_and_modes_after_a_failure(digits, tmp_path):
+    cfg = load_rcnn(tmp_path)
+    model = build_model(cfg)
+    model.roi_heads.mask_head.eval()
+    state, modes = {k: v.clone() for k, v in model.state_dict().items()}, [m.training for m in model.modules()]
+    model.roi_heads.mask_head.register_forward_pre_hook(lambda *args: (_ for _ in ()).throw(OSError("on purpose")))
+    before = torch.get_rng_state()
+    with pytest.raises((OSError, StatisticsError), match="on purpose"):
+        recompute_statistics(cfg, model)
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_precise_bn_in_the_training_of_an_r_cnn(digits, tmp_path):
+    opts = ("TEST.PRECISE_BN.ENABLED", True, "SOLVER.MAX_ITER", 1, "SOLVER.CHECKPOINT_PERIOD", 0, "VIS_PERIOD", 1)
+    train(load_rcnn(tmp_path, *opts, "DATASETS.TEST", ()))
+    state = torch.load(Path(tmp_path, "model_final.pth"))["model"]
+    counters = {key: int(value) for key, value in state.items() if key.endswith("num_batches_tracked")}
+    assert set(counters.values()) == {2}
+    assert any(key.startswith("roi_heads") for key in counters)

@@ -1,4 +1,4 @@
-"""A training in seconds: twelve small digit images and the RetinaNet of tiny.yaml."""
+"""A training in seconds: twelve small digit images and the RetinaNet of tiny.yaml, or the R-CNN of tiny_rcnn.yaml."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from bnext.data.digits import prepare_digits
 from bnext.engine import Trainer, load_config
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
+RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,9 +28,9 @@ def register(root):
     register_datasets()
 
 
-def load(output, *opts):
-    """The config of tiny.yaml with an output directory and overrides."""
-    return load_config(str(CONFIG), ["OUTPUT_DIR", str(output), *map(str, opts)])
+def load(output, *opts, config=CONFIG):
+    """The config of tiny.yaml, or of another file, with an output directory and overrides."""
+    return load_config(str(config), ["OUTPUT_DIR", str(output), *map(str, opts)])
 
 
 def read_metrics(output):
