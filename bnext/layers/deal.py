@@ -50,22 +50,26 @@ class StatisticsDeal:
         self._handle.remove()
         set_groups((part for part in self._module.modules() if isinstance(part, BatchNorm2d)), None)
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         norms = [part for part in module.modules() if isinstance(part, BatchNorm2d) and part.training]
         dealing = [norm for norm in norms if norm.uses_mini_batch]
         set_groups(norms, None)
         if not dealing:
-            return
+            return None
         feature = _find_feature(args, dealing[0].where)
         workers = _find_workers(dealing)
         group = resolve_group(workers)
         num_groups = self.num_groups or get_world_size(group) if group is not None else self.num_groups or 1
         if num_groups == 1:
             self._tell_one_group(dealing[0], workers)
-            return
-        every = all_gather_numbers([len(feature), draw_seed()], group, feature.device, dealing[0].where)
-        numbers = deal_samples([own for own, _ in every], num_groups, every[0][1])
+            return None
+        message = [len(feature), draw_seed(), int(feature.requires_grad)]
+        every = all_gather_numbers(message, group, feature.device, dealing[0].where)
+        numbers = deal_samples([own for own, *_ in every], num_groups, every[0][1])
         set_groups(dealing, Groups(numbers[get_rank(group)].to(feature.device), num_groups))
+        if any(needs for *_, needs in every) and not feature.requires_grad and torch.is_grad_enabled():
+            return feature.detach().requires_grad_(), *args[1:]  # the others wait for this worker in the backward pass
+        return None
 
     def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
         if not self._has_told:
@@ -97,7 +101,7 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
         StatisticsError: the module has no norm of bnext, or a batch norm of somebody else.
 
     Note:
-        One more collective for each call in training, of two numbers per worker. The sizes of the groups differ by
+        One more collective for each call in training, of three numbers per worker. The sizes of the groups differ by
         at most one; with fewer samples than groups some are empty. All norms of a module have the same deal. In
         evaluation mode nothing is dealt. Activation checkpointing of the module must keep torch's generator, as it does
         by default; where only parts of the module are checkpointed, go backward before its next call.

@@ -250,8 +250,8 @@ def test_dealt_statistics_send_moments_and_moved_features_send_features():
     num_samples, channels, side, num_groups = 48, 32, 7, 3
     for forward, both, moved, moved_both in run_workers(run_bytes, 2, num_samples, channels, side, num_groups):
         moments = 4 * (2 * channels + 1) * num_groups * 4  # 4 norms of float32
-        assert forward == {"bytes": moments + 16, "calls": 5}  # and two numbers of 8 bytes for the deal
-        assert both == {"bytes": moments + 16 + 4 * 2 * channels * num_groups * 4, "calls": 9}
+        assert forward == {"bytes": moments + 24, "calls": 5}  # and three numbers of 8 bytes for the deal
+        assert both == {"bytes": moments + 24 + 4 * 2 * channels * num_groups * 4, "calls": 9}
         features = num_samples * channels * side**2 * 4
         assert (moved["calls"], moved_both["calls"]) == (3, 5)
         assert 2 * features <= moved["bytes"] <= 2 * features + 32
@@ -319,3 +319,22 @@ def test_a_worker_without_samples_whose_features_need_no_gradient(form):
     torch.testing.assert_close(first[0], of_features[0], **EXACT)
     assert second[0] is None
     torch.testing.assert_close(first[1], list(of_parameters), **EXACT)
+
+
+def run_without_parameters(rank, form):
+    """A norm that nothing with a gradient comes before, on a worker without RoIs."""
+    spec = NormSpec(affine="none", workers="all" if form == "statistics" else "one")
+    head = nn.Sequential(BatchNorm2d(3, spec)).double()
+    if form == "statistics":
+        deal_statistics(head)
+    features = draw(rank, 0 if rank else 4)[0].requires_grad_(rank == 0)
+    output = (head if form == "statistics" else Shuffled(head))(features)
+    output.pow(3).sum().backward()
+    return features.grad
+
+
+@pytest.mark.parametrize("form", ["statistics", "features"])
+def test_a_worker_without_anything_that_needs_a_gradient_takes_part_in_the_backward_pass(form):
+    first, second = run_workers(run_without_parameters, 2, form, timeout=20)
+    assert bool(first.any())
+    assert second is None
