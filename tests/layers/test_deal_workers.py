@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.distributed import all_reduce_sum, resolve_group
 from bnext.domain import use_domain
@@ -338,3 +339,36 @@ def test_a_worker_without_anything_that_needs_a_gradient_takes_part_in_the_backw
     first, second = run_workers(run_without_parameters, 2, form, timeout=20)
     assert bool(first.any())
     assert second is None
+
+
+def train_in_ddp(rank, form):
+    head = make_own_head(workers="all" if form == "statistics" else "one")
+    if form == "statistics":
+        deal_statistics(head)
+    # As detectron2 sets it up; buffers that differ would be sent from the first worker.
+    model = DistributedDataParallel(head if form == "statistics" else Shuffled(head), broadcast_buffers=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(rank or 7)
+    for step in range(2):
+        features, factors = draw(rank, (5, 0)[rank], step)
+        optimizer.zero_grad()
+        model(features).backward(2 * factors / 5)  # DDP takes the mean over two workers
+        optimizer.step()
+    return [p.detach() for p in head.parameters()]
+
+
+@pytest.mark.parametrize("form", ["statistics", "features"])
+def test_distributed_data_parallel_trains_the_head_as_one_process_would(form):
+    results = run_workers(train_in_ddp, 2, form)
+    head = make_head()
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+    torch.manual_seed(7)
+    for step in range(2):
+        deals = deal_samples((5, 0), 2, draw_seed())
+        pairs = [draw(rank, share, step) for rank, share in enumerate((5, 0))]
+        outputs = reference.shuffled_by_gathering(head, [own for own, _ in pairs], deals, 2)
+        optimizer.zero_grad()
+        torch.autograd.backward(outputs, [factors / 5 for _, factors in pairs])
+        optimizer.step()
+    for of_worker in results:
+        torch.testing.assert_close(of_worker, [p.detach() for p in head.parameters()], **EXACT)
