@@ -116,6 +116,11 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
         He et al., *Momentum Contrast*, 2020 (shuffle BN); Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021,
         section 6; that the features need not move follows from the formula of batch normalization.
     """
+    _check_deal(module, num_groups)
+    return StatisticsDeal(module, num_groups)
+
+
+def _check_deal(module: nn.Module, num_groups: int | None) -> None:
     norms = find_grouping_norms(module)
     _check_foreign(module)
     is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool)
@@ -135,9 +140,9 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
     if num_groups is None and workers in ("one", 1):
         raise ConfigError(
             f"num_groups must be given where each worker has its own mini-batches; got None with workers='one' "
-            f"({norms[0].where}). Give a number, or share over workers: convert_norm(module, NormSpec(workers='all'))."
+            f"({norms[0].where}). Give a number, or share over workers: convert_norm(module, "
+            f"{{'': NormSpec(workers='all')}})."
         )
-    return StatisticsDeal(module, num_groups)
 
 
 def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
