@@ -15,6 +15,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from bnext.config_schedules import add_schedule_keys
+from bnext.config_test import add_test_keys
 from bnext.errors import ConfigError
 from bnext.layers.build import NAMED_NORMS
 from bnext.layers.spec import NormSpec, Workers
@@ -100,12 +101,11 @@ def add_bnext_config(cfg: CfgNode) -> None:
     cfg.MODEL.BNEXT.DOMAINS.NAMES = ()
     # The domain of samples without one, or of an unknown one; "": that is an error.
     cfg.MODEL.BNEXT.DOMAINS.FALLBACK = ""
-    # RoIs on which statistics of R-CNN heads are re-estimated: "sampled" as in SGD, or "top_scored" as at test.
-    cfg.TEST.BNEXT = CfgNode({"PRECISE_BN": CfgNode({"ROIS": "sampled"})})
     # "SGD" or "ADAMW"; the name and the values that other projects on detectron2 use.
     if "OPTIMIZER" not in cfg.SOLVER:
         cfg.SOLVER.OPTIMIZER = "SGD"
     add_schedule_keys(cfg)
+    add_test_keys(cfg)
 
 
 def make_node(name: str, place: Place) -> CfgNode:

@@ -19,6 +19,7 @@ from bnext.config import (
     read_key,
 )
 from bnext.config_schedules import check_schedules
+from bnext.config_test import check_test_keys
 from bnext.errors import ConfigError
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import Average, Frozen, Inference, SingleElement, Training, check_choice
@@ -47,14 +48,8 @@ def check_config(cfg: CfgNode) -> None:
                 _check_shuffle(cfg, place)
             is_batch_norm = get_norm_name(cfg, place) in BATCH_NORMS or not find_changed_keys(cfg, place)
             get_place_norm(cfg, place, name=None if is_batch_norm else "BN")
-    rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS
-    check_choice("TEST.BNEXT.PRECISE_BN.ROIS", rois, ("sampled", "top_scored"), where="config")
-    if rois != "sampled" and not has_place(cfg, "ROI_BOX_HEAD"):
-        raise ConfigError(
-            f"TEST.BNEXT.PRECISE_BN.ROIS must keep its default in a model without RoI heads of bnext; got {rois!r} "
-            f"(MODEL.META_ARCHITECTURE is {cfg.MODEL.META_ARCHITECTURE!r}). Remove the key."
-        )
     check_schedules(cfg)
+    check_test_keys(cfg, has_roi_heads=has_place(cfg, "ROI_BOX_HEAD"))
 
 
 def _check_choices(node: CfgNode, place: str) -> None:
