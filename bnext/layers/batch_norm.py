@@ -246,9 +246,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """The virtual samples count once for a domain, in however many groups they were."""
         domains = list(grouping.domains)
         if self.virtual is not None:
-            first = [domains.index(domain) for domain in sorted(set(domains))]
-            extra = [self.virtual.get(names[domains[i]]) if i in first else None for i in range(len(domains))]
-            moments = enlarge_parts(moments, extra)
+            owners = make_index(grouping.domains, moments.mean.device)
+            domains = list(range(max(domains) + 1))
+            moments = group_moments(moments, owners, len(domains))  # first: a group may be empty
+            moments = enlarge_parts(moments, [self.virtual.get(names[domain]) for domain in domains])
         self.move_populations(moments, domains, names)
 
     def _renormalize(

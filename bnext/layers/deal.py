@@ -65,7 +65,9 @@ class StatisticsDeal:
             return None
         message = [len(feature), draw_seed(), int(feature.requires_grad)]
         every = all_gather_numbers(message, group, feature.device, dealing[0].where)
-        numbers = deal_samples([own for own, *_ in every], num_groups, every[0][1])
+        num_samples = [own for own, *_ in every]
+        num_groups = min(num_groups, max(sum(num_samples), 1))  # the others would be empty, and cost memory
+        numbers = deal_samples(num_samples, num_groups, every[0][1])
         set_groups(dealing, Groups(numbers[get_rank(group)].to(feature.device), num_groups))
         if any(needs for *_, needs in every) and not feature.requires_grad and torch.is_grad_enabled():
             return feature.detach().requires_grad_(), *args[1:]  # the others wait for this worker in the backward pass

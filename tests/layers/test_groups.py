@@ -112,7 +112,6 @@ def test_groups_of_virtual_samples_each_hold_them_and_the_population_once():
     torch.testing.assert_close(dict(norm.state_dict()), dict(twin.state_dict()), **EXACT)
 
 
-@pytest.mark.xfail(strict=True, reason="BatchNorm2d adds the virtual samples to a group that may be empty")
 def test_virtual_samples_count_for_the_population_whichever_group_is_empty():
     norm, twin = build().train(), build().train()
     with virtual_samples(norm, draw(4, seed=5)), use_groups(norm, GROUPS, NUM_GROUPS):
