@@ -156,7 +156,7 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
     if not found:
         raise StatisticsError(
             f"model must have RoI heads with batch norms of bnext; got none ({type(model).__name__}). Set "
-            f"MODEL.ROI_BOX_HEAD.NORM to BN, or that of another head; a model that bnext did not build needs tell_images."
+            f"MODEL.ROI_BOX_HEAD.NORM to BN, or that of another head; a model not built by bnext needs tell_images."
         )
     before = [owner.mixes for owner in found]
     try:

@@ -139,6 +139,25 @@ def test_the_res5_head_of_a_c4_model(numbers):
             check_heads_alone(model, make_batch((64, 96)), numbers)
 
 
+@pytest.mark.parametrize("numbers", [(6, 3), (1, 4), (0, 5)])
+def test_the_mask_head_of_a_c4_model(numbers):
+    """It has no pooler: the instances of the call say which RoI is of which image, in training, too."""
+    keys = ("MODEL.ROI_MASK_HEAD.NUM_CONV", 1, "MODEL.ROI_MASK_HEAD.NORM", "BN")
+    answers = ("MODEL.BNEXT.ROI_MASK_HEAD.INFERENCE", "mini_batch", "MODEL.BNEXT.ROI_MASK_HEAD.AFFINE", "per_domain")
+    domains = ("MODEL.BNEXT.DOMAINS.NAMES", ("day", "night"))
+    model = make_model(*C4, *keys, *answers, *domains, *GIVEN, architecture=RCNN).eval()
+    batch = give_proposals(make_batch(), numbers)
+    with use_domain("day"), recording_groups(model, "ROI_MASK_HEAD") as groups:
+        results = infer(model, batch)
+    lengths = [len(result) for result in results]
+    assert groups[0].numbers.tolist() == [0] * lengths[0] + [1] * lengths[1]
+    with use_domain("day"):
+        check_heads_alone(model, make_batch((64, 96)), numbers)
+    with use_domain(["day", "night"]):
+        losses, _ = run_step(model, batch)
+    assert torch.isfinite(losses["loss_mask"])
+
+
 def test_keys_of_the_state_do_not_depend_on_the_settings():
     expected = make_model(*NORMS).state_dict()
     for pairs in (MINI_BATCH, *((*NORMS, *shuffle_pairs(form, *HEADS)) for form in ("statistics", "features"))):

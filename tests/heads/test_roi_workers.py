@@ -9,7 +9,9 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.functional import deal_samples
+from bnext.heads import forward_sampled_rois
 from bnext.layers.deal import draw_seed
+from bnext.statistics import recompute_population_statistics
 from tests.heads.detectors import CASCADE, make_batch, make_model, shuffle_pairs
 from tests.workers import run_workers
 
@@ -102,6 +104,17 @@ def test_box_mask_and_keypoint_heads():
         assert abs(losses["loss_cls"] - others["loss_cls"]) > 1e-6, "the same RoIs in other mini-batches"
 
 
+def test_heads_of_different_settings():
+    """Which head moves what is its own."""
+    pairs = ("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN")
+    forms = (("statistics", "features"), ("features", "statistics"), ("statistics", "none"))
+    settings = [(*pairs, *shuffle_pairs(a, HEADS[0]), *shuffle_pairs(b, HEADS[1])) for a, b in forms]
+    first, second, third = (run_workers(train_step, 2, own) for own in settings)
+    for (losses, *_), (same, *_), (other, *_) in zip(first, second, third, strict=True):
+        torch.testing.assert_close(losses, same, rtol=1e-9, atol=1e-9)
+        assert abs(losses["loss_cls"] - other["loss_cls"]) < 1e-9 < abs(losses["loss_mask"] - other["loss_mask"])
+
+
 def test_every_stage_of_a_cascade():
     pairs = (*CASCADE, "MODEL.ROI_BOX_HEAD.NORM", "BN")
     statistics, none = compare_forms(pairs, ("ROI_BOX_HEAD",), "BNextGeneralizedRCNN")
@@ -122,6 +135,38 @@ def test_heads_of_a_user(norm):
     features, none = (run_workers(train_step, 2, form) for form in forms)
     assert all(torch.isfinite(loss) for losses, *_ in features for loss in losses.values())
     assert abs(features[0][0]["loss_cls"] - none[0][0]["loss_cls"]) > 1e-6
+
+
+def re_estimate(rank, pairs, rois):
+    """The statistics of the heads' norms, by each worker's own images; that of the second have no object."""
+    model, batch = (
+        make_model(*pairs, "MODEL.KEYPOINT_ON", False, architecture="BNextGeneralizedRCNN"),
+        make_batch(seed=rank),
+    )
+    if rank:
+        batch = batch[:1]
+        batch[0]["instances"] = batch[0]["instances"][:0]
+        model.roi_heads.box_predictor.test_score_thresh = 2.0
+    torch.manual_seed(rank)
+    forward = forward_sampled_rois if rois == "sampled" else None
+    report = recompute_population_statistics(model, [batch], forward=forward)
+    return {
+        estimate.path: (estimate.count, model.get_submodule(estimate.path).running_var) for estimate in report.estimates
+    }
+
+
+@pytest.mark.parametrize("rois", ["sampled", "top_scored"])
+def test_statistics_are_re_estimated_alike(rois):
+    """Also where a worker has no RoI for its mask head: the moments are those of all RoIs, wherever they were."""
+    norms, heads = ("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN"), HEADS[:2]
+    forms = [run_workers(re_estimate, 2, (*norms, *shuffle_pairs(f, *heads)), rois) for f in ("statistics", "features")]
+    for workers in forms:
+        assert len(workers[0]) == 2
+        for path, (count, variance) in workers[0].items():
+            assert count == forms[0][0][path][0] > 0
+            assert count == workers[1][path][0]
+            assert torch.equal(variance, workers[1][path][1])
+            torch.testing.assert_close(variance, forms[0][0][path][1], rtol=1e-4, atol=1e-7)
 
 
 def call_coupling_head(rank, sizes):
