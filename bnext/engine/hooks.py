@@ -1,8 +1,8 @@
 """What happens around a training step: seeds, equal norm buffers, checkpoints, evaluation, the progress bar.
 
-Order matters and is fixed in `Trainer.build_hooks`: buffers are made equal before a checkpoint is
-written, and the checkpoint is written before the evaluation, so that what is saved is what was
-evaluated.
+Order matters and is fixed in `Trainer.build_hooks`: population statistics are re-estimated
+(`bnext.engine.precise_bn`), buffers are made equal on all workers, the checkpoint is written, and
+then it is evaluated, so that what is saved is what was evaluated.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = [
     "SeedSteps",
     "equalize_buffers",
     "is_due",
+    "norm_buffers",
 ]
 
 _STEP = 4  # what the derived seed is for
@@ -58,7 +59,8 @@ class SeedSteps(HookBase):
         seed_everything(derive_seed(self.trainer.seed, _STEP, self.trainer.iter, comm.get_rank()))
 
 
-def _norm_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def norm_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of all that norms with running statistics remember."""
     for path, module in model.named_modules():
         own = dict(module.named_buffers(recurse=False))
         if "running_mean" in own and "running_var" in own:
@@ -82,13 +84,13 @@ def equalize_buffers(model: nn.Module) -> dict[str, float]:
     Note:
         A collective on CPU copies. A buffer that is equal everywhere is not touched.
     """
-    own = {name: buffer.detach().cpu() for name, buffer in _norm_buffers(model)}
+    own = {name: buffer.detach().cpu() for name, buffer in norm_buffers(model)}
     if comm.get_world_size() == 1 or not own:
         return {}
     every = comm.all_gather(own)
     stacks = {name: torch.stack([worker[name] for worker in every]) for name in own}
     spread = {name: float((stack.double() - stack[0].double()).abs().max()) for name, stack in stacks.items()}
-    for name, buffer in _norm_buffers(model):
+    for name, buffer in norm_buffers(model):
         if spread[name] != 0:  # also where it is NaN
             buffer.copy_(_merge_buffer(name, stacks))
     return {name: value for name, value in spread.items() if value != 0}

@@ -1,30 +1,88 @@
-"""Re-estimation of population statistics in a training: the hook PreciseBN."""
+"""Re-estimation of population statistics in a training: the hook PreciseBN, and which hook a config asks for."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import partial
 
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from bnext.engine.hooks import is_due
+from bnext.engine.hooks import equalize_buffers, is_due, norm_buffers
+from bnext.engine.norm_schedules import are_statistics_frozen
+from bnext.engine.smart_batch_norm import SmartBatchNorm, estimate_in_one_epoch
 
-__all__ = ["PreciseBN"]
+__all__ = ["PreciseBN", "build_estimates"]
 
 
 class PreciseBN(HookBase):
-    """Re-estimates the statistics before an evaluation, as detectron2's hook of this name does.
+    """Re-estimates the statistics before checkpoints and evaluations, as detectron2's hook of this name does.
 
-    Detectron2's cannot: fvcore's estimate refuses a norm that is used for several levels.
+    Detectron2's cannot: fvcore's estimate refuses a norm that is used for several levels. What is saved and evaluated
+    has the estimate. The training goes on without it: before the next step the running statistics are again the
+    moving averages that they were, so that weights, statistics, images and random numbers are bitwise those of a
+    training without this hook. The averages are in the checkpoint, too, as this hook's state, for an exact resume.
 
     Args:
-        period: iterations between estimates; 0: after the last iteration only.
         recompute: does it.
+        periods: of what follows in the list of hooks, such as checkpoints and evaluations, in iterations; also after
+            the last one.
+        stays: called as stays(iteration) before a step: whether the statistics are frozen by then, so that the
+            estimate stays.
+
+    Note:
+        A collective, as norm buffers are first made equal on all workers.
     """
 
-    def __init__(self, period: int, recompute: Callable[[], object]) -> None:
-        self._period = period
-        self._recompute = recompute
+    def __init__(
+        self, recompute: Callable[[], object], *periods: int, stays: Callable[[int], bool] = lambda iteration: False
+    ) -> None:
+        self._recompute, self._periods, self._stays = recompute, periods, stays
+        self._averages: dict[str, Tensor] = {}
+
+    def before_step(self) -> None:
+        if self._averages and not self._stays(self.trainer.iter):
+            buffers = dict(norm_buffers(_unwrap(self.trainer.model)))
+            if {name: b.shape for name, b in buffers.items()} == {n: b.shape for n, b in self._averages.items()}:
+                for name, buffer in buffers.items():
+                    buffer.data.copy_(self._averages[name])
+            else:  # a resume with other norms, whose state was converted
+                logging.getLogger(__name__).warning("The running statistics go on from the estimate of the checkpoint.")
+        self._averages = {}
 
     def after_step(self) -> None:
-        if is_due(self.trainer.iter, self._period, self.trainer.max_iter):
+        trainer = self.trainer
+        if any(is_due(trainer.iter, period, trainer.max_iter) for period in (0, *self._periods)):
+            equalize_buffers(trainer.model)
+            self._averages = {name: buffer.clone() for name, buffer in norm_buffers(_unwrap(trainer.model))}
             self._recompute()
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        return {"averages": self._averages}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        self._averages = state["averages"]
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def build_estimates(cfg: CfgNode, model: nn.Module, recompute: Callable[[], object] | None) -> list[HookBase]:
+    """The hook that TEST.PRECISE_BN or TEST.BNEXT.SMART_BATCH_NORM asks for, if one does.
+
+    Args:
+        cfg: TEST.*, SOLVER.CHECKPOINT_PERIOD and SOLVER.BNEXT.FREEZE are read.
+        model: the detector.
+        recompute: re-estimates its statistics; None: TEST.PRECISE_BN.ENABLED is False.
+    """
+    if cfg.TEST.BNEXT.SMART_BATCH_NORM:
+        return [SmartBatchNorm(lambda: estimate_in_one_epoch(cfg, model))]
+    if recompute is None:
+        return []
+    checkpoints = (cfg.SOLVER.CHECKPOINT_PERIOD,) if cfg.TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS else ()
+    stays = partial(are_statistics_frozen, cfg)
+    return [PreciseBN(recompute, cfg.TEST.EVAL_PERIOD, *checkpoints, stays=stays)]

@@ -31,7 +31,7 @@ from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
-from bnext.engine.precise_bn import PreciseBN
+from bnext.engine.precise_bn import build_estimates
 from bnext.engine.recompute import recompute_statistics
 from bnext.engine.resume import (
     collect_training,
@@ -40,6 +40,8 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
+from bnext.engine.smart_batch_norm import validating
+from bnext.engine.validation_loss import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 
@@ -89,6 +91,7 @@ class Trainer(DefaultTrainer):
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: dict[str, Any] = {}
+        self._recomputed_at = -1
         self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
         self.register_hooks(self.build_hooks())
 
@@ -109,10 +112,11 @@ class Trainer(DefaultTrainer):
             *build_virtual_images(cfg, _unwrap(self.model)),  # over when the next hooks look at the model
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
-            PreciseBN(cfg.TEST.EVAL_PERIOD, recompute) if recompute else None,
+            *build_estimates(cfg, _unwrap(self.model), recompute),
             *build_norm_schedules(cfg, _unwrap(self.model), recompute),
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
+            *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
         ]
         if not comm.is_main_process():
@@ -121,7 +125,8 @@ class Trainer(DefaultTrainer):
         return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
 
     def _recompute(self) -> None:
-        if not are_statistics_frozen(self.cfg, self.iter):
+        if not are_statistics_frozen(self.cfg, self.iter) and self._recomputed_at != self.iter:
+            self._recomputed_at = self.iter  # a hook that freezes the statistics may ask for them, too
             recompute_statistics(self.cfg, _unwrap(self.model))
 
     def build_writers(self) -> list[EventWriter]:
@@ -163,7 +168,8 @@ class Trainer(DefaultTrainer):
         return next(iter(results.values())) if len(results) == 1 else results
 
     def _evaluate_and_keep(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, _unwrap(self.model))
+        with validating(self.cfg, _unwrap(self.model), self.iter):
+            self._last_eval_results = self.test(self.cfg, _unwrap(self.model))
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:

@@ -1,0 +1,258 @@
+"""The losses on held-out labelled images, without a trace in the model: as a function, and as a hook of a training."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from bnext.data.loader import limit_loader_workers
+from bnext.data.seeding import derive_seed
+from bnext.distributed import all_gather_numbers, get_rank, resolve_group
+from bnext.engine.hooks import equalize_buffers, is_due
+from bnext.engine.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
+from bnext.errors import ConfigError, StatisticsError
+from bnext.layers.spec import check_choice
+from bnext.statistics.rounds import count_images
+
+__all__ = ["ValidationLoss", "build_validation_batches", "build_validation_loss", "compute_validation_loss"]
+
+Forward = Callable[[nn.Module, Any], object]
+Statistics = Literal["population", "mini_batch"]
+_VALIDATE = 10  # what the derived seed is for
+_HAS, _REPEATS, _NEVER_HAD = 0, 1, 2  # a batch, in a round
+_WHERE = "compute_validation_loss"
+
+
+def compute_validation_loss(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    statistics: Statistics = "population",
+    forward: Forward | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """The losses of a model on labelled images, of which the model keeps nothing.
+
+        loss = sum over batches (images of the batch * its loss) / images
+
+    The losses of detectors are only computed in training mode, in which batch norms would normalize by the mini-batch
+    and remember it. Here `statistics` says what normalizes, and nothing is remembered.
+
+    Args:
+        model: returns a dictionary of losses, or one loss, in training mode.
+        batches: of this worker, with labels; a list of records each, for detectron2's models.
+        statistics: "population": norms are as at inference, so that the loss tells of the model that is evaluated.
+            "mini_batch": as in training, so that it differs from the training's loss by the images alone. The first
+            minus the second is the train-test inconsistency, the second minus the training's the generalization gap.
+        forward: called as forward(model, batch), gives the losses; default model(batch).
+        seed: 0 or more: of what is drawn, such as RoIs; the same draws each time make values comparable.
+
+    Returns:
+        The mean of each loss by its name, and of their sum as "total_loss"; equal on every worker.
+
+    Raises:
+        StatisticsError: there is no image, a worker has none, or the model returns no losses.
+        ConfigError: another kind of `statistics`.
+
+    Note:
+        Afterwards, also after an exception, all buffers, modes, gradients and random generators are bitwise as they
+        were, and plain attributes, such as the moving average of foreground anchors that dense detectors keep.
+        Everything but norms is in training mode, without dropout. Population statistics that differ between workers
+        are merged for this loss. Collectives: one per batch, and one or two more; a worker that has fewer batches
+        repeats its last one, which is not counted.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> def loss_of(model, batch):
+        ...     return model(batch).square().mean()
+        >>> batches = [torch.ones(2, 3, 8, 8), torch.ones(1, 3, 8, 8)]
+        >>> sorted(compute_validation_loss(model, batches, forward=loss_of))
+        ['loss', 'total_loss']
+        >>> int(model[1].num_batches_tracked)
+        0
+
+    Source:
+        Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 4.1 (the two readings of a validation);
+        facebookresearch/detectron2#810 and #1857, weecology/DeepForest#477 for what goes wrong otherwise.
+    """
+    check_choice("statistics", statistics, get_args(Statistics), where=_WHERE)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    sums: dict[str, float] = {}
+    num_images = 0
+    with leaving_no_trace(model):
+        if statistics == "population":
+            equalize_buffers(model)
+        with as_in_training(model, by_population=statistics == "population"):
+            for number, (batch, is_counted) in enumerate(_in_lock_step(batches, _find_device(model))):
+                own_seed = derive_seed(seed, _VALIDATE, number, comm.get_rank())
+                # Attributes per batch: a moving average would make the order of the batches count.
+                with restoring_attributes(model), drawing_from(model, own_seed), EventStorage():
+                    losses = _read_losses(model(batch) if forward is None else forward(model, batch))
+                if is_counted:
+                    num_images += count_images(batch)
+                    sums.update({n: sums.get(n, 0.0) + count_images(batch) * value for n, value in losses.items()})
+    return _average(sums, num_images)
+
+
+def _average(sums: dict[str, float], num_images: int) -> dict[str, float]:
+    """Over all workers, in their order: the same on each."""
+    every = comm.all_gather((sums, num_images))
+    total = sum(number for _, number in every)
+    if total == 0:
+        raise StatisticsError(
+            f"batches must hold at least one image; got none ({_WHERE}; DATASETS.TEST in a config). Pass a loader of "
+            f"labelled images, which can be gone through again each time."
+        )
+    names = dict.fromkeys(name for own, _ in every for name in own)
+    means = {name: sum(own.get(name, 0.0) for own, _ in every) / total for name in names}
+    return {**means, "total_loss": sum(means.values())}
+
+
+def _read_losses(output: object) -> dict[str, float]:
+    named = output if isinstance(output, Mapping) else {"loss": output}
+    if not named or not all(isinstance(value, Tensor) and value.numel() == 1 for value in named.values()):
+        raise StatisticsError(
+            f"model must return a dictionary of losses, or one, in training mode; got {type(output).__name__} "
+            f"({_WHERE}). Pass forward=, which gives them for a batch."
+        )
+    return {name: float(value) for name, value in named.items()}
+
+
+def _in_lock_step(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
+    """This worker's batches, and whether they count: what workers share in a forward needs as many on each."""
+    everyone, own, batch, state = resolve_group("all"), iter(batches), None, _NEVER_HAD
+    while True:
+        new = next(own, None)
+        if new is not None:
+            batch, state = new, _HAS
+        elif state == _HAS:
+            state = _REPEATS
+        states = [state for (state,) in all_gather_numbers([state], everyone, device, _WHERE)]
+        if _HAS not in states:
+            return
+        if _NEVER_HAD in states:
+            raise StatisticsError(
+                f"batches must hold at least one on every worker; got none on worker {states.index(_NEVER_HAD)} "
+                f"({_WHERE}). Use smaller batches, more images, or fewer workers."
+            )
+        yield batch, state == _HAS
+
+
+def _find_device(model: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+class ValidationLoss(HookBase):
+    """Puts the validation loss into the storage, as "validation_loss/<loss>"; see `compute_validation_loss`.
+
+    With several data sets as "validation_loss/<data set>/<loss>". It depends on the weights alone: a resumed training
+    has the values of an uninterrupted one.
+
+    Args:
+        period: iterations between two; also after the last one.
+        batches: for each data set this worker's batches, which are gone through again each time.
+        statistics: what normalizes; or called as statistics(iteration), says it.
+        uses_amp: whether the forward runs under autocast, as the training's.
+    """
+
+    def __init__(
+        self,
+        period: int,
+        batches: Mapping[str, Iterable[Any]],
+        statistics: Statistics | Callable[[int], Statistics] = "population",
+        uses_amp: bool = False,
+    ) -> None:
+        self._period, self._batches = period, batches
+        self._statistics, self._uses_amp = statistics, uses_amp
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if not is_due(trainer.iter, self._period, trainer.max_iter):
+            return
+        statistics = self._statistics(trainer.iter) if callable(self._statistics) else self._statistics
+        for name, batches in self._batches.items():
+            losses = compute_validation_loss(
+                trainer.model, batches, statistics=statistics, forward=self._run, seed=max(0, trainer.seed)
+            )
+            prefix = "validation_loss" if len(self._batches) == 1 else f"validation_loss/{name}"
+            trainer.storage.put_scalars(
+                **{f"{prefix}/{loss}": value for loss, value in losses.items()}, smoothing_hint=False
+            )
+            logging.getLogger(__name__).info(
+                "Validation loss on %s, normalized by %s statistics: %.4g.", name, statistics, losses["total_loss"]
+            )
+
+    def _run(self, model: nn.Module, batch: Any) -> Any:
+        with torch.autocast(_find_device(model).type, enabled=self._uses_amp):
+            return model(batch)
+
+
+def build_validation_loss(cfg: CfgNode) -> list[ValidationLoss]:
+    """The hook that TEST.BNEXT.VALIDATION_LOSS asks for, if it does.
+
+    Raises:
+        ConfigError: see `build_validation_batches`.
+    """
+    node, max_iter = cfg.TEST.BNEXT.VALIDATION_LOSS, cfg.SOLVER.MAX_ITER
+    if node.PERIOD == 0:
+        return []
+
+    def choose(iteration: int) -> Statistics:  # smart batch norm: until the statistics are estimated
+        is_before = cfg.TEST.BNEXT.SMART_BATCH_NORM and iteration + 1 < max_iter
+        return "mini_batch" if is_before else node.STATISTICS
+
+    batches = {name: build_validation_batches(cfg, name) for name in cfg.DATASETS.TEST}
+    return [ValidationLoss(node.PERIOD, batches, choose, cfg.SOLVER.AMP.ENABLED)]
+
+
+def build_validation_batches(cfg: CfgNode, name: str) -> Iterable[list[dict[str, Any]]]:
+    """This worker's labelled batches of a data set, in its order, without random augmentations.
+
+    Args:
+        cfg: INPUT.*, SOLVER.IMS_PER_BATCH, TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES, DATALOADER.NUM_WORKERS are read.
+        name: a registered data set with annotations.
+
+    Returns:
+        A loader. Over all workers a batch has SOLVER.IMS_PER_BATCH images, the same for any number of workers.
+
+    Raises:
+        ConfigError: no labels, or fewer images than workers.
+    """
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
+    records = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
+    if not any("annotations" in record or "sem_seg_file_name" in record for record in records):
+        raise ConfigError(
+            f"DATASETS.TEST must name labelled data sets for a validation loss; got {name!r}, whose records have no "
+            f"annotations. Name another one, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0."
+        )
+    rank, world_size = get_rank(resolve_group("all")), comm.get_world_size()
+    if len(records) < world_size:
+        raise ConfigError(
+            f"DATASETS.TEST must name data sets with an image for each of the {world_size} workers for a validation "
+            f"loss; got {len(records)} in {name!r}. Use fewer workers, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0."
+        )
+    size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
+    starts = range(0, len(records), size)[: number or None]
+    shares = [list(range(start, min(start + size, len(records))))[rank::world_size] for start in starts]
+    return DataLoader(
+        MapDataset(
+            DatasetFromList(records, copy=False),
+            DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False)),
+        ),
+        batch_sampler=[share for share in shares if share],
+        num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
+        collate_fn=list,
+        generator=torch.Generator(),  # else torch would draw from the global one
+    )
