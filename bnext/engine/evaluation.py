@@ -27,7 +27,7 @@ from bnext.data.loader import limit_loader_workers
 from bnext.errors import ConfigError
 from bnext.files import replace_file
 
-__all__ = ["build_evaluator", "check_evaluator", "evaluate_model", "evaluate_with"]
+__all__ = ["build_evaluator", "check_evaluator", "drop_nan", "evaluate_model", "evaluate_with"]
 
 
 def check_evaluator(dataset_name: str) -> None:
@@ -164,11 +164,12 @@ def save_results(results: dict[str, Any], folder: str) -> None:
         folder: made if missing.
     """
     os.makedirs(folder, exist_ok=True)
-    text = json.dumps(_drop_nan(results), indent=1, allow_nan=False)
+    text = json.dumps(drop_nan(results), indent=1, allow_nan=False)
     replace_file(os.path.join(folder, "results.json"), lambda file: file.write(text.encode()))
 
 
-def _drop_nan(value: Any) -> Any:
+def drop_nan(value: Any) -> Any:
+    """The same metrics with None for what COCO gives no number: JSON has none for it either."""
     if isinstance(value, dict):
-        return {key: _drop_nan(item) for key, item in value.items()}
+        return {key: drop_nan(item) for key, item in value.items()}
     return value if math.isfinite(value) else None

@@ -23,7 +23,7 @@ from torch import nn
 
 from bnext.data.seeding import seeded
 from bnext.engine.checkpoint import Checkpointer
-from bnext.engine.evaluation import build_evaluator, evaluate_with
+from bnext.engine.evaluation import build_evaluator, drop_nan, evaluate_with
 from bnext.errors import ConfigError
 from bnext.files import replace_file
 from bnext.heads import mixing_images
@@ -156,5 +156,5 @@ def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_
         print(f"\n{title}\n{format_leakage(results[title])}", flush=True)
     os.makedirs(output, exist_ok=True)
     path = Path(output, "leakage.json")
-    replace_file(path, lambda file: file.write(f"{json.dumps(results, indent=2)}\n".encode()))
+    replace_file(path, lambda file: file.write(f"{json.dumps(drop_nan(results), indent=2, allow_nan=False)}\n".encode()))
     print(f"\n{path}\n{draw_leakage(results, Path(output, 'leakage.png'))}")
