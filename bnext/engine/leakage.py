@@ -156,5 +156,6 @@ def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_
         print(f"\n{title}\n{format_leakage(results[title])}", flush=True)
     os.makedirs(output, exist_ok=True)
     path = Path(output, "leakage.json")
-    replace_file(path, lambda file: file.write(f"{json.dumps(drop_nan(results), indent=2, allow_nan=False)}\n".encode()))
+    text = json.dumps(drop_nan(results), indent=2, allow_nan=False)
+    replace_file(path, lambda file: file.write(f"{text}\n".encode()))
     print(f"\n{path}\n{draw_leakage(results, Path(output, 'leakage.png'))}")
