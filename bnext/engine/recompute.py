@@ -1,27 +1,47 @@
-"""Re-estimate population statistics on the training images of a config: in a training, or of a checkpoint."""
+"""Re-estimate population statistics of a detector on images: in a training, of a checkpoint, for another data set.
+
+All of it is `recompute_statistics`; the others say on which images.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
+import numpy as np
+import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import GeneralizedRCNN, build_model
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
-from tqdm import tqdm
+from torch.utils.data import DataLoader
 
-from bnext.data.loader import build_train_loader
+from bnext.data.check import check_datasets
+from bnext.data.loader import build_train_loader, limit_loader_workers
 from bnext.data.seeding import derive_seed, seeded
 from bnext.engine.checkpoint import Checkpointer
-from bnext.heads import forward_sampled_rois, forward_statistics
+from bnext.errors import ConfigError, DatasetError
+from bnext.heads import forward_sampled_rois
+from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import RecomputeReport, recompute_population_statistics
+from bnext.statistics.observe import Selection, select_norms
 
-__all__ = ["is_level_norm", "recompute_statistics", "repair_checkpoint"]
+__all__ = [
+    "build_batches",
+    "has_labels",
+    "is_level_norm",
+    "load_records",
+    "needs_labels",
+    "recompute_statistics",
+    "repair_checkpoint",
+]
 
-_RECOMPUTE = 8  # what the derived seed is for
+_RECOMPUTE, _ORDER = 8, 11  # what the derived seeds are for
+_DOMAIN = "bnext_domain"  # in a record: the domain of its image
 
 
 def is_level_norm(path: str, module: nn.Module) -> bool:
@@ -30,15 +50,27 @@ def is_level_norm(path: str, module: nn.Module) -> bool:
 
 
 def recompute_statistics(
-    cfg: CfgNode, model: nn.Module, layers: Callable[[str, nn.Module], bool] | None = None
+    cfg: CfgNode,
+    model: nn.Module,
+    layers: Selection | None = None,
+    *,
+    batches: Iterable[Any] | None = None,
+    num_batches: int | None = None,
+    num_samples: int | None = None,
+    **options: Any,
 ) -> RecomputeReport:
-    """Re-estimate the statistics of a detector's norms on TEST.PRECISE_BN.NUM_ITER training batches.
+    """Re-estimate the statistics of a detector's norms on training images, or on what `batches` gives.
 
     Args:
-        cfg: its training data, batch size and TEST.PRECISE_BN.NUM_ITER are used.
-        model: the detector; anchors, matching and losses of a dense one are left out. The RoIs of an R-CNN are those
-            that TEST.BNEXT.PRECISE_BN.ROIS says.
+        cfg: TEST.BNEXT.PRECISE_BN says how: estimator, tolerance, and the RoIs of an R-CNN. Without `batches` its
+            training data, batch size and TEST.PRECISE_BN.NUM_ITER are used.
+        model: the detector; of a dense one anchors, matching and losses are left out, of an R-CNN whatever follows
+            its backbone, if no norm does.
         layers: called as layers(path, module), says which norms; None: all. Others keep their statistics.
+        batches: of this worker, such as those of `build_batches`; None: the training's.
+        num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`.
+        num_samples: enough images; None: not limited.
+        options: further ones of `recompute_population_statistics`: source_samples, state_file, estimator.
 
     Raises:
         StatisticsError: see `recompute_population_statistics`.
@@ -46,23 +78,141 @@ def recompute_statistics(
     Note:
         A collective. Every worker uses its share of each batch.
     """
-    forward = forward_statistics if isinstance(model, DenseDetector) else None
-    if isinstance(model, GeneralizedRCNN) and cfg.TEST.BNEXT.PRECISE_BN.ROIS == "sampled":
-        forward = forward_sampled_rois
-    batches = tqdm(
-        build_train_loader(cfg),
-        total=cfg.TEST.PRECISE_BN.NUM_ITER,
-        desc="re-estimating",
-        unit="batch",
-        disable=None if comm.is_main_process() else True,  # None: shown on a terminal only
-    )
+    node = cfg.TEST.BNEXT.PRECISE_BN
+    forward = _choose_forward(cfg, model, layers)
+    if batches is None:
+        batches = build_train_loader(cfg)
+        num_batches = num_batches or cfg.TEST.PRECISE_BN.NUM_ITER
+    arguments = {"estimator": node.ESTIMATOR, **options}
+    if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
+        arguments.setdefault("tolerance", node.TOLERANCE or None)
     seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
-    with batches, seeded(seed):  # the sampling of RoIs
+    with seeded(seed):  # the sampling of RoIs
         report = recompute_population_statistics(
-            model, batches, num_batches=cfg.TEST.PRECISE_BN.NUM_ITER, forward=forward, layers=layers
+            model,
+            batches,
+            num_batches=num_batches,
+            num_samples=num_samples,
+            forward=forward,
+            layers=layers,
+            domain=_read_domain if getattr(batches, "has_domains", False) else None,
+            progress=True,
+            **arguments,
         )
     logging.getLogger(__name__).info("%s", report)
     return report
+
+
+def _choose_forward(
+    cfg: CfgNode, model: nn.Module, layers: Selection | None = None
+) -> Callable[[nn.Module, Any], object] | None:
+    paths = [path for path, _ in select_norms(model, layers)]
+    return choose_forward(model, paths, cfg.TEST.BNEXT.PRECISE_BN.ROIS)
+
+
+def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
+    """Whether the norms of a model are re-estimated on RoIs that are sampled by labels.
+
+    Raises:
+        StatisticsError: there is no norm to re-estimate.
+    """
+    return _choose_forward(cfg, model) is forward_sampled_rois
+
+
+def _read_domain(batch: Sequence[dict[str, Any]]) -> str:
+    return str(batch[0][_DOMAIN])  # a batch is of one data set
+
+
+def load_records(name: str, cfg: CfgNode) -> list[dict[str, Any]]:
+    """The records of a registered data set, labelled or not.
+
+    Args:
+        name: of the data set.
+        cfg: DATASETS.PROPOSAL_FILES_TEST is read where the model wants proposals.
+
+    Raises:
+        DatasetError: it is unknown, empty, or cannot be read.
+    """
+    if name not in DatasetCatalog:
+        check_datasets([name])  # says so
+    proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
+    try:
+        return get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
+    except (AssertionError, KeyError, OSError, ValueError) as error:
+        raise DatasetError(
+            f"Data set {name!r} must be readable and have an image; got {type(error).__name__}: {error}. Correct its "
+            f"files, or the path that it was registered with."
+        ) from error
+
+
+def has_labels(records: Iterable[dict[str, Any]]) -> bool:
+    """Whether any image has annotations."""
+    return any(record.get("annotations") for record in records)
+
+
+def build_batches(
+    cfg: CfgNode, names: Sequence[str], *, domains: Sequence[str] = (), labelled: bool = False
+) -> DataLoader:
+    """This worker's batches of data sets in a random order that is always the same, without random augmentations.
+
+    Args:
+        cfg: INPUT.* of the test, SOLVER.IMS_PER_BATCH, SEED and DATALOADER.NUM_WORKERS are read.
+        names: registered data sets; no annotations are needed.
+        domains: one for each data set, if norms have statistics per domain.
+        labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
+
+    Returns:
+        A loader. A batch has SOLVER.IMS_PER_BATCH images over all workers, all of one data set; the last images of a
+        set that are fewer than workers are left out.
+
+    Raises:
+        DatasetError: see `load_records`; on access, an image cannot be read.
+        ConfigError: labels are needed and there are none.
+    """
+    records, batches = [], []
+    for number, name in enumerate(names):
+        own = load_records(name, cfg)
+        if labelled and not has_labels(own):
+            raise ConfigError(
+                f"Data sets must be labelled where RoIs are sampled as in training; got {name!r} without annotations "
+                f"(TEST.BNEXT.PRECISE_BN.ROIS is 'sampled'). Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'."
+            )
+        batches += _deal(cfg, len(records), len(own), number)
+        records += [{**record, _DOMAIN: domains[number]} for record in own] if domains else own
+    augmentations = {"augmentations": build_augmentation(cfg, False)} if labelled else {}
+    loader = DataLoader(
+        MapDataset(DatasetFromList(records, copy=False), _Mapper(DatasetMapper(cfg, labelled, **augmentations))),
+        batch_sampler=batches,
+        num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
+        collate_fn=list,
+        generator=torch.Generator(),  # else torch would draw from the global one
+    )
+    loader.has_domains = bool(domains)
+    return loader
+
+
+def _deal(cfg: CfgNode, first: int, number: int, index: int) -> list[list[int]]:
+    """This worker's shares of the batches of one data set, whose records begin at `first`."""
+    order = first + np.random.default_rng(derive_seed(max(cfg.SEED, 0), _ORDER, index)).permutation(number)
+    size, rank, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size()
+    shares = [order[start : start + size] for start in range(0, number, size)]
+    return [share[rank::world_size].tolist() for share in shares if len(share) >= world_size]
+
+
+class _Mapper:
+    """Detectron2's mapper; an image that cannot be read is a fault of the data set."""
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        self._mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._mapper(record)
+        except (OSError, SizeMismatchError) as error:
+            raise DatasetError(
+                f"An image must be readable and as large as its record says; got {type(error).__name__}: {error} "
+                f"({record.get('file_name')}). Restore the file, or remove its record."
+            ) from error
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
