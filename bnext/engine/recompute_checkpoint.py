@@ -1,0 +1,288 @@
+"""Population statistics of a saved checkpoint, estimated anew without training: tools/recompute_statistics.py.
+
+The input is only read. The output loads where the input does, and says of itself what was done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from tabulate import tabulate
+from torch import nn
+
+from bnext.config import BATCH_NORMS, PLACES, get_norm_name, has_place
+from bnext.config_check import check_config
+from bnext.data.check import check_datasets
+from bnext.engine.checkpoint import Checkpointer, check_eval_weights
+from bnext.engine.launch import count_workers, launch
+from bnext.engine.recompute import build_batches, load_records, needs_labels, recompute_statistics
+from bnext.engine.smart_batch_norm import count_batches
+from bnext.errors import CheckpointError, ConfigError
+from bnext.files import replace_file
+from bnext.layers.norm_specs import collect_norm_specs
+from bnext.layers.spec import check_choice
+from bnext.statistics import RecomputeReport
+
+__all__ = ["POPULATIONS", "RecomputeRequest", "format_report", "give_population", "recompute_checkpoint", "run_request"]
+
+POPULATIONS = ("shared", "per_level", "per_domain")
+# Of a training, or of how the input's names are to be read: they no longer hold of the output.
+_LEFT_OUT = ("optimizer", "scheduler", "iteration", "trainer", "norm_specs", "matching_heuristics", "__author__")
+_DONE = "recomputed_statistics"  # the output's key for what was done
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecomputeRequest:
+    """What is wanted of a checkpoint.
+
+    Args:
+        output: the file to write, *.pth; a report is written beside it, *.json.
+        population: whose statistics the output has: "shared", "per_level", "per_domain"; None: as the config says.
+        datasets: images without labels, such as a target domain's (AdaBN); empty: DATASETS.TRAIN, as in training.
+        domains: one for each data set, if norms have statistics per domain.
+        num_samples: images that are enough; None: all of `datasets`, or TEST.PRECISE_BN.NUM_ITER training batches.
+        source_samples: so many images do the statistics that are there count for; 0 replaces them.
+        resume: go on with an interrupted run of the same request.
+        overwrite: whether an output that exists is replaced.
+    """
+
+    output: str
+    population: str | None = None
+    datasets: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    num_samples: int | None = None
+    source_samples: float = 0
+    resume: bool = False
+    overwrite: bool = False
+
+
+def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -> None:
+    """Check everything, start the workers, and do it.
+
+    Args:
+        cfg: describes the model; MODEL.WEIGHTS is the input.
+        request: what is wanted.
+        num_workers: GPUs, or CPU cores on a machine without.
+
+    Raises:
+        BNextError: what is wrong; then nothing is written.
+    """
+    count_workers(num_workers, device=cfg.MODEL.DEVICE)
+    _check_request(request)
+    _check_files(cfg.MODEL.WEIGHTS, request)
+    cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
+    if not request.datasets:
+        check_datasets(cfg.DATASETS.TRAIN)
+    for name in request.datasets:
+        load_records(name, cfg)
+    launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
+
+
+def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
+    """What every worker does: load MODEL.WEIGHTS, estimate, write.
+
+    Args:
+        cfg: of the output; see `give_population`.
+        request: what is wanted.
+
+    Returns:
+        The report, equal on every worker.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the config's model.
+        StatisticsError: the model has no batch norm, activations are not finite, or there are no images.
+    """
+    setup_logger(distributed_rank=comm.get_rank(), name="bnext")
+    model = build_model(cfg)
+    others = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
+    report = recompute_statistics(cfg, model, **_choose_images(cfg, model, request), **_keep_state(cfg, request))
+    if comm.is_main_process():
+        done = _describe(cfg, request, report)
+        kept = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
+        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **kept, _DONE: done}
+        replace_file(request.output, lambda file: torch.save(data, file))
+        text = json.dumps({**done, "report": report.as_dict()}, indent=2, allow_nan=False)
+        replace_file(_report_of(request.output), lambda file: file.write(f"{text}\n".encode()))
+        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
+    comm.synchronize()
+    return report
+
+
+def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"num_samples": request.num_samples, "source_samples": request.source_samples}
+    if not request.datasets:
+        return {**arguments, "num_batches": count_batches(cfg) if request.num_samples else None}
+    labelled = needs_labels(cfg, model)
+    batches = build_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
+    return {**arguments, "batches": batches}
+
+
+def _keep_state(cfg: CfgNode, request: RecomputeRequest) -> dict[str, Any]:
+    """Where an interrupted run is kept: a request that differs in anything that counts has another file."""
+    if cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "layer_by_layer":
+        return {}
+    status = os.stat(cfg.MODEL.WEIGHTS) if os.path.isfile(cfg.MODEL.WEIGHTS) else None
+    weights = (status.st_size, status.st_mtime_ns) if status else cfg.MODEL.WEIGHTS
+    same = dataclasses.replace(request, resume=False, overwrite=False)
+    key = hashlib.sha256(repr((cfg.dump(), weights, same, comm.get_world_size())).encode()).hexdigest()[:12]
+    path = Path(f"{request.output}.{key}.state")
+    if comm.is_main_process() and not request.resume:
+        for old in path.parent.glob(f"{Path(request.output).name}.*.state*"):
+            old.unlink()
+    comm.synchronize()  # before a worker looks for its file
+    return {"state_file": path}
+
+
+def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) -> CfgNode:
+    """A config whose norms have population statistics of another owner, wherever that can be.
+
+    Args:
+        cfg: of a model of bnext.
+        population: "shared", "per_level" (heads that see several levels), or "per_domain" (everything else).
+        domains: of "per_domain", where the config names none.
+
+    Returns:
+        A copy; only POPULATION of the places, and MODEL.BNEXT.DOMAINS.NAMES, differ.
+
+    Raises:
+        ConfigError: no place of the model can have it.
+    """
+    check_choice("--population", population, POPULATIONS, where="give_population")
+    cfg = cfg.clone()
+    cfg.defrost()
+    places = [place for place in PLACES if has_place(cfg, place) and get_norm_name(cfg, place) in BATCH_NORMS]
+    places = [place for place in places if population in PLACES[place].sources]
+    if not places:
+        raise ConfigError(
+            f"--population must be of a model with batch norms that can have it; got {population!r} for "
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} (give_population). Use an architecture of bnext, "
+            f"such as BNextRetinaNet, which loads the same checkpoint, or leave --population out."
+        )
+    for place in places:
+        cfg.MODEL.BNEXT[place].POPULATION = population
+    if population == "per_domain" and not cfg.MODEL.BNEXT.DOMAINS.NAMES:
+        cfg.MODEL.BNEXT.DOMAINS.NAMES = tuple(dict.fromkeys(domains))
+    elif population == "shared" and not any("per_domain" in node.values() for node in cfg.MODEL.BNEXT.values()):
+        cfg.MODEL.BNEXT.DOMAINS.NAMES, cfg.MODEL.BNEXT.DOMAINS.FALLBACK = (), ""
+    check_config(cfg)
+    cfg.freeze()
+    return cfg
+
+
+def find_keys(cfg: CfgNode) -> dict[str, Any]:
+    """The keys that say whose population statistics the norms of a config have."""
+    keys = {
+        f"MODEL.BNEXT.{place}.POPULATION": cfg.MODEL.BNEXT[place].POPULATION
+        for place in PLACES
+        if has_place(cfg, place) and get_norm_name(cfg, place) in BATCH_NORMS
+    }
+    names = list(cfg.MODEL.BNEXT.DOMAINS.NAMES)
+    return {**keys, "MODEL.BNEXT.DOMAINS.NAMES": names} if names else keys
+
+
+def _check_request(request: RecomputeRequest) -> None:
+    if request.domains and len(request.domains) != len(request.datasets):
+        raise ConfigError(
+            f"--domain must be given once for each --dataset; got {len(request.domains)} for {len(request.datasets)} "
+            f"data sets. Name the domain of every data set."
+        )
+    for name in request.datasets:
+        if name not in DatasetCatalog:
+            check_datasets([name])  # says so
+    if request.num_samples is not None and request.num_samples < 1:
+        raise ConfigError(f"--num-samples must be 1 or more; got {request.num_samples}. Use 1000 to 10000.")
+
+
+def _report_of(output: str) -> Path:
+    return Path(output).with_suffix(".json")
+
+
+def _check_files(weights: str, request: RecomputeRequest) -> None:
+    """The input is there and stays; the output can be written."""
+    check_eval_weights(weights)
+    is_local = "://" not in weights
+    if is_local and not os.path.isfile(weights):
+        raise CheckpointError(
+            f"MODEL.WEIGHTS must name a file; got {weights!r}, which does not exist. Correct the path."
+        )
+    output = Path(request.output)
+    if output.suffix != ".pth":
+        raise ConfigError(f"--output must end in .pth; got {request.output!r}. The report is written beside it, .json.")
+    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+        raise ConfigError(
+            f"--output must be in a folder that exists and can be written to; got {request.output!r}. "
+            f"Make {str(output.parent)!r}, or choose another."
+        )
+    if is_local and output.exists() and os.path.samefile(output, weights):
+        raise ConfigError(
+            f"--output must be another file than MODEL.WEIGHTS, which is never changed; got {request.output!r} for "
+            f"both. Choose another name."
+        )
+    for path in (path for path in (output, _report_of(request.output)) if os.path.lexists(path)):
+        if path.is_dir() or not request.overwrite:
+            raise ConfigError(
+                f"--output must not exist, nor the report beside it; got {str(path)!r}. Choose another name, or give "
+                f"--overwrite."
+            )
+
+
+def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:
+    node = cfg.TEST.BNEXT.PRECISE_BN
+    return {
+        "weights": cfg.MODEL.WEIGHTS,
+        "datasets": list(request.datasets or cfg.DATASETS.TRAIN),
+        "domains": list(request.domains),
+        "estimator": node.ESTIMATOR,
+        "tolerance": node.TOLERANCE,
+        "rois": node.ROIS,
+        "source_samples": request.source_samples,
+        "num_batches": report.num_batches,
+        "num_samples": report.num_samples,
+        "keys": find_keys(cfg),
+    }
+
+
+def format_report(report: RecomputeReport) -> str:
+    """A table of every set of statistics: what was seen, how sure it is, how far it moved, and what is amiss."""
+    missing, coarse = set(report.not_reached), set(report.not_converged)
+    rows = []
+    for estimate in report.estimates:
+        if estimate in missing:
+            rows.append([estimate.name, "0", "0", "", "", "", "not reached: as it was"])
+            continue
+        error = "unknown" if estimate.error == float("inf") else f"{100 * estimate.error:.2g} %"
+        shift, ratio = f"{estimate.mean_shift:.2f} std", f"x {estimate.var_ratio:.2f}"
+        note = "not converged" if estimate in coarse else ""
+        rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
+    headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", ""]
+    aligned = ["left"] + ["right"] * 5 + ["left"]
+    return f"{tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)}\n\n{report}"
+
+
+def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:
+    if request.num_samples is None or report.num_samples >= request.num_samples or _has_stopped_early(report):
+        return ""
+    return f"Fewer images than asked: {report.num_samples} of {request.num_samples}; there are no more.\n"
+
+
+def _has_stopped_early(report: RecomputeReport) -> bool:
+    return report.tolerance is not None and not report.not_converged
+
+
+def _say_files(cfg: CfgNode, request: RecomputeRequest) -> str:
+    keys: Mapping[str, Any] = find_keys(cfg) if request.population else {}
+    pairs = "".join(f"\n  {key}: {value}" for key, value in keys.items())
+    load = f"\nTo load it, the config must say:{pairs}" if keys else ""
+    return f"\n{request.output}\n{_report_of(request.output)}{load}"

@@ -1,0 +1,74 @@
+#!/usr/bin/env python
+"""Estimate the population statistics of a saved checkpoint anew, without training (PreciseBN, AdaBN).
+
+    python tools/recompute_statistics.py --config-file CONFIG.yaml MODEL.WEIGHTS in.pth --output out.pth
+    python tools/recompute_statistics.py ... --population per_level --num-samples 4000 --tolerance 0.01
+    python tools/recompute_statistics.py ... --dataset NAME --source-samples 64    # a target domain, without labels
+
+The config describes the model of in.pth, which is only read. On a machine without GPUs --num-gpus counts CPU workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bnext.config_test import ESTIMATORS
+from bnext.engine.command import load_config
+from bnext.engine.recompute_checkpoint import POPULATIONS, RecomputeRequest, run_request
+from bnext.errors import run_command
+
+PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
+SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
+    add("--population", help=f"whose statistics the output has: {', '.join(POPULATIONS)} (default: as the config says)")
+    add("--dataset", action="append", default=[], metavar="NAME", help="instead of DATASETS.TRAIN; needs no labels")
+    add("--domain", action="append", default=[], metavar="NAME", help="of each --dataset, for statistics per domain")
+    add("--num-samples", type=int, metavar="N", help="images that are enough")
+    add("--tolerance", type=float, metavar="T", help="stop at this standard error, such as 0.01")
+    add("--estimator", help=f"one of {', '.join(ESTIMATORS)}")
+    add("--source-samples", type=float, default=0, metavar="N", help="images that the old statistics count for")
+    add("--num-gpus", type=int, default=1, metavar="N", help="workers")
+    add("--resume", action="store_true", help="go on with an interrupted run of the same command")
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    args = build_parser().parse_intermixed_args(argv)
+    try:
+        return run_command(lambda: recompute(args))
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written. The same command with --resume goes on.", file=sys.stderr)
+        return 130
+
+
+def recompute(args: argparse.Namespace) -> None:
+    """Load the config and hand over what is asked."""
+    given = {"ESTIMATOR": args.estimator, "TOLERANCE": args.tolerance}
+    opts = [word for key, value in given.items() if value is not None for word in (f"{PRECISE_BN}.{key}", str(value))]
+    cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *opts])
+    request = RecomputeRequest(
+        output=args.output,
+        population=args.population,
+        datasets=tuple(args.dataset),
+        domains=tuple(args.domain),
+        num_samples=args.num_samples,
+        source_samples=args.source_samples,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    run_request(cfg, request, args.num_gpus)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
