@@ -7,7 +7,7 @@
 Rows that differ in training are trained; bn_*_mini_batch (statistics of the RoIs of one image at test) and
 bn_1_top_scored (population statistics of the RoIs that score highest, not of those that SGD samples) are the
 checkpoints of bn_*. A row that another one is made from is added. By default the rows with one image per worker and
-SyncBN run.
+SyncBN run: three trainings, on digits under 20 minutes on two CPU cores.
 """
 
 from __future__ import annotations
