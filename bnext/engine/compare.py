@@ -1,0 +1,249 @@
+"""Same checkpoint, which statistics? One model evaluated with the statistics of its file and with others.
+
+Words, table and plot are in `bnext.engine.compare_report`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, MapDataset
+from detectron2.evaluation import inference_on_dataset
+from detectron2.utils import comm
+from torch import nn
+from torch.utils.data import DataLoader
+
+from bnext.engine.evaluation import build_evaluator, evaluate_with
+from bnext.engine.recompute import build_batches, has_labels, load_records, recompute_statistics
+from bnext.engine.study import flatten_metrics
+from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
+from bnext.errors import ConfigError, StatisticsError
+from bnext.layers import LevelBatchNorm2d, convert_norm
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.spec import check_choice
+from bnext.statistics.observe import restoring, select_norms
+
+__all__ = ["KINDS", "compare_statistics", "find_obstacle", "normalizing_evaluation_by_mini_batch", "read_three_ways"]
+
+# Kind -> in words.
+KINDS = {
+    "moving_average": "moving average, as in the file",
+    "precise": "precise, pooled",
+    "mean_of_batches": "precise, mean of batches",
+    "mini_batch": "mini-batch at inference: each image",
+    "mini_batch_as_trained": "mini-batch at inference: as many images as in training",
+    "per_level": "re-estimated per level",
+    "adaptive": "adaptive: of the test images",
+}
+_TASKS = ("bbox", "segm")
+
+
+def compare_statistics(cfg: CfgNode, model: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
+    """COCO AP of a model with several kinds of statistics, and where it loses what it has learned.
+
+    Args:
+        cfg: the one data set of DATASETS.TEST is evaluated; statistics are re-estimated as `recompute_statistics` does.
+        model: the detector; as it was afterwards.
+        kinds: some of `KINDS`.
+
+    Returns:
+        {"rows": {kind: {"bbox/AP": ...}}, "not_applicable": {kind: why}, "reports": {kind: re-estimation}, "reading":
+        see `read_three_ways`}. The rows are empty on other workers than the first.
+
+    Raises:
+        ConfigError: an unknown kind; none applies; not one labelled data set.
+        StatisticsError: activations are not finite.
+
+    Note:
+        A collective: every worker evaluates its share.
+
+    Source:
+        Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, sections 3, 4 and 5.
+    """
+    for kind in kinds:
+        check_choice("kinds", kind, tuple(KINDS), where="compare_statistics")
+    name = _find_dataset(cfg)
+    obstacles = {kind: find_obstacle(model, kind) for kind in kinds}
+    results: dict[str, Any] = {"dataset": name, "rows": {}, "reports": {}}
+    results["not_applicable"] = {kind: reason for kind, reason in obstacles.items() if reason}
+    if len(results["not_applicable"]) == len(kinds):
+        kind, reason = next(iter(results["not_applicable"].items()))
+        raise ConfigError(f"kinds must hold one that applies to the model; got {kind}: {reason}. Choose others.")
+    for kind in (kind for kind in kinds if not obstacles[kind]):
+        size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
+        evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
+        with _using(cfg, model, kind, results["reports"]) as variant:
+            metrics = evaluate_with(cfg, variant, name, evaluator, size)
+        results["rows"][kind] = flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
+    results["reading"] = read_three_ways(cfg, model, results["rows"])
+    return results
+
+
+def _find_dataset(cfg: CfgNode) -> str:
+    if len(cfg.DATASETS.TEST) != 1:
+        raise ConfigError(
+            f"DATASETS.TEST must name one data set, which gives the table its AP; got {cfg.DATASETS.TEST} "
+            f"(compare_statistics). Name one, or give --target-dataset."
+        )
+    name = str(cfg.DATASETS.TEST[0])
+    if not has_labels(load_records(name, cfg)):
+        raise ConfigError(
+            f"DATASETS.TEST must be labelled, as AP and loss are measured; got {name!r} without annotations "
+            f"(compare_statistics). For statistics alone use recompute_statistics, which needs no labels."
+        )
+    return name
+
+
+def find_obstacle(model: nn.Module, kind: str) -> str | None:
+    """Why a kind of statistics does not apply to a model; None: it does."""
+    if kind == "moving_average":
+        return None  # whatever is in the file, also GroupNorm's nothing
+    try:
+        norms = select_norms(model)
+    except StatisticsError:
+        return "the model has no batch norm with population statistics that are not frozen"
+    if kind != "per_level":
+        return None
+    levels = [norm for _, norm in norms if isinstance(norm, LevelBatchNorm2d)]
+    if not levels:
+        return "the model has no batch norm that sees several levels"
+    is_done = all(norm.spec.population == "per_level" for norm in levels)
+    return "the statistics are per level already, see the precise ones" if is_done else None
+
+
+@contextlib.contextmanager
+def _using(cfg: CfgNode, model: nn.Module, kind: str, reports: dict[str, Any]) -> Iterator[nn.Module]:
+    """The model with statistics of a kind; as it was after the scope."""
+    if kind == "moving_average":
+        yield model
+        return
+    if kind in ("mini_batch", "mini_batch_as_trained"):
+        with normalizing_evaluation_by_mini_batch(model):
+            yield model
+        return
+    variant, options = model, {"estimator": "mean_of_batches" if kind == "mean_of_batches" else "pooled"}
+    if kind == "per_level":
+        variant = copy.deepcopy(model)
+        convert_norm(variant, population="per_level")
+    if kind == "adaptive":
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.TEST.BNEXT.PRECISE_BN.ROIS = "top_scored"  # no labels
+        options["batches"] = build_batches(cfg, cfg.DATASETS.TEST)
+    with restoring(variant, select_norms(variant)):
+        reports[kind] = recompute_statistics(cfg, variant, **options).as_dict()
+        yield variant
+
+
+@contextlib.contextmanager
+def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
+    """In this scope all norms that have population statistics, torch's too, leave them aside in evaluation mode.
+
+    Args:
+        model: of any kind; frozen norms stay as they are.
+
+    Raises:
+        StatisticsError: there is no such norm.
+    """
+    norms = [norm for _, norm in select_norms(model)]
+    own = [(norm, norm.spec) for norm in norms if isinstance(norm, BatchNorm2d)]
+    foreign = [(norm, norm.running_mean, norm.running_var) for norm in norms if not isinstance(norm, BatchNorm2d)]
+    try:
+        for norm, spec in own:
+            norm.spec = spec.replace(inference="mini_batch")
+        for norm, *_ in foreign:
+            norm.running_mean = norm.running_var = None  # so torch takes those of the mini-batch
+        yield
+    finally:
+        for norm, spec in own:
+            norm.spec = spec
+        for norm, mean, var in foreign:
+            norm.running_mean, norm.running_var = mean, var
+
+
+def read_three_ways(
+    cfg: CfgNode, model: nn.Module, rows: Mapping[str, Mapping[str, float | None]] | None = None
+) -> dict[str, Any]:
+    """Three losses of a model whose differences tell why it is worse on validation images than in training.
+
+        fit                      = loss(training images, mini-batch statistics)
+        generalization gap       = loss(validation images, mini-batch statistics) - fit
+        train-test inconsistency = loss(validation images, population statistics) - the former
+
+    Args:
+        cfg: DATASETS.TRAIN, its first set, and DATASETS.TEST; batches have SOLVER.IMS_PER_BATCH images, as in training.
+            As many training images are used as there are validation images.
+        model: the detector; bitwise as it was afterwards.
+        rows: COCO's metrics of `compare_statistics`; the same three ways in AP are added to what they have.
+
+    Returns:
+        {"mini_batch_train", "mini_batch_val", "population_val": {"loss": ..., and AP}, "generalization_gap",
+        "inconsistency"}; or {"not_applicable": why}.
+
+    Note:
+        A collective.
+
+    Source:
+        Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 4.1.
+    """
+    obstacle = find_obstacle(model, "precise")
+    train, val = cfg.DATASETS.TRAIN[:1], cfg.DATASETS.TEST[0]
+    if not obstacle and not (train and has_labels(load_records(train[0], cfg))):
+        obstacle = f"DATASETS.TRAIN has no labelled data set ({list(train)})"
+    if obstacle:
+        return {"not_applicable": obstacle}
+    own = cfg.clone()
+    own.defrost()
+    num_batches = -(-len(load_records(val, cfg)) // cfg.SOLVER.IMS_PER_BATCH)
+    own.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES = min(num_batches, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES or 10**9)
+    ways = {
+        "mini_batch_train": (train[0], "mini_batch"),
+        "mini_batch_val": (val, "mini_batch"),
+        "population_val": (val, "population"),
+    }
+    reading: dict[str, Any] = {}
+    for way, (name, statistics) in ways.items():
+        batches = build_validation_batches(own, name)
+        losses = compute_validation_loss(model, batches, statistics=statistics, seed=max(cfg.SEED, 0))
+        reading[way] = {"loss": losses["total_loss"], "losses": losses}
+    fit, val_loss, population = (reading[way]["loss"] for way in ways)
+    reading |= {"generalization_gap": val_loss - fit, "inconsistency": population - val_loss}
+    if rows is not None:
+        _add_aps(cfg, model, reading, rows)
+    return reading
+
+
+def _add_aps(cfg: CfgNode, model: nn.Module, reading: dict[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    for way, kind in (("mini_batch_val", "mini_batch_as_trained"), ("population_val", "moving_average")):
+        reading[way] |= {key: value for key, value in rows.get(kind, {}).items() if key.endswith("/AP")}
+    if "mini_batch_as_trained" in rows:
+        metrics = _evaluate_training_images(cfg, model, len(load_records(cfg.DATASETS.TEST[0], cfg)))
+        reading["mini_batch_train"] |= {key: value for key, value in metrics.items() if key.endswith("/AP")}
+
+
+def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> dict[str, float | None]:
+    """COCO's metrics with mini-batch statistics on the first `number` training images; {} if they are not COCO's."""
+    name, rank, world_size = cfg.DATASETS.TRAIN[0], comm.get_rank(), comm.get_world_size()
+    try:
+        evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", "training_images"))
+    except ConfigError:
+        return {}
+    records = load_records(name, cfg)[:number]
+    evaluator.evaluate = functools.partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
+    loader = DataLoader(
+        MapDataset(records[rank::world_size], DatasetMapper(cfg, False)),
+        batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // world_size),
+        collate_fn=list,
+        generator=torch.Generator(),  # else torch would draw from the global one
+    )
+    with normalizing_evaluation_by_mini_batch(model), contextlib.redirect_stdout(io.StringIO()):
+        metrics = inference_on_dataset(model, loader, evaluator) or {}
+    return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])

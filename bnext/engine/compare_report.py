@@ -1,0 +1,218 @@
+"""What a comparison of statistics says: a table, sentences, a plot, JSON; and the command that writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
+from bnext.data.check import check_datasets
+from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.command import build_parser, check_run
+from bnext.engine.compare import KINDS, compare_statistics
+from bnext.engine.launch import launch
+from bnext.errors import ConfigError
+from bnext.files import replace_file
+from bnext.layers.spec import check_choice
+
+__all__ = ["describe_reading", "draw_comparison", "format_comparison", "run_comparison"]
+
+_NOISE = 0.5  # AP that mean nothing
+_NAMES = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
+# Kind -> what it says to be better than the statistics of the file, worse, or as good.
+_WORDS = {
+    "precise": (
+        "precise statistics are worth {0} AP: the moving average does not fit",
+        "precise statistics cost {0} AP: the images that they are of are others than those of the training",
+        "precise statistics change nothing ({0} AP): the moving average fits",
+    ),
+    "mean_of_batches": (
+        "the mean of the batches' variances is worth {0} AP: the moving average does not fit",
+        "the mean of the batches' variances costs {0} AP",
+        "the mean of the batches' variances changes nothing ({0} AP)",
+    ),
+    "mini_batch": (
+        "each image's own statistics are worth {0} AP: the population statistics do not describe what the norms see",
+        "each image's own statistics cost {0} AP: one image has too few elements, or training has seen more together",
+        "each image's own statistics change nothing ({0} AP)",
+    ),
+    "mini_batch_as_trained": (
+        "normalizing as in training is worth {0} AP: training and test are inconsistent",
+        "normalizing as in training costs {0} AP: mini-batches are noise to a model that is consistent",
+        "normalizing as in training changes nothing ({0} AP): training and test are consistent",
+    ),
+    "per_level": (
+        "statistics of each level are worth {0} AP: levels differ, and training has normalized each by its own",
+        "statistics of each level cost {0} AP: training has normalized them together",
+        "statistics of each level change nothing ({0} AP)",
+    ),
+    "adaptive": (
+        "statistics of the test images are worth {0} AP: their domain is another, or the file's do not fit",
+        "statistics of the test images cost {0} AP: there are too few of them, or their objects differ",
+        "statistics of the test images change nothing ({0} AP): their domain is that of the training",
+    ),
+}
+
+
+def run_comparison(
+    cfg: CfgNode, kinds: Sequence[str] = tuple(KINDS), num_workers: int = 1, overwrite: bool = False
+) -> None:
+    """Check everything, start the workers, compare, and write OUTPUT_DIR/statistics.json and statistics.png.
+
+    Args:
+        cfg: describes the model; MODEL.WEIGHTS is the checkpoint, which is only read.
+        kinds: some of `KINDS`.
+        num_workers: GPUs, or CPU cores on a machine without.
+        overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
+
+    Raises:
+        BNextError: what is wrong.
+    """
+    for kind in kinds:
+        check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
+    existing = [path for path in _outputs(cfg) if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(
+            f"--output must be a folder without an earlier comparison; got {str(existing[0])!r}. Choose another, or "
+            f"give --overwrite."
+        )
+    check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
+    check_datasets(cfg.DATASETS.TRAIN)
+    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds)), device=cfg.MODEL.DEVICE)
+
+
+def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
+    return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
+
+
+def _compare_and_write(cfg: CfgNode, kinds: Sequence[str]) -> None:
+    """What every worker does."""
+    model = build_model(cfg)
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
+    results = {"weights": cfg.MODEL.WEIGHTS, **compare_statistics(cfg, model.eval(), kinds)}
+    if not comm.is_main_process():
+        return
+    results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
+    file, plot = _outputs(cfg)
+    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+    text = json.dumps(results, indent=2, allow_nan=False)
+    replace_file(file, lambda partial: partial.write(f"{text}\n".encode()))
+    draw_comparison(results, plot)
+    print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
+
+
+def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """For each kind of statistics what its difference to those of the file means."""
+    key = next((key for key in _NAMES if all(row.get(key) is not None for row in rows.values())), None)
+    if key is None or "moving_average" not in rows:
+        return {}
+    words = {}
+    for kind, row in rows.items():
+        if kind != "moving_average":
+            change = row[key] - rows["moving_average"][key]
+            better, worse, equal = _WORDS[kind]
+            sentence = equal if abs(change) < _NOISE else better if change > 0 else worse
+            shown = f"{change:+.1f}" if abs(change) < _NOISE or change > 0 else f"{-change:.1f}"
+            words[kind] = sentence.format(shown)
+    return words
+
+
+def describe_reading(reading: Mapping[str, Any]) -> str:
+    """The three losses in words; see `read_three_ways`."""
+    if "not_applicable" in reading:
+        return f"Three-way reading: does not apply, as {reading['not_applicable']}."
+    gap, inconsistency = reading["generalization_gap"], reading["inconsistency"]
+    fit = reading["mini_batch_train"]["loss"]
+    if inconsistency > max(gap, 0.05 * abs(fit)):
+        verdict = "more is lost between training and test than to new images: re-estimate the population statistics"
+    elif inconsistency > 0.05 * abs(fit):
+        verdict = "something is lost between training and test; precise statistics may win it back"
+    else:
+        verdict = "the population statistics describe what the norms see"
+    lines = [
+        ("fit (mini-batch statistics, training images)", f"{fit:.3f}", reading["mini_batch_train"]),
+        ("generalization gap (validation images)", f"{gap:+.3f}", reading["mini_batch_val"]),
+        ("train-test inconsistency (population statistics)", f"{inconsistency:+.3f}", reading["population_val"]),
+    ]
+    keys = [key for key in _NAMES if any(key in way for _, _, way in lines)]
+    rows = [[what, f"{way['loss']:.3f}", change, *(_show(way.get(key)) for key in keys)] for what, change, way in lines]
+    headers = ["three-way reading", "loss", "part", *(_NAMES[key] for key in keys)]
+    table = tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
+    return f"{table}\nThe loss in words: {verdict}."
+
+
+def format_comparison(results: Mapping[str, Any]) -> str:
+    """The table "Same checkpoint, which statistics?", what does not apply, and both in words."""
+    rows, keys = results["rows"], [key for key in _NAMES if any(key in row for row in results["rows"].values())]
+    first = next(iter(rows))
+    lines = []
+    for kind, row in rows.items():
+        cells = [KINDS[kind]]
+        for key in keys:
+            base, value = rows[first].get(key), row.get(key)
+            is_comparable = kind != first and base is not None and value is not None
+            cells += [_show(value), f"{value - base:+.1f}" if is_comparable else ""]
+        lines.append(cells)
+    headers = ["same checkpoint, which statistics?", *(cell for key in keys for cell in (_NAMES[key], "change"))]
+    aligned = ["left"] + ["right"] * (len(headers) - 1)
+    parts = [tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned)]
+    notes = [f"{KINDS[kind]}: does not apply, as {reason}." for kind, reason in results["not_applicable"].items()]
+    notes += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in describe_rows(rows).values()]
+    return "\n\n".join([*parts, "\n".join(notes), describe_reading(results["reading"])]).replace("\n\n\n\n", "\n\n")
+
+
+def _show(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Bars of AP for each kind of statistics, and the three losses beside them.
+
+    Args:
+        results: of `compare_statistics`.
+        path: of the PNG; written whole.
+    """
+    rows, reading = results["rows"], results["reading"]
+    keys = [key for key in _NAMES if any(key in row for row in rows.values())]
+    has_reading = "not_applicable" not in reading
+    figure = Figure(figsize=(12 if has_reading else 8, 1.6 + 0.55 * len(rows)), layout="constrained")
+    left, *right = figure.subplots(1, 1 + has_reading, squeeze=False, width_ratios=[2, 1][: 1 + has_reading])[0]
+    height = 0.8 / max(1, len(keys))
+    for index, key in enumerate(keys):
+        places = [row + (index - (len(keys) - 1) / 2) * height for row in range(len(rows))]
+        bars = left.barh(places, [row.get(key) or 0 for row in rows.values()], height, label=_NAMES[key])
+        left.bar_label(bars, fmt="%.1f", padding=3)
+    left.set_yticks(range(len(rows)), [KINDS[kind] for kind in rows])
+    left.invert_yaxis()
+    left.margins(x=0.1)
+    left.set_xlabel(f"COCO AP on {results['dataset']}")
+    left.set_title("Same checkpoint, which statistics?")
+    if len(keys) > 1:
+        left.legend()
+    for axes in right:
+        _draw_reading(axes, reading)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    return Path(path)
+
+
+def _draw_reading(axes: Any, reading: Mapping[str, Any]) -> None:
+    labels = {
+        "mini_batch_train": "mini-batch,\ntraining",
+        "mini_batch_val": "mini-batch,\nvalidation",
+        "population_val": "population,\nvalidation",
+    }
+    bars = axes.bar(list(labels.values()), [reading[way]["loss"] for way in labels], color=["C0", "C1", "C3"])
+    axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.margins(y=0.12)
+    axes.set_ylabel("loss")
+    axes.set_title(
+        f"gap {reading['generalization_gap']:+.3f}, inconsistency {reading['inconsistency']:+.3f}", fontsize="medium"
+    )

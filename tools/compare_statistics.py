@@ -1,0 +1,52 @@
+#!/usr/bin/env python
+"""Same checkpoint, which statistics? COCO AP with the moving average of the file, precise ones, mini-batches, and more.
+
+    python tools/compare_statistics.py --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --output FOLDER
+    python tools/compare_statistics.py ... --kinds moving_average precise --target-dataset NAME --num-gpus 2
+
+Writes FOLDER/statistics.json and statistics.png; the checkpoint is only read. On a machine without GPUs --num-gpus
+counts CPU workers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from bnext.engine.command import load_config
+from bnext.engine.compare import KINDS
+from bnext.engine.compare_report import run_comparison
+from bnext.errors import run_command
+
+SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
+    add("--output", default="output/compare_statistics", metavar="FOLDER", help="(default: %(default)s)")
+    add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
+    add("--num-gpus", type=int, default=1, metavar="N", help="workers")
+    add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
+    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    args = build_parser().parse_intermixed_args(argv)
+    return run_command(lambda: compare(args))
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Load the config and hand over what is asked."""
+    target = ["DATASETS.TEST", f"('{args.target_dataset}',)"] if args.target_dataset else []
+    cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
+    run_comparison(cfg, args.kinds, args.num_gpus, args.overwrite)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
