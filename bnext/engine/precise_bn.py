@@ -80,7 +80,7 @@ def build_estimates(cfg: CfgNode, model: nn.Module, recompute: Callable[[], obje
         recompute: re-estimates its statistics; None: TEST.PRECISE_BN.ENABLED is False.
     """
     if cfg.TEST.BNEXT.SMART_BATCH_NORM:
-        return [SmartBatchNorm(lambda: estimate_in_one_epoch(cfg, model))]
+        return [SmartBatchNorm(model, lambda: estimate_in_one_epoch(cfg, model))]
     if recompute is None:
         return []
     checkpoints = (cfg.SOLVER.CHECKPOINT_PERIOD,) if cfg.TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS else ()

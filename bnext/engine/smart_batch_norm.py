@@ -95,10 +95,7 @@ def estimate_in_one_epoch(cfg: CfgNode, model: nn.Module) -> RecomputeReport:
     Note:
         A collective. With a TEST.BNEXT.PRECISE_BN.TOLERANCE it may end before the epoch does.
     """
-    own = cfg.clone()
-    own.defrost()
-    own.TEST.PRECISE_BN.NUM_ITER = count_batches(cfg)
-    return recompute_statistics(own, model)
+    return recompute_statistics(cfg, model, num_batches=count_batches(cfg))
 
 
 def validating(cfg: CfgNode, model: nn.Module, iteration: int) -> contextlib.AbstractContextManager[None]:
@@ -117,17 +114,16 @@ class SmartBatchNorm(HookBase):
     """Estimates the population statistics once, after the last iteration, before its checkpoint and evaluation.
 
     Args:
+        model: the detector, without DistributedDataParallel.
         estimate: does it.
 
     Raises:
-        ConfigError: before training, where `normalizing_by_mini_batch` raises it.
+        ConfigError: where `normalizing_by_mini_batch` raises it.
     """
 
-    def __init__(self, estimate: Callable[[], object]) -> None:
+    def __init__(self, model: nn.Module, estimate: Callable[[], object]) -> None:
+        _find_norms(model)
         self._estimate = estimate
-
-    def before_train(self) -> None:
-        _find_norms(self.trainer.model)
 
     def after_step(self) -> None:
         if is_due(self.trainer.iter, 0, self.trainer.max_iter):

@@ -17,6 +17,8 @@ from torch import nn
 
 from bnext.engine import Trainer, hooks
 from bnext.engine.precise_bn import PreciseBN
+from bnext.engine.smart_batch_norm import SmartBatchNorm
+from bnext.engine.validation_loss import ValidationLoss
 from tests.engine import tiny
 
 
@@ -38,13 +40,18 @@ def make_trainer(*registered):
     return trainer
 
 
-def test_saved_is_evaluated_because_of_the_order(digits, tmp_path):
-    kinds = [type(hook) for hook in Trainer(tiny.load(tmp_path, "TEST.PRECISE_BN.ENABLED", True))._hooks]
+@pytest.mark.parametrize(
+    ("key", "estimates"), [("TEST.PRECISE_BN.ENABLED", PreciseBN), ("TEST.BNEXT.SMART_BATCH_NORM", SmartBatchNorm)]
+)
+def test_saved_is_evaluated_because_of_the_order(digits, tmp_path, key, estimates):
+    cfg = tiny.load(tmp_path, key, True, "TEST.BNEXT.VALIDATION_LOSS.PERIOD", 2)
+    kinds = [type(hook) for hook in Trainer(cfg)._hooks]
     order = [
         d2_hooks.LRScheduler,
-        PreciseBN,
+        estimates,
         hooks.EqualizeBuffers,
         hooks.PeriodicCheckpointer,
+        ValidationLoss,
         hooks.EvalHook,
         hooks.PeriodicWriter,
     ]
