@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 from detectron2.config import CfgNode
@@ -15,7 +16,34 @@ from bnext.engine.hooks import equalize_buffers, is_due, norm_buffers
 from bnext.engine.norm_schedules import are_statistics_frozen
 from bnext.engine.smart_batch_norm import SmartBatchNorm, estimate_in_one_epoch
 
-__all__ = ["PreciseBN", "build_estimates"]
+__all__ = ["PreciseBN", "build_estimates", "keeping_averages"]
+
+
+@contextlib.contextmanager
+def keeping_averages(model: nn.Module) -> Iterator[None]:
+    """In this scope running statistics may be re-estimated, saved and evaluated; then they are bitwise as they were.
+
+    What the hook `PreciseBN` does, for loops of one's own. Averages that differ between workers stay so.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> import torch
+        >>> from bnext.statistics import recompute_population_statistics
+        >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+        >>> with keeping_averages(model):
+        ...     report = recompute_population_statistics(model, [torch.randn(8, 3, 4, 4)])
+        ...     saved = {name: value.clone() for name, value in model.state_dict().items()}
+        >>> bool(saved["1.running_mean"].any()), bool(model[1].running_mean.any())
+        (True, False)
+    """
+    before = [(buffer, buffer.clone()) for _, buffer in norm_buffers(model)]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)
 
 
 class PreciseBN(HookBase):

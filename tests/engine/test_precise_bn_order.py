@@ -8,7 +8,7 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 
 from bnext.engine import Trainer, load_config, train
-from bnext.engine.precise_bn import PreciseBN
+from bnext.engine.precise_bn import PreciseBN, keeping_averages
 from bnext.engine.recompute import recompute_statistics
 from tests.engine import tiny
 
@@ -149,3 +149,16 @@ def test_averages_of_other_norms_are_left_out_of_a_resume(bnext_log):
     hook.load_state_dict({"averages": {name: value + 1 for name, value in model.named_buffers()}})
     hook.before_step()
     assert bool((model.running_mean == 1).all())
+
+
+def fail_after(model):
+    model(torch.randn(4, 3, 2, 2) + 1)
+    model(torch.randn(4))
+
+
+def test_averages_are_kept_also_by_an_exception():
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3, affine=False))
+    before = copy_state(model)
+    with pytest.raises(ValueError, match="expected 4D"), keeping_averages(model):
+        fail_after(model)
+    assert differ(copy_state(model), before) == []
