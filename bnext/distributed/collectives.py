@@ -47,7 +47,9 @@ def all_gather_numbers(
     if group is None:
         return [list(numbers)]
     own = torch.tensor(list(numbers), dtype=torch.int64, device=device)
-    return all_gather_stacked(own, group, where).tolist()
+    every = all_gather_stacked(own, group, where)
+    with _naming_failures(group, where):  # on a GPU a failure shows here
+        return every.tolist()
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, where: str = "") -> Tensor:

@@ -51,7 +51,7 @@ def use_inference(model: nn.Module, inference: str) -> Iterator[None]:
     Raises:
         ConfigError: its heads have no such norm, or keep no population statistics.
     """
-    heads = [head for _, head in find_roi_heads(model)]
+    heads = [head for _, head in find_roi_heads(getattr(model, "module", model))]
     norms = [part for head in heads for part in head.modules() if isinstance(part, BatchNorm2d)]
     if not norms:
         raise ConfigError(

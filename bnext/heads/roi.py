@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from bnext.domain import get_active_domain, use_domain
 from bnext.errors import DomainError, StatisticsError
-from bnext.functional import Groups, deal_samples
+from bnext.functional import Groups
 from bnext.layers import BatchNorm2d, set_groups
-from bnext.layers.deal import draw_seed
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
 
@@ -38,8 +37,8 @@ class ImagesOfRois:
         pooler: a detectron2 ROIPooler that makes them; None: not known.
 
     Attributes:
-        mixes: in evaluation mode deal the RoIs of all images out at random to as many groups, instead of one for each
-            image. It shows what a head that was trained on RoIs of one image has learned of that.
+        mixes: in evaluation mode deal the RoIs of all images out at random to groups of the same sizes, instead of one
+            group for each image. It shows what a head that was trained on RoIs of one image has learned of that.
     """
 
     def __init__(self, head: nn.Module, pooler: nn.Module | None) -> None:
@@ -76,10 +75,9 @@ class ImagesOfRois:
         num_rois = self._check_known(args, norm)
         if len(num_rois) < 2:
             return None
+        numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
         if self.mixes:
-            numbers = deal_samples([sum(num_rois)], len(num_rois), draw_seed())[0]
-        else:
-            numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
+            numbers = numbers[torch.randperm(len(numbers), device="cpu")]
         return Groups(numbers.to(args[0].device), len(num_rois))
 
     def _spread_domains(
@@ -143,21 +141,25 @@ def _find_owner(head: nn.Module) -> ImagesOfRois | None:
 def mixing_images(model: nn.Module) -> Iterator[None]:
     """In this scope, mini-batches at inference are random RoIs of all images that are evaluated together.
 
-    As many mini-batches as images, whose sizes differ by at most one. For a look at what a head has learned of the
-    fact that the RoIs of a mini-batch were of one image; not for use.
+    There are as many mini-batches as images, of the sizes that those of the images would have. For a look at what a
+    head has learned of the fact that the RoIs of a mini-batch were of one image; not for use.
 
     Args:
         model: built by bnext; the norms of its heads have inference="mini_batch".
 
     Raises:
-        StatisticsError: no head of the model knows the images of its RoIs.
+        StatisticsError: no head of the model knows the images of its RoIs, or none is normalized by mini-batches.
     """
-    found = [owner for part in model.modules() if (owner := _find_owner(part)) is not None]  # also in a wrapper
-    if not found:
+    owners = {part: owner for part in model.modules() if (owner := _find_owner(part)) is not None}  # also in a wrapper
+    norms = [norm for part in owners for norm in part.modules() if isinstance(norm, BatchNorm2d)]
+    if not any(norm.spec.inference == "mini_batch" for norm in norms):
+        what = f"population statistics in {norms[0].where}" if norms else "none"
         raise StatisticsError(
-            f"model must have RoI heads with batch norms of bnext; got none ({type(model).__name__}). Set "
-            f"MODEL.ROI_BOX_HEAD.NORM to BN, or that of another head; a model not built by bnext needs tell_images."
+            f"model must have RoI heads with batch norms of bnext that take mini-batches at inference; got {what} "
+            f"({type(model).__name__}). Set MODEL.ROI_BOX_HEAD.NORM to BN and MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE to "
+            f"mini_batch, or those of another head; a model not built by bnext needs tell_images."
         )
+    found = list(owners.values())
     before = [owner.mixes for owner in found]
     try:
         for owner in found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -10,10 +11,11 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.config import PLACES, has_place
+from bnext.config import PLACES, get_place_norm, has_place
+from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError
 from bnext.heads.roi import find_roi_heads
-from bnext.layers import BatchNorm2d, deal_statistics, shuffle_features
+from bnext.layers import BatchNorm2d, NormSpec, deal_statistics, shuffle_features
 
 __all__ = ["shuffle_heads"]
 
@@ -36,11 +38,32 @@ def shuffle_heads(model: nn.Module, cfg: CfgNode) -> None:
             continue
         heads = [head for found, head in find_roi_heads(model) if found == name]
         _check_couples(heads, node.SHUFFLE, place, cfg.MODEL.ROI_HEADS.NAME)
+        _tell_what_is_dealt(cfg, place)
         for head in heads:
             if node.SHUFFLE == "statistics":
                 deal_statistics(head, node.SHUFFLE_GROUPS or None)
             else:
                 _move_features(head, f"roi_heads.{name}", f"MODEL.BNEXT.{place}.SHUFFLE")
+
+
+def _tell_what_is_dealt(cfg: CfgNode, place: str) -> None:
+    """Once for each head: how many groups; and where a deal cannot help, as its RoIs are of one image."""
+    node, num_workers = cfg.MODEL.BNEXT[place], get_world_size()
+    spec = get_place_norm(cfg, place)
+    workers = spec.workers if node.SHUFFLE == "statistics" and isinstance(spec, NormSpec) else "all"
+    num_dealing = get_world_size(group) if (group := resolve_group(workers)) is not None else 1
+    num_groups = node.SHUFFLE_GROUPS or num_dealing
+    num_images = cfg.SOLVER.IMS_PER_BATCH * num_dealing // num_workers
+    numbers = (place, node.SHUFFLE, num_images, num_dealing, num_groups)
+    logger = logging.getLogger(__name__)
+    if num_groups > 1 and num_images > 1:
+        logger.info("MODEL.BNEXT.%s.SHUFFLE %s: RoIs of %d images on %d worker(s) are dealt to %d groups.", *numbers)
+    elif num_groups > 1 or node.SHUFFLE == "features":  # else the deal says it
+        logger.warning(
+            "MODEL.BNEXT.%s.SHUFFLE %s has no use: it deals the RoIs of %d image(s) on %d worker(s) to %d group(s). "
+            "Use more workers, or more images per worker and SHUFFLE_GROUPS.",
+            *numbers,
+        )
 
 
 def _check_couples(heads: list[nn.Module], form: str, place: str, roi_heads: str) -> None:
@@ -63,6 +86,7 @@ def _check_couples(heads: list[nn.Module], form: str, place: str, roi_heads: str
 
 def _move_features(head: Any, where: str, key: str) -> None:
     """The part of a head that maps features to features gets random RoIs; losses are made at home."""
+    head.shares_samples = True
     if isinstance(head, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
         head.layers = _ShuffledCall(head, "layers", where)
         head.register_forward_hook(head.layers.check_used)

@@ -11,7 +11,7 @@ from bnext.layers.groups import find_grouping_norms, set_groups, use_groups
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.schedules import interpolate, set_momentum, set_renorm_limits
 from bnext.layers.scopes import frozen_statistics
-from bnext.layers.shuffled import Shuffled, shuffle_features
+from bnext.layers.shuffled import Shuffled, shares_work, shuffle_features
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
 from bnext.layers.virtual import virtual_samples
 
@@ -43,6 +43,7 @@ __all__ = [
     "set_groups",
     "set_momentum",
     "set_renorm_limits",
+    "shares_work",
     "shuffle_features",
     "unfreeze_norms",
     "use_groups",

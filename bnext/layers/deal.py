@@ -20,7 +20,7 @@ from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.groups import find_grouping_norms, set_groups
 from bnext.layers.spec import Workers
 
-__all__ = ["StatisticsDeal", "deal_statistics", "draw_seed"]
+__all__ = ["StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
 
 
 def draw_seed() -> int:
@@ -42,18 +42,24 @@ class StatisticsDeal:
     def __init__(self, module: nn.Module, num_groups: int | None) -> None:
         self.num_groups = num_groups
         self._module = module
+        self._given: Groups | None = None
         self._has_told = False
         self._handle = module.register_forward_pre_hook(self._before)
 
     def remove(self) -> None:
         """Leave the module as it was before."""
         self._handle.remove()
-        set_groups((part for part in self._module.modules() if isinstance(part, BatchNorm2d)), None)
+        self._take_back([part for part in self._module.modules() if isinstance(part, BatchNorm2d)])
+
+    def _take_back(self, norms: list[BatchNorm2d]) -> None:
+        """The groups of the last call; they stay until here, as activations may be computed again."""
+        if self._given is not None:
+            set_groups((norm for norm in norms if norm.groups is self._given), None)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        norms = [part for part in module.modules() if isinstance(part, BatchNorm2d) and part.training]
-        dealing = [norm for norm in norms if norm.uses_mini_batch]
-        set_groups(norms, None)
+        norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+        self._take_back(norms)
+        dealing = [norm for norm in norms if norm.training and norm.uses_mini_batch]
         if not dealing:
             return None
         feature = _find_feature(args, dealing[0].where)
@@ -68,10 +74,10 @@ class StatisticsDeal:
         num_samples = [own for own, *_ in every]
         num_groups = min(num_groups, max(sum(num_samples), 1))  # the others would be empty, and cost memory
         numbers = deal_samples(num_samples, num_groups, every[0][1])
-        set_groups(dealing, Groups(numbers[get_rank(group)].to(feature.device), num_groups))
-        if any(needs for *_, needs in every) and not feature.requires_grad and torch.is_grad_enabled():
-            return feature.detach().requires_grad_(), *args[1:]  # the others wait for this worker in the backward pass
-        return None
+        own = numbers[get_rank(group)].to(feature.device, non_blocking=True)
+        self._given = Groups(own, num_groups)
+        set_groups(dealing, self._given)
+        return (join_gradients(feature, [needs for *_, needs in every], dealing[0].where), *args[1:])
 
     def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
         if not self._has_told:
@@ -82,6 +88,26 @@ class StatisticsDeal:
                 norm.where,
                 workers,
             )
+
+
+def join_gradients(feature: Tensor, needs: list[int], where: str) -> Tensor:
+    """A feature that needs a gradient where that of another worker does, who waits for this one in the backward pass.
+
+    Args:
+        needs: of each worker, whether its feature needs a gradient.
+        where: the layer, for the error.
+
+    Raises:
+        StatisticsError: activations are to be computed again by a backward pass that this worker would not have.
+    """
+    if not any(needs) or all(needs):
+        return feature
+    if not torch.is_grad_enabled():
+        raise StatisticsError(
+            f"activation checkpointing of what workers share must be without reentrance where the features of a worker "
+            f"need no gradient, as those of no RoI; got use_reentrant=True ({where}). Set use_reentrant=False."
+        )
+    return feature if feature.requires_grad else feature.detach().requires_grad_().clone()  # a leaf forbids in-place
 
 
 def deal_statistics(module: nn.Module, num_groups: int | None = None) -> StatisticsDeal:
@@ -103,10 +129,12 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
         StatisticsError: the module has no norm of bnext, or a batch norm of somebody else.
 
     Note:
-        One more collective for each call in training, of three numbers per worker. The sizes of the groups differ by
-        at most one; with fewer samples than groups some are empty. All norms of a module have the same deal. In
-        evaluation mode nothing is dealt. Activation checkpointing of the module must keep torch's generator, as it does
-        by default; where only parts of the module are checkpointed, go backward before its next call.
+        One more collective for each call in training, of three numbers per worker, for which it waits. The sizes of
+        the groups differ by at most one; with fewer samples than groups some are empty. All norms of a module have the
+        same deal. In evaluation mode nothing is dealt. Samples that are all of one image stay so in any deal.
+        Activation checkpointing of the module must keep torch's generator, as it does by default, and be without
+        reentrance where a worker may have no sample; where only parts of the module are checkpointed, go backward
+        before its next call.
 
     Example:
         >>> head = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), BatchNorm2d(8), nn.ReLU())

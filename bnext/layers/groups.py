@@ -34,7 +34,9 @@ def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: in
         StatisticsError: the module has no norm of bnext that can heed it, or the groups are out of range.
 
     Note:
-        The backward pass must lie in the scope, too, where activation checkpointing computes activations again.
+        A deal (`deal_statistics`), or the RoI heads of bnext's architectures in evaluation mode, give their own groups
+        in every call, which hold. The backward pass must lie in the scope, too, where activation checkpointing computes
+        activations again.
         Running statistics take in all groups of a call as one mini-batch.
 
     Example:

@@ -6,6 +6,7 @@ moving a feature.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import all_gather_numbers, all_to_all_rows, get_rank, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import deal_samples
-from bnext.layers.deal import draw_seed
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.deal import draw_seed, join_gradients
 from bnext.layers.spec import NormSpec, Workers
 
-__all__ = ["Shuffled", "shuffle_features"]
+__all__ = ["Shuffled", "shares_work", "shuffle_features"]
 
 
 class _Route(NamedTuple):
@@ -58,7 +60,7 @@ class _Go(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.come_back(grad), None
+        return _ComeBack.apply(grad, ctx.route), None  # the adjoint, itself differentiable
 
 
 class _ComeBack(torch.autograd.Function):
@@ -71,7 +73,7 @@ class _ComeBack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.route.go(grad), None
+        return _Go.apply(grad, ctx.route), None
 
 
 class Shuffled(nn.Module):
@@ -87,9 +89,10 @@ class Shuffled(nn.Module):
         where: its name in messages.
 
     Note:
-        In evaluation mode, and alone, the module is called as it is. Batch norms in it should be of one worker. The
-        module must cope with no sample at all, where there are fewer than workers. Two collectives more forward, and
-        one; two backward, on every worker.
+        In evaluation mode, and alone (which is logged once), the module is called as it is. Batch norms in it should
+        be of one worker; each worker's running statistics follow its share of the samples. The module must cope with
+        no sample at all, where there are fewer than workers. Three collectives forward and two backward, on every
+        worker; the first, of four numbers per worker, is waited for.
 
     Example:
         >>> head = Shuffled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)))
@@ -100,12 +103,19 @@ class Shuffled(nn.Module):
         See `deal_statistics`.
     """
 
+    shares_samples = True  # see `shares_work`
+
     def __init__(self, module: nn.Module, workers: Workers = "all", where: str = "") -> None:
         super().__init__()
         self.module = module
         self.workers = NormSpec(workers=workers).workers  # which refuses what names no workers
         self.where = where or type(module).__name__
-        resolve_group(workers)
+        if resolve_group(workers) is None:
+            logging.getLogger(__name__).warning(
+                "Samples are not shuffled (%s): one worker has nobody to exchange them with (workers=%r).",
+                self.where,
+                workers,
+            )
 
     def forward(self, input: Tensor) -> Tensor:
         """Tensor of the samples of this worker -> their outputs, in their order."""
@@ -158,12 +168,17 @@ def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple
     order = own.argsort(stable=True)
     send = own.bincount(minlength=group.size()).tolist()
     receive = [int((numbers == rank).sum()) for numbers in destinations]
-    if any(needs for _, _, needs, _ in every) and not features.requires_grad and torch.is_grad_enabled():
-        features = features.detach().requires_grad_()  # the others wait for this worker in the backward pass
+    features = join_gradients(features, [needs for _, _, needs, _ in every], where)
     return features, _Route(order.to(device), order.argsort().to(device), send, receive, group, where)
 
 
 def _is_in_training(module: nn.Module) -> bool:
-    """Norms decide where there are some: a re-estimation of their statistics has them in training mode alone."""
-    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
-    return any(norm.training for norm in norms) if norms else module.training
+    """A re-estimation of statistics has the norms alone in training mode."""
+    return module.training or any(part.training for part in module.modules() if isinstance(part, _BatchNorm))
+
+
+def shares_work(model: nn.Module) -> bool:
+    """Whether a forward of the model, as its modes are, needs the other workers: for statistics or for samples."""
+    norms = [part for part in model.modules() if isinstance(part, BatchNorm2d) and part.training]
+    shares_statistics = any(norm.uses_mini_batch and resolve_group(norm.spec.workers) is not None for norm in norms)
+    return shares_statistics or any(getattr(part, "shares_samples", False) for part in model.modules())

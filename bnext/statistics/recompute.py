@@ -15,11 +15,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from bnext.distributed import resolve_group
 from bnext.domain import use_domain
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, standard_errors
-from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.shuffled import shares_work
 from bnext.layers.spec import check_choice
 from bnext.statistics.kept_state import KeptState
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
@@ -111,20 +110,20 @@ def recompute_population_statistics(
     collectors = make_collectors(norms, momentum)
     sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
     device = sets[0].total.mean.device
-    shares = any(isinstance(n, BatchNorm2d) and resolve_group(n.spec.workers) is not None for _, n in norms)
-    make_rounds = partial(
-        Rounds, data, device, shares_mini_batches=shares, num_batches=num_batches, num_samples=num_samples
-    )
     call = partial(_call, model, forward=forward, domain=domain)
     with torch.no_grad(), restoring(model, norms):
         model.eval()
+        for _, norm in norms:
+            norm.train()
+        make_rounds = partial(
+            Rounds, data, device, shares_work=shares_work(model), num_batches=num_batches, num_samples=num_samples
+        )
         if estimator == "layer_by_layer":
+            model.eval()
             rounds = estimate_layer_by_layer(norms, collectors, make_rounds, call, data)
         else:
             kept = KeptState(state_file, [own.where for own in sets])
             rounds = make_rounds(skip=kept.load(sets))
-            for _, norm in norms:
-                norm.train()
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
                 _go_through(rounds, call, sets, tolerance, kept, bar)
     merged = [own.merged_over_workers() for own in sets]

@@ -23,7 +23,7 @@ class Rounds:
     Args:
         data: this worker's batches.
         device: for the numbers that workers exchange.
-        shares_mini_batches: whether the forward of a batch needs the other workers: it ends with the shortest data.
+        shares_work: whether the forward of a batch needs the other workers: it ends with the shortest data.
         num_batches: of each worker, at most; None: all.
         num_samples: images over all workers, at least, if there are so many; None: all.
         skip: batches that were used before, which are loaded and passed over.
@@ -39,13 +39,13 @@ class Rounds:
         data: Iterable[Any],
         device: torch.device,
         *,
-        shares_mini_batches: bool = False,
+        shares_work: bool = False,
         num_batches: int | None = None,
         num_samples: int | None = None,
         skip: int = 0,
     ) -> None:
         self._data, self._device = data, device
-        self._shares = shares_mini_batches
+        self._shares = shares_work
         self._limits = num_batches, num_samples
         self._skip = skip
         self._failure: Exception | None = None

@@ -69,7 +69,7 @@ def test_images_are_evaluated_once_however_many_together(model, tmp_path, size):
     seen, process = [], evaluator.process
     evaluator.process = lambda inputs, outputs: (seen.append(len(inputs)), process(inputs, outputs))[1]
     evaluate_with(cfg, model, "digits_val", evaluator, images_per_batch=size)
-    assert seen == {1: [1, 1, 1, 1], 3: [3, 1], 9: [4]}[size]
+    assert seen == {1: [1, 1, 1, 1], 3: [2, 2], 9: [4]}[size]
     assert len(DatasetCatalog.get("digits_val")) == 4
 
 

@@ -109,11 +109,20 @@ def test_one_worker_without_a_number_of_groups_runs_and_says_so_once(form, caplo
     model = make_model(*NORMS, *shuffle("ROI_BOX_HEAD", form))
     for _ in range(2):
         run_step(model, make_batch())
-    told = [record.getMessage() for record in caplog.records if "are not dealt" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if record.name.startswith("bnext.")]
+    told = [text for text in told if "are not dealt" in text or "has no use" in text]
+    assert len(told) == 1
     if form == "statistics":
-        assert len(told) == 1
         assert "(roi_heads.box_head.conv1.norm)" in told[0]
         assert "Set the number of groups" in told[0]
+    else:
+        assert "MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE features has no use" in told[0]
+        assert "1 worker(s) to 1 group(s). Use more workers" in told[0]
+
+
+def test_groups_of_rois_of_a_single_image_are_told(caplog):
+    make_model(*NORMS, *shuffle("ROI_BOX_HEAD", groups=4), "SOLVER.IMS_PER_BATCH", 1)
+    assert "has no use: it deals the RoIs of 1 image(s) on 1 worker(s) to 4 group(s)" in caplog.text
 
 
 def test_copies_and_pickles_train_alike():

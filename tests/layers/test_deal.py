@@ -378,3 +378,14 @@ def test_another_spec_after_the_deal_is_refused_where_it_contradicts():
     head[4].spec = head[4].spec.replace(workers="all")
     with pytest.raises(ConfigError, match=r"got 'one' \(1\) and 'all' \(4\)"):
         head(draw())
+
+
+def test_groups_do_not_stay_behind_when_modes_are_put_back_without_a_call_of_eval():
+    norm = BatchNorm2d(3, NormSpec(inference="mini_batch"))
+    head = nn.Sequential(nn.Conv2d(3, 3, 1), norm).double()
+    deal_statistics(head, 3)
+    before = head.eval()(draw())
+    recompute_population_statistics(head, [draw(seed=step) for step in range(3)])
+    torch.testing.assert_close(head(draw()), before, rtol=0, atol=0)
+    head(draw(4))
+    assert norm.groups is None

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from bnext.distributed import all_reduce_sum, resolve_group
 from bnext.domain import use_domain
+from bnext.errors import BNextError
 from bnext.functional import deal_samples
 from bnext.layers import BatchNorm2d, NormSpec, Shuffled, convert_norm, deal_statistics
 from bnext.layers.deal import draw_seed
@@ -372,3 +374,56 @@ def test_distributed_data_parallel_trains_the_head_as_one_process_would(form):
         optimizer.step()
     for of_worker in results:
         torch.testing.assert_close(of_worker, [p.detach() for p in head.parameters()], **EXACT)
+
+
+# ---- a worker without RoIs, whose features are new zeros
+
+
+class Detached(nn.Module):
+    """A head that begins in place; a worker without samples gets features that need no gradient, as a pooler's."""
+
+    def __init__(self, form, inplace):
+        super().__init__()
+        spec = NormSpec(workers="all" if form == "statistics" else "one")
+        body = nn.Sequential(nn.ReLU(inplace), nn.Conv2d(3, 4, 3, bias=False), BatchNorm2d(4, spec))
+        self.head = randomize(body.double())
+        if form == "statistics":
+            deal_statistics(self.head)
+        self.called = self.head if form == "statistics" else Shuffled(self.head)
+        self.stem = nn.Conv2d(3, 3, 1).double()
+
+    def forward(self, images, use_reentrant=None):
+        features = self.stem(images) if len(images) else images
+        if use_reentrant is None:
+            return self.called(features)
+        return checkpoint(self.called, features, use_reentrant=use_reentrant)
+
+
+def run_detached(rank, form, use_reentrant):
+    torch.manual_seed(0)
+    model = Detached(form, inplace=use_reentrant is None)  # torch checkpoints nothing whose input is changed
+    output = model(draw(rank, (5, 0)[rank])[0], use_reentrant)
+    output.pow(3).sum().backward()
+    gradients = [p.grad for p in model.head.parameters()]
+    return [all_reduce_sum(g, resolve_group("all")) for g in gradients]
+
+
+@pytest.mark.parametrize("form", ["statistics", "features"])
+def test_a_head_that_begins_in_place_and_a_worker_without_samples(form):
+    plain, recomputed = (run_workers(run_detached, 2, form, way) for way in (None, False))
+    for own in (*plain, *recomputed):
+        torch.testing.assert_close(own, plain[0], **EXACT)
+
+
+def run_until_it_is_refused(rank, form):
+    try:
+        run_detached(rank, form, True)
+    except BNextError as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+@pytest.mark.parametrize("form", ["statistics", "features"])
+def test_reentrant_checkpointing_is_refused_where_a_worker_would_have_no_backward_pass(form):
+    answers = run_workers(run_until_it_is_refused, 2, form)
+    assert all(kind == "StatisticsError" and "Set use_reentrant=False" in text for kind, text in answers)

@@ -184,3 +184,47 @@ def test_what_cannot_be_shuffled(kind, text):
     for rank, (error, message) in enumerate(run_workers(refuse, 2, kind, timeout=20)):
         assert error is StatisticsError
         assert text.format(4 - rank, rank) in message
+
+
+# ---- second derivatives, frozen norms, one worker
+
+
+def run_penalty(rank):
+    """A penalty on the gradient: through the shuffle its gradient is that of the module on all samples."""
+    module = randomize(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Softplus()).double())
+    features = draw(rank, 4)[0].requires_grad_()
+    output = Shuffled(module)(features) + features.mean() ** 3
+    (gradient,) = torch.autograd.grad(output.pow(2).sum(), features, create_graph=True)
+    gradient.pow(2).sum().backward()
+    return features.detach(), [p.grad for p in module.parameters()]
+
+
+def test_a_penalty_on_the_gradient():
+    workers = run_workers(run_penalty, 2)
+    right = [torch.zeros_like(g) for g in workers[0][1]]
+    for features, _ in workers:
+        module = randomize(nn.Sequential(nn.Conv2d(3, 2, 1), nn.Softplus()).double())
+        own = features.clone().requires_grad_()
+        output = module(own) + own.mean() ** 3
+        (gradient,) = torch.autograd.grad(output.pow(2).sum(), own, create_graph=True)
+        gradient.pow(2).sum().backward()
+        right = [a + p.grad for a, p in zip(right, module.parameters(), strict=True)]
+    found = [sum(parts) for parts in zip(*(gradients for _, gradients in workers), strict=True)]
+    torch.testing.assert_close(found, right, **EXACT)
+
+
+def run_with_frozen_norms(rank):
+    module = build()
+    module[1].eval()
+    with torch.no_grad():
+        return Shuffled(module)(draw(rank, 3)[0]), module(draw(rank, 3)[0])
+
+
+def test_norms_that_are_frozen_in_evaluation_mode_do_not_keep_samples_at_home():
+    for shuffled, at_home in run_workers(run_with_frozen_norms, 2):
+        assert not torch.allclose(shuffled, at_home)
+
+
+def test_one_worker_is_told(caplog):
+    Shuffled(build(), where="box_head")
+    assert "Samples are not shuffled (box_head)" in caplog.text
