@@ -9,6 +9,7 @@ import contextlib
 import copy
 import functools
 import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
+from bnext.data.seeding import seeded
 from bnext.engine.evaluation import build_evaluator, evaluate_with
 from bnext.engine.recompute import build_batches, has_labels, load_records, recompute_statistics
 from bnext.engine.study import flatten_metrics
@@ -80,9 +82,11 @@ def compare_statistics(cfg: CfgNode, model: nn.Module, kinds: Sequence[str] = tu
     for kind in (kind for kind in kinds if not obstacles[kind]):
         size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
         evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
-        with _using(cfg, model, kind, results["reports"]) as variant:
+        drawing = seeded(max(cfg.SEED, 0))  # what detectron2's loader draws
+        with _using(cfg, model, kind, results["reports"]) as variant, drawing:
             metrics = evaluate_with(cfg, variant, name, evaluator, size)
         results["rows"][kind] = flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
+        logging.getLogger(__name__).info("%s: box AP %.1f.", KINDS[kind], results["rows"][kind].get("bbox/AP") or 0)
     results["reading"] = read_three_ways(cfg, model, results["rows"])
     return results
 

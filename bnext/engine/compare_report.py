@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
@@ -95,6 +97,8 @@ def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
 
 def _compare_and_write(cfg: CfgNode, kinds: Sequence[str]) -> None:
     """What every worker does."""
+    if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
+        setup_logger(distributed_rank=comm.get_rank(), name="bnext.engine.compare")  # a line for each kind
     model = build_model(cfg)
     Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
     results = {"weights": cfg.MODEL.WEIGHTS, **compare_statistics(cfg, model.eval(), kinds)}
@@ -131,12 +135,7 @@ def describe_reading(reading: Mapping[str, Any]) -> str:
         return f"Three-way reading: does not apply, as {reading['not_applicable']}."
     gap, inconsistency = reading["generalization_gap"], reading["inconsistency"]
     fit = reading["mini_batch_train"]["loss"]
-    if inconsistency > max(gap, 0.05 * abs(fit)):
-        verdict = "more is lost between training and test than to new images: re-estimate the population statistics"
-    elif inconsistency > 0.05 * abs(fit):
-        verdict = "something is lost between training and test; precise statistics may win it back"
-    else:
-        verdict = "the population statistics describe what the norms see"
+    verdict = _judge(fit, gap, inconsistency)
     lines = [
         ("fit (mini-batch statistics, training images)", f"{fit:.3f}", reading["mini_batch_train"]),
         ("generalization gap (validation images)", f"{gap:+.3f}", reading["mini_batch_val"]),
@@ -146,7 +145,17 @@ def describe_reading(reading: Mapping[str, Any]) -> str:
     rows = [[what, f"{way['loss']:.3f}", change, *(_show(way.get(key)) for key in keys)] for what, change, way in lines]
     headers = ["three-way reading", "loss", "part", *(_NAMES[key] for key in keys)]
     table = tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1))
-    return f"{table}\nThe loss in words: {verdict}."
+    return f"{table}\nIn words: {verdict}."
+
+
+def _judge(fit: float, gap: float, inconsistency: float) -> str:
+    if inconsistency <= 0.05 * abs(fit):
+        return "the population statistics describe what the norms see; what is lost is lost to new images"
+    share = 100 * inconsistency / (max(gap, 0) + inconsistency)
+    return (
+        f"{share:.0f} % of the loss that validation images add to that of training images is no lack of "
+        f"generalization, but comes from other statistics at test than in training: re-estimate them"
+    )
 
 
 def format_comparison(results: Mapping[str, Any]) -> str:
@@ -189,10 +198,10 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     for index, key in enumerate(keys):
         places = [row + (index - (len(keys) - 1) / 2) * height for row in range(len(rows))]
         bars = left.barh(places, [row.get(key) or 0 for row in rows.values()], height, label=_NAMES[key])
-        left.bar_label(bars, fmt="%.1f", padding=3)
-    left.set_yticks(range(len(rows)), [KINDS[kind] for kind in rows])
+        left.bar_label(bars, _label_bars([row.get(key) for row in rows.values()]), padding=3)
+    left.set_yticks(range(len(rows)), [KINDS[kind].replace(": as", ":\nas") for kind in rows])
     left.invert_yaxis()
-    left.margins(x=0.1)
+    left.margins(x=0.22)
     left.set_xlabel(f"COCO AP on {results['dataset']}")
     left.set_title("Same checkpoint, which statistics?")
     if len(keys) > 1:
@@ -203,16 +212,23 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     return Path(path)
 
 
+def _label_bars(values: Sequence[float | None]) -> list[str]:
+    """Each AP, and its difference to the first."""
+    first = values[0]
+    changes = ["" if value is None or first is None else f" ({value - first:+.1f})" for value in values[1:]]
+    return [f"{_show(value)}{change}" for value, change in zip(values, ["", *changes], strict=True)]
+
+
 def _draw_reading(axes: Any, reading: Mapping[str, Any]) -> None:
     labels = {
-        "mini_batch_train": "mini-batch,\ntraining",
-        "mini_batch_val": "mini-batch,\nvalidation",
-        "population_val": "population,\nvalidation",
+        "mini_batch_train": "mini-batch,\ntraining\nimages",
+        "mini_batch_val": "mini-batch,\nvalidation\nimages",
+        "population_val": "population,\nvalidation\nimages",
     }
     bars = axes.bar(list(labels.values()), [reading[way]["loss"] for way in labels], color=["C0", "C1", "C3"])
     axes.bar_label(bars, fmt="%.3f", padding=3)
+    axes.tick_params(axis="x", labelsize="small")
     axes.margins(y=0.12)
     axes.set_ylabel("loss")
-    axes.set_title(
-        f"gap {reading['generalization_gap']:+.3f}, inconsistency {reading['inconsistency']:+.3f}", fontsize="medium"
-    )
+    gap, inconsistency = reading["generalization_gap"], reading["inconsistency"]
+    axes.set_title(f"generalization gap {gap:+.3f},\ntrain-test inconsistency {inconsistency:+.3f}", fontsize="medium")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,7 +105,8 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         CheckpointError: the checkpoint does not fit the config's model.
         StatisticsError: the model has no batch norm, activations are not finite, or there are no images.
     """
-    setup_logger(distributed_rank=comm.get_rank(), name="bnext")
+    if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
+        setup_logger(distributed_rank=comm.get_rank(), name="bnext")
     model = build_model(cfg)
     others = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
     report = recompute_statistics(cfg, model, **_choose_images(cfg, model, request), **_keep_state(cfg, request))

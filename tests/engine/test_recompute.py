@@ -7,7 +7,7 @@ import torch
 from detectron2.modeling import build_model
 
 from bnext.engine import train
-from bnext.engine.recompute import recompute_statistics, repair_checkpoint
+from bnext.engine.recompute import needs_labels, recompute_statistics, repair_checkpoint
 from bnext.errors import CheckpointError, StatisticsError
 from bnext.layers import TABLE5_ROWS
 from tests.engine import tiny
@@ -120,3 +120,32 @@ def test_precise_bn_in_the_training_of_an_r_cnn(digits, tmp_path):
     counters = {key: int(value) for key, value in state.items() if key.endswith("num_batches_tracked")}
     assert set(counters.values()) == {2}
     assert any(key.startswith("roi_heads") for key in counters)
+
+
+def test_estimator_and_tolerance_of_the_config(digits, tmp_path):
+    """Precise statistics in a training and of a checkpoint: one mechanism, the same keys."""
+    keys = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 12, "SOLVER.IMS_PER_BATCH", 2)
+    means = {}
+    for estimator in ("pooled", "mean_of_batches", "moving_average"):
+        cfg = tiny.load(tmp_path, *keys, "TEST.BNEXT.PRECISE_BN.ESTIMATOR", estimator)
+        torch.manual_seed(0)
+        model = build_model(cfg)
+        assert recompute_statistics(cfg, model).num_batches == 12
+        means[estimator] = model.backbone.bottom_up.stem.conv1.norm.running_var.clone()
+    assert len({tuple(value.tolist()) for value in means.values()}) == 3
+    cfg = tiny.load(tmp_path, *keys, "TEST.BNEXT.PRECISE_BN.TOLERANCE", 10.0)
+    report = recompute_statistics(cfg, build_model(cfg))
+    assert (report.num_batches, report.tolerance) == (8, 10.0)
+
+
+def test_only_as_much_is_run_as_the_norms_see(digits, tmp_path):
+    """An R-CNN whose norms are all in its backbone needs no labels, and runs nothing else."""
+    opts = ("MODEL.ROI_BOX_HEAD.NORM", "", "MODEL.ROI_MASK_HEAD.NORM", "")
+    cfg = load_rcnn(tmp_path, *opts)
+    model = build_model(cfg)
+    model.roi_heads.register_forward_pre_hook(lambda *args: pytest.fail("the RoI heads were run"))
+    assert not needs_labels(cfg, model)
+    assert recompute_statistics(cfg, model).num_batches == 2
+    assert needs_labels(load_rcnn(tmp_path), build_model(load_rcnn(tmp_path)))
+    top_scored = load_rcnn(tmp_path, "TEST.BNEXT.PRECISE_BN.ROIS", "top_scored")
+    assert not needs_labels(top_scored, build_model(top_scored))

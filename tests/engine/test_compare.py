@@ -1,0 +1,244 @@
+"""Same checkpoint, which statistics? Each kind is what it says; the model is as before; the words say the numbers."""
+
+import contextlib
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import build_model
+from torch import nn
+
+from bnext.engine import Checkpointer, evaluate_model
+from bnext.engine.compare import (
+    KINDS,
+    compare_statistics,
+    find_obstacle,
+    normalizing_evaluation_by_mini_batch,
+    read_three_ways,
+)
+from bnext.engine.compare_report import (
+    describe_reading,
+    describe_rows,
+    draw_comparison,
+    format_comparison,
+    run_comparison,
+)
+from bnext.engine.recompute import recompute_statistics
+from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
+from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
+from bnext.layers import LevelBatchNorm2d
+from tests.engine import tiny
+
+pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+ON = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
+NO_BN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "")
+NO_BN += ("MODEL.BNEXT.RETINANET.POPULATION", "per_level", "MODEL.BNEXT.RETINANET.AFFINE", "shared")
+
+
+def load(output, *opts, config=tiny.CONFIG):
+    return tiny.load(output, *ON, *opts, config=config)
+
+
+def load_model(cfg, weights):
+    model = build_model(cfg)
+    Checkpointer(model).load(str(weights), checkpointables=[], complete=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def weights(finished):
+    return str(Path(finished[0].OUTPUT_DIR, "model_final.pth"))
+
+
+@pytest.fixture(scope="module")
+def compared(weights, tmp_path_factory):
+    """All kinds, the model, and its state before."""
+    cfg = load(tmp_path_factory.mktemp("compared"), "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
+    model = load_model(cfg, weights)
+    before = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    generator = torch.get_rng_state()
+    results = compare_statistics(cfg, model)
+    assert torch.equal(generator, torch.get_rng_state())
+    return cfg, model, before, results
+
+
+def test_every_kind_is_measured_and_the_model_is_as_before(compared):
+    _, model, (state, modes), results = compared
+    assert list(results["rows"]) == list(KINDS)
+    assert not results["not_applicable"]
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert modes == [module.training for module in model.modules()]
+    assert {module.spec.inference for module in model.modules() if hasattr(module, "spec")} == {"population"}
+    assert set(results["reports"]) == {"precise", "mean_of_batches", "per_level", "adaptive"}
+    assert results["reports"]["precise"]["num_samples"] == 8
+    assert results["reports"]["adaptive"]["num_samples"] == 4, "the test images"
+
+
+def test_rows_are_what_evaluations_by_hand_give(compared, weights, tmp_path):
+    cfg, _, _, results = compared
+    assert (
+        results["rows"]["moving_average"]["bbox/AP50"] == evaluate_model(cfg, load_model(cfg, weights))["bbox"]["AP50"]
+    )
+    model = load_model(cfg, weights)
+    recompute_statistics(cfg, model)
+    assert results["rows"]["precise"]["bbox/AP50"] == evaluate_model(cfg, model)["bbox"]["AP50"]
+    per_image = {"MODEL.BNEXT.RETINANET.INFERENCE": "mini_batch", "MODEL.BNEXT.RESNETS.INFERENCE": "mini_batch"}
+    pairs = [word for pair in per_image.items() for word in pair]
+    own = load(tmp_path, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0, *pairs)
+    expected = evaluate_model(own, load_model(own, weights))["bbox"]["AP50"]
+    assert results["rows"]["mini_batch"]["bbox/AP50"] == expected
+
+
+def test_the_three_losses_are_those_of_the_three_ways(compared):
+    cfg, model, _, results = compared
+    reading = results["reading"]
+    own = cfg.clone()
+    own.defrost()
+    own.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES = 1
+    for way, name, statistics in (
+        ("mini_batch_train", "digits_train", "mini_batch"),
+        ("mini_batch_val", "digits_val", "mini_batch"),
+        ("population_val", "digits_val", "population"),
+    ):
+        batches = build_validation_batches(own, name)
+        expected = compute_validation_loss(model, batches, statistics=statistics, seed=cfg.SEED)["total_loss"]
+        assert reading[way]["loss"] == pytest.approx(expected, rel=1e-6)
+        assert "bbox/AP" in reading[way]
+    parts = reading["mini_batch_train"]["loss"] + reading["generalization_gap"] + reading["inconsistency"]
+    assert parts == pytest.approx(reading["population_val"]["loss"])
+    assert reading["population_val"]["bbox/AP"] == results["rows"]["moving_average"]["bbox/AP"]
+
+
+def test_statistics_that_are_wrong_are_an_inconsistency(compared):
+    cfg, model, _, results = compared
+    wrong = copy.deepcopy(model)
+    for module in wrong.modules():
+        if isinstance(module, LevelBatchNorm2d):
+            module.running_var.mul_(1e-6)
+    reading, right = read_three_ways(cfg, wrong), results["reading"]
+    assert reading["inconsistency"] > right["inconsistency"] + 0.1
+    for way in ("mini_batch_train", "mini_batch_val"):
+        assert reading[way]["loss"] == right[way]["loss"]
+
+
+def test_torch_norms_are_normalized_by_the_mini_batch_too():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)).eval()
+    norms = list(model)
+    before = [norm.running_mean for norm in norms]
+    images = torch.randn(4, 3, 5, 5) * 3 + 7
+    expected = nn.functional.batch_norm(images, None, None, training=True)
+    with contextlib.suppress(OSError), normalizing_evaluation_by_mini_batch(model):
+        torch.testing.assert_close(norms[0](images), expected)
+        raise OSError
+    assert all(norm.running_mean is mean for norm, mean in zip(norms, before, strict=True))
+    assert set(model.state_dict()) >= {"0.running_mean", "1.running_var"}
+
+
+def test_kinds_that_do_not_apply_are_said(weights, tmp_path):
+    model = build_model(load(tmp_path, *NO_BN))
+    assert find_obstacle(model, "moving_average") is None
+    assert "no batch norm" in find_obstacle(model, "precise")
+    with pytest.raises(ConfigError, match=r"one that applies.*no batch norm"):
+        compare_statistics(load(tmp_path, *NO_BN), model, ["precise", "adaptive"])
+    results = compare_statistics(load(tmp_path, *NO_BN), model.eval(), ["moving_average", "mini_batch"])
+    assert list(results["rows"]) == ["moving_average"]
+    assert "no batch norm" in results["reading"]["not_applicable"]
+    text = format_comparison(results)
+    assert "each image: does not apply, as the model has no batch norm" in text
+    draw_comparison(results, tmp_path / "plot.png")
+    own = load_model(load(tmp_path, "MODEL.BNEXT.RETINANET.POPULATION", "per_level"), weights)
+    assert "per level already" in find_obstacle(own, "per_level")
+    assert "several levels" in find_obstacle(build_model(load(tmp_path, config=tiny.RCNN)), "per_level")
+
+
+def test_a_mask_rcnn_has_box_and_mask_ap(digits, tmp_path):
+    torch.manual_seed(0)
+    cfg = load(tmp_path, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0, config=tiny.RCNN)
+    model = build_model(cfg).eval()
+    results = compare_statistics(cfg, model, ["moving_average", "precise", "adaptive"])
+    assert all({"bbox/AP", "segm/AP"} <= set(row) for row in results["rows"].values())
+    assert "mask AP" in format_comparison(results)
+    box = "roi_heads.box_head.conv1.norm"
+    counts = {
+        kind: {row["path"]: row["count"] for row in report["estimates"]} for kind, report in results["reports"].items()
+    }
+    assert counts["precise"][box] == 4 * 16 * 49, "RoIs sampled as in training"
+    assert 0 < counts["adaptive"][box] <= 4 * 16 * 49
+
+
+def test_the_command_writes_json_and_plot_and_refuses_to_do_it_again(weights, tmp_path, capsys):
+    cfg = load(tmp_path, "MODEL.WEIGHTS", weights)
+    before = Path(weights).read_bytes()
+    run_comparison(cfg, ["moving_average", "precise"])
+    assert Path(weights).read_bytes() == before
+    results = json.loads((tmp_path / "statistics.json").read_text())
+    assert (
+        set(results["rows"])
+        == set(results["words"]) - {"reading"} | {"moving_average"}
+        == {"moving_average", "precise"}
+    )
+    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "same checkpoint, which statistics?" in printed
+    assert "three-way reading" in printed
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run_comparison(cfg, ["moving_average"])
+
+
+def test_what_is_refused(weights, tmp_path):
+    with pytest.raises(ConfigError, match=r"--kinds must be one of .*'adaptive'; got 'best'"):
+        run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights), ["best"])
+    for opts, kind, message in (
+        (("MODEL.WEIGHTS", "absent.pth"), CheckpointError, "absent.pth"),
+        (("MODEL.WEIGHTS", ""), CheckpointError, "must name the checkpoint"),
+        (("DATASETS.TEST", "('digits_vall',)"), DatasetError, "nearest: digits_val"),
+        (("DATASETS.TEST", "()"), ConfigError, "DATASETS.TEST"),
+        (("DATASETS.TEST", "('digits_val', 'digits_train')"), ConfigError, "name one data set"),
+    ):
+        with pytest.raises(kind, match=message):
+            run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights, *opts))
+    assert not (tmp_path / "statistics.json").exists()
+
+
+def test_labels_are_needed(weights, tmp_path, digits):
+    records = [{k: v for k, v in r.items() if k != "annotations"} for r in DatasetCatalog.get("digits_val")]
+    DatasetCatalog.register("digits_bare", lambda: records)
+    try:
+        cfg = load(tmp_path, "DATASETS.TEST", "('digits_bare',)")
+        with pytest.raises(ConfigError, match="'digits_bare' without annotations"):
+            compare_statistics(cfg, build_model(cfg))
+    finally:
+        DatasetCatalog.remove("digits_bare")
+        MetadataCatalog.pop("digits_bare", None)
+
+
+def test_activations_that_are_not_finite_are_named_and_the_model_stays(weights, tmp_path):
+    cfg = load(tmp_path)
+    model = load_model(cfg, weights)
+    with torch.no_grad():
+        model.backbone.bottom_up.res3[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(StatisticsError, match=r"NaN.*res3\.0\.conv1\.norm"):
+        compare_statistics(cfg, model, ["precise"])
+    assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+def test_words_say_which_way_and_how_much():
+    rows = {"moving_average": {"bbox/AP": 21.4}, "precise": {"bbox/AP": 34.6}, "per_level": {"bbox/AP": 2.1}}
+    words = describe_rows({**rows, "adaptive": {"bbox/AP": 21.5}})
+    assert words["precise"] == "precise statistics are worth +13.2 AP: the moving average does not fit"
+    assert words["per_level"].startswith("statistics of each level cost 19.3 AP")
+    assert words["adaptive"].startswith("statistics of the test images change nothing (+0.1 AP)")
+    assert describe_rows({"precise": {"bbox/AP": 1.0}}) == {}
+    assert describe_rows({"moving_average": {"bbox/AP": None}, "precise": {"bbox/AP": 1.0}}) == {}
+
+
+@pytest.mark.parametrize(
+    ("inconsistency", "verdict"), [(0.3, "75 % of the loss"), (0.001, "describe what the norms see"), (-1, "describe")]
+)
+def test_the_reading_in_words(inconsistency, verdict):
+    reading = {way: {"loss": 0.5} for way in ("mini_batch_train", "mini_batch_val", "population_val")}
+    assert verdict in describe_reading({**reading, "generalization_gap": 0.1, "inconsistency": inconsistency})

@@ -1,0 +1,65 @@
+"""The command line: what it writes, and what it refuses in one line."""
+
+import json
+
+import compare_statistics
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from tests.engine import tiny
+from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
+
+
+@pytest.fixture(scope="module")
+def weights(digits, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save({"model": build_model(tiny.load(folder)).state_dict()}, folder / "in.pth")
+    return folder / "in.pth"
+
+
+@pytest.fixture
+def command(weights, tmp_path):
+    def run(*arguments):
+        start = ["--config-file", str(tiny.CONFIG), "--output", str(tmp_path / "out")]
+        pairs = ["MODEL.WEIGHTS", str(weights), "TEST.PRECISE_BN.NUM_ITER", "2", "DATALOADER.NUM_WORKERS", "0"]
+        return compare_statistics.main([*start, *pairs, *map(str, arguments)])
+
+    return run
+
+
+def test_a_table_json_and_a_plot(command, tmp_path, capsys):
+    assert command("--kinds", "moving_average", "adaptive", "--target-dataset", "digits_train") == 0
+    results = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert (results["dataset"], list(results["rows"])) == ("digits_train", ["moving_average", "adaptive"])
+    assert results["reports"]["adaptive"]["num_samples"] == 12
+    assert (tmp_path / "out" / "statistics.png").stat().st_size > 5000
+    assert "adaptive: of the test images" in capsys.readouterr().out
+    assert command("--kinds", "moving_average") == 2
+    assert "earlier comparison" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--kinds", "best"), "--kinds must be one of 'moving_average'"),
+        (("--target-dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
+        (("MODEL.WEIGHTS", "absent.pth"), "'absent.pth'"),
+        (("--num-gpus", "1000"), "--num-gpus must be at most"),
+        (("MODEL.NOPE", "1"), "MODEL.NOPE"),
+    ],
+)
+def test_what_is_refused_in_one_line(command, tmp_path, capsys, arguments, message):
+    assert command(*arguments) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert message in line
+    assert not (tmp_path / "out" / "statistics.json").exists()
+
+
+def test_an_output_that_is_a_file_is_refused(command, tmp_path, capsys):
+    (tmp_path / "out").touch()
+    assert command() == 2
+    assert "OUTPUT_DIR must be a folder" in capsys.readouterr().err

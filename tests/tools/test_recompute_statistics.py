@@ -1,0 +1,101 @@
+"""The command line: what it does with its options, what it refuses in one line, and two workers as one."""
+
+import json
+
+import pytest
+import recompute_statistics
+import torch
+from detectron2.modeling import build_model
+
+from bnext.engine.launch import count_cores
+from tests.engine import tiny
+from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
+
+
+@pytest.fixture(scope="module")
+def weights(digits, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    torch.save({"model": build_model(tiny.load(folder)).state_dict()}, folder / "in.pth")
+    return folder / "in.pth"
+
+
+@pytest.fixture
+def command(weights, tmp_path):
+    def run(*arguments, **replaced):
+        words = {"--config-file": tiny.CONFIG, "--output": tmp_path / "out.pth", **replaced}
+        start = [str(word) for pair in words.items() for word in pair]
+        pairs = ["MODEL.WEIGHTS", str(weights), "TEST.PRECISE_BN.NUM_ITER", "2", "DATALOADER.NUM_WORKERS", "0"]
+        return recompute_statistics.main([*start[:2], *pairs, *start[2:], *map(str, arguments)])
+
+    return run
+
+
+def test_options_reach_the_estimate(command, tmp_path, capsys):
+    options = ["--population", "per_level", "--dataset", "digits_val", "--num-samples", "4", "--source-samples", "3"]
+    assert command(*options, "--estimator", "mean_of_batches", "--tolerance", "0.5") == 0
+    said = json.loads((tmp_path / "out.json").read_text())
+    assert (said["datasets"], said["estimator"], said["tolerance"]) == (["digits_val"], "mean_of_batches", 0.5)
+    assert (said["source_samples"], said["num_samples"]) == (3, 4)
+    assert said["keys"]["MODEL.BNEXT.RETINANET.POPULATION"] == "per_level"
+    assert "MODEL.BNEXT.RETINANET.POPULATION: per_level" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
+        (("--population", "own"), "--population must be one of"),
+        (("--estimator", "best"), "TEST.BNEXT.PRECISE_BN.ESTIMATOR must be one of"),
+        (("--tolerance", "-1"), "TEST.BNEXT.PRECISE_BN.TOLERANCE must be 0"),
+        (("--num-samples", "0"), "--num-samples must be 1 or more"),
+        (("--num-gpus", "1000"), "--num-gpus must be at most"),
+        (("--domain", "day"), "--domain must be given once for each --dataset"),
+        (("MODEL.WEIGHTS", "absent.pth"), "'absent.pth', which does not exist"),
+        (("MODEL.NOPE", "1"), "MODEL.NOPE"),
+    ],
+)
+def test_what_is_refused_in_one_line(command, tmp_path, capsys, arguments, message):
+    assert command(*arguments) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    assert message in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_is_not_the_input_and_not_replaced(command, weights, tmp_path, capsys):
+    before = weights.read_bytes()
+    assert command("--overwrite", **{"--output": weights}) == 2
+    assert "must be another file than MODEL.WEIGHTS" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+    (tmp_path / "out.pth").touch()
+    assert command() == 2
+    assert "give --overwrite" in capsys.readouterr().err
+    assert command("--overwrite") == 0
+
+
+def test_an_interruption_says_how_to_go_on(command, monkeypatch, capsys):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recompute_statistics, "run_request", interrupt)
+    assert command() == 130
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(count_cores() < 2, reason="two workers need two cores")
+def test_two_workers_are_as_one(weights, tmp_path):
+    """Processes of their own: the data sets must be where the environment says."""
+    states = []
+    for number in (1, 2):
+        output = tmp_path / f"{number}.pth"
+        start = ["--config-file", str(tiny.CONFIG), "--output", str(output), "--num-gpus", str(number)]
+        pairs = ["MODEL.WEIGHTS", str(weights), "DATALOADER.NUM_WORKERS", "0", "MODEL.RETINANET.NORM", "SyncBN"]
+        pairs += ["MODEL.RESNETS.NORM", "SyncBN", "MODEL.BNEXT.RETINANET.AFFINE", "shared"]
+        assert recompute_statistics.main([*start, "--dataset", "digits_train", *pairs]) == 0
+        states.append(torch.load(output)["model"])
+    for key, value in states[0].items():
+        if not key.endswith("num_batches_tracked"):
+            torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
