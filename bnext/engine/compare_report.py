@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from bnext.layers.spec import check_choice
 __all__ = ["describe_reading", "draw_comparison", "format_comparison", "run_comparison"]
 
 _NOISE = 0.5  # AP that mean nothing
+_TOO_LOW = 1.0  # an AP below says nothing at all
 _NAMES = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 # Kind -> what it says to be better than the statistics of the file, worse, or as good.
 _WORDS = {
@@ -107,16 +109,25 @@ def _compare_and_write(cfg: CfgNode, kinds: Sequence[str]) -> None:
     results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
     file, plot = _outputs(cfg)
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    text = json.dumps(results, indent=2, allow_nan=False)
+    text = json.dumps(_drop_nan(results), indent=2, allow_nan=False)
     replace_file(file, lambda partial: partial.write(f"{text}\n".encode()))
     draw_comparison(results, plot)
     print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
 
 
+def _drop_nan(value: Any) -> Any:
+    """JSON has no NaN: the loss of a model that has diverged is null."""
+    if isinstance(value, Mapping):
+        return {key: _drop_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_drop_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     """For each kind of statistics what its difference to those of the file means."""
     key = next((key for key in _NAMES if all(row.get(key) is not None for row in rows.values())), None)
-    if key is None or "moving_average" not in rows:
+    if key is None or "moving_average" not in rows or max(row[key] for row in rows.values()) < _TOO_LOW:
         return {}
     words = {}
     for kind, row in rows.items():
@@ -149,6 +160,8 @@ def describe_reading(reading: Mapping[str, Any]) -> str:
 
 
 def _judge(fit: float, gap: float, inconsistency: float) -> str:
+    if not math.isfinite(fit + gap + inconsistency):
+        return "a loss is not finite; the activations of some layer have diverged with these statistics"
     if inconsistency <= 0.05 * abs(fit):
         return "the population statistics describe what the norms see; what is lost is lost to new images"
     share = 100 * inconsistency / (max(gap, 0) + inconsistency)
@@ -174,7 +187,10 @@ def format_comparison(results: Mapping[str, Any]) -> str:
     aligned = ["left"] + ["right"] * (len(headers) - 1)
     parts = [tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned)]
     notes = [f"{KINDS[kind]}: does not apply, as {reason}." for kind, reason in results["not_applicable"].items()]
-    notes += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in describe_rows(rows).values()]
+    words = describe_rows(rows)
+    notes += [f"{sentence[0].upper()}{sentence[1:]}." for sentence in words.values()]
+    if len(rows) > 1 and "moving_average" in rows and not words:
+        notes.append("Every AP is too low to tell the statistics apart; the losses may.")
     return "\n\n".join([*parts, "\n".join(notes), describe_reading(results["reading"])]).replace("\n\n\n\n", "\n\n")
 
 

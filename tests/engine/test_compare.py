@@ -233,11 +233,18 @@ def test_words_say_which_way_and_how_much():
     assert words["per_level"].startswith("statistics of each level cost 19.3 AP")
     assert words["adaptive"].startswith("statistics of the test images change nothing (+0.1 AP)")
     assert describe_rows({"precise": {"bbox/AP": 1.0}}) == {}
+    assert describe_rows({"moving_average": {"bbox/AP": 0.1}, "precise": {"bbox/AP": 0.2}}) == {}
     assert describe_rows({"moving_average": {"bbox/AP": None}, "precise": {"bbox/AP": 1.0}}) == {}
 
 
 @pytest.mark.parametrize(
-    ("inconsistency", "verdict"), [(0.3, "75 % of the loss"), (0.001, "describe what the norms see"), (-1, "describe")]
+    ("inconsistency", "verdict"),
+    [
+        (0.3, "75 % of the loss"),
+        (0.001, "describe what the norms see"),
+        (-1, "describe"),
+        (float("inf"), "a loss is not finite"),
+    ],
 )
 def test_the_reading_in_words(inconsistency, verdict):
     reading = {way: {"loss": 0.5} for way in ("mini_batch_train", "mini_batch_val", "population_val")}
