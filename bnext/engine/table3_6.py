@@ -125,8 +125,14 @@ def load_rows(
 
 
 def _check_row(row: str, cfg: CfgNode, file: str) -> None:
-    """The config is of the row, in both heads."""
+    """The config is of the row, in both heads, and the population of the row's RoIs."""
     expected = ROWS[row]
+    rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS
+    if rois != (expected.rois or "sampled"):
+        raise ConfigError(
+            f"TEST.BNEXT.PRECISE_BN.ROIS must be {expected.rois or 'sampled'!r} in row {row}; got {rois!r} (--opts or "
+            f"{file}). Leave it out: {', '.join(name for name, other in ROWS.items() if other.rois)} has the others."
+        )
     for head in HEADS:
         node, norm = cfg.MODEL.BNEXT[head], get_norm_name(cfg, head)
         found = (norm, node.SHUFFLE, node.INFERENCE)
@@ -141,6 +147,11 @@ def _check_row(row: str, cfg: CfgNode, file: str) -> None:
 def _check_images(row: str, cfg: CfgNode, num_workers: int) -> None:
     """Each worker has as many images as the row says."""
     images, total = ROWS[row].images, cfg.SOLVER.IMS_PER_BATCH
+    if ROWS[row].shuffle != "none" and num_workers < 2:
+        raise ConfigError(
+            f"--num-gpus must be 2 or more for a row with shuffle; got {num_workers} (row {row}). One worker has "
+            f"nobody to deal RoIs to."
+        )
     if images and total != images * num_workers:
         raise ConfigError(
             f"SOLVER.IMS_PER_BATCH must be {images} image(s) for each of the {num_workers} worker(s); got {total} "

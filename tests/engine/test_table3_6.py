@@ -130,6 +130,13 @@ def test_a_config_of_another_row_is_refused(digits, tmp_path):
         load(["bn_1"], tmp_path, *ONE, "MODEL.BNEXT.ROI_MASK_HEAD.INFERENCE", "mini_batch")
 
 
+def test_pairs_do_not_turn_a_row_into_another(digits, tmp_path):
+    with pytest.raises(ConfigError, match=r"ROIS must be 'sampled' in row bn_1; got 'top_scored'"):
+        load(["bn_1"], tmp_path, *ONE, "TEST.BNEXT.PRECISE_BN.ROIS", "top_scored")
+    with pytest.raises(ConfigError, match="--num-gpus must be 2 or more for a row with shuffle; got 1"):
+        load(["shuffle_1"], tmp_path, *ONE)
+
+
 def test_every_row_has_its_own_folder(digits, tmp_path):
     with pytest.raises(ConfigError, match="OUTPUT_DIR must not be among the pairs"):
         load(["bn_1"], tmp_path, *ONE, "OUTPUT_DIR", "elsewhere")
