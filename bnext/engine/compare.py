@@ -193,7 +193,8 @@ def read_three_ways(
         "inconsistency"}; or {"not_applicable": why}.
 
     Note:
-        A collective.
+        A collective. Compare losses of the same number of images per worker alone: detectron2 divides those of a dense
+        detector by a moving average of foreground anchors, which begins at 100 whatever the batch.
 
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 4.1.

@@ -175,11 +175,8 @@ def test_the_command_writes_json_and_plot_and_refuses_to_do_it_again(weights, tm
     run_comparison(cfg, ["moving_average", "precise"])
     assert Path(weights).read_bytes() == before
     results = json.loads((tmp_path / "statistics.json").read_text())
-    assert (
-        set(results["rows"])
-        == set(results["words"]) - {"reading"} | {"moving_average"}
-        == {"moving_average", "precise"}
-    )
+    assert set(results["rows"]) == {"moving_average", "precise"}
+    assert "inconsistency" in results["words"]["reading"]
     assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "same checkpoint, which statistics?" in printed

@@ -331,3 +331,17 @@ def test_the_table_says_what_was_not_reached_and_not_converged():
 def test_what_every_worker_does_returns_the_report(weights, tmp_path):
     report = recompute_checkpoint(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
     assert report.num_batches == 2
+
+
+def test_a_model_of_detectron2_alone(digits, tmp_path):
+    """Its architecture, its norms: torch's, in a head once for each level."""
+    plain = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BNEXT.RETINANET.POPULATION", "per_level")
+    plain += ("MODEL.BNEXT.RETINANET.AFFINE", "shared")
+    own = save(tmp_path / "in.pth", tiny.CONFIG, *plain)
+    run(load(own, *plain), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    old, new = torch.load(own)["model"], torch.load(tmp_path / "out.pth")["model"]
+    assert old.keys() == new.keys()
+    changed = {key for key in buffers_that_differ(old, new) if key.endswith("running_var")}
+    assert changed == {key for key in old if key.endswith("running_var")}
+    with pytest.raises(ConfigError, match="BNextRetinaNet, which loads the same checkpoint"):
+        run(load(own, *plain), RecomputeRequest(output=str(tmp_path / "x.pth"), population="per_level"))

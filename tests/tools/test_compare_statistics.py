@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from bnext.engine.launch import count_cores
 from tests.engine import tiny
 from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
 
@@ -63,3 +64,17 @@ def test_an_output_that_is_a_file_is_refused(command, tmp_path, capsys):
     (tmp_path / "out").touch()
     assert command() == 2
     assert "OUTPUT_DIR must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(count_cores() < 2, reason="two workers need two cores")
+def test_two_workers_are_as_one(command, tmp_path):
+    results = []
+    for number in (1, 2):
+        assert command("--num-gpus", number, "--overwrite", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0) == 0
+        results.append(json.loads((tmp_path / "out" / "statistics.json").read_text()))
+    one, two = results
+    assert one["rows"].keys() == two["rows"].keys()
+    for kind in ("moving_average", "mini_batch"):
+        assert one["rows"][kind]["bbox/AP"] == pytest.approx(two["rows"][kind]["bbox/AP"], abs=1e-3)
+    assert "bbox/AP" in two["reading"]["mini_batch_train"]
