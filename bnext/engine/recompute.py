@@ -16,6 +16,7 @@ from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, MapD
 from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
 from detectron2.modeling import build_model
 from detectron2.utils import comm
+from tabulate import tabulate
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -32,6 +33,7 @@ from bnext.statistics.observe import Selection, select_norms
 
 __all__ = [
     "build_batches",
+    "format_report",
     "has_labels",
     "is_level_norm",
     "load_records",
@@ -213,6 +215,23 @@ class _Mapper:
                 f"An image must be readable and as large as its record says; got {type(error).__name__}: {error} "
                 f"({record.get('file_name')}). Restore the file, or remove its record."
             ) from error
+
+
+def format_report(report: RecomputeReport) -> str:
+    """A table of every set of statistics: what was seen, how sure it is, how far it moved, and what is amiss."""
+    missing, coarse = set(report.not_reached), set(report.not_converged)
+    rows = []
+    for estimate in report.estimates:
+        if estimate in missing:
+            rows.append([estimate.name, "0", "0", "", "", "", "not reached: as it was"])
+            continue
+        error = "unknown" if estimate.error == float("inf") else f"{100 * estimate.error:.2g} %"
+        shift, ratio = f"{estimate.mean_shift:.2f} std", f"x {estimate.var_ratio:.2f}"
+        note = "not converged" if estimate in coarse else ""
+        rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
+    headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", ""]
+    aligned = ["left"] + ["right"] * 5 + ["left"]
+    return f"{tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)}\n\n{report}"
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:

@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from tabulate import tabulate
 from torch import nn
 
 from bnext.config import BATCH_NORMS, PLACES, get_norm_name, has_place
@@ -28,7 +27,7 @@ from bnext.config_check import check_config
 from bnext.data.check import check_datasets
 from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.launch import count_workers, launch
-from bnext.engine.recompute import build_batches, load_records, needs_labels, recompute_statistics
+from bnext.engine.recompute import build_batches, format_report, load_records, needs_labels, recompute_statistics
 from bnext.engine.smart_batch_norm import count_batches
 from bnext.errors import CheckpointError, ConfigError
 from bnext.files import replace_file
@@ -36,7 +35,7 @@ from bnext.layers.norm_specs import collect_norm_specs
 from bnext.layers.spec import check_choice
 from bnext.statistics import RecomputeReport
 
-__all__ = ["POPULATIONS", "RecomputeRequest", "format_report", "give_population", "recompute_checkpoint", "run_request"]
+__all__ = ["POPULATIONS", "RecomputeRequest", "give_population", "recompute_checkpoint", "run_request"]
 
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
@@ -84,6 +83,7 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
     _check_request(request)
     _check_files(cfg.MODEL.WEIGHTS, request)
     cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
+    _check_domains(cfg, request)
     if not request.datasets:
         check_datasets(cfg.DATASETS.TRAIN)
     for name in request.datasets:
@@ -143,6 +143,8 @@ def _keep_state(cfg: CfgNode, request: RecomputeRequest) -> dict[str, Any]:
     if comm.is_main_process() and not request.resume:
         for old in path.parent.glob(f"{Path(request.output).name}.*.state*"):
             old.unlink()
+    if request.resume and comm.is_main_process() and not list(path.parent.glob(f"{path.name}*")):
+        logging.getLogger(__name__).info("--resume: no interrupted run of this request; it begins anew.")
     comm.synchronize()  # before a worker looks for its file
     return {"state_file": path}
 
@@ -207,6 +209,21 @@ def _check_request(request: RecomputeRequest) -> None:
         raise ConfigError(f"--num-samples must be 1 or more; got {request.num_samples}. Use 1000 to 10000.")
 
 
+def _check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
+    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
+    if names and not request.domains and not fallback:
+        raise ConfigError(
+            f"--domain must name the domain of each --dataset where norms have domains; got none of {names} "
+            f"(MODEL.BNEXT.DOMAINS.NAMES). Give --dataset and --domain for each."
+        )
+    unknown = [name for name in request.domains if name not in names]
+    if unknown:
+        raise ConfigError(
+            f"--domain must be one of the model's domains {names}; got {unknown[0]!r} (MODEL.BNEXT.DOMAINS.NAMES). "
+            f"Correct it, or leave --domain out."
+        )
+
+
 def _report_of(output: str) -> Path:
     return Path(output).with_suffix(".json")
 
@@ -254,23 +271,6 @@ def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) 
         "num_samples": report.num_samples,
         "keys": find_keys(cfg),
     }
-
-
-def format_report(report: RecomputeReport) -> str:
-    """A table of every set of statistics: what was seen, how sure it is, how far it moved, and what is amiss."""
-    missing, coarse = set(report.not_reached), set(report.not_converged)
-    rows = []
-    for estimate in report.estimates:
-        if estimate in missing:
-            rows.append([estimate.name, "0", "0", "", "", "", "not reached: as it was"])
-            continue
-        error = "unknown" if estimate.error == float("inf") else f"{100 * estimate.error:.2g} %"
-        shift, ratio = f"{estimate.mean_shift:.2f} std", f"x {estimate.var_ratio:.2f}"
-        note = "not converged" if estimate in coarse else ""
-        rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
-    headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", ""]
-    aligned = ["left"] + ["right"] * 5 + ["left"]
-    return f"{tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)}\n\n{report}"
 
 
 def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:

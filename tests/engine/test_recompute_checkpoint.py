@@ -11,8 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 
 from bnext.engine import Checkpointer
-from bnext.engine.recompute import build_batches, recompute_statistics
-from bnext.engine.recompute_checkpoint import RecomputeRequest, format_report, give_population, recompute_checkpoint
+from bnext.engine.recompute import build_batches, format_report, recompute_statistics
+from bnext.engine.recompute_checkpoint import RecomputeRequest, give_population, recompute_checkpoint
 from bnext.engine.recompute_checkpoint import run_request as run
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
@@ -278,6 +278,11 @@ def test_requests_that_are_refused(weights, tmp_path):
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             run(load(weights), RecomputeRequest(output=output, **arguments))
+    names = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
+    with pytest.raises(ConfigError, match=r"--domain must name the domain.*got none of \('day', 'night'\)"):
+        run(load(weights, *names), RecomputeRequest(output=output))
+    with pytest.raises(ConfigError, match="got 'dusk'"):
+        run(load(weights, *names), RecomputeRequest(output=output, datasets=("digits_val",), domains=("dusk",)))
     with pytest.raises(ConfigError, match="architecture of bnext"):
         give_population(tiny.load(tmp_path, config=tiny.RCNN), "per_level")
     assert not list(tmp_path.glob("out*"))
