@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
@@ -11,6 +11,7 @@ from torch import nn
 
 from bnext.heads.retinanet import forward_statistics
 from bnext.heads.sampled_rois import forward_sampled_rois
+from bnext.layers.spec import check_choice
 
 __all__ = ["RoiChoice", "choose_forward"]
 
@@ -30,6 +31,7 @@ def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sa
         A dense detector's without anchors, matching and losses; an R-CNN's backbone alone, if its norms are there;
         None: the model itself.
     """
+    check_choice("rois", rois, get_args(RoiChoice), where="choose_forward")
     if isinstance(model, DenseDetector):
         return forward_statistics
     if not isinstance(model, GeneralizedRCNN):

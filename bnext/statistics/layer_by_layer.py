@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.errors import StatisticsError
-from bnext.statistics.observe import Collector, collect_moments
+from bnext.distributed import all_gather_numbers, resolve_group
+from bnext.statistics.observe import Collector, collect_moments, keeping_counters
 from bnext.statistics.rounds import Rounds
 
 __all__ = ["estimate_layer_by_layer"]
@@ -24,50 +24,38 @@ class _Reached(Exception):
 
 
 def estimate_layer_by_layer(
+    model: nn.Module,
     norms: Norms,
     collectors: Mapping[str, Mapping[str, Collector]],
     make_rounds: Callable[[], Rounds],
     call: Callable[[Any], None],
-    data: Iterable[Any],
 ) -> Rounds:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
     Args:
-        norms: of a model in evaluation mode; their buffers hold the estimates afterwards.
+        model: in evaluation mode.
+        norms: of the model; their buffers hold the estimates afterwards.
         collectors: by path.
-        make_rounds: a new pass.
+        make_rounds: a new pass over the data, which must be the same ones each time.
         call: runs a batch through the model.
-        data: what the passes are over.
 
     Returns:
         The last pass.
 
-    Raises:
-        StatisticsError: the data can be gone through once only.
-
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.3.
     """
-    if iter(data) is data:
-        raise StatisticsError(
-            "data must be a list or a loader that can be gone through again for estimator='layer_by_layer'; got an "
-            f"iterator ({type(data).__name__}). Make a list of its batches."
-        )
-    calls = _count_calls(norms, make_rounds(), call)
     rounds = make_rounds()
-    for path, norm in sorted(norms, key=lambda named: list(calls).index(named[0]) if named[0] in calls else len(calls)):
-        if path not in calls:
-            continue
+    calls = _count_calls(norms, rounds, call)
+    for path, norm in sorted((named for named in norms if named[0] in calls), key=lambda named: calls[named[0]][0]):
         rounds = make_rounds()
-        norm.train()
-        handle = norm.register_forward_hook(_stop) if calls[path] == 1 else None
+        handle = norm.register_forward_hook(_stop) if calls[path][1] == 1 else None
         try:
             with collect_moments([(path, norm)], collectors):
-                _pass(rounds, call, collectors[path])
+                _pass(rounds, partial(_call_until_reached, model, call), collectors[path])
         finally:
             if handle is not None:
                 handle.remove()
-            norm.eval()
         for own in dict.fromkeys(collectors[path].values()):
             total, _, _ = own.merged_over_workers()
             if total.count >= 2:
@@ -83,19 +71,19 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
 def _pass(rounds: Rounds, call: Callable[[Any], None], collectors: Mapping[str, Collector]) -> None:
     for batch in rounds:
         if batch is not None:
-            rounds.run(partial(_call_until_reached, call, batch))
+            rounds.run(partial(call, batch))
         for own in dict.fromkeys(collectors.values()):
             own.end_batch()
     rounds.finish()
 
 
-def _call_until_reached(call: Callable[[Any], None], batch: Any) -> None:
-    with contextlib.suppress(_Reached):
+def _call_until_reached(model: nn.Module, call: Callable[[Any], None], batch: Any) -> None:
+    with keeping_counters(model), contextlib.suppress(_Reached):
         call(batch)
 
 
-def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> dict[str, int]:
-    """Path -> most calls in a batch, in the order of the first call."""
+def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> dict[str, tuple[int, int]]:
+    """Path -> when it is first called, and most calls in a batch; over all workers. A collective."""
     most: dict[str, int] = {}
     now: dict[str, int] = {}
 
@@ -116,4 +104,15 @@ def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> d
     finally:
         for handle in handles:
             handle.remove()
-    return most
+    return _agree(norms, most)
+
+
+def _agree(norms: Norms, most: dict[str, int]) -> dict[str, tuple[int, int]]:
+    """A worker without data, or whose images do not reach every norm, takes part in the passes of the others."""
+    order, late = list(most), len(norms)
+    device = next(buffer.device for _, norm in norms for buffer in norm.buffers())  # of its running statistics
+    numbers = [(order.index(path) if path in most else late, most.get(path, 0)) for path, _ in norms]
+    every = all_gather_numbers([n for pair in numbers for n in pair], resolve_group("all"), device, "layer_by_layer")
+    first = [min(row[2 * i] for row in every) for i in range(len(norms))]
+    number = [max(row[2 * i + 1] for row in every) for i in range(len(norms))]
+    return {path: (first[i], number[i]) for i, (path, _) in enumerate(norms) if number[i]}

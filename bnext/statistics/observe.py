@@ -19,7 +19,16 @@ from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, batch_moments, merge_moments, merge_spreads, spread_of_batch
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
 
-__all__ = ["Collector", "Selection", "collect_moments", "make_collectors", "name_features", "restoring", "select_norms"]
+__all__ = [
+    "Collector",
+    "Selection",
+    "collect_moments",
+    "keeping_counters",
+    "make_collectors",
+    "name_features",
+    "restoring",
+    "select_norms",
+]
 
 Selection = Callable[[str, nn.Module], bool]
 
@@ -72,6 +81,7 @@ class Collector:
         self.num_samples = self.num_batches = 0
         self.moving = torch.stack([state.running_mean, state.running_var]).double()
         self._momentum = momentum
+        self._is_moved = False
         self._calls: list[Moments] = []
         self._samples = 0
 
@@ -99,7 +109,9 @@ class Collector:
         batch = merge_moments(_stack(self._calls))
         self.total = merge_moments(_stack([self.total, batch]))
         self.spread = merge_spreads(_stack([self.spread, spread_of_batch(batch)]))
-        self.moving = torch.lerp(self.moving, torch.stack([batch.mean, batch.unbiased_var()]), self._momentum)
+        if batch.count > 1:  # an empty batch moves nothing; one element has no variance
+            self.moving = torch.lerp(self.moving, torch.stack([batch.mean, batch.unbiased_var()]), self._momentum)
+            self._is_moved = True
         self.num_samples += self._samples
         self._calls, self._samples = [], 0
 
@@ -118,20 +130,32 @@ class Collector:
         return total, merge_spreads(stacked), int(parts[-1].sum())
 
     def moving_over_workers(self) -> Tensor:
-        """`moving` of all workers: the mean, which is the moving average of their means. A collective."""
-        return all_gather_stacked(self.moving, resolve_group("all"), self.where).mean(0)
+        """The mean of `moving` over the workers that have moved theirs. A collective."""
+        weight = self.moving.new_full((1, *self.moving.shape[1:]), float(self._is_moved))
+        every = all_gather_stacked(torch.cat([self.moving * weight, weight]), resolve_group("all"), self.where)
+        *moving, number = every.sum(0)
+        return torch.where(number > 0, torch.stack(moving) / number.clamp(min=1), self.moving)
 
     def state_dict(self) -> dict[str, Any]:
         """What was collected, to go on with later."""
         counts = {"num_samples": self.num_samples, "num_batches": self.num_batches}
-        return {"total": tuple(self.total), "spread": tuple(self.spread), "moving": self.moving, **counts}
+        return {
+            "total": tuple(self.total),
+            "spread": tuple(self.spread),
+            "moving": self.moving,
+            "is_moved": self._is_moved,
+            **counts,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with what was collected before."""
         device = self.total.mean.device
+        shapes = [field.shape for field in (*state["total"], *state["spread"], state["moving"])]
+        if shapes != [field.shape for field in (*self.total, *self.spread, self.moving)]:
+            raise StatisticsError(f"a kept state must be of as many channels; got {list(shapes[1])} ({self.where}).")
         self.total = Moments(*(field.to(device) for field in state["total"]))
         self.spread = Spread(*(field.to(device) for field in state["spread"]))
-        self.moving = state["moving"].to(device)
+        self.moving, self._is_moved = state["moving"].to(device), state["is_moved"]
         self.num_samples, self.num_batches = state["num_samples"], state["num_batches"]
 
 
@@ -205,3 +229,18 @@ def restoring(model: nn.Module, norms: list[tuple[str, _BatchNorm]]) -> Iterator
             module.training = training
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def keeping_counters(model: nn.Module) -> Iterator[None]:
+    """Put the whole numbers that modules hold as attributes back after this scope.
+
+    A module may count its calls, as detectron2's CycleBatchNormList does to know its level; after a forward that was
+    broken off it would be wrong for ever.
+    """
+    before = [(module, {k: v for k, v in vars(module).items() if type(v) is int}) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, numbers in before:
+            vars(module).update(numbers)

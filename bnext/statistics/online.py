@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.statistics.arguments import check_momentum, check_source_samples
 from bnext.statistics.observe import Selection, name_features, restoring, select_norms
 
 __all__ = ["OnlineStatistics", "following_stream"]
@@ -60,13 +61,12 @@ def following_stream(
         Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, 2020;
         Mirza et al., *The Norm Must Go On*, 2022 (following by momentum).
     """
-    if momentum is not None and not 0 < momentum <= 1:
+    if momentum is not None:
+        check_momentum(momentum, "following_stream", ", or None")
+    check_source_samples(source_samples, "following_stream")
+    if source_samples and momentum is not None:
         raise StatisticsError(
-            f"momentum must be above 0 and at most 1, or None; got {momentum} (following_stream). Use 0.1."
-        )
-    if source_samples < 0 or (source_samples and momentum is not None):
-        raise StatisticsError(
-            f"source_samples must be 0 or more, and 0 with a momentum; got {source_samples} with momentum={momentum} "
+            f"source_samples must be 0 with a momentum; got {source_samples} with momentum={momentum} "
             f"(following_stream). Set momentum=None to count samples."
         )
     norms = select_norms(model, layers)

@@ -10,19 +10,34 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnext.domain import use_domain
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, standard_errors
 from bnext.layers.shuffled import shares_work
-from bnext.layers.spec import check_choice
-from bnext.statistics.kept_state import KeptState
+from bnext.statistics.arguments import (
+    check_count,
+    check_data,
+    check_how,
+    check_momentum,
+    check_source_samples,
+    check_tolerance,
+)
+from bnext.statistics.kept_state import KeptState, describe_run
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
-from bnext.statistics.observe import Collector, Selection, collect_moments, make_collectors, restoring, select_norms
+from bnext.statistics.observe import (
+    Collector,
+    Selection,
+    collect_moments,
+    keeping_counters,
+    make_collectors,
+    restoring,
+    select_norms,
+)
 from bnext.statistics.report import PopulationEstimate, RecomputeReport, percentile_error
 from bnext.statistics.rounds import Rounds, make_bar
 
@@ -31,6 +46,7 @@ __all__ = ["Estimator", "recompute_population_statistics"]
 Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
+_WHERE = "recompute_population_statistics"
 _FIRST_CHECK, _CHECK_PERIOD = 8, 4  # batches of a worker before and between looks at the standard errors
 
 
@@ -75,20 +91,23 @@ def recompute_population_statistics(
             it. "moving_average": what `momentum` remembers of the batches, in their order, with weights that no
             longer change. "layer_by_layer": every norm on features that the norms before it have normalized by their
             new statistics, exact and independent of the batch size; as many passes over `data`, which must be a
-            list or a loader, as there are norms, and one more.
+            list or a loader, as there are norms, and one more. A norm that is called on what comes of its own output
+            has its former statistics meanwhile. `tolerance` ends nothing then: it is for the report.
         momentum: of "moving_average", in torch's sense, above 0 and at most 1.
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
-            new = (source_samples * former + n * estimate) / (source_samples + n), n images.
-        state_file: keeps what was collected so far, every now and then, so that a call that is interrupted goes on from
-            there the next time; removed at the end. `data` must give the same batches again. Not for layer_by_layer.
+            new = (source_samples * former + n * estimate) / (source_samples + n), n images, of a domain its own.
+        state_file: keeps what was collected so far, so that a call that is interrupted goes on from
+            there the next time; written every 20 batches of a worker, removed at the end. `data` must give the same
+            batches again, and the weights be the same. Not for layer_by_layer.
         progress: show a bar where the standard error stream is a terminal.
 
     Returns:
         The report, equal on every worker.
 
     Raises:
-        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed, or
-            an argument is out of range.
+        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed,
+            `state_file` is of another run or cannot be written, or an argument is out of range.
+        ConfigError: the estimator is unknown.
 
     Note:
         After an exception the model is bitwise as it was; otherwise only the running statistics of the reached norms
@@ -105,13 +124,21 @@ def recompute_population_statistics(
         *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016 (AdaBN); Schneider et al., *Improving
         robustness against common corruptions by covariate shift adaptation*, 2020 (`source_samples`).
     """
-    _check_arguments(num_batches, num_samples, tolerance, estimator, momentum, source_samples)
+    check_how(estimator, domain, state_file, _WHERE, Estimator)
+    check_data(data, estimator, _WHERE)
+    check_count("num_batches", num_batches, _WHERE, "Use some 4,000 images (TEST.PRECISE_BN.NUM_ITER in a config).")
+    check_count("num_samples", num_samples, _WHERE, "Use 1,000 to 10,000.")
+    check_tolerance(tolerance, _WHERE)
+    check_momentum(momentum, _WHERE)
+    check_source_samples(source_samples, _WHERE)
     norms = select_norms(model, layers)
     collectors = make_collectors(norms, momentum)
     sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
     device = sets[0].total.mean.device
     call = partial(_call, model, forward=forward, domain=domain)
-    with torch.no_grad(), restoring(model, norms):
+    names = [own.where for own in sets]
+    kept = KeptState(state_file, names, "" if state_file is None else describe_run(model, estimator, momentum))
+    with torch.no_grad(), restoring(model, norms), keeping_counters(model):
         model.eval()
         for _, norm in norms:
             norm.train()
@@ -120,9 +147,9 @@ def recompute_population_statistics(
         )
         if estimator == "layer_by_layer":
             model.eval()
-            rounds = estimate_layer_by_layer(norms, collectors, make_rounds, call, data)
+            make_rounds = partial(make_rounds, shares_work=shares_work(model))
+            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call)
         else:
-            kept = KeptState(state_file, [own.where for own in sets])
             rounds = make_rounds(skip=kept.load(sets))
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
                 _go_through(rounds, call, sets, tolerance, kept, bar)
@@ -132,38 +159,14 @@ def recompute_population_statistics(
             f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and no "
             f"activation (recompute_population_statistics). Pass a longer loader, or select norms that forward reaches."
         )
-    weight = rounds.num_samples / (rounds.num_samples + source_samples)
-    estimates = [_write(own, *found, estimator, weight, rounds) for own, found in zip(sets, merged, strict=True)]
-    if estimator != "layer_by_layer":
-        kept.remove()
-    return RecomputeReport(tuple(estimates), rounds.num_batches, rounds.num_samples, tolerance)
-
-
-def _check_arguments(
-    num_batches: int | None,
-    num_samples: int | None,
-    tolerance: float | None,
-    estimator: str,
-    momentum: float,
-    source_samples: float,
-) -> None:
-    where = "recompute_population_statistics"
-    check_choice("estimator", estimator, get_args(Estimator), where=where)
-    if num_batches is not None and num_batches < 1:
-        raise StatisticsError(
-            f"num_batches must be 1 or more; got {num_batches} ({where}; TEST.PRECISE_BN.NUM_ITER in a config). Use "
-            f"some 4,000 images."
-        )
-    if num_samples is not None and num_samples < 1:
-        raise StatisticsError(f"num_samples must be 1 or more; got {num_samples} ({where}). Use 1,000 to 10,000.")
-    if tolerance is not None and not 0 < tolerance < math.inf:
-        raise StatisticsError(f"tolerance must be above 0; got {tolerance} ({where}). Use 0.01 for 1 %.")
-    if not 0 < momentum <= 1:
-        raise StatisticsError(f"momentum must be above 0 and at most 1; got {momentum} ({where}). Use 0.1.")
-    if not 0 <= source_samples < math.inf:
-        raise StatisticsError(
-            f"source_samples must be 0 or more; got {source_samples} ({where}). Use 0 to replace the statistics."
-        )
+    found = [_estimate(own, *parts, estimator, source_samples, rounds) for own, parts in zip(sets, merged, strict=True)]
+    for own, (_, new) in zip(sets, found, strict=True):  # after the last collective: it may fail
+        if new is not None:
+            own.state.running_mean.copy_(new[0])
+            own.state.running_var.copy_(new[1])
+            own.state.num_batches_tracked.fill_(rounds.num_batches)
+    kept.remove()
+    return RecomputeReport(tuple(row for row, _ in found), rounds.num_batches, rounds.num_samples, tolerance)
 
 
 def _call(model: nn.Module, batch: Any, forward: Forward | None, domain: Domain | None) -> None:
@@ -193,8 +196,11 @@ def _go_through(
             bar.set_postfix_str(f"standard error {100 * error:.2g} %", refresh=False)
             if error <= tolerance:
                 break
-        kept.save_now_and_then(rounds.done, sets)
+        if kept.is_due(rounds.done):
+            rounds.finish()  # what a worker has of a batch that failed is not to be kept
+            rounds.run(partial(kept.save, rounds.done, sets))
     rounds.finish()
+    kept.check_used(rounds.done)
 
 
 def _find_largest_error(sets: Sequence[Collector]) -> float:
@@ -212,31 +218,31 @@ def _measure_errors(own: Collector, total: Moments, spread: Spread) -> tuple[flo
     return percentile_error(mean_error / var.sqrt()), percentile_error(var_error / var)
 
 
-def _write(
+def _estimate(
     own: Collector,
     total: Moments,
     spread: Spread,
     num_samples: int,
     estimator: Estimator,
-    weight: float,
+    source_samples: float,
     rounds: Rounds,
-) -> PopulationEstimate:
-    """Put the estimate in the place of the running statistics; one element has no variance and is no estimate."""
+) -> tuple[PopulationEstimate, Tensor | None]:
+    """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate."""
     state, count = own.state, int(total.count)
     if count < 2:
-        return PopulationEstimate(own.path, own.names, 0)
-    mean, var = total.mean, total.unbiased_var()
+        return PopulationEstimate(own.path, own.names, 0), None
+    new = torch.stack([total.mean, total.unbiased_var()])
     if estimator == "mean_of_batches":
-        mean, var = spread.center + spread.first[0], spread.unbiased
+        new = torch.stack([spread.center + spread.first[0], spread.unbiased])
     elif estimator == "moving_average":
-        mean, var = own.moving_over_workers()
-    old_mean, old_var = state.running_mean.double(), state.running_var.double()
-    mean, var = torch.lerp(old_mean, mean, weight), torch.lerp(old_var, var, weight)
+        new = own.moving_over_workers()
+    former = torch.stack([state.running_mean, state.running_var]).double()
+    num_images = min(num_samples, rounds.num_samples or num_samples)  # of its domain; not RoIs
+    mean, var = new = torch.lerp(former, new, num_images / (num_images + source_samples))
+    old_mean, old_var = former
     shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()
     ratio = torch.maximum((var + state.eps) / (old_var + state.eps), (old_var + state.eps) / (var + state.eps)).max()
-    state.running_mean.copy_(mean)
-    state.running_var.copy_(var)
-    state.num_batches_tracked.fill_(rounds.num_batches)
     errors = _measure_errors(own, total, spread)
     num_batches = int(spread.num_batches)
-    return PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)
+    row = PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)
+    return row, new
