@@ -154,6 +154,17 @@ class Skipping(nn.Module):
         return self.used(x)
 
 
+class Calling(nn.Module):
+    """A model whose forward is given."""
+
+    def __init__(self, model, forward):
+        super().__init__()
+        self.model, self.call = model, forward
+
+    def forward(self, batch):
+        return self.call(self.model, batch)
+
+
 class OwnNorm(_BatchNorm):
     """A batch norm that is none of the four classes which fvcore knows."""
 
@@ -199,8 +210,45 @@ def test_re_estimation_far_from_zero():
     update_bn_stats(peer, data, num_iters=8)
     assert peer.running_var.min() < 0
     recompute_population_statistics(ours, data)
-    _, _, var = reference.moments_of(data)
-    torch.testing.assert_close(ours.running_var.double(), var, rtol=2e-4, atol=0)
+    count, _, var = reference.moments_of(data)
+    torch.testing.assert_close(ours.running_var.double(), var * count / (count - 1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
+def test_re_estimation_that_is_broken_off(error):
+    """The peer's momentum, hooks and statistics stay as they are then."""
+    peer, ours = Skipping(), Skipping()
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+
+    def load():
+        yield from make_batches()
+        raise error
+
+    with pytest.raises(type(error)):
+        update_bn_stats(peer, load(), num_iters=9)
+    with pytest.raises(type(error)):
+        recompute_population_statistics(ours, load())
+    assert (peer.used.momentum, len(peer.used._forward_pre_hooks)) == (1.0, 1)
+    assert not torch.equal(peer.used.running_var, before["used.running_var"])
+    with pytest.raises(AssertionError, match="Some BN layers are reused"):
+        peer(make_batches()[0])  # by the hook of the run before: it can no longer be trained
+    assert (ours.used.momentum, len(ours.used._forward_pre_hooks)) == (0.1, 0)
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+def test_re_estimation_that_is_broken_off_within_the_cycling_head():
+    def forward(model, features):
+        for level, feature in features.items():
+            if level == "p5":
+                raise RuntimeError("out of memory")
+            model(feature)
+
+    peer, ours = make_cycling(), make_cycling()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        update_bn_stats(Calling(peer, forward), [make_features()], num_iters=1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        recompute_population_statistics(ours, [make_features()], forward=forward)
+    assert (peer._pos, ours._pos) == (2, 0)
 
 
 def test_re_estimation_of_an_own_norm_class():

@@ -1,0 +1,121 @@
+"""Which forward the norms of a detector need; and what a forward that is broken off leaves in detectron2's own head."""
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+import torch
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+from bnext import convert_norm_state, recompute_population_statistics
+from bnext.errors import ConfigError
+from bnext.heads import forward_sampled_rois, forward_statistics
+from bnext.heads.statistics import choose_forward
+from bnext.statistics.observe import select_norms
+from tests.heads.detectors import LEVELS, make_batch, make_detector, make_model
+from tests.statistics.models import assert_as_before, snapshot
+
+BOX = ("MODEL.ROI_BOX_HEAD.NORM", "BN")
+BACKBONE = ("MODEL.RESNETS.NORM", "BN")
+
+
+def paths_of(model):
+    return [path for path, _ in select_norms(model)]
+
+
+def in_head(path, module):
+    return path.startswith("head.")
+
+
+def run_training_forward(model, batch):
+    model.training = True
+    with EventStorage():
+        model(batch)
+    model.training = False
+
+
+@pytest.mark.parametrize("architecture", ["RetinaNet", "BNextRetinaNet"])
+def test_a_dense_detector_runs_its_towers_alone(architecture):
+    """The statistics are those of the whole forward, bit by bit; neither predictors' maps nor losses are needed."""
+    model, other = (make_detector(architecture, row=1) for _ in range(2))
+    assert choose_forward(model, paths_of(model)) is forward_statistics
+    data = [make_batch(seed=seed) for seed in range(3)]
+    unlabelled = [[{"image": record["image"]} for record in batch] for batch in data]
+    recompute_population_statistics(model, unlabelled, forward=forward_statistics)
+    recompute_population_statistics(other, data, forward=run_training_forward)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rois", ["sampled", "top_scored"])
+def test_an_r_cnn_without_norms_after_its_backbone_runs_the_backbone_alone(rois):
+    model = make_model(*BACKBONE, architecture="BNextGeneralizedRCNN")
+    paths = [path for path in paths_of(model) if path.startswith("backbone.")]
+    calls = []
+    model.proposal_generator.register_forward_pre_hook(lambda module, args: calls.append(module))
+    forward = choose_forward(model, paths, rois)
+    recompute_population_statistics(
+        model, [make_batch()], forward=forward, layers=lambda path, module: path.startswith("backbone.")
+    )
+    assert not calls
+
+
+@pytest.mark.parametrize("architecture", ["BNextGeneralizedRCNN", "BNextPanopticFPN"])
+def test_an_r_cnn_with_norms_in_its_heads_runs_them_on_the_chosen_rois(architecture):
+    model = make_model(*BOX, *BACKBONE, architecture=architecture)
+    assert choose_forward(model, paths_of(model)) is forward_sampled_rois
+    assert choose_forward(model, paths_of(model), "top_scored") is None
+    for rois in ("sampled", "top_scored"):
+        forward = choose_forward(model, paths_of(model), rois)
+        report = recompute_population_statistics(model, [make_batch(), make_batch(seed=1)], forward=forward)
+        assert not report.not_reached
+
+
+def test_any_other_model_is_called_itself():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    assert choose_forward(model, paths_of(model)) is None
+
+
+def test_an_unknown_choice_of_rois_is_refused():
+    with pytest.raises(ConfigError, match=r"rois must be one of 'sampled', 'top_scored'; got 'all' \(choose_forward\)"):
+        choose_forward(nn.Sequential(nn.BatchNorm2d(3)), ["0"], "all")
+
+
+def own_levels(module):
+    """The count of calls by which CycleBatchNormList knows its level."""
+    return [part._pos for part in module.modules() if type(part).__name__ == "CycleBatchNormList"]
+
+
+def test_layer_by_layer_of_detectron2s_own_head_is_that_of_ours():
+    """Its forwards are broken off after each of its norms, and its count of levels goes on where it was."""
+    theirs, ours = make_detector("RetinaNet"), make_detector("BNextRetinaNet", row=4)
+    state, _ = convert_norm_state(theirs.state_dict(), ours)
+    ours.load_state_dict(state)
+    data = [make_batch(seed=seed) for seed in range(2)]
+    arguments = {"forward": forward_statistics, "layers": in_head, "estimator": "layer_by_layer"}
+    report = recompute_population_statistics(theirs, data, **arguments)
+    expected = recompute_population_statistics(ours, data, **arguments)
+    assert own_levels(theirs) == [0] * 4
+    assert len(report.reached) == len(expected.reached) == 4 * len(LEVELS)
+    converted, _ = convert_norm_state(theirs.state_dict(), ours)
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(converted[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_forward_that_is_interrupted_within_detectron2s_own_head_is_as_if_it_had_not_been():
+    model = make_detector("RetinaNet")
+    before = snapshot(model)
+
+    calls = []
+
+    def interrupt_at_p5(module, args):
+        calls.append(module)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.head.cls_subnet[1].register_forward_pre_hook(interrupt_at_p5)
+    with pytest.raises(KeyboardInterrupt):
+        recompute_population_statistics(model, [make_batch()], forward=forward_statistics)
+    handle.remove()
+    assert own_levels(model) == [0] * 4
+    assert_as_before(model, before)
