@@ -12,20 +12,21 @@ from torch import Tensor
 from bnext.errors import StatisticsError
 from bnext.layers.spec import check_choice
 
-__all__ = ["check_count", "check_data", "check_how", "check_momentum", "check_source_samples", "check_tolerance"]
+__all__ = ["check_data", "check_how", "check_limits", "check_momentum", "check_source_samples"]
 
 
-def check_count(name: str, value: object, where: str, remedy: str) -> None:
-    """Raise StatisticsError unless `value` is None or a whole number of 1 or more."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise StatisticsError(f"{name} must be 1 or more; got {value!r} ({where}). {remedy} None does not limit.")
-
-
-def check_tolerance(value: object, where: str) -> None:
-    """Raise StatisticsError unless `value` is None or a finite number above 0."""
-    if value is not None and not (_is_number(value) and 0 < value < math.inf):  # type: ignore[operator]
+def check_limits(num_batches: object, num_samples: object, tolerance: object, where: str) -> None:
+    """Raise StatisticsError unless each is None, or a whole number of 1 or more, or for the last a number above 0."""
+    remedies = {
+        "num_batches": (num_batches, "Use some 4,000 images (TEST.PRECISE_BN.NUM_ITER in a config)."),
+        "num_samples": (num_samples, "Use 1,000 to 10,000."),
+    }
+    for name, (value, remedy) in remedies.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise StatisticsError(f"{name} must be 1 or more; got {value!r} ({where}). {remedy} None does not limit.")
+    if tolerance is not None and not (_is_number(tolerance) and 0 < tolerance < math.inf):  # type: ignore[operator]
         raise StatisticsError(
-            f"tolerance must be a number above 0, or None; got {value!r} ({where}). Use 0.01 for 1 %."
+            f"tolerance must be a number above 0, or None; got {tolerance!r} ({where}). Use 0.01 for 1 %."
         )
 
 

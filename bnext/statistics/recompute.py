@@ -19,14 +19,7 @@ from bnext.domain import use_domain
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, standard_errors
 from bnext.layers.shuffled import shares_work
-from bnext.statistics.arguments import (
-    check_count,
-    check_data,
-    check_how,
-    check_momentum,
-    check_source_samples,
-    check_tolerance,
-)
+from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
 from bnext.statistics.kept_state import KeptState, describe_run
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import (
@@ -126,9 +119,7 @@ def recompute_population_statistics(
     """
     check_how(estimator, domain, state_file, _WHERE, Estimator)
     check_data(data, estimator, _WHERE)
-    check_count("num_batches", num_batches, _WHERE, "Use some 4,000 images (TEST.PRECISE_BN.NUM_ITER in a config).")
-    check_count("num_samples", num_samples, _WHERE, "Use 1,000 to 10,000.")
-    check_tolerance(tolerance, _WHERE)
+    check_limits(num_batches, num_samples, tolerance, _WHERE)
     check_momentum(momentum, _WHERE)
     check_source_samples(source_samples, _WHERE)
     norms = select_norms(model, layers)
@@ -160,11 +151,7 @@ def recompute_population_statistics(
             f"activation (recompute_population_statistics). Pass a longer loader, or select norms that forward reaches."
         )
     found = [_estimate(own, *parts, estimator, source_samples, rounds) for own, parts in zip(sets, merged, strict=True)]
-    for own, (_, new) in zip(sets, found, strict=True):  # after the last collective: it may fail
-        if new is not None:
-            own.state.running_mean.copy_(new[0])
-            own.state.running_var.copy_(new[1])
-            own.state.num_batches_tracked.fill_(rounds.num_batches)
+    _put(sets, [new for _, new in found], rounds.num_batches)  # after the last collective, which may fail
     kept.remove()
     return RecomputeReport(tuple(row for row, _ in found), rounds.num_batches, rounds.num_samples, tolerance)
 
@@ -246,3 +233,11 @@ def _estimate(
     num_batches = int(spread.num_batches)
     row = PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)
     return row, new
+
+
+def _put(sets: Sequence[Collector], found: Sequence[Tensor | None], num_batches: int) -> None:
+    for own, new in zip(sets, found, strict=True):
+        if new is not None:
+            own.state.running_mean.copy_(new[0])
+            own.state.running_var.copy_(new[1])
+            own.state.num_batches_tracked.fill_(num_batches)
