@@ -60,7 +60,9 @@ def compute_validation_loss(
         seed: 0 or more: of what is drawn, such as RoIs; the same draws each time make values comparable.
 
     Returns:
-        The mean of each loss by its name, and of their sum as "total_loss"; equal on every worker.
+        The mean of each loss by its name, and of their sum as "total_loss"; equal on every worker. Detectron2's dense
+        detectors divide their losses by a moving average of a worker's foreground anchors, which begins with what the
+        model holds: compare values of the same number of images per worker, and of a model that was trained here.
 
     Raises:
         StatisticsError: there is no image, a worker has none, or the model returns no losses.

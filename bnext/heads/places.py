@@ -14,6 +14,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
 from bnext.errors import ConfigError
@@ -21,6 +22,7 @@ from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, convert_norm, name_norms
+from bnext.layers.batch_norm import DomainState
 from bnext.layers.forms import iterate_norms
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
@@ -72,6 +74,8 @@ def give_norms(model: nn.Module, cfg: CfgNode) -> None:
         elif not PLACES[place].levels:  # heads with levels make their norms themselves
             _replace_norms(model, [path for path, _ in roots], cfg, place)
         _check_found(cfg, place, [module for _, module in roots])
+        if PLACES[place].sees_rois:
+            _check_same_inference(cfg, place, roots)
     name_norms(model)
     tell_images(model)
     shuffle_heads(model, cfg)
@@ -149,10 +153,26 @@ def _check_found(cfg: CfgNode, place: str, roots: list[nn.Module]) -> None:
     else:
         return
     remedy = REMEDIES.get(place, f"Choose a head of detectron2 that heeds {PLACES[place].norm}")
+    if place == "ROI_BOX_HEAD" and not roots:  # C4's box head is the last stage of the backbone
+        remedy = "Set MODEL.ROI_HEADS.NAME to StandardROIHeads or CascadeROIHeads, with an FPN"
     raise ConfigError(
         f"{key} must keep its default in a model that has there {what} (MODEL.META_ARCHITECTURE is "
         f"{cfg.MODEL.META_ARCHITECTURE!r}). {remedy}, or remove the key."
     )
+
+
+def _check_same_inference(cfg: CfgNode, place: str, roots: Sequence[tuple[str, nn.Module]]) -> None:
+    """With mini-batches at inference, a batch norm that is not ours would go on with population statistics."""
+    if cfg.MODEL.BNEXT[place].INFERENCE == "population":
+        return
+    for root, module in roots:
+        for name, part in module.named_modules():
+            if isinstance(part, _BatchNorm) and not isinstance(part, (BatchNorm2d, DomainState)):
+                raise ConfigError(
+                    f"MODEL.BNEXT.{place}.INFERENCE must be 'population' in a head with a batch norm that is not "
+                    f"bnext's; got {cfg.MODEL.BNEXT[place].INFERENCE!r} ({root}.{name} is a {type(part).__name__}). "
+                    f"Make it a BatchNorm2d, or remove the key."
+                )
 
 
 def _is_chosen(key: str, name: str) -> bool:

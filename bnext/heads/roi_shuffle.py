@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.config import PLACES, get_place_norm, has_place
 from bnext.distributed import get_world_size, resolve_group
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d, NormSpec, deal_statistics, shuffle_features
 
@@ -38,32 +38,63 @@ def shuffle_heads(model: nn.Module, cfg: CfgNode) -> None:
             continue
         heads = [head for found, head in find_roi_heads(model) if found == name]
         _check_couples(heads, node.SHUFFLE, place, cfg.MODEL.ROI_HEADS.NAME)
-        _tell_what_is_dealt(cfg, place)
+        key = f"MODEL.BNEXT.{place}.SHUFFLE"
+        _Teller(heads[0], cfg, place)
         for head in heads:
             if node.SHUFFLE == "statistics":
-                deal_statistics(head, node.SHUFFLE_GROUPS or None)
+                _deal(head, node, key)
             else:
-                _move_features(head, f"roi_heads.{name}", f"MODEL.BNEXT.{place}.SHUFFLE")
+                _move_features(head, f"roi_heads.{name}", key)
 
 
-def _tell_what_is_dealt(cfg: CfgNode, place: str) -> None:
-    """Once for each head: how many groups; and where a deal cannot help, as its RoIs are of one image."""
-    node, num_workers = cfg.MODEL.BNEXT[place], get_world_size()
-    spec = get_place_norm(cfg, place)
-    workers = spec.workers if node.SHUFFLE == "statistics" and isinstance(spec, NormSpec) else "all"
-    num_dealing = get_world_size(group) if (group := resolve_group(workers)) is not None else 1
-    num_groups = node.SHUFFLE_GROUPS or num_dealing
-    num_images = cfg.SOLVER.IMS_PER_BATCH * num_dealing // num_workers
-    numbers = (place, node.SHUFFLE, num_images, num_dealing, num_groups)
-    logger = logging.getLogger(__name__)
-    if num_groups > 1 and num_images > 1:
-        logger.info("MODEL.BNEXT.%s.SHUFFLE %s: RoIs of %d images on %d worker(s) are dealt to %d groups.", *numbers)
-    elif num_groups > 1 or node.SHUFFLE == "features":  # else the deal says it
-        logger.warning(
-            "MODEL.BNEXT.%s.SHUFFLE %s has no use: it deals the RoIs of %d image(s) on %d worker(s) to %d group(s). "
-            "Use more workers, or more images per worker and SHUFFLE_GROUPS.",
-            *numbers,
-        )
+def _deal(head: nn.Module, node: CfgNode, key: str) -> None:
+    try:
+        deal = deal_statistics(head, node.SHUFFLE_GROUPS or None)
+    except (ConfigError, StatisticsError) as error:
+        raise ConfigError(f"{key} 'statistics' does not fit the head: {error}") from error
+    deal.remedy = f"Use more workers, or set {key}_GROUPS to 2 or more ({key} is 'statistics')."
+
+
+class _Teller:
+    """Says, in the first training step of a head, what its shuffle deals; and where that can be of no use."""
+
+    def __init__(self, head: nn.Module, cfg: CfgNode, place: str) -> None:
+        self._node, self._place = cfg.MODEL.BNEXT[place], place
+        spec = get_place_norm(cfg, place)
+        is_dealt = self._node.SHUFFLE == "statistics" and isinstance(spec, NormSpec)
+        self._workers = spec.workers if is_dealt else "all"
+        self._images, self._rois = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
+        self._handle = head.register_forward_pre_hook(self._tell)
+
+    def _tell(self, head: nn.Module, args: Any) -> None:
+        if not head.training:
+            return
+        self._handle.remove()
+        group = resolve_group(self._workers)
+        num_workers = get_world_size(group) if group is not None else 1
+        num_groups = self._node.SHUFFLE_GROUPS or num_workers
+        num_images = self._images * num_workers // get_world_size()
+        form, key = self._node.SHUFFLE, f"MODEL.BNEXT.{self._place}"
+        what = f"RoIs of {num_images} image(s) on {num_workers} worker(s) are dealt to {num_groups} group(s)"
+        logger = logging.getLogger(__name__)
+        if num_groups == 1 and form == "statistics":
+            return  # the deal says it
+        if num_groups == 1:
+            logger.warning(
+                "%s.SHUFFLE features has no use: %s. Use more workers, or on one worker with several images SHUFFLE "
+                "statistics and SHUFFLE_GROUPS.",
+                *(key, what),
+            )
+        elif num_images < 2:
+            remedy = "Use more workers, or more images per worker."
+            logger.warning("%s.SHUFFLE %s has no use: %s. %s", key, form, what, remedy)
+        elif num_groups * 2 > num_images * self._rois:
+            logger.warning(
+                "%s.SHUFFLE_GROUPS leaves most groups with a RoI or none: %s, of %d RoIs at most. Use fewer groups.",
+                *(key, what, num_images * self._rois),
+            )
+        else:
+            logger.info("%s.SHUFFLE %s: %s.", key, form, what)
 
 
 def _check_couples(heads: list[nn.Module], form: str, place: str, roi_heads: str) -> None:

@@ -7,9 +7,10 @@ stays where it is and gets the statistics of its group: 2C + 1 numbers per group
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -20,7 +21,9 @@ from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.groups import find_grouping_norms, set_groups
 from bnext.layers.spec import Workers
 
-__all__ = ["StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
+__all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
+
+Form = Literal["statistics", "features"]
 
 
 def draw_seed() -> int:
@@ -32,12 +35,52 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, (), device="cpu"))
 
 
+class Draw(NamedTuple):
+    """What the workers of a deal know of one another.
+
+    Args:
+        num_samples: of each worker.
+        seed: of the deal.
+        needs_gradient: of each worker, whether its feature does.
+        details: of each worker, a number that should be the same on all.
+    """
+
+    num_samples: list[int]
+    seed: int
+    needs_gradient: list[int]
+    details: list[int]
+
+    @classmethod
+    def over_workers(
+        cls, feature: Tensor, group: dist.ProcessGroup | None, form: Form, detail: int, where: str
+    ) -> Draw:
+        """A collective, whose answer is waited for.
+
+        Raises:
+            ConfigError: another worker deals in the other form.
+        """
+        forms = get_args(Form)
+        message = [len(feature), draw_seed(), int(feature.requires_grad), detail, forms.index(form)]
+        num_samples, seeds, needs, details, found = zip(
+            *all_gather_numbers(message, group, feature.device, where), strict=True
+        )
+        if len(set(found)) > 1:
+            raise ConfigError(
+                f"samples must be dealt in the same form on all workers; got {[forms[own] for own in found]} "
+                f"({where}). Build the model alike on every worker."
+            )
+        return cls(list(num_samples), seeds[0], list(needs), list(details))
+
+
 class StatisticsDeal:
     """What `deal_statistics` has attached to a module; `remove()` takes it away.
 
     Attributes:
         num_groups: as given.
+        remedy: of a deal to a single group, for the warning.
     """
+
+    remedy = "Set the number of groups for a shuffle within a worker."
 
     def __init__(self, module: nn.Module, num_groups: int | None) -> None:
         self.num_groups = num_groups
@@ -69,38 +112,42 @@ class StatisticsDeal:
         if num_groups == 1:
             self._tell_one_group(dealing[0], workers)
             return None
-        message = [len(feature), draw_seed(), int(feature.requires_grad)]
-        every = all_gather_numbers(message, group, feature.device, dealing[0].where)
-        num_samples = [own for own, *_ in every]
-        num_groups = min(num_groups, max(sum(num_samples), 1))  # the others would be empty, and cost memory
-        numbers = deal_samples(num_samples, num_groups, every[0][1])
+        draw = Draw.over_workers(feature, group, "statistics", num_groups, dealing[0].where)
+        if len(set(draw.details)) > 1:
+            raise ConfigError(
+                f"num_groups must be the same on all workers; got {draw.details} ({dealing[0].where}). Build the model "
+                f"alike on every worker."
+            )
+        num_groups = min(num_groups, max(sum(draw.num_samples), 1))  # the others would be empty, and cost memory
+        numbers = deal_samples(draw.num_samples, num_groups, draw.seed)
         own = numbers[get_rank(group)].to(feature.device, non_blocking=True)
         self._given = Groups(own, num_groups)
         set_groups(dealing, self._given)
-        return (join_gradients(feature, [needs for *_, needs in every], dealing[0].where), *args[1:])
+        return (join_gradients(feature, draw.needs_gradient, dealing[0].where), *args[1:])
 
     def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
         if not self._has_told:
             self._has_told = True
             logging.getLogger(__name__).warning(
-                "Statistics are not dealt (%s): there is one group, as one worker shares them (workers=%r). Set the "
-                "number of groups for a shuffle within a worker. This is said once.",
+                "Statistics are not dealt (%s): there is one group, as one worker shares them (workers=%r). %s This is "
+                "said once.",
                 norm.where,
                 workers,
+                self.remedy,
             )
 
 
-def join_gradients(feature: Tensor, needs: list[int], where: str) -> Tensor:
+def join_gradients(feature: Tensor, needs_gradient: list[int], where: str) -> Tensor:
     """A feature that needs a gradient where that of another worker does, who waits for this one in the backward pass.
 
     Args:
-        needs: of each worker, whether its feature needs a gradient.
+        needs_gradient: of each worker, whether its feature does.
         where: the layer, for the error.
 
     Raises:
         StatisticsError: activations are to be computed again by a backward pass that this worker would not have.
     """
-    if not any(needs) or all(needs):
+    if not any(needs_gradient) or all(needs_gradient):
         return feature
     if not torch.is_grad_enabled():
         raise StatisticsError(
@@ -125,11 +172,11 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
 
     Raises:
         ConfigError: `num_groups` is below 2, the norms name different workers, have a normalization batch size, or are
-            of one worker without a number of groups.
+            of one worker without a number of groups; the module, or a part of it, is dealt to already.
         StatisticsError: the module has no norm of bnext, or a batch norm of somebody else.
 
     Note:
-        One more collective for each call in training, of three numbers per worker, for which it waits. The sizes of
+        One more collective for each call in training, of five numbers per worker, for which it waits. The sizes of
         the groups differ by at most one; with fewer samples than groups some are empty. All norms of a module have the
         same deal. In evaluation mode nothing is dealt. Samples that are all of one image stay so in any deal.
         Activation checkpointing of the module must keep torch's generator, as it does by default, and be without
@@ -153,6 +200,13 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
 def _check_deal(module: nn.Module, num_groups: int | None) -> None:
     norms = find_grouping_norms(module)
     _check_foreign(module)
+    for name, part in module.named_modules():
+        owners = [getattr(hook, "__self__", None) for hook in part._forward_pre_hooks.values()]
+        if any(isinstance(owner, StatisticsDeal) for owner in owners):
+            raise ConfigError(
+                f"a module must be dealt to once; got a deal on {name or 'the module'} ({norms[0].where}). Call its "
+                f"remove() first, in a config leave SHUFFLE at 'none'."
+            )
     is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool)
     if num_groups is not None and (not is_count or num_groups < 2):
         raise ConfigError(
@@ -201,5 +255,6 @@ def _check_foreign(module: nn.Module) -> None:
         if isinstance(part, _BatchNorm) and not isinstance(part, (BatchNorm2d, DomainState)):
             raise StatisticsError(
                 f"all batch norms of a module whose samples are dealt must be of bnext; got {type(part).__name__} "
-                f"({name}). Convert it with convert_norm, or move the features: Shuffled(module)."
+                f"({name}). Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
+                f"Shuffled(module), in a config SHUFFLE: features."
             )

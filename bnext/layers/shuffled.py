@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.distributed import all_gather_numbers, all_to_all_rows, get_rank, resolve_group
+from bnext.distributed import all_to_all_rows, get_rank, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import deal_samples
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.deal import draw_seed, join_gradients
+from bnext.layers.deal import Draw, join_gradients
 from bnext.layers.spec import NormSpec, Workers
 
 __all__ = ["Shuffled", "shares_work", "shuffle_features"]
@@ -92,7 +92,7 @@ class Shuffled(nn.Module):
         In evaluation mode, and alone (which is logged once), the module is called as it is. Batch norms in it should
         be of one worker; each worker's running statistics follow its share of the samples. The module must cope with
         no sample at all, where there are fewer than workers. Three collectives forward and two backward, on every
-        worker; the first, of four numbers per worker, is waited for.
+        worker; the first, of five numbers per worker, is waited for.
 
     Example:
         >>> head = Shuffled(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)))
@@ -154,21 +154,20 @@ def shuffle_features(
 
 def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple[Tensor, _Route]:
     """Where the samples go; and the features, with a gradient on every worker if some worker needs one."""
-    message = [len(features), draw_seed(), int(features.requires_grad), math.prod(features.shape[1:])]
-    every = all_gather_numbers(message, group, features.device, where)
-    if len({size for *_, size in every}) > 1:
+    draw = Draw.over_workers(features, group, "features", math.prod(features.shape[1:]), where)
+    if len(set(draw.details)) > 1:
         raise StatisticsError(
             f"features must have samples of the same shape on all workers; got {list(features.shape[1:])} on worker "
-            f"{get_rank(group)}, and {[size for *_, size in every]} numbers per sample on all ({where}). Look for the "
+            f"{get_rank(group)}, and {draw.details} numbers per sample on all ({where}). Look for the "
             f"worker that pools or crops otherwise; one without samples gives [0, ...] with the shape of the others."
         )
-    destinations = deal_samples([own for own, *_ in every], group.size(), every[0][1])
+    destinations = deal_samples(draw.num_samples, group.size(), draw.seed)
     rank, device = get_rank(group), features.device
     own = destinations[rank]
     order = own.argsort(stable=True)
     send = own.bincount(minlength=group.size()).tolist()
     receive = [int((numbers == rank).sum()) for numbers in destinations]
-    features = join_gradients(features, [needs for _, _, needs, _ in every], where)
+    features = join_gradients(features, draw.needs_gradient, where)
     return features, _Route(order.to(device), order.argsort().to(device), send, receive, group, where)
 
 

@@ -63,11 +63,12 @@ def replace_single_elements(
 
 def _say(norm: BatchNorm2d, name: str) -> None:
     mode = "training" if norm.training else "evaluation"
+    groups = "" if norm.groups is None else f"fewer groups than {norm.groups.num_groups}, "
     if norm.spec.population == "none" or (norm.training and norm.spec.single_element == "error"):
         remedy = "population='shared'" if norm.spec.population == "none" else "single_element='population'"
         raise StatisticsError(
             f"a mini-batch must hold more than 1 element per channel in {mode}; got 1 ({norm.name_place(name)}). "
-            f"Use larger images, more samples, statistics shared over levels or workers, or {remedy}."
+            f"Use {groups}larger images, more samples, statistics shared over levels or workers, or {remedy}."
         )
     if not norm.has_told_single_element:
         norm.has_told_single_element = True

@@ -120,7 +120,7 @@ def test_rois_have_the_domain_of_their_image():
         (("MODEL.ROI_BOX_HEAD.NORM", "GN", *NO_CONV), "MODEL.ROI_BOX_HEAD.NORM", "NUM_CONV to 1"),
         (("MODEL.ROI_MASK_HEAD.NORM", "LN", "MODEL.ROI_MASK_HEAD.NUM_CONV", 0), "MODEL.ROI_MASK_HEAD.NORM", "NUM_CONV"),
         ((*C4, "MODEL.FPN.NORM", "SyncBN"), "MODEL.FPN.NORM", "Take a backbone with an FPN"),
-        ((*C4, "MODEL.ROI_BOX_HEAD.NORM", "SyncBN"), "MODEL.ROI_BOX_HEAD.NORM", "FastRCNNConvFCHead"),
+        ((*C4, "MODEL.ROI_BOX_HEAD.NORM", "SyncBN"), "MODEL.ROI_BOX_HEAD.NORM", "NAME to StandardROIHeads"),
         (
             ("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", 5, "MODEL.BNEXT.RESNETS.MOMENTUM", 0.5),
             "MODEL.BNEXT.RESNETS.MOMENTUM",

@@ -4,10 +4,14 @@ import contextlib
 
 import pytest
 import torch
+from detectron2.config import configurable
+from detectron2.modeling import ROI_BOX_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import FastRCNNConvFCHead
 from detectron2.structures import Boxes, ImageList, Instances
+from torch import nn
 
 from bnext import use_domain
-from bnext.errors import DomainError, StatisticsError
+from bnext.errors import ConfigError, DomainError, StatisticsError
 from bnext.heads import mixing_images
 from tests.heads.detectors import C4, CASCADE, make_batch, make_model, norms_of, run_step, shuffle_pairs
 
@@ -305,3 +309,18 @@ def test_a_wrong_number_of_domains():
     )
     with use_domain(["night", "day"]):
         run_step(model, batch)
+
+
+def test_mini_batches_at_inference_of_a_head_with_another_batch_norm_are_refused():
+    @ROI_BOX_HEAD_REGISTRY.register()
+    class HeadWithBatchNorm1d(FastRCNNConvFCHead):
+        @configurable
+        def __init__(self, input_shape, **kwargs):
+            super().__init__(input_shape, **kwargs)
+            self.bn1 = nn.BatchNorm1d(self.output_shape.channels)
+
+    try:
+    XX
+            make_model(*MINI_BATCH, "MODEL.ROI_BOX_HEAD.NAME", "HeadWithBatchNorm1d", architecture=RCNN)
+    finally:
+        del ROI_BOX_HEAD_REGISTRY._obj_map["HeadWithBatchNorm1d"]

@@ -114,15 +114,26 @@ def test_one_worker_without_a_number_of_groups_runs_and_says_so_once(form, caplo
     assert len(told) == 1
     if form == "statistics":
         assert "(roi_heads.box_head.conv1.norm)" in told[0]
-        assert "Set the number of groups" in told[0]
+        assert "set MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE_GROUPS to 2 or more" in told[0]
     else:
         assert "MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE features has no use" in told[0]
-        assert "1 worker(s) to 1 group(s). Use more workers" in told[0]
+        assert "1 worker(s) are dealt to 1 group(s). Use more workers" in told[0]
 
 
 def test_groups_of_rois_of_a_single_image_are_told(caplog):
-    make_model(*NORMS, *shuffle("ROI_BOX_HEAD", groups=4), "SOLVER.IMS_PER_BATCH", 1)
-    assert "has no use: it deals the RoIs of 1 image(s) on 1 worker(s) to 4 group(s)" in caplog.text
+    model = make_model(*NORMS, *shuffle("ROI_BOX_HEAD", groups=4), "SOLVER.IMS_PER_BATCH", 1)
+    with torch.no_grad():
+        model.eval()(make_batch((64,)))
+    assert "has no use" not in caplog.text  # nor is anything dealt
+    for _ in range(2):
+        run_step(model, make_batch((64,)))
+    assert caplog.text.count("has no use: RoIs of 1 image(s) on 1 worker(s) are dealt to 4 group(s)") == 1
+
+
+def test_more_groups_than_there_can_be_rois_are_told(caplog):
+    model = make_model(*NORMS, *shuffle("ROI_BOX_HEAD", groups=4000), "SOLVER.IMS_PER_BATCH", 2)
+    run_step(model, make_batch())
+    assert "SHUFFLE_GROUPS leaves most groups with a RoI or none" in caplog.text
 
 
 def test_copies_and_pickles_train_alike():

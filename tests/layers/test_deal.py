@@ -262,8 +262,13 @@ def test_remove_leaves_the_module_as_it_was():
     deal.remove()  # twice is once
 
 
-def test_the_later_of_two_deals_holds():
-    head = dealt(2)
+def test_a_second_deal_is_refused_until_the_first_is_removed():
+    head = build()
+    deal = deal_statistics(head, 2)
+    for module in (head, nn.Sequential(head)):
+        with pytest.raises(ConfigError, match=r"must be dealt to once; got a deal on .* Call its remove\(\) first"):
+            deal_statistics(module, 5)
+    deal.remove()
     deal_statistics(head, 5)
     head(draw())
     assert [groups.num_groups for groups in groups_of(head)] == [5, 5]
@@ -307,7 +312,7 @@ def test_numbers_that_are_no_groups(num_groups):
         (
             nn.Sequential(BatchNorm2d(3), nn.Sequential(nn.ReLU(), nn.BatchNorm2d(3))),
             StatisticsError,
-            r"must be of bnext; got BatchNorm2d \(1\.1\)\. Convert it with convert_norm, or move the features",
+            r"must be of bnext; got BatchNorm2d \(1\.1\)\. Convert a BatchNorm2d with convert_norm",
         ),
         (
             nn.Sequential(BatchNorm2d(3), nn.BatchNorm1d(3)),
