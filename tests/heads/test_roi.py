@@ -320,7 +320,7 @@ def test_mini_batches_at_inference_of_a_head_with_another_batch_norm_are_refused
             self.bn1 = nn.BatchNorm1d(self.output_shape.channels)
 
     try:
-            with pytest.raises(ConfigError, match=r"INFERENCE must be 'population' .*box_head\.bn1 is a BatchNorm1d"):
+        with pytest.raises(ConfigError, match=r"INFERENCE must be 'population' .*box_head\.bn1 is a BatchNorm1d"):
             make_model(*MINI_BATCH, "MODEL.ROI_BOX_HEAD.NAME", "HeadWithBatchNorm1d", architecture=RCNN)
     finally:
         del ROI_BOX_HEAD_REGISTRY._obj_map["HeadWithBatchNorm1d"]
