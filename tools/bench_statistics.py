@@ -107,7 +107,10 @@ def bench(weights: str, tolerance: float, num_batches: int) -> None:
         for size in (2, BATCH_SIZE)
     }
     runs[f"fvcore, {num_batches} batches of {BATCH_SIZE}"] = partial(run_fvcore, theirs, cfg, num_batches)
-    found = {name: time_run(run) for name, run in runs.items()}
+    found = {}
+    for name, run in runs.items():
+        found[name] = time_run(run)
+        print(f"{name}: {found[name][0]} images, {found[name][2]:.1f} s", flush=True)
     seconds = list(found.values())[-1][2]
     table = [[name, *row[:2], f"{row[2]:.1f}", f"{seconds / row[2]:.1f}"] for name, row in found.items()]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
