@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import all_to_all_rows, get_rank, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import deal_samples
-from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.deal import Draw, join_gradients
 from bnext.layers.spec import NormSpec, Workers
 
@@ -177,7 +177,16 @@ def _is_in_training(module: nn.Module) -> bool:
 
 
 def shares_work(model: nn.Module) -> bool:
-    """Whether a forward of the model, as its modes are, needs the other workers: for statistics or for samples."""
-    norms = [part for part in model.modules() if isinstance(part, BatchNorm2d) and part.training]
-    shares_statistics = any(norm.uses_mini_batch and resolve_group(norm.spec.workers) is not None for norm in norms)
-    return shares_statistics or any(getattr(part, "shares_samples", False) for part in model.modules())
+    """Whether a forward of the model, as its modes are, needs the other workers: for statistics or for samples.
+
+    Of batch norms of somebody else it is not known: those that are not torch's plain ones count as sharing.
+    """
+    return resolve_group("all") is not None and any(map(_may_share, model.modules()))
+
+
+def _may_share(part: nn.Module) -> bool:
+    if not isinstance(part, _BatchNorm) or isinstance(part, DomainState) or not part.training:
+        return bool(getattr(part, "shares_samples", False))
+    if isinstance(part, BatchNorm2d):
+        return part.uses_mini_batch and resolve_group(part.spec.workers) is not None
+    return type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
