@@ -34,13 +34,13 @@ class Spread(NamedTuple):
 
 
 def spread_of_batch(moments: Moments) -> Spread:
-    """That of a single batch, or of an empty one, which counts for nothing.
+    """That of a single batch. One of fewer than two elements, which has no variance, counts for nothing.
 
     Args:
         moments: count [], mean and var [C].
     """
     first = torch.stack([torch.zeros_like(moments.var), moments.var])
-    num_batches = (moments.count > 0).to(moments.mean.dtype)
+    num_batches = (moments.count > 1).to(moments.mean.dtype)
     return Spread(num_batches, moments.mean, first, first.new_zeros(3, first.shape[1]), moments.unbiased_var())
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import graphlib
+import itertools
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_gather_numbers, resolve_group
@@ -29,6 +32,7 @@ def estimate_layer_by_layer(
     collectors: Mapping[str, Mapping[str, Collector]],
     make_rounds: Callable[[], Rounds],
     call: Callable[[Any], None],
+    blend: Callable[[Collector, Tensor, int, Rounds], Tensor],
 ) -> Rounds:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
@@ -38,6 +42,7 @@ def estimate_layer_by_layer(
         collectors: by path.
         make_rounds: a new pass over the data, which must be the same ones each time.
         call: runs a batch through the model.
+        blend: of a set, its estimate [2, C], its number of samples and the pass: what the running statistics become.
 
     Returns:
         The last pass.
@@ -46,10 +51,10 @@ def estimate_layer_by_layer(
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.3.
     """
     rounds = make_rounds()
-    calls = _count_calls(norms, rounds, call)
-    for path, norm in sorted((named for named in norms if named[0] in calls), key=lambda named: calls[named[0]][0]):
-        rounds = make_rounds()
-        handle = norm.register_forward_hook(_stop) if calls[path][1] == 1 else None
+    modules = dict(norms)
+    for path, number in _count_calls(norms, rounds, call).items():
+        norm, rounds = modules[path], make_rounds()
+        handle = norm.register_forward_hook(_stop) if number == 1 else None
         try:
             with collect_moments([(path, norm)], collectors):
                 _pass(rounds, partial(_call_until_reached, model, call), collectors[path])
@@ -57,10 +62,11 @@ def estimate_layer_by_layer(
             if handle is not None:
                 handle.remove()
         for own in dict.fromkeys(collectors[path].values()):
-            total, _, _ = own.merged_over_workers()
+            total, _, num_samples = own.merged_over_workers()
             if total.count >= 2:
-                own.state.running_mean.copy_(total.mean)
-                own.state.running_var.copy_(total.unbiased_var())
+                new = blend(own, torch.stack([total.mean, total.unbiased_var()]), num_samples, rounds)
+                own.state.running_mean.copy_(new[0])
+                own.state.running_var.copy_(new[1])
     return rounds
 
 
@@ -82,37 +88,39 @@ def _call_until_reached(model: nn.Module, call: Callable[[Any], None], batch: An
         call(batch)
 
 
-def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> dict[str, tuple[int, int]]:
-    """Path -> when it is first called, and most calls in a batch; over all workers. A collective."""
-    most: dict[str, int] = {}
-    now: dict[str, int] = {}
-
-    def count(path: str) -> Callable[[nn.Module, Any], None]:
-        def hook(module: nn.Module, args: Any) -> None:
-            now[path] = now.get(path, 0) + 1
-
-        return hook
-
-    handles = [norm.register_forward_pre_hook(count(path)) for path, norm in norms]
+def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> dict[str, int]:
+    """Path -> most calls in a batch of any worker, in an order that holds in all batches. A collective."""
+    paths = [path for path, _ in norms]
+    most, follows = [0] * len(paths), [[0] * len(paths) for _ in paths]
+    now: list[int] = []
+    handles = [
+        norm.register_forward_pre_hook(lambda module, args, index=index: now.append(index))
+        for index, (_, norm) in enumerate(norms)
+    ]
     try:
         for batch in rounds:
             now.clear()
             if batch is not None:
                 rounds.run(partial(call, batch))
-            most.update({path: max(number, most.get(path, 0)) for path, number in now.items()})
+            first = list(dict.fromkeys(now))
+            for before, after in itertools.pairwise(first):
+                follows[after][before] = 1
+            most = [max(number, now.count(index)) for index, number in enumerate(most)]
         rounds.finish()
     finally:
         for handle in handles:
             handle.remove()
-    return _agree(norms, most)
-
-
-def _agree(norms: Norms, most: dict[str, int]) -> dict[str, tuple[int, int]]:
-    """A worker without data, or whose images do not reach every norm, takes part in the passes of the others."""
-    order, late = list(most), len(norms)
     device = next(buffer.device for _, norm in norms for buffer in norm.buffers())  # of its running statistics
-    numbers = [(order.index(path) if path in most else late, most.get(path, 0)) for path, _ in norms]
-    every = all_gather_numbers([n for pair in numbers for n in pair], resolve_group("all"), device, "layer_by_layer")
-    first = [min(row[2 * i] for row in every) for i in range(len(norms))]
-    number = [max(row[2 * i + 1] for row in every) for i in range(len(norms))]
-    return {path: (first[i], number[i]) for i, (path, _) in enumerate(norms) if number[i]}
+    every = all_gather_numbers([*most, *itertools.chain(*follows)], resolve_group("all"), device, "layer_by_layer")
+    numbers = [max(column) for column in zip(*every, strict=True)]
+    most, seen = numbers[: len(paths)], numbers[len(paths) :]
+    order = _sort([{b for b in range(len(paths)) if seen[a * len(paths) + b]} for a in range(len(paths))])
+    return {paths[index]: most[index] for index in order if most[index]}
+
+
+def _sort(before: list[set[int]]) -> list[int]:
+    """Every norm after those that were called before it; in the order of the model where batches contradict."""
+    try:
+        return list(graphlib.TopologicalSorter(dict(enumerate(before))).static_order())
+    except graphlib.CycleError:
+        return list(range(len(before)))

@@ -23,9 +23,11 @@ __all__ = [
     "Collector",
     "Selection",
     "collect_moments",
+    "find_input",
     "keeping_counters",
     "make_collectors",
     "name_features",
+    "normalizing_by_mini_batch",
     "restoring",
     "select_norms",
 ]
@@ -181,7 +183,9 @@ def collect_moments(
     norms: list[tuple[str, _BatchNorm]], collectors: Mapping[str, Mapping[str, Collector]]
 ) -> Iterator[None]:
     """In this scope collectors get what reaches their norms."""
-    hooks = [norm.register_forward_pre_hook(_make_hook(collectors[path])) for path, norm in norms]
+    hooks = [
+        norm.register_forward_pre_hook(_make_hook(collectors[path]), with_kwargs=True) for path, norm in norms
+    ]
     try:
         yield
     finally:
@@ -189,13 +193,30 @@ def collect_moments(
             hook.remove()
 
 
-def _make_hook(by_name: Mapping[str, Collector]) -> Callable[[nn.Module, Any], None]:
-    def collect(module: nn.Module, args: Any) -> None:
-        for name, feature in name_features(module, args[0]):
+def _make_hook(by_name: Mapping[str, Collector]) -> Callable[[nn.Module, Any, Any], None]:
+    def collect(module: nn.Module, args: Any, kwargs: Any) -> None:
+        for name, feature in name_features(module, find_input(args, kwargs)):
             if name in by_name:  # the norm itself refuses an unknown level
                 by_name[name].add(feature)
+                _check_has_variance(module, feature, by_name[name])
 
     return collect
+
+
+def find_input(args: Any, kwargs: Any) -> Any:
+    """What a norm was called with, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _check_has_variance(norm: nn.Module, feature: Tensor, own: Collector) -> None:
+    """torch's norms refuse a single element without saying which of them; bnext's know what to do with it."""
+    is_single = feature.numel() == feature.shape[1]
+    if norm.training and is_single and len(feature) and not isinstance(norm, BatchNorm2d):
+        raise StatisticsError(
+            f"a mini-batch must hold more than 1 element per channel; got 1 ({own.where}, batch "
+            f"{own.num_batches + 1}). Use larger batches (drop_last=True for the last one), or convert the norm with "
+            f"convert_norm(model, {{'': NormSpec(single_element='population')}})."
+        )
 
 
 def name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
@@ -210,6 +231,23 @@ def name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
         return
     for domain in sorted(set(domains)):
         yield names[domain], given[[own == domain for own in domains]]
+
+
+@contextlib.contextmanager
+def normalizing_by_mini_batch(norms: list[tuple[str, _BatchNorm]]) -> Iterator[None]:
+    """In this scope norms in training mode are normalized by their mini-batch alone.
+
+    With renorm, or training="population", what they give would depend on the statistics that are to be replaced.
+    """
+    own = [norm for _, norm in norms if isinstance(norm, BatchNorm2d)]
+    before = [norm.spec for norm in own]
+    try:
+        for norm in own:
+            norm.spec = norm.spec.replace(training="mini_batch")
+        yield
+    finally:
+        for norm, spec in zip(own, before, strict=True):
+            norm.spec = spec
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.statistics.arguments import check_momentum, check_source_samples
-from bnext.statistics.observe import Selection, name_features, restoring, select_norms
+from bnext.statistics.observe import Selection, find_input, name_features, restoring, select_norms
 
 __all__ = ["OnlineStatistics", "following_stream"]
 
@@ -48,7 +48,9 @@ def following_stream(
         StatisticsError: an argument is out of range, no norm is selected, activations are not finite.
 
     Note:
-        Every worker follows its own stream. Predictions depend on the order of the images.
+        Every worker follows its own stream. Predictions depend on the order of the images. A norm that is called
+        several times in a forward takes in each call; its samples are counted once. A backward pass must lie in the
+        scope, before the next batch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
@@ -69,9 +71,14 @@ def following_stream(
             f"source_samples must be 0 with a momentum; got {source_samples} with momentum={momentum} "
             f"(following_stream). Set momentum=None to count samples."
         )
+    if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
+        raise StatisticsError(
+            f"model must not be compiled, as its statistics could not follow; got {type(model).__name__} "
+            f"(following_stream). Pass the model that was given to torch.compile."
+        )
     norms = select_norms(model, layers)
     with restoring(model, norms):
-        following = OnlineStatistics(norms, momentum, source_samples)
+        following = OnlineStatistics(model, norms, momentum, source_samples)
         try:
             yield following
         finally:
@@ -79,18 +86,27 @@ def following_stream(
 
 
 class OnlineStatistics:
-    """See `following_stream`. `num_batches` counts the calls of the first norm."""
+    """See `following_stream`. `num_batches` counts the forwards of the model in evaluation mode."""
 
-    def __init__(self, norms: list[tuple[str, _BatchNorm]], momentum: float | None, source_samples: float) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        norms: list[tuple[str, _BatchNorm]],
+        momentum: float | None,
+        source_samples: float,
+    ) -> None:
         self._momentum, self._source_samples = momentum, source_samples
         self.num_batches = 0
-        self._first = norms[0][1]
+        self._counted: dict[Any, int] = {}  # samples of this forward
         self._source: dict[Any, Tensor] = {}
         self._seen: dict[Any, tuple[Moments, int]] = {}
         for _, norm in norms:
             for state in _list_states(norm):
                 self._source[state] = torch.stack([state.running_mean, state.running_var]).double()
-        self._handles = [norm.register_forward_pre_hook(self._make_hook(path)) for path, norm in norms]
+        self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._handles += [
+            norm.register_forward_pre_hook(self._make_hook(path), with_kwargs=True) for path, norm in norms
+        ]
 
     def reset(self) -> None:
         """Go back to the statistics of the source; the stream begins anew."""
@@ -103,13 +119,16 @@ class OnlineStatistics:
         for handle in self._handles:
             handle.remove()
 
+    def _begin(self, model: nn.Module, args: Any) -> None:
+        self._counted = {}
+        self.num_batches += not model.training
+
     def _make_hook(self, path: str) -> Any:
-        def follow(norm: nn.Module, args: Any) -> None:
+        def follow(norm: nn.Module, args: Any, kwargs: Any) -> None:
             if norm.training:
                 return
-            self.num_batches += norm is self._first
             calls: dict[Any, list[Tensor]] = {}
-            for name, feature in name_features(norm, args[0]):
+            for name, feature in name_features(norm, find_input(args, kwargs)):
                 state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm
                 calls.setdefault(state, []).append(feature)
             for state, features in calls.items():
@@ -135,7 +154,9 @@ class OnlineStatistics:
             return
         before, number = self._seen.get(state, (Moments(*(torch.zeros_like(field) for field in new)), 0))
         seen = merge_moments(Moments(*(torch.stack(pair) for pair in zip(before, new, strict=True))))
-        number += max(len(feature) for feature in features)
+        counted, samples = self._counted.get(state, 0), max(len(feature) for feature in features)
+        number += max(samples - counted, 0)  # another call of one forward has the same samples
+        self._counted[state] = max(samples, counted)
         self._seen[state] = seen, number
         weight = number / (number + self._source_samples)
         target = torch.stack([seen.mean, seen.unbiased_var()])

@@ -28,6 +28,7 @@ from bnext.statistics.observe import (
     collect_moments,
     keeping_counters,
     make_collectors,
+    normalizing_by_mini_batch,
     restoring,
     select_norms,
 )
@@ -129,7 +130,7 @@ def recompute_population_statistics(
     call = partial(_call, model, forward=forward, domain=domain)
     names = [own.where for own in sets]
     kept = KeptState(state_file, names, "" if state_file is None else describe_run(model, estimator, momentum))
-    with torch.no_grad(), restoring(model, norms), keeping_counters(model):
+    with torch.no_grad(), restoring(model, norms), keeping_counters(model), normalizing_by_mini_batch(norms):
         model.eval()
         for _, norm in norms:
             norm.train()
@@ -139,7 +140,8 @@ def recompute_population_statistics(
         if estimator == "layer_by_layer":
             model.eval()
             make_rounds = partial(make_rounds, shares_work=shares_work(model))
-            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call)
+            blend = partial(_blend, source_samples=source_samples)
+            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call, blend)
         else:
             rounds = make_rounds(skip=kept.load(sets))
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
@@ -223,16 +225,21 @@ def _estimate(
         new = torch.stack([spread.center + spread.first[0], spread.unbiased])
     elif estimator == "moving_average":
         new = own.moving_over_workers()
-    former = torch.stack([state.running_mean, state.running_var]).double()
-    num_images = min(num_samples, rounds.num_samples or num_samples)  # of its domain; not RoIs
-    mean, var = new = torch.lerp(former, new, num_images / (num_images + source_samples))
-    old_mean, old_var = former
+    old_mean, old_var = state.running_mean.double(), state.running_var.double()
+    mean, var = new = _blend(own, new, num_samples, rounds, source_samples)
     shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()
     ratio = torch.maximum((var + state.eps) / (old_var + state.eps), (old_var + state.eps) / (var + state.eps)).max()
     errors = _measure_errors(own, total, spread)
     num_batches = int(spread.num_batches)
     row = PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)
     return row, new
+
+
+def _blend(own: Collector, new: Tensor, num_samples: int, rounds: Rounds, source_samples: float) -> Tensor:
+    """An estimate, [2, C], and the running statistics, which count for `source_samples` images."""
+    former = torch.stack([own.state.running_mean, own.state.running_var]).double()
+    num_images = min(num_samples, rounds.num_samples or num_samples)  # of its domain; not RoIs
+    return torch.lerp(former, new, num_images / (num_images + source_samples))
 
 
 def _put(sets: Sequence[Collector], found: Sequence[Tensor | None], num_batches: int) -> None:

@@ -112,12 +112,18 @@ def make_bar(is_wanted: bool, num_batches: int | None) -> Any:
 
 
 def count_images(batch: Any) -> int:
-    """Samples in a batch: rows of a tensor, records of a list; of a tuple or mapping those of its first entry."""
+    """Samples in a batch, in the forms in which loaders give them.
+
+    A tensor: its rows. A list of records, or of images [C, H, W]: its entries. (inputs, labels), as a pair of tensors
+    or of lists (torchvision's references): those of the inputs. A dictionary: those of its first value.
+    """
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     if isinstance(batch, dict):
         return count_images(next(iter(batch.values()), 0))
-    if isinstance(batch, (list, tuple)):
-        is_pair = bool(batch) and isinstance(batch[0], Tensor) and batch[0].dim() == 4  # (images, labels)
-        return len(batch[0]) if is_pair else len(batch)
-    return 1
+    if not isinstance(batch, (list, tuple)):
+        return 1
+    is_images = all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in batch)
+    is_pair = not is_images and bool(batch) and isinstance(batch[0], Tensor)
+    is_pair = is_pair or (isinstance(batch, tuple) and bool(batch) and isinstance(batch[0], (tuple, list)))
+    return count_images(batch[0]) if is_pair else len(batch)
