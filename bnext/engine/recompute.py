@@ -165,13 +165,14 @@ def build_batches(
 
     Returns:
         A loader. A batch has SOLVER.IMS_PER_BATCH images over all workers, all of one data set; the last images of a
-        set that are fewer than workers are left out.
+        set that are fewer than workers are left out. The batches of several sets alternate in proportion to their
+        sizes, each set's first batch at the beginning: whoever stops early has seen all.
 
     Raises:
         DatasetError: see `load_records`; on access, an image cannot be read.
         ConfigError: labels are needed and there are none.
     """
-    records, batches = [], []
+    records, shares = [], []
     for number, name in enumerate(names):
         own = load_records(name, cfg)
         if labelled and not has_labels(own):
@@ -179,12 +180,12 @@ def build_batches(
                 f"Data sets must be labelled where RoIs are sampled as in training; got {name!r} without annotations "
                 f"(TEST.BNEXT.PRECISE_BN.ROIS is 'sampled'). Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'."
             )
-        batches += _deal(cfg, len(records), len(own), number)
+        shares.append(_deal(cfg, len(records), len(own), number))
         records += [{**record, _DOMAIN: domains[number]} for record in own] if domains else own
     augmentations = {"augmentations": build_augmentation(cfg, False)} if labelled else {}
     loader = DataLoader(
         MapDataset(DatasetFromList(records, copy=False), _Mapper(DatasetMapper(cfg, labelled, **augmentations))),
-        batch_sampler=batches,
+        batch_sampler=_interleave(shares),
         num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
         generator=torch.Generator(),  # else torch would draw from the global one
@@ -199,6 +200,12 @@ def _deal(cfg: CfgNode, first: int, number: int, index: int) -> list[list[int]]:
     size, rank, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size()
     shares = [order[start : start + size] for start in range(0, number, size)]
     return [share[rank::world_size].tolist() for share in shares if len(share) >= world_size]
+
+
+def _interleave(parts: Sequence[list[list[int]]]) -> list[list[int]]:
+    """The batches of all data sets, such that each has come equally far at any time; equal sizes on all workers."""
+    places = [(index / len(part), number, index) for number, part in enumerate(parts) for index in range(len(part))]
+    return [parts[number][index] for _, number, index in sorted(places)]
 
 
 class _Mapper:

@@ -29,7 +29,7 @@ from bnext.engine.checkpoint import Checkpointer, check_eval_weights
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.recompute import build_batches, format_report, load_records, needs_labels, recompute_statistics
 from bnext.engine.smart_batch_norm import count_batches
-from bnext.errors import CheckpointError, ConfigError
+from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from bnext.files import replace_file
 from bnext.layers.norm_specs import collect_norm_specs
 from bnext.layers.spec import check_choice
@@ -103,13 +103,15 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
 
     Raises:
         CheckpointError: the checkpoint does not fit the config's model.
-        StatisticsError: the model has no batch norm, activations are not finite, or there are no images.
+        StatisticsError: the model has no batch norm, activations are not finite, or there are no images, also of one
+            of the request's domains.
     """
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
     model = build_model(cfg)
     others = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
     report = recompute_statistics(cfg, model, **_choose_images(cfg, model, request), **_keep_state(cfg, request))
+    _check_reached(request, report)
     if comm.is_main_process():
         done = _describe(cfg, request, report)
         kept = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
@@ -120,6 +122,18 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
     comm.synchronize()
     return report
+
+
+def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
+    """A domain that was asked for is not to be written as it was."""
+    for domain in dict.fromkeys(request.domains):
+        own = [estimate for estimate in report.estimates if domain in estimate.levels]
+        if own and not any(estimate.is_reached for estimate in own):
+            names = [name for name, of in zip(request.datasets, request.domains, strict=True) if of == domain]
+            raise StatisticsError(
+                f"--domain must get images; got none for {domain!r} in {report.num_samples} images (--dataset "
+                f"{', '.join(names)}); nothing is written. Use more images, --num-samples, or fewer workers."
+            )
 
 
 def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) -> dict[str, Any]:

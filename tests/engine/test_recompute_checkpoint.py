@@ -312,11 +312,45 @@ def test_batches_are_of_one_data_set_in_an_order_that_is_always_the_same(weights
     loader = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
     batches = [[record["file_name"] for record in batch] for batch in loader]
     assert [len(batch) for batch in batches] == [8, 4, 4]
-    assert all("/val/" in name for name in batches[2])
-    assert sorted(batches[0] + batches[1]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
+    assert all("/val/" in name for name in batches[1])
+    assert sorted(batches[0] + batches[2]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
     again = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
     assert batches == [[record["file_name"] for record in batch] for batch in again]
     assert batches[0] != sorted(batches[0])
+
+
+def test_batches_of_several_data_sets_alternate_in_proportion(weights):
+    loader = build_batches(load(weights, "SOLVER.IMS_PER_BATCH", 2), ["digits_train", "digits_val"])
+    sets = ["val" if "/val/" in batch[0]["file_name"] else "train" for batch in loader]
+    assert sets == ["train", "val", "train", "train", "train", "val", "train", "train"]
+
+
+@pytest.mark.parametrize(("num_samples", "tolerance"), [(10, 0.0), (None, 5.0)])
+def test_whoever_stops_early_has_seen_every_domain(weights, unlabelled, tmp_path, num_samples, tolerance):
+    request = RecomputeRequest(
+        output=str(tmp_path / "out.pth"),
+        population="per_domain",
+        datasets=("digits_train", "digits_train", unlabelled),
+        domains=("day", "day", "night"),
+        num_samples=num_samples,
+    )
+    run(load(weights, "SOLVER.IMS_PER_BATCH", 2, f"{NODE}.TOLERANCE", tolerance), request)
+    report = json.loads((tmp_path / "out.json").read_text())["report"]
+    samples = {tuple(row["levels"]): row["num_samples"] for row in report["estimates"]}
+    assert (samples["night",], samples["day",]) == (2, (num_samples or 16) - 2)
+
+
+def test_a_domain_that_was_asked_for_and_gets_no_image_is_refused(weights, unlabelled, tmp_path):
+    request = RecomputeRequest(
+        output=str(tmp_path / "out.pth"),
+        population="per_domain",
+        datasets=("digits_train", unlabelled),
+        domains=("day", "night"),
+        num_samples=1,
+    )
+    with pytest.raises(StatisticsError, match=r"--domain must get images; got none for 'night'.*digits_unlabelled"):
+        run(load(weights), request)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_table_says_what_was_not_reached_and_not_converged():
