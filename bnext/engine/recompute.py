@@ -147,9 +147,9 @@ def load_records(name: str, cfg: CfgNode) -> list[dict[str, Any]]:
         ) from error
 
 
-def has_labels(records: Iterable[dict[str, Any]]) -> bool:
-    """Whether any image has annotations."""
-    return any(record.get("annotations") for record in records)
+def has_labels(records: Iterable[dict[str, Any]], keys: Sequence[str] = ("annotations",)) -> bool:
+    """Whether any image has an annotation, of one of several kinds; a list of none, as COCO's reader gives, is none."""
+    return any(record.get(key) for record in records for key in keys)
 
 
 def build_batches(

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -21,6 +21,7 @@ from bnext.data.loader import limit_loader_workers
 from bnext.data.seeding import derive_seed
 from bnext.distributed import all_gather_numbers, get_rank, resolve_group
 from bnext.engine.hooks import equalize_buffers, is_due
+from bnext.engine.recompute import has_labels, load_records
 from bnext.engine.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers.spec import check_choice
@@ -231,10 +232,10 @@ def build_validation_batches(cfg: CfgNode, name: str) -> Iterable[list[dict[str,
 
     Raises:
         ConfigError: no labels, or fewer images than workers.
+        DatasetError: see `load_records`.
     """
-    proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
-    records = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
-    if not any("annotations" in record or "sem_seg_file_name" in record for record in records):
+    records = load_records(name, cfg)
+    if not has_labels(records, ("annotations", "sem_seg_file_name")):
         raise ConfigError(
             f"DATASETS.TEST must name labelled data sets for a validation loss; got {name!r}, whose records have no "
             f"annotations. Name another one, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0."

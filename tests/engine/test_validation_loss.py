@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
@@ -261,13 +262,36 @@ def test_images_are_all_of_the_set_in_order_and_without_random_augmentation(digi
     assert [[record["file_name"] for record in batch] for batch in short] == [names[:2]]
 
 
-def test_images_without_labels_are_refused_before_training(digits, tmp_path):
-    def give():
-        records = copy.deepcopy(DatasetCatalog.get("digits_val"))
-        return [{key: value for key, value in record.items() if key != "annotations"} for record in records]
+def strip(records):
+    return [{key: value for key, value in record.items() if key != "annotations"} for record in records]
 
-    if "digits_unlabelled" not in DatasetCatalog.list():
-        DatasetCatalog.register("digits_unlabelled", give)
-        MetadataCatalog.get("digits_unlabelled").set(thing_classes=MetadataCatalog.get("digits_val").thing_classes)
-    with pytest.raises(ConfigError, match=r"got 'digits_unlabelled', whose records have no annotations"):
-        build_validation_loss(tiny.load(tmp_path, *ON, "DATASETS.TEST", ("digits_unlabelled",)))
+
+@pytest.fixture(params=["no key", "a COCO file"])
+def no_labels(request, digits, tmp_path):
+    """A registered data set, in whose records nothing is said of annotations, or that there are none."""
+    records, name = strip(DatasetCatalog.get("digits_val")), "digits_no_labels"
+    if request.param == "no key":
+        DatasetCatalog.register(name, lambda: records)
+    else:
+        images = [{**record, "id": number} for number, record in enumerate(records)]
+        content = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "0"}]}
+        (tmp_path / "coco.json").write_text(json.dumps(content))
+        register_coco_instances(name, {}, str(tmp_path / "coco.json"), "")
+        assert all(record["annotations"] == [] for record in DatasetCatalog.get(name))
+    yield name
+    DatasetCatalog.remove(name)
+    MetadataCatalog.pop(name, None)
+
+
+def test_images_without_labels_are_refused_before_training(no_labels, tmp_path):
+    with pytest.raises(ConfigError, match=r"got 'digits_no_labels', whose records have no annotations"):
+        build_validation_loss(tiny.load(tmp_path, *ON, "DATASETS.TEST", (no_labels,)))
+
+
+def test_images_for_semantic_segmentation_are_labelled(digits, tmp_path):
+    records = [{**record, "sem_seg_file_name": "0.png"} for record in strip(DatasetCatalog.get("digits_val"))]
+    DatasetCatalog.register("digits_semantic", lambda: records)
+    try:
+        assert build_validation_batches(tiny.load(tmp_path, *ON), "digits_semantic")
+    finally:
+        DatasetCatalog.remove("digits_semantic")
