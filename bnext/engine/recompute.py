@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from bnext.data.check import check_datasets
 from bnext.data.loader import build_train_loader, limit_loader_workers
-from bnext.data.seeding import derive_seed, seeded
+from bnext.data.seeding import derive_seed
 from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.without_trace import drawing_from
 from bnext.errors import ConfigError, DatasetError
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
@@ -89,7 +90,7 @@ def recompute_statistics(
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
     seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
-    with seeded(seed):  # the sampling of RoIs
+    with drawing_from(model, seed):  # the sampling of RoIs
         report = recompute_population_statistics(
             model,
             batches,

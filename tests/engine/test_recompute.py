@@ -62,14 +62,19 @@ def load_rcnn(output, *opts):
     return tiny.load(output, "TEST.PRECISE_BN.NUM_ITER", 2, *opts, config=tiny.RCNN)
 
 
+def read_generators():
+    """The states of the CPU's random numbers, and of every GPU's: RoIs are sampled where the model is."""
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
 def recompute_rcnn(cfg, outer_seed=1):
     """Elements per channel that each norm has seen, and the running means, of a model that is always the same."""
     torch.manual_seed(0)
     model = build_model(cfg)
     torch.manual_seed(outer_seed)
-    before, modes = torch.get_rng_state(), [module.training for module in model.modules()]
+    before, modes = read_generators(), [module.training for module in model.modules()]
     report = recompute_statistics(cfg, model)
-    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(*pair) for pair in zip(before, read_generators(), strict=True))
     assert modes == [module.training for module in model.modules()]
     assert not report.not_reached
     return {estimate.path: estimate.count for estimate in report.estimates}, model.get_submodule(BOX).running_mean
