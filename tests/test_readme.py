@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md",
     "configs/README.md",
+    "projects/PopulationStatistics/README.md",
     "projects/RethinkingBatchNorm/README.md",
     "datasets/README.md",
     "CONTRIBUTING.md",
