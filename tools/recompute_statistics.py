@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_intermixed_args(argv)
     try:
         return run_command(lambda: recompute(args))
-    except KeyboardInterrupt:
-        print("interrupted; nothing is written. The same command with --resume goes on.", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted; nothing is written. {interrupt}".rstrip(), file=sys.stderr)
         return 130
 
 

@@ -43,6 +43,7 @@ __all__ = [
     "repair_checkpoint",
 ]
 
+Forward = Callable[[nn.Module, Any], object]
 _RECOMPUTE, _ORDER = 8, 11  # what the derived seeds are for
 _DOMAIN = "bnext_domain"  # in a record: the domain of its image
 
@@ -60,6 +61,7 @@ def recompute_statistics(
     batches: Iterable[Any] | None = None,
     num_batches: int | None = None,
     num_samples: int | None = None,
+    on_first_batch: Callable[[], None] | None = None,
     **options: Any,
 ) -> RecomputeReport:
     """Re-estimate the statistics of a detector's norms on training images, or on what `batches` gives.
@@ -73,6 +75,7 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`.
         num_samples: enough images; None: not limited.
+        on_first_batch: called when everything is checked and the first batch of this worker is there.
         options: further ones of `recompute_population_statistics`: source_samples, state_file, estimator.
 
     Raises:
@@ -82,7 +85,7 @@ def recompute_statistics(
         A collective. Every worker uses its share of each batch.
     """
     node = cfg.TEST.BNEXT.PRECISE_BN
-    forward = _choose_forward(cfg, model, layers)
+    forward = _announce(_choose_forward(cfg, model, layers), on_first_batch)
     if batches is None:
         batches = build_train_loader(cfg)
         num_batches = num_batches or cfg.TEST.PRECISE_BN.NUM_ITER
@@ -106,11 +109,23 @@ def recompute_statistics(
     return report
 
 
-def _choose_forward(
-    cfg: CfgNode, model: nn.Module, layers: Selection | None = None
-) -> Callable[[nn.Module, Any], object] | None:
+def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> Forward | None:
     paths = [path for path, _ in select_norms(model, layers)]
     return choose_forward(model, paths, cfg.TEST.BNEXT.PRECISE_BN.ROIS)
+
+
+def _announce(forward: Forward | None, on_first_batch: Callable[[], None] | None) -> Forward | None:
+    """The same forward, before whose first batch something is called."""
+    if on_first_batch is None:
+        return forward
+    calls = [on_first_batch]
+
+    def announced(model: nn.Module, batch: Any) -> object:
+        if calls:
+            calls.pop()()
+        return model(batch) if forward is None else forward(model, batch)
+
+    return announced
 
 
 def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:

@@ -6,7 +6,6 @@ The input is only read. The output loads where the input does, and says of itsel
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
@@ -26,6 +24,7 @@ from bnext.config import BATCH_NORMS, PLACES, get_norm_name, has_place
 from bnext.config_check import check_config
 from bnext.data.check import check_datasets
 from bnext.engine.checkpoint import Checkpointer, check_eval_weights
+from bnext.engine.kept_run import KeptRun
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.recompute import build_batches, format_report, load_records, needs_labels, recompute_statistics
 from bnext.engine.smart_batch_norm import count_batches
@@ -78,9 +77,10 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
 
     Raises:
         BNextError: what is wrong; then nothing is written.
+        KeyboardInterrupt: says how to go on, if something is kept.
     """
-    count_workers(num_workers, device=cfg.MODEL.DEVICE)
-    _check_request(request)
+    size = count_workers(num_workers, device=cfg.MODEL.DEVICE)
+    _check_request(cfg, request)
     _check_files(cfg.MODEL.WEIGHTS, request)
     cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
     _check_domains(cfg, request)
@@ -88,7 +88,11 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         check_datasets(cfg.DATASETS.TRAIN)
     for name in request.datasets:
         load_records(name, cfg)
-    launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
+    try:
+        launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
+    except KeyboardInterrupt:
+        is_kept = bool(_find_run(cfg, request, size).find())
+        raise KeyboardInterrupt(*["The same command with --resume goes on."] * is_kept) from None
 
 
 def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
@@ -118,7 +122,7 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **kept, _DONE: done}
         replace_file(request.output, lambda file: torch.save(data, file))
         text = json.dumps({**done, "report": report.as_dict()}, indent=2, allow_nan=False)
-        replace_file(_report_of(request.output), lambda file: file.write(f"{text}\n".encode()))
+        replace_file(Path(request.output).with_suffix(".json"), lambda file: file.write(f"{text}\n".encode()))
         print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
     comm.synchronize()
     return report
@@ -145,22 +149,16 @@ def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) ->
     return {**arguments, "batches": batches}
 
 
-def _keep_state(cfg: CfgNode, request: RecomputeRequest) -> dict[str, Any]:
-    """Where an interrupted run is kept: a request that differs in anything that counts has another file."""
-    if cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "layer_by_layer":
-        return {}
-    status = os.stat(cfg.MODEL.WEIGHTS) if os.path.isfile(cfg.MODEL.WEIGHTS) else None
-    weights = (status.st_size, status.st_mtime_ns) if status else cfg.MODEL.WEIGHTS
+def _find_run(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> KeptRun:
+    """What is kept of a run; a request that differs in anything that counts has other files."""
     same = dataclasses.replace(request, resume=False, overwrite=False)
-    key = hashlib.sha256(repr((cfg.dump(), weights, same, comm.get_world_size())).encode()).hexdigest()[:12]
-    path = Path(f"{request.output}.{key}.state")
-    if comm.is_main_process() and not request.resume:
-        for old in path.parent.glob(f"{Path(request.output).name}.*.state*"):
-            old.unlink()
-    if request.resume and comm.is_main_process() and not list(path.parent.glob(f"{path.name}*")):
-        logging.getLogger(__name__).info("--resume: no interrupted run of this request; it begins anew.")
-    comm.synchronize()  # before a worker looks for its file
-    return {"state_file": path}
+    return KeptRun(request.output, cfg.MODEL.WEIGHTS, repr((cfg.dump(), same, num_workers)))
+
+
+def _keep_state(cfg: CfgNode, request: RecomputeRequest) -> dict[str, Any]:
+    path, begun = _find_run(cfg, request, comm.get_world_size()).begin(request.resume)
+    is_kept = cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR != "layer_by_layer"
+    return {"on_first_batch": begun, **({"state_file": path} if is_kept else {})}
 
 
 def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) -> CfgNode:
@@ -210,15 +208,17 @@ def find_keys(cfg: CfgNode) -> dict[str, Any]:
     return {**keys, "MODEL.BNEXT.DOMAINS.NAMES": names} if names else keys
 
 
-def _check_request(request: RecomputeRequest) -> None:
+def _check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
+    if request.resume and cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "layer_by_layer":
+        raise ConfigError(
+            "--resume must be of an estimator of which a run is kept; got 'layer_by_layer' "
+            "(TEST.BNEXT.PRECISE_BN.ESTIMATOR), which begins anew. Leave --resume out, or use another."
+        )
     if request.domains and len(request.domains) != len(request.datasets):
         raise ConfigError(
             f"--domain must be given once for each --dataset; got {len(request.domains)} for {len(request.datasets)} "
             f"data sets. Name the domain of every data set."
         )
-    for name in request.datasets:
-        if name not in DatasetCatalog:
-            check_datasets([name])  # says so
     if request.num_samples is not None and request.num_samples < 1:
         raise ConfigError(f"--num-samples must be 1 or more; got {request.num_samples}. Use 1000 to 10000.")
 
@@ -236,10 +236,6 @@ def _check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
             f"--domain must be one of the model's domains {names}; got {unknown[0]!r} (MODEL.BNEXT.DOMAINS.NAMES). "
             f"Correct it, or leave --domain out."
         )
-
-
-def _report_of(output: str) -> Path:
-    return Path(output).with_suffix(".json")
 
 
 def _check_files(weights: str, request: RecomputeRequest) -> None:
@@ -263,7 +259,7 @@ def _check_files(weights: str, request: RecomputeRequest) -> None:
             f"--output must be another file than MODEL.WEIGHTS, which is never changed; got {request.output!r} for "
             f"both. Choose another name."
         )
-    for path in (path for path in (output, _report_of(request.output)) if os.path.lexists(path)):
+    for path in (path for path in (output, Path(request.output).with_suffix(".json")) if os.path.lexists(path)):
         if path.is_dir() or not request.overwrite:
             raise ConfigError(
                 f"--output must not exist, nor the report beside it; got {str(path)!r}. Choose another name, or give "
@@ -288,17 +284,14 @@ def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) 
 
 
 def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:
-    if request.num_samples is None or report.num_samples >= request.num_samples or _has_stopped_early(report):
+    has_stopped_early = report.tolerance is not None and not report.not_converged
+    if request.num_samples is None or report.num_samples >= request.num_samples or has_stopped_early:
         return ""
     return f"Fewer images than asked: {report.num_samples} of {request.num_samples}; there are no more.\n"
-
-
-def _has_stopped_early(report: RecomputeReport) -> bool:
-    return report.tolerance is not None and not report.not_converged
 
 
 def _say_files(cfg: CfgNode, request: RecomputeRequest) -> str:
     keys: Mapping[str, Any] = find_keys(cfg) if request.population else {}
     pairs = "".join(f"\n  {key}: {value}" for key, value in keys.items())
     load = f"\nTo load it, the config must say:{pairs}" if keys else ""
-    return f"\n{request.output}\n{_report_of(request.output)}{load}"
+    return f"\n{request.output}\n{Path(request.output).with_suffix('.json')}{load}"

@@ -1,5 +1,6 @@
 """Statistics of a saved checkpoint: the output is what a re-estimation in memory gives, and nothing else changes."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.modeling import build_model
 
 from bnext.engine import Checkpointer
@@ -191,10 +192,59 @@ def interrupt_at(number, monkeypatch):
     return seen
 
 
-def test_without_resume_an_interrupted_run_begins_anew(weights, tmp_path):
-    (tmp_path / "out.pth.0123.state").write_text("old")
-    run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
-    assert not list(tmp_path.glob("*.state"))
+def keep(tmp_path, cfg, monkeypatch, resume=False, **arguments):
+    """A run that is interrupted after it has kept something."""
+    request = RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=("digits_train",), resume=resume, **arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr("bnext.statistics.kept_state._PERIOD", 2)
+        interrupt_at(5, patch)
+        with pytest.raises(KeyboardInterrupt, match="The same command with --resume goes on"):
+            run(cfg, request)
+    (path,) = tmp_path.glob("out*.state")
+    return request, path
+
+
+def test_without_resume_what_was_kept_goes_when_the_new_run_has_begun(weights, tmp_path, monkeypatch, bnext_log):
+    cfg = load(weights, "SOLVER.IMS_PER_BATCH", 2)
+    request, first = keep(tmp_path, cfg, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetMapper, "__call__", lambda *args: (_ for _ in ()).throw(OSError("gone")))
+        with pytest.raises(DatasetError, match="gone"):
+            run(cfg, request)
+    with monkeypatch.context() as patch:
+        patch.setattr("bnext.engine.kept_run._remove", lambda paths: pytest.fail("not before the first batch"))
+        patch.setattr("bnext.engine.recompute.recompute_population_statistics", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="goes on"):
+            run(cfg, request)
+    assert first.exists()
+    assert "removed" not in bnext_log.text
+    _, second = keep(tmp_path, cfg, monkeypatch)
+    assert second != first
+    assert f"{first.name} of an earlier run removed" in bnext_log.text
+    seen = interrupt_at(100, monkeypatch)
+    run(cfg, dataclasses.replace(request, resume=True))
+    assert len(seen) == 2, "goes on with the second one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pth"]
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_before_anything_is_kept_promises_nothing(weights, tmp_path, monkeypatch):
+    interrupt_at(1, monkeypatch)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    assert str(caught.value) == ""
+
+
+def test_what_other_outputs_have_kept_stays(weights, tmp_path):
+    others = ["o1.pth.0123456789ab.1.state", "o[1].pth.x.pth.0123456789ab.1.state", "o[1].pth.notes.state"]
+    own = ["o[1].pth.0123456789ab.1.state", "o[1].pth.0123456789ab.2.state.1"]
+    for name in [*others, *own]:
+        (tmp_path / name).write_text("kept")
+    run(load(weights), RecomputeRequest(output=str(tmp_path / "o[1].pth")))
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "o[1].pth", "o[1].json"}
 
 
 def test_enough_images_and_fewer_than_asked(weights, tmp_path, capsys):
@@ -278,6 +328,8 @@ def test_requests_that_are_refused(weights, tmp_path):
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             run(load(weights), RecomputeRequest(output=output, **arguments))
+    with pytest.raises(ConfigError, match=r"--resume must be.*'layer_by_layer'"):
+        run(load(weights, f"{NODE}.ESTIMATOR", "layer_by_layer"), RecomputeRequest(output=output, resume=True))
     names = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
     with pytest.raises(ConfigError, match=r"--domain must name the domain.*got none of \('day', 'night'\)"):
         run(load(weights, *names), RecomputeRequest(output=output))

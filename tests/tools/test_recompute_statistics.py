@@ -5,6 +5,7 @@ import json
 import pytest
 import recompute_statistics
 import torch
+from detectron2.data import DatasetMapper
 from detectron2.modeling import build_model
 
 from bnext.engine.launch import count_cores
@@ -75,13 +76,21 @@ def test_output_is_not_the_input_and_not_replaced(command, weights, tmp_path, ca
     assert command("--overwrite") == 0
 
 
-def test_an_interruption_says_how_to_go_on(command, monkeypatch, capsys):
-    def interrupt(*args):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize("is_kept", [False, True])
+def test_an_interruption_says_how_to_go_on_if_something_is_kept(command, tmp_path, monkeypatch, capsys, is_kept):
+    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 2)
+    load, numbers = DatasetMapper.__call__, iter(range(12))
 
-    monkeypatch.setattr(recompute_statistics, "run_request", interrupt)
-    assert command() == 130
-    assert "--resume" in capsys.readouterr().err
+    def interrupt(mapper, record):
+        if next(numbers) == (5 if is_kept else 1):
+            raise KeyboardInterrupt
+        return load(mapper, record)
+
+    monkeypatch.setattr(DatasetMapper, "__call__", interrupt)
+    assert command("--dataset", "digits_train", "SOLVER.IMS_PER_BATCH", "2") == 130
+    said = capsys.readouterr().err
+    assert "interrupted; nothing is written." in said
+    assert ("--resume" in said) == is_kept == bool(list(tmp_path.glob("*.state")))
 
 
 @pytest.mark.slow
