@@ -33,6 +33,7 @@ from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.observe import Selection, select_norms
 
 __all__ = [
+    "CheckedMapper",
     "build_batches",
     "format_report",
     "has_labels",
@@ -200,7 +201,7 @@ def build_batches(
         records += [{**record, _DOMAIN: domains[number]} for record in own] if domains else own
     augmentations = {"augmentations": build_augmentation(cfg, False)} if labelled else {}
     loader = DataLoader(
-        MapDataset(DatasetFromList(records, copy=False), _Mapper(DatasetMapper(cfg, labelled, **augmentations))),
+        MapDataset(DatasetFromList(records, copy=False), CheckedMapper(DatasetMapper(cfg, labelled, **augmentations))),
         batch_sampler=_interleave(shares),
         num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
         collate_fn=list,
@@ -224,7 +225,7 @@ def _interleave(parts: Sequence[list[list[int]]]) -> list[list[int]]:
     return [parts[number][index] for _, number, index in sorted(places)]
 
 
-class _Mapper:
+class CheckedMapper:
     """Detectron2's mapper; an image that cannot be read is a fault of the data set."""
 
     def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:

@@ -21,9 +21,10 @@ from bnext.data.loader import limit_loader_workers
 from bnext.data.seeding import derive_seed
 from bnext.distributed import all_gather_numbers, get_rank, resolve_group
 from bnext.engine.hooks import equalize_buffers, is_due
-from bnext.engine.recompute import has_labels, load_records
+from bnext.engine.recompute import CheckedMapper, has_labels, load_records
 from bnext.engine.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
 from bnext.errors import ConfigError, StatisticsError
+from bnext.layers.shuffled import shares_work
 from bnext.layers.spec import check_choice
 from bnext.statistics.rounds import count_images
 
@@ -32,7 +33,7 @@ __all__ = ["ValidationLoss", "build_validation_batches", "build_validation_loss"
 Forward = Callable[[nn.Module, Any], object]
 Statistics = Literal["population", "mini_batch"]
 _VALIDATE = 10  # what the derived seed is for
-_HAS, _REPEATS, _NEVER_HAD = 0, 1, 2  # a batch, in a round
+_HAS, _REPEATS, _NEVER_HAD, _FAILED = 0, 1, 2, 3  # a batch, in a round
 _WHERE = "compute_validation_loss"
 
 
@@ -66,7 +67,7 @@ def compute_validation_loss(
         model holds: compare values of the same number of images per worker, and of a model that was trained here.
 
     Raises:
-        StatisticsError: there is no image, a worker has none, or the model returns no losses.
+        StatisticsError: there is no image, a worker has none or has failed, or the model returns no losses.
         ConfigError: another kind of `statistics`.
 
     Note:
@@ -98,11 +99,18 @@ def compute_validation_loss(
         if statistics == "population":
             equalize_buffers(model)
         with as_in_training(model, by_population=statistics == "population"):
-            for number, (batch, is_counted) in enumerate(_in_lock_step(batches, _find_device(model))):
+            may_wait, failures = shares_work(model), []
+            for number, (batch, is_counted) in enumerate(_in_lock_step(batches, _find_device(model), failures)):
                 own_seed = derive_seed(seed, _VALIDATE, number, comm.get_rank())
-                # Attributes per batch: a moving average would make the order of the batches count.
-                with restoring_attributes(model), drawing_from(model, own_seed), EventStorage():
-                    losses = _read_losses(model(batch) if forward is None else forward(model, batch))
+                try:
+                    # Attributes per batch: a moving average would make the order of the batches count.
+                    with restoring_attributes(model), drawing_from(model, own_seed), EventStorage():
+                        losses = _read_losses(model(batch) if forward is None else forward(model, batch))
+                except Exception as error:
+                    if may_wait:
+                        raise  # who waits for this worker in a layer cannot be told
+                    failures.append(error)
+                    continue
                 if is_counted:
                     num_images += count_images(batch)
                     sums.update({n: sums.get(n, 0.0) + count_images(batch) * value for n, value in losses.items()})
@@ -133,16 +141,33 @@ def _read_losses(output: object) -> dict[str, float]:
     return {name: float(value) for name, value in named.items()}
 
 
-def _in_lock_step(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Any, bool]]:
-    """This worker's batches, and whether they count: what workers share in a forward needs as many on each."""
+def _in_lock_step(
+    batches: Iterable[Any], device: torch.device, failures: list[Exception]
+) -> Iterator[tuple[Any, bool]]:
+    """This worker's batches, and whether they count: what workers share in a forward needs as many on each.
+
+    A failure, of the loader or in `failures`, is raised when the others know.
+    """
     everyone, own, batch, state = resolve_group("all"), iter(batches), None, _NEVER_HAD
     while True:
-        new = next(own, None)
-        if new is not None:
+        try:
+            new = None if failures else next(own, None)
+        except Exception as error:
+            failures.append(error)
+        if failures:
+            state = _FAILED
+        elif new is not None:
             batch, state = new, _HAS
         elif state == _HAS:
             state = _REPEATS
         states = [state for (state,) in all_gather_numbers([state], everyone, device, _WHERE)]
+        if failures:
+            raise failures[0]
+        if _FAILED in states:
+            raise StatisticsError(
+                f"every worker must reach the end of its batches; got a failure on worker {states.index(_FAILED)} "
+                f"({_WHERE}). Its own message says why."
+            )
         if _HAS not in states:
             return
         if _NEVER_HAD in states:
@@ -232,7 +257,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> Iterable[list[dict[str,
 
     Raises:
         ConfigError: no labels, or fewer images than workers.
-        DatasetError: see `load_records`.
+        DatasetError: see `load_records`; on access, an image cannot be read.
     """
     records = load_records(name, cfg)
     if not has_labels(records, ("annotations", "sem_seg_file_name")):
@@ -252,7 +277,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> Iterable[list[dict[str,
     return DataLoader(
         MapDataset(
             DatasetFromList(records, copy=False),
-            DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False)),
+            CheckedMapper(DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))),
         ),
         batch_sampler=[share for share in shares if share],
         num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),

@@ -15,11 +15,13 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn import functional as F
 
+from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.engine import Trainer, load_config, train
 from bnext.engine.validation_loss import build_validation_batches, build_validation_loss, compute_validation_loss
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d, NormSpec
 from tests.engine import tiny
+from tests.workers import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
@@ -155,6 +157,31 @@ def test_a_model_that_gives_no_losses_is_refused():
         compute_validation_loss(model, [torch.randn(2, 3, 4, 4)])
     with pytest.raises(ConfigError, match="statistics must be one of 'population', 'mini_batch'; got 'batch'"):
         compute_validation_loss(model, [], statistics="batch")
+
+
+def fail_on_one_worker(rank, where):
+    batches = make_batches(4, 4, 4)
+    model = nn.Sequential(nn.Linear(3, 1))
+
+    def forward(model, batch):
+        if where == "forward" and rank == 1 and batch is batches[1]:
+            raise ValueError("on purpose")
+        return model(batch[0].mean((2, 3))).mean()
+
+    def give():
+        for number, batch in enumerate(batches):
+            if where == "loader" and rank == 1 and number == 1:
+                raise ValueError("on purpose")
+            yield batch
+
+    with pytest.raises(ValueError, match="on purpose" if rank == 1 else "a failure on worker 1"):
+        compute_validation_loss(model, give(), forward=forward)
+    return all_gather_numbers([rank], resolve_group("all"), torch.device("cpu"), "afterwards")
+
+
+@pytest.mark.parametrize("where", ["forward", "loader"])
+def test_a_failure_on_one_worker_ends_it_on_all(where):
+    assert run_workers(fail_on_one_worker, 2, where) == [[[0], [1]]] * 2
 
 
 def load(kind, output, *opts):
