@@ -29,6 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
     add("--output", default="output/compare_statistics", metavar="FOLDER", help="(default: %(default)s)")
     add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
+    add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
@@ -45,7 +46,7 @@ def compare(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
     target = ["DATASETS.TEST", f"('{args.target_dataset}',)"] if args.target_dataset else []
     cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
-    run_comparison(cfg, args.kinds, args.num_gpus, args.overwrite)
+    run_comparison(cfg, args.kinds, args.num_gpus, args.overwrite, args.domain)
 
 
 if __name__ == "__main__":

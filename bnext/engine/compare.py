@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,17 +23,25 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from bnext.data.seeding import seeded
+from bnext.domain import use_domain
+from bnext.engine.compare_scopes import FailingLast, normalizing_evaluation_by_mini_batch, try_measuring
 from bnext.engine.evaluation import build_evaluator, evaluate_with
 from bnext.engine.recompute import build_batches, has_labels, load_records, recompute_statistics
 from bnext.engine.study import flatten_metrics
 from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import LevelBatchNorm2d, convert_norm
-from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import check_choice
 from bnext.statistics.observe import restoring, select_norms
 
-__all__ = ["KINDS", "compare_statistics", "find_obstacle", "normalizing_evaluation_by_mini_batch", "read_three_ways"]
+__all__ = [
+    "KINDS",
+    "check_domain",
+    "compare_statistics",
+    "find_obstacle",
+    "normalizing_evaluation_by_mini_batch",
+    "read_three_ways",
+]
 
 # Kind -> in words.
 KINDS = {
@@ -48,21 +56,31 @@ KINDS = {
 _TASKS = ("bbox", "segm")
 
 
-def compare_statistics(cfg: CfgNode, model: nn.Module, kinds: Sequence[str] = tuple(KINDS)) -> dict[str, Any]:
+def compare_statistics(
+    cfg: CfgNode,
+    model: nn.Module,
+    kinds: Sequence[str] = tuple(KINDS),
+    *,
+    domain: str | None = None,
+    on_kind: Callable[[dict[str, Any]], object] = lambda results: None,
+) -> dict[str, Any]:
     """COCO AP of a model with several kinds of statistics, and where it loses what it has learned.
 
     Args:
         cfg: the one data set of DATASETS.TEST is evaluated; statistics are re-estimated as `recompute_statistics` does.
         model: the detector; as it was afterwards.
         kinds: some of `KINDS`.
+        domain: of all images, where norms have statistics or weights per domain; None: as the config says.
+        on_kind: called with what is measured so far after each kind, on every worker.
 
     Returns:
         {"rows": {kind: {"bbox/AP": ...}}, "not_applicable": {kind: why}, "reports": {kind: re-estimation}, "reading":
-        see `read_three_ways`}. The rows are empty on other workers than the first.
+        see `read_three_ways`}. The rows are empty on other workers than the first. A kind that fails, as activations
+        are not finite or a mini-batch has one element, does not apply; its message says why.
 
     Raises:
-        ConfigError: an unknown kind; none applies; not one labelled data set.
-        StatisticsError: activations are not finite.
+        ConfigError: an unknown kind; none applies; not one labelled data set; a domain is missing or unknown.
+        StatisticsError: every kind has failed.
 
     Note:
         A collective: every worker evaluates its share.
@@ -72,23 +90,56 @@ def compare_statistics(cfg: CfgNode, model: nn.Module, kinds: Sequence[str] = tu
     """
     for kind in kinds:
         check_choice("kinds", kind, tuple(KINDS), where="compare_statistics")
+    check_domain(cfg, domain)
     name = _find_dataset(cfg)
     obstacles = {kind: find_obstacle(model, kind) for kind in kinds}
-    results: dict[str, Any] = {"dataset": name, "rows": {}, "reports": {}}
+    results: dict[str, Any] = {"dataset": name, "domain": domain, "rows": {}, "reports": {}}
     results["not_applicable"] = {kind: reason for kind, reason in obstacles.items() if reason}
     if len(results["not_applicable"]) == len(kinds):
         kind, reason = next(iter(results["not_applicable"].items()))
         raise ConfigError(f"kinds must hold one that applies to the model; got {kind}: {reason}. Choose others.")
-    for kind in (kind for kind in kinds if not obstacles[kind]):
-        size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
-        evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
-        drawing = seeded(max(cfg.SEED, 0))  # what detectron2's loader draws
-        with _using(cfg, model, kind, results["reports"]) as variant, drawing:
-            metrics = evaluate_with(cfg, variant, name, evaluator, size)
-        results["rows"][kind] = flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
-        logging.getLogger(__name__).info("%s: box AP %.1f.", KINDS[kind], results["rows"][kind].get("bbox/AP") or 0)
-    results["reading"] = read_three_ways(cfg, model, results["rows"])
+    with contextlib.nullcontext() if domain is None else use_domain(domain):
+        for kind in (kind for kind in kinds if not obstacles[kind]):
+            row, failure = try_measuring(model, partial(_measure, cfg, model, kind, name, results["reports"]))
+            results |= {"not_applicable": results["not_applicable"] | {kind: failure}} if failure else {}
+            results["rows"] |= {} if failure else {kind: row}
+            found = f"does not apply: {failure}" if failure else f"box AP {row.get('bbox/AP') or 0:.1f}"
+            logging.getLogger(__name__).info("%s: %s.", KINDS[kind], found)
+            on_kind(results)
+        if not results["rows"]:
+            kind, failure = next((kind, why) for kind, why in results["not_applicable"].items() if not obstacles[kind])
+            raise StatisticsError(f"kinds must hold one that can be evaluated; got {kind}: {failure}. Choose others.")
+        reading, failure = try_measuring(model, partial(read_three_ways, cfg, model, results["rows"]))
+        results["reading"] = {"not_applicable": failure} if failure else reading
     return results
+
+
+def check_domain(cfg: CfgNode, domain: str | None) -> None:
+    """Raise ConfigError unless it is known of which domain the images are, where norms have domains."""
+    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
+    if domain is not None and domain not in names:
+        raise ConfigError(
+            f"--domain must be one of the model's domains {names}; got {domain!r} (MODEL.BNEXT.DOMAINS.NAMES). "
+            f"Correct it, or leave --domain out."
+        )
+    if names and domain is None and not fallback:
+        raise ConfigError(
+            f"--domain must name the domain of the images where norms have domains; got none of {names} "
+            f"(compare_statistics). Give --domain NAME, or set MODEL.BNEXT.DOMAINS.FALLBACK."
+        )
+
+
+def _measure(cfg: CfgNode, model: nn.Module, kind: str, name: str, reports: dict[str, Any]) -> dict[str, float | None]:
+    """COCO's metrics with one kind of statistics."""
+    size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
+    evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
+    drawing = seeded(max(cfg.SEED, 0))  # what detectron2's loader draws
+    with _using(cfg, model, kind, reports) as variant, drawing:
+        last = FailingLast(variant)
+        metrics = evaluate_with(cfg, last, name, evaluator, size)
+    if last.failure is not None:
+        raise last.failure
+    return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
 
 
 def _find_dataset(cfg: CfgNode) -> str:
@@ -145,32 +196,6 @@ def _using(cfg: CfgNode, model: nn.Module, kind: str, reports: dict[str, Any]) -
     with restoring(variant, select_norms(variant)):
         reports[kind] = recompute_statistics(cfg, variant, **options).as_dict()
         yield variant
-
-
-@contextlib.contextmanager
-def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
-    """In this scope all norms that have population statistics, torch's too, leave them aside in evaluation mode.
-
-    Args:
-        model: of any kind; frozen norms stay as they are.
-
-    Raises:
-        StatisticsError: there is no such norm.
-    """
-    norms = [norm for _, norm in select_norms(model)]
-    own = [(norm, norm.spec) for norm in norms if isinstance(norm, BatchNorm2d)]
-    foreign = [(norm, norm.running_mean, norm.running_var) for norm in norms if not isinstance(norm, BatchNorm2d)]
-    try:
-        for norm, spec in own:
-            norm.spec = spec.replace(inference="mini_batch")
-        for norm, *_ in foreign:
-            norm.running_mean = norm.running_var = None  # so torch takes those of the mini-batch
-        yield
-    finally:
-        for norm, spec in own:
-            norm.spec = spec
-        for norm, mean, var in foreign:
-            norm.running_mean, norm.running_var = mean, var
 
 
 def read_three_ways(
@@ -242,7 +267,7 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
     except ConfigError:
         return {}
     records = load_records(name, cfg)[:number]
-    evaluator.evaluate = functools.partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
+    evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
     loader = DataLoader(
         MapDataset(records[rank::world_size], DatasetMapper(cfg, False)),
         batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // world_size),

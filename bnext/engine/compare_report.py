@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tabulate import tabulate
 from bnext.data.check import check_datasets
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.command import build_parser, check_run
-from bnext.engine.compare import KINDS, compare_statistics
+from bnext.engine.compare import KINDS, check_domain, compare_statistics
 from bnext.engine.launch import launch
 from bnext.errors import ConfigError
 from bnext.files import replace_file
@@ -67,7 +68,11 @@ _WORDS = {
 
 
 def run_comparison(
-    cfg: CfgNode, kinds: Sequence[str] = tuple(KINDS), num_workers: int = 1, overwrite: bool = False
+    cfg: CfgNode,
+    kinds: Sequence[str] = tuple(KINDS),
+    num_workers: int = 1,
+    overwrite: bool = False,
+    domain: str | None = None,
 ) -> None:
     """Check everything, start the workers, compare, and write OUTPUT_DIR/statistics.json and statistics.png.
 
@@ -76,12 +81,17 @@ def run_comparison(
         kinds: some of `KINDS`.
         num_workers: GPUs, or CPU cores on a machine without.
         overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
+        domain: of all images, where norms have domains.
 
     Raises:
         BNextError: what is wrong.
+
+    Note:
+        The JSON is written after each kind: what is measured stays if something fails later.
     """
     for kind in kinds:
         check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
+    check_domain(cfg, domain)
     existing = [path for path in _outputs(cfg) if path.exists()]
     if existing and not overwrite:
         raise ConfigError(
@@ -90,29 +100,34 @@ def run_comparison(
         )
     check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
     check_datasets(cfg.DATASETS.TRAIN)
-    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds)), device=cfg.MODEL.DEVICE)
+    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain), device=cfg.MODEL.DEVICE)
 
 
 def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
     return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
 
 
-def _compare_and_write(cfg: CfgNode, kinds: Sequence[str]) -> None:
+def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None) -> None:
     """What every worker does."""
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.engine.compare")  # a line for each kind
     model = build_model(cfg)
     Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
-    results = {"weights": cfg.MODEL.WEIGHTS, **compare_statistics(cfg, model.eval(), kinds)}
+    results = compare_statistics(cfg, model.eval(), kinds, domain=domain, on_kind=partial(_write, cfg))
     if not comm.is_main_process():
         return
     results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
+    _write(cfg, results)
     file, plot = _outputs(cfg)
-    os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-    text = json.dumps(_drop_nan(results), indent=2, allow_nan=False)
-    replace_file(file, lambda partial: partial.write(f"{text}\n".encode()))
     draw_comparison(results, plot)
     print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
+
+
+def _write(cfg: CfgNode, results: Mapping[str, Any]) -> None:
+    if comm.is_main_process():
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        text = json.dumps(_drop_nan({"weights": cfg.MODEL.WEIGHTS, **results}), indent=2, allow_nan=False)
+        replace_file(_outputs(cfg)[0], lambda file: file.write(f"{text}\n".encode()))
 
 
 def _drop_nan(value: Any) -> Any:

@@ -26,11 +26,13 @@ from bnext.engine.compare_report import (
     format_comparison,
     run_comparison,
 )
+from bnext.engine.compare_scopes import try_measuring
 from bnext.engine.recompute import recompute_statistics
 from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
 from tests.engine import tiny
+from tests.workers import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 ON = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
@@ -221,6 +223,100 @@ def test_activations_that_are_not_finite_are_named_and_the_model_stays(weights, 
     with pytest.raises(StatisticsError, match=r"NaN.*res3\.0\.conv1\.norm"):
         compare_statistics(cfg, model, ["precise"])
     assert all(torch.equal(v, before[k]) or v.isnan().any() for k, v in model.state_dict().items())
+
+
+def test_a_kind_that_fails_is_said_and_the_others_go_on(weights, tmp_path):
+    cfg = load(tmp_path)
+    model = load_model(cfg, weights)
+    with torch.no_grad():
+        model.backbone.bottom_up.res3[0].conv1.weight[0, 0, 0, 0] = float("nan")
+    results = compare_statistics(cfg, model, ["precise", "moving_average", "adaptive"])
+    assert list(results["rows"]) == ["moving_average"]
+    for kind in ("precise", "adaptive"):
+        assert "res3.0.conv1.norm" in results["not_applicable"][kind]
+        assert "\n" not in results["not_applicable"][kind]
+    assert "adaptive: of the test images: does not apply, as activations" in format_comparison(results)
+
+
+def test_a_single_element_under_a_norm_of_torch_is_named(digits, tmp_path):
+    """64 pixels are one at p7."""
+    plain = ("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BNEXT.RETINANET.POPULATION", "per_level")
+    cfg = load(tmp_path, *plain, "MODEL.BNEXT.RETINANET.AFFINE", "shared")
+    model = build_model(cfg).eval()
+    results = compare_statistics(cfg, model, ["mini_batch", "precise"])
+    assert list(results["rows"]) == ["precise"]
+    assert "more than 1 element per channel at inference too; got 1 (head." in results["not_applicable"]["mini_batch"]
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(module.running_mean is not None for module in model.modules() if isinstance(module, nn.BatchNorm2d))
+
+
+def test_a_reading_that_fails_leaves_the_table(weights, tmp_path):
+    own = [{**DatasetCatalog.get("digits_train")[0], "file_name": "/nowhere/1.png"}]
+    DatasetCatalog.register("digits_gone", lambda: own)
+    try:
+        cfg = load(tmp_path, "DATASETS.TRAIN", "('digits_gone',)")
+        results = compare_statistics(cfg, load_model(cfg, weights), ["moving_average"])
+    finally:
+        DatasetCatalog.remove("digits_gone")
+    assert list(results["rows"]) == ["moving_average"]
+    assert "/nowhere/1.png" in results["reading"]["not_applicable"]
+
+
+def measure_on_two_workers(rank):
+    def measure():
+        if rank == 1:
+            raise ValueError("on\npurpose.")
+        return {"bbox/AP": 1.0}
+
+    _, reason = try_measuring(nn.BatchNorm2d(3).eval(), measure)
+    if rank == 1:
+        with pytest.raises(ValueError, match="on"):  # the other one may wait in a norm
+            try_measuring(nn.SyncBatchNorm(3).eval(), measure)
+    return reason
+
+
+def test_a_kind_that_fails_on_one_worker_fails_on_all():
+    assert run_workers(measure_on_two_workers, 2) == ["on purpose", "on purpose"]
+
+
+def test_what_is_measured_stays_if_the_next_kind_breaks_off(weights, tmp_path, monkeypatch):
+    def break_off(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("bnext.engine.compare.recompute_statistics", break_off)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights), ["moving_average", "precise"])
+    results = json.loads((tmp_path / "statistics.json").read_text())
+    assert list(results["rows"]) == ["moving_average"]
+    assert "bbox/AP" in results["rows"]["moving_average"]
+
+
+DOMAINS = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
+
+
+def test_the_domain_of_the_images_is_needed_where_norms_have_domains(weights, tmp_path):
+    cfg = load(tmp_path, *DOMAINS, "MODEL.WEIGHTS", weights)
+    message = r"--domain must name the domain.*\('day', 'night'\).*MODEL\.BNEXT\.DOMAINS\.FALLBACK"
+    for compare in (run_comparison, lambda cfg: compare_statistics(cfg, None)):
+        with pytest.raises(ConfigError, match=message):
+            compare(cfg)
+    with pytest.raises(ConfigError, match=r"one of the model's domains \('day', 'night'\); got 'dusk'"):
+        run_comparison(cfg, domain="dusk")
+    with pytest.raises(ConfigError, match=r"domains \(\); got 'day'"):
+        run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights), domain="day")
+    assert not list(tmp_path.iterdir())
+
+
+def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
+    cfg = load(tmp_path, *DOMAINS)
+    results = compare_statistics(cfg, load_model(cfg, weights), ["moving_average", "adaptive"], domain="night")
+    assert list(results["rows"]) == ["moving_average", "adaptive"]
+    assert results["domain"] == "night"
+    counts = {tuple(row["levels"]): row["count"] for row in results["reports"]["adaptive"]["estimates"]}
+    assert counts["day",] == 0 < counts["night",]
+    assert "loss" in results["reading"]["population_val"]
+    fallback = load(tmp_path, *DOMAINS, "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
+    assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]
 
 
 def test_words_say_which_way_and_how_much():

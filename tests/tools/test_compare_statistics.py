@@ -47,6 +47,7 @@ def test_a_table_json_and_a_plot(command, tmp_path, capsys):
         (("--kinds", "best"), "--kinds must be one of 'moving_average'"),
         (("--target-dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
         (("MODEL.WEIGHTS", "absent.pth"), "'absent.pth'"),
+        (("--domain", "dusk"), "--domain must be one of the model's domains (); got 'dusk'"),
         (("--num-gpus", "1000"), "--num-gpus must be at most"),
         (("MODEL.NOPE", "1"), "MODEL.NOPE"),
     ],
