@@ -63,6 +63,11 @@ def _check_precise_bn(cfg: CfgNode, has_roi_heads: bool) -> None:
     node, place = cfg.TEST.BNEXT.PRECISE_BN, f"{PLACE}.PRECISE_BN"
     check_choice(f"{place}.ROIS", node.ROIS, ("sampled", "top_scored"), where="config")
     check_choice(f"{place}.ESTIMATOR", node.ESTIMATOR, ESTIMATORS, where="config")
+    if cfg.TEST.PRECISE_BN.ENABLED and cfg.TEST.PRECISE_BN.NUM_ITER < 1:
+        raise ConfigError(
+            f"TEST.PRECISE_BN.NUM_ITER must be 1 or more where TEST.PRECISE_BN.ENABLED is True; got "
+            f"{cfg.TEST.PRECISE_BN.NUM_ITER} (config). Use so many batches as make some 4,000 images."
+        )
     if not 0 <= node.TOLERANCE < math.inf:
         raise ConfigError(
             f"{place}.TOLERANCE must be 0 (none) or above; got {node.TOLERANCE} (config). Use 0.01 for 1 %."

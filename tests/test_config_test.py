@@ -111,3 +111,8 @@ def test_a_validation_loss_needs_images():
         f"{LOSS}.PERIOD must be 0 without images; got 5 (DATASETS.TEST is empty). Name a labelled data set there, or "
         f"set it to 0."
     )
+
+
+def test_a_re_estimation_needs_batches_which_is_told_before_the_training():
+    text = refusal(make_whole(**ENABLED, **{"TEST.PRECISE_BN.NUM_ITER": 0}))
+    assert text.startswith("TEST.PRECISE_BN.NUM_ITER must be 1 or more where TEST.PRECISE_BN.ENABLED is True; got 0")

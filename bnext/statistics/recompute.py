@@ -227,6 +227,11 @@ def _estimate(
         new = own.moving_over_workers()
     old_mean, old_var = state.running_mean.double(), state.running_var.double()
     mean, var = new = _blend(own, new, num_samples, rounds, source_samples)
+    if not torch.isfinite(new.to(state.running_var.dtype)).all():
+        raise StatisticsError(
+            f"statistics must be finite in the type of their buffers; got an overflow in {state.running_var.dtype} "
+            f"({own.where}). The statistics are as they were; convert the norm to float32."
+        )
     shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()
     ratio = torch.maximum((var + state.eps) / (old_var + state.eps), (old_var + state.eps) / (var + state.eps)).max()
     errors = _measure_errors(own, total, spread)
@@ -237,7 +242,14 @@ def _estimate(
 
 def _blend(own: Collector, new: Tensor, num_samples: int, rounds: Rounds, source_samples: float) -> Tensor:
     """An estimate, [2, C], and the running statistics, which count for `source_samples` images."""
+    if source_samples == 0:
+        return new  # also where the former statistics are not finite
     former = torch.stack([own.state.running_mean, own.state.running_var]).double()
+    if not torch.isfinite(former).all():
+        raise StatisticsError(
+            f"running statistics must be finite where they count for source_samples; got {source_samples} with NaN or "
+            f"Inf ({own.where}). Use source_samples=0, which replaces them."
+        )
     num_images = min(num_samples, rounds.num_samples or num_samples)  # of its domain; not RoIs
     return torch.lerp(former, new, num_images / (num_images + source_samples))
 

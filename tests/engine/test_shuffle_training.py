@@ -59,7 +59,7 @@ def record_groups(cfg, stop=None, resume=False):
     trainer.register_hooks([CallbackHook(after_step=end)])
     with contextlib.suppress(KeyboardInterrupt):
         trainer.train()
-    assert all(groups is None or groups.num_groups == 2 for step in steps for groups in step)
+    assert all(groups is None or groups.num_groups <= 2 for step in steps for groups in step)
     return [[[] if groups is None else groups.numbers.tolist() for groups in step] for step in steps]
 
 

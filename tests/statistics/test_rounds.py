@@ -166,3 +166,21 @@ def run_uneven(rank, kind):
 def test_a_batch_norm_that_is_not_known_ends_with_the_shortest_data():
     assert run_workers(run_uneven, 2, Foreign) == [6, 6]
     assert run_workers(run_uneven, 2, nn.BatchNorm2d) == [8, 8]
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "layer_by_layer"])
+def test_statistics_that_are_not_finite_are_replaced_or_refused(estimator):
+    data = [torch.randn(4, 2, 3, 3) for _ in range(2)]
+    norm = nn.BatchNorm2d(2).eval()
+    norm.running_var.fill_(float("nan"))
+    with pytest.raises(StatisticsError, match="must be finite where they count for source_samples; got 8"):
+        recompute_population_statistics(norm, data, estimator=estimator, source_samples=8)
+    recompute_population_statistics(norm, data, estimator=estimator)
+    assert torch.isfinite(norm.running_var).all()
+
+
+def test_statistics_that_overflow_half_buffers_are_refused():
+    norm = nn.BatchNorm2d(2).half().eval()
+    with pytest.raises(StatisticsError, match=r"in the type of their buffers; got an overflow in torch\.float16"):
+        recompute_population_statistics(norm, [torch.randn(4, 2, 3, 3).half() * 1500])
+    assert norm.running_var.tolist() == [1, 1]
