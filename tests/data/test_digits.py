@@ -235,11 +235,21 @@ def wait_for_pictures(process: subprocess.Popen, root: Path) -> None:
         time.sleep(0.02)
 
 
+def heed_interrupts() -> None:
+    """A shell's background job ignores Ctrl-C, and what it starts inherits that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_run_leaves_nothing_that_passes_as_whole(folder: Path, tmp_path: Path) -> None:
     """kill -9 leaves rubbish that the next run removes; Ctrl-C leaves nothing."""
     roots = [tmp_path / "killed", tmp_path / "interrupted"]
     processes = [
-        subprocess.Popen([*COMMAND, str(root), "--num-train", "100000"], stderr=subprocess.DEVNULL, env=ENVIRONMENT)
+        subprocess.Popen(
+            [*COMMAND, str(root), "--num-train", "100000"],
+            stderr=subprocess.DEVNULL,
+            env=ENVIRONMENT,
+            preexec_fn=heed_interrupts,
+        )
         for root in roots
     ]
     try:
