@@ -29,6 +29,7 @@ from bnext.files import replace_file
 from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d
+from bnext.layers.scopes import answering
 
 __all__ = ["WAYS", "draw_leakage", "evaluate_leakage", "format_leakage", "show_leakage", "use_inference"]
 
@@ -58,14 +59,8 @@ def use_inference(model: nn.Module, inference: str) -> Iterator[None]:
             f"model must have batch norms of bnext in its RoI heads; got none ({type(model).__name__}). Take a model "
             f"of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN."
         )
-    before = [norm.spec for norm in norms]
-    try:
-        for norm in norms:
-            norm.spec = norm.spec.replace(inference=inference)
+    with answering(norms, inference=inference):
         yield
-    finally:
-        for norm, spec in zip(norms, before, strict=True):
-            norm.spec = spec
 
 
 def evaluate_leakage(cfg: CfgNode, model: nn.Module, images_per_batch: int = 8) -> dict[str, dict[str, Any]]:

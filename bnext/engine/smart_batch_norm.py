@@ -22,6 +22,7 @@ from bnext.engine.recompute import recompute_statistics
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.freezing import find_batch_norms
+from bnext.layers.scopes import answering
 from bnext.statistics import RecomputeReport
 
 __all__ = ["SmartBatchNorm", "count_batches", "estimate_in_one_epoch", "normalizing_by_mini_batch", "validating"]
@@ -48,14 +49,8 @@ def normalizing_by_mini_batch(model: nn.Module) -> Iterator[None]:
         >>> bool(output.mean().abs() < 1e-5), norm.spec.inference
         (True, 'population')
     """
-    before = [(norm, norm.spec) for norm in _find_norms(model)]
-    try:
-        for norm, spec in before:
-            norm.spec = spec.replace(inference="mini_batch")
+    with answering(_find_norms(model), inference="mini_batch"):
         yield
-    finally:
-        for norm, spec in before:
-            norm.spec = spec
 
 
 def _find_norms(model: nn.Module) -> list[BatchNorm2d]:

@@ -14,7 +14,6 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get_norm
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
 from bnext.errors import ConfigError
@@ -22,8 +21,8 @@ from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, convert_norm, name_norms
-from bnext.layers.batch_norm import DomainState
 from bnext.layers.forms import iterate_norms
+from bnext.layers.groups import find_foreign_norms
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
 
@@ -166,13 +165,12 @@ def _check_same_inference(cfg: CfgNode, place: str, roots: Sequence[tuple[str, n
     if cfg.MODEL.BNEXT[place].INFERENCE == "population":
         return
     for root, module in roots:
-        for name, part in module.named_modules():
-            if isinstance(part, _BatchNorm) and not isinstance(part, (BatchNorm2d, DomainState)):
-                raise ConfigError(
-                    f"MODEL.BNEXT.{place}.INFERENCE must be 'population' in a head with a batch norm that is not "
-                    f"bnext's; got {cfg.MODEL.BNEXT[place].INFERENCE!r} ({root}.{name} is a {type(part).__name__}). "
-                    f"Make it a BatchNorm2d, or remove the key."
-                )
+        for name, norm in find_foreign_norms(module):
+            raise ConfigError(
+                f"MODEL.BNEXT.{place}.INFERENCE must be 'population' in a head with a batch norm that is not "
+                f"bnext's; got {cfg.MODEL.BNEXT[place].INFERENCE!r} ({root}.{name} is a {type(norm).__name__}). "
+                f"Make it a BatchNorm2d, or remove the key."
+            )
 
 
 def _is_chosen(key: str, name: str) -> bool:

@@ -12,13 +12,12 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_gather_numbers, get_rank, get_world_size, resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import Groups, deal_samples
-from bnext.layers.batch_norm import BatchNorm2d, DomainState
-from bnext.layers.groups import find_grouping_norms, set_groups
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.groups import find_foreign_norms, find_grouping_norms, set_groups
 from bnext.layers.spec import Workers
 
 __all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
@@ -251,10 +250,9 @@ def _find_workers(norms: list[BatchNorm2d]) -> Workers:
 
 def _check_foreign(module: nn.Module) -> None:
     """A batch norm of somebody else would normalize the groups of a deal together, RoIs of one image and all."""
-    for name, part in module.named_modules():
-        if isinstance(part, _BatchNorm) and not isinstance(part, (BatchNorm2d, DomainState)):
-            raise StatisticsError(
-                f"all batch norms of a module whose samples are dealt must be of bnext; got {type(part).__name__} "
-                f"({name}). Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
-                f"Shuffled(module), in a config SHUFFLE: features."
-            )
+    for name, norm in find_foreign_norms(module):
+        raise StatisticsError(
+            f"all batch norms of a module whose samples are dealt must be of bnext; got {type(norm).__name__} "
+            f"({name}). Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
+            f"Shuffled(module), in a config SHUFFLE: features."
+        )

@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.errors import StatisticsError
 from bnext.functional import Groups
-from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.level_norm import LevelBatchNorm2d
 
-__all__ = ["find_grouping_norms", "set_groups", "use_groups"]
+__all__ = ["find_foreign_norms", "find_grouping_norms", "set_groups", "use_groups"]
 
 
 @contextlib.contextmanager
@@ -73,6 +74,12 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
             f"({type(module).__name__}). Convert its norms with convert_norm, or choose another module."
         )
     return norms
+
+
+def find_foreign_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Path and norm of the batch norms of a module that are not of bnext: they heed no groups."""
+    norms = [(path, part) for path, part in module.named_modules() if isinstance(part, _BatchNorm)]
+    return [(path, norm) for path, norm in norms if not isinstance(norm, (BatchNorm2d, DomainState))]
 
 
 def set_groups(norms: Iterable[BatchNorm2d], groups: Groups | None) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["frozen_statistics", "is_recomputing", "is_traced"]
+__all__ = ["answering", "frozen_statistics", "is_recomputing", "is_traced"]
 
 
 @contextlib.contextmanager
@@ -49,6 +50,24 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             for name, buffer in module.named_buffers(recurse=False):
                 # Through .data: a changed version would forbid the backward pass of what ran in the scope.
                 buffer.data.copy_(values[name])
+
+
+@contextlib.contextmanager
+def answering(norms: Iterable[Any], **answers: object) -> Iterator[None]:
+    """In this scope the specs of norms of bnext have other answers, such as inference="mini_batch".
+
+    Args:
+        norms: `BatchNorm2d`s of bnext; their specs are put back afterwards, also after an exception.
+        answers: fields of `NormSpec` that may be replaced.
+    """
+    before = [(norm, norm.spec) for norm in norms]
+    try:
+        for norm, spec in before:
+            norm.spec = spec.replace(**answers)
+        yield
+    finally:
+        for norm, spec in before:
+            norm.spec = spec
 
 
 def is_recomputing() -> bool:

@@ -18,6 +18,7 @@ from bnext.distributed import all_gather_stacked, merge_moments_over_workers, re
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, Spread, batch_moments, merge_moments, merge_spreads, spread_of_batch
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
+from bnext.layers.scopes import answering
 
 __all__ = [
     "Collector",
@@ -233,21 +234,12 @@ def name_features(norm: nn.Module, given: Any) -> Iterator[tuple[str, Tensor]]:
         yield names[domain], given[[own == domain for own in domains]]
 
 
-@contextlib.contextmanager
-def normalizing_by_mini_batch(norms: list[tuple[str, _BatchNorm]]) -> Iterator[None]:
-    """In this scope norms in training mode are normalized by their mini-batch alone.
+def normalizing_by_mini_batch(norms: list[tuple[str, _BatchNorm]]) -> contextlib.AbstractContextManager[None]:
+    """A scope in which norms in training mode are normalized by their mini-batch alone.
 
     With renorm, or training="population", what they give would depend on the statistics that are to be replaced.
     """
-    own = [norm for _, norm in norms if isinstance(norm, BatchNorm2d)]
-    before = [norm.spec for norm in own]
-    try:
-        for norm in own:
-            norm.spec = norm.spec.replace(training="mini_batch")
-        yield
-    finally:
-        for norm, spec in zip(own, before, strict=True):
-            norm.spec = spec
+    return answering([norm for _, norm in norms if isinstance(norm, BatchNorm2d)], training="mini_batch")
 
 
 @contextlib.contextmanager
