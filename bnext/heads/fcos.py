@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnext.config import get_head_norm
 from bnext.config_check import check_config
-from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
+from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextFCOS", "FCOSHead"]
@@ -33,11 +33,14 @@ class FCOSHead(detectron2_fcos.FCOSHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Logits [N, K, H, W], box deltas [N, 4, H, W] and centerness [N, 1, H, W] of every level."""
-        by_level = name_levels(self.levels, features)
-        box_features = run_tower(self.bbox_subnet, by_level).values()
-        logits = [self.cls_score(feature) for feature in run_tower(self.cls_subnet, by_level).values()]
-        deltas = [self.bbox_pred(feature) for feature in box_features]
-        return logits, deltas, [self.ctrness(feature) for feature in box_features]
+        towers = self.forward_towers(features)
+        logits = [self.cls_score(feature) for feature in towers["cls_subnet"]]
+        deltas = [self.bbox_pred(feature) for feature in towers["bbox_subnet"]]
+        return logits, deltas, [self.ctrness(feature) for feature in towers["bbox_subnet"]]
+
+    def forward_towers(self, features: list[Tensor]) -> dict[str, list[Tensor]]:
+        """What `forward` does before its predictors: name of the tower -> features [N, C, H, W] of every level."""
+        return run_towers(self, ("bbox_subnet", "cls_subnet"), features)
 
 
 @META_ARCH_REGISTRY.register()

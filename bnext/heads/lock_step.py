@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bnext.errors import ConfigError
 from bnext.layers import NAMED_NORMS, FoldedNorm, LevelBatchNorm2d, NormSpec, build_norm, make_named_norm
 
-__all__ = ["SEEING_LEVELS", "looking_up_levels", "make_head_norm", "name_levels", "run_tower"]
+__all__ = ["SEEING_LEVELS", "looking_up_levels", "make_head_norm", "name_levels", "run_tower", "run_towers"]
 
 # They get all levels by name; a folded norm refuses those that it was not folded for.
 SEEING_LEVELS = (LevelBatchNorm2d, FoldedNorm)
@@ -78,3 +78,9 @@ def run_tower(tower: nn.Sequential, features: dict[str, Tensor]) -> dict[str, Te
         else:
             features = {level: module(feature) for level, feature in features.items()}
     return features
+
+
+def run_towers(head: nn.Module, names: Sequence[str], features: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Apply towers of a head with `levels`, one after the other, to every level."""
+    by_level = name_levels(head.levels, features)
+    return {name: list(run_tower(getattr(head, name), by_level).values()) for name in names}

@@ -14,11 +14,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.config import get_head_norm
 from bnext.config_check import check_config
-from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, name_levels, run_tower
+from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
@@ -45,10 +46,14 @@ class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits [N, A*K, H, W] and box deltas [N, A*4, H, W] of every level, in the order of `levels`."""
-        by_level = name_levels(self.levels, features)
-        logits = [self.cls_score(feature) for feature in run_tower(self.cls_subnet, by_level).values()]
-        deltas = [self.bbox_pred(feature) for feature in run_tower(self.bbox_subnet, by_level).values()]
+        towers = self.forward_towers(features)
+        logits = [self.cls_score(feature) for feature in towers["cls_subnet"]]
+        deltas = [self.bbox_pred(feature) for feature in towers["bbox_subnet"]]
         return logits, deltas
+
+    def forward_towers(self, features: list[Tensor]) -> dict[str, list[Tensor]]:
+        """What `forward` does before its predictors: name of the tower -> features [N, C, H, W] of every level."""
+        return run_towers(self, ("cls_subnet", "bbox_subnet"), features)
 
 
 @META_ARCH_REGISTRY.register()
@@ -71,12 +76,25 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
 
 
 def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
-    """The part of a dense detector's forward that its norms see: no anchors, matching, losses or NMS.
+    """The part of a dense detector's forward that its norms see: no predictors, anchors, matching, losses or NMS.
 
     Args:
-        model: a RetinaNet or FCOS.
+        model: a RetinaNet or FCOS. The head of another package is run as a whole.
         batch: records with "image" [3, H, W], as detectron2's mappers make them; no labels needed.
     """
     images = model.preprocess_image(batch)
     features = model.backbone(images.tensor)
-    model.head([features[level] for level in model.head_in_features])
+    inputs = [features[level] for level in model.head_in_features]
+    if _can_skip_predictors(model.head):
+        model.head.forward_towers(inputs)
+    else:
+        model.head(inputs)
+
+
+def _can_skip_predictors(head: nn.Module) -> bool:
+    """Whether the towers are all that norms see: they have all norms, and nobody has overridden `forward` alone."""
+    owner = next(base for base in type(head).__mro__ if "forward" in vars(base))
+    others = [child for name, child in head.named_children() if name not in ("cls_subnet", "bbox_subnet")]
+    return "forward_towers" in vars(owner) and not any(
+        isinstance(module, _BatchNorm) for child in others for module in child.modules()
+    )

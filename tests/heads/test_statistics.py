@@ -10,7 +10,7 @@ from torch import nn
 
 from bnext import convert_norm_state, recompute_population_statistics
 from bnext.errors import ConfigError
-from bnext.heads import forward_sampled_rois, forward_statistics
+from bnext.heads import RetinaNetHead, forward_sampled_rois, forward_statistics
 from bnext.heads.statistics import choose_forward
 from bnext.statistics.observe import select_norms
 from tests.heads.detectors import LEVELS, make_batch, make_detector, make_model
@@ -45,6 +45,32 @@ def test_a_dense_detector_runs_its_towers_alone(architecture):
     recompute_population_statistics(model, unlabelled, forward=forward_statistics)
     recompute_population_statistics(other, data, forward=run_training_forward)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class OverriddenHead(RetinaNetHead):
+    """A user's, whose towers get something else."""
+
+    def forward(self, features):
+        return super().forward([2 * feature for feature in features])
+
+
+@pytest.mark.parametrize("architecture", ["BNextRetinaNet", "BNextFCOS"])
+def test_predictors_are_skipped_where_no_norm_can_miss_them(architecture):
+    model = make_detector(architecture, row=1)
+    calls = []
+    for name, child in model.head.named_children():
+        child.register_forward_pre_hook(lambda module, args, name=name: calls.append(name))
+    unlabelled = [{"image": record["image"]} for record in make_batch()]
+    forward_statistics(model, unlabelled)
+    assert not calls  # a tower's modules are called one by one
+    if architecture == "BNextRetinaNet":
+        model.head.__class__ = OverriddenHead
+        forward_statistics(model, unlabelled)
+        assert calls.count("cls_score") == len(LEVELS)
+        model.head.__class__ = RetinaNetHead
+    model.head.bbox_pred = nn.Sequential(model.head.bbox_pred, nn.BatchNorm2d(model.head.bbox_pred.out_channels))
+    report = recompute_population_statistics(model, [unlabelled], forward=forward_statistics)
+    assert "head.bbox_pred.1" in [estimate.path for estimate in report.reached]
 
 
 @pytest.mark.parametrize("rois", ["sampled", "top_scored"])
