@@ -3,6 +3,7 @@
 
     python tools/compare_statistics.py --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --output FOLDER
     python tools/compare_statistics.py ... --kinds moving_average precise --target-dataset NAME --num-gpus 2
+    python tools/compare_statistics.py ... --target-dataset my_night_val --domain-dataset my_night_train
 
 Writes FOLDER/statistics.json and statistics.png; the checkpoint is only read. On a machine without GPUs --num-gpus
 counts CPU workers.
@@ -11,6 +12,7 @@ counts CPU workers.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 
@@ -26,10 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
-    add("--kinds", nargs="+", default=list(KINDS), metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
+    add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
     add("--output", default="output/compare_statistics", metavar="FOLDER", help="(default: %(default)s)")
     add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
     add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
+    add("--domain-dataset", metavar="NAME", help="training images of the domain that is evaluated, for per_domain")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
@@ -45,8 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compare(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
     target = ["DATASETS.TEST", f"('{args.target_dataset}',)"] if args.target_dataset else []
-    cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
-    run_comparison(cfg, args.kinds, args.num_gpus, args.overwrite, args.domain)
+    kinds = args.kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
+    opts = [*args.opts, *itertools.dropwhile(lambda word: "." not in word, kinds)]  # pairs that follow --kinds
+    kinds = list(itertools.takewhile(lambda word: "." not in word, kinds))
+    cfg = load_config(args.config_file, [*opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
+    run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,15 @@ The config describes the model of in.pth, which is only read. On a machine witho
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 
 from bnext.config_test import ESTIMATORS
 from bnext.engine.command import load_config
-from bnext.engine.recompute_checkpoint import POPULATIONS, RecomputeRequest, run_request
-from bnext.errors import run_command
+from bnext.engine.recompute_checkpoint import POPULATIONS, run_request
+from bnext.engine.recompute_request import RecomputeRequest
+from bnext.errors import ConfigError, run_command
 
 PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
 SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
@@ -54,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def recompute(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        raise ConfigError(f"--tolerance must be 0 (none) or above; got {args.tolerance}. Use 0.01 for 1 %.")
     given = {"ESTIMATOR": args.estimator, "TOLERANCE": args.tolerance}
     opts = [word for key, value in given.items() if value is not None for word in (f"{PRECISE_BN}.{key}", str(value))]
     cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *opts])

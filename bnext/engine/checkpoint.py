@@ -7,18 +7,16 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from torch import Tensor, nn
 
+from bnext.engine.checkpoint_file import UNREADABLE, check_is_state, explain_unreadable, show_keys
 from bnext.errors import CheckpointError
 from bnext.files import replace_file
 from bnext.layers.carry import list_shared_keys
@@ -29,10 +27,6 @@ from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
 __all__ = ["Checkpointer", "check_eval_weights", "find_required_keys"]
 
-_SHOWN = 3  # keys of each kind in an error
-# What pickle and torch raise for a file that is cut, of another kind, or refused.
-_UNREADABLE = (RuntimeError, EOFError, pickle.PickleError, ValueError, LookupError, TypeError, AttributeError)
-_UNREADABLE += (ImportError, AssertionError)
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
 _REESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation"
@@ -46,6 +40,7 @@ class Checkpointer(DetectionCheckpointer):
     - refuses a checkpoint of another architecture, and population variances that are negative or
       not finite, before the model is changed, and one that is folded where the model is not;
     - names the norms that will normalize by population statistics which nobody wrote;
+    - repairs what has lost its population statistics, where they are to be estimated anew;
     - brings backbones of other libraries into norms with domains too.
     """
 
@@ -76,7 +71,14 @@ class Checkpointer(DetectionCheckpointer):
         path = os.path.join(self.save_dir, "last_checkpoint")
         replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
-    def load(self, path: str, checkpointables: list[str] | None = None, *, complete: bool = False) -> dict[str, Any]:
+    def load(
+        self,
+        path: str,
+        checkpointables: list[str] | None = None,
+        *,
+        complete: bool = False,
+        replaced: Sequence[str] = (),
+    ) -> dict[str, Any]:
         """Load a checkpoint into the model and the states.
 
         Args:
@@ -84,6 +86,8 @@ class Checkpointer(DetectionCheckpointer):
             checkpointables: names of the states to load; None: all that the file has.
             complete: every parameter and norm statistic of the model must be in the file; otherwise
                 one common parameter is enough (a backbone, say).
+            replaced: paths of norms whose statistics are estimated anew afterwards. Those that are not finite, or
+                negative variances, are listed in `left_out`, and become mean 0 and variance 1.
 
         Returns:
             What else the file holds.
@@ -97,7 +101,7 @@ class Checkpointer(DetectionCheckpointer):
                 f"A checkpoint must be a file; got {path!r} (MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint), which does "
                 "not exist. Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
             )
-        self._path, self._complete = path, complete
+        self._path, self._complete, self._replaced, self.left_out = path, complete, tuple(replaced), []
         if not path:
             self._warn_of_unwritten({})
         try:
@@ -140,7 +144,7 @@ class Checkpointer(DetectionCheckpointer):
         ):
             if names:
                 logging.getLogger(__name__).warning(
-                    "%s: %s (mean 0 and variance 1; %s). %s.", what, _show(names), source, remedy
+                    "%s: %s (mean 0 and variance 1; %s). %s.", what, show_keys(names), source, remedy
                 )
 
     def _norm_specs(self) -> dict[str, dict[str, dict[str, Any]]]:
@@ -151,12 +155,13 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except (*_UNREADABLE, OSError) as error:
-            raise _explain_unreadable(filename, error) from error
+        except (*UNREADABLE, OSError) as error:
+            raise explain_unreadable(filename, error) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        _check_is_state(checkpoint["model"], self._path)
+        check_is_state(checkpoint["model"], self._path)
         self._convert_ndarray_to_tensor(checkpoint["model"])
+        self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
         shared = list_shared_keys(self.model)
         if checkpoint.get("matching_heuristics", False) and shared.keys() != self.model.state_dict().keys():
@@ -187,6 +192,24 @@ class Checkpointer(DetectionCheckpointer):
         self._warn_of_unwritten(state)
         return incompatible
 
+    def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
+        """Of norms whose statistics are replaced, those that cannot be become a new norm's."""
+        owners = dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION))
+        for owner in owners:
+            path = owner.removeprefix("module.")
+            is_replaced = any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced)
+            fields = {name: state[f"{owner}.{name}"] for name in _STATISTICS if f"{owner}.{name}" in state}
+            try:
+                check_variances(fields if is_replaced else {}, self._path)
+            except CheckpointError:
+                self.left_out.append(path)
+                new = {name: torch.full_like(value, float(name == "running_var")) for name, value in fields.items()}
+                state.update({f"{owner}.{name}": value for name, value in new.items()})
+        if self.left_out:
+            logging.getLogger(__name__).warning(
+                "Statistics that are not finite, to be estimated anew: %s (%s).", show_keys(self.left_out), self._path
+            )
+
     def _check_fit(self, state: dict[str, Tensor]) -> None:
         own = self.model.state_dict()
         matching = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
@@ -204,8 +227,8 @@ class Checkpointer(DetectionCheckpointer):
         rule = "have every parameter and norm statistic" if self._complete else "share some parameter"
         raise CheckpointError(
             f"The checkpoint must {rule} of the model; got {len(required) - len(missing)} of {len(required)} "
-            f"({self._path}). Missing: {_show(absent)}. Unexpected: {_show(unexpected)}. Of another shape: "
-            f"{_show(mismatched)}. Use the config that the checkpoint was trained with, or another checkpoint."
+            f"({self._path}). Missing: {show_keys(absent)}. Unexpected: {show_keys(unexpected)}. Of another shape: "
+            f"{show_keys(mismatched)}. Use the config that the checkpoint was trained with, or another checkpoint."
         )
 
 
@@ -247,50 +270,7 @@ def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
     return [frozenset(keys) for keys in names.values()]
 
 
-def _explain_unreadable(filename: str, error: Exception) -> CheckpointError:
-    refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-    if refused:
-        return CheckpointError(
-            f"A checkpoint must hold tensors and plain values only; got a {refused[1]} ({filename}), which torch does "
-            "not load as it may run code. If you trust the file, load it with torch.load(file, weights_only=False), "
-            "and save its state dict again with torch.save({'model': state_dict}, file)."
-        )
-    reason = str(error).splitlines()[0] if str(error) else "no content"
-    kind = re.match(r"'(\w+)' object has no attribute|argument of type '(\w+)'", reason)
-    if kind:
-        return _no_state(f"a {kind[1] or kind[2]}", filename)
-    return CheckpointError(
-        f"A checkpoint must be a whole file with a dictionary of tensors and plain values; got {filename} "
-        f"({type(error).__name__}: {reason}). Copy or train it again."
-    )
-
-
-def _check_is_state(state: Any, path: str) -> None:
-    if isinstance(state, dict):
-        wrong = {key: value for key, value in state.items() if not isinstance(value, (Tensor, np.ndarray))}
-        if not wrong and all(isinstance(key, str) for key in state):
-            return
-        shown = _show(f"{key!r} ({type(value).__name__})" for key, value in (wrong or state).items())
-        found = f"a dictionary with {shown}"
-    else:
-        found = f"a {type(state).__name__}"
-    raise _no_state(found, path)
-
-
-def _no_state(found: str, path: str) -> CheckpointError:
-    return CheckpointError(
-        f"A checkpoint must hold a state dict, tensors by name, alone or under 'model'; got {found} ({path}). "
-        "Save the model's state dict again with torch.save({'model': state_dict}, file)."
-    )
-
-
 def _strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     if not state or not all(key.startswith(prefix) for key in state):
         return state
     return {key[len(prefix) :]: value for key, value in state.items()}
-
-
-def _show(keys: Iterable[str]) -> str:
-    keys = list(keys)
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more if keys else "none"

@@ -51,6 +51,7 @@ KINDS = {
     "mini_batch": "mini-batch at inference: each image",
     "mini_batch_as_trained": "mini-batch at inference: as many images as in training",
     "per_level": "re-estimated per level",
+    "per_domain": "re-estimated on the domain's own images",
     "adaptive": "adaptive: of the test images",
 }
 _TASKS = ("bbox", "segm")
@@ -62,6 +63,8 @@ def compare_statistics(
     kinds: Sequence[str] = tuple(KINDS),
     *,
     domain: str | None = None,
+    domain_dataset: str | None = None,
+    lost: Sequence[str] = (),
     on_kind: Callable[[dict[str, Any]], object] = lambda results: None,
 ) -> dict[str, Any]:
     """COCO AP of a model with several kinds of statistics, and where it loses what it has learned.
@@ -71,6 +74,8 @@ def compare_statistics(
         model: the detector; as it was afterwards.
         kinds: some of `KINDS`.
         domain: of all images, where norms have statistics or weights per domain; None: as the config says.
+        domain_dataset: training images, labelled or not, of the domain that is evaluated, for "per_domain".
+        lost: norms whose statistics the file does not have, see `Checkpointer.left_out`; only others are compared.
         on_kind: called with what is measured so far after each kind, on every worker.
 
     Returns:
@@ -93,6 +98,10 @@ def compare_statistics(
     check_domain(cfg, domain)
     name = _find_dataset(cfg)
     obstacles = {kind: find_obstacle(model, kind) for kind in kinds}
+    if "per_domain" in kinds and domain_dataset is None:
+        obstacles["per_domain"] = "no data set of the domain is named (--domain-dataset)"
+    no_average = f"statistics in the file are not finite ({lost[0]}{', ...' * (len(lost) > 1)})" if lost else ""
+    obstacles |= {"moving_average": no_average} if lost and "moving_average" in kinds else {}
     results: dict[str, Any] = {"dataset": name, "domain": domain, "rows": {}, "reports": {}}
     results["not_applicable"] = {kind: reason for kind, reason in obstacles.items() if reason}
     if len(results["not_applicable"]) == len(kinds):
@@ -100,7 +109,8 @@ def compare_statistics(
         raise ConfigError(f"kinds must hold one that applies to the model; got {kind}: {reason}. Choose others.")
     with contextlib.nullcontext() if domain is None else use_domain(domain):
         for kind in (kind for kind in kinds if not obstacles[kind]):
-            row, failure = try_measuring(model, partial(_measure, cfg, model, kind, name, results["reports"]))
+            images = {"adaptive": name, "per_domain": domain_dataset}.get(kind)
+            row, failure = try_measuring(model, partial(_measure, cfg, model, kind, name, images, results["reports"]))
             results |= {"not_applicable": results["not_applicable"] | {kind: failure}} if failure else {}
             results["rows"] |= {} if failure else {kind: row}
             found = f"does not apply: {failure}" if failure else f"box AP {row.get('bbox/AP') or 0:.1f}"
@@ -109,7 +119,8 @@ def compare_statistics(
         if not results["rows"]:
             kind, failure = next((kind, why) for kind, why in results["not_applicable"].items() if not obstacles[kind])
             raise StatisticsError(f"kinds must hold one that can be evaluated; got {kind}: {failure}. Choose others.")
-        reading, failure = try_measuring(model, partial(read_three_ways, cfg, model, results["rows"]))
+        read = partial(read_three_ways, cfg, model, results["rows"])
+        reading, failure = ({}, no_average) if lost else try_measuring(model, read)
         results["reading"] = {"not_applicable": failure} if failure else reading
     return results
 
@@ -129,12 +140,14 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
         )
 
 
-def _measure(cfg: CfgNode, model: nn.Module, kind: str, name: str, reports: dict[str, Any]) -> dict[str, float | None]:
+def _measure(
+    cfg: CfgNode, model: nn.Module, kind: str, name: str, images: str | None, reports: dict[str, Any]
+) -> dict[str, float | None]:
     """COCO's metrics with one kind of statistics."""
     size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
     evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
     drawing = seeded(max(cfg.SEED, 0))  # what detectron2's loader draws
-    with _using(cfg, model, kind, reports) as variant, drawing:
+    with _using(cfg, model, kind, images, reports) as variant, drawing:
         last = FailingLast(variant)
         metrics = evaluate_with(cfg, last, name, evaluator, size)
     if last.failure is not None:
@@ -175,8 +188,10 @@ def find_obstacle(model: nn.Module, kind: str) -> str | None:
 
 
 @contextlib.contextmanager
-def _using(cfg: CfgNode, model: nn.Module, kind: str, reports: dict[str, Any]) -> Iterator[nn.Module]:
-    """The model with statistics of a kind; as it was after the scope."""
+def _using(
+    cfg: CfgNode, model: nn.Module, kind: str, images: str | None, reports: dict[str, Any]
+) -> Iterator[nn.Module]:
+    """The model with statistics of a kind, of the training's images or of a data set; as it was after the scope."""
     if kind == "moving_average":
         yield model
         return
@@ -188,11 +203,11 @@ def _using(cfg: CfgNode, model: nn.Module, kind: str, reports: dict[str, Any]) -
     if kind == "per_level":
         variant = copy.deepcopy(model)
         convert_norm(variant, population="per_level")
-    if kind == "adaptive":
+    if images is not None:
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.BNEXT.PRECISE_BN.ROIS = "top_scored"  # no labels
-        options["batches"] = build_batches(cfg, cfg.DATASETS.TEST)
+        options["batches"] = build_batches(cfg, [images])
     with restoring(variant, select_norms(variant)):
         reports[kind] = recompute_statistics(cfg, variant, **options).as_dict()
         yield variant

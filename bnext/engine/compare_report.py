@@ -23,9 +23,11 @@ from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.command import build_parser, check_run
 from bnext.engine.compare import KINDS, check_domain, compare_statistics
 from bnext.engine.launch import launch
+from bnext.engine.recompute import load_records
 from bnext.errors import ConfigError
 from bnext.files import replace_file
 from bnext.layers.spec import check_choice
+from bnext.statistics.observe import find_replaceable
 
 __all__ = ["describe_reading", "draw_comparison", "format_comparison", "run_comparison"]
 
@@ -59,6 +61,11 @@ _WORDS = {
         "statistics of each level cost {0} AP: training has normalized them together",
         "statistics of each level change nothing ({0} AP)",
     ),
+    "per_domain": (
+        "statistics of the domain's own images are worth {0} AP: its features are not those of all training images",
+        "statistics of the domain's own images cost {0} AP: there are too few of them, or training has mixed domains",
+        "statistics of the domain's own images change nothing ({0} AP): all domains look alike to the norms",
+    ),
     "adaptive": (
         "statistics of the test images are worth {0} AP: their domain is another, or the file's do not fit",
         "statistics of the test images cost {0} AP: there are too few of them, or their objects differ",
@@ -73,6 +80,7 @@ def run_comparison(
     num_workers: int = 1,
     overwrite: bool = False,
     domain: str | None = None,
+    domain_dataset: str | None = None,
 ) -> None:
     """Check everything, start the workers, compare, and write OUTPUT_DIR/statistics.json and statistics.png.
 
@@ -82,6 +90,7 @@ def run_comparison(
         num_workers: GPUs, or CPU cores on a machine without.
         overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
         domain: of all images, where norms have domains.
+        domain_dataset: see `compare_statistics`.
 
     Raises:
         BNextError: what is wrong.
@@ -99,21 +108,27 @@ def run_comparison(
             f"give --overwrite."
         )
     check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN must name at least one data set; got none. Name one in the config.")
     check_datasets(cfg.DATASETS.TRAIN)
-    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain), device=cfg.MODEL.DEVICE)
+    if domain_dataset is not None:
+        load_records(domain_dataset, cfg)
+    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain, domain_dataset), device=cfg.MODEL.DEVICE)
 
 
 def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
     return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
 
 
-def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None) -> None:
+def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None) -> None:
     """What every worker does."""
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.engine.compare")  # a line for each kind
     model = build_model(cfg)
-    Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
-    results = compare_statistics(cfg, model.eval(), kinds, domain=domain, on_kind=partial(_write, cfg))
+    checkpointer = Checkpointer(model)
+    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=find_replaceable(model))
+    options = {"domain": domain, "domain_dataset": domain_dataset, "lost": checkpointer.left_out}
+    results = compare_statistics(cfg, model.eval(), kinds, **options, on_kind=partial(_write, cfg))
     if not comm.is_main_process():
         return
     results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}

@@ -181,9 +181,10 @@ def build_batches(
         labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
 
     Returns:
-        A loader. A batch has SOLVER.IMS_PER_BATCH images over all workers, all of one data set; the last images of a
-        set that are fewer than workers are left out. The batches of several sets alternate in proportion to their
-        sizes, each set's first batch at the beginning: whoever stops early has seen all.
+        A loader. A batch has at most SOLVER.IMS_PER_BATCH images over all workers, all of one data set; those of a set
+        differ in size by one image at most, and images that would be a batch of fewer than workers are left out. The
+        batches of several sets alternate in proportion to their sizes, each set's first batch at the beginning:
+        whoever stops early has seen all.
 
     Raises:
         DatasetError: see `load_records`; on access, an image cannot be read.
@@ -215,8 +216,11 @@ def _deal(cfg: CfgNode, first: int, number: int, index: int) -> list[list[int]]:
     """This worker's shares of the batches of one data set, whose records begin at `first`."""
     order = first + np.random.default_rng(derive_seed(max(cfg.SEED, 0), _ORDER, index)).permutation(number)
     size, rank, world_size = cfg.SOLVER.IMS_PER_BATCH, comm.get_rank(), comm.get_world_size()
-    shares = [order[start : start + size] for start in range(0, number, size)]
-    return [share[rank::world_size].tolist() for share in shares if len(share) >= world_size]
+    rest = number % size
+    order = order[: number - rest] if rest < world_size else order
+    # Of nearly equal sizes: a last batch of one image would be no mini-batch at a level with one position.
+    shares = np.array_split(order, -(-len(order) // size)) if len(order) else []
+    return [share[rank::world_size].tolist() for share in shares]
 
 
 def _interleave(parts: Sequence[list[list[int]]]) -> list[list[int]]:

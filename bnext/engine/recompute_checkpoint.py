@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,49 +21,25 @@ from torch import nn
 
 from bnext.config import BATCH_NORMS, PLACES, get_norm_name, has_place
 from bnext.config_check import check_config
-from bnext.data.check import check_datasets
-from bnext.engine.checkpoint import Checkpointer, check_eval_weights
+from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.kept_run import KeptRun
 from bnext.engine.launch import count_workers, launch
-from bnext.engine.recompute import build_batches, format_report, load_records, needs_labels, recompute_statistics
+from bnext.engine.recompute import build_batches, format_report, needs_labels, recompute_statistics
+from bnext.engine.recompute_request import RecomputeRequest, check_domains, check_files, check_images, check_request
 from bnext.engine.smart_batch_norm import count_batches
-from bnext.errors import CheckpointError, ConfigError, StatisticsError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.files import replace_file
 from bnext.layers.norm_specs import collect_norm_specs
 from bnext.layers.spec import check_choice
 from bnext.statistics import RecomputeReport
+from bnext.statistics.observe import find_replaceable
 
-__all__ = ["POPULATIONS", "RecomputeRequest", "give_population", "recompute_checkpoint", "run_request"]
+__all__ = ["POPULATIONS", "give_population", "recompute_checkpoint", "run_request"]
 
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
 _LEFT_OUT = ("optimizer", "scheduler", "iteration", "trainer", "norm_specs", "matching_heuristics", "__author__")
 _DONE = "recomputed_statistics"  # the output's key for what was done
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RecomputeRequest:
-    """What is wanted of a checkpoint.
-
-    Args:
-        output: the file to write, *.pth; a report is written beside it, *.json.
-        population: whose statistics the output has: "shared", "per_level", "per_domain"; None: as the config says.
-        datasets: images without labels, such as a target domain's (AdaBN); empty: DATASETS.TRAIN, as in training.
-        domains: one for each data set, if norms have statistics per domain.
-        num_samples: images that are enough; None: all of `datasets`, or TEST.PRECISE_BN.NUM_ITER training batches.
-        source_samples: so many images do the statistics that are there count for; 0 replaces them.
-        resume: go on with an interrupted run of the same request.
-        overwrite: whether an output that exists is replaced.
-    """
-
-    output: str
-    population: str | None = None
-    datasets: tuple[str, ...] = ()
-    domains: tuple[str, ...] = ()
-    num_samples: int | None = None
-    source_samples: float = 0
-    resume: bool = False
-    overwrite: bool = False
 
 
 def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -> None:
@@ -80,14 +55,11 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         KeyboardInterrupt: says how to go on, if something is kept.
     """
     size = count_workers(num_workers, device=cfg.MODEL.DEVICE)
-    _check_request(cfg, request)
-    _check_files(cfg.MODEL.WEIGHTS, request)
+    check_request(cfg, request)
+    check_files(cfg.MODEL.WEIGHTS, request)
     cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
-    _check_domains(cfg, request)
-    if not request.datasets:
-        check_datasets(cfg.DATASETS.TRAIN)
-    for name in request.datasets:
-        load_records(name, cfg)
+    check_domains(cfg, request)
+    check_images(cfg, request, size)
     try:
         launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
     except KeyboardInterrupt:
@@ -113,9 +85,12 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
     model = build_model(cfg)
-    others = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True)
+    checkpointer = Checkpointer(model)
+    replaced = [] if request.source_samples else find_replaceable(model)
+    others = checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=replaced)
     report = recompute_statistics(cfg, model, **_choose_images(cfg, model, request), **_keep_state(cfg, request))
     _check_reached(request, report)
+    _check_repaired(checkpointer.left_out, report)
     if comm.is_main_process():
         done = _describe(cfg, request, report)
         kept = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
@@ -137,6 +112,16 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
             raise StatisticsError(
                 f"--domain must get images; got none for {domain!r} in {report.num_samples} images (--dataset "
                 f"{', '.join(names)}); nothing is written. Use more images, --num-samples, or fewer workers."
+            )
+
+
+def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
+    """What was broken is not to be written with the values of a new norm."""
+    for estimate in report.not_reached:
+        if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
+            raise StatisticsError(
+                f"statistics that are not finite in MODEL.WEIGHTS must be reached by the images; got none for "
+                f"{estimate.name} in {report.num_samples} images; nothing is written. Use more or larger images."
             )
 
 
@@ -206,65 +191,6 @@ def find_keys(cfg: CfgNode) -> dict[str, Any]:
     }
     names = list(cfg.MODEL.BNEXT.DOMAINS.NAMES)
     return {**keys, "MODEL.BNEXT.DOMAINS.NAMES": names} if names else keys
-
-
-def _check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
-    if request.resume and cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "layer_by_layer":
-        raise ConfigError(
-            "--resume must be of an estimator of which a run is kept; got 'layer_by_layer' "
-            "(TEST.BNEXT.PRECISE_BN.ESTIMATOR), which begins anew. Leave --resume out, or use another."
-        )
-    if request.domains and len(request.domains) != len(request.datasets):
-        raise ConfigError(
-            f"--domain must be given once for each --dataset; got {len(request.domains)} for {len(request.datasets)} "
-            f"data sets. Name the domain of every data set."
-        )
-    if request.num_samples is not None and request.num_samples < 1:
-        raise ConfigError(f"--num-samples must be 1 or more; got {request.num_samples}. Use 1000 to 10000.")
-
-
-def _check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
-    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
-    if names and not request.domains and not fallback:
-        raise ConfigError(
-            f"--domain must name the domain of each --dataset where norms have domains; got none of {names} "
-            f"(MODEL.BNEXT.DOMAINS.NAMES). Give --dataset and --domain for each."
-        )
-    unknown = [name for name in request.domains if name not in names]
-    if unknown:
-        raise ConfigError(
-            f"--domain must be one of the model's domains {names}; got {unknown[0]!r} (MODEL.BNEXT.DOMAINS.NAMES). "
-            f"Correct it, or leave --domain out."
-        )
-
-
-def _check_files(weights: str, request: RecomputeRequest) -> None:
-    """The input is there and stays; the output can be written."""
-    check_eval_weights(weights)
-    is_local = "://" not in weights
-    if is_local and not os.path.isfile(weights):
-        raise CheckpointError(
-            f"MODEL.WEIGHTS must name a file; got {weights!r}, which does not exist. Correct the path."
-        )
-    output = Path(request.output)
-    if output.suffix != ".pth":
-        raise ConfigError(f"--output must end in .pth; got {request.output!r}. The report is written beside it, .json.")
-    if not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
-        raise ConfigError(
-            f"--output must be in a folder that exists and can be written to; got {request.output!r}. "
-            f"Make {str(output.parent)!r}, or choose another."
-        )
-    if is_local and output.exists() and os.path.samefile(output, weights):
-        raise ConfigError(
-            f"--output must be another file than MODEL.WEIGHTS, which is never changed; got {request.output!r} for "
-            f"both. Choose another name."
-        )
-    for path in (path for path in (output, Path(request.output).with_suffix(".json")) if os.path.lexists(path)):
-        if path.is_dir() or not request.overwrite:
-            raise ConfigError(
-                f"--output must not exist, nor the report beside it; got {str(path)!r}. Choose another name, or give "
-                f"--overwrite."
-            )
 
 
 def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:

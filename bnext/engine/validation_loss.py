@@ -26,6 +26,7 @@ from bnext.engine.without_trace import as_in_training, drawing_from, leaving_no_
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers.shuffled import shares_work
 from bnext.layers.spec import check_choice
+from bnext.statistics.arguments import check_data
 from bnext.statistics.rounds import count_images
 
 __all__ = ["ValidationLoss", "build_validation_batches", "build_validation_loss", "compute_validation_loss"]
@@ -67,7 +68,8 @@ def compute_validation_loss(
         model holds: compare values of the same number of images per worker, and of a model that was trained here.
 
     Raises:
-        StatisticsError: there is no image, a worker has none or has failed, or the model returns no losses.
+        StatisticsError: there is no image, a worker has none or has failed, the model returns no losses, or `batches`
+            or `seed` cannot be.
         ConfigError: another kind of `statistics`.
 
     Note:
@@ -92,6 +94,9 @@ def compute_validation_loss(
         facebookresearch/detectron2#810 and #1857, weecology/DeepForest#477 for what goes wrong otherwise.
     """
     check_choice("statistics", statistics, get_args(Statistics), where=_WHERE)
+    check_data(batches, None, _WHERE, "batches")
+    if not isinstance(seed, int) or seed < 0:
+        raise StatisticsError(f"seed must be an integer of 0 or more; got {seed!r} ({_WHERE}). Use 0.")
     model = model.module if isinstance(model, DistributedDataParallel) else model
     sums: dict[str, float] = {}
     num_images = 0

@@ -70,12 +70,12 @@ def check_how(estimator: object, domain: object, state_file: object, where: str,
         )
 
 
-def check_data(data: object, estimator: object, where: str) -> None:
+def check_data(data: object, estimator: object, where: str, name: str = "data") -> None:
     """Raise StatisticsError unless `data` gives batches, as often as the estimator goes through them."""
     is_iterable = hasattr(data, "__iter__") or hasattr(data, "__getitem__")
     if not is_iterable or isinstance(data, (Tensor, Mapping, str)):
         raise StatisticsError(
-            f"data must be a loader or a list of batches; got {type(data).__name__} ({where}). A single batch is "
+            f"{name} must be a loader or a list of batches; got {type(data).__name__} ({where}). A single batch is "
             f"written [batch]."
         )
     if estimator == "layer_by_layer" and hasattr(data, "__next__"):

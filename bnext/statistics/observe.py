@@ -25,6 +25,7 @@ __all__ = [
     "Selection",
     "collect_moments",
     "find_input",
+    "find_replaceable",
     "keeping_counters",
     "make_collectors",
     "name_features",
@@ -60,6 +61,14 @@ def select_norms(model: nn.Module, layers: Selection | None = None) -> list[tupl
             f"({type(model).__name__}). Frozen norms and GroupNorm have nothing to re-estimate."
         )
     return norms
+
+
+def find_replaceable(model: nn.Module) -> list[str]:
+    """Paths of the batch norms that `select_norms` gives; none if there are none."""
+    try:
+        return [path for path, _ in select_norms(model)]
+    except StatisticsError:
+        return []
 
 
 class Collector:
@@ -184,9 +193,7 @@ def collect_moments(
     norms: list[tuple[str, _BatchNorm]], collectors: Mapping[str, Mapping[str, Collector]]
 ) -> Iterator[None]:
     """In this scope collectors get what reaches their norms."""
-    hooks = [
-        norm.register_forward_pre_hook(_make_hook(collectors[path]), with_kwargs=True) for path, norm in norms
-    ]
+    hooks = [norm.register_forward_pre_hook(_make_hook(collectors[path]), with_kwargs=True) for path, norm in norms]
     try:
         yield
     finally:

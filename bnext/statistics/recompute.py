@@ -161,7 +161,17 @@ def recompute_population_statistics(
 def _call(model: nn.Module, batch: Any, forward: Forward | None, domain: Domain | None) -> None:
     name = domain if domain is None or isinstance(domain, str) else domain(batch)
     with contextlib.nullcontext() if name is None else use_domain(name):
-        model(batch) if forward is None else forward(model, batch)
+        if forward is not None:
+            forward(model, batch)
+            return
+        try:
+            model(batch)
+        except (TypeError, AttributeError) as error:
+            raise StatisticsError(
+                f"forward must say how the model takes a batch, as model(batch) fails; got a batch of type "
+                f"{type(batch).__name__} and {type(error).__name__}: {str(error).splitlines()[0]} ({_WHERE}). For "
+                f"(inputs, labels) use forward=lambda model, batch: model(batch[0])."
+            ) from error
 
 
 def _go_through(

@@ -115,7 +115,8 @@ def count_images(batch: Any) -> int:
     """Samples in a batch, in the forms in which loaders give them.
 
     A tensor: its rows. A list of records, or of images [C, H, W]: its entries. (inputs, labels), as a pair of tensors
-    or of lists (torchvision's references): those of the inputs. A dictionary: those of its first value.
+    or of lists (torchvision's references): those of the inputs. A dictionary: those of its first value. A list of one
+    tensor of three dimensions, as loaders of unlabelled signals give, is taken for a list of one image.
     """
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1

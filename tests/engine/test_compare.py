@@ -62,7 +62,7 @@ def compared(weights, tmp_path_factory):
     model = load_model(cfg, weights)
     before = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
     generator = torch.get_rng_state()
-    results = compare_statistics(cfg, model)
+    results = compare_statistics(cfg, model, domain_dataset="digits_train")
     assert torch.equal(generator, torch.get_rng_state())
     return cfg, model, before, results
 
@@ -74,9 +74,10 @@ def test_every_kind_is_measured_and_the_model_is_as_before(compared):
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert modes == [module.training for module in model.modules()]
     assert {module.spec.inference for module in model.modules() if hasattr(module, "spec")} == {"population"}
-    assert set(results["reports"]) == {"precise", "mean_of_batches", "per_level", "adaptive"}
+    assert set(results["reports"]) == {"precise", "mean_of_batches", "per_level", "per_domain", "adaptive"}
     assert results["reports"]["precise"]["num_samples"] == 8
     assert results["reports"]["adaptive"]["num_samples"] == 4, "the test images"
+    assert results["reports"]["per_domain"]["num_samples"] == 12, "all images of the set"
 
 
 def test_rows_are_what_evaluations_by_hand_give(compared, weights, tmp_path):
@@ -317,6 +318,21 @@ def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
     assert "loss" in results["reading"]["population_val"]
     fallback = load(tmp_path, *DOMAINS, "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
     assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]
+
+
+def test_statistics_that_are_not_finite_are_no_kind_and_the_others_are_measured(weights, tmp_path, capsys):
+    state = torch.load(weights)
+    state["model"]["head.cls_subnet.1.running_mean"][3] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    cfg = load(tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "nan.pth", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
+    kinds = ("moving_average", "precise", "mini_batch")
+    run_comparison(cfg, kinds)
+    results = json.loads((tmp_path / "out" / "statistics.json").read_text())
+    assert list(results["rows"]) == list(kinds[1:])
+    assert "not finite (head.cls_subnet.1)" in results["not_applicable"]["moving_average"]
+    assert "not finite" in results["reading"]["not_applicable"]
+    whole = compare_statistics(cfg, load_model(cfg, weights), kinds)
+    assert results["rows"]["precise"] == whole["rows"]["precise"], "the estimate knows nothing of what was there before"
 
 
 def test_words_say_which_way_and_how_much():

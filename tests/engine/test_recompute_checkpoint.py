@@ -13,8 +13,9 @@ from detectron2.modeling import build_model
 
 from bnext.engine import Checkpointer
 from bnext.engine.recompute import build_batches, format_report, recompute_statistics
-from bnext.engine.recompute_checkpoint import RecomputeRequest, give_population, recompute_checkpoint
+from bnext.engine.recompute_checkpoint import _check_repaired, give_population, recompute_checkpoint
 from bnext.engine.recompute_checkpoint import run_request as run
+from bnext.engine.recompute_request import RecomputeRequest
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import PopulationEstimate, RecomputeReport
@@ -292,6 +293,33 @@ def test_models_without_batch_norm_and_foreign_checkpoints(weights, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
+def test_statistics_that_are_not_finite_are_repaired_unless_they_count(weights, tmp_path, bnext_log):
+    """facebookresearch/detectron2#2413: a checkpoint with such statistics is the one that wants a re-estimation."""
+    state = torch.load(weights)
+    state["model"]["backbone.bottom_up.res3.0.conv1.norm.running_var"][0] = -1.0
+    state["model"]["head.cls_subnet.1.running_mean"][3] = float("nan")
+    torch.save(state, tmp_path / "broken.pth")
+    run(load(weights), RecomputeRequest(output=str(tmp_path / "whole_out.pth")))
+    run(load(tmp_path / "broken.pth"), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    stored = [torch.load(tmp_path / name)["model"] for name in ("whole_out.pth", "out.pth")]
+    assert not buffers_that_differ(*stored)
+    assert "not finite, to be estimated anew: backbone.bottom_up.res3.0.conv1.norm, head.cls_subnet" in bnext_log.text
+    for request in (
+        RecomputeRequest(output=str(tmp_path / "blend.pth"), source_samples=1),
+        RecomputeRequest(output=str(tmp_path / "blend.pth"), source_samples=1, population="per_level"),
+    ):
+        with pytest.raises(CheckpointError, match=r"running_var must be 0 or more and finite; got -1"):
+            run(load(tmp_path / "broken.pth"), request)
+    assert not list(tmp_path.glob("blend*"))
+
+
+def test_statistics_that_are_not_finite_and_not_reached_are_not_written(weights, tmp_path):
+    estimates = (PopulationEstimate("a.norm", (), 0), PopulationEstimate("b", ("p3",), 5))
+    with pytest.raises(StatisticsError, match=r"must be reached by the images; got none for a\.norm in 4 images"):
+        _check_repaired(["a.norm"], RecomputeReport(estimates, 1, 4))
+    _check_repaired(["b.p3"], RecomputeReport(estimates, 1, 4))
+
+
 def test_outputs_that_are_refused(weights, tmp_path):
     (tmp_path / "taken.pth").touch()
     (tmp_path / "reported.json").touch()
@@ -363,12 +391,19 @@ def test_batches_are_of_one_data_set_in_an_order_that_is_always_the_same(weights
     cfg = load(weights, "SOLVER.IMS_PER_BATCH", 8)
     loader = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
     batches = [[record["file_name"] for record in batch] for batch in loader]
-    assert [len(batch) for batch in batches] == [8, 4, 4]
+    assert [len(batch) for batch in batches] == [6, 4, 6]
     assert all("/val/" in name for name in batches[1])
     assert sorted(batches[0] + batches[2]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
     again = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
     assert batches == [[record["file_name"] for record in batch] for batch in again]
     assert batches[0] != sorted(batches[0])
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 4]), (11, [6, 6]), (5, [4, 4, 4]), (100, [12])])
+def test_batches_are_nearly_equal_and_the_last_is_no_single_image(weights, size, sizes):
+    batches = list(build_batches(load(weights, "SOLVER.IMS_PER_BATCH", size), ["digits_train"]))
+    assert [len(batch) for batch in batches] == sizes
+    assert len({record["image_id"] for batch in batches for record in batch}) == 12
 
 
 def test_batches_of_several_data_sets_alternate_in_proportion(weights):

@@ -151,6 +151,12 @@ def test_without_images_there_is_no_loss():
         compute_validation_loss(Net(), [])
 
 
+@pytest.mark.parametrize(("batches", "seed", "message"), [(None, 0, "batches must be"), ([], -1, "seed must be")])
+def test_arguments_that_cannot_be(batches, seed, message):
+    with pytest.raises(StatisticsError, match=message):
+        compute_validation_loss(nn.Sequential(nn.BatchNorm2d(2)), batches, seed=seed)
+
+
 def test_a_model_that_gives_no_losses_is_refused():
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(StatisticsError, match=r"dictionary of losses, or one, in training mode; got Tensor"):

@@ -86,6 +86,14 @@ def test_activations_that_are_not_finite_are_named(value, estimator):
     assert_as_before(net, before)
 
 
+def test_a_loader_of_inputs_and_labels_needs_a_forward():
+    model = nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2))
+    data = [(torch.randn(2, 3, 4, 4), torch.zeros(2))]
+    with pytest.raises(StatisticsError, match=r"forward must say how.*type tuple and TypeError: conv2d.*batch\[0\]"):
+        recompute_population_statistics(model, data)
+    assert recompute_population_statistics(model, data, forward=lambda model, batch: model(batch[0])).num_samples == 2
+
+
 def test_the_level_is_named_too():
     norm = make_norm(NormSpec.from_table5_row(4))
     model = nn.ModuleDict({"head": norm})

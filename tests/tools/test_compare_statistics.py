@@ -37,6 +37,8 @@ def test_a_table_json_and_a_plot(command, tmp_path, capsys):
     assert results["reports"]["adaptive"]["num_samples"] == 12
     assert (tmp_path / "out" / "statistics.png").stat().st_size > 5000
     assert "adaptive: of the test images" in capsys.readouterr().out
+    assert command("--kinds", "moving_average", "TEST.DETECTIONS_PER_IMAGE", "7", "--overwrite") == 0  # as pairs
+    assert "does not apply" not in capsys.readouterr().out
     assert command("--kinds", "moving_average") == 2
     assert "earlier comparison" in capsys.readouterr().err
 
@@ -49,6 +51,8 @@ def test_a_table_json_and_a_plot(command, tmp_path, capsys):
         (("MODEL.WEIGHTS", "absent.pth"), "'absent.pth'"),
         (("--domain", "dusk"), "--domain must be one of the model's domains (); got 'dusk'"),
         (("--num-gpus", "1000"), "--num-gpus must be at most"),
+        (("--domain-dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
+        (("DATASETS.TRAIN", "()"), "DATASETS.TRAIN must name at least one data set; got none"),
         (("MODEL.NOPE", "1"), "MODEL.NOPE"),
     ],
 )
