@@ -17,11 +17,9 @@ from detectron2.layers import CycleBatchNormList, NaiveSyncBatchNorm, ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as Detectron2RetinaNetHead
 from detectron2.solver.build import get_default_optimizer_params
 from fvcore.nn.distributed import differentiable_all_reduce
-from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext import convert_norm, convert_norm_state, recompute_population_statistics
+from bnext import convert_norm, convert_norm_state
 from bnext.distributed import all_reduce_sum, resolve_group
 from bnext.engine import Checkpointer
 from bnext.errors import CheckpointError, ConfigError
@@ -128,138 +126,6 @@ def test_the_norm_of_the_published_configs_does_not_exist():
     assert make_head(RetinaNetHead, ROW_3.replace(workers="all"), levels=FIVE_LEVELS)
 
 
-# fvcore: update_bn_stats
-
-
-class Reusing(nn.Module):
-    """A plain BN in a level-shared head: row 3."""
-
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm2d(NUM_CHANNELS).double()
-
-    def forward(self, features):
-        return [self.bn(feature) for feature in features.values()]
-
-
-class Skipping(nn.Module):
-    """One norm is not part of this forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.used = nn.BatchNorm2d(NUM_CHANNELS).double()
-        self.unused = nn.BatchNorm2d(NUM_CHANNELS).double()
-
-    def forward(self, x):
-        return self.used(x)
-
-
-class Calling(nn.Module):
-    """A model whose forward is given."""
-
-    def __init__(self, model, forward):
-        super().__init__()
-        self.model, self.call = model, forward
-
-    def forward(self, batch):
-        return self.call(self.model, batch)
-
-
-class OwnNorm(_BatchNorm):
-    """A batch norm that is none of the four classes which fvcore knows."""
-
-    def _check_input_dim(self, input):
-        pass
-
-
-def test_re_estimation_of_a_reused_layer():
-    data = [make_features(seed) for seed in range(3)]
-    with pytest.raises(AssertionError, match="Some BN layers are reused"):
-        update_bn_stats(Reusing(), data, num_iters=3)
-    ours = Reusing()
-    recompute_population_statistics(ours, data)
-    _, mean, _ = reference.moments_of([x for features in data for x in features.values()])
-    torch.testing.assert_close(ours.bn.running_mean, mean)
-
-
-def test_re_estimation_of_a_layer_that_is_not_reached():
-    peer, ours = Skipping(), Skipping()
-    update_bn_stats(peer, make_batches(), num_iters=4)
-    assert torch.equal(peer.unused.running_var, torch.zeros(NUM_CHANNELS).double())
-    report = recompute_population_statistics(ours, make_batches())
-    assert torch.equal(ours.unused.running_var, torch.ones(NUM_CHANNELS).double())
-    assert [estimate.path for estimate in report.not_reached] == ["unused"]
-    torch.testing.assert_close(ours.used.running_var, peer.used.running_var, rtol=0.05, atol=0)
-
-
-def test_re_estimation_with_a_short_loader():
-    peer, ours = Skipping(), Skipping()
-    with pytest.raises(AssertionError, match="dataloader stops at"):
-        update_bn_stats(peer, make_batches(), num_iters=9)
-    assert peer.used.momentum == 1.0
-    assert len(peer.used._forward_pre_hooks) == 1
-    assert recompute_population_statistics(ours, make_batches(), num_batches=9).num_batches == 4
-    assert ours.used.momentum == 0.1
-    assert not ours.used._forward_pre_hooks
-
-
-def test_re_estimation_far_from_zero():
-    generator = torch.Generator().manual_seed(0)
-    data = [torch.randn(4, 32, 32, 32, generator=generator) + 1e4 for _ in range(8)]
-    peer, ours = nn.BatchNorm2d(32), nn.BatchNorm2d(32)
-    update_bn_stats(peer, data, num_iters=8)
-    assert peer.running_var.min() < 0
-    recompute_population_statistics(ours, data)
-    count, _, var = reference.moments_of(data)
-    torch.testing.assert_close(ours.running_var.double(), var * count / (count - 1), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("error", [RuntimeError("lost"), KeyboardInterrupt()])
-def test_re_estimation_that_is_broken_off(error):
-    """The peer's momentum, hooks and statistics stay as they are then."""
-    peer, ours = Skipping(), Skipping()
-    before = {key: value.clone() for key, value in ours.state_dict().items()}
-
-    def load():
-        yield from make_batches()
-        raise error
-
-    with pytest.raises(type(error)):
-        update_bn_stats(peer, load(), num_iters=9)
-    with pytest.raises(type(error)):
-        recompute_population_statistics(ours, load())
-    assert (peer.used.momentum, len(peer.used._forward_pre_hooks)) == (1.0, 1)
-    assert not torch.equal(peer.used.running_var, before["used.running_var"])
-    with pytest.raises(AssertionError, match="Some BN layers are reused"):
-        peer(make_batches()[0])  # by the hook of the run before: it can no longer be trained
-    assert (ours.used.momentum, len(ours.used._forward_pre_hooks)) == (0.1, 0)
-    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
-
-
-def test_re_estimation_that_is_broken_off_within_the_cycling_head():
-    def forward(model, features):
-        for level, feature in features.items():
-            if level == "p5":
-                raise RuntimeError("out of memory")
-            model(feature)
-
-    peer, ours = make_cycling(), make_cycling()
-    with pytest.raises(RuntimeError, match="out of memory"):
-        update_bn_stats(Calling(peer, forward), [make_features()], num_iters=1)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        recompute_population_statistics(ours, [make_features()], forward=forward)
-    assert (peer._pos, ours._pos) == (2, 0)
-
-
-def test_re_estimation_of_an_own_norm_class():
-    peer, ours = (nn.Sequential(OwnNorm(NUM_CHANNELS).double()) for _ in range(2))
-    update_bn_stats(peer, make_batches(), num_iters=4)
-    assert torch.equal(peer[0].running_mean, torch.zeros(NUM_CHANNELS).double()), "skipped without a word"
-    recompute_population_statistics(ours, make_batches())
-    _, mean, _ = reference.moments_of(make_batches())
-    torch.testing.assert_close(ours[0].running_mean, mean)
-
-
 # Several workers
 
 
@@ -281,17 +147,12 @@ def run_peers_and_ours(rank):
     spec = NormSpec(statistics="shared", population="shared", workers="all")
     ours = LevelBatchNorm2d(NUM_CHANNELS, ["p3"], spec).double().train()({"p3": share})["p3"].detach()
 
-    peer_bn, our_bn = nn.BatchNorm2d(NUM_CHANNELS).double(), nn.BatchNorm2d(NUM_CHANNELS).double()
-    update_bn_stats(peer_bn, [share], num_iters=1)
-    recompute_population_statistics(our_bn, [share])
     return {
         "gradient": z.grad,
         "sum": (constant, total),
         "refusal": refusal,
         "naive": naive,
         "ours": ours,
-        "peer_mean": peer_bn.running_mean,
-        "our_mean": our_bn.running_mean,
     }
 
 
@@ -321,14 +182,6 @@ def test_naive_sync_batch_norm_is_off_where_workers_are_unequal(two_workers):
     for result, right in zip(two_workers, expected, strict=True):
         assert (result["naive"] - right).abs().max() > 0.1
         torch.testing.assert_close(result["ours"], right, rtol=1e-11, atol=1e-11)
-
-
-def test_re_estimation_by_fvcore_differs_between_workers(two_workers):
-    first, second = two_workers
-    assert not torch.allclose(first["peer_mean"], second["peer_mean"])
-    assert torch.equal(first["our_mean"], second["our_mean"])
-    _, mean, _ = reference.moments_of([make_share(0), make_share(1)])
-    torch.testing.assert_close(first["our_mean"], mean)
 
 
 # torch and detectron2: conversion and loading

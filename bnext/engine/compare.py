@@ -1,5 +1,6 @@
 """Same checkpoint, which statistics? One model evaluated with the statistics of its file and with others.
 
+Users ask it in ultralytics/ultralytics#5891, open-mmlab/mmaction2#1054 and facebookresearch/maskrcnn-benchmark#1006.
 Words, table and plot are in `bnext.engine.compare_report`.
 """
 

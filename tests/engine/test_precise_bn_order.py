@@ -1,4 +1,8 @@
-"""PreciseBN in a training: what is saved is the estimate and is what is evaluated, and the training does not notice."""
+"""PreciseBN in a training: what is saved is the estimate and is what is evaluated, and the training does not notice.
+
+Elsewhere the estimate came after the checkpoint (open-mmlab/mmaction2#524), and a saved file could not get one
+(open-mmlab/mmpretrain PR#1386; see test_recompute_checkpoint.py).
+"""
 
 from pathlib import Path
 

@@ -28,7 +28,10 @@ def check_world():
 
 
 def check_equal_buffers():
-    """Merged as parts of one population, against the definition; a frozen or equal layer is left alone."""
+    """Merged as parts of one population, against the definition; a frozen or equal layer is left alone.
+
+    facebookresearch/detectron2#1297, open-mmlab/mmdetection#2539: elsewhere every worker evaluates with its own.
+    """
     rank = comm.get_rank()
     model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(2))
     means = torch.tensor([[0.0, 1.0, 5.0], [2.0, 1.0, -5.0]])
