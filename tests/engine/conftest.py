@@ -3,10 +3,11 @@
 import logging
 
 import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.data.catalog import register_datasets
 from bnext.engine import train
-from tests.engine import tiny
+from tests.engine import saved, tiny
 
 # Otherwise the trainer would set up console handlers, on a stream that pytest closes after the test.
 for name in ("bnext", "detectron2"):
@@ -52,3 +53,18 @@ def bnext_log(caplog):
     logger.addHandler(caplog.handler)
     yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def weights(digits, tmp_path_factory):
+    return saved.save(tmp_path_factory.mktemp("weights") / "in.pth")
+
+
+@pytest.fixture(scope="module")
+def unlabelled(digits):
+    """The validation images without their labels, as a target data set."""
+    records = [{k: v for k, v in r.items() if k != "annotations"} for r in DatasetCatalog.get("digits_val")]
+    DatasetCatalog.register("digits_unlabelled", lambda: records)
+    yield "digits_unlabelled"
+    DatasetCatalog.remove("digits_unlabelled")
+    MetadataCatalog.pop("digits_unlabelled", None)
