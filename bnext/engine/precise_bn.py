@@ -56,8 +56,8 @@ class PreciseBN(HookBase):
 
     Args:
         recompute: does it.
-        periods: of what follows in the list of hooks, such as checkpoints and evaluations, in iterations; also after
-            the last one.
+        periods: of what follows in the list of hooks, such as checkpoints, validation losses and evaluations, in
+            iterations; 0: after the last one alone, when there is always an estimate.
         stays: called as stays(iteration) before a step: whether the statistics are frozen by then, so that the
             estimate stays.
 
@@ -103,7 +103,9 @@ def build_estimates(cfg: CfgNode, model: nn.Module, recompute: Callable[[], obje
     """The hook that TEST.PRECISE_BN or TEST.BNEXT.SMART_BATCH_NORM asks for, if one does.
 
     Args:
-        cfg: TEST.*, SOLVER.CHECKPOINT_PERIOD and SOLVER.BNEXT.FREEZE are read.
+        cfg: TEST.*, SOLVER.CHECKPOINT_PERIOD and SOLVER.BNEXT.FREEZE are read. There is an estimate before
+            evaluations, before checkpoints if BEFORE_CHECKPOINTS, and before validation losses that the population
+            normalizes: each curve is of one kind of statistics.
         model: the detector.
         recompute: re-estimates its statistics; None: TEST.PRECISE_BN.ENABLED is False.
     """
@@ -111,6 +113,9 @@ def build_estimates(cfg: CfgNode, model: nn.Module, recompute: Callable[[], obje
         return [SmartBatchNorm(model, lambda: estimate_in_one_epoch(cfg, model))]
     if recompute is None:
         return []
-    checkpoints = (cfg.SOLVER.CHECKPOINT_PERIOD,) if cfg.TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS else ()
-    stays = partial(are_statistics_frozen, cfg)
-    return [PreciseBN(recompute, cfg.TEST.EVAL_PERIOD, *checkpoints, stays=stays)]
+    periods, validation = [cfg.TEST.EVAL_PERIOD], cfg.TEST.BNEXT.VALIDATION_LOSS
+    if cfg.TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS:
+        periods.append(cfg.SOLVER.CHECKPOINT_PERIOD)
+    if validation.STATISTICS == "population":
+        periods.append(validation.PERIOD)  # 0: never
+    return [PreciseBN(recompute, *periods, stays=partial(are_statistics_frozen, cfg))]

@@ -8,22 +8,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
-from bnext.data.loader import limit_loader_workers
 from bnext.data.seeding import derive_seed
-from bnext.distributed import all_gather_numbers, get_rank, resolve_group
+from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.engine.hooks import equalize_buffers, is_due
-from bnext.engine.recompute import CheckedMapper, has_labels, load_records
+from bnext.engine.validation_batches import build_validation_batches
 from bnext.engine.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import StatisticsError
 from bnext.layers.shuffled import shares_work
 from bnext.layers.spec import check_choice
 from bnext.statistics.arguments import check_data
@@ -33,7 +29,7 @@ __all__ = ["ValidationLoss", "build_validation_batches", "build_validation_loss"
 
 Forward = Callable[[nn.Module, Any], object]
 Statistics = Literal["population", "mini_batch"]
-_VALIDATE = 10  # what the derived seed is for
+_VALIDATE, _LOAD = 10, 12  # what the derived seeds are for
 _HAS, _REPEATS, _NEVER_HAD, _FAILED = 0, 1, 2, 3  # a batch, in a round
 _WHERE = "compute_validation_loss"
 
@@ -60,7 +56,8 @@ def compute_validation_loss(
             "mini_batch": as in training, so that it differs from the training's loss by the images alone. The first
             minus the second is the train-test inconsistency, the second minus the training's the generalization gap.
         forward: called as forward(model, batch), gives the losses; default model(batch).
-        seed: 0 or more: of what is drawn, such as RoIs; the same draws each time make values comparable.
+        seed: 0 or more: of what is drawn, such as RoIs, or by `batches` in this process; the same draws each time make
+            values comparable.
 
     Returns:
         The mean of each loss by its name, and of their sum as "total_loss"; equal on every worker. Detectron2's dense
@@ -100,7 +97,8 @@ def compute_validation_loss(
     model = model.module if isinstance(model, DistributedDataParallel) else model
     sums: dict[str, float] = {}
     num_images = 0
-    with leaving_no_trace(model):
+    # What the loader draws, too: torch's takes a seed from the global generator, and augmentations may run here.
+    with leaving_no_trace(model), drawing_from(model, derive_seed(seed, _LOAD, comm.get_rank())):
         if statistics == "population":
             equalize_buffers(model)
         with as_in_training(model, by_population=statistics == "population"):
@@ -153,9 +151,10 @@ def _in_lock_step(
 
     A failure, of the loader or in `failures`, is raised when the others know.
     """
-    everyone, own, batch, state = resolve_group("all"), iter(batches), None, _NEVER_HAD
+    everyone, own, batch, state = resolve_group("all"), None, None, _NEVER_HAD
     while True:
         try:
+            own = iter(batches) if own is None else own
             new = None if failures else next(own, None)
         except Exception as error:
             failures.append(error)
@@ -190,14 +189,18 @@ def _find_device(model: nn.Module) -> torch.device:
 class ValidationLoss(HookBase):
     """Puts the validation loss into the storage, as "validation_loss/<loss>"; see `compute_validation_loss`.
 
-    With several data sets as "validation_loss/<data set>/<loss>". It depends on the weights alone: a resumed training
-    has the values of an uninterrupted one.
+    With several data sets as "validation_loss/<data set>/<loss>". It depends on what a checkpoint of bnext's trainer
+    has: the weights, with statistics="population" the running statistics, and the moving averages of foreground anchors
+    of detectron2's dense detectors. So a resumed training has the values of an uninterrupted one.
 
     Args:
         period: iterations between two; also after the last one.
         batches: for each data set this worker's batches, which are gone through again each time.
         statistics: what normalizes; or called as statistics(iteration), says it.
         uses_amp: whether the forward runs under autocast, as the training's.
+
+    Note:
+        What is drawn at random follows the trainer's `seed`; a trainer without, as detectron2's, has seed 0.
     """
 
     def __init__(
@@ -215,9 +218,10 @@ class ValidationLoss(HookBase):
         if not is_due(trainer.iter, self._period, trainer.max_iter):
             return
         statistics = self._statistics(trainer.iter) if callable(self._statistics) else self._statistics
+        seed = max(0, getattr(trainer, "seed", 0))
         for name, batches in self._batches.items():
             losses = compute_validation_loss(
-                trainer.model, batches, statistics=statistics, forward=self._run, seed=max(0, trainer.seed)
+                trainer.model, batches, statistics=statistics, forward=self._run, seed=seed
             )
             prefix = "validation_loss" if len(self._batches) == 1 else f"validation_loss/{name}"
             trainer.storage.put_scalars(
@@ -248,44 +252,3 @@ def build_validation_loss(cfg: CfgNode) -> list[ValidationLoss]:
 
     batches = {name: build_validation_batches(cfg, name) for name in cfg.DATASETS.TEST}
     return [ValidationLoss(node.PERIOD, batches, choose, cfg.SOLVER.AMP.ENABLED)]
-
-
-def build_validation_batches(cfg: CfgNode, name: str) -> Iterable[list[dict[str, Any]]]:
-    """This worker's labelled batches of a data set, in its order, without random augmentations.
-
-    Args:
-        cfg: INPUT.*, SOLVER.IMS_PER_BATCH, TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES, DATALOADER.NUM_WORKERS are read.
-        name: a registered data set with annotations.
-
-    Returns:
-        A loader. Over all workers a batch has SOLVER.IMS_PER_BATCH images, the same for any number of workers.
-
-    Raises:
-        ConfigError: no labels, or fewer images than workers.
-        DatasetError: see `load_records`; on access, an image cannot be read.
-    """
-    records = load_records(name, cfg)
-    if not has_labels(records, ("annotations", "sem_seg_file_name")):
-        raise ConfigError(
-            f"DATASETS.TEST must name labelled data sets for a validation loss; got {name!r}, whose records have no "
-            f"annotations. Name another one, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0."
-        )
-    rank, world_size = get_rank(resolve_group("all")), comm.get_world_size()
-    if len(records) < world_size:
-        raise ConfigError(
-            f"DATASETS.TEST must name data sets with an image for each of the {world_size} workers for a validation "
-            f"loss; got {len(records)} in {name!r}. Use fewer workers, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0."
-        )
-    size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
-    starts = range(0, len(records), size)[: number or None]
-    shares = [list(range(start, min(start + size, len(records))))[rank::world_size] for start in starts]
-    return DataLoader(
-        MapDataset(
-            DatasetFromList(records, copy=False),
-            CheckedMapper(DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))),
-        ),
-        batch_sampler=[share for share in shares if share],
-        num_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
-        collate_fn=list,
-        generator=torch.Generator(),  # else torch would draw from the global one
-    )

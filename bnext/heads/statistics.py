@@ -28,16 +28,16 @@ def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sa
         rois: on which RoIs those of RoI heads are reached: sampled as in SGD, or top-scored as at test.
 
     Returns:
-        A dense detector's without anchors, matching and losses; an R-CNN's backbone alone, if its norms are there;
-        None: the model itself.
+        The backbone alone of a dense detector or an R-CNN, if all norms are there; a dense detector's without anchors,
+        matching and losses; an R-CNN's on the chosen RoIs; None: the model itself.
     """
     check_choice("rois", rois, get_args(RoiChoice), where="choose_forward")
-    if isinstance(model, DenseDetector):
-        return forward_statistics
-    if not isinstance(model, GeneralizedRCNN):
+    if not isinstance(model, (DenseDetector, GeneralizedRCNN)):
         return None
     if all(path.startswith("backbone.") for path in paths):
         return _forward_backbone
+    if isinstance(model, DenseDetector):
+        return forward_statistics
     return forward_sampled_rois if rois == "sampled" else None
 
 

@@ -12,8 +12,9 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 
 from bnext.engine import Trainer, load_config, train
-from bnext.engine.precise_bn import PreciseBN, keeping_averages
+from bnext.engine.precise_bn import PreciseBN, build_estimates, keeping_averages
 from bnext.engine.recompute import recompute_statistics
+from bnext.engine.validation_loss import ValidationLoss
 from tests.engine import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -21,6 +22,7 @@ RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
 PRECISE = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)
 PERIODS = ("SOLVER.MAX_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)
 BEFORE = "TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS"
+LOSS = "TEST.BNEXT.VALIDATION_LOSS"
 RENORM = ("MODEL.BNEXT.RETINANET.TRAINING", "renorm")
 
 
@@ -95,6 +97,39 @@ def test_without_the_key_a_checkpoint_between_evaluations_has_the_moving_average
     assert [bool(names) for names in found] == [True, False, False]
     assert all(name.rpartition(".")[2].startswith(("running_", "num_batches")) for name in found[0])
     assert differ(states[2], watched[2][7]) == []
+
+
+def test_every_validation_loss_is_of_the_estimate_of_its_weights(digits, tmp_path):
+    """One curve tells of one kind of statistics, whatever is evaluated or saved in the same iteration."""
+    opts = ("SOLVER.MAX_ITER", 3, "TEST.EVAL_PERIOD", 3, "SOLVER.CHECKPOINT_PERIOD", 2, f"{LOSS}.PERIOD", 1)
+    cfg = tiny.load(tmp_path, *PRECISE, *opts)
+    trainer, states = Watcher(cfg), []
+    place = next(i for i, hook in enumerate(trainer._hooks) if isinstance(hook, ValidationLoss))
+    trainer.register_hooks([CallbackHook(after_step=lambda trainer: states.append(copy_state(trainer.model)))])
+    trainer._hooks.insert(place, trainer._hooks.pop())
+    trainer.train()
+    assert [differ(estimate(cfg, state), state) for state in states] == [[], [], []]
+    assert differ(states[2], trainer.evaluated[3]) == []
+    assert differ(states[1], torch.load(tmp_path / "model_0000001.pth")["model"]) == []
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        ((f"{LOSS}.PERIOD", 2), [1, 2, 3, 5]),
+        ((f"{LOSS}.PERIOD", 0), [2, 5]),
+        ((f"{LOSS}.PERIOD", 2, f"{LOSS}.STATISTICS", "mini_batch"), [2, 5]),
+    ],
+)
+def test_a_validation_loss_asks_for_an_estimate_if_the_population_normalizes_it(tmp_path, opts, expected):
+    cfg = tiny.load(tmp_path, *PRECISE, "TEST.EVAL_PERIOD", 3, BEFORE, False, *opts)
+    model, done = torch.nn.BatchNorm2d(3), []
+    (hook,) = build_estimates(cfg, model, lambda: done.append(hook.trainer.iter))
+    for iteration in range(6):
+        hook.trainer = type("T", (), {"model": model, "iter": iteration, "max_iter": 6})
+        hook.before_step()
+        hook.after_step()
+    assert done == expected
 
 
 def record_steps(cfg):

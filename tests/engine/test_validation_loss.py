@@ -1,6 +1,7 @@
 """The validation loss: against its definition, and without a trace in model, training or random numbers."""
 
 import copy
+import itertools
 import json
 import random
 from pathlib import Path
@@ -10,14 +11,21 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.engine import SimpleTrainer
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.engine import Trainer, load_config, train
-from bnext.engine.validation_loss import build_validation_batches, build_validation_loss, compute_validation_loss
+from bnext.engine.validation_loss import (
+    ValidationLoss,
+    build_validation_batches,
+    build_validation_loss,
+    compute_validation_loss,
+)
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d, NormSpec
 from tests.engine import tiny
@@ -129,6 +137,41 @@ def test_nothing_is_left_of_it(statistics, fails):
     assert model.body[0].weight.grad_fn is None
 
 
+class Augmented(Dataset):
+    """Images with augmentations in this process; the last one cannot be read, if `fails`."""
+
+    def __init__(self, fails):
+        self.fails = fails
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        if self.fails and index == 5:
+            raise OSError("on purpose")
+        noise = random.random() + np.random.rand() + torch.rand(())  # noqa: NPY002
+        return torch.ones(3, 5, 5) * noise, torch.zeros(4)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_ordinary_loader_leaves_the_random_numbers_alone(fails):
+    """Without a generator of its own it draws a seed for its workers from the global one, and an order."""
+    model, loader = Net(nn.BatchNorm2d(4)), DataLoader(Augmented(fails), batch_size=4, shuffle=True)
+    results = []
+    for seed in (1, 2):
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
+        expected = read_randomness()
+        random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)  # noqa: NPY002
+        if fails:
+            with pytest.raises(OSError, match="on purpose"):
+                compute_validation_loss(model, loader)
+        else:
+            results.append(compute_validation_loss(model, loader, seed=3))
+        assert read_randomness() == expected
+    if not fails:
+        assert results[0] == results[1] != compute_validation_loss(model, loader, seed=4)
+
+
 def test_the_usual_way_contaminates_the_norms():
     """detectron2#810 and #1857, DeepForest#477: a forward in training mode under no_grad, for its losses."""
     model, batches = Net(nn.BatchNorm2d(4)), make_batches(4)
@@ -165,6 +208,18 @@ def test_a_model_that_gives_no_losses_is_refused():
         compute_validation_loss(model, [], statistics="batch")
 
 
+class Closed:
+    """A loader that cannot begin."""
+
+    def __init__(self, batches, fails):
+        self.batches, self.fails = batches, fails
+
+    def __iter__(self):
+        if self.fails:
+            raise ValueError("on purpose")
+        return iter(self.batches)
+
+
 def fail_on_one_worker(rank, where):
     batches = make_batches(4, 4, 4)
     model = nn.Sequential(nn.Linear(3, 1))
@@ -181,11 +236,11 @@ def fail_on_one_worker(rank, where):
             yield batch
 
     with pytest.raises(ValueError, match="on purpose" if rank == 1 else "a failure on worker 1"):
-        compute_validation_loss(model, give(), forward=forward)
+        compute_validation_loss(model, Closed(give(), where == "begin" and rank == 1), forward=forward)
     return all_gather_numbers([rank], resolve_group("all"), torch.device("cpu"), "afterwards")
 
 
-@pytest.mark.parametrize("where", ["forward", "loader"])
+@pytest.mark.parametrize("where", ["forward", "loader", "begin"])
 def test_a_failure_on_one_worker_ends_it_on_all(where):
     assert run_workers(fail_on_one_worker, 2, where) == [[[0], [1]]] * 2
 
@@ -267,6 +322,17 @@ def test_a_resumed_training_has_the_values_of_an_uninterrupted_one(validated, tm
     tiny.train_until(cfg, 4)
     train(cfg, resume=True)
     assert read_losses(tmp_path)[5] == read_losses(validated)[5]
+
+
+def test_the_hook_works_in_a_trainer_of_detectron2():
+    """Which has no seed; its values are then those of seed 0."""
+    model, (batch,) = Net(nn.BatchNorm2d(4)), make_batches(4)
+    trainer = SimpleTrainer(model, itertools.repeat(batch), torch.optim.SGD(model.parameters(), lr=0.1))
+    trainer.register_hooks([ValidationLoss(2, {"own": [batch]})])
+    trainer.train(0, 2)
+    found = {name: value for name, (value, _) in trainer.storage.latest().items() if name.startswith("validation")}
+    expected = compute_validation_loss(model, [batch], seed=0)
+    assert found == {f"validation_loss/{name}": value for name, value in expected.items()}
 
 
 def test_several_data_sets_are_told_apart(digits, tmp_path):

@@ -86,6 +86,21 @@ def test_an_r_cnn_without_norms_after_its_backbone_runs_the_backbone_alone(rois)
     assert not calls
 
 
+@pytest.mark.parametrize("architecture", ["RetinaNet", "BNextRetinaNet", "BNextFCOS"])
+def test_a_dense_detector_whose_norms_are_all_in_its_backbone_runs_the_backbone_alone(architecture):
+    model, other = (make_detector(architecture, norm="") for _ in range(2))
+    for own in (model, other):
+        own.backbone.bottom_up.stem.conv1.norm = nn.BatchNorm2d(8)
+    assert paths_of(model) == ["backbone.bottom_up.stem.conv1.norm"]
+    calls = []
+    model.head.cls_subnet[0].register_forward_pre_hook(lambda module, args: calls.append(module))
+    unlabelled = [[{"image": record["image"]} for record in make_batch(seed=seed)] for seed in range(2)]
+    recompute_population_statistics(model, unlabelled, forward=choose_forward(model, paths_of(model)))
+    assert not calls
+    recompute_population_statistics(other, unlabelled, forward=forward_statistics)
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
 @pytest.mark.parametrize("architecture", ["BNextGeneralizedRCNN", "BNextPanopticFPN"])
 def test_an_r_cnn_with_norms_in_its_heads_runs_them_on_the_chosen_rois(architecture):
     model = make_model(*BOX, *BACKBONE, architecture=architecture)
