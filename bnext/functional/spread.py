@@ -1,6 +1,7 @@
 """How moments differ from batch to batch: the standard errors of a population estimate.
 
-The batch is the sampling unit, not the element: the positions of an image resemble one another. Batches count alike.
+The batch is the sampling unit, not the element: the positions of an image resemble one another. A batch counts by its
+elements, as it does in the pooled moments.
 """
 
 from __future__ import annotations
@@ -16,32 +17,32 @@ __all__ = ["Spread", "merge_spreads", "spread_of_batch", "standard_errors"]
 
 
 class Spread(NamedTuple):
-    """Two moments of what K batches gave: d_k = mean_k - center and u_k = var_k + d_k^2, over k.
+    """Two weighted moments of what K batches gave: d_k = mean_k - center and u_k = var_k + d_k^2, weight n_k^2.
 
     Args:
         num_batches: K, shape [...].
+        weight: sum of n_k^2, n_k the elements per channel of a batch, [...].
         center: [..., C]; near the means, so that squares keep their digits.
-        first: means of d and u, [..., 2, C].
-        second: sums of squares about them, of d d, d u and u u, [..., 3, C].
-        unbiased: mean of the variances with correction 1, [..., C].
+        first: weighted means of d and u, [..., 2, C].
+        second: weighted sums of squares about them, of d d, d u and u u, [..., 3, C].
     """
 
     num_batches: Tensor
+    weight: Tensor
     center: Tensor
     first: Tensor
     second: Tensor
-    unbiased: Tensor
 
 
 def spread_of_batch(moments: Moments) -> Spread:
-    """That of a single batch. One of fewer than two elements, which has no variance, counts for nothing.
+    """That of a single batch; an empty one counts for nothing.
 
     Args:
         moments: count [], mean and var [C].
     """
     first = torch.stack([torch.zeros_like(moments.var), moments.var])
-    num_batches = (moments.count > 1).to(moments.mean.dtype)
-    return Spread(num_batches, moments.mean, first, first.new_zeros(3, first.shape[1]), moments.unbiased_var())
+    num_batches = (moments.count > 0).to(moments.mean.dtype)
+    return Spread(num_batches, moments.count.square(), moments.mean, first, first.new_zeros(3, first.shape[1]))
 
 
 def merge_spreads(parts: Spread) -> Spread:
@@ -53,13 +54,12 @@ def merge_spreads(parts: Spread) -> Spread:
     used = (parts.num_batches > 0).nonzero()
     center = parts.center[used[0, 0]] if len(used) else parts.center[0]
     first, second = _move_center(parts, center)
-    total = parts.num_batches.sum()
-    share = (parts.num_batches / total.clamp(min=1)).view(-1, 1, 1)
-    mean = (share * first).sum(0)
+    total = parts.weight.sum()
+    weight = parts.weight.view(-1, 1, 1)
+    mean = (weight / total.clamp(min=1) * first).sum(0)
     off_d, off_u = (first - mean).unbind(1)
     apart = torch.stack([off_d * off_d, off_d * off_u, off_u * off_u], dim=1)
-    merged = (second + parts.num_batches.view(-1, 1, 1) * apart).sum(0)
-    return Spread(total, center, mean, merged, (share[:, :, 0] * parts.unbiased).sum(0))
+    return Spread(parts.num_batches.sum(), total, center, mean, (second + weight * apart).sum(0))
 
 
 def _move_center(parts: Spread, center: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,19 +72,32 @@ def _move_center(parts: Spread, center: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def standard_errors(spread: Spread, mean: Tensor) -> tuple[Tensor, Tensor]:
+def standard_errors(spread: Spread, total: Moments) -> tuple[Tensor, Tensor]:
     """Standard errors of the pooled mean and variance, [C] each; infinite for fewer than two batches.
 
-        s.e.(mean) = sd(mean_k) / sqrt(K),  s.e.(var) = sd(var_k + (mean_k - mean)^2) / sqrt(K)
+        s.e.(mean)^2 = K / (K - 1) * sum of (n_k / n)^2 (mean_k - mean)^2
+        s.e.(var)^2  = K / (K - 1) * sum of (n_k / n)^2 (u_k - var)^2,  u_k = var_k + (mean_k - mean)^2
+
+    With batches of one size these are sd(mean_k) / sqrt(K) and sd(u_k) / sqrt(K).
 
     Args:
         spread: of the batches, without leading dimensions.
-        mean: pooled, [C].
+        total: pooled moments of the same batches; count [], mean and var [C].
+
+    Source:
+        Cochran, *Sampling Techniques*, 1977, section 6.3 (the variance of a ratio of sums).
     """
     number = spread.num_batches
+    d, u = spread.first
     dd, du, uu = spread.second
-    delta = mean - spread.center
-    scatter = torch.stack([dd, uu - 4 * delta * du + 4 * delta.square() * dd]).clamp(min=0)
-    errors = (scatter / ((number - 1).clamp(min=1) * number.clamp(min=1))).sqrt()
+    delta = total.mean - spread.center
+    off_d, off_u = d - delta, u - 2 * delta * d + delta.square() - total.var
+    scatter = torch.stack(
+        [
+            dd + spread.weight * off_d.square(),
+            uu - 4 * delta * du + 4 * delta.square() * dd + spread.weight * off_u.square(),
+        ]
+    ).clamp(min=0)
+    errors = (scatter * number / (number - 1).clamp(min=1)).sqrt() / total.count.clamp(min=1)
     errors = torch.where(number > 1, errors, torch.full_like(errors, float("inf")))
     return errors[0], errors[1]

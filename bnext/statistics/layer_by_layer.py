@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_gather_numbers, resolve_group
-from bnext.statistics.observe import Collector, collect_moments, keeping_counters
+from bnext.errors import StatisticsError
+from bnext.statistics.collector import Collected, Collector
+from bnext.statistics.observe import collect_moments, keeping_counters
 from bnext.statistics.rounds import Rounds
 
 __all__ = ["estimate_layer_by_layer"]
@@ -31,8 +33,8 @@ def estimate_layer_by_layer(
     norms: Norms,
     collectors: Mapping[str, Mapping[str, Collector]],
     make_rounds: Callable[[], Rounds],
-    call: Callable[[Any], None],
-    blend: Callable[[Collector, Tensor, int, Rounds], Tensor],
+    call: Any,
+    blend: Callable[[Collector, Collected, Tensor], Tensor],
 ) -> Rounds:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
@@ -41,30 +43,38 @@ def estimate_layer_by_layer(
         norms: of the model; their buffers hold the estimates afterwards.
         collectors: by path.
         make_rounds: a new pass over the data, which must be the same ones each time.
-        call: runs a batch through the model.
-        blend: of a set, its estimate [2, C], its number of samples and the pass: what the running statistics become.
+        call: runs a batch through the model; call.images: domain -> images of the last one.
+        blend: of a set, what was collected, and its estimate [2, C]: what the running statistics become.
 
     Returns:
         The last pass.
 
+    Raises:
+        StatisticsError: a pass has fewer batches than the first one.
+
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.3.
     """
-    rounds = make_rounds()
+    rounds = first = make_rounds()
     modules = dict(norms)
     for path, number in _count_calls(norms, rounds, call).items():
         norm, rounds = modules[path], make_rounds()
         handle = norm.register_forward_hook(_stop) if number == 1 else None
         try:
-            with collect_moments([(path, norm)], collectors):
-                _pass(rounds, partial(_call_until_reached, model, call), collectors[path])
+            with collect_moments([(path, norm)], collectors, training=False):
+                _pass(rounds, model, call, collectors[path])
         finally:
             if handle is not None:
                 handle.remove()
+        if rounds.num_batches < first.num_batches:
+            raise StatisticsError(
+                f"data must give the same batches in every pass for estimator='layer_by_layer'; got "
+                f"{first.num_batches} in the first, and then {rounds.num_batches} ({path}). Pass a list of batches."
+            )
         for own in dict.fromkeys(collectors[path].values()):
-            total, _, num_samples = own.merged_over_workers()
-            if total.count >= 2:
-                new = blend(own, torch.stack([total.mean, total.unbiased_var()]), num_samples, rounds)
+            found = own.collect_over_workers()
+            if found.total.count >= 2:
+                new = blend(own, found, torch.stack([found.total.mean, found.total.unbiased_var()]))
                 own.state.running_mean.copy_(new[0])
                 own.state.running_var.copy_(new[1])
     return rounds
@@ -74,12 +84,12 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Reached
 
 
-def _pass(rounds: Rounds, call: Callable[[Any], None], collectors: Mapping[str, Collector]) -> None:
+def _pass(rounds: Rounds, model: nn.Module, call: Any, collectors: Mapping[str, Collector]) -> None:
     for batch in rounds:
         if batch is not None:
-            rounds.run(partial(call, batch))
+            rounds.run(partial(_call_until_reached, model, call, batch))
         for own in dict.fromkeys(collectors.values()):
-            own.end_batch()
+            own.end_batch(call.images)
     rounds.finish()
 
 

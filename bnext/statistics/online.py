@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.scopes import is_recomputing
 from bnext.statistics.arguments import check_momentum, check_source_samples
 from bnext.statistics.observe import Selection, find_input, name_features, restoring, select_norms
 
@@ -49,8 +51,9 @@ def following_stream(
 
     Note:
         Every worker follows its own stream. Predictions depend on the order of the images. A norm that is called
-        several times in a forward takes in each call; its samples are counted once. A backward pass must lie in the
-        scope, before the next batch.
+        several times in a forward takes in each call; its samples are counted once. If parts of the model are called
+        without it, as by `model.inference(...)`, every call of a norm counts as other samples. A backward pass must
+        lie in the scope, before the next batch.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
@@ -71,13 +74,14 @@ def following_stream(
             f"source_samples must be 0 with a momentum; got {source_samples} with momentum={momentum} "
             f"(following_stream). Set momentum=None to count samples."
         )
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise StatisticsError(
             f"model must not be compiled, as its statistics could not follow; got {type(model).__name__} "
             f"(following_stream). Pass the model that was given to torch.compile."
         )
     norms = select_norms(model, layers)
-    with restoring(model, norms):
+    with restoring(model):
         following = OnlineStatistics(model, norms, momentum, source_samples)
         try:
             yield following
@@ -103,7 +107,11 @@ class OnlineStatistics:
         for _, norm in norms:
             for state in _list_states(norm):
                 self._source[state] = torch.stack([state.running_mean, state.running_var]).double()
-        self._handles = [model.register_forward_pre_hook(self._begin)]
+        self._is_in_forward = False
+        self._handles = [
+            model.register_forward_pre_hook(self._begin),
+            model.register_forward_hook(self._end, always_call=True),
+        ]
         self._handles += [
             norm.register_forward_pre_hook(self._make_hook(path), with_kwargs=True) for path, norm in norms
         ]
@@ -120,13 +128,19 @@ class OnlineStatistics:
             handle.remove()
 
     def _begin(self, model: nn.Module, args: Any) -> None:
-        self._counted = {}
-        self.num_batches += not model.training
+        if not is_recomputing():
+            self._counted, self._is_in_forward = {}, True
+            self.num_batches += not model.training
+
+    def _end(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._is_in_forward = False
 
     def _make_hook(self, path: str) -> Any:
         def follow(norm: nn.Module, args: Any, kwargs: Any) -> None:
-            if norm.training:
+            if norm.training or is_recomputing():  # checkpointing calls it again in the backward pass
                 return
+            if not self._is_in_forward:
+                self._counted = {}
             calls: dict[Any, list[Tensor]] = {}
             for name, feature in name_features(norm, find_input(args, kwargs)):
                 state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm

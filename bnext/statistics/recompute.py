@@ -5,6 +5,7 @@ A layer may be called any number of times; one that is not reached keeps what it
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import os
@@ -14,26 +15,26 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.domain import use_domain
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, Spread, standard_errors
+from bnext.functional import standard_errors
 from bnext.layers.shuffled import shares_work
 from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
+from bnext.statistics.collector import Collected, Collector, make_collectors
 from bnext.statistics.kept_state import KeptState, describe_run
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import (
-    Collector,
     Selection,
     collect_moments,
     keeping_counters,
-    make_collectors,
-    normalizing_by_mini_batch,
+    leaving_population_aside,
     restoring,
     select_norms,
 )
 from bnext.statistics.report import PopulationEstimate, RecomputeReport, percentile_error
-from bnext.statistics.rounds import Rounds, make_bar
+from bnext.statistics.rounds import Rounds, count_images, make_bar
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
@@ -58,6 +59,7 @@ def recompute_population_statistics(
     momentum: float = 0.1,
     source_samples: float = 0,
     state_file: str | os.PathLike[str] | None = None,
+    remove_state: bool = True,
     progress: bool = False,
 ) -> RecomputeReport:
     """Replace the running statistics of batch norms by the moments of their inputs on `data`.
@@ -91,8 +93,9 @@ def recompute_population_statistics(
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
             new = (source_samples * former + n * estimate) / (source_samples + n), n images, of a domain its own.
         state_file: keeps what was collected so far, so that a call that is interrupted goes on from
-            there the next time; written every 20 batches of a worker, removed at the end. `data` must give the same
-            batches again, and the weights be the same. Not for layer_by_layer.
+            there the next time; written every 20 batches of a worker. `data` must give the same batches again, and
+            the weights be the same. Not for layer_by_layer.
+        remove_state: whether `state_file` is removed at the end; else the caller does it, once the result is safe.
         progress: show a bar where the standard error stream is a terminal.
 
     Returns:
@@ -123,14 +126,15 @@ def recompute_population_statistics(
     check_limits(num_batches, num_samples, tolerance, _WHERE)
     check_momentum(momentum, _WHERE)
     check_source_samples(source_samples, _WHERE)
+    model = model.module if isinstance(model, DistributedDataParallel) else model
     norms = select_norms(model, layers)
     collectors = make_collectors(norms, momentum)
     sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
     device = sets[0].total.mean.device
-    call = partial(_call, model, forward=forward, domain=domain)
+    call = _Caller(model, forward, domain, sets)
     names = [own.where for own in sets]
     kept = KeptState(state_file, names, "" if state_file is None else describe_run(model, estimator, momentum))
-    with torch.no_grad(), restoring(model, norms), keeping_counters(model), normalizing_by_mini_batch(norms):
+    with torch.no_grad(), restoring(model), keeping_counters(model), leaving_population_aside(norms):
         model.eval()
         for _, norm in norms:
             norm.train()
@@ -146,27 +150,50 @@ def recompute_population_statistics(
             rounds = make_rounds(skip=kept.load(sets))
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
                 _go_through(rounds, call, sets, tolerance, kept, bar)
-    merged = [own.merged_over_workers() for own in sets]
-    if all(total.count == 0 for total, _, _ in merged):
+    found = [own.collect_over_workers() for own in sets]
+    rows = [_estimate(own, every, estimator, source_samples) for own, every in zip(sets, found, strict=True)]
+    if all(new is None for _, new in rows):
+        count = max(int(every.total.count) for every in found)
+        got = f"{count} activations, each a mini-batch of its own" if count else "no activation"
         raise StatisticsError(
-            f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and no "
-            f"activation (recompute_population_statistics). Pass a longer loader, or select norms that forward reaches."
+            f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and {got} "
+            f"({_WHERE}). Pass {'larger batches' if count else 'a longer loader'}, or select norms that forward reaches."
         )
-    found = [_estimate(own, *parts, estimator, source_samples, rounds) for own, parts in zip(sets, merged, strict=True)]
-    _put(sets, [new for _, new in found], rounds.num_batches)  # after the last collective, which may fail
-    kept.remove()
-    return RecomputeReport(tuple(row for row, _ in found), rounds.num_batches, rounds.num_samples, tolerance)
+    _put(sets, [new for _, new in rows], rounds.num_batches)  # after the last collective, which may fail
+    if remove_state:
+        kept.remove()
+    return RecomputeReport(tuple(row for row, _ in rows), rounds.num_batches, rounds.num_samples, tolerance)
 
 
-def _call(model: nn.Module, batch: Any, forward: Forward | None, domain: Domain | None) -> None:
-    name = domain if domain is None or isinstance(domain, str) else domain(batch)
-    with contextlib.nullcontext() if name is None else use_domain(name):
-        if forward is not None:
-            forward(model, batch)
+class _Caller:
+    """Runs a batch through the model, in its domain.
+
+    Attributes:
+        images: domain -> images of the last batch; "": not known here.
+    """
+
+    def __init__(
+        self, model: nn.Module, forward: Forward | None, domain: Domain | None, sets: Sequence[Collector]
+    ) -> None:
+        self._model, self._forward, self._domain, self._sets = model, forward, domain, sets
+        self.images: dict[str, int] = {}
+
+    def __call__(self, batch: Any) -> None:
+        name = self._domain(batch) if callable(self._domain) else self._domain
+        is_one = name is None or isinstance(name, str)
+        self.images = {str(name or ""): count_images(batch)} if is_one else dict(collections.Counter(name))
+        with contextlib.nullcontext() if name is None else use_domain(name):
+            self._run(batch)
+
+    def _run(self, batch: Any) -> None:
+        if self._forward is not None:
+            self._forward(self._model, batch)
             return
         try:
-            model(batch)
+            self._model(batch)
         except (TypeError, AttributeError) as error:
+            if any(own.is_reached for own in self._sets):
+                raise  # the model has taken the batch
             raise StatisticsError(
                 f"forward must say how the model takes a batch, as model(batch) fails; got a batch of type "
                 f"{type(batch).__name__} and {type(error).__name__}: {str(error).splitlines()[0]} ({_WHERE}). For "
@@ -176,7 +203,7 @@ def _call(model: nn.Module, batch: Any, forward: Forward | None, domain: Domain 
 
 def _go_through(
     rounds: Rounds,
-    call: Callable[[Any], None],
+    call: _Caller,
     sets: Sequence[Collector],
     tolerance: float | None,
     kept: KeptState,
@@ -187,7 +214,7 @@ def _go_through(
         if batch is not None:
             rounds.run(partial(call, batch))
         for own in sets:
-            own.end_batch()
+            own.end_batch(call.images)
         bar.update()
         if tolerance is not None and rounds.done >= _FIRST_CHECK and rounds.done % _CHECK_PERIOD == 0:
             rounds.finish()  # whoever has failed does not come to the look
@@ -204,64 +231,62 @@ def _go_through(
 
 def _find_largest_error(sets: Sequence[Collector]) -> float:
     """Of the reached sets, over all workers. A collective."""
-    merged = [own.merged_over_workers() for own in sets]
-    errors = [_measure_errors(own, total, spread) for own, (total, spread, _) in zip(sets, merged, strict=True)]
-    reached = [max(pair) for pair, (total, _, _) in zip(errors, merged, strict=True) if total.count > 0]
-    return max(reached, default=math.inf)
+    found = [own.collect_over_workers() for own in sets]
+    reached = [(own, every) for own, every in zip(sets, found, strict=True) if every.total.count > 0]
+    return max((max(_measure_errors(own, every)) for own, every in reached), default=math.inf)
 
 
-def _measure_errors(own: Collector, total: Moments, spread: Spread) -> tuple[float, float]:
+def _measure_errors(own: Collector, found: Collected) -> tuple[float, float]:
     """Relative standard errors of mean and variance; eps keeps a dead channel (variance 0) from an infinite error."""
-    mean_error, var_error = standard_errors(spread, total.mean)
-    var = total.var + own.state.eps
+    mean_error, var_error = standard_errors(found.spread, found.total)
+    var = found.total.var + own.state.eps
     return percentile_error(mean_error / var.sqrt()), percentile_error(var_error / var)
 
 
 def _estimate(
-    own: Collector,
-    total: Moments,
-    spread: Spread,
-    num_samples: int,
-    estimator: Estimator,
-    source_samples: float,
-    rounds: Rounds,
+    own: Collector, found: Collected, estimator: Estimator, source_samples: float
 ) -> tuple[PopulationEstimate, Tensor | None]:
     """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate."""
-    state, count = own.state, int(total.count)
-    if count < 2:
+    is_pooled = estimator in ("pooled", "layer_by_layer")
+    if found.total.count < 2 or (not is_pooled and found.num_updates == 0):
         return PopulationEstimate(own.path, own.names, 0), None
-    new = torch.stack([total.mean, total.unbiased_var()])
+    new = torch.stack([found.total.mean, found.total.unbiased_var()])
     if estimator == "mean_of_batches":
-        new = torch.stack([spread.center + spread.first[0], spread.unbiased])
+        new = found.average
     elif estimator == "moving_average":
+        _check_former(own, found, "estimator='moving_average' begins with them", "Use another estimator")
         new = own.moving_over_workers()
-    old_mean, old_var = state.running_mean.double(), state.running_var.double()
-    mean, var = new = _blend(own, new, num_samples, rounds, source_samples)
-    if not torch.isfinite(new.to(state.running_var.dtype)).all():
+    new = _blend(own, found, new, source_samples)
+    if not torch.isfinite(new.to(own.state.running_var.dtype)).all():
         raise StatisticsError(
-            f"statistics must be finite in the type of their buffers; got an overflow in {state.running_var.dtype} "
+            f"statistics must be finite in the type of their buffers; got an overflow in {own.state.running_var.dtype} "
             f"({own.where}). The statistics are as they were; convert the norm to float32."
         )
-    shift = ((mean - old_mean).abs() / (var + state.eps).sqrt()).max()
-    ratio = torch.maximum((var + state.eps) / (old_var + state.eps), (old_var + state.eps) / (var + state.eps)).max()
-    errors = _measure_errors(own, total, spread)
-    num_batches = int(spread.num_batches)
-    row = PopulationEstimate(own.path, own.names, count, num_samples, num_batches, float(shift), float(ratio), *errors)
-    return row, new
+    return _describe(own, found, new), new
 
 
-def _blend(own: Collector, new: Tensor, num_samples: int, rounds: Rounds, source_samples: float) -> Tensor:
+def _describe(own: Collector, found: Collected, new: Tensor) -> PopulationEstimate:
+    (mean, var), (old_mean, old_var), eps = new, found.former, own.state.eps
+    shift = ((mean - old_mean).abs() / (var + eps).sqrt()).max()
+    ratio = torch.maximum((var + eps) / (old_var + eps), (old_var + eps) / (var + eps)).max()
+    counts = int(found.total.count), found.num_samples, int(found.spread.num_batches)
+    errors = _measure_errors(own, found)
+    return PopulationEstimate(own.path, own.names, *counts, float(shift), float(ratio), *errors)
+
+
+def _check_former(own: Collector, found: Collected, why: str, remedy: str) -> None:
+    if not torch.isfinite(found.former).all():
+        raise StatisticsError(
+            f"running statistics must be finite, as {why}; got NaN or Inf ({own.where}). {remedy}, which replaces them."
+        )
+
+
+def _blend(own: Collector, found: Collected, new: Tensor, source_samples: float) -> Tensor:
     """An estimate, [2, C], and the running statistics, which count for `source_samples` images."""
     if source_samples == 0:
         return new  # also where the former statistics are not finite
-    former = torch.stack([own.state.running_mean, own.state.running_var]).double()
-    if not torch.isfinite(former).all():
-        raise StatisticsError(
-            f"running statistics must be finite where they count for source_samples; got {source_samples} with NaN or "
-            f"Inf ({own.where}). Use source_samples=0, which replaces them."
-        )
-    num_images = min(num_samples, rounds.num_samples or num_samples)  # of its domain; not RoIs
-    return torch.lerp(former, new, num_images / (num_images + source_samples))
+    _check_former(own, found, f"they count for {source_samples:g} images (source_samples)", "Use source_samples=0")
+    return torch.lerp(found.former, new, found.num_images / (found.num_images + source_samples))
 
 
 def _put(sets: Sequence[Collector], found: Sequence[Tensor | None], num_batches: int) -> None:
@@ -269,4 +294,5 @@ def _put(sets: Sequence[Collector], found: Sequence[Tensor | None], num_batches:
         if new is not None:
             own.state.running_mean.copy_(new[0])
             own.state.running_var.copy_(new[1])
-            own.state.num_batches_tracked.fill_(num_batches)
+            if own.state.num_batches_tracked is not None:
+                own.state.num_batches_tracked.fill_(num_batches)

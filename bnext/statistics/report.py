@@ -84,10 +84,10 @@ class RecomputeReport:
         return tuple(estimate for estimate in self.reached if estimate.error > limit and self.tolerance is not None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; an infinite error is null."""
+        """For JSON; what is not finite, such as an unknown error, is null."""
         rows = [dataclasses.asdict(estimate) for estimate in self.estimates]
         for row in rows:
-            row |= {key: None for key in ("mean_error", "var_error") if math.isinf(row[key])}
+            row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
         return {**dataclasses.asdict(self), "estimates": rows}
 
     def __str__(self) -> str:

@@ -115,16 +115,22 @@ def count_images(batch: Any) -> int:
     """Samples in a batch, in the forms in which loaders give them.
 
     A tensor: its rows. A list of records, or of images [C, H, W]: its entries. (inputs, labels), as a pair of tensors
-    or of lists (torchvision's references): those of the inputs. A dictionary: those of its first value. A list of one
-    tensor of three dimensions, as loaders of unlabelled signals give, is taken for a list of one image.
+    or of lists (torchvision's references): those of the inputs. A dictionary: those of its first value that is a
+    tensor with dimensions, or a list. A list of tensors of three dimensions is one of images, whatever else it may be.
     """
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
     if isinstance(batch, dict):
-        return count_images(next(iter(batch.values()), 0))
+        values = batch.values()
+        return count_images(next((v for v in values if isinstance(v, (list, tuple)) or _has_rows(v)), 0))
     if not isinstance(batch, (list, tuple)):
         return 1
     is_images = all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in batch)
     is_pair = not is_images and bool(batch) and isinstance(batch[0], Tensor)
     is_pair = is_pair or (isinstance(batch, tuple) and bool(batch) and isinstance(batch[0], (tuple, list)))
+    is_pair = is_pair or (len(batch) == 2 and all(isinstance(entry, list) for entry in batch))
     return count_images(batch[0]) if is_pair else len(batch)
+
+
+def _has_rows(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bnext import StatisticsError, following_stream, use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
@@ -215,3 +216,41 @@ def test_arguments_out_of_range_are_refused(arguments, message):
     with pytest.raises(StatisticsError, match=message + r".*following_stream"), following_stream(bn, **arguments):
         pass
     assert_as_before(bn, before)
+
+
+class Partly(nn.Module):
+    """Called by its forward, or past it, as detectron2's `model.inference`."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = make_bn()
+
+    def forward(self, x):
+        return self.inference(x)
+
+    def inference(self, x):
+        return self.bn(x)
+
+
+def test_samples_count_whether_the_forward_is_called_or_a_part_of_it():
+    whole, part, data = Partly(), Partly(), batches()
+    with (
+        following_stream(whole, momentum=None, source_samples=20),
+        following_stream(part, momentum=None, source_samples=20),
+    ):
+        for batch in data:
+            whole(batch)
+            part.inference(batch)
+        torch.testing.assert_close(read(part.bn), read(whole.bn), **EXACT)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpointed_part_is_taken_in_once(use_reentrant):
+    plain, other = Partly().eval(), Partly().eval()
+    x = batches(1)[0].requires_grad_()
+    with following_stream(plain), following_stream(other):
+        plain(x).square().sum().backward()
+        expected, x.grad = x.grad, None
+        checkpoint(other, x, use_reentrant=use_reentrant).square().sum().backward()
+        torch.testing.assert_close(read(other.bn), read(plain.bn), **EXACT)
+    torch.testing.assert_close(x.grad, expected, **EXACT)

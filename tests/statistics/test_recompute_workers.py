@@ -43,6 +43,27 @@ def recompute(rank, world_size):
     return results
 
 
+def recompute_from_other_averages(rank, world_size):
+    """Every worker's moving average is another one, as detectron2's are."""
+    bn = nn.BatchNorm2d(NUM_CHANNELS).double()
+    bn.running_mean.fill_(rank)
+    bn.running_var.fill_(1.0 + rank)
+    data = [features["p3"] for features in make_data(rank, world_size)]
+    report = recompute_population_statistics(nn.Sequential(bn), data, source_samples=24)
+    return bn.running_mean, bn.running_var, report
+
+
+def recompute_wrapped(rank, world_size):
+    """DistributedDataParallel would send the first worker's buffers to all in every forward."""
+    net = nn.Sequential(nn.Conv2d(NUM_CHANNELS, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).double()
+    net[2].running_mean.fill_(rank)
+    model = nn.parallel.DistributedDataParallel(net)
+    net[2].running_mean.fill_(rank)  # wrapping has sent them, too
+    data = [features["p3"] for features in make_data(rank, world_size)]
+    report = recompute_population_statistics(model, data, layers=lambda path, module: path == "1")
+    return net[1].running_mean, net[2].running_mean, report.estimates[0].path
+
+
 def recompute_with_one_nan(rank, world_size):
     model = make_model(SPECS[0])
     data = make_data(rank, world_size)
@@ -62,6 +83,23 @@ def test_a_failure_of_one_worker_ends_all_and_changes_nothing():
     assert "activations must be finite" in second
     assert is_first_kept
     assert is_second_kept
+
+
+def test_former_statistics_that_differ_count_as_one_population():
+    (mean, var, report), *others = run_workers(recompute_from_other_averages, 2, 2)
+    assert torch.equal(mean, others[0][0])
+    assert torch.equal(var, others[0][1])
+    assert report == others[0][2]
+    data = [features["p3"] for rank in range(2) for features in make_data(rank, 2)]
+    _, pooled, _ = reference.moments_of(data)
+    number = sum(map(len, data))
+    torch.testing.assert_close(mean, (number * pooled + 24 * 0.5) / (number + 24), rtol=1e-12, atol=1e-12)
+
+
+def test_a_wrapped_model_is_estimated_without_its_wrapper():
+    (mean, other, path), (mean_too, other_too, _) = run_workers(recompute_wrapped, 2, 2)
+    assert torch.equal(mean, mean_too)
+    assert (other.tolist(), other_too.tolist(), path) == ([0.0, 0.0], [1.0, 1.0], "1")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

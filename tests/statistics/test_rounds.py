@@ -25,6 +25,8 @@ IMAGE = torch.zeros(3, 4, 4)
         (tuple(zip(*[(IMAGE, {"boxes": 0})] * 9, strict=True)), 9),  # torchvision's references
         ({"images": torch.zeros(3, 3, 4, 4), "labels": torch.zeros(3)}, 3),
         ([(IMAGE, 1)] * 2, 2),
+        ([[IMAGE] * 8, [{"boxes": 0}] * 8], 8),
+        ({"height": 480, "scale": torch.tensor(1.0), "image": torch.zeros(4, 3, 2, 2)}, 4),
         (None, 1),
         ([], 0),
     ],
@@ -173,7 +175,7 @@ def test_statistics_that_are_not_finite_are_replaced_or_refused(estimator):
     data = [torch.randn(4, 2, 3, 3) for _ in range(2)]
     norm = nn.BatchNorm2d(2).eval()
     norm.running_var.fill_(float("nan"))
-    with pytest.raises(StatisticsError, match="must be finite where they count for source_samples; got 8"):
+    with pytest.raises(StatisticsError, match="must be finite, as they count for 8 images"):
         recompute_population_statistics(norm, data, estimator=estimator, source_samples=8)
     recompute_population_statistics(norm, data, estimator=estimator)
     assert torch.isfinite(norm.running_var).all()
