@@ -152,6 +152,24 @@ def test_re_estimation_that_is_broken_off_within_the_cycling_head():
     assert (peer._pos, ours._pos) == (2, 0)
 
 
+def test_layer_by_layer_ends_a_forward_early_and_the_cycling_head_stays_aligned():
+    """A forward is broken off at the norm in question; the head counts its calls to know its level."""
+    ours, data = (
+        CycleBatchNormList(len(LEVELS), bn_class=nn.BatchNorm2d, num_features=NUM_CHANNELS).double(),
+        [make_features(seed) for seed in range(2)],
+    )
+
+    def forward(model, features):
+        for feature in features.values():
+            model(feature)
+
+    recompute_population_statistics(ours, data, forward=forward, estimator="layer_by_layer")
+    for index, level in enumerate(LEVELS):
+        _, mean, _ = reference.moments_of([features[level] for features in data])
+        torch.testing.assert_close(ours[index].running_mean, mean)
+    assert ours._pos == 0
+
+
 def test_re_estimation_of_an_own_norm_class():
     peer, ours = (nn.Sequential(OwnNorm(NUM_CHANNELS).double()) for _ in range(2))
     update_bn_stats(peer, make_batches(), num_iters=4)

@@ -11,18 +11,18 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnext.domain import use_domain
 from bnext.errors import StatisticsError
-from bnext.functional import standard_errors
 from bnext.layers.shuffled import shares_work
 from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
-from bnext.statistics.collector import Collected, Collector, make_collectors
+from bnext.statistics.collector import Collector, make_collectors
+from bnext.statistics.estimates import Estimator, blend_former, estimate_set, measure_errors, put_estimates
 from bnext.statistics.kept_state import KeptState, describe_run
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import (
@@ -33,12 +33,11 @@ from bnext.statistics.observe import (
     restoring,
     select_norms,
 )
-from bnext.statistics.report import PopulationEstimate, RecomputeReport, percentile_error
+from bnext.statistics.report import RecomputeReport
 from bnext.statistics.rounds import Rounds, count_images, make_bar
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
-Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
 _WHERE = "recompute_population_statistics"
@@ -71,20 +70,20 @@ def recompute_population_statistics(
     shared statistics those of all together.
 
     Args:
-        model: any torch model.
+        model: any torch model; of DistributedDataParallel the module within, by whose paths layers are named.
         data: batches; every worker brings its own share. With norms over all workers the shortest share ends it.
         num_batches: how many to use at most, per worker; None: all.
         num_samples: enough images, over all workers; None: all. The batch that reaches it is the last one.
         tolerance: stop as soon as the standard errors of all reached sets are below it: of the mean in standard
             deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never.
-        forward: called as forward(model, batch); default model(batch).
+        forward: called as forward(model, batch), leaves modes as they are; default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
             for which it is true are re-estimated. Default: all.
         domain: of all images, or called as domain(batch) for that of a batch or of each image; see `use_domain`.
             None: as the caller or the batch has it.
         estimator: "pooled": the variance of all data, which has the least error. "mean_of_batches": the mean of the
             batches' variances with correction 1, as a moving average has it; differences between batches are not in
-            it. "moving_average": what `momentum` remembers of the batches, in their order, with weights that no
+            it, and each call of a norm, or each level with statistics of its own, is a mini-batch. "moving_average": what `momentum` remembers of the batches, in their order, with weights that no
             longer change. "layer_by_layer": every norm on features that the norms before it have normalized by their
             new statistics, exact and independent of the batch size; as many passes over `data`, which must be a
             list or a loader, as there are norms, and one more. A norm that is called on what comes of its own output
@@ -144,22 +143,23 @@ def recompute_population_statistics(
         if estimator == "layer_by_layer":
             model.eval()
             make_rounds = partial(make_rounds, shares_work=shares_work(model))
-            blend = partial(_blend, source_samples=source_samples)
+            blend = partial(blend_former, source_samples=source_samples)
             rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call, blend)
         else:
             rounds = make_rounds(skip=kept.load(sets))
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
                 _go_through(rounds, call, sets, tolerance, kept, bar)
     found = [own.collect_over_workers() for own in sets]
-    rows = [_estimate(own, every, estimator, source_samples) for own, every in zip(sets, found, strict=True)]
+    rows = [estimate_set(own, every, estimator, source_samples) for own, every in zip(sets, found, strict=True)]
     if all(new is None for _, new in rows):
         count = max(int(every.total.count) for every in found)
         got = f"{count} activations, each a mini-batch of its own" if count else "no activation"
         raise StatisticsError(
             f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and {got} "
-            f"({_WHERE}). Pass {'larger batches' if count else 'a longer loader'}, or select norms that forward reaches."
+            f"({_WHERE}). Pass {'larger batches' if count else 'a longer loader'}, or select norms that forward "
+            f"reaches."
         )
-    _put(sets, [new for _, new in rows], rounds.num_batches)  # after the last collective, which may fail
+    put_estimates(sets, [new for _, new in rows], rounds.num_batches)  # after the last collective, which may fail
     if remove_state:
         kept.remove()
     return RecomputeReport(tuple(row for row, _ in rows), rounds.num_batches, rounds.num_samples, tolerance)
@@ -233,66 +233,4 @@ def _find_largest_error(sets: Sequence[Collector]) -> float:
     """Of the reached sets, over all workers. A collective."""
     found = [own.collect_over_workers() for own in sets]
     reached = [(own, every) for own, every in zip(sets, found, strict=True) if every.total.count > 0]
-    return max((max(_measure_errors(own, every)) for own, every in reached), default=math.inf)
-
-
-def _measure_errors(own: Collector, found: Collected) -> tuple[float, float]:
-    """Relative standard errors of mean and variance; eps keeps a dead channel (variance 0) from an infinite error."""
-    mean_error, var_error = standard_errors(found.spread, found.total)
-    var = found.total.var + own.state.eps
-    return percentile_error(mean_error / var.sqrt()), percentile_error(var_error / var)
-
-
-def _estimate(
-    own: Collector, found: Collected, estimator: Estimator, source_samples: float
-) -> tuple[PopulationEstimate, Tensor | None]:
-    """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate."""
-    is_pooled = estimator in ("pooled", "layer_by_layer")
-    if found.total.count < 2 or (not is_pooled and found.num_updates == 0):
-        return PopulationEstimate(own.path, own.names, 0), None
-    new = torch.stack([found.total.mean, found.total.unbiased_var()])
-    if estimator == "mean_of_batches":
-        new = found.average
-    elif estimator == "moving_average":
-        _check_former(own, found, "estimator='moving_average' begins with them", "Use another estimator")
-        new = own.moving_over_workers()
-    new = _blend(own, found, new, source_samples)
-    if not torch.isfinite(new.to(own.state.running_var.dtype)).all():
-        raise StatisticsError(
-            f"statistics must be finite in the type of their buffers; got an overflow in {own.state.running_var.dtype} "
-            f"({own.where}). The statistics are as they were; convert the norm to float32."
-        )
-    return _describe(own, found, new), new
-
-
-def _describe(own: Collector, found: Collected, new: Tensor) -> PopulationEstimate:
-    (mean, var), (old_mean, old_var), eps = new, found.former, own.state.eps
-    shift = ((mean - old_mean).abs() / (var + eps).sqrt()).max()
-    ratio = torch.maximum((var + eps) / (old_var + eps), (old_var + eps) / (var + eps)).max()
-    counts = int(found.total.count), found.num_samples, int(found.spread.num_batches)
-    errors = _measure_errors(own, found)
-    return PopulationEstimate(own.path, own.names, *counts, float(shift), float(ratio), *errors)
-
-
-def _check_former(own: Collector, found: Collected, why: str, remedy: str) -> None:
-    if not torch.isfinite(found.former).all():
-        raise StatisticsError(
-            f"running statistics must be finite, as {why}; got NaN or Inf ({own.where}). {remedy}, which replaces them."
-        )
-
-
-def _blend(own: Collector, found: Collected, new: Tensor, source_samples: float) -> Tensor:
-    """An estimate, [2, C], and the running statistics, which count for `source_samples` images."""
-    if source_samples == 0:
-        return new  # also where the former statistics are not finite
-    _check_former(own, found, f"they count for {source_samples:g} images (source_samples)", "Use source_samples=0")
-    return torch.lerp(found.former, new, found.num_images / (found.num_images + source_samples))
-
-
-def _put(sets: Sequence[Collector], found: Sequence[Tensor | None], num_batches: int) -> None:
-    for own, new in zip(sets, found, strict=True):
-        if new is not None:
-            own.state.running_mean.copy_(new[0])
-            own.state.running_var.copy_(new[1])
-            if own.state.num_batches_tracked is not None:
-                own.state.num_batches_tracked.fill_(num_batches)
+    return max((max(measure_errors(own, every)) for own, every in reached), default=math.inf)
