@@ -82,12 +82,13 @@ def recompute_population_statistics(
         domain: of all images, or called as domain(batch) for that of a batch or of each image; see `use_domain`.
             None: as the caller or the batch has it.
         estimator: "pooled": the variance of all data, which has the least error. "mean_of_batches": the mean of the
-            batches' variances with correction 1, as a moving average has it; differences between batches are not in
-            it, and each call of a norm, or each level with statistics of its own, is a mini-batch. "moving_average": what `momentum` remembers of the batches, in their order, with weights that no
-            longer change. "layer_by_layer": every norm on features that the norms before it have normalized by their
-            new statistics, exact and independent of the batch size; as many passes over `data`, which must be a
-            list or a loader, as there are norms, and one more. A norm that is called on what comes of its own output
-            has its former statistics meanwhile. `tolerance` ends nothing then: it is for the report.
+            batches' variances with correction 1, as a moving average has it; differences between batches are not in it,
+            and each call of a norm, or each level with statistics of its own, is a mini-batch. "moving_average": what
+            `momentum` remembers of the batches, in their order, with weights that no longer change. "layer_by_layer":
+            every norm on features that the norms before it have normalized by their new statistics, exact and
+            independent of the batch size; as many passes over `data`, which must be a list or a loader, as there are
+            norms, and one more. A norm that is called on what comes of its own output has its former statistics
+            meanwhile. `tolerance` ends nothing then: it is for the report.
         momentum: of "moving_average", in torch's sense, above 0 and at most 1.
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
             new = (source_samples * former + n * estimate) / (source_samples + n), n images, of a domain its own.
