@@ -15,9 +15,10 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bnext.engine.command import load_config
-from bnext.engine.compare import KINDS
+from bnext.engine.compare_kinds import KINDS
 from bnext.engine.compare_report import run_comparison
 from bnext.errors import run_command
 
@@ -40,17 +41,34 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
     args = build_parser().parse_intermixed_args(argv)
-    return run_command(lambda: compare(args))
+    path = Path(args.output, "statistics.json")
+    before = read_stamp(path)
+    try:
+        return run_command(lambda: compare(args))
+    except KeyboardInterrupt:
+        is_new = read_stamp(path) != before  # not of an earlier comparison
+        kept = f"what is measured so far is in {path}" if is_new else "nothing is written"
+        print(f"interrupted; {kept}.", file=sys.stderr)
+        return 130
+
+
+def read_stamp(path: Path) -> tuple[int, int] | None:
+    """What tells a file from one that replaces it; None: there is none."""
+    if not path.is_file():
+        return None
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
 
 
 def compare(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
     target = ["DATASETS.TEST", f"('{args.target_dataset}',)"] if args.target_dataset else []
-    kinds = args.kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
-    opts = [*args.opts, *itertools.dropwhile(lambda word: "." not in word, kinds)]  # pairs that follow --kinds
-    kinds = list(itertools.takewhile(lambda word: "." not in word, kinds))
+    given = args.kinds or []
+    opts = [*args.opts, *itertools.dropwhile(lambda word: "." not in word, given)]  # pairs that follow --kinds
+    kinds = list(itertools.takewhile(lambda word: "." not in word, given))
+    kinds = kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
     cfg = load_config(args.config_file, [*opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
     run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset)
 

@@ -1,7 +1,7 @@
 """Same checkpoint, which statistics? One model evaluated with the statistics of its file and with others.
 
 Users ask it in ultralytics/ultralytics#5891, open-mmlab/mmaction2#1054 and facebookresearch/maskrcnn-benchmark#1006.
-Words, table and plot are in `bnext.engine.compare_report`.
+What kinds there are is in `bnext.engine.compare_kinds`; words, table and plot in `bnext.engine.compare_report`.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from torch.utils.data import DataLoader
 
 from bnext.data.seeding import seeded
 from bnext.domain import use_domain
+from bnext.engine.compare_kinds import KINDS, count_images_as_trained, find_obstacle
 from bnext.engine.compare_scopes import FailingLast, normalizing_evaluation_by_mini_batch, try_measuring
-from bnext.engine.evaluation import build_evaluator, evaluate_with
+from bnext.engine.evaluation import JoinedBatches, build_evaluator, evaluate_with
 from bnext.engine.recompute import build_batches, has_labels, load_records, recompute_statistics
 from bnext.engine.study import flatten_metrics
 from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
 from bnext.errors import ConfigError, StatisticsError
-from bnext.layers import LevelBatchNorm2d, convert_norm
+from bnext.layers import convert_norm
 from bnext.layers.spec import check_choice
 from bnext.statistics.observe import restoring, select_norms
 
@@ -44,17 +45,6 @@ __all__ = [
     "read_three_ways",
 ]
 
-# Kind -> in words.
-KINDS = {
-    "moving_average": "moving average, as in the file",
-    "precise": "precise, pooled",
-    "mean_of_batches": "precise, mean of batches",
-    "mini_batch": "mini-batch at inference: each image",
-    "mini_batch_as_trained": "mini-batch at inference: as many images as in training",
-    "per_level": "re-estimated per level",
-    "per_domain": "re-estimated on the domain's own images",
-    "adaptive": "adaptive: of the test images",
-}
 _TASKS = ("bbox", "segm")
 
 
@@ -73,7 +63,7 @@ def compare_statistics(
     Args:
         cfg: the one data set of DATASETS.TEST is evaluated; statistics are re-estimated as `recompute_statistics` does.
         model: the detector; as it was afterwards.
-        kinds: some of `KINDS`.
+        kinds: some of `KINDS`, each of which is measured once.
         domain: of all images, where norms have statistics or weights per domain; None: as the config says.
         domain_dataset: training images, labelled or not, of the domain that is evaluated, for "per_domain".
         lost: norms whose statistics the file does not have, see `Checkpointer.left_out`; only others are compared.
@@ -96,9 +86,10 @@ def compare_statistics(
     """
     for kind in kinds:
         check_choice("kinds", kind, tuple(KINDS), where="compare_statistics")
+    kinds = list(dict.fromkeys(kinds))
     check_domain(cfg, domain)
     name = _find_dataset(cfg)
-    obstacles = {kind: find_obstacle(model, kind) for kind in kinds}
+    obstacles = {kind: find_obstacle(model, kind, _count_own_images(cfg)) for kind in kinds}
     if "per_domain" in kinds and domain_dataset is None:
         obstacles["per_domain"] = "no data set of the domain is named (--domain-dataset)"
     no_average = f"statistics in the file are not finite ({lost[0]}{', ...' * (len(lost) > 1)})" if lost else ""
@@ -145,7 +136,7 @@ def _measure(
     cfg: CfgNode, model: nn.Module, kind: str, name: str, images: str | None, reports: dict[str, Any]
 ) -> dict[str, float | None]:
     """COCO's metrics with one kind of statistics."""
-    size = max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size()) if kind == "mini_batch_as_trained" else 1
+    size = _find_batch_size(cfg, model) if kind == "mini_batch_as_trained" else 1
     evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind))
     drawing = seeded(max(cfg.SEED, 0))  # what detectron2's loader draws
     with _using(cfg, model, kind, images, reports) as variant, drawing:
@@ -154,6 +145,16 @@ def _measure(
     if last.failure is not None:
         raise last.failure
     return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
+
+
+def _count_own_images(cfg: CfgNode) -> int:
+    """Of this worker, in an SGD step."""
+    return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+
+
+def _find_batch_size(cfg: CfgNode, model: nn.Module) -> int:
+    """How many images are normalized together in training, of a model of which `find_obstacle` says nothing."""
+    return next(iter(count_images_as_trained(model, _count_own_images(cfg))))
 
 
 def _find_dataset(cfg: CfgNode) -> str:
@@ -169,23 +170,6 @@ def _find_dataset(cfg: CfgNode) -> str:
             f"(compare_statistics). For statistics alone use recompute_statistics, which needs no labels."
         )
     return name
-
-
-def find_obstacle(model: nn.Module, kind: str) -> str | None:
-    """Why a kind of statistics does not apply to a model; None: it does."""
-    if kind == "moving_average":
-        return None  # whatever is in the file, also GroupNorm's nothing
-    try:
-        norms = select_norms(model)
-    except StatisticsError:
-        return "the model has no batch norm with population statistics that are not frozen"
-    if kind != "per_level":
-        return None
-    levels = [norm for _, norm in norms if isinstance(norm, LevelBatchNorm2d)]
-    if not levels:
-        return "the model has no batch norm that sees several levels"
-    is_done = all(norm.spec.population == "per_level" for norm in levels)
-    return "the statistics are per level already, see the precise ones" if is_done else None
 
 
 @contextlib.contextmanager
@@ -284,12 +268,12 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
         return {}
     records = load_records(name, cfg)[:number]
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
-    loader = DataLoader(
+    single = DataLoader(
         MapDataset(records[rank::world_size], DatasetMapper(cfg, False)),
-        batch_size=max(1, cfg.SOLVER.IMS_PER_BATCH // world_size),
         collate_fn=list,
         generator=torch.Generator(),  # else torch would draw from the global one
     )
+    loader = JoinedBatches(single, _find_batch_size(cfg, model))
     with normalizing_evaluation_by_mini_batch(model), contextlib.redirect_stdout(io.StringIO()):
         metrics = inference_on_dataset(model, loader, evaluator) or {}
     return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])

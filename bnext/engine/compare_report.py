@@ -21,7 +21,9 @@ from tabulate import tabulate
 from bnext.data.check import check_datasets
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.command import build_parser, check_run
-from bnext.engine.compare import KINDS, check_domain, compare_statistics
+from bnext.engine.compare import check_domain, compare_statistics
+from bnext.engine.compare_kinds import KINDS
+from bnext.engine.evaluation import drop_nan
 from bnext.engine.launch import launch
 from bnext.engine.recompute import load_records
 from bnext.errors import ConfigError
@@ -141,17 +143,8 @@ def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, d
 def _write(cfg: CfgNode, results: Mapping[str, Any]) -> None:
     if comm.is_main_process():
         os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
-        text = json.dumps(_drop_nan({"weights": cfg.MODEL.WEIGHTS, **results}), indent=2, allow_nan=False)
+        text = json.dumps(drop_nan({"weights": cfg.MODEL.WEIGHTS, **results}), indent=2, allow_nan=False)
         replace_file(_outputs(cfg)[0], lambda file: file.write(f"{text}\n".encode()))
-
-
-def _drop_nan(value: Any) -> Any:
-    """JSON has no NaN: the loss of a model that has diverged is null."""
-    if isinstance(value, Mapping):
-        return {key: _drop_nan(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_drop_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -248,6 +241,7 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     left.set_yticks(range(len(rows)), [KINDS[kind].replace(": as", ":\nas") for kind in rows])
     left.invert_yaxis()
     left.margins(x=0.22)
+    left.set_xlim(0, None if any(row.get(key) for key in keys for row in rows.values()) else 1)
     left.set_xlabel(f"COCO AP on {results['dataset']}")
     left.set_title("Same checkpoint, which statistics?")
     if len(keys) > 1:

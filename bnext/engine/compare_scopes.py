@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnext.engine.without_trace import restoring_attributes
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.scopes import answering
 from bnext.layers.shuffled import shares_work
 from bnext.statistics.observe import select_norms
 
@@ -30,19 +31,16 @@ def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
         StatisticsError: there is no such norm; in a forward, one of torch's gets a single element per channel.
     """
     norms = select_norms(model)
-    own = [(norm, norm.spec) for _, norm in norms if isinstance(norm, BatchNorm2d)]
+    own = [norm for _, norm in norms if isinstance(norm, BatchNorm2d)]
     others = {path: norm for path, norm in norms if not isinstance(norm, BatchNorm2d)}
     foreign = [(norm, norm.running_mean, norm.running_var) for norm in others.values()]
     hooks = [norm.register_forward_pre_hook(partial(_check_elements, path)) for path, norm in others.items()]
     try:
-        for norm, spec in own:
-            norm.spec = spec.replace(inference="mini_batch")
         for norm, *_ in foreign:
             norm.running_mean = norm.running_var = None  # so torch takes those of the mini-batch
-        yield
+        with answering(own, inference="mini_batch"):
+            yield
     finally:
-        for norm, spec in own:
-            norm.spec = spec
         for norm, mean, var in foreign:
             norm.running_mean, norm.running_var = mean, var
         for hook in hooks:

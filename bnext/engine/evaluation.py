@@ -14,7 +14,7 @@ import logging
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -27,7 +27,7 @@ from bnext.data.loader import limit_loader_workers
 from bnext.errors import ConfigError
 from bnext.files import replace_file
 
-__all__ = ["build_evaluator", "check_evaluator", "drop_nan", "evaluate_model", "evaluate_with"]
+__all__ = ["JoinedBatches", "build_evaluator", "check_evaluator", "drop_nan", "evaluate_model", "evaluate_with"]
 
 
 def check_evaluator(dataset_name: str) -> None:
@@ -116,7 +116,7 @@ def evaluate_with(
     num_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
     loader = build_detection_test_loader(cfg, name, num_workers=num_workers)
     if images_per_batch > 1:
-        loader = _JoinedBatches(loader, images_per_batch)
+        loader = JoinedBatches(loader, images_per_batch)
     mode = model.training
     try:
         with _log_prints():
@@ -128,7 +128,7 @@ def evaluate_with(
     return results
 
 
-class _JoinedBatches:
+class JoinedBatches:
     """A loader's batches, joined to some whose sizes differ by at most one; detectron2 0.6 loads image by image."""
 
     def __init__(self, loader: Any, size: int) -> None:
@@ -170,7 +170,12 @@ def save_results(results: dict[str, Any], folder: str) -> None:
 
 
 def drop_nan(value: Any) -> Any:
-    """The same metrics with None for what COCO gives no number: JSON has none for it either."""
-    if isinstance(value, dict):
+    """The same numbers, lists and dictionaries with None for NaN and Inf: JSON has none of them.
+
+    COCO has no number where there is no object; a model that has diverged has none for its loss.
+    """
+    if isinstance(value, Mapping):
         return {key: drop_nan(item) for key, item in value.items()}
-    return value if math.isfinite(value) else None
+    if isinstance(value, (list, tuple)):
+        return [drop_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -19,17 +18,11 @@ from bnext.engine.compare import (
     normalizing_evaluation_by_mini_batch,
     read_three_ways,
 )
-from bnext.engine.compare_report import (
-    describe_reading,
-    describe_rows,
-    draw_comparison,
-    format_comparison,
-    run_comparison,
-)
+from bnext.engine.compare_report import draw_comparison, format_comparison, run_comparison
 from bnext.engine.compare_scopes import try_measuring
 from bnext.engine.recompute import recompute_statistics
 from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
-from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
 from tests.engine import tiny
 from tests.workers import run_workers
@@ -127,6 +120,14 @@ def test_statistics_that_are_wrong_are_an_inconsistency(compared):
         assert reading[way]["loss"] == right[way]["loss"]
 
 
+def test_a_kind_that_is_asked_for_twice_is_measured_once(weights, tmp_path):
+    cfg, seen = load(tmp_path), []
+    kinds = ["precise", "moving_average", "precise"]
+    results = compare_statistics(cfg, load_model(cfg, weights), kinds, on_kind=lambda results: seen.append(1))
+    assert list(results["rows"]) == ["precise", "moving_average"]
+    assert len(seen) == 2
+
+
 def test_torch_norms_are_normalized_by_the_mini_batch_too():
     model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)).eval()
     norms = list(model)
@@ -170,37 +171,6 @@ def test_a_mask_rcnn_has_box_and_mask_ap(digits, tmp_path):
     }
     assert counts["precise"][box] == 4 * 16 * 49, "RoIs sampled as in training"
     assert 0 < counts["adaptive"][box] <= 4 * 16 * 49
-
-
-def test_the_command_writes_json_and_plot_and_refuses_to_do_it_again(weights, tmp_path, capsys):
-    cfg = load(tmp_path, "MODEL.WEIGHTS", weights)
-    before = Path(weights).read_bytes()
-    run_comparison(cfg, ["moving_average", "precise"])
-    assert Path(weights).read_bytes() == before
-    results = json.loads((tmp_path / "statistics.json").read_text())
-    assert set(results["rows"]) == {"moving_average", "precise"}
-    assert "inconsistency" in results["words"]["reading"]
-    assert (tmp_path / "statistics.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
-    assert "same checkpoint, which statistics?" in printed
-    assert "three-way reading" in printed
-    with pytest.raises(ConfigError, match="--overwrite"):
-        run_comparison(cfg, ["moving_average"])
-
-
-def test_what_is_refused(weights, tmp_path):
-    with pytest.raises(ConfigError, match=r"--kinds must be one of .*'adaptive'; got 'best'"):
-        run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights), ["best"])
-    for opts, kind, message in (
-        (("MODEL.WEIGHTS", "absent.pth"), CheckpointError, "absent.pth"),
-        (("MODEL.WEIGHTS", ""), CheckpointError, "must name the checkpoint"),
-        (("DATASETS.TEST", "('digits_vall',)"), DatasetError, "nearest: digits_val"),
-        (("DATASETS.TEST", "()"), ConfigError, "DATASETS.TEST"),
-        (("DATASETS.TEST", "('digits_val', 'digits_train')"), ConfigError, "name one data set"),
-    ):
-        with pytest.raises(kind, match=message):
-            run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights, *opts))
-    assert not (tmp_path / "statistics.json").exists()
 
 
 def test_labels_are_needed(weights, tmp_path, digits):
@@ -280,18 +250,6 @@ def test_a_kind_that_fails_on_one_worker_fails_on_all():
     assert run_workers(measure_on_two_workers, 2) == ["on purpose", "on purpose"]
 
 
-def test_what_is_measured_stays_if_the_next_kind_breaks_off(weights, tmp_path, monkeypatch):
-    def break_off(*args, **kwargs):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr("bnext.engine.compare.recompute_statistics", break_off)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run_comparison(load(tmp_path, "MODEL.WEIGHTS", weights), ["moving_average", "precise"])
-    results = json.loads((tmp_path / "statistics.json").read_text())
-    assert list(results["rows"]) == ["moving_average"]
-    assert "bbox/AP" in results["rows"]["moving_average"]
-
-
 DOMAINS = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
 
 
@@ -318,43 +276,3 @@ def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
     assert "loss" in results["reading"]["population_val"]
     fallback = load(tmp_path, *DOMAINS, "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
     assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]
-
-
-def test_statistics_that_are_not_finite_are_no_kind_and_the_others_are_measured(weights, tmp_path, capsys):
-    state = torch.load(weights)
-    state["model"]["head.cls_subnet.1.running_mean"][3] = float("nan")
-    torch.save(state, tmp_path / "nan.pth")
-    cfg = load(tmp_path / "out", "MODEL.WEIGHTS", tmp_path / "nan.pth", "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
-    kinds = ("moving_average", "precise", "mini_batch")
-    run_comparison(cfg, kinds)
-    results = json.loads((tmp_path / "out" / "statistics.json").read_text())
-    assert list(results["rows"]) == list(kinds[1:])
-    assert "not finite (head.cls_subnet.1)" in results["not_applicable"]["moving_average"]
-    assert "not finite" in results["reading"]["not_applicable"]
-    whole = compare_statistics(cfg, load_model(cfg, weights), kinds)
-    assert results["rows"]["precise"] == whole["rows"]["precise"], "the estimate knows nothing of what was there before"
-
-
-def test_words_say_which_way_and_how_much():
-    rows = {"moving_average": {"bbox/AP": 21.4}, "precise": {"bbox/AP": 34.6}, "per_level": {"bbox/AP": 2.1}}
-    words = describe_rows({**rows, "adaptive": {"bbox/AP": 21.5}})
-    assert words["precise"] == "precise statistics are worth +13.2 AP: the moving average does not fit"
-    assert words["per_level"].startswith("statistics of each level cost 19.3 AP")
-    assert words["adaptive"].startswith("statistics of the test images change nothing (+0.1 AP)")
-    assert describe_rows({"precise": {"bbox/AP": 1.0}}) == {}
-    assert describe_rows({"moving_average": {"bbox/AP": 0.1}, "precise": {"bbox/AP": 0.2}}) == {}
-    assert describe_rows({"moving_average": {"bbox/AP": None}, "precise": {"bbox/AP": 1.0}}) == {}
-
-
-@pytest.mark.parametrize(
-    ("inconsistency", "verdict"),
-    [
-        (0.3, "75 % of the loss"),
-        (0.001, "describe what the norms see"),
-        (-1, "describe"),
-        (float("inf"), "a loss is not finite"),
-    ],
-)
-def test_the_reading_in_words(inconsistency, verdict):
-    reading = {way: {"loss": 0.5} for way in ("mini_batch_train", "mini_batch_val", "population_val")}
-    assert verdict in describe_reading({**reading, "generalization_gap": 0.1, "inconsistency": inconsistency})

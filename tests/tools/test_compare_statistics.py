@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from bnext.engine import compare
 from bnext.engine.launch import count_cores
 from tests.engine import tiny
 from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
@@ -69,6 +70,36 @@ def test_an_output_that_is_a_file_is_refused(command, tmp_path, capsys):
     (tmp_path / "out").touch()
     assert command() == 2
     assert "OUTPUT_DIR must be a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("at", "kept"), [(1, False), (2, True)])
+def test_an_interruption_is_one_line_and_says_what_is_kept(command, tmp_path, capsys, monkeypatch, at, kept):
+    """A file of an earlier comparison is not what this one has measured."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "statistics.json").write_text("{}")
+    calls, evaluate = [], compare.evaluate_with
+
+    def interrupt(*args):
+        calls.append(args)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return evaluate(*args)
+
+    monkeypatch.setattr(compare, "evaluate_with", interrupt)
+    assert command("--kinds", "moving_average", "mini_batch", "--overwrite") == 130
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    path = tmp_path / "out" / "statistics.json"
+    if kept:
+        assert line == f"interrupted; what is measured so far is in {path}."
+        assert list(json.loads(path.read_text())["rows"]) == ["moving_average"]
+    else:
+        assert line == "interrupted; nothing is written."
+        assert path.read_text() == "{}"
+
+
+def test_kinds_that_are_none_are_all(command, tmp_path):
+    assert command("--kinds", "TEST.DETECTIONS_PER_IMAGE", "7") == 0
+    assert len(json.loads((tmp_path / "out" / "statistics.json").read_text())["rows"]) == len(compare.KINDS) - 1
 
 
 @pytest.mark.slow
