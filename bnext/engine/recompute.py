@@ -6,6 +6,7 @@ All of it is `recompute_statistics`; the others say on which images.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from bnext.data.seeding import derive_seed
 from bnext.engine.checkpoint import Checkpointer
 from bnext.engine.without_trace import drawing_from
 from bnext.errors import ConfigError, DatasetError
+from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
@@ -150,18 +152,25 @@ def load_records(name: str, cfg: CfgNode) -> list[dict[str, Any]]:
         cfg: DATASETS.PROPOSAL_FILES_TEST is read where the model wants proposals.
 
     Raises:
-        DatasetError: it is unknown, empty, or cannot be read.
+        DatasetError: it is unknown, empty, no list of records, or cannot be read.
     """
     if name not in DatasetCatalog:
         check_datasets([name])  # says so
     proposals = cfg.DATASETS.PROPOSAL_FILES_TEST if cfg.MODEL.LOAD_PROPOSALS else None
     try:
-        return get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals)
-    except (AssertionError, KeyError, OSError, ValueError) as error:
+        records = list(get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals))
+    except Exception as error:  # whatever the function that was registered raises
         raise DatasetError(
             f"Data set {name!r} must be readable and have an image; got {type(error).__name__}: {error}. Correct its "
-            f"files, or the path that it was registered with."
+            f"files, or what it was registered with."
         ) from error
+    kinds = {type(record).__name__ for record in records if not isinstance(record, dict)}
+    if kinds:
+        raise DatasetError(
+            f"Data set {name!r} must be a list of records, a dict for each image; got entries of type "
+            f"{', '.join(sorted(kinds))}. Correct the function that it was registered with."
+        )
+    return records
 
 
 def has_labels(records: Iterable[dict[str, Any]], keys: Sequence[str] = ("annotations",)) -> bool:
@@ -230,7 +239,7 @@ def _interleave(parts: Sequence[list[list[int]]]) -> list[list[int]]:
 
 
 class CheckedMapper:
-    """Detectron2's mapper; an image that cannot be read is a fault of the data set."""
+    """Detectron2's mapper; an image or record that it cannot read is a fault of the data set."""
 
     def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         self._mapper = mapper
@@ -238,10 +247,11 @@ class CheckedMapper:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         try:
             return self._mapper(record)
-        except (OSError, SizeMismatchError) as error:
+        except (OSError, SizeMismatchError, KeyError, TypeError, ValueError) as error:
+            name = record.get("file_name") or f"image_id {record.get('image_id')}"
             raise DatasetError(
-                f"An image must be readable and as large as its record says; got {type(error).__name__}: {error} "
-                f"({record.get('file_name')}). Restore the file, or remove its record."
+                f"An image must be readable and as its record says; got {type(error).__name__}: {error} ({name}). "
+                f"Restore the file, or correct or remove its record."
             ) from error
 
 
@@ -270,9 +280,15 @@ def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
         weights: the checkpoint; it is not changed.
 
     Raises:
-        CheckpointError: the checkpoint does not fit.
+        ConfigError: OUTPUT_DIR/model_final.pth is that checkpoint.
+        CheckpointError: it does not fit.
         StatisticsError: the activations are not finite, or there are no data.
     """
+    if is_same_file(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), weights):
+        raise ConfigError(
+            f"OUTPUT_DIR must be another folder than that of the checkpoint, which is never changed; got "
+            f"{cfg.OUTPUT_DIR!r} for both (repair_checkpoint). Choose another."
+        )
     model = build_model(cfg)
     Checkpointer(model).load(weights, checkpointables=[], complete=True)
     recompute_statistics(cfg, model, layers=is_level_norm)

@@ -10,7 +10,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from detectron2.config import CfgNode
@@ -27,7 +27,7 @@ from bnext.engine.launch import count_workers, launch
 from bnext.engine.recompute import build_batches, format_report, needs_labels, recompute_statistics
 from bnext.engine.recompute_request import RecomputeRequest, check_domains, check_files, check_images, check_request
 from bnext.engine.smart_batch_norm import count_batches
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError
 from bnext.files import replace_file
 from bnext.layers.norm_specs import collect_norm_specs
 from bnext.layers.spec import check_choice
@@ -39,6 +39,7 @@ __all__ = ["POPULATIONS", "give_population", "recompute_checkpoint", "run_reques
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
 _LEFT_OUT = ("optimizer", "scheduler", "iteration", "trainer", "norm_specs", "matching_heuristics", "__author__")
+_GO_ON = "The same command with --resume goes on."
 _DONE = "recomputed_statistics"  # the output's key for what was done
 
 
@@ -60,11 +61,12 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
     cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
     check_domains(cfg, request)
     check_images(cfg, request, size)
+    kept = _find_run(cfg, request, size)
     try:
         launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
     except KeyboardInterrupt:
-        is_kept = bool(_find_run(cfg, request, size).find())
-        raise KeyboardInterrupt(*["The same command with --resume goes on."] * is_kept) from None
+        kept.remove_halves()  # of workers that were ended while they wrote
+        raise KeyboardInterrupt(*[_GO_ON] * bool(kept.find())) from None
 
 
 def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
@@ -81,26 +83,65 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         CheckpointError: the checkpoint does not fit the config's model.
         StatisticsError: the model has no batch norm, activations are not finite, or there are no images, also of one
             of the request's domains.
+        LaunchError: the output cannot be written.
     """
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
     model = build_model(cfg)
     checkpointer = Checkpointer(model)
     replaced = [] if request.source_samples else find_replaceable(model)
-    others = checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=replaced)
-    report = recompute_statistics(cfg, model, **_choose_images(cfg, model, request), **_keep_state(cfg, request))
-    _check_reached(request, report)
-    _check_repaired(checkpointer.left_out, report)
+    others = _load(checkpointer, cfg.MODEL.WEIGHTS, replaced)
+    kept = _find_run(cfg, request, comm.get_world_size())
+    images = _choose_images(cfg, model, request)
+    report = recompute_statistics(cfg, model, **images, **_keep_state(cfg, kept, request.resume))
+    _check_report(request, report, checkpointer.left_out, kept)
     if comm.is_main_process():
         done = _describe(cfg, request, report)
-        kept = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
-        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **kept, _DONE: done}
-        replace_file(request.output, lambda file: torch.save(data, file))
-        text = json.dumps({**done, "report": report.as_dict()}, indent=2, allow_nan=False)
-        replace_file(Path(request.output).with_suffix(".json"), lambda file: file.write(f"{text}\n".encode()))
-        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
+        others = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
+        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, _DONE: done}
+        _write(request.output, data, {**done, "report": report.as_dict()}, _GO_ON if kept.find() else "")
     comm.synchronize()
+    kept.remove()  # not before: it is all there is until the output is written
+    if comm.is_main_process():
+        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
     return report
+
+
+def _write(output: str, data: dict[str, Any], described: dict[str, Any], remedy: str) -> None:
+    """The checkpoint, and its report beside it: both or, if there is no room, neither."""
+    text = json.dumps(described, indent=2, allow_nan=False)
+
+    def write_both(file: BinaryIO) -> None:
+        file.write(f"{text}\n".encode())
+        file.flush()
+        replace_file(output, lambda inner: torch.save(data, inner))
+
+    try:
+        replace_file(Path(output).with_suffix(".json"), write_both)
+    except OSError as error:
+        raise LaunchError(
+            f"--output must be on a disk with room, in a folder that can be written to; got {type(error).__name__}: "
+            f"{error} ({output}); nothing is written. Mend it. {remedy}".rstrip()
+        ) from error
+
+
+def _load(checkpointer: Checkpointer, weights: str, replaced: Sequence[str]) -> dict[str, Any]:
+    try:
+        return checkpointer.load(weights, checkpointables=[], complete=True, replaced=replaced)
+    except AssertionError as error:  # Detectron2 0.6 takes a query for a part of the name
+        raise CheckpointError(
+            f"MODEL.WEIGHTS must be a file that the installed Detectron2 finds; got {weights!r} and {error}. Leave out "
+            f"what follows '?': later versions read it."
+        ) from error
+
+
+def _check_report(request: RecomputeRequest, report: RecomputeReport, left_out: Sequence[str], kept: KeptRun) -> None:
+    try:
+        _check_reached(request, report)
+        _check_repaired(left_out, report)
+    except StatisticsError:
+        kept.remove()  # the same request would end so again
+        raise
 
 
 def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
@@ -140,10 +181,10 @@ def _find_run(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> Kept
     return KeptRun(request.output, cfg.MODEL.WEIGHTS, repr((cfg.dump(), same, num_workers)))
 
 
-def _keep_state(cfg: CfgNode, request: RecomputeRequest) -> dict[str, Any]:
-    path, begun = _find_run(cfg, request, comm.get_world_size()).begin(request.resume)
+def _keep_state(cfg: CfgNode, kept: KeptRun, resume: bool) -> dict[str, Any]:
+    path, begun = kept.begin(resume)
     is_kept = cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR != "layer_by_layer"
-    return {"on_first_batch": begun, **({"state_file": path} if is_kept else {})}
+    return {"on_first_batch": begun, **({"state_file": path, "remove_state": False} if is_kept else {})}
 
 
 def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) -> CfgNode:

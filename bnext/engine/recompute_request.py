@@ -12,6 +12,7 @@ from bnext.data.check import check_datasets
 from bnext.engine.checkpoint import check_eval_weights
 from bnext.engine.recompute import load_records
 from bnext.errors import CheckpointError, ConfigError
+from bnext.files import find_local_file, is_same_file
 
 __all__ = ["RecomputeRequest", "check_domains", "check_files", "check_images", "check_request"]
 
@@ -53,6 +54,14 @@ def check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
             f"--domain must be given once for each --dataset; got {len(request.domains)} for {len(request.datasets)} "
             f"data sets. Name the domain of every data set."
         )
+    named = list(zip(request.datasets, request.domains or [None] * len(request.datasets), strict=True))
+    for name, domain in named:
+        if named.count((name, domain)) > 1:
+            of = f" for --domain {domain}" if domain is not None else ""
+            raise ConfigError(
+                f"--dataset must name each data set once; got {name!r} twice{of}. Leave one out: the same images again "
+                f"are no independent ones."
+            )
     if request.num_samples is not None and request.num_samples < 1:
         raise ConfigError(f"--num-samples must be 1 or more; got {request.num_samples}. Use 1000 to 10000.")
 
@@ -76,8 +85,8 @@ def check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
 def check_files(weights: str, request: RecomputeRequest) -> None:
     """Raise BNextError unless the input is there and stays, and the output can be written."""
     check_eval_weights(weights)
-    is_local = "://" not in weights
-    if is_local and not os.path.isfile(weights):
+    file = find_local_file(weights)
+    if file is not None and not os.path.isfile(file):
         raise CheckpointError(
             f"MODEL.WEIGHTS must name a file; got {weights!r}, which does not exist. Correct the path."
         )
@@ -89,7 +98,7 @@ def check_files(weights: str, request: RecomputeRequest) -> None:
             f"--output must be in a folder that exists and can be written to; got {request.output!r}. "
             f"Make {str(output.parent)!r}, or choose another."
         )
-    if is_local and output.exists() and os.path.samefile(output, weights):
+    if is_same_file(output, weights):
         raise ConfigError(
             f"--output must be another file than MODEL.WEIGHTS, which is never changed; got {request.output!r} for "
             f"both. Choose another name."

@@ -8,7 +8,7 @@ from detectron2.modeling import build_model
 
 from bnext.engine import train
 from bnext.engine.recompute import needs_labels, recompute_statistics, repair_checkpoint
-from bnext.errors import CheckpointError, StatisticsError
+from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from bnext.layers import TABLE5_ROWS
 from tests.engine import tiny
 
@@ -50,6 +50,17 @@ def test_repair_changes_the_statistics_of_the_head_alone(finished, tmp_path):
         for level in range(3, 8)
         for name in ("running_mean", "running_var", "num_batches_tracked")
     }
+
+
+def test_repair_does_not_write_over_its_input(digits, tmp_path):
+    """It is refused before the checkpoint is read: this is none."""
+    weights = tmp_path / "model_final.pth"
+    weights.write_text("no checkpoint")
+    (tmp_path / "link.pth").symlink_to(weights)
+    for path in (str(weights), str(tmp_path / "link.pth"), f"{weights}?matching_heuristics=True"):
+        with pytest.raises(ConfigError, match="OUTPUT_DIR must be another folder"):
+            repair_checkpoint(tiny.load(tmp_path), path)
+    assert weights.read_text() == "no checkpoint"
 
 
 def test_repair_of_another_architecture_is_refused(digits, tmp_path):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.engine.recompute import build_batches
 from bnext.engine.recompute_checkpoint import run_request as run
@@ -12,6 +12,15 @@ from bnext.errors import StatisticsError
 from tests.engine.saved import NODE, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+
+
+@pytest.fixture
+def further(digits):
+    """A second data set of a domain."""
+    DatasetCatalog.register("digits_further", lambda: DatasetCatalog.get("digits_train"))
+    yield "digits_further"
+    DatasetCatalog.remove("digits_further")
+    MetadataCatalog.pop("digits_further", None)
 
 
 def test_batches_are_of_one_data_set_in_an_order_that_is_always_the_same(weights):
@@ -40,11 +49,13 @@ def test_batches_of_several_data_sets_alternate_in_proportion(weights):
 
 
 @pytest.mark.parametrize(("num_samples", "tolerance", "night", "day"), [(10, 0.0, 2, 8), (None, 5.0, 4, 20)])
-def test_whoever_stops_early_has_seen_every_domain(weights, unlabelled, tmp_path, num_samples, tolerance, night, day):
+def test_whoever_stops_early_has_seen_every_domain(
+    weights, unlabelled, further, tmp_path, num_samples, tolerance, night, day
+):
     request = RecomputeRequest(
         output=str(tmp_path / "out.pth"),
         population="per_domain",
-        datasets=("digits_train", "digits_train", unlabelled),
+        datasets=("digits_train", further, unlabelled),
         domains=("day", "day", "night"),
         num_samples=num_samples,
     )
@@ -54,7 +65,8 @@ def test_whoever_stops_early_has_seen_every_domain(weights, unlabelled, tmp_path
     assert (samples["night",], samples["day",]) == (night, day)
 
 
-def test_a_domain_that_was_asked_for_and_gets_no_image_is_refused(weights, unlabelled, tmp_path):
+def test_a_domain_that_was_asked_for_and_gets_no_image_is_refused(weights, unlabelled, tmp_path, monkeypatch):
+    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 1)
     request = RecomputeRequest(
         output=str(tmp_path / "out.pth"),
         population="per_domain",

@@ -35,6 +35,9 @@ def test_output_is_the_estimate_in_memory_and_the_input_stays(weights, tmp_path,
     assert not buffers_that_differ(model.state_dict(), stored["model"])
     changed = buffers_that_differ(stored["model"], torch.load(weights)["model"])
     assert {key.rpartition(".")[2] for key in changed} == {"running_mean", "running_var", "num_batches_tracked"}
+    counters = {key: int(stored["model"][key]) for key in changed if key.endswith("num_batches_tracked")}
+    assert len(counters) == len(report.estimates)
+    assert set(counters.values()) == {2}
     assert stored.keys() == {"model", "norm_specs", "classes", "recomputed_statistics"}
     described = json.loads((tmp_path / "out.json").read_text())
     assert described["report"] == json.loads(json.dumps(report.as_dict()))

@@ -4,11 +4,12 @@ import os
 
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from bnext.engine.recompute_checkpoint import _check_repaired, give_population
 from bnext.engine.recompute_checkpoint import run_request as run
-from bnext.engine.recompute_request import RecomputeRequest
+from bnext.engine.recompute_request import RecomputeRequest, check_files
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
 from bnext.statistics import PopulationEstimate, RecomputeReport
 from tests.engine import tiny
@@ -120,20 +121,72 @@ def test_requests_that_are_refused(weights, tmp_path):
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_empty_data_set_is_refused(weights, tmp_path):
-    DatasetCatalog.register("digits_empty", lambda: [])
-    try:
-        with pytest.raises(DatasetError, match="'digits_empty' must be readable and have an image"):
-            run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=("digits_empty",)))
-    finally:
-        DatasetCatalog.remove("digits_empty")
+@pytest.fixture
+def data_set(digits):
+    """Registers a function as a data set for the time of a test."""
+
+    def register(function):
+        DatasetCatalog.register("digits_odd", function)
+        return ("digits_odd",)
+
+    yield register
+    DatasetCatalog.remove("digits_odd")
+    MetadataCatalog.pop("digits_odd", None)
 
 
-def test_an_image_that_is_gone_is_named(weights, tmp_path, digits):
-    records = [{**record, "file_name": "/nowhere/1.png"} for record in DatasetCatalog.get("digits_val")]
-    DatasetCatalog.register("digits_gone", lambda: records)
-    try:
-        with pytest.raises(DatasetError, match=r"/nowhere/1\.png"):
-            run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=("digits_gone",)))
-    finally:
-        DatasetCatalog.remove("digits_gone")
+def divide_by_zero():
+    return [1 / 0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda: [], "'digits_odd' must be readable and have an image"),
+        (divide_by_zero, "'digits_odd' must be readable and have an image; got ZeroDivisionError"),
+        (lambda: {"a.png": {"image_id": 1}}, "must be a list of records, a dict for each image; got .* type str"),
+        (lambda: {1: {"image_id": 1}}, "'digits_odd' must be readable.*TypeError"),
+    ],
+    ids=["empty", "error", "dict", "dict of numbers"],
+)
+def test_a_data_set_that_is_no_list_of_records_is_refused(weights, tmp_path, data_set, function, message):
+    with pytest.raises(DatasetError, match=message):
+        run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=data_set(function)))
+
+
+def test_records_that_the_mapper_cannot_read_are_named(weights, tmp_path, data_set):
+    thin, wrong = tmp_path / "thin.png", {"image_id": 7, "file_name": "/nowhere/1.png"}
+    Image.new("RGB", (3000, 1)).save(thin)
+    cases = [
+        ({"image_id": 5, "height": 1, "width": 3000, "file_name": str(thin)}, r"ValueError.*\(.*thin\.png\)"),
+        ({"image_id": 6}, r"KeyError: 'file_name' \(image_id 6\)"),
+        ({"image_id": 6, "file_name": None}, r"TypeError.*\(image_id 6\)"),
+        (wrong, r"No such file.*/nowhere/1\.png"),
+    ]
+    records = []
+    datasets = data_set(lambda: records)
+    for record, message in cases:
+        records[:] = [record] * 4
+        with pytest.raises(DatasetError, match="An image must be readable and as its record says; got " + message):
+            run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=datasets))
+
+
+def test_weights_with_a_query_are_the_file_before_it(weights, tmp_path):
+    """As train_net has it. Detectron2 0.6 reads no query, later versions do."""
+    address = f"{weights}?matching_heuristics=True"
+    check_files(address, RecomputeRequest(output=str(tmp_path / "out.pth")))
+    with pytest.raises(ConfigError, match=r"another file than MODEL\.WEIGHTS"):
+        check_files(address, RecomputeRequest(output=str(weights), overwrite=True))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check_files(f"{tmp_path / 'absent.pth'}?x=1", RecomputeRequest(output=str(tmp_path / "out.pth")))
+    with pytest.raises(CheckpointError, match=r"the installed Detectron2 finds.*Leave out what follows '\?'"):
+        run(load(address), RecomputeRequest(output=str(tmp_path / "out.pth")))
+
+
+def test_a_data_set_counts_once_for_a_domain(weights, tmp_path):
+    output, cfg = str(tmp_path / "out.pth"), load(weights)
+    twice = ("digits_val", "digits_val")
+    with pytest.raises(ConfigError, match="each data set once; got 'digits_val' twice for --domain day"):
+        run(cfg, RecomputeRequest(output=output, datasets=twice, domains=("day", "day")))
+    with pytest.raises(ConfigError, match="each data set once; got 'digits_val' twice. Leave"):
+        run(cfg, RecomputeRequest(output=output, datasets=twice))
+    run(cfg, RecomputeRequest(output=output, datasets=twice, domains=("day", "night"), population="per_domain"))

@@ -1,14 +1,17 @@
 """A re-estimation of a checkpoint that is interrupted: what is kept of it, and how it goes on."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from detectron2.data import DatasetMapper
 
+from bnext.engine import recompute_checkpoint
+from bnext.engine.kept_run import KeptRun
 from bnext.engine.recompute_checkpoint import run_request as run
 from bnext.engine.recompute_request import RecomputeRequest
-from bnext.errors import DatasetError
+from bnext.errors import DatasetError, LaunchError
 from tests.engine.saved import buffers_that_differ, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -23,12 +26,12 @@ def test_an_interrupted_run_goes_on_with_resume(weights, tmp_path, monkeypatch):
     interrupt_at(5, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run(cfg, request)
-    assert [path.suffix for path in tmp_path.glob("out*")] == [".state"]
+    assert sorted(path.suffix for path in tmp_path.glob("out*")) == [".previous", ".state"]
     monkeypatch.undo()
     seen = interrupt_at(100, monkeypatch)
     run(cfg, request)
     assert len(seen) == 6 - 4, "four batches were kept"
-    assert not list(tmp_path.glob("*.state"))
+    assert not list(tmp_path.glob("*.state*"))
     first, second = (torch.load(tmp_path / name)["model"] for name in ("whole.pth", "out.pth"))
     assert not buffers_that_differ(first, second)
 
@@ -82,7 +85,7 @@ def test_without_resume_what_was_kept_goes_when_the_new_run_has_begun(weights, t
     assert "removed" not in bnext_log.text
     _, second = keep(tmp_path, cfg, monkeypatch)
     assert second != first
-    assert f"{first.name} of an earlier run removed" in bnext_log.text
+    assert f"{first.name}, {first.name}.previous of an earlier run removed" in bnext_log.text
     seen = interrupt_at(100, monkeypatch)
     run(cfg, dataclasses.replace(request, resume=True))
     assert len(seen) == 2, "goes on with the second one"
@@ -103,7 +106,76 @@ def test_an_interruption_before_anything_is_kept_promises_nothing(weights, tmp_p
 def test_what_other_outputs_have_kept_stays(weights, tmp_path):
     others = ["o1.pth.0123456789ab.1.state", "o[1].pth.x.pth.0123456789ab.1.state", "o[1].pth.notes.state"]
     own = ["o[1].pth.0123456789ab.1.state", "o[1].pth.0123456789ab.2.state.1"]
+    own += [f"{own[1]}.previous", f"{own[1]}.partial"]
     for name in [*others, *own]:
         (tmp_path / name).write_text("kept")
     run(load(weights), RecomputeRequest(output=str(tmp_path / "o[1].pth")))
     assert {path.name for path in tmp_path.iterdir()} == {*others, "o[1].pth", "o[1].json"}
+
+
+@pytest.mark.parametrize("cause", ["full disk", "interruption", "full disk for the report"])
+def test_what_was_kept_stays_until_the_output_is_written(weights, tmp_path, monkeypatch, cause):
+    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 2)
+    cfg = load(weights, "SOLVER.IMS_PER_BATCH", 2)
+    request = RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=("digits_train",))
+    if cause == "interruption":
+        with monkeypatch.context() as patch:
+            patch.setattr("bnext.engine.recompute_checkpoint.collect_norm_specs", interrupt)
+            with pytest.raises(KeyboardInterrupt, match="with --resume goes on"):
+                run(cfg, request)
+    elif not os.path.exists("/dev/full"):
+        pytest.skip("needs a device that is full")
+    else:
+        os.symlink("/dev/full", tmp_path / ("out.json.partial" if "report" in cause else "out.pth.partial"))
+        with pytest.raises(LaunchError, match=r"--output must be.*No space left.*nothing is written.*--resume goes on"):
+            run(cfg, request)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".previous", ".state"]
+    seen = interrupt_at(100, monkeypatch)
+    run(cfg, dataclasses.replace(request, resume=True))
+    assert seen == [], "everything was kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pth"]
+    run(cfg, whole := dataclasses.replace(request, output=str(tmp_path / "whole.pth")))
+    first, second = (torch.load(path)["model"] for path in (whole.output, request.output))
+    assert not buffers_that_differ(first, second)
+
+
+def test_what_ended_workers_have_half_written_is_removed(weights, tmp_path, monkeypatch):
+    """Workers are ended by a signal, which no `finally` of theirs sees."""
+
+    def start(main, number, args, device):
+        path, _ = KeptRun(args[1].output, str(weights), "another").begin(resume=False)
+        for name in ("out.pth.partial", "out.json.partial", "other.pth.partial", f"{path.name}.partial"):
+            (tmp_path / name).write_text("half")
+        path, _ = own[0].begin(resume=False)
+        path.with_name(f"{path.name}.1.partial").write_text("half")
+        raise KeyboardInterrupt
+
+    own = []
+    find = recompute_checkpoint._find_run
+    monkeypatch.setattr(recompute_checkpoint, "_find_run", lambda *args: own.append(find(*args)) or own[-1])
+    monkeypatch.setattr(recompute_checkpoint, "launch", start)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    assert str(caught.value) == "", "nothing is kept"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left[0] == "other.pth.partial"
+    assert len(left) == 2, "the other request's stays"
+
+
+def test_the_files_of_all_workers_are_removed(weights, tmp_path):
+    kept = KeptRun(str(tmp_path / "out.pth"), f"{weights}?matching_heuristics=True", "request")
+    path, _ = kept.begin(resume=False)
+    for ending in ("", ".0", ".1", ".0.previous", ".1.partial", ".notes"):
+        path.with_name(f"{path.name}{ending}").touch()
+    assert kept.begin(resume=True)[0] == path
+    kept.remove()
+    assert [file.name for file in tmp_path.iterdir()] == [f"{path.name}.notes"]
+
+
+def test_other_weights_of_the_same_name_are_another_run(tmp_path):
+    names = []
+    for text in ("one", "another"):
+        (tmp_path / "in.pth").write_text(text)
+        kept = KeptRun(str(tmp_path / "out.pth"), f"{tmp_path / 'in.pth'}?matching_heuristics=True", "request")
+        names.append(kept.begin(resume=False)[0].name)
+    assert names[0] != names[1]

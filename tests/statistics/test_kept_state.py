@@ -1,5 +1,7 @@
 """An interrupted re-estimation goes on from its file, and ends bitwise as one that was not interrupted."""
 
+import contextlib
+import logging
 import os
 
 import pytest
@@ -7,8 +9,6 @@ import torch
 from torch import nn
 
 from bnext import StatisticsError, recompute_population_statistics
-from bnext.files import replace_file
-from bnext.statistics import kept_state
 from tests.cases import NUM_CHANNELS, randomize
 from tests.statistics.models import assert_as_before, snapshot
 from tests.workers import run_workers
@@ -110,7 +110,7 @@ def test_a_file_of_another_run_is_refused(tmp_path, model, arguments, message):
     content, before = path.read_bytes(), snapshot(model)
     with pytest.raises(StatisticsError, match=r"state_file must be of an interrupted run.*" + message) as caught:
         recompute_population_statistics(model, make_data(), state_file=path, **arguments)
-    assert "Remove it to begin anew" in str(caught.value)
+    assert f"Remove {path} to begin anew" in str(caught.value)
     assert_as_before(model, before)
     assert path.read_bytes() == content
 
@@ -135,29 +135,56 @@ def test_a_run_of_fewer_batches_than_the_file_is_refused(tmp_path):
         assert_as_before(model, before)
 
 
-def test_the_file_is_whole_at_any_time(tmp_path, monkeypatch):
+class FullDisk(Forward):
+    """Before a call, the disk of a file becomes full."""
+
+    def __init__(self, path, at=30):
+        super().__init__()
+        self.path, self.full_at = f"{path}.partial", at
+
+    def __call__(self, model, batch):
+        if self.calls + 1 == self.full_at:
+            os.symlink("/dev/full", self.path)
+        super().__call__(model, batch)
+
+
+on_linux = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+
+
+@on_linux
+def test_the_file_is_whole_at_any_time(tmp_path):
     """The second write fails half way; the first one's file stays."""
     path = tmp_path / "state"
-    writes = []
-
-    def fail(target, write):
-        writes.append(target)
-        if len(writes) == 2:
-
-            def write(file):
-                file.write(b"half")
-                raise OSError("full")
-
-        replace_file(target, write)
-
-    monkeypatch.setattr(kept_state, "replace_file", fail)
     model = make_model()
     before = snapshot(model)
-    with pytest.raises(OSError, match="full"):
-        recompute_population_statistics(model, make_data(), state_file=path)
+    with pytest.raises(StatisticsError, match=r"state_file must be .* with room; got OSError.*No space left.*goes on"):
+        recompute_population_statistics(model, make_data(), state_file=path, forward=FullDisk(path))
     assert_as_before(model, before)
     assert os.listdir(tmp_path) == ["state"]
     assert torch.load(path, weights_only=True)["done"] == 20
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None], ids=["damaged", "gone"])
+def test_the_file_of_the_round_before_is_kept_and_used(tmp_path, content):
+    path, previous = tmp_path / "state", tmp_path / "state.previous"
+    whole, parts, last = make_model(), make_model(), Forward()
+    expected = recompute_population_statistics(whole, make_data())
+    interrupt(path, at=45, model=parts)
+    assert [torch.load(file, weights_only=True)["done"] for file in (path, previous)] == [40, 20]
+    path.unlink() if content is None else path.write_bytes(content)
+    report = recompute_population_statistics(parts, make_data(), forward=last, state_file=path)
+    assert last.calls == NUMBER - 20
+    assert report == expected
+    assert all(torch.equal(value, whole.state_dict()[key]) for key, value in parts.state_dict().items())
+    assert os.listdir(tmp_path) == []
+
+
+def test_both_files_are_named_when_none_fits(tmp_path):
+    path = tmp_path / "state"
+    interrupt(path, at=45)
+    with pytest.raises(StatisticsError, match=r"Remove \S+/state and \S+/state\.previous to begin anew"):
+        recompute_population_statistics(make_model(seed=2), make_data(), state_file=path)
+    assert sorted(os.listdir(tmp_path)) == ["state", "state.previous"]
 
 
 def test_a_short_run_leaves_no_file(tmp_path):
@@ -215,3 +242,74 @@ def test_a_damaged_file_of_one_worker_is_told_to_all(tmp_path):
     first, second = run_workers(run_with_one_damaged, 2, str(tmp_path))
     assert "state_file must be readable on every worker; got a failure on worker 1" in first
     assert "state_file must be of an interrupted run" in second
+
+
+def read_rounds(path):
+    files = [file for file in (path, f"{path}.previous") if os.path.exists(file)]
+    return [torch.load(file, weights_only=True)["done"] for file in files]
+
+
+def run_with_writes_apart(rank, folder):
+    """One worker's disk is full at the second write, twice; then to the end."""
+    path = os.path.join(folder, "state")
+    whole, parts, seen = make_model(), make_model(), []
+    recompute_population_statistics(whole, make_data(rank))
+    for at in (30, 10):  # calls; the second time from round 20 on
+        forward = FullDisk(f"{path}.{rank}", at) if rank == 1 else Forward()
+        try:
+            recompute_population_statistics(parts, make_data(rank), forward=forward, state_file=path)
+        except StatisticsError as error:
+            seen.append(("No space" in str(error), read_rounds(f"{path}.{rank}")))
+    last = Forward()
+    recompute_population_statistics(parts, make_data(rank), forward=last, state_file=path)
+    equal = all(torch.equal(value, whole.state_dict()[key]) for key, value in parts.state_dict().items())
+    return seen, last.calls, equal
+
+
+@on_linux
+def test_workers_whose_last_files_are_of_two_rounds_go_on_from_the_common_one(tmp_path):
+    first, second = run_workers(run_with_writes_apart, 2, str(tmp_path))
+    assert first == ([(False, [40, 20]), (False, [40, 20])], NUMBER - 20, True)
+    assert second == ([(True, [20]), (True, [20])], NUMBER - 20, True)
+    assert os.listdir(tmp_path) == []
+
+
+def run_with_files_of(rank, folder, rounds):
+    """What a run does whose file is of another round (none: 0): its calls, its error, and its log."""
+    path, said = os.path.join(folder, "state"), []
+    model, forward = make_model(), Forward()
+    begun = Forward(45, KeyboardInterrupt())
+    with contextlib.suppress(KeyboardInterrupt):
+        recompute_population_statistics(model, make_data(rank), forward=begun, state_file=path)
+    for file in (f"{path}.{rank}", f"{path}.{rank}.previous"):
+        if rank == 1:
+            state = torch.load(file, weights_only=True)
+            os.remove(file)
+    if rank == 1 and rounds:
+        torch.save({**state, "done": rounds}, f"{path}.1")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("bnext").addHandler(handler)
+    try:
+        recompute_population_statistics(model, make_data(rank), forward=forward, state_file=path)
+    except StatisticsError as error:
+        said.append(str(error))
+    finally:
+        logging.getLogger("bnext").removeHandler(handler)
+    return forward.calls, said
+
+
+def test_without_the_file_of_a_worker_all_begin_anew(tmp_path):
+    first, second = run_workers(run_with_files_of, 2, str(tmp_path), 0)
+    assert (first[0], second[0]) == (NUMBER, NUMBER)
+    assert "worker 1 has none" in first[1][0]
+    assert "all begin anew" in first[1][0]
+    assert second[1] == []
+    assert os.listdir(tmp_path) == []
+
+
+def test_files_without_a_common_round_are_refused(tmp_path):
+    for calls, (said,) in run_workers(run_with_files_of, 2, str(tmp_path), 60):
+        assert calls == 0
+        assert "must be of a common round on every worker; got [[40, 20], [60, 0]]" in said
+    assert sorted(os.listdir(tmp_path)) == ["state.0", "state.0.previous", "state.1"]

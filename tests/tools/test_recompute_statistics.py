@@ -46,6 +46,7 @@ def test_options_reach_the_estimate(command, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
+        (("--dataset", "digits_val", "--dataset", "digits_val"), "each data set once; got 'digits_val' twice. Leave"),
         (("--population", "own"), "--population must be one of"),
         (("--estimator", "best"), "TEST.BNEXT.PRECISE_BN.ESTIMATOR must be one of"),
         (("--tolerance", "-1"), "--tolerance must be 0 (none) or above; got -1.0"),
