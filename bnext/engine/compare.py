@@ -34,7 +34,7 @@ from bnext.engine.validation_loss import build_validation_batches, compute_valid
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import convert_norm
 from bnext.layers.spec import check_choice
-from bnext.statistics.observe import restoring, select_norms
+from bnext.statistics.observe import restoring
 
 __all__ = [
     "KINDS",
@@ -193,7 +193,7 @@ def _using(
         cfg.defrost()
         cfg.TEST.BNEXT.PRECISE_BN.ROIS = "top_scored"  # no labels
         options["batches"] = build_batches(cfg, [images])
-    with restoring(variant, select_norms(variant)):
+    with restoring(variant):
         reports[kind] = recompute_statistics(cfg, variant, **options).as_dict()
         yield variant
 

@@ -141,7 +141,7 @@ def leaving_population_aside(norms: list[tuple[str, _BatchNorm]]) -> contextlib.
 
 
 @contextlib.contextmanager
-def restoring(model: nn.Module, norms: object = None) -> Iterator[None]:
+def restoring(model: nn.Module) -> Iterator[None]:
     """Put modes and buffers of a model back after this scope, bit by bit, also after an exception."""
     modes = {module: module.training for module in model.modules()}
     buffers = list(model.buffers())
