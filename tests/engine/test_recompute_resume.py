@@ -179,3 +179,11 @@ def test_other_weights_of_the_same_name_are_another_run(tmp_path):
         kept = KeptRun(str(tmp_path / "out.pth"), f"{tmp_path / 'in.pth'}?matching_heuristics=True", "request")
         names.append(kept.begin(resume=False)[0].name)
     assert names[0] != names[1]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+def test_without_room_for_a_short_report_there_is_no_output(tmp_path):
+    os.symlink("/dev/full", tmp_path / "out.json.partial")
+    with pytest.raises(LaunchError, match=r"nothing is written\. Mend it\.$"):
+        recompute_checkpoint._write(str(tmp_path / "out.pth"), {}, {}, "")
+    assert not list(tmp_path.iterdir())
