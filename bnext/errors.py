@@ -64,6 +64,9 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         command()
     except BNextError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if "Original Traceback" in text:  # of a process that loads images; torch puts all of it into the message
+            text = text.rstrip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {text}", file=sys.stderr)
         return 2
     return 0

@@ -1,0 +1,23 @@
+"""What a command line says of a mistake: one line, whoever finds it."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bnext.errors import DatasetError, run_command
+
+
+class Broken(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise DatasetError("An image must be readable; got nothing: at all (x.png). Restore the file.")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_the_message_of_a_process_that_loads_images_is_one_line_too(num_workers, capsys):
+    loader = DataLoader(Broken(), num_workers=num_workers, generator=torch.Generator())
+    assert run_command(lambda: list(loader)) == 2
+    line = "error: An image must be readable; got nothing: at all (x.png). Restore the file.\n"
+    assert capsys.readouterr().err == line
