@@ -10,7 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch import nn
 
-from bnext.engine import Checkpointer, evaluate_model
+from bnext.engine import evaluate_model
 from bnext.engine.compare import (
     KINDS,
     compare_statistics,
@@ -25,22 +25,16 @@ from bnext.engine.validation_loss import build_validation_batches, compute_valid
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
 from tests.engine import tiny
+from tests.engine.saved import ON, load_model
 from tests.workers import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-ON = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
 NO_BN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "")
 NO_BN += ("MODEL.BNEXT.RETINANET.POPULATION", "per_level", "MODEL.BNEXT.RETINANET.AFFINE", "shared")
 
 
 def load(output, *opts, config=tiny.CONFIG):
     return tiny.load(output, *ON, *opts, config=config)
-
-
-def load_model(cfg, weights):
-    model = build_model(cfg)
-    Checkpointer(model).load(str(weights), checkpointables=[], complete=True)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

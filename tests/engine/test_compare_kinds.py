@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
 from torch import nn
 
-from bnext.engine import Checkpointer
 from bnext.engine.compare import compare_statistics
 from bnext.engine.compare_kinds import count_images_as_trained, find_obstacle
 from bnext.layers import BatchNorm2d, NormSpec
 from bnext.layers.scopes import frozen_statistics
 from tests.engine import tiny
+from tests.engine.saved import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 KIND = "mini_batch_as_trained"
@@ -29,9 +28,7 @@ def load(output, weights, resnets, retinanet, *opts):
     sizes = {"RESNETS": resnets, "RETINANET": retinanet}
     pairs = [word for key, size in sizes.items() for word in (f"MODEL.BNEXT.{key}.NORMALIZATION_BATCH_SIZE", size)]
     cfg = tiny.load(output, "TEST.PRECISE_BN.ENABLED", True, *pairs, *opts)
-    model = build_model(cfg)
-    Checkpointer(model).load(weights, checkpointables=[], complete=True)
-    return cfg, model.eval()
+    return cfg, load_model(cfg, weights)
 
 
 def record_batches(model):

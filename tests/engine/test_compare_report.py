@@ -6,28 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from detectron2.modeling import build_model
 from matplotlib.figure import Figure
 
-from bnext.engine import Checkpointer
 from bnext.engine.compare import compare_statistics
 from bnext.engine.compare_report import describe_reading, describe_rows, draw_comparison, run_comparison
 from bnext.engine.evaluation import drop_nan
 from bnext.errors import CheckpointError, ConfigError, DatasetError
 from tests.engine import tiny
+from tests.engine.saved import ON, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-ON = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
 
 
 def load(output, *opts, config=tiny.CONFIG):
     return tiny.load(output, *ON, *opts, config=config)
-
-
-def load_model(cfg, weights):
-    model = build_model(cfg)
-    Checkpointer(model).load(str(weights), checkpointables=[], complete=True)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

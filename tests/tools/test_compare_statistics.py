@@ -4,28 +4,18 @@ import json
 
 import compare_statistics
 import pytest
-import torch
-from detectron2.modeling import build_model
 
 from bnext.engine import compare
 from bnext.engine.launch import count_cores
 from tests.engine import tiny
-from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
-
-
-@pytest.fixture(scope="module")
-def weights(digits, tmp_path_factory):  # noqa: F811
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    torch.save({"model": build_model(tiny.load(folder)).state_dict()}, folder / "in.pth")
-    return folder / "in.pth"
+from tests.tools.conftest import QUICK
 
 
 @pytest.fixture
 def command(weights, tmp_path):
     def run(*arguments):
         start = ["--config-file", str(tiny.CONFIG), "--output", str(tmp_path / "out")]
-        pairs = ["MODEL.WEIGHTS", str(weights), "TEST.PRECISE_BN.NUM_ITER", "2", "DATALOADER.NUM_WORKERS", "0"]
+        pairs = ["MODEL.WEIGHTS", str(weights), *QUICK]
         return compare_statistics.main([*start, *pairs, *map(str, arguments)])
 
     return run
@@ -57,12 +47,8 @@ def test_a_table_json_and_a_plot(command, tmp_path, capsys):
         (("MODEL.NOPE", "1"), "MODEL.NOPE"),
     ],
 )
-def test_what_is_refused_in_one_line(command, tmp_path, capsys, arguments, message):
-    assert command(*arguments) == 2
-    line = capsys.readouterr().err.strip()
-    assert line.startswith("error: ")
-    assert "\n" not in line
-    assert message in line
+def test_what_is_refused_in_one_line(command, check_refused, tmp_path, arguments, message):
+    check_refused(command(*arguments), message)
     assert not (tmp_path / "out" / "statistics.json").exists()
 
 
