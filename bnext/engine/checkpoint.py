@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from bnext.engine.checkpoint_file import UNREADABLE, check_is_state, explain_unreadable, show_keys
@@ -25,7 +27,7 @@ from bnext.layers.convert import convert_norm_state
 from bnext.layers.folded_norm import check_folded_state
 from bnext.layers.norm_specs import collect_norm_specs, compare_norm_specs
 
-__all__ = ["Checkpointer", "check_eval_weights", "find_required_keys"]
+__all__ = ["Checkpointer", "check_eval_weights", "find_required_keys", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
@@ -234,6 +236,17 @@ class Checkpointer(DetectionCheckpointer):
 
 class _WithMetadata(dict):
     """A state dict that can carry torch's versions of the modules."""
+
+
+def load_model(cfg: CfgNode, weights: str) -> nn.Module:
+    """The model of a config with all weights and statistics of a checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: see `Checkpointer.load`; the checkpoint must be complete.
+    """
+    model = build_model(cfg)
+    Checkpointer(model).load(weights, checkpointables=[], complete=True)
+    return model.eval()
 
 
 def check_eval_weights(path: str) -> None:

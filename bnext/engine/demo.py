@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.data.catalog import ensure_digits
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import load_model
 from bnext.engine.picture import draw_detections
 from bnext.engine.table5 import load_rows, run_rows
 
@@ -44,6 +43,4 @@ def run_demo(config_files: Mapping[int, str], output: str, opts: Sequence[str] =
 
 
 def _load(cfg: CfgNode) -> nn.Module:
-    model = build_model(cfg)
-    Checkpointer(model).load(str(Path(cfg.OUTPUT_DIR, "model_final.pth")), checkpointables=[], complete=True)
-    return model
+    return load_model(cfg, str(Path(cfg.OUTPUT_DIR, "model_final.pth")))

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from matplotlib.figure import Figure
 from tabulate import tabulate
 from torch import nn
 
 from bnext.data.seeding import seeded
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import load_model
 from bnext.engine.evaluation import build_evaluator, drop_nan, evaluate_with
 from bnext.errors import ConfigError
 from bnext.files import replace_file
@@ -145,9 +144,7 @@ def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_
     """
     results = {}
     for title, (cfg, weights) in models.items():
-        model = build_model(cfg)
-        Checkpointer(model).load(weights, checkpointables=[], complete=True)
-        results[title] = evaluate_leakage(cfg, model.eval(), images_per_batch)
+        results[title] = evaluate_leakage(cfg, load_model(cfg, weights), images_per_batch)
         print(f"\n{title}\n{format_leakage(results[title])}", flush=True)
     os.makedirs(output, exist_ok=True)
     path = Path(output, "leakage.json")

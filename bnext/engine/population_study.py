@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.config import get_place_norm
 from bnext.data.check import check_datasets
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import load_model
 from bnext.engine.command import build_parser, check_run
 from bnext.engine.compare import normalizing_evaluation_by_mini_batch, read_three_ways
 from bnext.engine.evaluation import build_evaluator, evaluate_with
@@ -167,15 +166,9 @@ def _run_row(
         return dict(_evaluate(cfg, os.path.join(folder, f"model_{int(number) - 1:07d}.pth"), samples))
 
 
-def _load(cfg: CfgNode, weights: str) -> nn.Module:
-    model = build_model(cfg)
-    Checkpointer(model).load(weights, checkpointables=[], complete=True)
-    return model.eval()
-
-
 def _evaluate(cfg: CfgNode, weights: str, samples: Sequence[int]) -> Iterator[tuple[str, dict[str, float]]]:
     """AP and loss of a checkpoint with the statistics of its file, and with those of so many training images."""
-    model = _load(cfg, weights)
+    model = load_model(cfg, weights)
     yield MOVING_AVERAGE, {"samples": 0, **_measure(cfg, model, MOVING_AVERAGE)}
     for number in samples:
         with keeping_averages(model):
@@ -215,7 +208,7 @@ def _as_number(value: float) -> float:
 
 def _read(cfg: CfgNode, size: int) -> dict[str, float]:
     """Loss in three ways and AP in two; the population statistics are precise, of TEST.PRECISE_BN.NUM_ITER batches."""
-    model = _load(cfg, os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
+    model = load_model(cfg, os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
     reading = {"normalization_batch_size": size, "moving_average_loss": _compute_loss(cfg, model)}
     recompute_statistics(cfg, model)
     ways = read_three_ways(cfg, model)

@@ -15,7 +15,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetFromList, DatasetMapper, MapDataset, get_detection_dataset_dicts
 from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
@@ -24,7 +23,7 @@ from torch.utils.data import DataLoader
 from bnext.data.check import check_datasets
 from bnext.data.loader import build_train_loader, limit_loader_workers
 from bnext.data.seeding import derive_seed
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import Checkpointer, load_model
 from bnext.engine.without_trace import drawing_from
 from bnext.errors import ConfigError, DatasetError
 from bnext.files import is_same_file
@@ -289,8 +288,7 @@ def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
             f"OUTPUT_DIR must be another folder than that of the checkpoint, which is never changed; got "
             f"{cfg.OUTPUT_DIR!r} for both (repair_checkpoint). Choose another."
         )
-    model = build_model(cfg)
-    Checkpointer(model).load(weights, checkpointables=[], complete=True)
+    model = load_model(cfg, weights)
     recompute_statistics(cfg, model, layers=is_level_norm)
     saver = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process())
     saver.save("model_final")

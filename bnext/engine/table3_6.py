@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils import comm
 from tabulate import tabulate
 from torch import nn
 
 from bnext.config import get_norm_name
 from bnext.data.sampler import check_batch_size
-from bnext.engine.checkpoint import Checkpointer
+from bnext.engine.checkpoint import Checkpointer, load_model
 from bnext.engine.command import build_parser, check_run
 from bnext.engine.evaluation import evaluate_model
 from bnext.engine.launch import count_workers
@@ -183,9 +182,7 @@ def _run_row(
     trained = ROWS[row].trained
     if row == trained:
         return train_row(f"_{row}", cfg, seconds, resume)
-    model = build_model(cfg)
-    weights = os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth")
-    Checkpointer(model).load(weights, checkpointables=[], complete=True)
+    model = load_model(cfg, os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth"))
     if ROWS[row].rois:
         with timed(seconds, f"reestimate_row_{row}"):
             _reestimate(cfg, model)

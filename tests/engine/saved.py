@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 from detectron2.modeling import build_model
 
-from bnext.engine import Checkpointer
 from tests.engine import tiny
 
 ON = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2)
@@ -22,13 +21,6 @@ def save(path, config=tiny.CONFIG, *opts):
 
 def load(weights, *opts, config=tiny.CONFIG):
     return tiny.load(Path(weights).parent / "unused", *ON, "MODEL.WEIGHTS", weights, *opts, config=config)
-
-
-def load_model(cfg, weights):
-    """The model of a config with the weights of a file, in evaluation mode."""
-    model = build_model(cfg)
-    Checkpointer(model).load(str(weights), checkpointables=[], complete=True)
-    return model.eval()
 
 
 def buffers_that_differ(first, second):

@@ -11,6 +11,7 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.engine import evaluate_model
+from bnext.engine.checkpoint import load_model
 from bnext.engine.compare import (
     KINDS,
     compare_statistics,
@@ -25,7 +26,7 @@ from bnext.engine.validation_loss import build_validation_batches, compute_valid
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import LevelBatchNorm2d
 from tests.engine import tiny
-from tests.engine.saved import ON, load_model
+from tests.engine.saved import ON
 from tests.workers import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")

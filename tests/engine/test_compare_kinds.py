@@ -7,12 +7,12 @@ import torch
 from detectron2.data import DatasetCatalog
 from torch import nn
 
+from bnext.engine.checkpoint import load_model
 from bnext.engine.compare import compare_statistics
 from bnext.engine.compare_kinds import count_images_as_trained, find_obstacle
 from bnext.layers import BatchNorm2d, NormSpec
 from bnext.layers.scopes import frozen_statistics
 from tests.engine import tiny
-from tests.engine.saved import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 KIND = "mini_batch_as_trained"

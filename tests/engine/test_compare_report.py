@@ -8,12 +8,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from bnext.engine.checkpoint import load_model
 from bnext.engine.compare import compare_statistics
 from bnext.engine.compare_report import describe_reading, describe_rows, draw_comparison, run_comparison
 from bnext.engine.evaluation import drop_nan
 from bnext.errors import CheckpointError, ConfigError, DatasetError
 from tests.engine import tiny
-from tests.engine.saved import ON, load_model
+from tests.engine.saved import ON
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 
