@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from bnext.engine.compare_kinds import KINDS
 from bnext.engine.evaluation import drop_nan
 from bnext.engine.launch import launch
 from bnext.engine.recompute import load_records
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, LaunchError
 from bnext.files import replace_file
 from bnext.layers.spec import check_choice
 from bnext.statistics.observe import find_replaceable
@@ -136,15 +137,28 @@ def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, d
     results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
     _write(cfg, results)
     file, plot = _outputs(cfg)
-    draw_comparison(results, plot)
+    with _naming_the_disk(cfg):
+        draw_comparison(results, plot)
     print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
 
 
 def _write(cfg: CfgNode, results: Mapping[str, Any]) -> None:
     if comm.is_main_process():
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
         text = json.dumps(drop_nan({"weights": cfg.MODEL.WEIGHTS, **results}), indent=2, allow_nan=False)
-        replace_file(_outputs(cfg)[0], lambda file: file.write(f"{text}\n".encode()))
+        with _naming_the_disk(cfg):
+            os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+            replace_file(_outputs(cfg)[0], lambda file: file.write(f"{text}\n".encode()))
+
+
+@contextlib.contextmanager
+def _naming_the_disk(cfg: CfgNode) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"--output must be a folder that can be written to, on a disk with room; got {type(error).__name__}: "
+            f"{error} ({cfg.OUTPUT_DIR}). What was written before is whole; choose another folder."
+        ) from error
 
 
 def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

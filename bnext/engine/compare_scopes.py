@@ -19,6 +19,8 @@ from bnext.statistics.observe import select_norms
 
 __all__ = ["FailingLast", "normalizing_evaluation_by_mini_batch", "try_measuring"]
 
+_FAILURES = (ValueError, FloatingPointError)  # ours; of detectron2's proposals, if boxes are not finite
+
 
 @contextlib.contextmanager
 def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
@@ -67,7 +69,7 @@ class FailingLast(nn.Module):
     def forward(self, batch: Any) -> Any:
         try:
             return [] if self.failure is not None else self.model(batch)
-        except ValueError as error:
+        except _FAILURES as error:
             if comm.get_world_size() == 1 or not _can_go_on(self.model):
                 raise
             self.failure = error
@@ -80,7 +82,7 @@ def try_measuring(model: nn.Module, measure: Callable[[], dict[str, Any]]) -> tu
     reason = ""
     try:
         found = measure()
-    except ValueError as error:  # ours too
+    except _FAILURES as error:
         if not _can_go_on(model):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__

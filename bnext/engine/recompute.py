@@ -24,6 +24,7 @@ from bnext.data.check import check_datasets
 from bnext.data.loader import build_train_loader, limit_loader_workers
 from bnext.data.seeding import derive_seed
 from bnext.engine.checkpoint import Checkpointer, load_model
+from bnext.engine.numbered_batches import NumberedBatches
 from bnext.engine.without_trace import drawing_from
 from bnext.errors import ConfigError, DatasetError
 from bnext.files import is_same_file
@@ -87,21 +88,22 @@ def recompute_statistics(
         A collective. Every worker uses its share of each batch.
     """
     node = cfg.TEST.BNEXT.PRECISE_BN
-    forward = _announce(_choose_forward(cfg, model, layers), on_first_batch)
+    forward = _choose_forward(cfg, model, layers)
     if batches is None:
         batches = build_train_loader(cfg)
         num_batches = num_batches or cfg.TEST.PRECISE_BN.NUM_ITER
+    numbered = NumberedBatches(batches)
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
     seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
-    with drawing_from(model, seed):  # the sampling of RoIs
+    with drawing_from(model, seed):  # what the loader draws
         report = recompute_population_statistics(
             model,
-            batches,
+            numbered,
             num_batches=num_batches,
             num_samples=num_samples,
-            forward=forward,
+            forward=numbered.drawing(forward, seed, on_first_batch),
             layers=layers,
             domain=_read_domain if getattr(batches, "has_domains", False) else None,
             progress=True,
@@ -114,20 +116,6 @@ def recompute_statistics(
 def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> Forward | None:
     paths = [path for path, _ in select_norms(model, layers)]
     return choose_forward(model, paths, cfg.TEST.BNEXT.PRECISE_BN.ROIS)
-
-
-def _announce(forward: Forward | None, on_first_batch: Callable[[], None] | None) -> Forward | None:
-    """The same forward, before whose first batch something is called."""
-    if on_first_batch is None:
-        return forward
-    calls = [on_first_batch]
-
-    def announced(model: nn.Module, batch: Any) -> object:
-        if calls:
-            calls.pop()()
-        return model(batch) if forward is None else forward(model, batch)
-
-    return announced
 
 
 def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:

@@ -89,7 +89,8 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
     model = build_model(cfg)
     checkpointer = Checkpointer(model)
-    replaced = [] if request.source_samples else find_replaceable(model)
+    begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
+    replaced = [] if begins_with_them else find_replaceable(model)
     others = _load(checkpointer, cfg.MODEL.WEIGHTS, replaced)
     kept = _find_run(cfg, request, comm.get_world_size())
     images = _choose_images(cfg, model, request)

@@ -49,6 +49,12 @@ def check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
             "--resume must be of an estimator of which a run is kept; got 'layer_by_layer' "
             "(TEST.BNEXT.PRECISE_BN.ESTIMATOR), which begins anew. Leave --resume out, or use another."
         )
+    names = request.domains or cfg.MODEL.BNEXT.DOMAINS.NAMES
+    if request.population == "per_domain" and not names:
+        raise ConfigError(
+            "--population per_domain must be given the domain of each --dataset; got none. Give --dataset and --domain "
+            "for each."
+        )
     if request.domains and len(request.domains) != len(request.datasets):
         raise ConfigError(
             f"--domain must be given once for each --dataset; got {len(request.domains)} for {len(request.datasets)} "

@@ -75,19 +75,20 @@ def _move_center(parts: Spread, center: Tensor) -> tuple[Tensor, Tensor]:
 def standard_errors(spread: Spread, total: Moments) -> tuple[Tensor, Tensor]:
     """Standard errors of the pooled mean and variance, [C] each; infinite for fewer than two batches.
 
-        s.e.(mean)^2 = K / (K - 1) * sum of (n_k / n)^2 (mean_k - mean)^2
-        s.e.(var)^2  = K / (K - 1) * sum of (n_k / n)^2 (u_k - var)^2,  u_k = var_k + (mean_k - mean)^2
+        s.e.(mean)^2 = K' / (K' - 1) * sum of (n_k / n)^2 (mean_k - mean)^2
+        s.e.(var)^2  = K' / (K' - 1) * sum of (n_k / n)^2 (u_k - var)^2,  u_k = var_k + (mean_k - mean)^2
+        K' = n^2 / sum of n_k^2
 
-    With batches of one size these are sd(mean_k) / sqrt(K) and sd(u_k) / sqrt(K).
+    With batches of one size K' is K, and these are sd(mean_k) / sqrt(K) and sd(u_k) / sqrt(K).
 
     Args:
         spread: of the batches, without leading dimensions.
         total: pooled moments of the same batches; count [], mean and var [C].
 
     Source:
-        Cochran, *Sampling Techniques*, 1977, section 6.3 (the variance of a ratio of sums).
+        Cochran, *Sampling Techniques*, 1977, section 6.3 (the variance of a ratio of sums); Kish, *Survey Sampling*,
+        1965 (K').
     """
-    number = spread.num_batches
     d, u = spread.first
     dd, du, uu = spread.second
     delta = total.mean - spread.center
@@ -98,6 +99,7 @@ def standard_errors(spread: Spread, total: Moments) -> tuple[Tensor, Tensor]:
             uu - 4 * delta * du + 4 * delta.square() * dd + spread.weight * off_u.square(),
         ]
     ).clamp(min=0)
-    errors = (scatter * number / (number - 1).clamp(min=1)).sqrt() / total.count.clamp(min=1)
-    errors = torch.where(number > 1, errors, torch.full_like(errors, float("inf")))
+    effective = total.count.square() / spread.weight.clamp(min=1)  # K', so many equal batches would be as good
+    errors = (scatter * effective / (effective - 1)).sqrt() / total.count.clamp(min=1)
+    errors = torch.where(spread.num_batches > 1, errors, torch.full_like(errors, float("inf")))
     return errors[0], errors[1]

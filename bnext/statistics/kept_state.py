@@ -23,15 +23,18 @@ _PERIOD = 20  # rounds between writes
 _FAILED = -1
 
 
-def describe_run(model: nn.Module, estimator: str, momentum: float) -> str:
+def describe_run(model: nn.Module, estimator: str, momentum: float, domain: object) -> str:
     """What an interrupted run and the one that goes on must have in common: the weights, and what is collected."""
+    everyone = resolve_group("all")
+    num_workers = 1 if everyone is None else everyone.size()
     checksum = 0
     for name, value in sorted(model.state_dict().items()):
         if isinstance(value, Tensor):
             data = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
             checksum = zlib.crc32(data.data, zlib.crc32(name.encode(), checksum))
     how = f"{estimator}, momentum {momentum}" if estimator == "moving_average" else estimator
-    return f"weights {checksum:08x}, estimator {how}"
+    where = f", domain {domain}" if isinstance(domain, str) else ""
+    return f"weights {checksum:08x}, estimator {how}, {num_workers} worker(s){where}"
 
 
 class KeptState:
@@ -125,6 +128,8 @@ class KeptState:
                 raise StatisticsError(f"{len(state['names'])} sets, {state['names'][:1]} first")
             if state["run"] != self._run:
                 raise StatisticsError(f"{state['run']!r} instead of {self._run!r}")
+            if not (isinstance(state["done"], int) and state["done"] > 0):
+                raise StatisticsError(f"{state['done']!r} rounds")
             for own, collected in zip(sets, state["sets"], strict=True):
                 own.load_state_dict(collected)
             return [(int(state["done"]), state["sets"])]

@@ -107,8 +107,10 @@ def recompute_population_statistics(
         ConfigError: the estimator is unknown.
 
     Note:
-        After an exception the model is bitwise as it was; otherwise only the running statistics of the reached norms
-        differ. Collectives: one per round of batches, and two per set at the end and at every look at the errors.
+        Behind another norm a pooled estimate depends on how the data are split into batches, as mini-batches normalize
+        there, which is what training sees; "layer_by_layer" does not. After an exception the model is bitwise as it
+        was; otherwise only the running statistics of the reached norms differ. Collectives: one per round of batches,
+        and two per set at the end and at every look at the errors.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
@@ -133,7 +135,8 @@ def recompute_population_statistics(
     device = sets[0].total.mean.device
     call = _Caller(model, forward, domain, sets)
     names = [own.where for own in sets]
-    kept = KeptState(state_file, names, "" if state_file is None else describe_run(model, estimator, momentum))
+    run = "" if state_file is None else describe_run(model, estimator, momentum, domain)
+    kept = KeptState(state_file, names, run)
     with torch.no_grad(), restoring(model), keeping_counters(model), leaving_population_aside(norms):
         model.eval()
         for _, norm in norms:

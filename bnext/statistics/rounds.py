@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import torch
@@ -60,6 +60,8 @@ class Rounds:
             try:
                 batches = iter(self._data) if self.done == 0 else batches
                 batch = ended if self._failure is not None else next(batches, ended)
+                if batch is None:
+                    raise StatisticsError(f"a batch must not be None; got None ({_WHERE}). Leave it out of the data.")
                 self._own_samples += 0 if batch is ended else count_images(batch)
             except Exception as error:
                 self._failure = error
@@ -120,11 +122,11 @@ def count_images(batch: Any) -> int:
     """
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         values = batch.values()
-        return count_images(next((v for v in values if isinstance(v, (list, tuple)) or _has_rows(v)), 0))
+        return count_images(next((v for v in values if _has_rows(v)), 0))
     if not isinstance(batch, (list, tuple)):
-        return 1
+        return len(batch) if isinstance(batch, Sized) and not isinstance(batch, str) else 1  # an ImageList, for one
     is_images = all(isinstance(entry, Tensor) and entry.dim() == 3 for entry in batch)
     is_pair = not is_images and bool(batch) and isinstance(batch[0], Tensor)
     is_pair = is_pair or (isinstance(batch, tuple) and bool(batch) and isinstance(batch[0], (tuple, list)))
@@ -133,4 +135,6 @@ def count_images(batch: Any) -> int:
 
 
 def _has_rows(value: object) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0
+    if isinstance(value, Tensor):
+        return value.dim() > 0
+    return isinstance(value, Sized) and not isinstance(value, str)

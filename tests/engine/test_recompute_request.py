@@ -64,6 +64,11 @@ def test_statistics_that_are_not_finite_are_repaired_unless_they_count(weights, 
         with pytest.raises(CheckpointError, match=r"running_var must be 0 or more and finite; got -1"):
             run(load(tmp_path / "broken.pth"), request)
     assert not list(tmp_path.glob("blend*"))
+    with pytest.raises(CheckpointError, match="running_var must be 0 or more"):  # which begins with them
+        run(
+            load(tmp_path / "broken.pth", f"{NODE}.ESTIMATOR", "moving_average"),
+            RecomputeRequest(output=str(tmp_path / "moving.pth")),
+        )
 
 
 def test_statistics_that_are_not_finite_and_not_reached_are_not_written(weights, tmp_path):
@@ -104,7 +109,7 @@ def test_requests_that_are_refused(weights, tmp_path):
         ({"datasets": ("digits_val",), "domains": ("a", "b")}, ConfigError, "--domain"),
         ({"num_samples": 0}, ConfigError, "--num-samples"),
         ({"source_samples": -1.0}, StatisticsError, "source_samples"),
-        ({"population": "per_domain"}, ConfigError, "domains must name the domains"),
+        ({"population": "per_domain"}, ConfigError, "--population per_domain must be given the domain"),
     ]
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -12,7 +12,8 @@ from bnext.engine.kept_run import KeptRun
 from bnext.engine.recompute_checkpoint import run_request as run
 from bnext.engine.recompute_request import RecomputeRequest
 from bnext.errors import DatasetError, LaunchError
-from tests.engine.saved import buffers_that_differ, load
+from tests.engine import tiny
+from tests.engine.saved import buffers_that_differ, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 
@@ -33,6 +34,28 @@ def test_an_interrupted_run_goes_on_with_resume(weights, tmp_path, monkeypatch):
     assert len(seen) == 6 - 4, "four batches were kept"
     assert not list(tmp_path.glob("*.state*"))
     first, second = (torch.load(tmp_path / name)["model"] for name in ("whole.pth", "out.pth"))
+    assert not buffers_that_differ(first, second)
+
+
+def test_an_interrupted_run_on_sampled_rois_draws_the_same_ones(digits, tmp_path, monkeypatch):
+    """What a batch draws does not depend on the batches that the resumed run passes over."""
+    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 2)
+    cfg = load(save(tmp_path / "in.pth", tiny.RCNN), "SOLVER.IMS_PER_BATCH", 2, config=tiny.RCNN)
+    run(cfg, RecomputeRequest(output=str(tmp_path / "whole.pth"), datasets=("digits_train",)))
+    request = RecomputeRequest(output=str(tmp_path / "out.pth"), datasets=("digits_train",), resume=True)
+    numbers, read = iter(range(100)), DatasetMapper.__call__
+
+    def interrupt(mapper, record):
+        if next(numbers) == 9:
+            raise KeyboardInterrupt
+        return read(mapper, record)
+
+    monkeypatch.setattr(DatasetMapper, "__call__", interrupt)
+    with pytest.raises(KeyboardInterrupt, match="--resume goes on"):
+        run(cfg, request)
+    run(cfg, request)
+    first, second = (torch.load(tmp_path / name)["model"] for name in ("whole.pth", "out.pth"))
+    assert any("roi_heads" in key and key.endswith("running_mean") for key in first)
     assert not buffers_that_differ(first, second)
 
 

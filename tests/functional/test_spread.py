@@ -37,8 +37,9 @@ def define(batches):
     """As numpy has it, on stored batches, each weighted by its elements."""
     rows = [batch.movedim(1, 0).flatten(1).numpy() for batch in batches]
     everything = np.concatenate(rows, axis=1)
-    mean, var, number = everything.mean(1), everything.var(1), len(rows)
+    mean, var = everything.mean(1), everything.var(1)
     share = np.array([row.shape[1] / everything.shape[1] for row in rows])[:, None]
+    number = 1 / (share**2).sum()  # of equal batches that would be as good
     means = np.stack([row.mean(1) for row in rows])
     variances = np.stack([row.var(1) for row in rows]) + (means - mean) ** 2
     scatter = [(share**2 * (values - pooled) ** 2).sum(0) for values, pooled in ((means, mean), (variances, var))]
@@ -135,3 +136,16 @@ def test_the_standard_error_is_honest(sizes):
     mean_error, var_error = standard_errors(spread, pooled)
     assert 0.62 < float((pooled.mean.abs() / mean_error).median()) < 0.72
     assert 0.60 < float(((pooled.var - 5).abs() / var_error).median()) < 0.75
+
+
+def test_a_few_large_batches_are_not_many():
+    """Three batches of 64 among 93 of 2 are as good as nine of one size."""
+    generator = torch.Generator().manual_seed(3)
+    moments = []
+    for k in range(96):
+        shared = torch.randn(2000, generator=generator, dtype=torch.float64)
+        noise = torch.randn(64 if k % 32 == 31 else 2, 2000, generator=generator, dtype=torch.float64)
+        moments.append(batch_moments(shared + 2 * noise))
+    pooled = merge_moments(stack(moments))
+    mean_error, _ = standard_errors(merge_spreads(stack([spread_of_batch(own) for own in moments])), pooled)
+    assert float((pooled.mean.abs() < 2 * mean_error).double().mean()) > 0.85

@@ -94,6 +94,11 @@ def test_a_loader_of_inputs_and_labels_needs_a_forward():
     assert recompute_population_statistics(model, data, forward=lambda model, batch: model(batch[0])).num_samples == 2
 
 
+def test_a_batch_that_is_none():
+    with pytest.raises(StatisticsError, match="a batch must not be None"):
+        recompute_population_statistics(nn.BatchNorm2d(2), [torch.randn(2, 2, 3, 3), None])
+
+
 def test_the_level_is_named_too():
     norm = make_norm(NormSpec.from_table5_row(4))
     model = nn.ModuleDict({"head": norm})

@@ -93,13 +93,14 @@ def test_a_run_that_stops_by_its_tolerance_goes_on_too(tmp_path):
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        (make_model(seed=2), {}, r"got 'weights \w+, estimator pooled' instead of 'weights \w+"),
+        (make_model(seed=2), {}, r"got 'weights \w+, estimator pooled, 1 worker.s.' instead of 'weights \w+"),
         (make_model(channels=5), {}, "instead of"),
         (nn.Sequential(make_model()), {}, "got 1 sets, .'norm'. first"),
-        (make_model(), {"estimator": "mean_of_batches"}, "instead of 'weights .*, estimator mean_of_batches'"),
+        (make_model(), {"estimator": "mean_of_batches"}, "instead of .*, estimator mean_of_batches, 1 worker"),
         (make_model(), {"estimator": "moving_average", "momentum": 0.2}, "estimator moving_average, momentum 0.2"),
+        (make_model(), {"domain": "night"}, r"1 worker.s.' instead of .*, 1 worker.s., domain night'"),
     ],
-    ids=["weights", "channels", "names", "estimator", "momentum"],
+    ids=["weights", "channels", "names", "estimator", "momentum", "domain"],
 )
 def test_a_file_of_another_run_is_refused(tmp_path, model, arguments, message):
     path = tmp_path / "state"
@@ -119,6 +120,19 @@ def test_a_damaged_file_is_refused(tmp_path, content):
     path.write_bytes(path.read_bytes()[:500] if content is None else content)
     with pytest.raises(StatisticsError, match=r"state_file must be of an interrupted run.*got .*Error"):
         recompute_population_statistics(make_model(), make_data(), state_file=path)
+
+
+def test_a_file_of_more_workers_or_of_no_round_is_refused(tmp_path):
+    path = tmp_path / "state"
+    interrupt(path)
+    whole = torch.load(path)
+    for changed, message in (
+        ({"done": -3}, "got -3 rounds"),
+        ({"run": whole["run"].replace("1 worker", "3 worker")}, r"3 worker.s.' instead of .* 1 worker"),
+    ):
+        torch.save({**whole, **changed}, path)
+        with pytest.raises(StatisticsError, match=message):
+            recompute_population_statistics(make_model(), make_data(), state_file=path)
 
 
 def test_a_run_of_fewer_batches_than_the_file_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """How many images a batch has, whichever form a loader gives it; and what an estimate must not depend on."""
 
+import collections
+
 import pytest
 import torch
 from torch import nn
@@ -28,6 +30,8 @@ IMAGE = torch.zeros(3, 4, 4)
         ([[IMAGE] * 8, [{"boxes": 0}] * 8], 8),
         ({"height": 480, "scale": torch.tensor(1.0), "image": torch.zeros(4, 3, 2, 2)}, 4),
         (None, 1),
+        (collections.UserDict({"name": "a", "images": torch.zeros(3, 3, 4, 4)}), 3),
+        (collections.deque([IMAGE] * 5), 5),
         ([], 0),
     ],
     ids=str,
