@@ -10,6 +10,8 @@ import torch
 
 __all__ = ["PopulationEstimate", "RecomputeReport"]
 
+_SHOWN = 5  # of those that have not converged; the tables name all
+
 
 @dataclasses.dataclass(frozen=True)
 class PopulationEstimate:
@@ -101,11 +103,15 @@ class RecomputeReport:
             )
             coarsest = max(reached, key=lambda estimate: estimate.error)
             lines.append(f"  largest standard error: {coarsest.name}, {_percent(coarsest.error)} (p95 over channels)")
-        for estimate in self.not_converged:
+        coarse = sorted(self.not_converged, key=lambda estimate: -estimate.error)
+        for estimate in coarse[:_SHOWN]:
             lines.append(
                 f"  not converged: {estimate.name}, standard error {_percent(estimate.error)} of a tolerance of "
                 f"{_percent(self.tolerance or 0)} after {estimate.num_batches} batches"
             )
+        if len(coarse) > _SHOWN:
+            rest = coarse[_SHOWN:]
+            lines.append(f"  not converged: {len(rest)} more, up to {_percent(rest[0].error)}")
         for estimate in self.not_reached:
             lines.append(f"  not reached, left as it was: {estimate.path} {' '.join(estimate.levels)}".rstrip())
         return "\n".join(lines)

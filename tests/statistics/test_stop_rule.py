@@ -6,6 +6,7 @@ from torch import nn
 
 from bnext import recompute_population_statistics
 from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.statistics import PopulationEstimate, RecomputeReport
 from tests.cases import NUM_CHANNELS, randomize
 from tests.statistics.models import assert_population
 from tests.workers import run_workers
@@ -65,6 +66,14 @@ def test_what_has_not_converged_is_said():
     assert "of a tolerance of 0.01 % after 12 batches" in str(report)
     without = recompute_population_statistics(nn.BatchNorm2d(NUM_CHANNELS).double(), Counting(12))
     assert not without.not_converged
+
+
+def test_the_coarsest_of_many_are_named_and_the_others_counted():
+    rows = [PopulationEstimate(f"bn{k}", (), 5, 2, 2, mean_error=k / 100, var_error=0.0) for k in range(1, 10)]
+    text = str(RecomputeReport(tuple(rows), 2, tolerance=0.005))
+    named = [line.split()[2] for line in text.splitlines() if "standard error" in line and "not converged" in line]
+    assert named == ["bn9,", "bn8,", "bn7,", "bn6,", "bn5,"]
+    assert "  not converged: 4 more, up to 4 %" in text.splitlines()
 
 
 def test_the_coarsest_of_several_sets_decides_and_one_that_is_not_reached_does_not():
