@@ -180,8 +180,8 @@ def _merge_populations(every: Tensor) -> Tensor:
     """Running statistics of all workers, [R, 2, C], as parts of one population; those that agree stay bit by bit."""
     if torch.equal(every, every[:1].expand_as(every)):
         return every[0]
-    mean, var = every.mean(0)
-    return torch.stack([mean, var + every[:, 0].var(0, correction=0)])
+    merged = merge_moments(Moments(every.new_ones(len(every)), *every.unbind(1)))
+    return torch.stack([merged.mean, merged.var])
 
 
 def _check_buffer(buffer: Tensor, where: str) -> None:

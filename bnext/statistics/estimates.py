@@ -13,7 +13,7 @@ from bnext.functional import standard_errors
 from bnext.statistics.collector import Collected, Collector
 from bnext.statistics.report import PopulationEstimate, percentile_error
 
-__all__ = ["Estimator", "blend_former", "estimate_set", "measure_errors", "put_estimates"]
+__all__ = ["Estimator", "estimate_set", "measure_errors", "put_estimates"]
 
 Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 
@@ -38,7 +38,7 @@ def estimate_set(
     elif estimator == "moving_average":
         _check_former(own, found, "estimator='moving_average' begins with them", "Use another estimator")
         new = own.moving_over_workers()
-    new = blend_former(own, found, new, source_samples)
+    new = _blend(own, found, new, source_samples)
     if not torch.isfinite(new.to(own.state.running_var.dtype)).all():
         raise StatisticsError(
             f"statistics must be finite in the type of their buffers; got an overflow in {own.state.running_var.dtype} "
@@ -63,7 +63,7 @@ def _check_former(own: Collector, found: Collected, why: str, remedy: str) -> No
         )
 
 
-def blend_former(own: Collector, found: Collected, new: Tensor, source_samples: float) -> Tensor:
+def _blend(own: Collector, found: Collected, new: Tensor, source_samples: float) -> Tensor:
     """An estimate, [2, C], and the running statistics, which count for `source_samples` images."""
     if source_samples == 0:
         return new  # also where the former statistics are not finite

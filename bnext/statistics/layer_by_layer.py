@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.errors import StatisticsError
-from bnext.statistics.collector import Collected, Collector
+from bnext.statistics.collector import Collector
+from bnext.statistics.estimates import estimate_set, put_estimates
 from bnext.statistics.observe import collect_moments, keeping_counters
 from bnext.statistics.rounds import Rounds
 
@@ -34,7 +34,7 @@ def estimate_layer_by_layer(
     collectors: Mapping[str, Mapping[str, Collector]],
     make_rounds: Callable[[], Rounds],
     call: Any,
-    blend: Callable[[Collector, Collected, Tensor], Tensor],
+    source_samples: float,
 ) -> Rounds:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
@@ -44,7 +44,7 @@ def estimate_layer_by_layer(
         collectors: by path.
         make_rounds: a new pass over the data, which must be the same ones each time.
         call: runs a batch through the model; call.images: domain -> images of the last one.
-        blend: of a set, what was collected, and its estimate [2, C]: what the running statistics become.
+        source_samples: images that the former statistics count for.
 
     Returns:
         The last pass.
@@ -72,11 +72,8 @@ def estimate_layer_by_layer(
                 f"{first.num_batches} in the first, and then {rounds.num_batches} ({path}). Pass a list of batches."
             )
         for own in dict.fromkeys(collectors[path].values()):
-            found = own.collect_over_workers()
-            if found.total.count >= 2:
-                new = blend(own, found, torch.stack([found.total.mean, found.total.unbiased_var()]))
-                own.state.running_mean.copy_(new[0])
-                own.state.running_var.copy_(new[1])
+            _, new = estimate_set(own, own.collect_over_workers(), "layer_by_layer", source_samples)
+            put_estimates([own], [new], rounds.num_batches)
     return rounds
 
 

@@ -22,7 +22,7 @@ from bnext.errors import StatisticsError
 from bnext.layers.shuffled import shares_work
 from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
 from bnext.statistics.collector import Collector, make_collectors
-from bnext.statistics.estimates import Estimator, blend_former, estimate_set, measure_errors, put_estimates
+from bnext.statistics.estimates import Estimator, estimate_set, measure_errors, put_estimates
 from bnext.statistics.kept_state import KeptState, describe_run
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import (
@@ -140,15 +140,12 @@ def recompute_population_statistics(
     with torch.no_grad(), restoring(model), keeping_counters(model), leaving_population_aside(norms):
         model.eval()
         for _, norm in norms:
-            norm.train()
+            norm.train(estimator != "layer_by_layer")
         make_rounds = partial(
             Rounds, data, device, shares_work=shares_work(model), num_batches=num_batches, num_samples=num_samples
         )
         if estimator == "layer_by_layer":
-            model.eval()
-            make_rounds = partial(make_rounds, shares_work=shares_work(model))
-            blend = partial(blend_former, source_samples=source_samples)
-            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call, blend)
+            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call, source_samples)
         else:
             rounds = make_rounds(skip=kept.load(sets))
             with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:

@@ -71,7 +71,7 @@ def test_statistics_that_are_not_finite_are_repaired_unless_they_count(weights, 
         )
 
 
-def test_statistics_that_are_not_finite_and_not_reached_are_not_written(weights, tmp_path):
+def test_statistics_that_are_not_finite_and_not_reached_are_not_written():
     estimates = (PopulationEstimate("a.norm", (), 0), PopulationEstimate("b", ("p3",), 5))
     with pytest.raises(StatisticsError, match=r"must be reached by the images; got none for a\.norm in 4 images"):
         _check_repaired(["a.norm"], RecomputeReport(estimates, 1, 4))
