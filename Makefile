@@ -20,12 +20,13 @@ demo: setup
 	$(RUN) tools/demo.py
 
 test: lint types
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 test-all: lint types
-	$(RUN) -m pytest -m ""
+	$(RUN) -m pytest -n 2 --dist loadfile -m ""
 
 lint: setup
+	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	.venv/bin/lint-imports
 
@@ -35,4 +36,4 @@ types: setup
 # Large tensors stay with malloc; otherwise the kernel's mapping of memory is timed.
 bench: export GOMP_SPINCOUNT = 1000
 bench: setup
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) tools/bench.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) bench/norms.py

@@ -7,7 +7,6 @@ registers its meta-architectures and data sets; where it is not, everything else
 import importlib.util
 import warnings
 
-from bnext.domain import use_domain
 from bnext.errors import (
     BNextError,
     CheckpointError,
@@ -24,19 +23,21 @@ from bnext.layers import (
     NormSpec,
     Shuffled,
     build_norm,
+    deal_statistics,
+    use_groups,
+    virtual_samples,
+)
+from bnext.scope import frozen_statistics, use_domain
+from bnext.statistics import following_stream, recompute_population_statistics
+from bnext.surgery import (
     check_norm_state,
     convert_norm,
     convert_norm_state,
     copy_norm_state,
-    deal_statistics,
     fold_norms,
     freeze_norms,
-    frozen_statistics,
     unfreeze_norms,
-    use_groups,
-    virtual_samples,
 )
-from bnext.statistics import following_stream, recompute_population_statistics
 
 __version__ = "0.1.0"
 

@@ -4,9 +4,6 @@ All of them are `ValueError`s as well, so that code which catches torch's or det
 complaints about a bad value catches ours too.
 """
 
-import sys
-from collections.abc import Callable
-
 __all__ = [
     "BNextError",
     "CheckpointError",
@@ -16,7 +13,6 @@ __all__ = [
     "LaunchError",
     "StatisticsError",
     "WorkerError",
-    "run_command",
 ]
 
 
@@ -50,23 +46,3 @@ class LaunchError(BNextError):
 
 class WorkerError(BNextError):
     """Another worker has failed, or did not come to a layer that all workers share."""
-
-
-def run_command(command: Callable[[], object]) -> int:
-    """Run what a command line asks for; the status to exit with.
-
-    Args:
-        command: does it.
-
-    Returns:
-        0; or 2 after a mistake that the user can mend, whose message is one line on the standard error stream.
-    """
-    try:
-        command()
-    except BNextError as error:
-        text = str(error)
-        if "Original Traceback" in text:  # of a process that loads images; torch puts all of it into the message
-            text = text.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {text}", file=sys.stderr)
-        return 2
-    return 0

@@ -1,13 +1,15 @@
-"""Files that are whole or absent, and where they are."""
+"""Files that are whole or absent, what is written into them, and where they are."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
-from collections.abc import Callable
-from typing import BinaryIO
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
 
-__all__ = ["find_local_file", "is_same_file", "replace_file"]
+__all__ = ["drop_nan", "find_local_file", "is_same_file", "replace_file", "write_json"]
 
 
 def find_local_file(address: str) -> str | None:
@@ -52,3 +54,30 @@ def replace_file(
         with contextlib.suppress(OSError):
             os.remove(partial)
         raise
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write a JSON file, whole or not at all; its folder is made if it is missing.
+
+    Args:
+        path: the file.
+        value: of dictionaries, lists, strings and numbers; those that are not finite become null.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    text = json.dumps(drop_nan(value), indent=2, allow_nan=False)
+    replace_file(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def drop_nan(value: Any) -> Any:
+    """The same numbers, lists and dictionaries with None for NaN and Inf: JSON has none of them.
+
+    COCO has no number where there is no object; a model that has diverged has none for its loss.
+    """
+    if isinstance(value, Mapping):
+        return {key: drop_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [drop_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -9,9 +9,9 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from bnext.cli.run_command import run_command
 from bnext.data.digits import prepare_digits
 from bnext.data.digits_images import DigitsRecipe
-from bnext.errors import run_command
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bnext.domain import use_domain
 from bnext.layers import TABLE5_ROWS, BatchNorm2d, LevelBatchNorm2d, NormSpec
+from bnext.scope import use_domain
 
 __all__ = [
     "CASES",

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from bnext.errors import DatasetError, run_command
+from bnext.cli.run_command import run_command
+from bnext.errors import DatasetError
 
 
 class Broken(Dataset):

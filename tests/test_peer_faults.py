@@ -20,8 +20,8 @@ from fvcore.nn.distributed import differentiable_all_reduce
 from torch import nn
 
 from bnext import convert_norm, convert_norm_state
+from bnext.checkpoints import Checkpointer
 from bnext.distributed import all_reduce_sum, resolve_group
-from bnext.engine import Checkpointer
 from bnext.errors import CheckpointError, ConfigError
 from bnext.functional import deal_samples
 from bnext.heads import RetinaNetHead

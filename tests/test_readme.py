@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bnext.engine import load_config
+from bnext.config import load_config
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

@@ -17,10 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnext.engine.command import load_config
-from bnext.engine.compare_kinds import KINDS
-from bnext.engine.compare_report import run_comparison
-from bnext.errors import run_command
+from bnext.cli.compare import run_comparison
+from bnext.cli.run_command import run_command
+from bnext.config.load import load_config
+from bnext.repair.kinds import KINDS
 
 SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
 

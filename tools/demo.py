@@ -3,8 +3,8 @@
 
     python tools/demo.py
 
-Trains row 3 of the paper's Table 5 on the digits set (made on first use), re-estimates the population
-statistics per level (row 4), and writes output/demo/results.json and output/demo/detections.png.
+Trains a plain BN in the shared head on the digits set (made on first use), re-estimates its population statistics for
+each level, and writes output/demo/results.json and output/demo/detections.png.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bnext.engine.demo import run_demo
-from bnext.errors import run_command
+from bnext.cli.demo import run_demo
+from bnext.cli.run_command import run_command
 
-CONFIGS = Path(__file__).parents[1] / "projects/RethinkingBatchNorm/configs/digits"
+CONFIGS = Path(__file__).parents[1] / "configs/Digits-Detection"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="output/demo", help="folder for the results (default: %(default)s)")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override the config")
     args = parser.parse_args(argv)
-    files = {row: str(CONFIGS / f"table5_row{row}.yaml") for row in (3, 4)}
-    return run_command(lambda: run_demo(files, args.output, args.opts))
+    trained, repaired = CONFIGS / "retinanet_R_18_FPN_BN.yaml", CONFIGS / "retinanet_R_18_FPN.yaml"
+    return run_command(lambda: run_demo(str(trained), str(repaired), args.output, args.opts))
 
 
 if __name__ == "__main__":

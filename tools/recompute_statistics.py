@@ -15,11 +15,12 @@ import math
 import sys
 from collections.abc import Sequence
 
-from bnext.config_test import ESTIMATORS
-from bnext.engine.command import load_config
-from bnext.engine.recompute_checkpoint import POPULATIONS, run_request
-from bnext.engine.recompute_request import RecomputeRequest
-from bnext.errors import ConfigError, run_command
+from bnext.cli.reestimate import POPULATIONS, run_request
+from bnext.cli.reestimate_request import RecomputeRequest
+from bnext.cli.run_command import run_command
+from bnext.config.estimates import ESTIMATORS
+from bnext.config.load import load_config
+from bnext.errors import ConfigError
 
 PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
 SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here

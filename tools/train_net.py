@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from bnext.engine import build_parser, load_config, run
-from bnext.errors import run_command
+from bnext.cli.run_command import run_command
+from bnext.cli.train import build_parser, run
+from bnext.config import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -64,7 +64,6 @@ class MappedDataset(Dataset):
             f"record {index}). Check the augmentations and the annotations of DATASETS.TRAIN."
         )
 
-
     def _map(self, record: dict[str, Any]) -> dict[str, Any] | None:
         try:
             return self.mapper(record)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from bnext.errors import WorkerError
 
-__all__ = ["all_gather_numbers", "all_gather_stacked", "all_reduce_sum", "all_to_all_rows"]
+__all__ = ["all_gather_numbers", "all_gather_objects", "all_gather_stacked", "all_reduce_sum", "all_to_all_rows"]
+
+T = TypeVar("T")
 
 
 def all_gather_stacked(tensor: Tensor, group: dist.ProcessGroup | None, where: str = "") -> Tensor:
@@ -50,6 +53,21 @@ def all_gather_numbers(
     every = all_gather_stacked(own, group, where)
     with _naming_failures(group, where):  # on a GPU a failure shows here
         return every.tolist()
+
+
+def all_gather_objects(value: T, group: dist.ProcessGroup | None, where: str = "") -> list[T]:
+    """The values of all workers of the group, in rank order; they travel by pickle.
+
+    Raises:
+        WorkerError: another worker has failed, or did not come in time.
+    """
+    if group is None:
+        return [value]
+
+    gathered: list[Any] = [None] * group.size()
+    with _naming_failures(group, where):
+        dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, where: str = "") -> Tensor:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TextIO
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as d2_hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from bnext.data.seeding import derive_seed, seed_everything
-from bnext.functional.moments import Moments, merge_moments
+from bnext.distributed.equal_buffers import equalize_buffers
 
 __all__ = [
     "EqualizeBuffers",
@@ -32,9 +30,7 @@ __all__ = [
     "ProgressBar",
     "RememberMetrics",
     "SeedSteps",
-    "equalize_buffers",
     "is_due",
-    "norm_buffers",
 ]
 
 _STEP = 4  # what the derived seed is for
@@ -57,57 +53,6 @@ class SeedSteps(HookBase):
 
     def before_step(self) -> None:
         seed_everything(derive_seed(self.trainer.seed, _STEP, self.trainer.iter, comm.get_rank()))
-
-
-def norm_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of all that norms with running statistics remember."""
-    for path, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        if "running_mean" in own and "running_var" in own:
-            yield from ((f"{path}.{name}" if path else name, buffer) for name, buffer in own.items())
-
-
-@torch.no_grad()
-def equalize_buffers(model: nn.Module) -> dict[str, float]:
-    """Give every worker the same norm buffers.
-
-    With equal weights for all workers: mean of the running means; running variances are merged as
-    parts of one population (mean of the variances plus the variance of the means). Other floating
-    buffers are averaged; integer buffers become those of worker 0.
-
-    Args:
-        model: any module, of the same structure on every worker.
-
-    Returns:
-        By buffer, the largest absolute difference from worker 0 before; only those that differed.
-
-    Note:
-        A collective on CPU copies. A buffer that is equal everywhere is not touched.
-    """
-    own = {name: buffer.detach().cpu() for name, buffer in norm_buffers(model)}
-    if comm.get_world_size() == 1 or not own:
-        return {}
-    every = comm.all_gather(own)
-    stacks = {name: torch.stack([worker[name] for worker in every]) for name in own}
-    spread = {name: float((stack.double() - stack[0].double()).abs().max()) for name, stack in stacks.items()}
-    for name, buffer in norm_buffers(model):
-        if spread[name] != 0:  # also where it is NaN
-            buffer.copy_(_merge_buffer(name, stacks))
-    return {name: value for name, value in spread.items() if value != 0}
-
-
-def _merge_buffer(name: str, stacks: dict[str, Tensor]) -> Tensor:
-    stack = stacks[name]
-    path, _, kind = name.rpartition(".")
-    if not stack.is_floating_point():
-        return stack[0]
-    if kind not in ("running_mean", "running_var"):
-        return stack.double().mean(0)
-    prefix = f"{path}." if path else ""
-    mean, var = (stacks[f"{prefix}running_{moment}"].double() for moment in ("mean", "var"))
-    count = torch.ones(mean.shape[:-1], dtype=mean.dtype)
-    merged = merge_moments(Moments(count, mean, var))
-    return merged.mean if kind == "running_mean" else merged.var
 
 
 class EqualizeBuffers(HookBase):

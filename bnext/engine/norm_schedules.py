@@ -15,13 +15,14 @@ from detectron2.engine import HookBase
 from detectron2.layers import CycleBatchNormList
 from torch import nn
 
-from bnext.config_schedules import PLACE
-from bnext.engine.hooks import equalize_buffers, is_due
+from bnext.config.schedules import PLACE
+from bnext.distributed.equal_buffers import equalize_buffers
+from bnext.engine.hooks import is_due
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.freezing import Freezable, find_batch_norms, freeze_norms
-from bnext.layers.schedules import Points, check_points, interpolate, set_momentum, set_renorm_limits
 from bnext.layers.spec import check_choice
+from bnext.surgery.freezing import Freezable, find_batch_norms, freeze_norms
+from bnext.surgery.schedules import Points, check_points, interpolate, set_momentum, set_renorm_limits
 
 __all__ = ["FreezeNorms", "MomentumSchedule", "RenormSchedule", "are_statistics_frozen", "build_norm_schedules"]
 
@@ -175,7 +176,7 @@ class MomentumSchedule(HookBase):
     """Set the momentum of all running statistics in every iteration.
 
     Args:
-        points: (iteration, momentum) pairs, see `bnext.layers.schedules.interpolate`; torch's sense, in (0, 1].
+        points: (iteration, momentum) pairs, see `bnext.surgery.schedules.interpolate`; torch's sense, in (0, 1].
 
     Raises:
         ConfigError: no such points; before training, where no norm has a moving average.
@@ -202,7 +203,7 @@ class RenormSchedule(HookBase):
         ConfigError: no such points; before training, where no norm has renorm.
 
     Source:
-        Ioffe, *Batch Renormalization*, 2017; `bnext.layers.schedules.RENORM_R_MAX_POINTS` and `..D_MAX_POINTS`.
+        Ioffe, *Batch Renormalization*, 2017; `bnext.surgery.schedules.RENORM_R_MAX_POINTS` and `..D_MAX_POINTS`.
     """
 
     def __init__(self, r_max_points: Points | None = None, d_max_points: Points | None = None) -> None:

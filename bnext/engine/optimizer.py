@@ -8,20 +8,9 @@ from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from bnext.layers.spec import check_choice
+from bnext.config.optimizer import check_optimizer
 
-__all__ = ["build_optimizer", "check_optimizer"]
-
-OPTIMIZERS = ("SGD", "ADAMW")
-
-
-def check_optimizer(cfg: CfgNode) -> None:
-    """Refuse a SOLVER.OPTIMIZER that `build_optimizer` does not know.
-
-    Raises:
-        ConfigError: names the value and those that are allowed.
-    """
-    check_choice("SOLVER.OPTIMIZER", cfg.SOLVER.OPTIMIZER, OPTIMIZERS, where="config")
+__all__ = ["build_optimizer"]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

@@ -12,7 +12,8 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.engine.hooks import equalize_buffers, is_due, norm_buffers
+from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
+from bnext.engine.hooks import is_due
 from bnext.engine.norm_schedules import are_statistics_frozen
 from bnext.engine.smart_batch_norm import SmartBatchNorm, estimate_in_one_epoch
 

@@ -18,12 +18,12 @@ from detectron2.engine import HookBase
 from torch import nn
 
 from bnext.engine.hooks import is_due
-from bnext.engine.recompute import recompute_statistics
 from bnext.errors import ConfigError
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.freezing import find_batch_norms
-from bnext.layers.scopes import answering
+from bnext.scope.statistics import answering
 from bnext.statistics import RecomputeReport
+from bnext.surgery.freezing import find_batch_norms
 
 __all__ = ["SmartBatchNorm", "count_batches", "estimate_in_one_epoch", "normalizing_by_mini_batch", "validating"]
 

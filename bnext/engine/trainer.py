@@ -24,15 +24,13 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.data.seeding import derive_seed, seeded
 from bnext.engine import hooks
-from bnext.engine.checkpoint import Checkpointer, check_eval_weights
-from bnext.engine.evaluation import build_evaluator, evaluate_model, evaluate_with
 from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.precise_bn import build_estimates
-from bnext.engine.recompute import recompute_statistics
 from bnext.engine.resume import (
     collect_training,
     compare_training,
@@ -41,9 +39,11 @@ from bnext.engine.resume import (
     write_normalizers,
 )
 from bnext.engine.smart_batch_norm import validating
-from bnext.engine.validation_loss import build_validation_loss
+from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
+from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
+from bnext.evaluation.reestimate import recompute_statistics
 
 __all__ = ["Trainer", "evaluate", "train"]
 
@@ -151,14 +151,14 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """See `bnext.engine.evaluation.build_evaluator`."""
+        """See `bnext.evaluation.coco.build_evaluator`."""
         return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(
         cls, cfg: CfgNode, model: nn.Module, evaluators: list[DatasetEvaluator] | None = None
     ) -> OrderedDict[str, Any]:
-        """See `bnext.engine.evaluation.evaluate_model`; `evaluators`, one per data set, replace its own."""
+        """See `bnext.evaluation.coco.evaluate_model`; `evaluators`, one per data set, replace its own."""
         if evaluators is None:
             return evaluate_model(cfg, model, build=cls.build_evaluator)
         results = OrderedDict(

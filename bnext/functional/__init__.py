@@ -17,7 +17,7 @@ from bnext.functional.moments import (
     sample_moments,
 )
 from bnext.functional.normalize import normalize_parts
-from bnext.functional.spread import Spread, merge_spreads, spread_of_batch, standard_errors
+from bnext.functional.standard_errors import Spread, merge_spreads, spread_of_batch, standard_errors
 
 __all__ = [
     "Grouping",

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, ProposalNetwork, SemanticSegmentor
 from torch import nn
 
-from bnext.config_check import check_config
+from bnext.config.check import check_config
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "BNextSemanticSegmentor"]
@@ -20,25 +20,25 @@ __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "
 
 @META_ARCH_REGISTRY.register()
 def BNextGeneralizedRCNN(cfg: CfgNode) -> GeneralizedRCNN:
-    """Faster, Mask, Keypoint and Cascade R-CNN. Raises ConfigError: see `bnext.config_check.check_config`."""
+    """Faster, Mask, Keypoint and Cascade R-CNN. Raises ConfigError: see `bnext.config.check.check_config`."""
     return _build(GeneralizedRCNN, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextProposalNetwork(cfg: CfgNode) -> ProposalNetwork:
-    """An RPN alone. Raises ConfigError: see `bnext.config_check.check_config`."""
+    """An RPN alone. Raises ConfigError: see `bnext.config.check.check_config`."""
     return _build(ProposalNetwork, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextPanopticFPN(cfg: CfgNode) -> PanopticFPN:
-    """Panoptic FPN. Raises ConfigError: see `bnext.config_check.check_config`."""
+    """Panoptic FPN. Raises ConfigError: see `bnext.config.check.check_config`."""
     return _build(PanopticFPN, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextSemanticSegmentor(cfg: CfgNode) -> SemanticSegmentor:
-    """A backbone with a semantic head. Raises ConfigError: see `bnext.config_check.check_config`."""
+    """A backbone with a semantic head. Raises ConfigError: see `bnext.config.check.check_config`."""
     return _build(SemanticSegmentor, cfg)
 
 

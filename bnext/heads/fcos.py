@@ -10,8 +10,8 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from torch import Tensor
 
-from bnext.config import get_head_norm
-from bnext.config_check import check_config
+from bnext.config.check import check_config
+from bnext.config.places import get_head_norm
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -51,7 +51,7 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
     MODEL.ANCHOR_GENERATOR is not read, as FCOS has one point per position.
 
     Raises:
-        ConfigError: see `bnext.config_check.check_config`.
+        ConfigError: see `bnext.config.check.check_config`.
     """
     check_config(cfg)
     node = cfg.MODEL.RETINANET

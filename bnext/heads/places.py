@@ -15,14 +15,15 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, NaiveSyncBatchNorm, get
 from detectron2.modeling.roi_heads.keypoint_head import KRCNNConvDeconvUpsampleHead
 from torch import nn
 
-from bnext.config import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
+from bnext.config.places import PLACES, find_changed_keys, get_norm_name, get_place_norm, has_place
 from bnext.errors import ConfigError
 from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
-from bnext.layers import BatchNorm2d, NormSpec, convert_norm, name_norms
+from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import iterate_norms
 from bnext.layers.groups import find_foreign_norms
+from bnext.surgery import convert_norm
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
 

@@ -17,8 +17,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.config import get_head_norm
-from bnext.config_check import check_config
+from bnext.config.check import check_config
+from bnext.config.places import get_head_norm
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -61,7 +61,7 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
     """Detectron2's RetinaNet with the norms of MODEL.BNEXT; its head's are those of MODEL.BNEXT.RETINANET.
 
     Raises:
-        ConfigError: see `bnext.config_check.check_config`.
+        ConfigError: see `bnext.config.check.check_config`.
     """
     check_config(cfg)
     without_norm = make_buildable(cfg)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnext.domain import get_active_domain, use_domain
 from bnext.errors import DomainError, StatisticsError
 from bnext.functional import Groups
 from bnext.layers import BatchNorm2d, set_groups
+from bnext.scope import use_domain
+from bnext.scope.domain import get_active_domain
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
 

@@ -11,7 +11,7 @@ from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.config import PLACES, get_place_norm, has_place
+from bnext.config.places import PLACES, get_place_norm, has_place
 from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.roi import find_roi_heads

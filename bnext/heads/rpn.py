@@ -11,7 +11,7 @@ from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, Standa
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnext.config import get_place_norm
+from bnext.config.places import get_place_norm
 from bnext.heads.lock_step import SEEING_LEVELS, HeadNorm, name_levels
 from bnext.heads.places import add_norms
 

@@ -31,9 +31,9 @@ from bnext.functional import (
     part_moments,
 )
 from bnext.layers.ownership import Domains, DomainState, OwnedBatchNorm2d
-from bnext.layers.scopes import is_traced
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.scope.statistics import is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
 
@@ -191,7 +191,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if len(features) > 1 and self.spec.statistics == "shared":
             return False
         return all(
-            isinstance(domain, int) and (size is None or len(x) <= size) and x.numel() >= 2 * self.num_features
+            isinstance(domain, int)
+            and (size is None or len(x) <= size)
+            and x.numel() >= 2 * self.num_features
             and has_safe_kernel(x)
             and (x.is_cuda or x.dtype in (torch.float32, torch.float64))  # on CPU it rounds sums of half types
             for x, domain in zip(features, domains, strict=True)

@@ -1,6 +1,6 @@
 """What is left in the place of a norm that was folded into its convolution, and what it guards.
 
-Folding itself is in `bnext.layers.fold`.
+Folding itself is in `bnext.surgery.fold`.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from bnext.domain import get_active_domain
 from bnext.errors import CheckpointError, DomainError, StatisticsError
-from bnext.layers.fold_pairs import is_population_norm
+from bnext.scope.domain import get_active_domain
 
-__all__ = ["FoldedNorm", "check_folded_state", "is_folded"]
+__all__ = ["FoldedNorm", "check_mark", "is_folded", "is_marked"]
 
 Features = TypeVar("Features", Tensor, Mapping[str, Tensor])
 
@@ -120,7 +119,7 @@ class FoldedNorm(nn.Module):
     ) -> None:
         found = {key for key in state_dict if key.startswith(prefix)}
         if found:
-            _check_mark(self, state_dict, prefix)
+            check_mark(self, state_dict, prefix)
         missing_keys += [prefix + name for name in (_MARK, _DOMAIN) if prefix + name not in found]
 
 
@@ -129,33 +128,13 @@ def is_folded(model: nn.Module) -> bool:
     return any(isinstance(module, FoldedNorm) for module in model.modules())
 
 
-def check_folded_state(state_dict: Mapping[str, Any], model: nn.Module) -> None:
-    """See that what is folded in a state dict is folded in the model, for the same domain, and nothing else.
-
-    `load_state_dict` refuses as well, but a loader that leaves out what does not fit (fvcore's) has to ask first.
-
-    Raises:
-        CheckpointError: one of the two is folded where the other is not, or for another domain.
-    """
-    for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
-        if isinstance(module, FoldedNorm) and any(key.startswith(prefix) for key in state_dict):
-            _check_mark(module, state_dict, prefix)
-        elif is_population_norm(module) and _is_marked(state_dict, prefix):
-            raise CheckpointError(
-                f"a checkpoint of a folded model must be loaded into a model folded alike; got a norm in the model "
-                f"({path}), which would be applied a second time. Call fold_norms on the model first, or load the "
-                f"checkpoint that is not folded."
-            )
-
-
-def _is_marked(state_dict: Mapping[str, Any], prefix: str) -> bool:
+def is_marked(state_dict: Mapping[str, Any], prefix: str) -> bool:
     return prefix + _DOMAIN in state_dict
 
 
-def _check_mark(norm: FoldedNorm, state_dict: Mapping[str, Any], prefix: str) -> None:
+def check_mark(norm: FoldedNorm, state_dict: Mapping[str, Any], prefix: str) -> None:
     where = norm.path or prefix.rstrip(".")
-    if not _is_marked(state_dict, prefix):
+    if not is_marked(state_dict, prefix):
         raise CheckpointError(
             f"a checkpoint of a model with norms must be loaded before it is folded; got the state of a norm for a "
             f"folded one ({where}), so that convolutions would lack their norms. Build the model anew, load, then "

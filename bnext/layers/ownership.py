@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
-from bnext.domain import get_active_domain
 from bnext.errors import ConfigError, DomainError, StatisticsError
 from bnext.functional import Groups, Moments, group_moments, make_index, update_running_statistics
-from bnext.layers.scopes import is_recomputing, is_traced
 from bnext.layers.spec import NormSpec
+from bnext.scope.domain import get_active_domain
+from bnext.scope.statistics import is_recomputing, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self

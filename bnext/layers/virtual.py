@@ -11,7 +11,7 @@ from torch import nn
 
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.scopes import frozen_statistics
+from bnext.scope.statistics import frozen_statistics
 
 __all__ = ["virtual_samples"]
 

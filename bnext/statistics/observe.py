@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
-from bnext.layers.scopes import answering
+from bnext.scope.statistics import answering
 from bnext.statistics.collector import Collector
 
 __all__ = [

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.scopes import is_recomputing
+from bnext.scope.statistics import is_recomputing
 from bnext.statistics.arguments import check_momentum, check_source_samples
 from bnext.statistics.observe import Selection, find_input, name_features, restoring, select_norms
 

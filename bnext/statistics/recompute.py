@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.domain import use_domain
 from bnext.errors import StatisticsError
 from bnext.layers.shuffled import shares_work
+from bnext.scope import use_domain
 from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
 from bnext.statistics.collector import Collector, make_collectors
 from bnext.statistics.estimates import Estimator, estimate_set, measure_errors, put_estimates

@@ -16,9 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from population_study import PARTS, SAMPLES, SIZES, load_rows, run_rows
+
+from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
-from bnext.engine.population_study import PARTS, SAMPLES, SIZES, load_rows, run_rows
-from bnext.errors import run_command
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -17,10 +17,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from table3_6 import DEFAULT_ROWS, ROWS, check_names, load_rows, order_rows, run_rows
+
+from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
 from bnext.engine.launch import launch
-from bnext.engine.table3_6 import DEFAULT_ROWS, ROWS, check_names, load_rows, order_rows, run_rows
-from bnext.errors import run_command
 
 CONFIGS = Path(__file__).parent / "configs"
 

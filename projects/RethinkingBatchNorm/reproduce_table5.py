@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from table5 import TRAINED_ROW, load_rows, order_rows, run_rows
+
+from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
 from bnext.engine.launch import launch
-from bnext.engine.table5 import TRAINED_ROW, load_rows, order_rows, run_rows
-from bnext.errors import run_command
 
 CONFIGS = Path(__file__).parent / "configs"
 

@@ -14,9 +14,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from bnext.engine.command import build_parser, check_run, load_config
-from bnext.engine.leakage import show_leakage
-from bnext.errors import ConfigError, run_command
+from bnext.cli.run_command import run_command
+from bnext.cli.train import build_parser, check_run
+from bnext.config.load import load_config
+from bnext.errors import ConfigError
+from bnext.evaluation.leakage import show_leakage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,8 +18,8 @@ from torch import nn
 from bnext.engine import Trainer, hooks
 from bnext.engine.precise_bn import PreciseBN
 from bnext.engine.smart_batch_norm import SmartBatchNorm
-from bnext.engine.validation_loss import ValidationLoss
-from tests.engine import tiny
+from bnext.engine.validation_hook import ValidationLoss
+from tests import tiny
 
 
 class Quadratic(nn.Module):

@@ -12,7 +12,7 @@ from torch.multiprocessing import ProcessExitedException
 from bnext.distributed.groups import count_cores
 from bnext.engine.launch import count_workers, explain_failure, launch, record_failure
 from bnext.errors import LaunchError
-from tests.engine import tiny
+from tests import tiny
 
 needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="two workers need two cores")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")

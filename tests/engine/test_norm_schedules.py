@@ -18,7 +18,7 @@ from bnext.engine.precise_bn import PreciseBN
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
-from tests.engine import tiny
+from tests import tiny
 
 FREEZE = "SOLVER.BNEXT.FREEZE"
 

@@ -11,14 +11,15 @@ import torch
 from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 
-from bnext.engine import Trainer, load_config, train
+from bnext.config import load_config
+from bnext.engine import Trainer, train
 from bnext.engine.precise_bn import PreciseBN, build_estimates, keeping_averages
-from bnext.engine.recompute import recompute_statistics
-from bnext.engine.validation_loss import ValidationLoss
-from tests.engine import tiny
+from bnext.engine.validation_hook import ValidationLoss
+from bnext.evaluation.reestimate import recompute_statistics
+from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
+RCNN = tiny.RCNN
 PRECISE = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)
 PERIODS = ("SOLVER.MAX_ITER", 7, "SOLVER.CHECKPOINT_PERIOD", 3, "TEST.EVAL_PERIOD", 2)
 BEFORE = "TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS"

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 
 from bnext.engine import Trainer, launch, train
 from bnext.engine.launch import count_cores
-from tests.engine import tiny
+from tests import tiny
 from tests.workers import run_workers
 
 # Of detectron2's mapper, for masks that pycocotools has decoded.

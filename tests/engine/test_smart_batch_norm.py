@@ -9,17 +9,19 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
-from bnext.engine import Trainer, load_config
+from bnext.config import load_config
+from bnext.engine import Trainer
 from bnext.engine.launch import count_cores
 from bnext.engine.smart_batch_norm import SmartBatchNorm, count_batches, normalizing_by_mini_batch, validating
-from bnext.engine.validation_loss import build_validation_batches, build_validation_loss
+from bnext.engine.validation_hook import build_validation_loss
 from bnext.errors import ConfigError
+from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.layers import BatchNorm2d, NormSpec
-from tests.engine import tiny
+from tests import tiny
 from tests.engine.two_workers_population import Watcher
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
+RCNN = tiny.RCNN
 SMART = ("TEST.BNEXT.SMART_BATCH_NORM", True)
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bnext.cli.train import build_parser, run_worker
 from bnext.data.catalog import register_datasets
-from bnext.engine import Trainer, build_parser, evaluate, train
-from bnext.engine.command import run_worker
+from bnext.engine import Trainer, evaluate, train
 from bnext.errors import CheckpointError, ConfigError, DatasetError
-from tests.engine import tiny
+from tests import tiny
 
 
 def weights(folder, name="model_final"):

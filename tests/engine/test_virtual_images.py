@@ -10,7 +10,7 @@ from bnext import ConfigError
 from bnext.engine import Trainer, train
 from bnext.engine.virtual_images import VirtualImages
 from bnext.layers import BatchNorm2d
-from tests.engine import tiny
+from tests import tiny
 
 VIRTUAL = ("SOLVER.BNEXT.VIRTUAL_IMAGES", 2, "DATASETS.TEST", "()")
 

@@ -13,11 +13,11 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.data.check import check_datasets
+from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.engine import Trainer, launch, train
-from bnext.engine.hooks import equalize_buffers
 from bnext.engine.launch import count_cores
 from bnext.errors import DatasetError
-from tests.engine import tiny
+from tests import tiny
 
 
 def check_world():

@@ -12,11 +12,12 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
 from bnext.engine import Trainer, launch
-from bnext.engine.hooks import equalize_buffers, norm_buffers
-from bnext.engine.validation_loss import build_validation_batches, compute_validation_loss
 from bnext.errors import StatisticsError
-from tests.engine import tiny
+from bnext.evaluation.validation_batches import build_validation_batches
+from bnext.evaluation.validation_loss import compute_validation_loss
+from tests import tiny
 
 SHORT = ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4)
 PRECISE = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1)

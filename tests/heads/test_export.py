@@ -13,7 +13,7 @@ from bnext.errors import ConfigError
 from bnext.heads import RetinaNetHead
 from bnext.heads.lock_step import run_tower
 from bnext.layers import TABLE5_ROWS, NormSpec
-from bnext.layers.fold import fold_norms
+from bnext.surgery.fold import fold_norms
 from tests.cases import randomize
 
 LEVELS = ("p3", "p4", "p5")

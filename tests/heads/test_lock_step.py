@@ -9,7 +9,8 @@ from torch import nn
 from bnext import add_bnext_config
 from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.lock_step import make_head_norm, name_levels, run_tower
-from bnext.layers import LevelBatchNorm2d, NormSpec, fold_norms
+from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.surgery import fold_norms
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
 
 

@@ -10,7 +10,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import nn
 
 from bnext import use_domain
-from bnext.config import PLACES
+from bnext.config.places import PLACES
 from bnext.errors import ConfigError, DomainError
 from bnext.layers import BatchNorm2d
 from tests.heads.detectors import C4, ROOTS, make_batch, make_cfg, make_model, norms_of, run_step, train_and_infer

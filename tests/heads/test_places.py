@@ -6,7 +6,7 @@ from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-from bnext.config import PLACES
+from bnext.config.places import PLACES
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d
 from bnext.layers.build import NORM_NAMES, LayerNorm2d
 from tests.heads.detectors import (

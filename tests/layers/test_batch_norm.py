@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bnext.domain import use_domain
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d, NormSpec, build_norm, name_norms
+from bnext.scope import use_domain
 from tests.cases import DOMAINS, NUM_CHANNELS, Case, pick_cases, randomize
 
 OWN = NormSpec(statistics="per_domain", population="per_domain", affine="per_domain", domains=DOMAINS)

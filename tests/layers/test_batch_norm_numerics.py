@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bnext.domain import use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
+from bnext.scope import use_domain
 from tests import reference
 from tests.cases import DOMAINS
 from tests.workers import run_workers

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.domain import use_domain
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
+from bnext.scope import use_domain
 from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, SPECS, make_features, make_norm, randomize
 from tests.workers import run_workers
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.layers import frozen_statistics
+from bnext.scope import frozen_statistics
 from tests.cases import CASES, NUM_CHANNELS, Case
 
 pytestmark = pytest.mark.parametrize("case", CASES)

@@ -9,22 +9,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.domain import use_domain
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import deal_samples
 from bnext.layers import (
     BatchNorm2d,
     LevelBatchNorm2d,
     NormSpec,
-    convert_norm,
     deal_statistics,
-    freeze_norms,
     name_norms,
     use_groups,
     virtual_samples,
 )
 from bnext.layers.deal import draw_seed
+from bnext.scope import use_domain
 from bnext.statistics import recompute_population_statistics
+from bnext.surgery import convert_norm, freeze_norms
 from tests import reference
 from tests.cases import LEVELS, randomize
 

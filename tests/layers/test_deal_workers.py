@@ -11,11 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from bnext.distributed import all_reduce_sum, resolve_group
-from bnext.domain import use_domain
 from bnext.errors import BNextError
 from bnext.functional import deal_samples
-from bnext.layers import BatchNorm2d, NormSpec, Shuffled, convert_norm, deal_statistics
+from bnext.layers import BatchNorm2d, NormSpec, Shuffled, deal_statistics
 from bnext.layers.deal import draw_seed
+from bnext.scope import use_domain
+from bnext.surgery import convert_norm
 from tests import reference
 from tests.cases import randomize
 from tests.workers import run_workers

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.domain import use_domain
 from bnext.errors import DomainError
 from bnext.layers import BatchNorm2d, NormSpec
+from bnext.scope import use_domain
 from tests import strategies
 from tests.cases import DOMAINS, NUM_CHANNELS, randomize
 

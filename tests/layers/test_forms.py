@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from bnext.errors import CheckpointError, ConfigError
-from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, convert_norm_state, copy_norm_state
-from bnext.layers.convert import read_caffe_state
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.layers.forms import find_form, find_leftovers, iterate_norms
+from bnext.surgery import convert_norm_state, copy_norm_state
+from bnext.surgery.caffe import read_caffe_state
 from tests import strategies
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, randomize
-from tests.layers.norm_forms import FORMS, call, make
+from tests.surgery.norm_forms import FORMS, call, make
 
 LOSSES = ("left out", "averaged", "merged")
 

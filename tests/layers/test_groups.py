@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from bnext.domain import use_domain
 from bnext.errors import StatisticsError
 from bnext.layers import (
     BatchNorm2d,
@@ -20,6 +19,7 @@ from bnext.layers import (
     use_groups,
     virtual_samples,
 )
+from bnext.scope import use_domain
 from tests import reference
 from tests.cases import CASES, LEVELS, NUM_CHANNELS, randomize
 

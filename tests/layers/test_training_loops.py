@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
-from bnext.domain import use_domain
-from bnext.layers import BatchNorm2d, NormSpec, frozen_statistics
+from bnext.layers import BatchNorm2d, NormSpec
+from bnext.scope import frozen_statistics, use_domain
 from tests.cases import DOMAINS, NUM_CHANNELS
 from tests.workers import run_workers
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from tests.engine import tiny
-from tests.engine.conftest import digits, loggers  # noqa: F401  the fixtures
+from tests import tiny
+from tests.detector_fixtures import digits, loggers  # noqa: F401  the fixtures
 
 QUICK = ("TEST.PRECISE_BN.NUM_ITER", "2", "DATALOADER.NUM_WORKERS", "0")
 

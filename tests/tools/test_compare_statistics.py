@@ -5,9 +5,9 @@ import json
 import compare_statistics
 import pytest
 
-from bnext.engine import compare
 from bnext.engine.launch import count_cores
-from tests.engine import tiny
+from bnext.evaluation import compare
+from tests import tiny
 from tests.tools.conftest import QUICK
 
 

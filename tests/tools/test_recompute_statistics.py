@@ -8,7 +8,7 @@ import torch
 from detectron2.data import DatasetMapper
 
 from bnext.engine.launch import count_cores
-from tests.engine import tiny
+from tests import tiny
 from tests.tools.conftest import QUICK
 
 

@@ -11,10 +11,10 @@ import train_net
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from bnext.engine import load_config
+from bnext.config import load_config
 from bnext.errors import ConfigError, LaunchError
-from tests.engine import tiny
-from tests.engine.conftest import digits  # noqa: F401  the fixture
+from tests import tiny
+from tests.detector_fixtures import digits  # noqa: F401  the fixture
 
 
 @pytest.fixture

@@ -1,0 +1,112 @@
+"""Statistics of a checkpoint compared: what tools/compare_statistics.py asks for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from bnext.checkpoints.checkpointer import Checkpointer
+from bnext.cli.train import build_parser, check_run
+from bnext.data.check import check_datasets
+from bnext.engine.launch import launch
+from bnext.errors import ConfigError, LaunchError
+from bnext.evaluation.compare import check_domain, compare_statistics
+from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
+from bnext.evaluation.reestimate import load_records
+from bnext.files import write_json
+from bnext.layers.spec import check_choice
+from bnext.repair.kinds import KINDS
+from bnext.statistics.observe import find_replaceable
+
+__all__ = ["run_comparison"]
+
+
+def run_comparison(
+    cfg: CfgNode,
+    kinds: Sequence[str] = tuple(KINDS),
+    num_workers: int = 1,
+    overwrite: bool = False,
+    domain: str | None = None,
+    domain_dataset: str | None = None,
+) -> None:
+    """Check everything, start the workers, compare, and write OUTPUT_DIR/statistics.json and statistics.png.
+
+    Args:
+        cfg: describes the model; MODEL.WEIGHTS is the checkpoint, which is only read.
+        kinds: some of `KINDS`.
+        num_workers: GPUs, or CPU cores on a machine without.
+        overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
+        domain: of all images, where norms have domains.
+        domain_dataset: see `compare_statistics`.
+
+    Raises:
+        BNextError: what is wrong.
+
+    Note:
+        The JSON is written after each kind: what is measured stays if something fails later.
+    """
+    for kind in kinds:
+        check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
+    check_domain(cfg, domain)
+    existing = [path for path in _outputs(cfg) if path.exists()]
+    if existing and not overwrite:
+        raise ConfigError(
+            f"--output must be a folder without an earlier comparison; got {str(existing[0])!r}. Choose another, or "
+            f"give --overwrite."
+        )
+    check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
+    if not cfg.DATASETS.TRAIN:
+        raise ConfigError("DATASETS.TRAIN must name at least one data set; got none. Name one in the config.")
+    check_datasets(cfg.DATASETS.TRAIN)
+    if domain_dataset is not None:
+        load_records(domain_dataset, cfg)
+    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain, domain_dataset), device=cfg.MODEL.DEVICE)
+
+
+def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
+    return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
+
+
+def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None) -> None:
+    """What every worker does."""
+    if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
+        setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model)
+    checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=find_replaceable(model))
+    options = {"domain": domain, "domain_dataset": domain_dataset, "lost": checkpointer.left_out}
+    results = compare_statistics(cfg, model.eval(), kinds, **options, on_kind=partial(_write, cfg))
+    if not comm.is_main_process():
+        return
+    results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
+    _write(cfg, results)
+    file, plot = _outputs(cfg)
+    with _naming_the_disk(cfg):
+        draw_comparison(results, plot)
+    print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
+
+
+def _write(cfg: CfgNode, results: Mapping[str, Any]) -> None:
+    if comm.is_main_process():
+        with _naming_the_disk(cfg):
+            write_json(_outputs(cfg)[0], {"weights": cfg.MODEL.WEIGHTS, **results})
+
+
+@contextlib.contextmanager
+def _naming_the_disk(cfg: CfgNode) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LaunchError(
+            f"--output must be a folder that can be written to, on a disk with room; got {type(error).__name__}: "
+            f"{error} ({cfg.OUTPUT_DIR}). What was written before is whole; choose another folder."
+        ) from error

@@ -1,0 +1,131 @@
+"""What `tools/train_net.py` does between its command line and the trainer: config, checks, workers.
+
+Everything that can be known to be wrong is found here, before workers start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from bnext.checkpoints.checkpointer import check_eval_weights
+from bnext.data.check import check_datasets
+from bnext.data.sampler import check_batch_size
+from bnext.engine.launch import count_workers, launch
+from bnext.engine.trainer import evaluate, train
+from bnext.errors import CheckpointError, ConfigError, LaunchError
+from bnext.evaluation.coco import check_evaluator
+
+__all__ = ["build_parser", "check_run", "run"]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Detectron2's command line; --dist-url is by default a free port of this machine."""
+    parser = default_argument_parser()
+    parser.set_defaults(dist_url="auto")
+    return parser
+
+
+def run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Check everything, start the workers, and train or evaluate.
+
+    Args:
+        cfg: from `load_config`.
+        args: of Detectron2's `default_argument_parser`: resume, eval_only, num_gpus, num_machines,
+            machine_rank, dist_url, config_file.
+
+    Raises:
+        BNextError: what is wrong, before training starts wherever it can be known.
+    """
+    check_run(cfg, args)
+    launch(run_worker, *_request(args), args=(cfg, args), device=cfg.MODEL.DEVICE)
+
+
+def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """What every worker does. See `run` for the arguments."""
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    if args.eval_only:
+        evaluate(cfg, resume=args.resume)
+        return
+    if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        logging.getLogger(__name__).warning(
+            "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
+            "to. Use --resume to continue it, or another OUTPUT_DIR to keep it.",
+            cfg.OUTPUT_DIR,
+        )
+        comm.synchronize()  # every worker has seen the file
+        if comm.is_main_process():  # else an interrupted new training would later go on with the old one
+            os.remove(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    train(cfg, resume=args.resume)
+
+
+def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Find what would stop the run: workers, batch size, data sets, weights, output directory; the quick checks first.
+
+    Args:
+        cfg, args: see `run`.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, LaunchError: what is wrong.
+    """
+    num_workers = count_workers(*_request(args), device=cfg.MODEL.DEVICE)
+    if not args.eval_only and not cfg.DATASETS.TRAIN or args.eval_only and not cfg.DATASETS.TEST:
+        which = "TEST" if args.eval_only else "TRAIN"
+        raise ConfigError(f"DATASETS.{which} must name at least one data set; got none. Name one in the config.")
+    if not args.eval_only:
+        # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
+        check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
+    for name in cfg.DATASETS.TEST:
+        if name in DatasetCatalog:  # else check_datasets says so
+            check_evaluator(name)
+    num_classes = _count_classes(cfg)
+    if not args.eval_only:
+        check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes)
+    check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
+    _check_weights(cfg, args)
+    _check_output(cfg.OUTPUT_DIR)
+
+
+def _request(args: argparse.Namespace) -> tuple[int, int, int, str]:
+    return args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
+
+
+def _count_classes(cfg: CfgNode) -> int | None:
+    architecture = cfg.MODEL.META_ARCHITECTURE
+    if architecture.endswith(("RetinaNet", "FCOS")):
+        return int(cfg.MODEL.RETINANET.NUM_CLASSES)
+    return int(cfg.MODEL.ROI_HEADS.NUM_CLASSES) if architecture.endswith("RCNN") else None
+
+
+def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
+    path = cfg.MODEL.WEIGHTS
+    is_resumed = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+    if args.eval_only and not is_resumed:
+        check_eval_weights(path)
+    if path and "://" not in path and not os.path.isfile(path.split("?")[0]) and not is_resumed:
+        raise CheckpointError(
+            f"MODEL.WEIGHTS must name a file; got {path!r}, which does not exist. Correct the path, or set it to ''."
+        )
+
+
+def _check_output(folder: str) -> None:
+    if "://" in folder:
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise LaunchError(
+            f"OUTPUT_DIR must be a folder that can be written to; got {folder!r} ({error.strerror or error}). "
+            "Give another one: OUTPUT_DIR <folder>."
+        ) from error

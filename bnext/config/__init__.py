@@ -1,0 +1,15 @@
+"""The keys of a config: the table of them, the places that have a norm, their checks, and how a file is loaded."""
+
+try:
+    import detectron2.config  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "detectron2 must be installed for bnext's configs, heads, data and tools; got none. Run "
+        "`python tools/install_detectron2.py`, or install it from its repository or from conda-forge. "
+        "bnext's layers and statistics work without it."
+    ) from error
+
+from bnext.config.load import load_config
+from bnext.config.places import add_bnext_config
+
+__all__ = ["add_bnext_config", "load_config"]

@@ -1,0 +1,186 @@
+"""Evaluation on cfg.DATASETS.TEST with COCO's metrics.
+
+`evaluate_model` works on a model in memory and is for own loops as well as for the trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import itertools
+import logging
+import math
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from torch import nn
+
+from bnext.data.loader import limit_loader_workers
+from bnext.errors import ConfigError
+from bnext.files import write_json
+
+__all__ = [
+    "JoinedBatches",
+    "build_evaluator",
+    "check_evaluator",
+    "evaluate_model",
+    "evaluate_with",
+    "flatten_metrics",
+]
+
+
+def check_evaluator(dataset_name: str) -> None:
+    """Refuse a data set that is not evaluated with COCO's metrics.
+
+    Args:
+        dataset_name: a registered data set.
+
+    Raises:
+        ConfigError: names the data set and the kind of evaluation that its metadata asks for.
+    """
+    metadata = MetadataCatalog.get(dataset_name)
+    kind = getattr(metadata, "evaluator_type", "coco" if hasattr(metadata, "json_file") else None)
+    if kind != "coco":
+        raise ConfigError(
+            f"DATASETS.TEST must name data sets with COCO evaluation; got {dataset_name!r} (evaluator_type {kind!r}). "
+            "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
+        )
+
+
+def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
+    """The evaluator of a data set.
+
+    Args:
+        cfg: OUTPUT_DIR is read.
+        dataset_name: a registered data set in COCO's format.
+        output_folder: for the detections; None: OUTPUT_DIR/inference.
+
+    Raises:
+        ConfigError: see `check_evaluator`.
+    """
+    check_evaluator(dataset_name)
+    has_fast = importlib.util.find_spec("detectron2._C") is not None
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_fast)
+
+
+def evaluate_model(
+    cfg: CfgNode,
+    model: nn.Module,
+    output_folder: str | None = None,
+    *,
+    build: Callable[..., DatasetEvaluator] = build_evaluator,
+) -> OrderedDict[str, Any]:
+    """COCO AP of a model on every data set of cfg.DATASETS.TEST.
+
+    Args:
+        cfg: DATASETS.TEST, INPUT.*, DATALOADER.NUM_WORKERS and OUTPUT_DIR are read.
+        model: a detection model; its mode is put back afterwards.
+        output_folder: for the detections and `results.json`; None: OUTPUT_DIR/inference.
+        build: makes the evaluator from config, data set and folder.
+
+    Returns:
+        {"bbox": {"AP": ..., ...}, ...} on the main process, with AP from 0 to 100; with several data
+        sets one such dictionary for each, by name. Empty dictionaries on the other workers.
+
+    Note:
+        A collective: every worker evaluates its share of the images.
+    """
+    results: OrderedDict[str, Any] = OrderedDict()
+    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
+    names = list(cfg.DATASETS.TEST)
+    for name in names:
+        # One folder each, as every evaluator writes the same file names.
+        evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name))
+        results[name] = evaluate_with(cfg, model, name, evaluator)
+    if comm.is_main_process() and names:
+        save_results(results, folder)
+    return next(iter(results.values())) if len(results) == 1 else results
+
+
+def evaluate_with(
+    cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetEvaluator, images_per_batch: int = 1
+) -> dict[str, Any]:
+    """Results of one evaluator on one data set.
+
+    Args:
+        cfg, model: see `evaluate_model`.
+        name: the data set.
+        evaluator: takes in the detections.
+        images_per_batch: that a worker evaluates together.
+
+    Note:
+        What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
+    """
+    num_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
+    loader = build_detection_test_loader(cfg, name, num_workers=num_workers)
+    if images_per_batch > 1:
+        loader = JoinedBatches(loader, images_per_batch)
+    mode = model.training
+    try:
+        with _log_prints():
+            results = inference_on_dataset(model, loader, evaluator)
+    finally:
+        model.train(mode)  # inference_on_dataset leaves eval mode behind when it fails
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results
+
+
+class JoinedBatches:
+    """A loader's batches, joined to some whose sizes differ by at most one; detectron2 0.6 loads image by image."""
+
+    def __init__(self, loader: Any, size: int) -> None:
+        self._loader, self._size = loader, size
+
+    def __len__(self) -> int:
+        return -(-len(self._loader) // self._size)
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batches, total, number = iter(self._loader), len(self._loader), len(self)
+        for index in range(number):
+            size = (index + 1) * total // number - index * total // number
+            yield [record for batch in itertools.islice(batches, size) for record in batch]
+
+
+@contextlib.contextmanager
+def _log_prints() -> Iterator[None]:
+    """Log what is printed in the block as one record: so it is in log.txt, and no progress bar is garbled."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        text = printed.getvalue().strip("\n")
+        if text:
+            logging.getLogger(__name__).info("Printed by the evaluation:\n%s", text)
+
+
+def save_results(results: dict[str, Any], folder: str) -> None:
+    """Write results.json: the metrics of each data set by its name; null where COCO has no number.
+
+    Args:
+        results: data set -> task -> metric -> number.
+        folder: made if missing.
+    """
+    write_json(os.path.join(folder, "results.json"), results)
+
+
+def flatten_metrics(metrics: Mapping[str, Any], tasks: Sequence[str] = ("bbox",)) -> dict[str, float | None]:
+    """{"bbox/AP": ...}; a model without a single detection has AP 0, a size without objects has none."""
+    return {key: value for task in tasks for key, value in _flatten_task(task, metrics.get(task, {})).items()}
+
+
+def _flatten_task(task: str, values: Mapping[str, float]) -> dict[str, float | None]:
+    has_no_detections = all(math.isnan(value) for value in values.values())
+    return {
+        f"{task}/{name}": 0.0 if has_no_detections else None if math.isnan(value) else value
+        for name, value in values.items()
+    }

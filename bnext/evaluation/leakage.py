@@ -1,0 +1,150 @@
+"""What an R-CNN head has learned of the fact that the RoIs of its mini-batches were of one image.
+
+One trained model, evaluated three times: with mini-batches that are the RoIs of one image, as in its training with an
+image per worker; with mini-batches of the same sizes, but of RoIs dealt out at random from several images; and with
+population statistics. A head that leaks is good at the first alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.utils import comm
+from matplotlib.figure import Figure
+from tabulate import tabulate
+from torch import nn
+
+from bnext.checkpoints.checkpointer import load_model
+from bnext.data.seeding import seeded
+from bnext.errors import ConfigError
+from bnext.evaluation.coco import build_evaluator, evaluate_with
+from bnext.files import replace_file, write_json
+from bnext.heads import mixing_images
+from bnext.heads.roi import find_roi_heads
+from bnext.layers import BatchNorm2d
+from bnext.scope.statistics import answering
+
+__all__ = ["WAYS", "draw_leakage", "evaluate_leakage", "format_leakage", "show_leakage", "use_inference"]
+
+# Way -> in words.
+WAYS = {
+    "one_image": "mini-batch: RoIs of one image",
+    "mixed": "mini-batch: RoIs mixed between images",
+    "population": "population statistics",
+}
+
+
+@contextlib.contextmanager
+def use_inference(model: nn.Module, inference: str) -> Iterator[None]:
+    """In this scope, the norms of a detector's RoI heads take these statistics at inference.
+
+    Args:
+        model: an R-CNN with norms of bnext in its heads.
+        inference: "population" or "mini_batch".
+
+    Raises:
+        ConfigError: its heads have no such norm, or keep no population statistics.
+    """
+    heads = [head for _, head in find_roi_heads(getattr(model, "module", model))]
+    norms = [part for head in heads for part in head.modules() if isinstance(part, BatchNorm2d)]
+    if not norms:
+        raise ConfigError(
+            f"model must have batch norms of bnext in its RoI heads; got none ({type(model).__name__}). Take a model "
+            f"of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN."
+        )
+    with answering(norms, inference=inference):
+        yield
+
+
+def evaluate_leakage(cfg: CfgNode, model: nn.Module, images_per_batch: int = 8) -> dict[str, dict[str, Any]]:
+    """The three evaluations on the first data set of cfg.DATASETS.TEST.
+
+    Args:
+        cfg: see `evaluate_model`.
+        model: an R-CNN with batch norms of bnext in its heads; as it was afterwards.
+        images_per_batch: that a worker evaluates together, whose RoIs are mixed; 2 or more.
+
+    Returns:
+        Way -> the metrics of COCO ({"bbox": {"AP": ...}, "segm": ...}) on the main process; see `WAYS`.
+
+    Raises:
+        ConfigError: a single image per batch cannot be mixed, or the heads have no such norm.
+
+    Note:
+        A collective. The dealing of the RoIs is the same in every run.
+    """
+    if images_per_batch < 2:
+        raise ConfigError(
+            f"images_per_batch must be 2 or more, so that RoIs can be mixed; got {images_per_batch} "
+            f"(evaluate_leakage). Use 8."
+        )
+    name, results = cfg.DATASETS.TEST[0], {}
+    for way in WAYS:
+        inference = "population" if way == "population" else "mini_batch"
+        mixing = mixing_images(model) if way == "mixed" else contextlib.nullcontext()
+        folder = os.path.join(cfg.OUTPUT_DIR, "inference", way)
+        with use_inference(model, inference), mixing, seeded(comm.get_rank()):
+            results[way] = evaluate_with(cfg, model, name, build_evaluator(cfg, name, folder), images_per_batch)
+    return results
+
+
+def format_leakage(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table of box and mask AP, and what is lost against the RoIs of one image."""
+    tasks = [task for task in ("bbox", "segm") if task in results["one_image"]]
+    rows = []
+    for way, metrics in results.items():
+        cells = [WAYS[way]]
+        for task in tasks:
+            value = metrics[task]["AP"]
+            cells += [f"{value:.1f}", "" if way == "one_image" else f"{value - results['one_image'][task]['AP']:+.1f}"]
+        rows.append(cells)
+    names = {"bbox": "box AP", "segm": "mask AP"}
+    headers = ["statistics at test", *(cell for task in tasks for cell in (names[task], "change"))]
+    return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * 2 * len(tasks))
+
+
+def draw_leakage(results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
+    """Bars of box AP for each way of evaluation, one group for each trained model.
+
+    Args:
+        results: title of a model -> what `evaluate_leakage` gave for it.
+        path: of the PNG; written whole.
+    """
+    figure = Figure(figsize=(2.2 + 2.4 * len(results), 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(WAYS)
+    for index, way in enumerate(WAYS):
+        places = [model + (index - (len(WAYS) - 1) / 2) * width for model in range(len(results))]
+        bars = axes.bar(places, [own[way]["bbox"]["AP"] for own in results.values()], width, label=WAYS[way])
+        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+    axes.set_xticks(range(len(results)), list(results))
+    axes.set_ylabel("box AP")
+    axes.margins(y=0.12)
+    figure.legend(loc="outside upper center", fontsize=8)
+    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
+    return Path(path)
+
+
+def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_per_batch: int = 8) -> None:
+    """Evaluate trained models in the three ways; print a table of each, write leakage.json and leakage.png.
+
+    Args:
+        models: title -> config and file of weights.
+        output: folder for both files.
+        images_per_batch: see `evaluate_leakage`.
+
+    Raises:
+        BNextError: a config, its data or a checkpoint does not fit.
+    """
+    results = {}
+    for title, (cfg, weights) in models.items():
+        results[title] = evaluate_leakage(cfg, load_model(cfg, weights), images_per_batch)
+        print(f"\n{title}\n{format_leakage(results[title])}", flush=True)
+    path = Path(output, "leakage.json")
+    write_json(path, results)
+    print(f"\n{path}\n{draw_leakage(results, Path(output, 'leakage.png'))}")

@@ -1,0 +1,275 @@
+"""Carry the state of one norm to another, and say what was known and what was not.
+
+All forms of `bnext.layers.forms`, both ways. Norms inside a model are replaced in
+`bnext.surgery.convert`; what is read and written is in `bnext.layers.norm_state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from bnext.errors import CheckpointError, ConfigError
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_form, iterate_norms
+from bnext.layers.norm_state import Fields, NormRecord, Note, read_norm, read_state, write_state
+
+__all__ = [
+    "Change",
+    "ConversionReport",
+    "check_map",
+    "convert_norm_state",
+    "copy_norm_state",
+    "list_shared_keys",
+    "restrict_map",
+]
+
+StateDict = Mapping[str, Tensor]
+
+NO_NORM = (
+    "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
+    "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
+)
+ADOPTED_EPS = "eps {source} of the source was taken over, in the place of {target}"
+ADOPTED_ZERO = f"{ADOPTED_EPS}; as eps is above 0 in training, it is {{used}}, too small to change a variance"
+OTHER_EPS = "eps is {target}, but was {source}; outputs change, most where the variance is small"
+OTHER_INFERENCE = "in evaluation mode it was normalized by {source}, and now is by {target}; outputs change"
+ROUNDED = "state of {source} was rounded to {target}"
+# A float32 variance to which it would make a difference is none that training can tell from 0.
+NO_EPS = 1e-30
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """One thing that was done to one norm: its path in the model, what, and whether outputs stay what they were."""
+
+    path: str
+    text: str
+    keeps_outputs: bool = True
+
+
+@dataclasses.dataclass
+class ConversionReport:
+    """What a conversion did, norm by norm. `str(report)` is the text to log."""
+
+    changes: list[Change] = dataclasses.field(default_factory=list)
+    title: str = "Norm state of the checkpoint:"
+    nothing: str = "Norm state needed no conversion."
+
+    @property
+    def keeps_outputs(self) -> bool:
+        """Whether every norm gives in evaluation mode what it gave before, but for rounding.
+
+        Of a state dict, which does not say how its norms normalized, as far as the state tells.
+        """
+        return all(change.keeps_outputs for change in self.changes)
+
+    def __str__(self) -> str:
+        paths: dict[str, list[str]] = {}
+        for change in self.changes:
+            paths.setdefault(change.text, []).append(change.path)
+        lines = [f"  {_count(where)}: {text}" for text, where in paths.items()]
+        return "\n".join([self.title, *lines]) if lines else self.nothing
+
+
+def _count(paths: list[str]) -> str:
+    named = paths[0] or "the model itself"
+    return f"{len(paths)} norms ({named}, ...)" if len(paths) > 1 else f"1 norm ({named})"
+
+
+def convert_norm_state(
+    state_dict: StateDict, model: nn.Module, *, domain_map: Mapping[str, str] | None = None
+) -> tuple[dict[str, Tensor], ConversionReport]:
+    """A state dict in the form that the norms of a model expect.
+
+    Args:
+        state_dict: of norms of any form; it is not changed.
+        model: the model that will load it.
+        domain_map: name in the model -> name in the state dict, for levels or domains whose names
+            differ, or a new one that starts from another's; "" is what all of them share. A norm that has
+            not the names keeps to its own.
+
+    Returns:
+        A new state dict, and the report of what was converted.
+
+    Raises:
+        CheckpointError: numbered levels whose number is not the model's, or state of no known form
+            or of other channels.
+        ConfigError: domain_map names what no norm has.
+    """
+    converted, report, used = dict(state_dict), ConversionReport(), set[str]()
+    for path, layer, form in iterate_norms(model):
+        prefix = f"{path}." if path else ""
+        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not _needs_conversion(found, layer, form, domain_map):
+            continue
+        for key in found:
+            del converted[prefix + key]
+        if any(value.dim() > 1 for value in found.values()):
+            report.changes.append(Change(path, NO_NORM, keeps_outputs=False))
+            continue
+        record = read_state(found, form.num_features, path)
+        own_map = restrict_map(domain_map, form, record.owners)
+        used |= own_map.keys()
+        state, notes = write_state(record, form, path, own_map)
+        converted.update({prefix + key: value for key, value in state.items()})
+        report.changes += [Change(path, *note) for note in notes]
+    check_map(domain_map, used)
+    return converted, report
+
+
+def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model as it would be if no level or domain owned anything: names to match others with.
+
+    Args:
+        model: is not changed.
+
+    Returns:
+        Its state dict, where no norm has anything that is owned; otherwise without what is, and with what
+        `convert_norm_state` makes it from.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for path, _, form in iterate_norms(model):
+        prefix = f"{path}." if path else ""
+        for fields, layout in ((AFFINE, form.affine), (POPULATION, form.population)):
+            if layout == "owned":
+                first = {field: state.get(f"{prefix}{form.owners[0]}.{field}") for field in fields}
+                state |= {f"{prefix}{field}": value for field, value in first.items() if value is not None}
+                for owner in form.owners:
+                    for field in fields:
+                        state.pop(f"{prefix}{owner}.{field}", None)
+    return state
+
+
+def copy_norm_state(
+    source: nn.Module,
+    target: nn.Module,
+    path: str = "",
+    *,
+    domain_map: Mapping[str, str] | None = None,
+    adopt_eps: bool = False,
+) -> ConversionReport:
+    """Copy the affine and the statistics of one norm into another, each of any form.
+
+    Args:
+        source: see `bnext.layers.forms`; not changed.
+        target: receives the state; what the source does not know keeps its value.
+        path: name of the norm, for the report.
+        domain_map: name in the target -> name in the source, for levels or domains whose names differ,
+            or a new one that starts from another's; "" is what all of them share, so that {"": "night"}
+            makes a plain norm of one domain.
+        adopt_eps: the target takes over the source's eps. False: a different eps is said in the report.
+
+    Returns:
+        What was not copied as it was; `keeps_outputs` says whether outputs in evaluation mode are equal.
+
+    Raises:
+        CheckpointError: other channels, or numbered levels whose number is not the other side's.
+        ConfigError: one of the two is no norm of a known form, or domain_map names what neither has.
+
+    Example:
+        >>> report = copy_norm_state(nn.BatchNorm2d(8), BatchNorm2d(8))
+        >>> report.keeps_outputs
+        True
+    """
+    record, form = read_norm(source, _require_form(source, path), path), _require_form(target, path)
+    if record.form is not None and record.form.num_features != form.num_features:
+        raise CheckpointError(
+            f"source must have the {form.num_features} channels of the target; got {record.form.num_features} "
+            f"({path or 'copy_norm_state'}). Copy between norms of the same place."
+        )
+    state, notes = write_state(record, form, path, domain_map)
+    notes += [*_load(state, target), *_compare_inference(record, form)]
+    notes += _settle_eps(record, form, target, adopt_eps)
+    return ConversionReport([Change(path, *note) for note in notes])
+
+
+def _needs_conversion(found: StateDict, layer: nn.Module, form: NormForm, domain_map: Mapping[str, str] | None) -> bool:
+    """Whether state that the checkpoint has for a norm is not in the norm's form."""
+    if not found or (not domain_map and found.keys() == layer.state_dict().keys()):
+        return False
+    if isinstance(layer, BatchNorm2d):
+        return True
+    # Of other norms only what torch could not load is touched: that which has owners.
+    return any("." in key for key in found) and all(
+        key.rpartition(".")[2] in AFFINE + POPULATION
+        and key.count(".") < 2
+        and (value.dim() == 0 or tuple(value.shape) == (form.num_features,))
+        for key, value in found.items()
+    )
+
+
+def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
+    """What of a model's `domain_map` concerns one norm of this form, whose source has the `known` names."""
+    names, targets = {"", *known}, {"", *form.owners}
+    return {target: source for target, source in (domain_map or {}).items() if source in names and target in targets}
+
+
+def check_map(domain_map: Mapping[str, str] | None, used: Iterable[str]) -> None:
+    """Every name must have concerned some norm; a misspelt one is not passed over.
+
+    Raises:
+        ConfigError: one has not.
+    """
+    for target in sorted((domain_map or {}).keys() - set(used)):
+        source = (domain_map or {})[target]
+        raise ConfigError(
+            f"domain_map must map a name in the new norms to a name in the old ones; got {target!r}: {source!r}, which "
+            f"no norm of the model has. Correct the name, or leave it out."
+        )
+
+
+def _require_form(module: nn.Module, path: str) -> NormForm:
+    form = find_form(module)
+    if form is None:
+        raise ConfigError(
+            f"norms must be of a known form; got {type(module).__name__} ({path or 'copy_norm_state'}). Known are "
+            f"BatchNorm2d, SyncBatchNorm, frozen norms with buffers, CycleBatchNormList, GroupNorm, LayerNorm, and "
+            f"those of bnext."
+        )
+    return form
+
+
+@torch.no_grad()
+def _load(state: Fields, target: nn.Module) -> list[Note]:
+    """Copy in place, so that what shares the tensors sees it; what is not in `state` keeps its value."""
+    own = target.state_dict(keep_vars=True)
+    rounded = {
+        (str(value.dtype), str(own[key].dtype))
+        for key, value in state.items()
+        if torch.promote_types(value.dtype, own[key].dtype) != own[key].dtype
+        and not torch.equal(value, value.to(own[key].dtype).to(value.dtype))
+    }
+    for key, value in state.items():
+        own[key].copy_(value)
+    return [Note(ROUNDED.format(source=a, target=b), keeps_outputs=False) for a, b in sorted(rounded)]
+
+
+def _compare_inference(record: NormRecord, form: NormForm) -> list[Note]:
+    source = record.form
+    if source is None or source.inference == form.inference:
+        return []
+    names = [str(kind.inference[0]).replace("_", "-") for kind in (source, form)]
+    if names[0] == names[1]:
+        names = [f"{name} {kind.inference[1:]}" for name, kind in zip(names, (source, form), strict=True)]
+    return [Note(OTHER_INFERENCE.format(source=names[0], target=names[1]), keeps_outputs=False)]
+
+
+def _settle_eps(record: NormRecord, form: NormForm, target: nn.Module, adopt: bool) -> list[Note]:
+    source = record.form
+    if source is None or source.eps == form.eps or source.is_batch_norm != form.is_batch_norm:
+        return []
+    holders = [module for module in target.modules() if hasattr(module, "eps")]  # the parts of a norm too
+    if not adopt or not holders:
+        return [Note(OTHER_EPS.format(source=source.eps, target=form.eps), keeps_outputs=False)]
+    takes_zero = not form.is_batch_norm or (form.is_frozen and not isinstance(target, BatchNorm2d))
+    used = source.eps if source.eps > 0 or takes_zero else NO_EPS
+    for module in holders:
+        module.eps = used  # type: ignore[assignment]
+    if isinstance(target, BatchNorm2d):
+        target.spec = target.spec.replace(eps=used)
+    text = ADOPTED_EPS if used == source.eps else ADOPTED_ZERO
+    return [Note(text.format(source=source.eps, target=form.eps, used=used))]

@@ -1,0 +1,70 @@
+"""Every config file is plain YAML, is accepted, and builds its model."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2 import model_zoo
+from detectron2.modeling import build_model
+
+from bnext.config import load_config
+from bnext.config.places import get_place_norm, has_place
+from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.surgery.freezing import find_batch_norms
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted(
+    path.relative_to(ROOT) for folder in ("configs", "projects") for path in ROOT.glob(f"{folder}/**/*.yaml")
+)
+RCNN, MASK_RCNN = "configs/COCO-Detection/faster_rcnn", "configs/COCO-InstanceSegmentation/"
+TWO_STAGE = (RCNN, MASK_RCNN, "configs/COCO-PanopticSegmentation/")
+PARTS = {
+    "RESNETS": "backbone.bottom_up.",
+    "FPN": "backbone.fpn_",
+    "ROI_BOX_HEAD": "roi_heads.box_head.",
+    "ROI_MASK_HEAD": "roi_heads.mask_head.",
+}
+
+
+def test_there_are_configs():
+    assert len(CONFIGS) >= 26
+
+
+@pytest.mark.parametrize("ours", [path for path in CONFIGS if str(path).startswith(TWO_STAGE)], ids=str)
+def test_a_two_stage_recipe_is_detectron2s_but_for_its_norms(ours):
+    """Its namesake without the norm; convolutions of the box head come with their norm."""
+    stem = ours.stem.removesuffix("_SyncBN").removesuffix("_GhostBN")
+    cfg, stock = load_config(str(ROOT / ours)), model_zoo.get_config(f"{ours.parent.name}/{stem}.yaml")
+    for section in ("INPUT", "DATASETS", "DATALOADER"):
+        assert cfg[section] == stock[section]
+    assert {key for key, value in stock.SOLVER.items() if cfg.SOLVER[key] != value} == set()
+    for key, value in stock.MODEL.items():
+        if isinstance(value, dict):
+            changed = {name for name in value if cfg.MODEL[key][name] != value[name]}
+            assert changed <= {"NORM", *(("NUM_CONV", "NUM_FC") if key == "ROI_BOX_HEAD" else ())}
+        elif key not in ("META_ARCHITECTURE", "WEIGHTS", "DEVICE"):
+            assert cfg.MODEL[key] == value
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=str)
+def test_config_is_safe_yaml_and_builds(path):
+    yaml.safe_load((ROOT / path).read_text())
+    cfg = load_config(str(ROOT / path), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg)
+    norms = [module for module in model.modules() if isinstance(module, LevelBatchNorm2d)]
+    num_towers = 2 * cfg.MODEL.RETINANET.NUM_CONVS if cfg.MODEL.RETINANET.NORM else 0
+    assert len(norms) == num_towers + bool(cfg.MODEL.BNEXT.RPN.NORM)
+    for place in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
+        asked = get_place_norm(cfg, place) if has_place(cfg, place) else ""
+        found = {module.spec for path, module in find_batch_norms(model) if path.startswith(PARTS[place])}
+        assert found == ({asked} if isinstance(asked, NormSpec) else set())
+    if path.stem.startswith("table5_row"):
+        assert {norm.spec.table5_row for norm in norms} == {int(path.stem[-1])}
+
+
+def test_coco_study_has_the_papers_schedule():
+    cfg = load_config(str(ROOT / "projects/RethinkingBatchNorm/configs/coco/table5_row1.yaml"))
+    solver = cfg.SOLVER
+    assert (solver.IMS_PER_BATCH, solver.BASE_LR, solver.MAX_ITER) == (16, 0.01, 270_000)
+    assert (cfg.MODEL.RETINANET.NORM, cfg.MODEL.RESNETS.NORM, cfg.MODEL.BACKBONE.FREEZE_AT) == ("SyncBN", "FrozenBN", 2)
+    assert cfg.TEST.PRECISE_BN.NUM_ITER * solver.IMS_PER_BATCH == 4000

@@ -1,0 +1,67 @@
+"""Evaluation on one and on several data sets."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from bnext.engine.trainer import Trainer
+from bnext.errors import ConfigError
+from bnext.evaluation import build_evaluator, evaluate_model
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(finished):
+    cfg = finished[0]
+    model = Trainer.build_model(cfg)
+    model.test_score_thresh = 0.0  # so that there is something to evaluate
+    return model
+
+
+def test_several_sets_have_a_dictionary_and_a_folder_each(model, digits, tmp_path):
+    cfg = tiny.load(tmp_path, "DATASETS.TEST", "('digits_val', 'digits_train')")
+    model.train()
+    results = evaluate_model(cfg, model)
+    assert model.training
+    assert list(results) == ["digits_val", "digits_train"]
+    assert all(0 <= result["bbox"]["AP"] <= 100 for result in results.values())
+    names = ("digits_val", "digits_train")
+    detections = [Path(tmp_path, "inference", name, "coco_instances_results.json") for name in names]
+    images = [{detection["image_id"] for detection in json.loads(path.read_text())} for path in detections]
+    assert [len(found) for found in images] == [4, 12]
+    stored = json.loads(Path(tmp_path, "inference", "results.json").read_text())
+    assert stored["digits_val"]["bbox"]["AP"] == results["digits_val"]["bbox"]["AP"]
+    assert stored["digits_val"]["bbox"]["APl"] is None  # no large object in images of 64 pixels: NaN is no JSON
+
+
+def test_what_pycocotools_prints_is_logged(model, digits, tmp_path, bnext_log, capsys):
+    evaluate_model(tiny.load(tmp_path), model)
+    assert "Average Precision" not in capsys.readouterr().out
+    (record,) = {record for record in bnext_log.records if "Average Precision" in record.getMessage()}
+    assert (record.name, record.levelname) == ("bnext.evaluation.coco", "INFO")
+    assert "Accumulating evaluation results" in record.getMessage()
+
+
+def test_the_mode_is_put_back_when_the_model_fails(finished, tmp_path):
+    class Failing(torch.nn.Module):
+        def forward(self, inputs):
+            raise RuntimeError("on purpose")
+
+    failing = Failing().train()
+    with pytest.raises(RuntimeError, match="on purpose"):
+        evaluate_model(tiny.load(tmp_path), failing)
+    assert failing.training
+
+
+def test_other_kinds_of_data_sets_are_refused(digits, tmp_path):
+    DatasetCatalog.register("bnext_test_lvis", list)
+    MetadataCatalog.get("bnext_test_lvis").evaluator_type = "lvis"
+    try:
+        with pytest.raises(ConfigError, match=r"'bnext_test_lvis' \(evaluator_type 'lvis'\)"):
+            build_evaluator(tiny.load(tmp_path), "bnext_test_lvis")
+    finally:
+        DatasetCatalog.remove("bnext_test_lvis")
+        MetadataCatalog.remove("bnext_test_lvis")
