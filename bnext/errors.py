@@ -1,8 +1,18 @@
-"""The exceptions of bnext. Every message names the thing, the value, the rule and the remedy.
+"""The exceptions of bnext, and the one form of their messages.
 
-All of them are `ValueError`s as well, so that code which catches torch's or detectron2's
-complaints about a bad value catches ours too.
+    <thing> must <rule>; got <value> (<where>). <Remedy>.
+
+All of them are `ValueError`s as well, so that code which catches torch's or detectron2's complaints about a bad value
+catches ours too.
 """
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "BNextError",
@@ -13,11 +23,32 @@ __all__ = [
     "LaunchError",
     "StatisticsError",
     "WorkerError",
+    "check_choice",
+    "list_few",
 ]
 
 
 class BNextError(ValueError):
     """A mistake that the user can mend; tools print its message without a traceback."""
+
+    @classmethod
+    def of(cls, thing: str, rule: str, *, got: object, where: str = "", remedy: str) -> Self:
+        """The error in the one form that all messages have.
+
+        Args:
+            thing: argument, key, layer or file that is wrong.
+            rule: what it must do or be, after "must".
+            got: the value; a string is taken as words, so a string that the user wrote comes as `repr(value)`.
+            where: path of the layer, file or function; "": the thing says it.
+            remedy: whole sentences. Whoever follows them ends up right.
+
+        Example:
+            >>> print(ConfigError.of("row", "be 1 to 6", got=7, where="Table 5", remedy="Choose one of them."))
+            row must be 1 to 6; got 7 (Table 5). Choose one of them.
+        """
+        value = got if isinstance(got, str) else repr(got)
+        place = f" ({where})" if where else ""
+        return cls(f"{thing} must {rule}; got {value}{place}. {remedy}")
 
 
 class ConfigError(BNextError):
@@ -46,3 +77,22 @@ class LaunchError(BNextError):
 
 class WorkerError(BNextError):
     """Another worker has failed, or did not come to a layer that all workers share."""
+
+
+def check_choice(name: str, value: object, allowed: Sequence[object], where: str = "NormSpec") -> None:
+    """Raise ConfigError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ConfigError.of(name, f"be one of {choices}", got=repr(value), where=where, remedy="Choose one of them.")
+
+
+def list_few(values: Iterable[object], most: int = 3) -> str:
+    """The first values, and how many more there are.
+
+    Example:
+        >>> list_few([1, 2, 3, 4, 5])
+        '1, 2, 3 and 2 more'
+    """
+    values = list(values)
+    shown = ", ".join(str(value) for value in values[:most])
+    return shown if len(values) <= most else f"{shown} and {len(values) - most} more"

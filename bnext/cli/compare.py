@@ -18,12 +18,11 @@ from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import build_parser, check_run
 from bnext.data.check import check_datasets
 from bnext.engine.launch import launch
-from bnext.errors import ConfigError, LaunchError
+from bnext.errors import ConfigError, LaunchError, check_choice
 from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
 from bnext.evaluation.reestimate import load_records
 from bnext.files import write_json
-from bnext.layers.spec import check_choice
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
 

@@ -26,10 +26,9 @@ from bnext.config.check import check_config
 from bnext.config.places import BATCH_NORMS, PLACES, get_norm_name, has_place
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.smart_batch_norm import count_batches
-from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError
+from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import build_batches, format_report, needs_labels, recompute_statistics
 from bnext.files import replace_file
-from bnext.layers.spec import check_choice
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
 from bnext.surgery.stored_specs import collect_norm_specs

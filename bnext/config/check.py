@@ -20,9 +20,9 @@ from bnext.config.places import (
     read_key,
 )
 from bnext.config.schedules import check_schedules
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, check_choice
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import Average, Frozen, Inference, SingleElement, Training, check_choice
+from bnext.layers.spec import Average, Frozen, Inference, SingleElement, Training
 
 __all__ = ["check_config"]
 

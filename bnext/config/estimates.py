@@ -6,8 +6,7 @@ import math
 
 from detectron2.config import CfgNode
 
-from bnext.errors import ConfigError
-from bnext.layers.spec import check_choice
+from bnext.errors import ConfigError, check_choice
 
 __all__ = ["ESTIMATORS", "VALIDATION_STATISTICS", "add_test_keys", "check_test_keys"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from bnext.layers.spec import check_choice
+from bnext.errors import check_choice
 
 __all__ = ["OPTIMIZERS", "check_optimizer"]
 

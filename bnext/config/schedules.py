@@ -6,8 +6,7 @@ from typing import get_args
 
 from detectron2.config import CfgNode
 
-from bnext.errors import ConfigError
-from bnext.layers.spec import check_choice
+from bnext.errors import ConfigError, check_choice
 from bnext.surgery.freezing import Freezable
 from bnext.surgery.schedules import check_points
 

@@ -20,9 +20,9 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from bnext.data.sampler import BatchSampler, aspect_ratio_groups
-from bnext.data.seeding import derive_seed, seeded
 from bnext.distributed.groups import count_cores
 from bnext.errors import DatasetError
+from bnext.seeding import derive_seed, seeded
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "limit_loader_workers", "share_seed"]
 

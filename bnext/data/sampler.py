@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
-from bnext.data.seeding import derive_seed
 from bnext.errors import ConfigError
+from bnext.seeding import derive_seed
 
 __all__ = ["BatchSampler", "aspect_ratio_groups", "check_batch_size"]
 

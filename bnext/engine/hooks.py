@@ -19,8 +19,8 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from tqdm import tqdm
 
-from bnext.data.seeding import derive_seed, seed_everything
 from bnext.distributed.equal_buffers import equalize_buffers
+from bnext.seeding import derive_seed, seed_everything
 
 __all__ = [
     "EqualizeBuffers",

@@ -18,9 +18,8 @@ from torch import nn
 from bnext.config.schedules import PLACE
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.engine.hooks import is_due
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.spec import check_choice
 from bnext.surgery.freezing import Freezable, find_batch_norms, freeze_norms
 from bnext.surgery.schedules import Points, check_points, interpolate, set_momentum, set_renorm_limits
 

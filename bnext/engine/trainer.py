@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
-from bnext.data.seeding import derive_seed, seeded
 from bnext.engine import hooks
 from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
@@ -44,6 +43,7 @@ from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.reestimate import recompute_statistics
+from bnext.seeding import derive_seed, seeded
 
 __all__ = ["Trainer", "evaluate", "train"]
 

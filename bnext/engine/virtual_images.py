@@ -15,10 +15,10 @@ from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.data.loader import TrainLoader, build_train_loader
-from bnext.data.seeding import derive_seed, seeded
 from bnext.errors import ConfigError
 from bnext.heads import forward_statistics
 from bnext.layers import BatchNorm2d, virtual_samples
+from bnext.seeding import derive_seed, seeded
 
 __all__ = ["VirtualImages", "build_virtual_images"]
 

@@ -23,17 +23,16 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from bnext.data.seeding import seeded
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import ConfigError, StatisticsError, check_choice
 from bnext.evaluation.coco import JoinedBatches, build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.compare_scopes import FailingLast, try_measuring
 from bnext.evaluation.reestimate import build_batches, has_labels, load_records, recompute_statistics
 from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.evaluation.validation_loss import compute_validation_loss
-from bnext.layers.spec import check_choice
 from bnext.repair.kinds import KINDS, count_images_as_trained, find_obstacle
 from bnext.repair.mini_batch_inference import normalizing_evaluation_by_mini_batch
 from bnext.scope import use_domain
+from bnext.seeding import seeded
 from bnext.statistics.observe import restoring
 from bnext.surgery import convert_norm
 

@@ -20,7 +20,6 @@ from tabulate import tabulate
 from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
-from bnext.data.seeding import seeded
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with
 from bnext.files import replace_file, write_json
@@ -28,6 +27,7 @@ from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d
 from bnext.scope.statistics import answering
+from bnext.seeding import seeded
 
 __all__ = ["WAYS", "draw_leakage", "evaluate_leakage", "format_leakage", "show_leakage", "use_inference"]
 

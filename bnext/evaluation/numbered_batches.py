@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from bnext.data.seeding import derive_seed
 from bnext.evaluation.without_trace import drawing_from
+from bnext.seeding import derive_seed
 
 __all__ = ["NumberedBatches"]
 

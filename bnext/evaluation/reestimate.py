@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.data.check import check_datasets
 from bnext.data.loader import build_train_loader, limit_loader_workers
-from bnext.data.seeding import derive_seed
 from bnext.errors import ConfigError, DatasetError
 from bnext.evaluation.numbered_batches import NumberedBatches
 from bnext.evaluation.without_trace import drawing_from
@@ -31,6 +30,7 @@ from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
+from bnext.seeding import derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.observe import Selection, select_norms
 

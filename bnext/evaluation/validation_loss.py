@@ -11,13 +11,12 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.data.seeding import derive_seed
 from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.distributed.equal_buffers import equalize_buffers
-from bnext.errors import StatisticsError
+from bnext.errors import StatisticsError, check_choice
 from bnext.evaluation.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
 from bnext.layers.shuffled import shares_work
-from bnext.layers.spec import check_choice
+from bnext.seeding import derive_seed
 from bnext.statistics.arguments import check_data
 from bnext.statistics.rounds import count_images
 

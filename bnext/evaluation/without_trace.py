@@ -10,8 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from bnext.data.seeding import seeded
 from bnext.scope.statistics import frozen_statistics
+from bnext.seeding import seeded
 
 __all__ = ["as_in_training", "drawing_from", "leaving_no_trace", "restoring_attributes"]
 

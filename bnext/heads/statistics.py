@@ -9,9 +9,9 @@ from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import nn
 
+from bnext.errors import check_choice
 from bnext.heads.retinanet import forward_statistics
 from bnext.heads.sampled_rois import forward_sampled_rois
-from bnext.layers.spec import check_choice
 
 __all__ = ["RoiChoice", "choose_forward"]
 

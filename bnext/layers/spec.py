@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal, get_args, get_type_hints
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, check_choice
 
-__all__ = ["TABLE5_ROWS", "NormSpec", "Sharing", "Workers", "check_choice"]
+__all__ = ["TABLE5_ROWS", "NormSpec", "Sharing", "Workers"]
 
 Sharing = Literal["shared", "per_level", "per_domain"]
 Ownership = Literal["shared", "per_level", "per_domain", "none"]
@@ -149,13 +149,6 @@ class NormSpec:
     def replace(self, **changes: object) -> NormSpec:
         """A copy with some answers changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
-
-
-def check_choice(name: str, value: object, allowed: tuple[object, ...], where: str = "NormSpec") -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        choices = ", ".join(repr(choice) for choice in allowed)
-        raise ConfigError(f"{name} must be one of {choices}; got {value!r} ({where}). Choose one of them.")
 
 
 def _check_types(spec: NormSpec) -> None:

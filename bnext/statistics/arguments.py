@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from torch import Tensor
 
-from bnext.errors import StatisticsError
-from bnext.layers.spec import check_choice
+from bnext.errors import StatisticsError, check_choice
 
 __all__ = ["check_data", "check_how", "check_limits", "check_momentum", "check_source_samples"]
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
-from bnext.layers.spec import NormSpec, check_choice
+from bnext.layers.spec import NormSpec
 
 __all__ = ["Freezable", "Selection", "find_batch_norms", "freeze_norms", "say_no_norm", "unfreeze_norms"]
 

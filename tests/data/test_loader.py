@@ -11,8 +11,8 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
-from bnext.data.seeding import derive_seed, seeded
 from bnext.errors import DatasetError
+from bnext.seeding import derive_seed, seeded
 
 RECORDS = [{"index": index, "width": 2 + index % 2, "height": 2} for index in range(7)]
 

@@ -1,0 +1,88 @@
+"""A model that is put into a state for a while, and back: modes, attributes, buffers, random numbers.
+
+The one place where this is done. What a call of a norm knows besides its tensors changes nothing of a model: see
+`bnext.scope.record`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from bnext.seeding import seeded
+
+__all__ = ["drawing_from", "restoring", "setting"]
+
+
+@contextlib.contextmanager
+def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
+    """Undo at the end of this scope whatever was done to a model in it, bit by bit, also after an exception.
+
+    Put back are the modes, the plain attributes of all modules (what they count on the way, such as the moving average
+    of foreground anchors of detectron2's dense detectors, or the position of its CycleBatchNormList), which buffers
+    they have, and the values of the buffers. Parameters, and what lists hold, are not.
+
+    Args:
+        model: any module.
+        seed: random numbers start from it, see `drawing_from`; None: they are left alone.
+
+    Example:
+        >>> norm = nn.BatchNorm2d(3)
+        >>> with restoring(norm):
+        ...     output = norm.train()(torch.randn(2, 3, 4, 4))
+        >>> int(norm.num_batches_tracked)
+        0
+    """
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    with contextlib.nullcontext() if seed is None else drawing_from(model, seed):
+        try:
+            yield
+        finally:
+            for module, own, buffers in attributes:
+                vars(module).clear()
+                vars(module).update(own)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            for buffer, value in values:
+                buffer.data.copy_(value)  # .data: a backward pass of the caller's may still need the buffer
+
+
+@contextlib.contextmanager
+def setting(modules: Iterable[nn.Module], **values: object) -> Iterator[None]:
+    """Let attributes of modules have other values in this scope.
+
+    Args:
+        modules: those that have not the attribute are passed over.
+        values: attribute -> value.
+
+    Example:
+        >>> dropout = nn.Dropout()
+        >>> with setting([dropout], training=False):
+        ...     dropout.training
+        False
+    """
+    before = [(module, name, getattr(module, name)) for module in modules for name in values if hasattr(module, name)]
+
+    try:
+        for module, name, _ in before:
+            setattr(module, name, values[name])
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+@contextlib.contextmanager
+def drawing_from(model: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers start from a seed in this scope, also on the model's GPUs, and then go on as without it."""
+    devices = {parameter.device.index for parameter in model.parameters() if parameter.is_cuda}
+
+    with torch.random.fork_rng(devices=sorted(devices), enabled=bool(devices)), seeded(seed):
+        for device in devices:
+            torch.cuda.default_generators[device].manual_seed(seed)
+        yield
