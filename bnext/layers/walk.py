@@ -1,0 +1,50 @@
+"""The one walk over a model to its batch norms: all of them, those of bnext, or those of others.
+
+Norms of any form (GroupNorm, frozen norms, detectron2's lists), each at all its places, are found by
+`bnext.layers.forms.find_forms`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext.layers.batch_norm import BatchNorm2d, DomainState
+
+__all__ = ["Selection", "find_bnext_norms", "find_foreign_norms", "find_norms"]
+
+Selection = Callable[[str, nn.Module], bool]
+
+
+def find_norms(model: nn.Module, select: Selection | None = None) -> dict[str, _BatchNorm]:
+    """Path -> batch norm, in the order of the modules: of bnext, of torch, and subclasses of torch's.
+
+    Args:
+        model: any module; itself, if it is a norm, has the path "". A norm at several places comes once, with the
+            first of them. What a level or domain owns is a part of its norm, and does not come.
+        select: called as select(path, norm); those for which it is true. None: all.
+
+    Example:
+        >>> find_norms(nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))).keys()
+        dict_keys(['1'])
+    """
+    norms: dict[str, _BatchNorm] = {}
+
+    for path, module in model.named_modules():
+        is_norm = isinstance(module, _BatchNorm) and not isinstance(module, DomainState)
+        if is_norm and (select is None or select(path, module)):
+            norms[path] = module
+
+    return norms
+
+
+def find_bnext_norms(model: nn.Module) -> dict[str, BatchNorm2d]:
+    """Path -> batch norm of bnext, see `find_norms`."""
+    return {path: norm for path, norm in find_norms(model).items() if isinstance(norm, BatchNorm2d)}
+
+
+def find_foreign_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Path -> batch norm that is not of bnext, see `find_norms`: it knows no spec, no domains and no groups."""
+    return {path: norm for path, norm in find_norms(model).items() if not isinstance(norm, BatchNorm2d)}
