@@ -1,7 +1,7 @@
 """The only place of bnext that calls `torch.distributed`."""
 
 from bnext.distributed.collectives import all_gather_numbers, all_gather_stacked, all_reduce_sum, all_to_all_rows
-from bnext.distributed.groups import get_rank, get_world_size, resolve_group
+from bnext.distributed.groups import get_rank, get_world_size, resolve_group, unwrap_model
 from bnext.distributed.moments import merge_moments_over_workers
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "get_world_size",
     "merge_moments_over_workers",
     "resolve_group",
+    "unwrap_model",
 ]

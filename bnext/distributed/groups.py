@@ -7,10 +7,12 @@ import socket
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import ConfigError
 
-__all__ = ["count_cores", "get_rank", "get_world_size", "is_running", "resolve_group"]
+__all__ = ["count_cores", "get_rank", "get_world_size", "is_running", "resolve_group", "unwrap_model"]
 
 
 def count_cores() -> int:
@@ -31,6 +33,11 @@ def get_world_size(group: dist.ProcessGroup | None = None) -> int:
 def get_rank(group: dist.ProcessGroup | None) -> int:
     """This worker's place among the workers of a group; 0 without one."""
     return dist.get_rank(group) if group is not None else 0
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel, by whose paths layers are named; any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class _Groups:

@@ -10,8 +10,8 @@ from functools import partial
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
+from bnext.distributed import unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
 from bnext.engine.hooks import is_due
 from bnext.engine.norm_schedules import are_statistics_frozen
@@ -74,7 +74,7 @@ class PreciseBN(HookBase):
 
     def before_step(self) -> None:
         if self._averages and not self._stays(self.trainer.iter):
-            buffers = dict(norm_buffers(_unwrap(self.trainer.model)))
+            buffers = dict(norm_buffers(unwrap_model(self.trainer.model)))
             if {name: b.shape for name, b in buffers.items()} == {n: b.shape for n, b in self._averages.items()}:
                 for name, buffer in buffers.items():
                     buffer.data.copy_(self._averages[name])
@@ -86,7 +86,7 @@ class PreciseBN(HookBase):
         trainer = self.trainer
         if any(is_due(trainer.iter, period, trainer.max_iter) for period in (0, *self._periods)):
             equalize_buffers(trainer.model)
-            self._averages = {name: buffer.clone() for name, buffer in norm_buffers(_unwrap(trainer.model))}
+            self._averages = {name: buffer.clone() for name, buffer in norm_buffers(unwrap_model(trainer.model))}
             self._recompute()
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
@@ -94,10 +94,6 @@ class PreciseBN(HookBase):
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         self._averages = state["averages"]
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def build_estimates(cfg: CfgNode, model: nn.Module, recompute: Callable[[], object] | None) -> list[HookBase]:

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
+from bnext.distributed import unwrap_model
 from bnext.engine import hooks
 from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
@@ -109,11 +110,11 @@ class Trainer(DefaultTrainer):
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
-            *build_virtual_images(cfg, _unwrap(self.model)),  # over when the next hooks look at the model
+            *build_virtual_images(cfg, unwrap_model(self.model)),  # over when the next hooks look at the model
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
-            *build_estimates(cfg, _unwrap(self.model), recompute),
-            *build_norm_schedules(cfg, _unwrap(self.model), recompute),
+            *build_estimates(cfg, unwrap_model(self.model), recompute),
+            *build_norm_schedules(cfg, unwrap_model(self.model), recompute),
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
@@ -127,7 +128,7 @@ class Trainer(DefaultTrainer):
     def _recompute(self) -> None:
         if not are_statistics_frozen(self.cfg, self.iter) and self._recomputed_at != self.iter:
             self._recomputed_at = self.iter  # a hook that freezes the statistics may ask for them, too
-            recompute_statistics(self.cfg, _unwrap(self.model))
+            recompute_statistics(self.cfg, unwrap_model(self.model))
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
@@ -168,8 +169,8 @@ class Trainer(DefaultTrainer):
         return next(iter(results.values())) if len(results) == 1 else results
 
     def _evaluate_and_keep(self) -> dict[str, Any]:
-        with validating(self.cfg, _unwrap(self.model), self.iter):
-            self._last_eval_results = self.test(self.cfg, _unwrap(self.model))
+        with validating(self.cfg, unwrap_model(self.model), self.iter):
+            self._last_eval_results = self.test(self.cfg, unwrap_model(self.model))
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -211,7 +212,7 @@ class Trainer(DefaultTrainer):
                 self.start_iter,
                 self.max_iter,
             )
-            return self.test(self.cfg, _unwrap(self.model)) if self.cfg.DATASETS.TEST else {}
+            return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
@@ -219,7 +220,7 @@ class Trainer(DefaultTrainer):
 
     def gather_worker_states(self) -> None:
         """Collect on every worker what only the worker itself knows. A collective, before a save."""
-        self._worker_states = (self.iter, comm.all_gather(read_normalizers(_unwrap(self.model))))
+        self._worker_states = (self.iter, comm.all_gather(read_normalizers(unwrap_model(self.model))))
 
     def run_step(self) -> None:
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
@@ -232,7 +233,7 @@ class Trainer(DefaultTrainer):
         state = {**super(DefaultTrainer, self).state_dict(), "_trainer": self._trainer.state_dict()}
         at, workers = self._worker_states
         if at != self.iter:  # saved by hand: of the other workers nothing is known
-            workers = [read_normalizers(_unwrap(self.model))]
+            workers = [read_normalizers(unwrap_model(self.model))]
         return {**state, "bnext": collect_training(self.cfg, self.seed, workers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -244,7 +245,7 @@ class Trainer(DefaultTrainer):
         if own is not None:
             self.seed = own["seed"]
             workers = own["workers"]
-            write_normalizers(_unwrap(self.model), workers[comm.get_rank() % len(workers)])
+            write_normalizers(unwrap_model(self.model), workers[comm.get_rank() % len(workers)])
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
@@ -293,7 +294,3 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
     check_eval_weights(weights)
     checkpointer.load(weights, checkpointables=[], complete=True)
     return Trainer.test(cfg, model)
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    return model.module if isinstance(model, DistributedDataParallel) else model

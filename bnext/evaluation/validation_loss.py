@@ -9,9 +9,8 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from bnext.distributed import all_gather_numbers, resolve_group
+from bnext.distributed import all_gather_numbers, resolve_group, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.errors import StatisticsError, check_choice
 from bnext.evaluation.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
@@ -89,7 +88,7 @@ def compute_validation_loss(
     check_data(batches, None, _WHERE, "batches")
     if not isinstance(seed, int) or seed < 0:
         raise StatisticsError(f"seed must be an integer of 0 or more; got {seed!r} ({_WHERE}). Use 0.")
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = unwrap_model(model)
     sums: dict[str, float] = {}
     num_images = 0
     # What the loader draws, too: torch's takes a seed from the global generator, and augmentations may run here.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
+from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, batch_moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
@@ -74,7 +74,7 @@ def following_stream(
             f"source_samples must be 0 with a momentum; got {source_samples} with momentum={momentum} "
             f"(following_stream). Set momentum=None to count samples."
         )
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = unwrap_model(model)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
         raise StatisticsError(
             f"model must not be compiled, as its statistics could not follow; got {type(model).__name__} "

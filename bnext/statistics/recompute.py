@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
 from bnext.layers.shuffled import shares_work
 from bnext.scope import use_domain
@@ -128,7 +128,7 @@ def recompute_population_statistics(
     check_limits(num_batches, num_samples, tolerance, _WHERE)
     check_momentum(momentum, _WHERE)
     check_source_samples(source_samples, _WHERE)
-    model = model.module if isinstance(model, DistributedDataParallel) else model
+    model = unwrap_model(model)
     norms = select_norms(model, layers)
     collectors = make_collectors(norms, momentum)
     sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
