@@ -11,10 +11,10 @@ from bnext.functional.moments import (
     batch_moments,
     enlarge_parts,
     group_moments,
-    has_safe_kernel,
     merge_moments,
     part_moments,
     sample_moments,
+    stack_moments,
 )
 from bnext.functional.normalize import normalize_parts
 from bnext.functional.standard_errors import Spread, merge_spreads, spread_of_batch, standard_errors
@@ -31,7 +31,6 @@ __all__ = [
     "enlarge_parts",
     "group_moments",
     "group_samples",
-    "has_safe_kernel",
     "make_index",
     "merge_moments",
     "merge_spreads",
@@ -39,6 +38,7 @@ __all__ = [
     "part_moments",
     "sample_moments",
     "spread_of_batch",
+    "stack_moments",
     "standard_errors",
     "update_running_statistics",
 ]

@@ -12,19 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bnext import kernels
+
 __all__ = [
     "Moments",
     "batch_moments",
     "enlarge_parts",
     "group_moments",
-    "has_safe_kernel",
     "merge_moments",
     "part_moments",
     "sample_moments",
+    "stack_moments",
 ]
-
-
-_BLOCK = 64  # rows of channels_last that are averaged at once; the square of it is a piece
 
 
 class Moments(NamedTuple):
@@ -48,19 +47,6 @@ class Moments(NamedTuple):
         return self.var * (count / (count - 1).clamp(min=1))
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics of half types are kept in float32, of float32 and float64 in their own type."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def has_safe_kernel(features: Tensor) -> bool:
-    """Whether torch's statistics of a float32 or float64 tensor [N, C, ...] keep their digits on this device.
-
-    On CPU its channels_last kernel, which it also takes for single positions, adds up row after row.
-    """
-    return features.is_cuda or (features.is_contiguous() and not features.movedim(1, -1).is_contiguous())
-
-
 def batch_moments(features: Tensor) -> Moments:
     """Moments of each channel over samples and positions.
 
@@ -69,57 +55,62 @@ def batch_moments(features: Tensor) -> Moments:
 
     Returns:
         count [], mean [C], var [C], float32 or wider.
-
-    Note:
-        torch's own statistics are taken where they are right. On CPU its channels_last kernel adds up row after
-        row in float32: at a mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of
-        more than 10. And of half types its results are half types.
     """
-    dtype = accumulation_dtype(features.dtype)
-    num_channels = features.shape[1]
-    num_elements = features.numel() // max(num_channels, 1)
-    count = torch.full((), num_elements, dtype=dtype, device=features.device)
-    if num_elements == 0:
-        zeros = torch.zeros(num_channels, dtype=dtype, device=features.device)
-        return Moments(count, zeros, zeros.clone())
-    if torch.compiler.is_compiling():  # the kernels below are closed to a compiler; the formula it makes fast itself
-        return _formula_moments(features, count)
-    rows = features.movedim(1, -1)
-    if features.is_cuda or (features.dtype == dtype and has_safe_kernel(features)):
-        mean, var = torch.batch_norm_update_stats(features, None, None, 0.0)
-        return Moments(count, mean.to(dtype), var.to(dtype))
-    if features.dtype == dtype and rows.is_contiguous() and num_elements >= 4 * _BLOCK**2:
-        return _row_moments(rows.view(num_elements, num_channels))
-    return _formula_moments(features, count)
+    mean, var = kernels.feature_statistics(features)
+    num_elements = features.numel() // max(features.shape[1], 1)
+    return Moments(torch.full((), num_elements, dtype=mean.dtype, device=mean.device), mean, var)
 
 
-def _formula_moments(features: Tensor, count: Tensor) -> Moments:
-    """Moments as they are defined, in two passes."""
-    dims = [0, *range(2, features.dim())]
-    mean = features.mean(dims, keepdim=True, dtype=count.dtype)
-    var = (features - mean).square_().mean(dims)
-    return Moments(count, mean.flatten(), var)
+def sample_moments(features: Tensor) -> Moments:
+    """Moments of each sample and channel over positions.
 
+    Args:
+        features: [N, C, ...], any memory format, may be empty.
 
-def _row_moments(rows: Tensor) -> Moments:
-    """Moments over the rows of [M, C], three readings of a feature in channels_last instead of eight.
-
-    torch's kernel gives the variance about a mean that is somewhat off, piece by piece; another mean, of blocks
-    of blocks, is right to the last digits and corrects it.
+    Returns:
+        count [N], mean and var [N, C], float32 or wider.
     """
-    num_channels, size = rows.shape[1], _BLOCK**2
-    pieces = rows[: len(rows) // size * size].view(-1, _BLOCK, _BLOCK, num_channels)
-    mean = pieces.mean(2).mean(1)
-    features = pieces.view(-1, 1, size, 1, num_channels).movedim(-1, 2)  # each [1, C, size, 1], in channels_last
-    rough = [torch.batch_norm_update_stats(feature, None, None, 0.0) for feature in features]
-    rough_mean, rough_var = (torch.stack(field) for field in zip(*rough, strict=True))
-    var = (rough_var - (mean - rough_mean).square()).clamp(min=0)
-    moments = merge_moments(Moments(mean.new_full((len(pieces),), size), mean, var))
-    rest = rows[len(pieces) * size :]
-    if len(rest) == 0:
-        return moments
-    last = batch_moments(rest.t().contiguous().unsqueeze(0))
-    return merge_moments(Moments(*(torch.stack(pair) for pair in zip(moments, last, strict=True))))
+    mean, var = kernels.sample_statistics(features)
+    num_positions = features.numel() // max(mean.numel(), 1)
+    return Moments(torch.full((len(mean),), num_positions, dtype=mean.dtype, device=mean.device), mean, var)
+
+
+def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_parts: int) -> Moments:
+    """Moments of the parts into which the samples of one or several features are sorted.
+
+    Args:
+        features: tensors [N_l, C, ...].
+        parts: for each feature the part of all its samples, or a tensor [N_l] with that of each sample.
+        num_parts: P.
+
+    Returns:
+        count [P], mean and var [P, C].
+    """
+    if is_part_each(parts, num_parts):  # nothing to merge
+        return stack_moments([batch_moments(feature) for feature in features])
+
+    moments: list[Moments] = []
+    indices: list[Tensor] = []
+    for feature, part in zip(features, parts, strict=True):
+        if isinstance(part, Tensor):
+            moments.append(sample_moments(feature))
+            indices.append(part)
+        else:
+            moments.append(stack_moments([batch_moments(feature)]))
+            indices.append(torch.full((1,), part, device=feature.device))
+
+    together = Moments(*(torch.cat(fields) for fields in zip(*moments, strict=True)))
+    return group_moments(together, torch.cat(indices), num_parts)
+
+
+def is_part_each(parts: Sequence[int | Tensor], num_parts: int) -> bool:
+    """Whether the features are the parts, one after another."""
+    return all(isinstance(part, int) for part in parts) and tuple(parts) == tuple(range(num_parts))
+
+
+def stack_moments(parts: Sequence[Moments]) -> Moments:
+    """Moments of P parts in one record: count [P, ...], mean and var [P, ..., C]."""
+    return Moments(*(torch.stack(fields) for fields in zip(*parts, strict=True)))
 
 
 def merge_moments(parts: Moments, dim: int = 0) -> Moments:
@@ -140,8 +131,10 @@ def merge_moments(parts: Moments, dim: int = 0) -> Moments:
     """
     count = parts.count.sum(dim)
     weight = (parts.count / count.unsqueeze(dim).clamp(min=1)).unsqueeze(-1)
+
     mean = (weight * parts.mean).sum(dim)
     var = (weight * (parts.var + (parts.mean - mean.unsqueeze(dim)).square())).sum(dim)
+
     return Moments(count, mean, var)
 
 
@@ -159,8 +152,10 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     zeros = parts.mean.new_zeros(num_groups, parts.mean.shape[1])
     count = parts.count.new_zeros(num_groups).index_add(0, groups, parts.count)
     weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
+
     mean = zeros.index_add(0, groups, weight * parts.mean)
     var = zeros.index_add(0, groups, weight * (parts.var + (parts.mean - mean[groups]).square()))
+
     return Moments(count, mean, var)
 
 
@@ -172,61 +167,6 @@ def enlarge_parts(parts: Moments, extra: Sequence[Moments | None]) -> Moments:
         extra: P moments, count [], mean and var [C]; None: nothing.
     """
     nothing = Moments(*(torch.zeros_like(field[0]) for field in parts))
-    rows = zip(*(own if own is not None else nothing for own in extra), strict=True)
-    added = Moments(*(torch.stack(field) for field in rows))
+    added = stack_moments([nothing if moments is None else moments for moments in extra])
     added = added._replace(count=added.count * (parts.count > 0))
-    return merge_moments(Moments(*(torch.stack(pair) for pair in zip(parts, added, strict=True))))
-
-
-def sample_moments(features: Tensor) -> Moments:
-    """Moments of each sample and channel over positions.
-
-    Args:
-        features: [N, C, ...], any memory format, may be empty.
-
-    Returns:
-        count [N], mean and var [N, C], float32 or wider.
-    """
-    num_samples, num_channels = features.shape[:2]
-    num_positions = features[0, 0].numel() if num_samples and num_channels else 0
-    dtype = accumulation_dtype(features.dtype)
-    count = torch.full((num_samples,), num_positions, dtype=dtype, device=features.device)
-    if num_positions == 0:
-        zeros = torch.zeros(num_samples, num_channels, dtype=dtype, device=features.device)
-        return Moments(count, zeros, zeros.clone())
-    is_plain = features.is_contiguous() and features.dtype == dtype and not torch.compiler.is_compiling()
-    if is_plain:  # samples as channels: one pass of torch's kernel
-        rows = features.view(1, num_samples * num_channels, *features.shape[2:])
-        mean, var = torch.batch_norm_update_stats(rows, None, None, 0.0)
-        return Moments(count, mean.view(num_samples, -1), var.view(num_samples, -1))
-    dims = list(range(2, features.dim()))
-    mean = features.mean(dims, keepdim=True, dtype=dtype)
-    var = (features - mean).square_().mean(dims)
-    return Moments(count, mean.flatten(1), var)
-
-
-def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_parts: int) -> Moments:
-    """Moments of the parts into which the samples of one or several features are sorted.
-
-    Args:
-        features: tensors [N_l, C, ...].
-        parts: for each feature the part of all its samples, or a tensor [N_l] with that of each sample.
-        num_parts: P.
-
-    Returns:
-        count [P], mean and var [P, C].
-    """
-    is_whole = all(isinstance(part, int) for part in parts)
-    if is_whole and tuple(parts) == tuple(range(num_parts)):  # nothing to merge
-        own = [batch_moments(feature) for feature in features]
-        return Moments(*(torch.stack(field) for field in zip(*own, strict=True)))
-    found, owners = [], []
-    for feature, part in zip(features, parts, strict=True):
-        if isinstance(part, Tensor):
-            found.append(sample_moments(feature))
-            owners.append(part)
-        else:
-            found.append(Moments(*(field.unsqueeze(0) for field in batch_moments(feature))))
-            owners.append(torch.full((1,), part, device=feature.device))
-    together = Moments(*(torch.cat(field) for field in zip(*found, strict=True)))
-    return group_moments(together, torch.cat(owners), num_parts)
+    return merge_moments(stack_moments([parts, added]))

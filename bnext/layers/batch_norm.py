@@ -25,11 +25,11 @@ from bnext.functional import (
     enlarge_parts,
     group_moments,
     group_samples,
-    has_safe_kernel,
     make_index,
     normalize_parts,
     part_moments,
 )
+from bnext.kernels import has_exact_batch_norm
 from bnext.layers.ownership import Domains, DomainState, OwnedBatchNorm2d
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
@@ -194,8 +194,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             isinstance(domain, int)
             and (size is None or len(x) <= size)
             and x.numel() >= 2 * self.num_features
-            and has_safe_kernel(x)
-            and (x.is_cuda or x.dtype in (torch.float32, torch.float64))  # on CPU it rounds sums of half types
+            and has_exact_batch_norm(x)
             for x, domain in zip(features, domains, strict=True)
         )
 
