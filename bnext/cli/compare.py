@@ -17,11 +17,11 @@ from detectron2.utils.logger import setup_logger
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import build_parser, check_run
 from bnext.data.check import check_datasets
+from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.errors import ConfigError, LaunchError, check_choice
 from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
-from bnext.evaluation.reestimate import load_records
 from bnext.files import write_json
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable

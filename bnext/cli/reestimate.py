@@ -24,10 +24,11 @@ from bnext.cli.kept_run import KeptRun
 from bnext.cli.reestimate_request import RecomputeRequest, check_domains, check_files, check_images, check_request
 from bnext.config.check import check_config
 from bnext.config.places import BATCH_NORMS, PLACES, get_norm_name, has_place
+from bnext.data.batches import build_shuffled_batches
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.smart_batch_norm import count_batches
 from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
-from bnext.evaluation.reestimate import build_batches, format_report, needs_labels, recompute_statistics
+from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import replace_file
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
@@ -171,7 +172,7 @@ def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) ->
     if not request.datasets:
         return {**arguments, "num_batches": count_batches(cfg) if request.num_samples else None}
     labelled = needs_labels(cfg, model)
-    batches = build_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
+    batches = build_shuffled_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
     return {**arguments, "batches": batches}
 
 

@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 
 from bnext.checkpoints.checkpointer import check_eval_weights
 from bnext.data.check import check_datasets
+from bnext.data.records import load_records
 from bnext.errors import CheckpointError, ConfigError
-from bnext.evaluation.reestimate import load_records
 from bnext.files import find_local_file, is_same_file
 
 __all__ = ["RecomputeRequest", "check_domains", "check_files", "check_images", "check_request"]

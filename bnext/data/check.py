@@ -22,7 +22,7 @@ from detectron2.utils.file_io import PathManager
 from bnext.data.digits import FOLDER
 from bnext.errors import DatasetError
 
-__all__ = ["check_datasets"]
+__all__ = ["check_datasets", "check_registered"]
 
 logger = logging.getLogger(__name__)
 
@@ -102,15 +102,23 @@ def check_datasets(
             _check_images(subject, contents.file_names)
 
 
+def check_registered(name: str) -> None:
+    """Raise DatasetError, with the nearest names, unless a data set of that name is registered."""
+    if name in DatasetCatalog:
+        return
+    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.5)
+    raise DatasetError.of(
+        "A data set",
+        "be registered",
+        got=f"'{name}', which is not",
+        where=f"nearest: {', '.join(near)}" if near else "no name is near",
+        remedy="Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it.",
+    )
+
+
 def _find(name: str) -> _Subject | None:
     """The set of that name; None when it has no COCO annotations."""
-    if name not in DatasetCatalog:
-        near = difflib.get_close_matches(name, DatasetCatalog.list(), n=NAMED, cutoff=0.5)
-        raise DatasetError(
-            f"A data set must be registered; got '{name}', which is not "
-            f"({'nearest: ' + ', '.join(near) if near else 'no name is near'}). "
-            "Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it."
-        )
+    check_registered(name)
     metadata = MetadataCatalog.get(name)
     json_file = metadata.get("json_file")
     if not json_file or metadata.get("evaluator_type") not in COCO_EVALUATORS:

@@ -12,19 +12,18 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader, get_detection_dataset_dicts
-from detectron2.data.detection_utils import SizeMismatchError
+from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
 from detectron2.utils import comm
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from bnext.data.batches import CheckedMapper, limit_loader_workers, load_batches
+from bnext.data.records import load_train_records
 from bnext.data.sampler import BatchSampler, aspect_ratio_groups
-from bnext.distributed.groups import count_cores
 from bnext.errors import DatasetError
 from bnext.seeding import derive_seed, seeded
 
-__all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "limit_loader_workers", "share_seed"]
+__all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
 
 _AUGMENT, _REPLACE = 2, 3  # what the derived seeds are for
 _MAX_REPLACEMENTS = 100
@@ -44,7 +43,7 @@ class MappedDataset(Dataset):
 
     def __init__(self, records: Any, mapper: Callable[[dict[str, Any]], dict[str, Any] | None], seed: int) -> None:
         self.records = records
-        self.mapper = mapper
+        self.mapper = CheckedMapper(mapper)
         self.seed = seed
 
     def __len__(self) -> int:
@@ -53,25 +52,21 @@ class MappedDataset(Dataset):
     def __getitem__(self, sample: tuple[int, int]) -> dict[str, Any]:
         position, index = sample
         others = np.random.default_rng(derive_seed(self.seed, _REPLACE, position))
+
         with seeded(derive_seed(self.seed, _AUGMENT, position)):
             for _ in range(_MAX_REPLACEMENTS):
-                mapped = self._map(self.records[index])
+                mapped = self.mapper(self.records[index])
                 if mapped is not None:
                     return mapped
                 index = int(others.integers(len(self.records)))
-        raise DatasetError(
-            f"The mapper must accept some image; got None for {_MAX_REPLACEMENTS} images in a row (the last one: "
-            f"record {index}). Check the augmentations and the annotations of DATASETS.TRAIN."
-        )
 
-    def _map(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        try:
-            return self.mapper(record)
-        except (OSError, SizeMismatchError) as error:
-            raise DatasetError(
-                f"An image of DATASETS.TRAIN must be readable and as large as its record says; got "
-                f"{type(error).__name__}: {error} ({record.get('file_name')}). Restore the file, or remove its record."
-            ) from error
+        raise DatasetError.of(
+            "The mapper",
+            "accept some image",
+            got=f"None for {_MAX_REPLACEMENTS} images in a row",
+            where=f"the last one: record {index}",
+            remedy="Check the augmentations and the annotations of DATASETS.TRAIN.",
+        )
 
 
 class TrainLoader:
@@ -125,26 +120,8 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
-        yield from DataLoader(
-            MappedDataset(self._records, self._mapper, self.seed),
-            batch_sampler=self._batches(),
-            num_workers=self._num_loader_workers,
-            collate_fn=_keep_list,
-            generator=torch.Generator(),  # else torch would draw from the global generator
-        )
-
-
-def _keep_list(batch: list[Any]) -> list[Any]:
-    return batch
-
-
-def limit_loader_workers(wanted: int) -> int:
-    """At most as many loading processes as this worker's share of the CPU cores.
-
-    Args:
-        wanted: DATALOADER.NUM_WORKERS.
-    """
-    return min(wanted, max(1, count_cores() // comm.get_local_size()))
+        dataset = MappedDataset(self._records, self._mapper, self.seed)
+        yield from load_batches(dataset, self._batches(), self._num_loader_workers)
 
 
 def share_seed(seed: int) -> int:
@@ -182,27 +159,10 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[..., Any] | None = None) -
         )
         return build_detection_train_loader(cfg, mapper=mapper)
     return TrainLoader(
-        _train_records(cfg),
+        load_train_records(cfg),
         mapper or DatasetMapper(cfg, True),
         cfg.SOLVER.IMS_PER_BATCH,
         seed=share_seed(cfg.SEED),
         num_loader_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
         group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
     )
-
-
-def _train_records(cfg: CfgNode) -> list[dict[str, Any]]:
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
-    try:
-        return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints,
-            proposal_files=proposals,
-        )
-    except AssertionError as error:  # how Detectron2 says that nothing is left
-        raise DatasetError(
-            f"DATASETS.TRAIN must have at least one usable image; got none ({error or list(cfg.DATASETS.TRAIN)}). "
-            "Check the annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False."
-        ) from error

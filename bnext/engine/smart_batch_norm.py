@@ -13,10 +13,10 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.engine import HookBase
 from torch import nn
 
+from bnext.data.records import load_train_records
 from bnext.engine.hooks import is_due
 from bnext.errors import ConfigError
 from bnext.evaluation.reestimate import recompute_statistics
@@ -70,11 +70,7 @@ def _find_norms(model: nn.Module) -> list[BatchNorm2d]:
 
 def count_batches(cfg: CfgNode) -> int:
     """Batches of SOLVER.IMS_PER_BATCH images in one epoch over DATASETS.TRAIN, the last one filled up."""
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, min_keypoints=keypoints
-    )
-    return -(-len(records) // cfg.SOLVER.IMS_PER_BATCH)
+    return -(-len(load_train_records(cfg)) // cfg.SOLVER.IMS_PER_BATCH)
 
 
 def estimate_in_one_epoch(cfg: CfgNode, model: nn.Module) -> RecomputeReport:

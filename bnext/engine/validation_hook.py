@@ -11,8 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from torch import nn
 
+from bnext.data.batches import build_validation_batches
 from bnext.engine.hooks import is_due
-from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.evaluation.validation_loss import Statistics, compute_validation_loss, find_device
 
 __all__ = ["ValidationLoss", "build_validation_loss"]

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import itertools
 import logging
 import math
 import os
@@ -17,17 +16,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data import MetadataCatalog
+from detectron2.data.samplers import InferenceSampler
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
-from bnext.data.loader import limit_loader_workers
+from bnext.data.batches import build_evaluation_batches
+from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.files import write_json
 
 __all__ = [
-    "JoinedBatches",
     "build_evaluator",
     "check_evaluator",
     "evaluate_model",
@@ -119,10 +119,9 @@ def evaluate_with(
     Note:
         What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
     """
-    num_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
-    loader = build_detection_test_loader(cfg, name, num_workers=num_workers)
-    if images_per_batch > 1:
-        loader = JoinedBatches(loader, images_per_batch)
+    records = load_records(name, cfg)
+    loader = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
+
     mode = model.training
     try:
         with _log_prints():
@@ -132,22 +131,6 @@ def evaluate_with(
     if comm.is_main_process():
         print_csv_format(results)
     return results
-
-
-class JoinedBatches:
-    """A loader's batches, joined to some whose sizes differ by at most one; detectron2 0.6 loads image by image."""
-
-    def __init__(self, loader: Any, size: int) -> None:
-        self._loader, self._size = loader, size
-
-    def __len__(self) -> int:
-        return -(-len(self._loader) // self._size)
-
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        batches, total, number = iter(self._loader), len(self._loader), len(self)
-        for index in range(number):
-            size = (index + 1) * total // number - index * total // number
-            yield [record for batch in itertools.islice(batches, size) for record in batch]
 
 
 @contextlib.contextmanager

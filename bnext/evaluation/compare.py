@@ -15,19 +15,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, MapDataset
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
-from torch.utils.data import DataLoader
 
+from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
+from bnext.data.records import has_labels, load_records
 from bnext.errors import ConfigError, StatisticsError, check_choice
-from bnext.evaluation.coco import JoinedBatches, build_evaluator, evaluate_with, flatten_metrics
+from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.compare_scopes import FailingLast, try_measuring
-from bnext.evaluation.reestimate import build_batches, has_labels, load_records, recompute_statistics
-from bnext.evaluation.validation_batches import build_validation_batches
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.repair.kinds import KINDS, count_images_as_trained, find_obstacle
 from bnext.repair.mini_batch_inference import normalizing_evaluation_by_mini_batch
@@ -192,7 +190,7 @@ def _using(
         cfg = cfg.clone()
         cfg.defrost()
         cfg.TEST.BNEXT.PRECISE_BN.ROIS = "top_scored"  # no labels
-        options["batches"] = build_batches(cfg, [images])
+        options["batches"] = build_shuffled_batches(cfg, [images])
     with restoring(variant):
         reports[kind] = recompute_statistics(cfg, variant, **options).as_dict()
         yield variant
@@ -268,12 +266,7 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
         return {}
     records = load_records(name, cfg)[:number]
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
-    single = DataLoader(
-        MapDataset(records[rank::world_size], DatasetMapper(cfg, False)),
-        collate_fn=list,
-        generator=torch.Generator(),  # else torch would draw from the global one
-    )
-    loader = JoinedBatches(single, _find_batch_size(cfg, model))
+    loader = build_evaluation_batches(cfg, records, range(rank, len(records), world_size), _find_batch_size(cfg, model))
     with normalizing_evaluation_by_mini_batch(model), contextlib.redirect_stdout(io.StringIO()):
         metrics = inference_on_dataset(model, loader, evaluator) or {}
     return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])

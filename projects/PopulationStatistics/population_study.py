@@ -22,13 +22,14 @@ from torch import nn
 from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.train import build_parser, check_run
 from bnext.config.places import get_place_norm
+from bnext.data.batches import build_validation_batches
 from bnext.data.check import check_datasets
+from bnext.data.records import load_records
 from bnext.engine.precise_bn import keeping_averages
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.compare import read_three_ways
-from bnext.evaluation.reestimate import load_records, recompute_statistics
-from bnext.evaluation.validation_batches import build_validation_batches
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import NormSpec
 from bnext.repair.mini_batch_inference import normalizing_evaluation_by_mini_batch

@@ -10,12 +10,12 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.config import load_config
+from bnext.data.batches import build_validation_batches
 from bnext.engine import Trainer
 from bnext.engine.launch import count_cores
 from bnext.engine.smart_batch_norm import SmartBatchNorm, count_batches, normalizing_by_mini_batch, validating
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.errors import ConfigError
-from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.layers import BatchNorm2d, NormSpec
 from tests import tiny
 from tests.engine.two_workers_population import Watcher

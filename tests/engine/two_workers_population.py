@@ -12,10 +12,10 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 
+from bnext.data.batches import build_validation_batches
 from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
 from bnext.engine import Trainer, launch
 from bnext.errors import StatisticsError
-from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.evaluation.validation_loss import compute_validation_loss
 from tests import tiny
 

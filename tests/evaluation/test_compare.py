@@ -12,13 +12,13 @@ from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.compare import run_comparison
+from bnext.data.batches import build_validation_batches
 from bnext.errors import ConfigError, StatisticsError
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.compare import compare_statistics, read_three_ways
 from bnext.evaluation.compare_report import draw_comparison, format_comparison
 from bnext.evaluation.compare_scopes import try_measuring
 from bnext.evaluation.reestimate import recompute_statistics
-from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import LevelBatchNorm2d
 from bnext.repair.kinds import KINDS, find_obstacle

@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from bnext.config import load_config
+from bnext.data.batches import build_validation_batches
 from bnext.distributed import all_gather_numbers, resolve_group
 from bnext.engine import Trainer, train
 from bnext.engine.validation_hook import ValidationLoss
 from bnext.errors import ConfigError, StatisticsError
-from bnext.evaluation.validation_batches import build_validation_batches
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import BatchNorm2d, NormSpec
 from tests import tiny

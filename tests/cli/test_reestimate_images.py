@@ -1,4 +1,4 @@
-"""The images of a re-estimation of a checkpoint: in which batches, and of which domain."""
+"""The images of a re-estimation of a checkpoint: how many of which domain."""
 
 import json
 
@@ -8,7 +8,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from bnext.cli.reestimate import run_request as run
 from bnext.cli.reestimate_request import RecomputeRequest
 from bnext.errors import StatisticsError
-from bnext.evaluation.reestimate import build_batches
 from tests.saved import NODE, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -21,31 +20,6 @@ def further(digits):
     yield "digits_further"
     DatasetCatalog.remove("digits_further")
     MetadataCatalog.pop("digits_further", None)
-
-
-def test_batches_are_of_one_data_set_in_an_order_that_is_always_the_same(weights):
-    cfg = load(weights, "SOLVER.IMS_PER_BATCH", 8)
-    loader = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
-    batches = [[record["file_name"] for record in batch] for batch in loader]
-    assert [len(batch) for batch in batches] == [6, 4, 6]
-    assert all("/val/" in name for name in batches[1])
-    assert sorted(batches[0] + batches[2]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
-    again = build_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])
-    assert batches == [[record["file_name"] for record in batch] for batch in again]
-    assert batches[0] != sorted(batches[0])
-
-
-@pytest.mark.parametrize(("size", "sizes"), [(4, [4, 4, 4]), (11, [6, 6]), (5, [4, 4, 4]), (100, [12])])
-def test_batches_are_nearly_equal_and_the_last_is_no_single_image(weights, size, sizes):
-    batches = list(build_batches(load(weights, "SOLVER.IMS_PER_BATCH", size), ["digits_train"]))
-    assert [len(batch) for batch in batches] == sizes
-    assert len({record["image_id"] for batch in batches for record in batch}) == 12
-
-
-def test_batches_of_several_data_sets_alternate_in_proportion(weights):
-    loader = build_batches(load(weights, "SOLVER.IMS_PER_BATCH", 2), ["digits_train", "digits_val"])
-    sets = ["val" if "/val/" in batch[0]["file_name"] else "train" for batch in loader]
-    assert sets == ["train", "val", "train", "train", "train", "val", "train", "train"]
 
 
 @pytest.mark.parametrize(("num_samples", "tolerance", "night", "day"), [(10, 0.0, 2, 8), (None, 5.0, 4, 20)])

@@ -1,0 +1,231 @@
+"""Batches of records: which images come together on this worker, and how they are read.
+
+    records, a mapper and, for each batch, the indices of its records  ->  a loader of lists of mapped records
+
+The batches here go once through data sets, for a detector that is not trained; in `loader` are those of a training.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
+from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset
+
+from bnext.data.records import has_labels, load_records
+from bnext.distributed.groups import count_cores
+from bnext.errors import ConfigError, DatasetError
+from bnext.seeding import derive_seed
+
+__all__ = [
+    "DOMAIN",
+    "CheckedMapper",
+    "build_evaluation_batches",
+    "build_shuffled_batches",
+    "build_validation_batches",
+    "limit_loader_workers",
+    "load_batches",
+]
+
+DOMAIN = "bnext_domain"  # in a record: the domain of its image
+_ORDER = 11  # what the derived seed is for
+
+
+class CheckedMapper:
+    """A mapper; an image or record that it cannot read is a fault of the data set.
+
+    Args:
+        mapper: turns a record into the model's input, e.g. `DatasetMapper(cfg, True)`.
+
+    Raises:
+        DatasetError: on a call, names the image.
+    """
+
+    def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+        self._mapper = mapper
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return self._mapper(record)
+        except (OSError, SizeMismatchError, KeyError, TypeError, ValueError) as error:
+            raise DatasetError.of(
+                "An image",
+                "be readable and as its record says",
+                got=f"{type(error).__name__}: {error}",
+                where=str(record.get("file_name") or f"image_id {record.get('image_id')}"),
+                remedy="Restore the file, or correct or remove its record.",
+            ) from error
+
+
+def limit_loader_workers(wanted: int) -> int:
+    """At most as many loading processes as this worker's share of the CPU cores.
+
+    Args:
+        wanted: DATALOADER.NUM_WORKERS.
+    """
+    return min(wanted, max(1, count_cores() // comm.get_local_size()))
+
+
+def load_batches(dataset: Dataset, batches: Iterable[list[Any]], num_loader_workers: int) -> DataLoader:
+    """A loader of lists of samples, which leaves the global random numbers alone.
+
+    Args:
+        dataset: gives a sample for each index.
+        batches: the indices of each batch.
+        num_loader_workers: processes that load; 0: this one.
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_loader_workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # else torch would draw from the global one
+    )
+
+
+def _load_records(
+    cfg: CfgNode, records: Sequence[dict[str, Any]], batches: Sequence[list[int]], *, labelled: bool
+) -> DataLoader:
+    """A loader of records as the test sees them, with the labels of a training where they are wanted."""
+    if labelled:
+        mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+    else:
+        mapper = DatasetMapper(cfg, False)
+
+    dataset = MapDataset(DatasetFromList(records, copy=False), CheckedMapper(mapper))
+    return load_batches(dataset, batches, limit_loader_workers(cfg.DATALOADER.NUM_WORKERS))
+
+
+def build_evaluation_batches(
+    cfg: CfgNode, records: Sequence[dict[str, Any]], indices: Iterable[int], images_per_batch: int = 1
+) -> DataLoader:
+    """Batches of records in their order, without labels; their sizes differ by at most one.
+
+    Args:
+        cfg: INPUT.* and DATALOADER.NUM_WORKERS are read.
+        records: of all workers.
+        indices: this worker's; there may be none.
+        images_per_batch: at most.
+
+    Raises:
+        DatasetError: on access, an image cannot be read.
+    """
+    indices = list(indices)
+    number = -(-len(indices) // images_per_batch)
+    borders = [step * len(indices) // max(1, number) for step in range(number + 1)]
+    batches = [indices[start:end] for start, end in itertools.pairwise(borders)]
+
+    return _load_records(cfg, records, batches, labelled=False)
+
+
+def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader:
+    """This worker's labelled batches of a data set, in its order, without random augmentations.
+
+    Args:
+        cfg: INPUT.*, SOLVER.IMS_PER_BATCH, TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES, DATALOADER.NUM_WORKERS are read.
+        name: a registered data set with annotations.
+
+    Returns:
+        A loader. Over all workers a batch has SOLVER.IMS_PER_BATCH images, the same for any number of workers.
+
+    Raises:
+        ConfigError: no labels, or fewer images than workers.
+        DatasetError: see `load_records`; on access, an image cannot be read.
+    """
+    records, world_size = load_records(name, cfg), comm.get_world_size()
+    if not has_labels(records, ("annotations", "sem_seg_file_name")):
+        raise ConfigError.of(
+            "DATASETS.TEST",
+            "name labelled data sets for a validation loss",
+            got=f"{name!r}, whose records have no annotations",
+            remedy="Name another one, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0.",
+        )
+    if len(records) < world_size:
+        raise ConfigError.of(
+            "DATASETS.TEST",
+            f"name data sets with an image for each of the {world_size} workers for a validation loss",
+            got=f"{len(records)} in {name!r}",
+            remedy="Use fewer workers, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0.",
+        )
+
+    size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
+    starts = range(0, len(records), size)[: number or None]
+    batches = [range(start, min(start + size, len(records))) for start in starts]
+
+    return _load_records(cfg, records, _take_shares(batches), labelled=True)
+
+
+def build_shuffled_batches(
+    cfg: CfgNode, names: Sequence[str], *, domains: Sequence[str] = (), labelled: bool = False
+) -> DataLoader:
+    """This worker's batches of data sets in a random order that is always the same, without random augmentations.
+
+    Args:
+        cfg: INPUT.* of the test, SOLVER.IMS_PER_BATCH, SEED and DATALOADER.NUM_WORKERS are read.
+        names: registered data sets; no annotations are needed.
+        domains: one for each data set, if norms have statistics per domain.
+        labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
+
+    Returns:
+        A loader. A batch has at most SOLVER.IMS_PER_BATCH images over all workers, all of one data set; those of a set
+        differ in size by one image at most, and images that would be a batch of fewer than workers are left out. The
+        batches of several sets alternate in proportion to their sizes, each set's first batch at the beginning:
+        whoever stops early has seen all.
+
+    Raises:
+        DatasetError: see `load_records`; on access, an image cannot be read.
+        ConfigError: labels are needed and there are none.
+    """
+    records: list[dict[str, Any]] = []
+    parts = []
+    for index, name in enumerate(names):
+        added = load_records(name, cfg)
+        if labelled and not has_labels(added):
+            raise ConfigError.of(
+                "Data sets",
+                "be labelled where RoIs are sampled as in training",
+                got=f"{name!r} without annotations",
+                where="TEST.BNEXT.PRECISE_BN.ROIS is 'sampled'",
+                remedy="Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'.",
+            )
+        if domains:
+            added = [{**record, DOMAIN: domains[index]} for record in added]
+
+        order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), _ORDER, index)).permutation(len(added))
+        parts.append(_cut(len(records) + order, cfg.SOLVER.IMS_PER_BATCH))
+        records += added
+
+    loader = _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)
+    loader.has_domains = bool(domains)
+    return loader
+
+
+def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """Batches of nearly equal sizes: a last one of one image would be no mini-batch at a level with one position."""
+    rest = len(order) % size
+    if rest < comm.get_world_size():
+        order = order[: len(order) - rest]
+    return np.array_split(order, -(-len(order) // size)) if len(order) else []
+
+
+def _interleave(parts: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
+    """The batches of all data sets, such that each has come equally far at any time."""
+    places = []
+    for number, part in enumerate(parts):
+        places += [(index / len(part), number, index) for index in range(len(part))]
+
+    return [parts[number][index] for _, number, index in sorted(places)]
+
+
+def _take_shares(batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """This worker's part of each batch of all workers; a batch that leaves it none is left out."""
+    rank, world_size = comm.get_rank(), comm.get_world_size()
+    shares = [list(map(int, batch[rank::world_size])) for batch in batches]
+    return [share for share in shares if share]

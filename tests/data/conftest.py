@@ -1,0 +1,3 @@
+"""The tiny data set, without labels too, and saved checkpoints."""
+
+from tests.detector_fixtures import digits, loggers, unlabelled, weights  # noqa: F401
