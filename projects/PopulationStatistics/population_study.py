@@ -32,7 +32,7 @@ from bnext.evaluation.compare import read_three_ways
 from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import NormSpec
-from bnext.repair.mini_batch_inference import normalizing_evaluation_by_mini_batch
+from bnext.repair.kinds import normalizing_evaluation_by_mini_batch
 from bnext.studies.runner import check_rows, load_row, run_study, timed, train_row
 
 __all__ = ["PARTS", "SAMPLES", "SIZES", "load_rows", "run_rows"]

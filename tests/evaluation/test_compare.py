@@ -1,6 +1,5 @@
 """Same checkpoint, which statistics? Each kind is what it says; the model is as before; the words say the numbers."""
 
-import contextlib
 import copy
 from pathlib import Path
 
@@ -17,15 +16,12 @@ from bnext.errors import ConfigError, StatisticsError
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.compare import compare_statistics, read_three_ways
 from bnext.evaluation.compare_report import draw_comparison, format_comparison
-from bnext.evaluation.compare_scopes import try_measuring
 from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import LevelBatchNorm2d
 from bnext.repair.kinds import KINDS, find_obstacle
-from bnext.repair.mini_batch_inference import normalizing_evaluation_by_mini_batch
 from tests import tiny
 from tests.saved import ON
-from tests.workers import run_workers
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
 NO_BN = ("MODEL.RESNETS.NORM", "FrozenBN", "MODEL.RETINANET.NORM", "")
@@ -121,19 +117,6 @@ def test_a_kind_that_is_asked_for_twice_is_measured_once(weights, tmp_path):
     assert len(seen) == 2
 
 
-def test_torch_norms_are_normalized_by_the_mini_batch_too():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.SyncBatchNorm(3)).eval()
-    norms = list(model)
-    before = [norm.running_mean for norm in norms]
-    images = torch.randn(4, 3, 5, 5) * 3 + 7
-    expected = nn.functional.batch_norm(images, None, None, training=True)
-    with contextlib.suppress(OSError), normalizing_evaluation_by_mini_batch(model):
-        torch.testing.assert_close(norms[0](images), expected)
-        raise OSError
-    assert all(norm.running_mean is mean for norm, mean in zip(norms, before, strict=True))
-    assert set(model.state_dict()) >= {"0.running_mean", "1.running_var"}
-
-
 def test_kinds_that_do_not_apply_are_said(weights, tmp_path):
     model = build_model(load(tmp_path, *NO_BN))
     assert find_obstacle(model, "moving_average") is None
@@ -224,23 +207,6 @@ def test_a_reading_that_fails_leaves_the_table(weights, tmp_path):
         DatasetCatalog.remove("digits_gone")
     assert list(results["rows"]) == ["moving_average"]
     assert "/nowhere/1.png" in results["reading"]["not_applicable"]
-
-
-def measure_on_two_workers(rank):
-    def measure():
-        if rank == 1:
-            raise ValueError("on\npurpose.")
-        return {"bbox/AP": 1.0}
-
-    _, reason = try_measuring(nn.BatchNorm2d(3).eval(), measure)
-    if rank == 1:
-        with pytest.raises(ValueError, match="on"):  # the other one may wait in a norm
-            try_measuring(nn.SyncBatchNorm(3).eval(), measure)
-    return reason
-
-
-def test_a_kind_that_fails_on_one_worker_fails_on_all():
-    assert run_workers(measure_on_two_workers, 2) == ["on purpose", "on purpose"]
 
 
 DOMAINS = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")

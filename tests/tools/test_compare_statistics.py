@@ -7,6 +7,7 @@ import pytest
 
 from bnext.engine.launch import count_cores
 from bnext.evaluation import compare
+from bnext.repair import KINDS
 from tests import tiny
 from tests.tools.conftest import QUICK
 
@@ -85,7 +86,7 @@ def test_an_interruption_is_one_line_and_says_what_is_kept(command, tmp_path, ca
 
 def test_kinds_that_are_none_are_all(command, tmp_path):
     assert command("--kinds", "TEST.DETECTIONS_PER_IMAGE", "7") == 0
-    assert len(json.loads((tmp_path / "out" / "statistics.json").read_text())["rows"]) == len(compare.KINDS) - 1
+    assert len(json.loads((tmp_path / "out" / "statistics.json").read_text())["rows"]) == len(KINDS) - 1
 
 
 @pytest.mark.slow
