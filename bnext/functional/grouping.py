@@ -5,16 +5,30 @@ Plain Python on numbers of samples; the values of no tensor are looked at, and n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["Grouping", "Groups", "count_elements", "divide_parts", "group_samples", "make_index"]
 
-_CACHED = 256  # groupings and index tensors; the same few come again and again
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def _remembered(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """The function with its last results: the same few arguments come again and again. A compiler gets it plain."""
+    cached = lru_cache(256)(function)
+
+    @wraps(function)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]
+
+    return call
 
 
 class Groups(NamedTuple):
@@ -43,6 +57,7 @@ class Grouping(NamedTuple):
     domains: tuple[int, ...]
 
 
+@_remembered
 def group_samples(
     num_samples: tuple[int, ...],
     domains: tuple[int | tuple[int, ...], ...],
@@ -69,33 +84,39 @@ def group_samples(
         >>> group_samples((5,), (0,), 1, True, 2).parts  # groups of 2, 2 and 1
         ((0, 0, 1, 1, 2),)
     """
-    arguments = (num_samples, domains, num_domains, shares_statistics, normalization_batch_size)
-    return _group_samples(*arguments) if torch.compiler.is_compiling() else _cached_groups(*arguments)
-
-
-def _group_samples(
-    num_samples: tuple[int, ...],
-    domains: tuple[int | tuple[int, ...], ...],
-    num_domains: int,
-    shares_statistics: bool,
-    normalization_batch_size: int | None,
-) -> Grouping:
     if normalization_batch_size is None or not any(num_samples):
         mini_batches = (0,) * num_domains if shares_statistics else tuple(range(num_domains))
         return Grouping(domains, mini_batches, tuple(range(num_domains)))
-    size = normalization_batch_size
-    per_sample = [(own,) * n if isinstance(own, int) else own for own, n in zip(domains, num_samples, strict=True)]
-    keys = [_cut(own, shares_statistics, size) for own in per_sample]  # (domain, owner of the mini-batch, group)
-    parts = {key: index for index, key in enumerate(sorted({key for feature in keys for key in feature}))}
-    batches = {key: index for index, key in enumerate(sorted({key[1:] for key in parts}))}
+
+    keys = []  # of every sample of every feature
+    for number, domain in zip(num_samples, domains, strict=True):
+        sample_domains = (domain,) * number if isinstance(domain, int) else domain
+        keys.append(_cut_groups(sample_domains, shares_statistics, normalization_batch_size))
+
+    part_keys = sorted({key for feature_keys in keys for key in feature_keys})
+    batch_keys = sorted({key[1:] for key in part_keys})
+    part_numbers = {key: number for number, key in enumerate(part_keys)}
+    batch_numbers = {key: number for number, key in enumerate(batch_keys)}
+
     return Grouping(
-        tuple(tuple(parts[key] for key in feature) for feature in keys),
-        tuple(batches[key[1:]] for key in parts),
-        tuple(key[0] for key in parts),
+        parts=tuple(tuple(part_numbers[key] for key in feature_keys) for feature_keys in keys),
+        mini_batches=tuple(batch_numbers[key[1:]] for key in part_keys),
+        domains=tuple(domain for domain, _, _ in part_keys),
     )
 
 
-_cached_groups = lru_cache(_CACHED)(_group_samples)
+def _cut_groups(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tuple[int, int, int]]:
+    """For each sample of a feature: its domain, the domain whose mini-batch it is in (-1: all), and its group there."""
+    owners = [-1 if shares_statistics else domain for domain in domains]
+    totals = {owner: owners.count(owner) for owner in set(owners)}
+    seen = dict.fromkeys(totals, 0)
+
+    keys = []
+    for domain, owner in zip(domains, owners, strict=True):
+        num_groups = -(-totals[owner] // size)
+        keys.append((domain, owner, seen[owner] * num_groups // totals[owner]))
+        seen[owner] += 1
+    return keys
 
 
 def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
@@ -109,39 +130,24 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
         P G parts, G for each part that there was; also those that no sample has, so that workers agree on
         their number.
     """
-    (part,), (index, number) = grouping.parts, groups
-    own = part if isinstance(part, int) else make_index(part, index.device) if isinstance(part, tuple) else part
-    return Grouping(
-        (own * number + index,),
-        tuple(batch * number + group for batch in grouping.mini_batches for group in range(number)),
-        tuple(domain for domain in grouping.domains for _ in range(number)),
-    )
+    (part,), (numbers, num_groups) = grouping.parts, groups
+    if isinstance(part, tuple):
+        part = make_index(part, numbers.device)
+
+    mini_batches: list[int] = []
+    domains: list[int] = []
+    for batch, domain in zip(grouping.mini_batches, grouping.domains, strict=True):
+        mini_batches += range(batch * num_groups, (batch + 1) * num_groups)
+        domains += [domain] * num_groups
+
+    return Grouping((part * num_groups + numbers,), tuple(mini_batches), tuple(domains))
 
 
+@_remembered
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device."""
-    return _make_index(values, device) if torch.compiler.is_compiling() else _cached_index(values, device)
-
-
-def _make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it may serve in a graph later
         return torch.tensor(values, dtype=torch.long, device=device)
-
-
-_cached_index = lru_cache(_CACHED)(_make_index)
-
-
-def _cut(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tuple[int, int, int]]:
-    """For each sample of a feature: its domain, the domain whose mini-batch it is in (-1: all), and its group there."""
-    owners = [-1 if shares_statistics else domain for domain in domains]
-    totals = {owner: owners.count(owner) for owner in set(owners)}
-    seen = dict.fromkeys(totals, 0)
-    keys = []
-    for domain, owner in zip(domains, owners, strict=True):
-        num_groups = -(-totals[owner] // size)
-        keys.append((domain, owner, seen[owner] * num_groups // totals[owner]))
-        seen[owner] += 1
-    return keys
 
 
 def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], grouping: Grouping) -> list[int]:
@@ -152,10 +158,12 @@ def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], gro
         grouping: of these samples; its parts are numbers.
     """
     counts = [0] * (max(grouping.mini_batches) + 1)
+
     for number, positions, part in zip(num_samples, num_positions, grouping.parts, strict=True):
         if isinstance(part, int):
             counts[grouping.mini_batches[part]] += number * positions
         elif isinstance(part, tuple):
-            for own in part:
-                counts[grouping.mini_batches[own]] += positions
+            for sample_part in part:
+                counts[grouping.mini_batches[sample_part]] += positions
+
     return counts

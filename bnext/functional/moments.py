@@ -86,7 +86,7 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
     Returns:
         count [P], mean and var [P, C].
     """
-    if is_part_each(parts, num_parts):  # nothing to merge
+    if is_one_part_each(parts, num_parts):  # nothing to merge
         return stack_moments([batch_moments(feature) for feature in features])
 
     moments: list[Moments] = []
@@ -103,7 +103,7 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
     return group_moments(together, torch.cat(indices), num_parts)
 
 
-def is_part_each(parts: Sequence[int | Tensor], num_parts: int) -> bool:
+def is_one_part_each(parts: Sequence[int | Tensor], num_parts: int) -> bool:
     """Whether the features are the parts, one after another."""
     return all(isinstance(part, int) for part in parts) and tuple(parts) == tuple(range(num_parts))
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnext import kernels
-from bnext.functional.moments import Moments, is_part_each
+from bnext.functional.moments import Moments, is_one_part_each
 
 __all__ = ["normalize_parts"]
 
@@ -132,7 +132,7 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 def _sum_parts(sums: Sequence[Tensor], parts: Sequence[Part], num_parts: int) -> Tensor:
     """Add up vectors of features, [2, C], or of their samples, [2, N, C], by the parts they belong to: [2, P, C]."""
-    if is_part_each(parts, num_parts):
+    if is_one_part_each(parts, num_parts):
         return torch.stack(list(sums), dim=1)
 
     total = sums[0].new_zeros(2, num_parts, sums[0].shape[-1])

@@ -64,6 +64,29 @@ def test_any_assignment_to_mini_batches_is_the_reference(seed, sizes, data):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_samples_of_a_feature_may_be_of_different_parts(memory_format):
+    """Parts 0 and 2 are one mini-batch, part 1 another; the samples one by one are the reference's features."""
+    inputs, grads = make_inputs(0, [(4, 3, 2), (2, 2, 2), (0, 1, 1)])
+    inputs[:3] = [feature.contiguous(memory_format=memory_format) for feature in inputs[:3]]
+    parts, owners = [torch.tensor([0, 1, 0, 2]), 1, 2], torch.tensor([0, 1, 0])
+
+    def normalize(features, weight, bias):
+        with torch.no_grad():
+            statistics = group_moments(part_moments(features, parts, 3), owners, 2)
+        return normalize_parts(features, parts, weight, bias, EPS, statistics, owners)
+
+    def define(features, weight, bias):
+        index = torch.tensor([0, 1, 0, 2, 1, 1])
+        samples = [*features[0].split(1), *features[1].split(1)]
+        outputs = reference_outputs(samples, weight[index], bias[index], owners[index].tolist())
+        return [torch.cat(outputs[:4]), torch.cat(outputs[4:]), features[2]]
+
+    actual, expected = (value_and_gradients(function, inputs, grads) for function in (normalize, define))
+    for a, e in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("mini_batches", [(0, 0, 0), (0, 1, 2), (0, 1, 0)])
 def test_gradcheck(mini_batches):
     inputs, _ = make_inputs(0, [(2, 2, 2), (2, 1, 2), (1, 1, 3)])
