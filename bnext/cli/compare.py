@@ -16,7 +16,7 @@ from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import build_parser, check_run
-from bnext.data.check import check_datasets
+from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.errors import ConfigError, LaunchError, check_choice

@@ -9,7 +9,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from bnext.checkpoints.checkpointer import check_eval_weights
-from bnext.data.check import check_datasets
+from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.errors import CheckpointError, ConfigError
 from bnext.files import find_local_file, is_same_file

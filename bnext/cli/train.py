@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights
-from bnext.data.check import check_datasets
+from bnext.data.check_coco import check_datasets
 from bnext.data.sampler import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.trainer import evaluate, train

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 
-from bnext.data.check import check_registered
 from bnext.errors import DatasetError
 
-__all__ = ["has_labels", "load_records", "load_train_records"]
+__all__ = ["check_registered", "has_labels", "load_records", "load_train_records"]
+
+
+def check_registered(name: str) -> None:
+    """Raise DatasetError, with the nearest names, unless a data set of that name is registered."""
+    if name in DatasetCatalog:
+        return
+
+    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.5)
+    raise DatasetError.of(
+        "A data set",
+        "be registered",
+        got=f"'{name}', which is not",
+        where=f"nearest: {', '.join(near)}" if near else "no name is near",
+        remedy="Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it.",
+    )
 
 
 def load_records(name: str, cfg: CfgNode) -> list[dict[str, Any]]:

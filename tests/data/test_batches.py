@@ -138,3 +138,18 @@ def test_loading_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr("bnext.data.batches.count_cores", lambda: 8)
     monkeypatch.setattr("bnext.data.batches.comm.get_local_size", lambda: 3)
     assert [limit_loader_workers(wanted) for wanted in (0, 1, 4)] == [0, 1, 2]
+
+
+def test_workers_share_each_batch_and_none_is_without(digits, tmp_path, monkeypatch):
+    cfg = tiny.load(tmp_path, *ON, "SOLVER.IMS_PER_BATCH", 11)
+    alone = list_files(build_validation_batches(cfg, "digits_train"))
+    monkeypatch.setattr("bnext.data.batches.comm.get_world_size", lambda: 2)
+    shuffled, validation = [], []
+    for rank in range(2):
+        monkeypatch.setattr("bnext.data.batches.comm.get_rank", lambda rank=rank: rank)
+        shuffled.append(list_files(build_shuffled_batches(cfg, ["digits_train"])))
+        validation.append(list_files(build_validation_batches(cfg, "digits_train")))
+
+    assert [[len(batch) for batch in batches] for batches in shuffled] == [[6], [5]]  # the twelfth image is left out
+    assert [[len(batch) for batch in batches] for batches in validation] == [[6, 1], [5]]
+    assert sorted(validation[0][0] + validation[1][0]) == alone[0]

@@ -12,7 +12,7 @@ from detectron2.engine.hooks import CallbackHook
 from detectron2.utils import comm
 from torch import nn
 
-from bnext.data.check import check_datasets
+from bnext.data.check_coco import check_datasets
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.engine import Trainer, launch, train
 from bnext.engine.launch import count_cores
