@@ -26,7 +26,7 @@ from bnext.config.check import check_config
 from bnext.config.places import BATCH_NORMS, PLACES, get_norm_name, has_place
 from bnext.data.batches import build_shuffled_batches
 from bnext.engine.launch import count_workers, launch
-from bnext.engine.smart_batch_norm import count_batches
+from bnext.engine.population import count_batches
 from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import replace_file

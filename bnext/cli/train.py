@@ -1,4 +1,4 @@
-"""What `tools/train_net.py` does between its command line and the trainer: config, checks, workers.
+"""Train or evaluate a config: what stands between the command line of `tools/train_net.py` and the trainer.
 
 Everything that can be known to be wrong is found here, before workers start.
 """
@@ -23,6 +23,7 @@ from bnext.engine.launch import count_workers, launch
 from bnext.engine.trainer import evaluate, train
 from bnext.errors import CheckpointError, ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
+from bnext.files import find_local_file
 
 __all__ = ["build_parser", "check_run", "run"]
 
@@ -50,12 +51,13 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """What every worker does. See `run` for the arguments."""
+    """Train or evaluate in one worker. See `run` for the arguments."""
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
     if args.eval_only:
         evaluate(cfg, resume=args.resume)
         return
+
     if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
@@ -65,6 +67,7 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
         comm.synchronize()  # every worker has seen the file
         if comm.is_main_process():  # else an interrupted new training would later go on with the old one
             os.remove(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
+
     train(cfg, resume=args.resume)
 
 
@@ -78,19 +81,24 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         ConfigError, DatasetError, CheckpointError, LaunchError: what is wrong.
     """
     num_workers = count_workers(*_request(args), device=cfg.MODEL.DEVICE)
-    if not args.eval_only and not cfg.DATASETS.TRAIN or args.eval_only and not cfg.DATASETS.TEST:
-        which = "TEST" if args.eval_only else "TRAIN"
-        raise ConfigError(f"DATASETS.{which} must name at least one data set; got none. Name one in the config.")
+
+    which = "TEST" if args.eval_only else "TRAIN"
+    if not cfg.DATASETS[which]:
+        raise ConfigError.of(
+            f"DATASETS.{which}", "name at least one data set", got="none", remedy="Name one in the config."
+        )
     if not args.eval_only:
         # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
     for name in cfg.DATASETS.TEST:
         if name in DatasetCatalog:  # else check_datasets says so
             check_evaluator(name)
+
     num_classes = _count_classes(cfg)
     if not args.eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
+
     _check_weights(cfg, args)
     _check_output(cfg.OUTPUT_DIR)
 
@@ -107,25 +115,37 @@ def _count_classes(cfg: CfgNode) -> int | None:
 
 
 def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    path = cfg.MODEL.WEIGHTS
-    is_resumed = args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
-    if args.eval_only and not is_resumed:
-        check_eval_weights(path)
-    if path and "://" not in path and not os.path.isfile(path.split("?")[0]) and not is_resumed:
-        raise CheckpointError(
-            f"MODEL.WEIGHTS must name a file; got {path!r}, which does not exist. Correct the path, or set it to ''."
+    address = cfg.MODEL.WEIGHTS
+    if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+        return  # they are not read
+
+    if args.eval_only:
+        check_eval_weights(address)
+
+    file = find_local_file(address)
+    if file and not os.path.isfile(file):
+        raise CheckpointError.of(
+            "MODEL.WEIGHTS",
+            "name a file",
+            got=f"{address!r}, which does not exist",
+            where="config",
+            remedy="Correct the path, or set it to ''.",
         )
 
 
 def _check_output(folder: str) -> None:
-    if "://" in folder:
+    if find_local_file(folder) is None:
         return
+
     try:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise LaunchError(
-            f"OUTPUT_DIR must be a folder that can be written to; got {folder!r} ({error.strerror or error}). "
-            "Give another one: OUTPUT_DIR <folder>."
+        raise LaunchError.of(
+            "OUTPUT_DIR",
+            "be a folder that can be written to",
+            got=repr(folder),
+            where=error.strerror or str(error),
+            remedy="Give another one: OUTPUT_DIR <folder>.",
         ) from error

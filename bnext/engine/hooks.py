@@ -1,23 +1,19 @@
-"""What happens around a training step: seeds, equal norm buffers, checkpoints, evaluation, the progress bar.
+"""Hooks around a training step: its seeds, equal norm buffers, checkpoints, evaluation, metrics.
 
 Order matters and is fixed in `Trainer.build_hooks`: population statistics are re-estimated
-(`bnext.engine.precise_bn`), buffers are made equal on all workers, the checkpoint is written, and
+(`bnext.engine.population`), buffers are made equal on all workers, the checkpoint is written, and
 then it is evaluated, so that what is saved is what was evaluated.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable
-from contextlib import ExitStack
-from typing import TextIO
 
 from detectron2.engine import HookBase
 from detectron2.engine import hooks as d2_hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
-from tqdm import tqdm
 
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.seeding import derive_seed, seed_everything
@@ -27,14 +23,12 @@ __all__ = [
     "EvalHook",
     "PeriodicCheckpointer",
     "PeriodicWriter",
-    "ProgressBar",
     "RememberMetrics",
     "SeedSteps",
     "is_due",
 ]
 
 _STEP = 4  # what the derived seed is for
-_CONSOLE_LOGGERS = ("detectron2", "fvcore", "bnext")
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
@@ -70,20 +64,24 @@ class EqualizeBuffers(HookBase):
         self._has_told = False
 
     def after_step(self) -> None:
-        if not any(is_due(self.trainer.iter, period, self.trainer.max_iter) for period in self._periods):
+        trainer = self.trainer
+        if not any(is_due(trainer.iter, period, trainer.max_iter) for period in self._periods):
             return
-        spread = equalize_buffers(self.trainer.model)
-        if spread and not self._has_told:
-            self._has_told = True
-            name, value = max(spread.items(), key=lambda item: item[1])
-            logging.getLogger(__name__).info(
-                "Norm buffers of the %d workers were made equal before saving and evaluating: %d differed, by up to "
-                "%.3g (%s). This is normal with a BN per worker; further differences are not reported.",
-                comm.get_world_size(),
-                len(spread),
-                value,
-                name,
-            )
+
+        differences = equalize_buffers(trainer.model)
+        if not differences or self._has_told:
+            return
+
+        name = max(differences, key=differences.__getitem__)
+        logging.getLogger(__name__).info(
+            "Norm buffers of the %d workers were made equal before saving and evaluating: %d differed, by up to "
+            "%.3g (%s). This is normal with a BN per worker; further differences are not reported.",
+            comm.get_world_size(),
+            len(differences),
+            differences[name],
+            name,
+        )
+        self._has_told = True
 
 
 class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
@@ -100,6 +98,7 @@ class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
     def after_step(self) -> None:
         if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
             self.trainer.gather_worker_states()
+
         super().after_step()
 
 
@@ -141,12 +140,13 @@ class RememberMetrics(HookBase):
 
     def state_dict(self) -> dict[str, list[tuple[float, int]]]:
         storage = self.trainer.storage
-        smoothed = [name for name, hint in storage.smoothing_hints().items() if hint and not name.endswith("time")]
-        histories = storage.histories()
-        return {
-            name: [(float(value), int(at)) for value, at in histories[name].values()[-self.window :]]
-            for name in smoothed
-        }
+        state = {}
+
+        for name, is_smoothed in storage.smoothing_hints().items():
+            if is_smoothed and not name.endswith("time"):
+                latest = storage.history(name).values()[-self.window :]
+                state[name] = [(float(value), int(iteration)) for value, iteration in latest]
+        return state
 
     def load_state_dict(self, state: dict[str, list[tuple[float, int]]]) -> None:
         self._loaded = state
@@ -157,84 +157,5 @@ class RememberMetrics(HookBase):
             for value, iteration in values:
                 storage.iter = iteration
                 storage.put_scalar(name, value)
+
         storage.iter = self.trainer.start_iter
-
-
-class ProgressBar(HookBase):
-    """A bar with the remaining time, the loss and the learning rate, for people at a terminal.
-
-    Log lines are written above the bar; the periodic lines of metrics go to log.txt alone.
-
-    Args:
-        stream: where to draw; the standard error stream by default.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stderr
-        self._stack = ExitStack()
-
-    @staticmethod
-    def is_wanted(stream: TextIO | None = None) -> bool:
-        """Whether a stream (the standard error stream by default) is a terminal."""
-        stream = stream or sys.stderr
-        return stream is not None and stream.isatty()
-
-    def before_train(self) -> None:
-        trainer = self.trainer
-        self._bar = self._stack.enter_context(
-            tqdm(
-                total=trainer.max_iter,
-                initial=trainer.start_iter,
-                desc="training",
-                unit="it",
-                file=self._stream,
-                dynamic_ncols=True,
-            )
-        )
-        handlers = {handler for log in _CONSOLE_LOGGERS for handler in logging.getLogger(log).handlers}
-        for handler in filter(_writes_to_console, handlers):
-            handler.addFilter(_is_not_metrics)
-            self._stack.callback(handler.removeFilter, _is_not_metrics)
-            self._stack.callback(handler.setStream, handler.stream)
-            handler.setStream(_AboveBar(handler.stream, self._bar))
-
-    def after_step(self) -> None:
-        latest = self.trainer.storage.latest()
-        shown = {"loss": latest.get("total_loss"), "lr": latest.get("lr")}
-        values = {name: f"{value[0]:.4g}" for name, value in shown.items() if value is not None}
-        self._bar.set_postfix(values, refresh=False)
-        self._bar.update()
-        if self.trainer.iter + 1 >= self.trainer.max_iter:
-            self._stack.close()
-
-    def after_train(self) -> None:
-        self._stack.close()
-
-
-def _writes_to_console(handler: logging.Handler) -> bool:
-    # log.txt is a StreamHandler of Detectron2's too, so the stream decides. sys.stdout may be redirected for now.
-    if not isinstance(handler, logging.StreamHandler) or handler.stream is None:
-        return False
-    return handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-
-
-class _AboveBar:
-    """A stream whose lines come above a bar. tqdm's own redirection knows the present sys.stdout only."""
-
-    def __init__(self, stream: TextIO, bar: tqdm) -> None:
-        self._stream = stream
-        self._bar = bar
-
-    def write(self, text: str) -> None:
-        with self._bar.get_lock():
-            self._bar.clear(nolock=True)
-            self._stream.write(text)
-            self._stream.flush()
-            self._bar.refresh(nolock=True)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
-def _is_not_metrics(record: logging.LogRecord) -> bool:
-    return record.name != "detectron2.utils.events"

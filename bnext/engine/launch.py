@@ -28,7 +28,7 @@ from detectron2.utils import comm
 import bnext.errors
 from bnext.distributed.groups import count_cores
 from bnext.errors import BNextError, LaunchError
-from bnext.files import replace_file
+from bnext.files import write_json
 
 __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
@@ -37,7 +37,7 @@ _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class _World(NamedTuple):
-    """How the workers find one another."""
+    """Where the workers find one another, and how many they are."""
 
     url: str
     size: int
@@ -79,15 +79,25 @@ def launch(
         Under torchrun (RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment) this
         process joins the world that it finds, and the numbers given here are not used.
     """
-    if all(name in os.environ for name in _TORCHRUN):
-        return _join_torchrun(main, args, timeout, device)
     size = count_workers(num_workers_per_machine, num_machines, machine_rank, dist_url, device)
+    uses_gpus = _count_gpus(device) > 0
     if size == 1:
         main(*args)
         return
+
+    if _is_torchrun():
+        rank, _, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
+        with _process_group(_World("env://", size, local_size, timeout, uses_gpus), rank, local_rank):
+            main(*args)
+        return
+
+    if dist_url == "auto":
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.bind(("127.0.0.1", 0))  # a free port
+            dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     num_workers = size // num_machines
-    url = f"tcp://127.0.0.1:{_find_free_port()}" if dist_url == "auto" else dist_url
-    world = _World(url, size, num_workers, timeout, _count_gpus(device) > 0)
+    world = _World(dist_url, size, num_workers, timeout, uses_gpus)
+
     with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
         _spawn(main, args, world, machine_rank * num_workers, folder)
 
@@ -99,7 +109,7 @@ def count_workers(
     dist_url: str = "auto",
     device: str = "cuda",
 ) -> int:
-    """How many workers `launch` would start or join, on all machines; refuses what it would refuse.
+    """Number of workers that `launch` would start or join, on all machines; refuses what it would refuse.
 
     Args:
         num_workers_per_machine, num_machines, machine_rank, dist_url, device: see `launch`.
@@ -110,14 +120,31 @@ def count_workers(
     Raises:
         LaunchError: if the numbers make no sense, or this machine has not that many GPUs or cores.
     """
-    if all(name in os.environ for name in _TORCHRUN):
+    if _is_torchrun():
         if _count_gpus(device):
             _check_devices(int(os.environ["LOCAL_WORLD_SIZE"]), device, "--nproc-per-node")
         return int(os.environ["WORLD_SIZE"])
-    _check_request(num_workers_per_machine, num_machines, machine_rank, dist_url)
+
+    is_ranked = 0 <= machine_rank < num_machines
+    has_address = num_machines == 1 or dist_url != "auto"
+    port = "name a port of machine 0 for several machines"
+    requests = (
+        ("--num-gpus", num_workers_per_machine, num_workers_per_machine >= 0, "be 0 or more", "Use 1 for one worker."),
+        ("--num-machines", num_machines, num_machines >= 1, "be 1 or more", "Use 1 for this machine alone."),
+        ("--machine-rank", machine_rank, is_ranked, f"lie in [0, {num_machines})", "Number the machines from 0."),
+        ("--dist-url", "'auto'", has_address, port, "Give the same tcp://<address>:<port> on every machine."),
+    )
+    for option, value, is_right, rule, remedy in requests:
+        if not is_right:
+            raise LaunchError.of(option, rule, got=value, remedy=remedy)
+
     num_workers = max(num_workers_per_machine, 1)
     _check_devices(num_workers, device, "--num-gpus")
     return num_workers * num_machines
+
+
+def _is_torchrun() -> bool:
+    return all(name in os.environ for name in _TORCHRUN)
 
 
 def _count_gpus(device: str) -> int:
@@ -125,52 +152,24 @@ def _count_gpus(device: str) -> int:
     return torch.cuda.device_count() if device.startswith("cuda") and torch.cuda.is_available() else 0
 
 
-def _check_request(num_workers: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
-    if num_workers < 0 or num_machines < 1:
-        raise LaunchError(
-            f"--num-gpus must be 0 or more and --num-machines 1 or more; got {num_workers} and {num_machines}."
-        )
-    if not 0 <= machine_rank < num_machines:
-        raise LaunchError(
-            f"--machine-rank must lie in [0, {num_machines}); got {machine_rank}. Number the machines from 0."
-        )
-    if num_machines > 1 and dist_url == "auto":
-        raise LaunchError(
-            "--dist-url must name a port of machine 0 for several machines; got 'auto'. "
-            "Give the same tcp://<address>:<port> on every machine."
-        )
-
-
 def _check_devices(num_workers: int, device: str, option: str) -> None:
     num_gpus = _count_gpus(device)
     limit = num_gpus or count_cores()
     if num_workers <= limit:
         return
-    reason = f", as MODEL.DEVICE is {device!r}" if torch.cuda.is_available() else ", which has no GPU"
-    kind = "GPU(s) of this machine" if num_gpus else f"CPU core(s) of this machine{reason}"
-    raise LaunchError(f"{option} must be at most the {limit} {kind}; got {num_workers}. Use {option} {limit}.")
 
-
-def _find_free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _join_torchrun(main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta, device: str) -> None:
-    if count_workers(1, device=device) == 1:
-        main(*args)
-        return
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
-    world = _World("env://", size, local_size, timeout, _count_gpus(device) > 0)
-    with _process_group(world, rank, local_rank):
-        main(*args)
+    devices = "GPU(s) of this machine"
+    if not num_gpus:
+        reason = f"as MODEL.DEVICE is {device!r}" if torch.cuda.is_available() else "which has no GPU"
+        devices = f"CPU core(s) of this machine, {reason}"
+    raise LaunchError.of(option, f"be at most the {limit} {devices}", got=num_workers, remedy=f"Use {option} {limit}.")
 
 
 def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str) -> None:
     context = mp.start_processes(
         _worker, (main, args, world, first_rank, folder), world.workers_per_machine, join=False, start_method="spawn"
     )
+
     try:
         while not context.join():
             pass
@@ -186,17 +185,20 @@ def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first
 
 
 def explain_failure(folder: str, ended: mp.ProcessExitedException | None) -> Exception:
-    """What to raise for the workers: the failure that came first, as the others only lost their partner.
+    """The error to raise for the workers: of the failure that came first, as the others only lost their partner.
 
     Args:
         folder: where the workers' failures were recorded.
         ended: a worker that did not end by an exception, or None.
     """
     records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
+
     if ended is not None and (ended.signal_name or not records):
         cause = ended.signal_name or f"exit status {ended.exit_code}"
-        memory = " (often: out of memory; use fewer workers or smaller batches)" if cause == "SIGKILL" else ""
-        return LaunchError(f"Worker {ended.error_index} must run to its end; got {cause}{memory}. See log.txt.")
+        reason = "often: out of memory; use fewer workers or smaller batches" if cause == "SIGKILL" else ""
+        worker = f"Worker {ended.error_index}"
+        return LaunchError.of(worker, "run to its end", got=cause, where=reason, remedy="See log.txt.")
+
     first = min(records, key=lambda record: record["time"])
     kind = getattr(bnext.errors, first["kind"], None)
     if isinstance(kind, type) and issubclass(kind, BNextError):
@@ -208,8 +210,10 @@ def _worker(
     local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str
 ) -> None:
     rank = first_rank + local_rank
+
     if world.size == world.workers_per_machine and sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: the name of the host need not resolve
+
     try:
         with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)
@@ -223,6 +227,7 @@ def record_failure(folder: str, rank: int, error: BaseException) -> None:
     path = Path(folder, f"{rank}.json")
     if path.exists():
         return
+
     record = {
         "time": time.time(),
         "rank": rank,
@@ -230,7 +235,7 @@ def record_failure(folder: str, rank: int, error: BaseException) -> None:
         "message": str(error),
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
-    replace_file(path, lambda file: file.write(json.dumps(record).encode()))
+    write_json(path, record)
 
 
 @contextmanager
@@ -242,9 +247,11 @@ def _process_group(
         torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
+
     arguments = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
     backend = "nccl" if world.uses_gpus else "gloo"
     dist.init_process_group(backend, init_method=world.url, timeout=world.timeout, **arguments)
+
     try:
         _make_local_group(world, rank)
         comm.synchronize()
@@ -257,6 +264,7 @@ def _process_group(
         # Ending NCCL's group waits for the others, who may sit in a collective that waits for this worker: it is
         # left to the end of this process, upon which the parent (or torchrun) ends the others.
         raise
+
     _end_groups()
 
 
@@ -265,6 +273,7 @@ def _make_local_group(world: _World, rank: int) -> None:
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(world.workers_per_machine)
         return
+
     for first in range(0, world.size, world.workers_per_machine):
         ranks = list(range(first, first + world.workers_per_machine))
         group = dist.new_group(ranks)
@@ -274,8 +283,10 @@ def _make_local_group(world: _World, rank: int) -> None:
 
 def _end_groups() -> None:
     comm._LOCAL_PROCESS_GROUP = None
+
     for name in ("create_local_process_group", "_get_global_gloo_group"):
         cached = getattr(comm, name, None)
         if hasattr(cached, "cache_clear"):
             cached.cache_clear()
+
     dist.destroy_process_group()

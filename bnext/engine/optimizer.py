@@ -14,7 +14,7 @@ __all__ = ["build_optimizer"]
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that SOLVER.OPTIMIZER names.
+    """Build the optimizer that SOLVER.OPTIMIZER names.
 
     Args:
         cfg: SOLVER.* is read; "ADAMW" takes BASE_LR, WEIGHT_DECAY, WEIGHT_DECAY_NORM, the keys for
@@ -28,6 +28,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     solver = cfg.SOLVER
     if solver.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
+
     parameters = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a training beside weights and optimizer, so that a resume is exact, or says why not."""
+"""All that a checkpoint holds of a training beside weights and optimizer: a resume is exact, or says why not."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ __all__ = [
     "write_normalizers",
 ]
 
+_LOGGER = logging.getLogger(__name__)
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = ("WEIGHTS", "DEVICE", "INFERENCE")
@@ -34,8 +35,12 @@ _NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as
 
 def read_normalizers(model: nn.Module) -> dict[str, float]:
     """Path -> moving average of the foreground anchors, which no state dict holds."""
-    found = {path: vars(module).get(_NORMALIZER) for path, module in model.named_modules()}
-    return {path: float(value) for path, value in found.items() if isinstance(value, (int, float))}
+    normalizers = {}
+    for path, module in model.named_modules():
+        value = vars(module).get(_NORMALIZER)
+        if isinstance(value, (int, float)):
+            normalizers[path] = float(value)
+    return normalizers
 
 
 def write_normalizers(model: nn.Module, values: dict[str, float]) -> None:
@@ -45,7 +50,7 @@ def write_normalizers(model: nn.Module, values: dict[str, float]) -> None:
 
 
 def collect_training(cfg: CfgNode, seed: int, workers: list[dict[str, float]]) -> dict[str, Any]:
-    """What an exact resume depends on, as plain values.
+    """Plain values of all that an exact resume depends on.
 
     Args:
         cfg: of the training.
@@ -63,29 +68,28 @@ def collect_training(cfg: CfgNode, seed: int, workers: list[dict[str, float]]) -
 
 def read_training_keys(cfg: CfgNode) -> dict[str, Any]:
     """Key -> value of the config's solver and training data; lists for tuples, as files do not tell them apart."""
-    keys: dict[str, Any] = {}
+    keys = {}
     for name in _NODES:
         keys.update(_flatten(cfg[name], name))
+
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         del keys["SOLVER.MAX_ITER"]  # a longer training with steps is the same so far
-    return {key: value for key, value in keys.items() if not _has_no_influence(key)}
-
-
-def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
-    keys: dict[str, Any] = {}
-    for name, value in node.items():
-        own = f"{prefix}.{name}"
-        keys.update(_flatten(value, own) if isinstance(value, CfgNode) else {own: _listed(value)})
     return keys
 
 
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
+    keys = {}
+    for name, value in node.items():
+        key = f"{prefix}.{name}"
+        if isinstance(value, CfgNode):
+            keys.update(_flatten(value, key))
+        elif name not in _NO_INFLUENCE and "TEST" not in name:
+            keys[key] = _as_lists(value)
+    return keys
 
 
-def _has_no_influence(key: str) -> bool:
-    name = key.rpartition(".")[2]
-    return name in _NO_INFLUENCE or "TEST" in name
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @contextlib.contextmanager
@@ -101,15 +105,19 @@ def expect_same_optimizer(cfg: CfgNode, state: dict[str, Any]) -> Iterator[None]
     """
     now = cfg.SOLVER.OPTIMIZER
     before = (state.get("bnext") or {}).get("optimizer", now)
+
     try:
         if before != now:
             raise ValueError(f"SOLVER.OPTIMIZER is {now}, it was {before}")
         yield
     except (KeyError, ValueError) as error:
-        raise CheckpointError(
-            f"The optimizer of the resumed training must be that of the checkpoint; got another ({error}; "
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR}). Resume with the config of the training, or start another with "
-            f"MODEL.WEIGHTS <file> and another OUTPUT_DIR."
+        raise CheckpointError.of(
+            "The optimizer of the resumed training",
+            "be that of the checkpoint",
+            got="another",
+            where=f"{error}; OUTPUT_DIR {cfg.OUTPUT_DIR}",
+            remedy="Resume with the config of the training, or start another with MODEL.WEIGHTS <file> and another "
+            "OUTPUT_DIR.",
         ) from error
 
 
@@ -122,43 +130,51 @@ def compare_training(cfg: CfgNode, seed: int, state: dict[str, Any]) -> dict[str
         state: the trainer's state dict in the checkpoint.
 
     Returns:
-        What `collect_training` gave when it was saved; None for a checkpoint of detectron2.
+        The value of `collect_training` when it was saved; None for a checkpoint of detectron2.
     """
-    own = state.get("bnext")
-    if own is None:
-        what = "it has" if "_trainer" in state else "it lacks the optimizer and has"
-        _tell_inexact(f"the checkpoint was not written by bnext, {what} no seed")
+    training = state.get("bnext")
+    if training is None:
+        lacking = "it has" if "_trainer" in state else "it lacks the optimizer and has"
+        _warn_inexact(f"the checkpoint was not written by bnext, {lacking} no seed")
         return None
-    if own["seed"] != seed:
-        logging.getLogger(__name__).info("The resumed training keeps its seed %d.", own["seed"])
-    workers, batch = own["workers"], cfg.SOLVER.IMS_PER_BATCH
-    if len(workers) != comm.get_world_size():
-        _tell_inexact(f"{comm.get_world_size()} worker(s) now, the state of {len(workers)} in the checkpoint")
-    if own["total_batch_size"] != batch:
-        _tell_inexact(f"SOLVER.IMS_PER_BATCH is {batch}, it was {own['total_batch_size']}")
-    _compare_keys(own.get("config"), read_training_keys(cfg))
-    return own
 
+    if training["seed"] != seed:
+        _LOGGER.info("The resumed training keeps its seed %d.", training["seed"])
 
-def _compare_keys(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    if before is None:
-        logging.getLogger(__name__).info(
+    num_workers, num_states = comm.get_world_size(), len(training["workers"])
+    if num_workers != num_states:
+        _warn_inexact(f"{num_workers} worker(s) now, the state of {num_states} in the checkpoint")
+
+    batch, former_batch = cfg.SOLVER.IMS_PER_BATCH, training["total_batch_size"]
+    if batch != former_batch:
+        _warn_inexact(f"SOLVER.IMS_PER_BATCH is {batch}, it was {former_batch}")
+
+    if "config" in training:
+        _compare_keys(training["config"], read_training_keys(cfg))
+    else:
+        _LOGGER.info(
             "The checkpoint does not say with which solver and data it was trained: a change would not be seen."
         )
-        return
+    return training
+
+
+def _compare_keys(before: dict[str, Any], now: dict[str, Any]) -> None:
+    in_optimizer = [f"SOLVER.{name}" for name in _IN_OPTIMIZER]
+
     for key in sorted(before.keys() & now.keys()):
         if before[key] == now[key]:
             continue
-        if key in [f"SOLVER.{name}" for name in _IN_OPTIMIZER]:
-            logging.getLogger(__name__).warning(
+
+        if key in in_optimizer:
+            _LOGGER.warning(
                 "The resume keeps %s %s, which is in the optimizer of the checkpoint; the config's %s has no effect.",
                 key,
                 before[key],
                 now[key],
             )
         else:
-            _tell_inexact(f"{key} is {now[key]}, it was {before[key]}")
+            _warn_inexact(f"{key} is {now[key]}, it was {before[key]}")
 
 
-def _tell_inexact(reason: str) -> None:
-    logging.getLogger(__name__).warning("The resume is not exact: %s.", reason)
+def _warn_inexact(reason: str) -> None:
+    _LOGGER.warning("The resume is not exact: %s.", reason)

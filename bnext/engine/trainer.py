@@ -6,6 +6,7 @@ their own around them.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import weakref
@@ -28,9 +29,10 @@ from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.engine import hooks
-from bnext.engine.norm_schedules import are_statistics_frozen, build_norm_schedules
+from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
-from bnext.engine.precise_bn import build_estimates
+from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
+from bnext.engine.progress_bar import ProgressBar
 from bnext.engine.resume import (
     collect_training,
     compare_training,
@@ -38,12 +40,10 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
-from bnext.engine.smart_batch_norm import validating
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
-from bnext.evaluation.reestimate import recompute_statistics
 from bnext.seeding import derive_seed, seeded
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -68,31 +68,35 @@ class Trainer(DefaultTrainer):
 
     def __init__(self, cfg: CfgNode) -> None:
         super(DefaultTrainer, self).__init__()  # DefaultTrainer's own cannot wrap a CPU model for several workers
+        if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
+            remedy = "Train in float32 on this machine."
+            raise ConfigError.of(
+                "SOLVER.AMP.ENABLED", "be False without a GPU", got=True, where="config", remedy=remedy
+            )
         for name in ("detectron2", "bnext"):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
+
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
         cfg.freeze()
+
         with seeded(derive_seed(self.seed, _INITIALIZE)):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
-            raise ConfigError(
-                "SOLVER.AMP.ENABLED must be False without a GPU; got True (config). Train in float32 on this machine."
-            )
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
+
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
+        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
         self._trainer = step(self._distribute(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
         self._last_eval_results: dict[str, Any] = {}
-        self._recomputed_at = -1
         self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
         self.register_hooks(self.build_hooks())
 
@@ -101,20 +105,20 @@ class Trainer(DefaultTrainer):
         parameters = inspect.signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         devices = {"device_ids": None} if self._is_on_cpu else {}  # DDP refuses device ids for a CPU model
+
         return create_ddp_model(model, **{switch: False}, **devices)
 
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
-        cfg = self.cfg
-        recompute = self._recompute if cfg.TEST.PRECISE_BN.ENABLED else None
+        cfg, model = self.cfg, unwrap_model(self.model)
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
-            *build_virtual_images(cfg, unwrap_model(self.model)),  # over when the next hooks look at the model
+            *build_virtual_images(cfg, model),  # over when the next hooks look at the model
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
-            *build_estimates(cfg, unwrap_model(self.model), recompute),
-            *build_norm_schedules(cfg, unwrap_model(self.model), recompute),
+            *build_estimates(cfg, model),
+            *build_norm_schedules(cfg, model),
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
@@ -122,13 +126,9 @@ class Trainer(DefaultTrainer):
         ]
         if not comm.is_main_process():
             return shared
-        writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
-        return [*shared, writers, hooks.ProgressBar() if hooks.ProgressBar.is_wanted() else None]
 
-    def _recompute(self) -> None:
-        if not are_statistics_frozen(self.cfg, self.iter) and self._recomputed_at != self.iter:
-            self._recomputed_at = self.iter  # a hook that freezes the statistics may ask for them, too
-            recompute_statistics(self.cfg, unwrap_model(self.model))
+        writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
+        return [*shared, writers, ProgressBar() if ProgressBar.is_wanted() else None]
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
@@ -162,15 +162,18 @@ class Trainer(DefaultTrainer):
         """See `bnext.evaluation.coco.evaluate_model`; `evaluators`, one per data set, replace its own."""
         if evaluators is None:
             return evaluate_model(cfg, model, build=cls.build_evaluator)
-        results = OrderedDict(
-            (name, evaluate_with(cfg, model, name, evaluator))
-            for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True)
-        )
+
+        results = OrderedDict()
+        for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
+            results[name] = evaluate_with(cfg, model, name, evaluator)
         return next(iter(results.values())) if len(results) == 1 else results
 
     def _evaluate_and_keep(self) -> dict[str, Any]:
-        with validating(self.cfg, unwrap_model(self.model), self.iter):
-            self._last_eval_results = self.test(self.cfg, unwrap_model(self.model))
+        model = unwrap_model(self.model)
+        by_mini_batch = is_validated_by_mini_batch(self.cfg, self.iter)
+
+        with normalizing_by_mini_batch(model) if by_mini_batch else contextlib.nullcontext():
+            self._last_eval_results = self.test(self.cfg, model)
         return self._last_eval_results
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -184,10 +187,14 @@ class Trainer(DefaultTrainer):
         """
         path = self.checkpointer.get_checkpoint_file() if resume and self.checkpointer.has_checkpoint() else ""
         if len(set(comm.all_gather(path))) > 1:
-            raise CheckpointError(
-                f"The last checkpoint must be seen by every worker; got {path or 'none'!r} on worker "
-                f"{comm.get_rank()} (OUTPUT_DIR {self.cfg.OUTPUT_DIR}). Copy the output directory to every machine."
+            raise CheckpointError.of(
+                "The last checkpoint",
+                "be seen by every worker",
+                got=f"{path or 'none'!r} on worker {comm.get_rank()}",
+                where=f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}",
+                remedy="Copy the output directory to every machine.",
             )
+
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
         if path:
             self.start_iter = self.iter + 1
@@ -196,6 +203,7 @@ class Trainer(DefaultTrainer):
                 "--resume: OUTPUT_DIR %s holds no checkpoint; the training starts from the beginning.",
                 self.cfg.OUTPUT_DIR,
             )
+
         if isinstance(self.data_loader, TrainLoader):
             self.data_loader.seed = self.seed
             self.data_loader.start_iteration = self.start_iter
@@ -213,7 +221,9 @@ class Trainer(DefaultTrainer):
                 self.max_iter,
             )
             return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
+
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
@@ -231,9 +241,11 @@ class Trainer(DefaultTrainer):
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 forgets the optimizer, so it is stored from here with every version.
         state = {**super(DefaultTrainer, self).state_dict(), "_trainer": self._trainer.state_dict()}
-        at, workers = self._worker_states
-        if at != self.iter:  # saved by hand: of the other workers nothing is known
+
+        gathered_at, workers = self._worker_states
+        if gathered_at != self.iter:  # saved by hand: of the other workers nothing is known
             workers = [read_normalizers(unwrap_model(self.model))]
+
         return {**state, "bnext": collect_training(self.cfg, self.seed, workers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,10 +253,11 @@ class Trainer(DefaultTrainer):
             super(DefaultTrainer, self).load_state_dict(state_dict)
             if "_trainer" in state_dict:
                 self._trainer.load_state_dict(state_dict["_trainer"])
-        own = compare_training(self.cfg, self.seed, state_dict)
-        if own is not None:
-            self.seed = own["seed"]
-            workers = own["workers"]
+
+        training = compare_training(self.cfg, self.seed, state_dict)
+        if training is not None:
+            self.seed = training["seed"]
+            workers = training["workers"]
             write_normalizers(unwrap_model(self.model), workers[comm.get_rank() % len(workers)])
 
 
@@ -266,10 +279,13 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     except BNextError:
         raise
     except (KeyError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise ConfigError(
-            f"The config must describe a model and a schedule that detectron2 can build; got {error!r}. "
-            f"Correct the key that it speaks of."
+        raise ConfigError.of(
+            "The config",
+            "describe a model and a schedule that detectron2 can build",
+            got=error,
+            remedy="Correct the key that it speaks of.",
         ) from error
+
     trainer.resume_or_load(resume=resume)
     return trainer.train()
 
@@ -289,8 +305,10 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
     """
     model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
+
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
     weights = last or cfg.MODEL.WEIGHTS
+
     check_eval_weights(weights)
     checkpointer.load(weights, checkpointables=[], complete=True)
     return Trainer.test(cfg, model)

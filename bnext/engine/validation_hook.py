@@ -13,6 +13,7 @@ from torch import nn
 
 from bnext.data.batches import build_validation_batches
 from bnext.engine.hooks import is_due
+from bnext.engine.population import is_validated_by_mini_batch
 from bnext.evaluation.validation_loss import Statistics, compute_validation_loss, find_device
 
 __all__ = ["ValidationLoss", "build_validation_loss"]
@@ -28,7 +29,7 @@ class ValidationLoss(HookBase):
     Args:
         period: iterations between two; also after the last one.
         batches: for each data set this worker's batches, which are gone through again each time.
-        statistics: what normalizes; or called as statistics(iteration), says it.
+        statistics: called as statistics(iteration), says what normalizes.
         uses_amp: whether the forward runs under autocast, as the training's.
 
     Note:
@@ -39,26 +40,30 @@ class ValidationLoss(HookBase):
         self,
         period: int,
         batches: Mapping[str, Iterable[Any]],
-        statistics: Statistics | Callable[[int], Statistics] = "population",
+        statistics: Callable[[int], Statistics] = lambda iteration: "population",
         uses_amp: bool = False,
     ) -> None:
-        self._period, self._batches = period, batches
-        self._statistics, self._uses_amp = statistics, uses_amp
+        self._period = period
+        self._batches = batches
+        self._statistics = statistics
+        self._uses_amp = uses_amp
 
     def after_step(self) -> None:
         trainer = self.trainer
         if not is_due(trainer.iter, self._period, trainer.max_iter):
             return
-        statistics = self._statistics(trainer.iter) if callable(self._statistics) else self._statistics
+
+        statistics = self._statistics(trainer.iter)
         seed = max(0, getattr(trainer, "seed", 0))
+
         for name, batches in self._batches.items():
             losses = compute_validation_loss(
                 trainer.model, batches, statistics=statistics, forward=self._run, seed=seed
             )
+
             prefix = "validation_loss" if len(self._batches) == 1 else f"validation_loss/{name}"
-            trainer.storage.put_scalars(
-                **{f"{prefix}/{loss}": value for loss, value in losses.items()}, smoothing_hint=False
-            )
+            for loss, value in losses.items():
+                trainer.storage.put_scalar(f"{prefix}/{loss}", value, smoothing_hint=False)
             logging.getLogger(__name__).info(
                 "Validation loss on %s, normalized by %s statistics: %.4g.", name, statistics, losses["total_loss"]
             )
@@ -74,13 +79,12 @@ def build_validation_loss(cfg: CfgNode) -> list[ValidationLoss]:
     Raises:
         ConfigError: see `build_validation_batches`.
     """
-    node, max_iter = cfg.TEST.BNEXT.VALIDATION_LOSS, cfg.SOLVER.MAX_ITER
+    node = cfg.TEST.BNEXT.VALIDATION_LOSS
     if node.PERIOD == 0:
         return []
 
-    def choose(iteration: int) -> Statistics:  # smart batch norm: until the statistics are estimated
-        is_before = cfg.TEST.BNEXT.SMART_BATCH_NORM and iteration + 1 < max_iter
-        return "mini_batch" if is_before else node.STATISTICS
+    def choose_statistics(iteration: int) -> Statistics:
+        return "mini_batch" if is_validated_by_mini_batch(cfg, iteration) else node.STATISTICS
 
     batches = {name: build_validation_batches(cfg, name) for name in cfg.DATASETS.TEST}
-    return [ValidationLoss(node.PERIOD, batches, choose, cfg.SOLVER.AMP.ENABLED)]
+    return [ValidationLoss(node.PERIOD, batches, choose_statistics, cfg.SOLVER.AMP.ENABLED)]

@@ -17,7 +17,8 @@ from torch import nn
 from bnext.data.loader import TrainLoader, build_train_loader
 from bnext.errors import ConfigError
 from bnext.heads import forward_statistics
-from bnext.layers import BatchNorm2d, virtual_samples
+from bnext.layers import virtual_samples
+from bnext.layers.walk import find_bnext_norms
 from bnext.seeding import derive_seed, seeded
 
 __all__ = ["VirtualImages", "build_virtual_images"]
@@ -38,7 +39,8 @@ class VirtualImages(HookBase):
     """
 
     def __init__(self, model: nn.Module, loader: Any, uses_amp: bool = False) -> None:
-        self._model, self._loader = model, loader
+        self._model = model
+        self._loader = loader
         self._uses_amp = uses_amp
         self._batches: Iterator[Any] = iter(())
         self._scope = ExitStack()
@@ -47,16 +49,19 @@ class VirtualImages(HookBase):
         if isinstance(self._loader, TrainLoader):
             self._loader.seed = derive_seed(self.trainer.seed, _LOAD)
             self._loader.start_iteration = self.trainer.start_iter
+
         self._batches = iter(self._loader)
 
     def before_step(self) -> None:
         images = next(self._batches)  # also where they are not needed: a resume counts iterations
-        if any(_uses_mini_batch(module) for module in self._model.modules()):
+
+        if any(norm.uses_mini_batch for norm in find_bnext_norms(self._model).values()):
             self._scope.enter_context(virtual_samples(self._model, images, forward=self._run))
 
     def _run(self, model: nn.Module, images: Any) -> None:
         seed = derive_seed(self.trainer.seed, _RUN, self.trainer.iter, comm.get_rank())
         device = next(model.parameters()).device.type
+
         with seeded(seed), EventStorage(self.trainer.iter), torch.autocast(device, enabled=self._uses_amp):
             if isinstance(model, DenseDetector):
                 forward_statistics(model, images)
@@ -77,23 +82,28 @@ def build_virtual_images(cfg: CfgNode, model: nn.Module) -> list[VirtualImages]:
         ConfigError: the model has no norm that it could enlarge, or the images cannot be dealt to the workers.
     """
     number = cfg.SOLVER.BNEXT.VIRTUAL_IMAGES
+    num_workers = comm.get_world_size()
     if number == 0:
         return []
-    if number < 0 or number % comm.get_world_size():
-        raise ConfigError(
-            f"SOLVER.BNEXT.VIRTUAL_IMAGES must be 0 or a multiple of the {comm.get_world_size()} workers; got {number} "
-            f"(config). Give every worker as many images."
-        )
-    if not any(_uses_mini_batch(module) for module in model.modules()):
-        raise ConfigError(
-            f"SOLVER.BNEXT.VIRTUAL_IMAGES must be 0 in a model without a norm of bnext that uses mini-batches; got "
-            f"{number} (config). Set a NORM to BN or SyncBN in one of bnext's architectures, or remove the key."
-        )
-    own = cfg.clone()
-    own.defrost()
-    own.SOLVER.IMS_PER_BATCH = number
-    return [VirtualImages(model, build_train_loader(own), cfg.SOLVER.AMP.ENABLED)]
 
+    if number < 0 or number % num_workers:
+        raise ConfigError.of(
+            "SOLVER.BNEXT.VIRTUAL_IMAGES",
+            f"be 0 or a multiple of the {num_workers} workers",
+            got=number,
+            where="config",
+            remedy="Give every worker as many images.",
+        )
+    if not any(norm.uses_mini_batch for norm in find_bnext_norms(model).values()):
+        raise ConfigError.of(
+            "SOLVER.BNEXT.VIRTUAL_IMAGES",
+            "be 0 in a model without a norm of bnext that uses mini-batches",
+            got=number,
+            where="config",
+            remedy="Set a NORM to BN or SyncBN in one of bnext's architectures, or remove the key.",
+        )
 
-def _uses_mini_batch(module: nn.Module) -> bool:
-    return isinstance(module, BatchNorm2d) and module.uses_mini_batch
+    loader_cfg = cfg.clone()
+    loader_cfg.defrost()
+    loader_cfg.SOLVER.IMS_PER_BATCH = number
+    return [VirtualImages(model, build_train_loader(loader_cfg), cfg.SOLVER.AMP.ENABLED)]

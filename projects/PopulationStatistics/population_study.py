@@ -25,7 +25,6 @@ from bnext.config.places import get_place_norm
 from bnext.data.batches import build_validation_batches
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
-from bnext.engine.precise_bn import keeping_averages
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.compare import read_three_ways
@@ -33,6 +32,7 @@ from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import NormSpec
 from bnext.repair.kinds import normalizing_evaluation_by_mini_batch
+from bnext.scope.model import restoring
 from bnext.studies.runner import check_rows, load_row, run_study, timed, train_row
 
 __all__ = ["PARTS", "SAMPLES", "SIZES", "load_rows", "run_rows"]
@@ -174,7 +174,7 @@ def _evaluate(cfg: CfgNode, weights: str, samples: Sequence[int]) -> Iterator[tu
     model = load_model(cfg, weights)
     yield MOVING_AVERAGE, {"samples": 0, **_measure(cfg, model, MOVING_AVERAGE)}
     for number in samples:
-        with keeping_averages(model):
+        with restoring(model):
             report = recompute_statistics(cfg, model, num_batches=number, num_samples=number)
             shift = max(estimate.mean_shift for estimate in report.reached)
             yield (

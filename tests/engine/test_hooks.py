@@ -1,54 +1,28 @@
-"""Hooks: their order, their seeds, the progress bar, the memory of the metrics."""
+"""Hooks: their order, their seeds, the memory of the metrics."""
 
-import io
-import logging
-import os
 import random
-import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
-from detectron2.engine import SimpleTrainer
 from detectron2.engine import hooks as d2_hooks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.engine import Trainer, hooks
-from bnext.engine.precise_bn import PreciseBN
-from bnext.engine.smart_batch_norm import SmartBatchNorm
+from bnext.engine.population import PreciseBN
 from bnext.engine.validation_hook import ValidationLoss
 from tests import tiny
+from tests.engine.quadratic import make_trainer
 
 
-class Quadratic(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, data):
-        return {"loss": (self.weight - data) ** 2}
-
-
-def make_trainer(*registered):
-    model = Quadratic()
-    data = [torch.tensor(float(value)) for value in range(100)]
-    trainer = SimpleTrainer(model, data, torch.optim.SGD(model.parameters(), 0.01))
-    trainer.seed = 5
-    trainer.register_hooks(list(registered))
-    return trainer
-
-
-@pytest.mark.parametrize(
-    ("key", "estimates"), [("TEST.PRECISE_BN.ENABLED", PreciseBN), ("TEST.BNEXT.SMART_BATCH_NORM", SmartBatchNorm)]
-)
-def test_saved_is_evaluated_because_of_the_order(digits, tmp_path, key, estimates):
+@pytest.mark.parametrize("key", ["TEST.PRECISE_BN.ENABLED", "TEST.BNEXT.SMART_BATCH_NORM"])
+def test_saved_is_evaluated_because_of_the_order(digits, tmp_path, key):
     cfg = tiny.load(tmp_path, key, True, "TEST.BNEXT.VALIDATION_LOSS.PERIOD", 2)
     kinds = [type(hook) for hook in Trainer(cfg)._hooks]
     order = [
         d2_hooks.LRScheduler,
-        estimates,
+        PreciseBN,
         hooks.EqualizeBuffers,
         hooks.PeriodicCheckpointer,
         ValidationLoss,
@@ -66,13 +40,13 @@ def test_due_is_every_period_and_the_end(iteration, period, due):
 
 
 def draws_of_steps(start):
-    found = {}
+    draws = {}
 
     def draw(trainer):
-        found[trainer.iter] = (torch.rand(()).item(), np.random.rand(), random.random())  # noqa: NPY002
+        draws[trainer.iter] = (torch.rand(()).item(), np.random.rand(), random.random())  # noqa: NPY002
 
     make_trainer(hooks.SeedSteps(), d2_hooks.CallbackHook(after_step=draw)).train(start, 6)
-    return found
+    return draws
 
 
 def test_random_numbers_of_a_step_do_not_depend_on_the_start():
@@ -112,79 +86,6 @@ def test_no_evaluation_follows_a_failure_in_the_last_iteration():
     assert called == []
     make_trainer(hooks.EvalHook(0, lambda: called.append(1))).train(0, 4)
     assert called == [1]
-
-
-@contextmanager
-def console(monkeypatch):
-    """The console and log.txt on detectron2's logger, both StreamHandlers, as its setup_logger makes them."""
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    logger = logging.getLogger("detectron2")
-    handlers = [logging.StreamHandler(sys.stdout), logging.StreamHandler(io.StringIO())]
-    before = logger.level, list(logger.handlers)
-    logger.handlers = list(handlers)
-    logger.setLevel(logging.INFO)
-    yield handlers
-    logger.setLevel(before[0])
-    logger.handlers = before[1]
-
-
-def test_the_bar_shows_progress_loss_and_rate_and_keeps_the_console_clean(monkeypatch):
-    stream = io.StringIO()
-
-    def log(trainer):
-        trainer.storage.put_scalar("lr", 0.25, smoothing_hint=False)
-        logging.getLogger("detectron2.utils.events").info("metrics")
-
-    with console(monkeypatch) as (terminal, file):
-        before = list(logging.getLogger("detectron2").handlers)
-        make_trainer(d2_hooks.CallbackHook(after_step=log), hooks.ProgressBar(stream)).train(0, 4)
-        assert logging.getLogger("detectron2").handlers == before
-    assert "4/4" in stream.getvalue()
-    assert "loss=" in stream.getvalue()
-    assert "lr=0.25" in stream.getvalue()
-    assert "metrics" not in terminal.stream.getvalue()
-    assert "Starting training" in terminal.stream.getvalue()
-    assert file.stream.getvalue().count("metrics") == 4
-    assert terminal.filters == []
-
-
-def test_lines_come_above_the_bar_while_stdout_is_redirected(monkeypatch):
-    both = io.StringIO()  # a terminal: the bar and the console write to it
-    monkeypatch.setattr(sys, "__stdout__", both)
-
-    def log(trainer):
-        logging.getLogger("detectron2.utils.events").info("metrics")
-        logging.getLogger("detectron2.data").warning("a warning")
-
-    with console(monkeypatch) as (terminal, _):
-        terminal.setStream(both)
-        make_trainer(d2_hooks.CallbackHook(after_step=log), hooks.ProgressBar(both)).train(0, 3)
-        assert terminal.stream is both
-    text = both.getvalue()
-    assert "metrics" not in text
-    lines = text.replace("\r", "\n").splitlines()
-    assert lines.count("a warning") == 3
-    assert text.endswith("\n")
-
-
-def test_the_bar_is_closed_when_the_training_fails(monkeypatch):
-    def fail(trainer):
-        raise RuntimeError("on purpose")
-
-    trainer = make_trainer(hooks.ProgressBar(io.StringIO()), d2_hooks.CallbackHook(before_step=fail))
-    with console(monkeypatch) as (terminal, _):
-        before = list(logging.getLogger("detectron2").handlers)
-        with pytest.raises(RuntimeError, match="on purpose"):
-            trainer.train(0, 4)
-        assert logging.getLogger("detectron2").handlers == before
-    assert terminal.filters == []
-
-
-def test_a_bar_is_for_terminals():
-    assert not hooks.ProgressBar.is_wanted(io.StringIO())
-    leader, follower = os.openpty()
-    with os.fdopen(leader), os.fdopen(follower, "w") as terminal:
-        assert hooks.ProgressBar.is_wanted(terminal)
 
 
 class Saved:

@@ -20,7 +20,7 @@ def make_cfg(**solver):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("SGD", torch.optim.SGD), ("ADAMW", torch.optim.AdamW)])
-@pytest.mark.parametrize("row", [1, 4, 6])
+@pytest.mark.parametrize("row", [1, 6])
 def test_norms_of_every_row_are_spared_weight_decay(name, kind, row):
     norm = LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(row))
     model = nn.Sequential(nn.Conv2d(3, 4, 1), norm)
@@ -45,5 +45,5 @@ def test_gradients_are_clipped_for_adamw():
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ConfigError, match=r"SOLVER.OPTIMIZER must be one of 'SGD', 'ADAMW'; got 'LION'"):
+    with pytest.raises(ConfigError, match="SOLVER.OPTIMIZER"):
         build_optimizer(make_cfg(OPTIMIZER="LION"), nn.Linear(3, 1))
