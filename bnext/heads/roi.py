@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from bnext.errors import DomainError, StatisticsError
 from bnext.functional import Groups
-from bnext.layers import BatchNorm2d, set_groups
-from bnext.scope import use_domain
+from bnext.layers import BatchNorm2d
 from bnext.scope.domain import get_active_domain
+from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
 
@@ -45,7 +45,6 @@ class ImagesOfRois:
     def __init__(self, head: nn.Module, pooler: nn.Module | None) -> None:
         self.mixes = False
         self._num_rois: list[int] | None = None
-        self._scope = contextlib.ExitStack()
         if pooler is not None:
             pooler.register_forward_pre_hook(self._before_pooler, with_kwargs=True)
         head.register_forward_pre_hook(self._before_head)
@@ -53,29 +52,30 @@ class ImagesOfRois:
 
     def _before_pooler(self, pooler: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         boxes = kwargs["box_lists"] if "box_lists" in kwargs else args[1]
-        self._num_rois = [len(own) for own in boxes]
+        self._num_rois = [len(of_image) for of_image in boxes]
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
-        self._scope.close()  # of a call that failed
+        close_scopes(self)  # of a call that was broken off
         norms = [part for part in head.modules() if isinstance(part, BatchNorm2d)]
+
         active = get_active_domain()
         if isinstance(active, tuple) and any(norm.domains for norm in norms):
-            self._scope.enter_context(use_domain(self._spread_domains(active, args, norms)))
-        deciding = [norm for norm in norms if not norm.training]
-        set_groups(deciding, None)
-        deciding = [norm for norm in deciding if norm.uses_mini_batch]
-        if deciding:
-            set_groups(deciding, self._group_images(args, deciding[0]))
-            self._scope.callback(set_groups, deciding, None)
+            Scope(self, domain=self._spread_domains(active, args, norms)).__enter__()
+
+        by_image = [norm for norm in norms if not norm.training and norm.uses_mini_batch]
+        if by_image:
+            groups = self._group_images(args, by_image[0])
+            Scope(self, groups=dict.fromkeys(by_image, groups)).__enter__()
 
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._scope.close()
+        close_scopes(self)
 
     def _group_images(self, args: tuple[Any, ...], norm: BatchNorm2d) -> Groups | None:
         """The RoIs of each image, or random ones of all; None for a single image."""
         num_rois = self._check_known(args, norm)
         if len(num_rois) < 2:
             return None
+
         numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
         if self.mixes:
             numbers = numbers[torch.randperm(len(numbers), device="cpu")]
@@ -83,27 +83,37 @@ class ImagesOfRois:
 
     def _spread_domains(
         self, active: tuple[str, ...], args: tuple[Any, ...], norms: list[BatchNorm2d]
-    ) -> str | list[str]:
+    ) -> str | tuple[str, ...]:
         """The domain of each RoI, from that of each image."""
         num_rois = self._check_known(args, next(norm for norm in norms if norm.domains))
         if len(active) != len(num_rois):
-            raise DomainError(
-                f"use_domain must name one domain per image; got {len(active)} names for {len(num_rois)} images "
-                f"({norms[0].where}). Name one domain for all of them, or one for each."
+            raise DomainError.of(
+                "use_domain",
+                "name one domain per image",
+                got=f"{len(active)} names for {len(num_rois)} images",
+                where=norms[0].where,
+                remedy="Name one domain for all of them, or one for each.",
             )
-        names = [name for name, number in zip(active, num_rois, strict=True) for _ in range(number)]
-        return names or active[0]
+
+        names: list[str] = []
+        for name, number in zip(active, num_rois, strict=True):
+            names += [name] * number
+        return tuple(names) or active[0]
 
     def _check_known(self, args: tuple[Any, ...], norm: BatchNorm2d) -> list[int]:
+        """RoIs of each image, which make up the features of this call."""
         num_features = len(args[0]) if args and isinstance(args[0], Tensor) else None
         num_rois = self._num_rois
         if len(args) > 1 and isinstance(args[1], list):  # a mask or keypoint head: (features, instances)
-            num_rois = [len(own) for own in args[1]]
+            num_rois = [len(instances) for instances in args[1]]
+
         if num_rois is None or num_features != sum(num_rois):
-            raise StatisticsError(
-                f"a RoI head whose norms depend on the image must get the features of its pooler, image by image; got "
-                f"{num_features} features for {num_rois} boxes ({norm.where}). Take a head of detectron2 with a "
-                f"pooler, or population statistics that are shared."
+            raise StatisticsError.of(
+                "a RoI head whose norms depend on the image",
+                "get the features of its pooler, image by image",
+                got=f"{num_features} features for {num_rois} boxes",
+                where=norm.where,
+                remedy="Take a head of detectron2 with a pooler, or population statistics that are shared.",
             )
         return num_rois
 
@@ -151,21 +161,25 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
     Raises:
         StatisticsError: no head of the model knows the images of its RoIs, or none is normalized by mini-batches.
     """
-    owners = {part: owner for part in model.modules() if (owner := _find_owner(part)) is not None}  # also in a wrapper
-    norms = [norm for part in owners for norm in part.modules() if isinstance(norm, BatchNorm2d)]
+    owners = {part: _find_owner(part) for part in model.modules()}  # also in a wrapper
+    telling = {part: owner for part, owner in owners.items() if owner is not None}
+    norms = [norm for part in telling for norm in part.modules() if isinstance(norm, BatchNorm2d)]
+
     if not any(norm.spec.inference == "mini_batch" for norm in norms):
-        what = f"population statistics in {norms[0].where}" if norms else "none"
-        raise StatisticsError(
-            f"model must have RoI heads with batch norms of bnext that take mini-batches at inference; got {what} "
-            f"({type(model).__name__}). Set MODEL.ROI_BOX_HEAD.NORM to BN and MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE to "
-            f"mini_batch, or those of another head; a model not built by bnext needs tell_images."
+        raise StatisticsError.of(
+            "model",
+            "have RoI heads with batch norms of bnext that take mini-batches at inference",
+            got=f"population statistics in {norms[0].where}" if norms else "none",
+            where=type(model).__name__,
+            remedy="Set MODEL.ROI_BOX_HEAD.NORM to BN and MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE to mini_batch, or those "
+            "of another head; a model not built by bnext needs tell_images.",
         )
-    found = list(owners.values())
-    before = [owner.mixes for owner in found]
+
+    before = [(owner, owner.mixes) for owner in telling.values()]
     try:
-        for owner in found:
+        for owner, _ in before:
             owner.mixes = True
         yield
     finally:
-        for owner, mixes in zip(found, before, strict=True):
+        for owner, mixes in before:
             owner.mixes = mixes

@@ -4,7 +4,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.deal import deal_statistics
 from bnext.layers.folded_norm import FoldedNorm, is_folded
-from bnext.layers.groups import find_grouping_norms, set_groups, use_groups
+from bnext.layers.groups import find_grouping_norms, use_groups
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.shuffled import Shuffled, shares_work, shuffle_features
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
@@ -24,7 +24,6 @@ __all__ = [
     "is_folded",
     "make_named_norm",
     "name_norms",
-    "set_groups",
     "shares_work",
     "shuffle_features",
     "use_groups",

@@ -30,14 +30,13 @@ from bnext.functional import (
     part_moments,
 )
 from bnext.kernels import has_exact_batch_norm
-from bnext.layers.ownership import Domains, DomainState, OwnedBatchNorm2d
+from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2d
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
-from bnext.scope.statistics import is_traced
+from bnext.scope.recomputation import in_own_record
+from bnext.scope.record import get_record, is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
-
-Affine = tuple[Tensor | None, Tensor | None]
 
 
 class BatchNorm2d(OwnedBatchNorm2d):
@@ -67,7 +66,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         Running statistics move once per call in training, with the variance of correction 1; several groups of
         one call are merged first. They do not move in `frozen_statistics`, while a backward pass computes
         activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them.
-        With renorm, or training="population", activations that are computed again use the statistics as moved.
+        With renorm, or training="population", activations that are computed again use the statistics as moved; domain,
+        groups and virtual samples are those of their own forward.
         `spec` may be replaced during training (`layer.spec = layer.spec.replace(training="renorm")`) in what says
         what normalizes and over which samples; momentum and limits are attributes, `freeze_norms` freezes.
         With several workers every worker calls one collective forward and one backward, also with an empty input.
@@ -76,21 +76,23 @@ class BatchNorm2d(OwnedBatchNorm2d):
         Ioffe and Szegedy, *Batch Normalization*, 2015, and the sources of `NormSpec`.
     """
 
-    # Of the class, so that no domain takes their names.
-    virtual: dict[str, Moments] | None = None  # see `virtual_samples`
-    recording: dict[str, Moments] | None = None
-    has_told_single_element = False
-
     def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
         spec = NormSpec() if spec is None else spec
         if not isinstance(spec, NormSpec):
-            raise ConfigError(
-                f"spec must be a NormSpec; got {spec!r} (BatchNorm2d). For a norm by name use make_named_norm."
+            raise ConfigError.of(
+                "spec",
+                "be a NormSpec",
+                got=repr(spec),
+                where="BatchNorm2d",
+                remedy="For a norm by name use make_named_norm.",
             )
         if spec.owner == "per_level" and not levels:
-            raise ConfigError(
-                f"spec must not be per_level in a norm of a single feature map; got {spec} (BatchNorm2d). "
-                f"Use LevelBatchNorm2d, or per_domain with names."
+            raise ConfigError.of(
+                "spec",
+                "not be per_level in a norm of a single feature map",
+                got=spec,
+                where="BatchNorm2d",
+                remedy="Use LevelBatchNorm2d, or per_domain with names.",
             )
         super().__init__(num_features, spec, tuple(levels) or spec.domains)
 
@@ -103,7 +105,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
             DomainError: no domain is active, or an unknown one, or not one per sample.
         """
         self.check_feature(input)
-        return self.normalize_features([input], [self.find_domains(input.shape[0])], self.domains or ("",))[0]
+        with in_own_record(self, self.spec, self.where):
+            domains = self.find_domains(input.shape[0])
+            return self.normalize_features([input], [domains], self.domains or ("",))[0]
 
     @property
     def uses_mini_batch(self) -> bool:
@@ -124,57 +128,76 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """
         if self.uses_mini_batch:
             return self._normalize_by_mini_batch(features, domains, names)
+
         moves = any(self.is_moving(name) for name in names)
         outputs = self._normalize_by_population(features, domains, names, moves)
         if moves:
-            moments, grouping = self._collect_moments(features, domains, names, None, resolve_group(self.spec.workers))
+            group = resolve_group(self.spec.workers)
+            moments, grouping = self._collect_moments(features, domains, names, None, group)
             self.move_populations(moments, grouping.domains, names)
         return outputs
+
+    # ---- by the population
 
     def _normalize_by_population(
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
-        self.check_populations([names[index] for domain in domains for index in _list_domains(domain)])
+        indices = {index for domain in domains for index in ((domain,) if isinstance(domain, int) else domain)}
+        self.check_populations([names[index] for index in indices])
+
         if all(isinstance(domain, int) for domain in domains):
             used: list[int] = domains  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._infer(x, names[d], affines[d], moves) for x, d in zip(features, used, strict=True)]
+
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
-        return normalize_parts(features, _to_parts(domains, weight.device), weight, bias, self.eps, populations)
+        parts = _to_parts(domains, weight.device)
+        return normalize_parts(features, parts, weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
+        """One feature by the population of its domain, with torch's kernel."""
         state: Any = self.population_state(name)
         mean, var = state.running_mean, state.running_var
+
         may_move = torch.is_grad_enabled() and not self.spec.has_frozen_statistics and not is_traced()
         if moves or may_move:
             mean, var = mean.clone(), var.clone()  # the backward pass needs those of now
         return F.batch_norm(feature, mean, var, *affine, False, 0.0, self.eps)
 
+    # ---- by the mini-batch
+
     def _normalize_by_mini_batch(
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...]
     ) -> list[Tensor]:
-        spec = self.spec
+        spec, record = self.spec, get_record()
+        is_recorded = record.recorders.get(self) is not None
         group = resolve_group(spec.workers) if self.training else None
-        size = spec.normalization_batch_size if self.training and self.recording is None else None
+        size = spec.normalization_batch_size if self.training and not is_recorded else None
+
         if group is None and self._is_plain(features, domains, size):
             used: list[int] = domains  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._normalize_plainly(x, names[d], affines[d]) for x, d in zip(features, used, strict=True)]
+
         own, grouping = self._collect_moments(features, domains, names, size, group)
-        extra = [] if self.virtual is None else [self.virtual.get(names[domain]) for domain in grouping.domains]
-        moments = enlarge_parts(own, extra) if extra else own
         part_names = [names[domain] for domain in grouping.domains]
+        virtual = record.virtual.get(self)
+        moments = own if virtual is None else enlarge_parts(own, [virtual.get(name) for name in part_names])
+
+        # Parts of one mini-batch, the domains of a shared one for example, are merged.
         device, statistics, owners = moments.mean.device, moments, None
-        if grouping.mini_batches != tuple(range(len(part_names))):  # else every part is a mini-batch
+        if grouping.mini_batches != tuple(range(len(part_names))):
             owners = make_index(grouping.mini_batches, device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
         if may_have_single_elements(features, grouping, group is not None):
             statistics = replace_single_elements(self, statistics, moments, grouping, part_names)
+
         weight, bias = self.stack_affines(part_names, moments.mean)
         if self.training and spec.training == "renorm":
             weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
+
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
@@ -183,20 +206,21 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None) -> bool:
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
-        has_scope = self.groups is not None or self.virtual is not None or self.recording is not None
-        if has_scope or self.momentum is None:
+        record = get_record()
+        scopes = (record.groups.get(self), record.virtual.get(self), record.recorders.get(self))
+        if any(value is not None for value in scopes) or self.momentum is None:
             return False
         if self.training and self.spec.training == "renorm":
             return False
         if len(features) > 1 and self.spec.statistics == "shared":
             return False
-        return all(
-            isinstance(domain, int)
-            and (size is None or len(x) <= size)
-            and x.numel() >= 2 * self.num_features
-            and has_exact_batch_norm(x)
-            for x, domain in zip(features, domains, strict=True)
-        )
+
+        for feature, domain in zip(features, domains, strict=True):
+            is_one_batch = isinstance(domain, int) and (size is None or len(feature) <= size)
+            has_variance = feature.numel() >= 2 * self.num_features
+            if not (is_one_batch and has_variance and has_exact_batch_norm(feature)):
+                return False
+        return True
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine) -> Tensor:
         state = self.population_state(name)
@@ -212,45 +236,59 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], size: int | None, group: Any
     ) -> tuple[Moments, Grouping]:
         """Moments of the parts over all workers of the group; and what the parts are."""
+        record = get_record()
+        groups, recorder = record.groups.get(self), record.recorders.get(self)
+
         counts = tuple(len(feature) for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), self.spec.statistics == "shared", size)
-        if self.groups is not None and self.recording is None:
-            self._check_groups(self.groups, counts, size)
-            grouping = divide_parts(grouping, self.groups)
+        if groups is not None and recorder is None:
+            self._check_groups(groups, counts, size)
+            grouping = divide_parts(grouping, groups)
+
         parts = _to_parts(grouping.parts, features[0].device)
         moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group, self.where)
-        if self.recording is not None:
-            self._record(moments, names)
+        if recorder is not None:
+            self._record(recorder, moments, names)
         return moments, grouping
 
     def _check_groups(self, groups: Groups, counts: tuple[int, ...], size: int | None) -> None:
         if len(counts) != 1 or counts[0] != len(groups.numbers):
-            raise StatisticsError(
-                f"groups must name one group per sample of a single feature; got {len(groups.numbers)} for "
-                f"{counts} samples ({self.where}). Name the groups for the batch that reaches this norm."
+            raise StatisticsError.of(
+                "groups",
+                "name one group per sample of a single feature",
+                got=f"{len(groups.numbers)} for {counts} samples",
+                where=self.where,
+                remedy="Name the groups for the batch that reaches this norm.",
             )
         if size is not None:
-            raise StatisticsError(
-                f"normalization_batch_size must be None where samples have groups; got {size} ({self.where}). "
-                f"Choose the number of groups instead."
+            raise StatisticsError.of(
+                "normalization_batch_size",
+                "be None where samples have groups",
+                got=size,
+                where=self.where,
+                remedy="Choose the number of groups instead.",
             )
 
-    def _record(self, moments: Moments, names: tuple[str, ...]) -> None:
-        if self.recording:
-            raise StatisticsError(
-                f"virtual samples must reach a norm once; got a second call in one forward ({self.where}). "
-                f"Use LevelBatchNorm2d where several features share a norm."
+    def _record(self, recorder: dict[str, Moments], moments: Moments, names: tuple[str, ...]) -> None:
+        if recorder:
+            raise StatisticsError.of(
+                "virtual samples",
+                "reach a norm once",
+                got="a second call in one forward",
+                where=self.where,
+                remedy="Use LevelBatchNorm2d where several features share a norm.",
             )
-        self.recording = {name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)}
+        recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
     def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:
         """The virtual samples count once for a domain, in however many groups they were."""
+        virtual = get_record().virtual.get(self)
         domains = list(grouping.domains)
-        if self.virtual is not None:
+        if virtual is not None:
             owners = make_index(grouping.domains, moments.mean.device)
             domains = list(range(max(domains) + 1))
             moments = group_moments(moments, owners, len(domains))  # first: a group may be empty
-            moments = enlarge_parts(moments, [self.virtual.get(names[domain]) for domain in domains])
+            moments = enlarge_parts(moments, [virtual.get(names[domain]) for domain in domains])
         self.move_populations(moments, domains, names)
 
     def _renormalize(
@@ -262,14 +300,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         mean, var = statistics.mean, statistics.var
         if owners is not None:
             mean, var = mean[owners], var[owners]
+
         std = (population.var + self.eps).sqrt()
         r = ((var + self.eps).sqrt() / std).clamp(1 / self.r_max, self.r_max)
         d = ((mean - population.mean) / std).clamp(-self.d_max, self.d_max)
         return weight * r, bias + weight * d
-
-
-def _list_domains(domains: Domains) -> Sequence[int]:
-    return (domains,) if isinstance(domains, int) else domains
 
 
 def _to_parts(parts: Sequence[Domains | Tensor], device: torch.device) -> list[int | Tensor]:

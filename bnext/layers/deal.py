@@ -17,8 +17,9 @@ from bnext.distributed import all_gather_numbers, get_rank, get_world_size, reso
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import Groups, deal_samples
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.groups import find_foreign_norms, find_grouping_norms, set_groups
+from bnext.layers.groups import find_foreign_norms, find_grouping_norms
 from bnext.layers.spec import Workers
+from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
 
@@ -83,46 +84,51 @@ class StatisticsDeal:
 
     def __init__(self, module: nn.Module, num_groups: int | None) -> None:
         self.num_groups = num_groups
-        self._module = module
-        self._given: Groups | None = None
         self._has_told = False
-        self._handle = module.register_forward_pre_hook(self._before)
+        self._handles = [
+            module.register_forward_pre_hook(self._before),
+            module.register_forward_hook(self._after, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Leave the module as it was before."""
-        self._handle.remove()
-        self._take_back([part for part in self._module.modules() if isinstance(part, BatchNorm2d)])
+        for handle in self._handles:
+            handle.remove()
 
-    def _take_back(self, norms: list[BatchNorm2d]) -> None:
-        """The groups of the last call; they stay until here, as activations may be computed again."""
-        if self._given is not None:
-            set_groups((norm for norm in norms if norm.groups is self._given), None)
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        close_scopes(self)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        close_scopes(self)  # of a call that was broken off
         norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
-        self._take_back(norms)
         dealing = [norm for norm in norms if norm.training and norm.uses_mini_batch]
         if not dealing:
             return None
-        feature = _find_feature(args, dealing[0].where)
+
+        where = dealing[0].where
+        feature = _find_feature(args, where)
         workers = _find_workers(dealing)
         group = resolve_group(workers)
         num_groups = self.num_groups or get_world_size(group) if group is not None else self.num_groups or 1
         if num_groups == 1:
             self._tell_one_group(dealing[0], workers)
             return None
-        draw = Draw.over_workers(feature, group, "statistics", num_groups, dealing[0].where)
+
+        draw = Draw.over_workers(feature, group, "statistics", num_groups, where)
         if len(set(draw.details)) > 1:
-            raise ConfigError(
-                f"num_groups must be the same on all workers; got {draw.details} ({dealing[0].where}). Build the model "
-                f"alike on every worker."
+            raise ConfigError.of(
+                "num_groups",
+                "be the same on all workers",
+                got=draw.details,
+                where=where,
+                remedy="Build the model alike on every worker.",
             )
+
         num_groups = min(num_groups, max(sum(draw.num_samples), 1))  # the others would be empty, and cost memory
-        numbers = deal_samples(draw.num_samples, num_groups, draw.seed)
-        own = numbers[get_rank(group)].to(feature.device, non_blocking=True)
-        self._given = Groups(own, num_groups)
-        set_groups(dealing, self._given)
-        return (join_gradients(feature, draw.needs_gradient, dealing[0].where), *args[1:])
+        numbers = deal_samples(draw.num_samples, num_groups, draw.seed)[get_rank(group)]
+        groups = Groups(numbers.to(feature.device, non_blocking=True), num_groups)
+        Scope(self, groups=dict.fromkeys(dealing, groups)).__enter__()
+        return (join_gradients(feature, draw.needs_gradient, where), *args[1:])
 
     def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
         if not self._has_told:
@@ -179,8 +185,7 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
         the groups differ by at most one; with fewer samples than groups some are empty. All norms of a module have the
         same deal. In evaluation mode nothing is dealt. Samples that are all of one image stay so in any deal.
         Activation checkpointing of the module must keep torch's generator, as it does by default, and be without
-        reentrance where a worker may have no sample; where only parts of the module are checkpointed, go backward
-        before its next call.
+        reentrance where a worker may have no sample. A part of it is computed again with the deal of its forward.
 
     Example:
         >>> head = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), BatchNorm2d(8), nn.ReLU())

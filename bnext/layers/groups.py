@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +12,12 @@ from bnext.errors import StatisticsError
 from bnext.functional import Groups
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.scope.record import Scope
 
-__all__ = ["find_foreign_norms", "find_grouping_norms", "set_groups", "use_groups"]
+__all__ = ["find_foreign_norms", "find_grouping_norms", "use_groups"]
 
 
-@contextlib.contextmanager
-def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: int) -> Iterator[None]:
+def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: int) -> Scope:
     """Let the samples of each group be a mini-batch of their own in the norms of a module, in this scope.
 
         y_i = weight * (x_i - mean_g) / sqrt(var_g + eps) + bias,  g = groups[i]
@@ -36,8 +35,7 @@ def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: in
 
     Note:
         A deal (`deal_statistics`), or the RoI heads of bnext's architectures in evaluation mode, give their own groups
-        in every call, which hold. The backward pass must lie in the scope, too, where activation checkpointing computes
-        activations again.
+        in every call, which hold. Activation checkpointing computes activations again with the groups of their forward.
         Running statistics take in all groups of a call as one mini-batch.
 
     Example:
@@ -50,13 +48,7 @@ def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: in
     """
     norms = find_grouping_norms(module)
     numbers = _check_groups(groups, num_groups).to(_find_device(norms))
-    before = [norm.groups for norm in norms]
-    try:
-        set_groups(norms, Groups(numbers, num_groups))
-        yield
-    finally:
-        for norm, own in zip(norms, before, strict=True):
-            norm.groups = own
+    return Scope(groups=dict.fromkeys(norms, Groups(numbers, num_groups)))
 
 
 def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
@@ -68,10 +60,12 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
     norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
     levels = [norm for norm in norms if isinstance(norm, LevelBatchNorm2d)]
     if levels or not norms:
-        found = f"one over the levels {levels[0].levels} ({levels[0].where})" if levels else "none"
-        raise StatisticsError(
-            f"module must have batch norms of bnext, each of a single feature map; got {found} "
-            f"({type(module).__name__}). Convert its norms with convert_norm, or choose another module."
+        raise StatisticsError.of(
+            "module",
+            "have batch norms of bnext, each of a single feature map",
+            got=f"one over the levels {levels[0].levels} ({levels[0].where})" if levels else "none",
+            where=type(module).__name__,
+            remedy="Convert its norms with convert_norm, or choose another module.",
         )
     return norms
 
@@ -82,31 +76,35 @@ def find_foreign_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
     return [(path, norm) for path, norm in norms if not isinstance(norm, (BatchNorm2d, DomainState))]
 
 
-def set_groups(norms: Iterable[BatchNorm2d], groups: Groups | None) -> None:
-    """Give all norms the same groups, until the next call or change of mode; None: none."""
-    for norm in norms:
-        norm.groups = groups
-
-
 def _check_groups(groups: Tensor | Sequence[int], num_groups: int) -> Tensor:
+    """The numbers as a tensor [N]."""
     if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
-        raise StatisticsError(
-            f"num_groups must be 1 or more; got {num_groups!r} (use_groups). Say how many groups there are, on all "
-            f"workers together."
+        raise StatisticsError.of(
+            "num_groups",
+            "be 1 or more",
+            got=repr(num_groups),
+            where="use_groups",
+            remedy="Say how many groups there are, on all workers together.",
         )
+
     try:
         numbers = torch.as_tensor(groups if isinstance(groups, Tensor) or len(groups) else torch.empty(0).long())
     except (TypeError, ValueError, RuntimeError):  # of words, or of lists of different lengths
         numbers = torch.empty(0)
-    wrong: object = groups
+
+    wrong = repr(groups)
     if not numbers.is_floating_point() and not numbers.is_complex() and numbers.dtype != torch.bool:
         outside = numbers[(numbers < 0) | (numbers >= num_groups)]
         if numbers.dim() == 1 and not len(outside):
             return numbers.long()
-        wrong = int(outside[0]) if len(outside) else f"the shape {list(numbers.shape)}"
-    raise StatisticsError(
-        f"groups must be one whole number per sample, 0 to {num_groups - 1}; got {wrong} (use_groups). "
-        f"Number the groups from 0 and say how many there are."
+        wrong = str(int(outside[0])) if len(outside) else f"the shape {list(numbers.shape)}"
+
+    raise StatisticsError.of(
+        "groups",
+        f"be one whole number per sample, 0 to {num_groups - 1}",
+        got=wrong,
+        where="use_groups",
+        remedy="Number the groups from 0 and say how many there are.",
     )
 
 

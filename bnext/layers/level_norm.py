@@ -17,6 +17,7 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
+from bnext.scope.recomputation import in_own_record
 
 __all__ = ["LevelBatchNorm2d"]
 
@@ -50,16 +51,15 @@ class LevelBatchNorm2d(BatchNorm2d):
     def __init__(self, num_features: int, levels: Sequence[str], spec: NormSpec | None = None) -> None:
         spec = NormSpec() if spec is None else spec
         if not levels:
-            raise ConfigError("levels must name at least one level; got none (LevelBatchNorm2d). Name the features.")
+            rule, got, remedy = "name at least one level", "none", "Name the features."
+            raise ConfigError.of("levels", rule, got=got, where="LevelBatchNorm2d", remedy=remedy)
         if isinstance(levels, str):
-            raise ConfigError(
-                f"levels must be a sequence of names; got {levels!r} (LevelBatchNorm2d). Write ({levels!r},)."
-            )
+            rule, remedy = "be a sequence of names", f"Write ({levels!r},)."
+            raise ConfigError.of("levels", rule, got=repr(levels), where="LevelBatchNorm2d", remedy=remedy)
         if isinstance(spec, NormSpec) and spec.owner == "per_domain":
-            raise ConfigError(
-                f"spec must not be per_domain in a norm over levels; got {spec} (LevelBatchNorm2d). "
-                f"Use per_level: its domains are the levels."
-            )
+            rule, remedy = "not be per_domain in a norm over levels", "Use per_level: its domains are the levels."
+            raise ConfigError.of("spec", rule, got=spec, where="LevelBatchNorm2d", remedy=remedy)
+
         super().__init__(num_features, spec, levels=levels)
 
     @property
@@ -92,7 +92,10 @@ class LevelBatchNorm2d(BatchNorm2d):
         if not present:
             self._check_is_alone()
             return {}
-        outputs = self.normalize_features([features[level] for level in present], list(present.values()), self.levels)
+
+        with in_own_record(self, self.spec, self.where):
+            inputs = [features[level] for level in present]
+            outputs = self.normalize_features(inputs, list(present.values()), self.levels)
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
 
@@ -100,21 +103,31 @@ class LevelBatchNorm2d(BatchNorm2d):
         """Without any feature there is no backward pass here, for which other workers would wait."""
         is_shared = self.training and (self.uses_mini_batch or any(self.is_moving(level) for level in self.levels))
         if is_shared and resolve_group(self.spec.workers) is not None:
-            raise StatisticsError(
-                f"features must hold a level on every worker that shares mini-batches; got none ({self.where}). "
-                f"Pass features without samples, [0, {self.num_features}, H, W], and use the outputs in the loss."
+            raise StatisticsError.of(
+                "features",
+                "hold a level on every worker that shares mini-batches",
+                got="none",
+                where=self.where,
+                remedy=f"Pass features without samples, [0, {self.num_features}, H, W], and use outputs in the loss.",
             )
 
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:
         if not isinstance(features, Mapping):
-            raise StatisticsError(
-                f"features must be a mapping of level names to tensors; got {type(features).__name__} ({self.where}). "
-                f"Call the norm once with all levels, not once per level."
+            raise StatisticsError.of(
+                "features",
+                "be a mapping of level names to tensors",
+                got=type(features).__name__,
+                where=self.where,
+                remedy="Call the norm once with all levels, not once per level.",
             )
+
         for level, feature in features.items():
             if level not in self.levels:
-                raise StatisticsError(
-                    f"features must be of the levels {self.levels}; got {level!r} ({self.where}). "
-                    f"Name the level when the norm is built."
+                raise StatisticsError.of(
+                    "features",
+                    f"be of the levels {self.levels}",
+                    got=repr(level),
+                    where=self.where,
+                    remedy="Name the level when the norm is built.",
                 )
             self.check_feature(feature, level)

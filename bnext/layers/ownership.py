@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, StatisticsError
-from bnext.functional import Groups, Moments, group_moments, make_index, update_running_statistics
+from bnext.functional import Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.spec import NormSpec
-from bnext.scope.domain import get_active_domain
-from bnext.scope.statistics import is_recomputing, is_traced
+from bnext.scope.recomputation import forget_calls
+from bnext.scope.record import get_record, is_recomputing, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,30 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
+Affine = tuple[Tensor | None, Tensor | None]
 
-
-def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None:
-    """Refuse running statistics, [C] each, that are not finite, or whose variance is negative. It waits for the device.
-
-    Args:
-        where: the norm, for the message.
-        remedy: what the message says after the advice to re-estimate them.
-    """
-    is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
-    if not is_right.all():
-        channel = int((~is_right).nonzero()[0])
-        raise StatisticsError(
-            f"running statistics must be finite and the variance not negative; got mean {float(mean[channel])} and "
-            f"variance {float(var[channel])} in channel {channel} ({where}). Re-estimate them with "
-            f"recompute_population_statistics{remedy}."
-        )
+# Answers of a spec that say which state there is.
+_STATE = ("population", "affine", "domains")
 
 
 class DomainState(nn.BatchNorm2d):
-    """What one level or domain owns of a norm: its affine, its running statistics, or both. It is never called.
+    """State of one level or domain of a norm: its affine, its running statistics, or both. It is never called.
 
     A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
     """
+
+    heeds_record = True
 
     def forward(self, input: Tensor) -> Tensor:
         raise RuntimeError("DomainState must not be called; it holds one domain's part of a batch norm.")
@@ -56,8 +45,8 @@ class DomainState(nn.BatchNorm2d):
 class OwnedBatchNorm2d(nn.BatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
 
+    heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
     _spec: NormSpec | None = None
-    groups: Groups | None = None  # see `use_groups`; of the class, so that no domain takes the name
 
     def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
         super().__init__(
@@ -72,6 +61,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self.path = ""
         self.domains = tuple(domains)
         self._checked: dict[str, tuple[int, int]] = {}  # name -> versions of mean and variance when they were right
+
         self._add_domain_states()
         if spec.has_frozen_affine:
             self.requires_grad_(False)
@@ -81,28 +71,52 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         for name in self.domains:
             is_name = isinstance(name, str) and name and "." not in name
             if not is_name or self.domains.count(name) > 1 or hasattr(self, name):
-                raise ConfigError(
-                    f"levels and domains must be distinct, without dots, and no attribute of the layer; got "
-                    f"{self.domains!r} ({type(self).__name__}, {name!r}). Choose another name."
+                raise ConfigError.of(
+                    "levels and domains",
+                    "be distinct, without dots, and no attribute of the layer",
+                    got=repr(self.domains),
+                    where=f"{type(self).__name__}, {name!r}",
+                    remedy="Choose another name.",
                 )
-        affine, population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
-        for name in self.domains if affine or population else ():
-            self.add_module(name, DomainState(self.num_features, self.eps, self.momentum, affine, population))
+
+        has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
+        for name in self.domains if has_affine or has_population else ():
+            state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population)
+            self.add_module(name, state)
 
     @property
     def spec(self) -> NormSpec:
         """The answers in force; during a training others may be set, but for those that say who owns what."""
-        return cast(NormSpec, self._spec)
+        return cast(NormSpec, get_record().specs.get(self, self._spec))
 
     @spec.setter
     def spec(self, spec: NormSpec) -> None:
-        for name in ("population", "affine", "domains") if self._spec is not None else ():
+        for name in _STATE if self._spec is not None else ():
             if getattr(spec, name) != getattr(self._spec, name):
-                raise ConfigError(
-                    f"{name} of a norm's spec must stay what it was built with, {getattr(self._spec, name)!r}; got "
-                    f"{getattr(spec, name)!r} ({self.where}). Use convert_norm, which carries the state over."
+                raise ConfigError.of(
+                    f"{name} of a norm's spec",
+                    f"stay what it was built with, {getattr(self._spec, name)!r}",
+                    got=repr(getattr(spec, name)),
+                    where=self.where,
+                    remedy="Use convert_norm, which carries the state over.",
                 )
         self._spec = spec
+
+    @property
+    def where(self) -> str:
+        """Name of the layer in messages."""
+        return self.path or type(self).__name__
+
+    def name_place(self, name: str) -> str:
+        """The layer and one of its levels or domains, in messages."""
+        return f"{self.where}, {name}" if name else self.where
+
+    def extra_repr(self) -> str:
+        default = NormSpec()
+        answers = {name: value for name, value in vars(self.spec).items() if value != getattr(default, name)}
+        return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in answers.items())])
+
+    # ---- state
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -116,16 +130,6 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def _list_states(self) -> list[DomainState]:
         return [module for module in self.children() if isinstance(module, DomainState)]
-
-    def extra_repr(self) -> str:
-        default = NormSpec()
-        answers = {name: value for name, value in vars(self.spec).items() if value != getattr(default, name)}
-        return ", ".join([str(self.num_features), *(f"{name}={value!r}" for name, value in answers.items())])
-
-    @property
-    def where(self) -> str:
-        """Name of the layer in messages."""
-        return self.path or type(self).__name__
 
     def population_state(self, domain: str = "") -> nn.BatchNorm2d:
         """The module whose running statistics normalize this level or domain: the layer, or its own."""
@@ -150,42 +154,22 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             return like.new_ones(size), like.new_zeros(size)
         if self.spec.affine == "shared":
             return self.weight.expand(size), self.bias.expand(size)
+
         states = [self.affine_state(name) for name in names]
         return torch.stack([state.weight for state in states]), torch.stack([state.bias for state in states])
 
-    def find_domains(self, num_samples: int) -> Domains:
-        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
-        if not self.domains:
-            return 0
-        active = get_active_domain(of_any_thread=is_recomputing())
-        if isinstance(active, tuple) and len(active) != num_samples:
-            raise DomainError(
-                f"use_domain must name one domain per sample; got {len(active)} names for {num_samples} samples "
-                f"({self.where}). Name one domain for all of them, or one for each."
-            )
-        if isinstance(active, tuple):
-            return tuple(self._find_domain(name) for name in active)
-        return self._find_domain(active)
-
-    def _find_domain(self, name: str | None) -> int:
-        found = name if name in self.domains else self.spec.fallback_domain
-        if found is None:
-            what = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(
-                f"{what} in {self.where}, which has the domains {self.domains}. Wrap the call in "
-                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
-            )
-        return self.domains.index(found)
-
-    def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[tuple[Tensor | None, Tensor | None]]:
+    def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[Affine]:
         """Weight and bias for each name, of which `used` are needed.
 
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
         states = [self.affine_state(name) for name in names]
-        if not self.spec.affine.startswith("per_") or len(set(used)) == len(names) or not torch.is_grad_enabled():
+        is_owned = self.spec.affine.startswith("per_")
+        if not is_owned or len(set(used)) == len(names) or not torch.is_grad_enabled():
             return [(state.weight, state.bias) for state in states]
-        return list(zip(*(field.unbind() for field in self.stack_affines(names, states[0].weight)), strict=True))
+
+        weight, bias = self.stack_affines(names, states[0].weight)
+        return list(zip(weight.unbind(), bias.unbind(), strict=True))
 
     def stack_populations(self, names: Sequence[str]) -> Moments:
         """Running statistics for each name, [P, C]; a copy, as they may move before the backward pass.
@@ -197,11 +181,46 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         var = torch.stack([state.running_var for state in states])
         return Moments(mean.new_full((len(states),), float("inf")), mean, var)
 
+    # ---- domains of a call
+
+    def find_domains(self, num_samples: int) -> Domains:
+        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
+        if not self.domains:
+            return 0
+
+        active = get_record().domain
+        if not isinstance(active, tuple):
+            return self._find_domain(active)
+
+        if len(active) != num_samples:
+            raise DomainError.of(
+                "use_domain",
+                "name one domain per sample",
+                got=f"{len(active)} names for {num_samples} samples",
+                where=self.where,
+                remedy="Name one domain for all of them, or one for each.",
+            )
+        return tuple(self._find_domain(name) for name in active)
+
+    def _find_domain(self, name: str | None) -> int:
+        known = name if name in self.domains else self.spec.fallback_domain
+        if known is None:
+            subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+            raise DomainError(
+                f"{subject} in {self.where}, which has the domains {self.domains}. Wrap the call in "
+                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
+            )
+        return self.domains.index(known)
+
+    # ---- populations that move
+
     def is_moving(self, name: str) -> bool:
         """Whether a call now moves the running statistics of a level or domain."""
         if not self.training or self.spec.has_frozen_statistics or self.spec.population == "none":
             return False
-        return self.population_state(name).track_running_stats and not is_recomputing()
+        if self in get_record().frozen or is_recomputing():
+            return False
+        return self.population_state(name).track_running_stats
 
     @torch.no_grad()
     def move_populations(self, moments: Moments, domains: Sequence[int], names: tuple[str, ...]) -> None:
@@ -213,66 +232,71 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         """
         if not any(self.is_moving(name) for name in names):
             return
+
         is_one = self.spec.statistics == "shared" and self.spec.population == "shared"
         units = [0 if is_one else domain for domain in domains]
-        merged = moments
+        num_units = max(units) + 1
         if units != list(range(len(units))):
-            merged = group_moments(moments, make_index(tuple(units), moments.mean.device), max(units) + 1)
-        for unit in range(max(units) + 1):
-            if not is_one and not self.is_moving(names[unit]):
-                continue
-            state: Any = self.population_state(names[unit])
-            own = Moments(*(field[unit] for field in merged))
-            tracked = state.num_batches_tracked
-            momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(own.mean.dtype)
-            mean, var = update_running_statistics(state.running_mean, state.running_var, own, momentum)
-            # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
-            state.running_mean.data.copy_(mean)
-            state.running_var.data.copy_(var)
-            tracked.add_((own.count >= 2).to(tracked.dtype))
+            moments = group_moments(moments, make_index(tuple(units), moments.mean.device), num_units)
+
+        for unit in range(num_units):
+            if is_one or self.is_moving(names[unit]):
+                self._move(names[unit], Moments(*(field[unit] for field in moments)))
+
+    def _move(self, name: str, moments: Moments) -> None:
+        """Let one population take in the moments of a mini-batch, [C]."""
+        state: Any = self.population_state(name)
+        tracked = state.num_batches_tracked
+        momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(moments.mean.dtype)
+        mean, var = update_running_statistics(state.running_mean, state.running_var, moments, momentum)
+
+        # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
+        state.running_mean.data.copy_(mean)
+        state.running_var.data.copy_(var)
+        tracked.add_((moments.count >= 2).to(tracked.dtype))
 
     # ---- checks
 
     def train(self, mode: bool = True) -> Self:
-        self._checked, self.groups = {}, None
+        self._checked = {}
+        forget_calls(self)
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._checked = {}
         super()._load_from_state_dict(*args, **kwargs)
 
-    def name_place(self, name: str) -> str:
-        """The layer and one of its levels or domains, in messages."""
-        return f"{self.where}, {name}" if name else self.where
-
     def check_feature(self, feature: Tensor, name: str = "") -> None:
         """Rank, channels, device and type of an input."""
         if torch.jit.is_tracing():  # type: ignore[attr-defined]  # which takes sizes for tensors
             return
+
+        shape = f"[N, {self.num_features}, H, W]"
+        state = self._find_tensor()
         if not isinstance(feature, Tensor):
-            raise StatisticsError(
-                f"features must be a tensor [N, {self.num_features}, H, W]; got {type(feature).__name__} "
-                f"({self.name_place(name)}). Pass the output of the layer before it."
-            )
-        if feature.dim() != 4 or feature.shape[1] != self.num_features:
-            raise StatisticsError(
-                f"features must be [N, {self.num_features}, H, W]; got {list(feature.shape)} "
-                f"({self.name_place(name)}). Check the channels of the layer before it."
-            )
-        owns = self.weight is not None or self.running_mean is not None
-        state: Any = self if owns else next(iter(self._list_states()), None)
-        own = None if state is None else state.weight if state.weight is not None else state.running_mean
-        if own is not None and own.device != feature.device:
-            raise StatisticsError(
-                f"features must be on the device of the norm, {own.device}; got {feature.device} "
-                f"({self.name_place(name)}). Move the model or the images."
-            )
-        is_half = feature.dtype in (torch.float16, torch.bfloat16) and own is not None and own.dtype == torch.float32
-        if not feature.is_floating_point() or (own is not None and feature.dtype != own.dtype and not is_half):
-            raise StatisticsError(
-                f"features must be of the norm's type, {own.dtype if own is not None else 'a floating one'}, or half "
-                f"of float32; got {feature.dtype} ({self.name_place(name)}). Convert the images or the model."
-            )
+            rule, got = f"be a tensor {shape}", type(feature).__name__
+            remedy = "Pass the output of the layer before it."
+        elif feature.dim() != 4 or feature.shape[1] != self.num_features:
+            rule, got = f"be {shape}", str(list(feature.shape))
+            remedy = "Check the channels of the layer before it."
+        elif state is not None and state.device != feature.device:
+            rule, got = f"be on the device of the norm, {state.device}", str(feature.device)
+            remedy = "Move the model or the images."
+        elif not _fits_type(feature.dtype, None if state is None else state.dtype):
+            rule = f"be of the norm's type, {'a floating one' if state is None else state.dtype}, or half of float32"
+            got, remedy = str(feature.dtype), "Convert the images or the model."
+        else:
+            return
+
+        raise StatisticsError.of("features", rule, got=got, where=self.name_place(name), remedy=remedy)
+
+    def _find_tensor(self) -> Tensor | None:
+        """A parameter or a buffer, which says type and device; None: there is none."""
+        for module in (self, *self._list_states()):
+            for tensor in (module.weight, module.running_mean):
+                if tensor is not None:
+                    return tensor
+        return None
 
     def check_populations(self, names: Sequence[str]) -> None:
         """Finite, and no negative variance.
@@ -281,12 +305,42 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         """
         if is_traced():
             return
+
         for name in set(names):
             state: Any = self.population_state(name)
             mean, var = state.running_mean, state.running_var
             versions = (0, 0) if mean.is_inference() else (mean._version, var._version)
             if self._checked.get(name) == versions or (self.training and name in self._checked):
                 continue  # in training not at every write: DistributedDataParallel may broadcast buffers in each step
-            remedy = "; look for the batch that spoiled them"
-            check_statistics(mean, var, self.name_place(name), remedy)
+
+            check_statistics(mean, var, self.name_place(name), "; look for the batch that spoiled them")
             self._checked[name] = versions
+
+
+def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None:
+    """Refuse running statistics, [C] each, that are not finite, or whose variance is negative. It waits for the device.
+
+    Args:
+        where: the norm, for the message.
+        remedy: what the message says after the advice to re-estimate them.
+    """
+    is_right = torch.isfinite(mean) & torch.isfinite(var) & (var >= 0)
+    if is_right.all():
+        return
+
+    channel = int((~is_right).nonzero()[0])
+    raise StatisticsError.of(
+        "running statistics",
+        "be finite and the variance not negative",
+        got=f"mean {float(mean[channel])} and variance {float(var[channel])} in channel {channel}",
+        where=where,
+        remedy=f"Re-estimate them with recompute_population_statistics{remedy}.",
+    )
+
+
+def _fits_type(feature: torch.dtype, state: torch.dtype | None) -> bool:
+    """Whether a norm of a type can take a feature of another."""
+    if not feature.is_floating_point:
+        return False
+    is_half = feature in (torch.float16, torch.bfloat16) and state == torch.float32
+    return state is None or feature == state or is_half

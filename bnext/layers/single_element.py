@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from torch import Tensor
 
 from bnext.errors import StatisticsError
 from bnext.functional import Grouping, Moments, count_elements
+from bnext.scope.record import get_record
 
 if TYPE_CHECKING:
     from bnext.layers.batch_norm import BatchNorm2d
@@ -29,6 +31,7 @@ def may_have_single_elements(features: Sequence[Tensor], grouping: Grouping, is_
     num_positions = [x.shape[2] * x.shape[3] for x in features]
     if any(isinstance(part, Tensor) for part in grouping.parts):  # groups whose sizes only the device knows
         return 1 in num_positions
+
     local = count_elements([len(x) for x in features], num_positions, grouping)
     return any(number == 1 or (number == 0 and is_shared) for number in local)
 
@@ -51,29 +54,47 @@ def replace_single_elements(
     alone = (statistics.count == 1).nonzero().flatten().tolist()
     if not alone:
         return statistics
+
     count, mean, var = (field.clone() for field in statistics)
     for batch in alone:
-        part = next(p for p, b in enumerate(grouping.mini_batches) if b == batch and moments.count[p] == 1)
-        _say(norm, part_names[part])
-        norm.check_populations([part_names[part]])
-        population = norm.stack_populations([part_names[part]])
+        parts = [part for part, owner in enumerate(grouping.mini_batches) if owner == batch]
+        part = next(part for part in parts if moments.count[part] == 1)
+        name = part_names[part]
+
+        _check_is_allowed(norm, name)
+        _tell_once(norm, name)
+        norm.check_populations([name])
+        population = norm.stack_populations([name])
         count[batch], mean[batch], var[batch] = (field[0] for field in population)
     return Moments(count, mean, var)
 
 
-def _say(norm: BatchNorm2d, name: str) -> None:
-    mode = "training" if norm.training else "evaluation"
-    groups = "" if norm.groups is None else f"fewer groups than {norm.groups.num_groups}, "
-    if norm.spec.population == "none" or (norm.training and norm.spec.single_element == "error"):
-        remedy = "population='shared'" if norm.spec.population == "none" else "single_element='population'"
-        raise StatisticsError(
-            f"a mini-batch must hold more than 1 element per channel in {mode}; got 1 ({norm.name_place(name)}). "
-            f"Use {groups}larger images, more samples, statistics shared over levels or workers, or {remedy}."
-        )
-    if not norm.has_told_single_element:
-        norm.has_told_single_element = True
-        logging.getLogger(__name__).warning(
-            "A mini-batch of a single element per channel was normalized by the population statistics (%s). "
-            "This is said once.",
-            norm.name_place(name),
-        )
+def _check_is_allowed(norm: BatchNorm2d, name: str) -> None:
+    has_population = norm.spec.population != "none"
+    if has_population and not (norm.training and norm.spec.single_element == "error"):
+        return
+
+    groups = get_record().groups.get(norm)
+    fewer = "" if groups is None else f"fewer groups than {groups.num_groups}, "
+    answer = "single_element='population'" if has_population else "population='shared'"
+    raise StatisticsError.of(
+        "a mini-batch",
+        f"hold more than 1 element per channel in {'training' if norm.training else 'evaluation'}",
+        got=1,
+        where=norm.name_place(name),
+        remedy=f"Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer}.",
+    )
+
+
+_told: WeakSet[BatchNorm2d] = WeakSet()
+
+
+def _tell_once(norm: BatchNorm2d, name: str) -> None:
+    if norm in _told:
+        return
+    _told.add(norm)
+    logging.getLogger(__name__).warning(
+        "A mini-batch of a single element per channel was normalized by the population statistics (%s). This is said "
+        "once.",
+        norm.name_place(name),
+    )

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from bnext.errors import StatisticsError
+from bnext.functional import Moments
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.scope.record import Scope
 from bnext.scope.statistics import frozen_statistics
 
 __all__ = ["virtual_samples"]
@@ -38,7 +40,6 @@ def virtual_samples(
             or reached one twice.
 
     Note:
-        The backward pass must lie in the scope, too, where activation checkpointing computes activations again.
         Running statistics do not move while the virtual samples run; they then take in the enlarged
         mini-batches. Norms over several workers share the virtual samples as well: every worker brings some.
 
@@ -53,36 +54,35 @@ def virtual_samples(
     """
     norms = [module for module in model.modules() if isinstance(module, BatchNorm2d) and module.uses_mini_batch]
     if not norms:
-        raise StatisticsError(
-            f"virtual_samples must be given a model with a norm of bnext that uses its mini-batch; got none "
-            f"({type(model).__name__}, {'training' if model.training else 'evaluation'} mode). "
-            f"Convert the norms with convert_norm, or set inference='mini_batch'."
+        raise StatisticsError.of(
+            "virtual_samples",
+            "be given a model with a norm of bnext that uses its mini-batch",
+            got="none",
+            where=f"{type(model).__name__}, {'training' if model.training else 'evaluation'} mode",
+            remedy="Convert the norms with convert_norm, or set inference='mini_batch'.",
         )
-    before = [norm.virtual for norm in norms]
-    try:
-        recorded = _record(model, data, forward, norms)
-        for norm, moments in zip(norms, recorded, strict=True):
-            norm.virtual = moments or None
+
+    moments = _run_forward(model, data, forward, norms)
+    with Scope(virtual={norm: moments[norm] or None for norm in norms}):
         yield
-    finally:
-        for norm, own in zip(norms, before, strict=True):
-            norm.virtual = own
 
 
-def _record(model: nn.Module, data: Any, forward: Any, norms: list[BatchNorm2d]) -> list[Any]:
-    """What every norm sees of the virtual samples."""
-    try:
-        for norm in norms:
-            norm.virtual, norm.recording = None, {}
-        with torch.no_grad(), frozen_statistics(model):
-            model(data) if forward is None else forward(model, data)
-        recorded = [norm.recording for norm in norms]
-    finally:
-        for norm in norms:
-            norm.recording = None
-    if not any(recorded):
-        raise StatisticsError(
-            f"virtual samples must reach a norm that uses its mini-batch; got none ({type(model).__name__}). "
-            f"Pass forward=, if the model is not called as model(data)."
+def _run_forward(
+    model: nn.Module, data: Any, forward: Callable[[nn.Module, Any], object] | None, norms: list[BatchNorm2d]
+) -> dict[BatchNorm2d, dict[str, Moments]]:
+    """Moments, by domain, of what every norm sees of the virtual samples."""
+    recorders: dict[BatchNorm2d, dict[str, Moments]] = {norm: {} for norm in norms}
+    scope = Scope(recorders=recorders, virtual=dict.fromkeys(norms))
+
+    with torch.no_grad(), frozen_statistics(model), scope:
+        model(data) if forward is None else forward(model, data)
+
+    if not any(recorders.values()):
+        raise StatisticsError.of(
+            "virtual samples",
+            "reach a norm that uses its mini-batch",
+            got="none",
+            where=type(model).__name__,
+            remedy="Pass forward=, if the model is not called as model(data).",
         )
-    return recorded
+    return recorders

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
+from bnext.scope.recomputation import forgetting_calls
 from bnext.seeding import seeded
 
 __all__ = ["drawing_from", "restoring", "setting"]
@@ -39,7 +40,7 @@ def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
     values = [(buffer, buffer.clone()) for buffer in model.buffers()]
 
-    with contextlib.nullcontext() if seed is None else drawing_from(model, seed):
+    with forgetting_calls(model), contextlib.nullcontext() if seed is None else drawing_from(model, seed):
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""When running statistics must not move: in a scope of the user's, and while activations are computed again."""
+"""Scopes in which norms compute otherwise: statistics that do not move, specs with other answers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext.scope.record import Scope, is_recomputing, is_traced
 
 __all__ = ["answering", "frozen_statistics", "is_recomputing", "is_traced"]
 
@@ -26,55 +28,70 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     Note:
         Batch norms that heed torch's `track_running_stats` do not move at all, and at the end of the scope every
         running statistic is put back bit by bit, whatever wrote to it: a subclass with a forward of its own, the
-        broadcast of DistributedDataParallel, a checkpoint. Scopes of one model nest; they must not overlap otherwise.
+        broadcast of DistributedDataParallel, a checkpoint. A copy that is made in the scope is not frozen.
 
     Example:
+        >>> import torch
         >>> norm = nn.BatchNorm2d(3)
         >>> with frozen_statistics(norm):
         ...     output = norm(torch.randn(2, 3, 4, 4))
         >>> int(norm.num_batches_tracked)
         0
     """
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    tracked = [norm.track_running_stats for norm in norms]
+    norms = frozenset(module for module in model.modules() if isinstance(module, _BatchNorm))
     holders = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
-    before = [{name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)} for module in holders]
+    buffers = [buffer for module in holders for buffer in module.buffers(recurse=False)]
+    values = [buffer.clone() for buffer in buffers]
+
     try:
-        for norm in norms:
-            norm.track_running_stats = False
-        yield
+        with Scope(frozen=norms), _tracking_nothing(norms):
+            yield
     finally:
-        for norm, tracks in zip(norms, tracked, strict=True):
-            norm.track_running_stats = tracks
-        for module, values in zip(holders, before, strict=True):
-            for name, buffer in module.named_buffers(recurse=False):
-                # Through .data: a changed version would forbid the backward pass of what ran in the scope.
-                buffer.data.copy_(values[name])
+        for buffer, value in zip(buffers, values, strict=True):
+            # Through .data: a changed version would forbid the backward pass of what ran in the scope.
+            buffer.data.copy_(value)
 
 
 @contextlib.contextmanager
-def answering(norms: Iterable[Any], **answers: object) -> Iterator[None]:
-    """In this scope the specs of norms of bnext have other answers, such as inference="mini_batch".
+def _tracking_nothing(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """Norms that know no record, as torch's, track nothing while they are called, and only then."""
+    others = {norm for norm in norms if not getattr(norm, "heeds_record", False)}
+    before: dict[nn.Module, list[bool]] = {norm: [] for norm in others}
 
-    Args:
-        norms: `BatchNorm2d`s of bnext; their specs are put back afterwards, also after an exception.
-        answers: fields of `NormSpec` that may be replaced.
-    """
-    before = [(norm, norm.spec) for norm in norms]
+    def begin(module: nn.Module, args: Any) -> None:
+        if module in others and module.track_running_stats:
+            before[module].append(True)
+            module.track_running_stats = False  # type: ignore[assignment]
+
+    def end(module: nn.Module, args: Any, output: Any) -> None:
+        if module in others and before[module]:
+            module.track_running_stats = before[module].pop()  # type: ignore[assignment]
+
+    # Hooks of all modules: those of a norm would stay in its copies.
+    handles = []
+    if others:
+        handles = [
+            torch_module.register_module_forward_pre_hook(begin),
+            torch_module.register_module_forward_hook(end, always_call=True),
+        ]
     try:
-        for norm, spec in before:
-            norm.spec = spec.replace(**answers)
         yield
     finally:
-        for norm, spec in before:
-            norm.spec = spec
+        for handle in handles:
+            handle.remove()
+        for norm, values in before.items():
+            if values:  # of a call that was broken off
+                norm.track_running_stats = values[0]  # type: ignore[assignment]
 
 
-def is_recomputing() -> bool:
-    """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
-    return not is_traced() and torch._C._current_graph_task_id() != -1
+def answering(norms: Iterable[Any], **answers: object) -> Scope:
+    """A scope in which specs of norms of bnext have other answers, such as inference="mini_batch".
 
+    Args:
+        norms: `BatchNorm2d`s of bnext.
+        answers: fields of `NormSpec` that may be replaced.
 
-def is_traced() -> bool:
-    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    Raises:
+        ConfigError: the answers contradict the others of a norm.
+    """
+    return Scope(specs={norm: norm.spec.replace(**answers) for norm in norms})

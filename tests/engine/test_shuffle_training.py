@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from bnext.engine import Trainer, launch, train
 from bnext.engine.launch import count_cores
 from tests import tiny
+from tests.record import note_groups
 from tests.workers import run_workers
 
 # Of detectron2's mapper, for masks that pycocotools has decoded.
@@ -50,9 +51,10 @@ def record_groups(cfg, stop=None, resume=False):
     trainer, steps = Trainer(cfg), []
     trainer.resume_or_load(resume=resume)
     model = getattr(trainer.model, "module", trainer.model)
+    noted = note_groups(model)
 
     def end(trainer):
-        steps.append([model.get_submodule(path).groups for path in NORMS])
+        steps.append([noted.pop(model.get_submodule(path), None) for path in NORMS])
         if trainer.iter + 1 == stop:
             raise KeyboardInterrupt
 

@@ -9,8 +9,9 @@ from detectron2.engine.hooks import CallbackHook
 from bnext import ConfigError
 from bnext.engine import Trainer, train
 from bnext.engine.virtual_images import VirtualImages
-from bnext.layers import BatchNorm2d
+from bnext.scope import get_record
 from tests import tiny
+from tests.record import assert_nothing_is_open
 
 SHORT = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 2, "DATASETS.TEST", "()")
 VIRTUAL = (*SHORT, "SOLVER.BNEXT.VIRTUAL_IMAGES", 2)
@@ -33,8 +34,10 @@ def count_elements(trainer):
     stem, seen = trainer._trainer.model.backbone.bottom_up.stem.conv1.norm, []
 
     def note(norm, args):
-        if norm.recording is None:
-            virtual = 0 if norm.virtual is None else int(norm.virtual[""].count)
+        record = get_record()
+        if norm not in record.recorders:
+            moments = record.virtual.get(norm)
+            virtual = 0 if moments is None else int(moments[""].count)
             seen.append((args[0].numel() // args[0].shape[1], virtual, len(args[0])))
 
     stem.register_forward_pre_hook(note)
@@ -44,13 +47,12 @@ def count_elements(trainer):
 def test_every_step_is_enlarged_and_nothing_is_left_after_it(digits, tmp_path):
     trainer = Trainer(tiny.load(tmp_path, *VIRTUAL))
     seen, left = count_elements(trainer), []
-    norms = [module for module in trainer.model.modules() if isinstance(module, BatchNorm2d)]
-    trainer.register_hooks([CallbackHook(after_step=lambda _: left.extend(norm.virtual for norm in norms))])
+    trainer.register_hooks([CallbackHook(after_step=lambda _: left.append(get_record()))])
     trainer.train()
     assert [images for *_, images in seen] == [4] * 4
     assert all(virtual > 0 for _, virtual, _ in seen)
     assert left
-    assert not any(left)
+    assert not any(record.virtual for record in left)
 
 
 def test_normalizer_and_metrics_are_those_of_the_step_alone(enlarged, digits, tmp_path):
@@ -86,7 +88,7 @@ def test_a_step_that_fails_leaves_nothing_behind(digits, tmp_path):
     trainer.register_hooks([CallbackHook(before_step=fail)])
     with pytest.raises(KeyError):
         trainer.train()
-    assert not any(module.virtual for module in trainer.model.modules() if isinstance(module, BatchNorm2d))
+    assert_nothing_is_open()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import nn
 from bnext import use_domain
 from bnext.errors import ConfigError, DomainError, StatisticsError
 from bnext.heads import mixing_images
+from bnext.scope import get_record
 from tests.heads.detectors import C4, CASCADE, make_batch, make_model, norms_of, run_step, shuffle_pairs
 
 HEADS = ("ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD")
@@ -174,7 +175,7 @@ def test_keys_of_the_state_do_not_depend_on_the_settings():
 def recording_groups(model, place="ROI_BOX_HEAD"):
     """The groups that a head's norm has in its calls."""
     norm, found = next(iter(norms_of(model, place).values())), []
-    handle = norm.register_forward_pre_hook(lambda norm, args: found.append(norm.groups))
+    handle = norm.register_forward_pre_hook(lambda norm, args: found.append(get_record().groups.get(norm)))
     yield found
     handle.remove()
 

@@ -14,6 +14,7 @@ from torch import nn
 from bnext.errors import ConfigError
 from bnext.layers.deal import StatisticsDeal
 from tests.heads.detectors import C4, CASCADE, make_batch, make_model, norms_of, run_step, shuffle_pairs
+from tests.record import note_groups
 from tests.workers import run_workers
 
 RCNN = "BNextGeneralizedRCNN"
@@ -38,8 +39,10 @@ def test_each_head_has_its_own_setting():
     model = make_model(*NORMS, *settings)
     assert deals_of(model) == {"box_head": [3], "mask_head": [], "keypoint_head": []}
     assert [hasattr(vars(part).get("layers"), "check_used") for part in model.roi_heads.children()].count(True) == 1
+    noted = note_groups(model)
     run_step(model, make_batch())
-    groups = {name: norm.groups for name, norm in norms_of(model, None).items() if name.startswith("roi_heads")}
+    norms = {name: norm for name, norm in norms_of(model, None).items() if name.startswith("roi_heads")}
+    groups = {name: noted[norm] for name, norm in norms.items()}
     assert groups["roi_heads.box_head.conv1.norm"].num_groups == 3
     assert {path for path, own in groups.items() if own is not None} == {"roi_heads.box_head.conv1.norm"}
     workers = {path.split(".")[1]: norm.spec.workers for path, norm in norms_of(model).items() if path in groups}
@@ -57,9 +60,9 @@ def test_each_stage_of_a_cascade_has_a_deal_of_its_own_in_every_step():
     def step(seed):
         torch.manual_seed(seed)
         model.proposal_generator.requires_grad_(False)
-        norms = norms_of(model, "ROI_BOX_HEAD")
+        norms, noted = norms_of(model, "ROI_BOX_HEAD"), note_groups(model)
         run_step(model, make_batch(seed=seed))
-        return {path: norm.groups.numbers.tolist() for path, norm in norms.items()}
+        return {path: noted[norm].numbers.tolist() for path, norm in norms.items()}
 
     first, again = step(0), step(0)
     assert first == again

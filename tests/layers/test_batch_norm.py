@@ -176,9 +176,7 @@ def test_broken_running_statistics_are_refused_with_the_layers_path(case, buffer
         assert ("stem.norm, night)" in str(error.value)) == key.startswith("night")
 
 
-@pytest.mark.parametrize(
-    "name", ["weight", "forward", "spec", "training", "a.b", "virtual", "recording", "groups", "_checked", "domains"]
-)
+@pytest.mark.parametrize("name", ["weight", "forward", "spec", "training", "a.b", "_checked", "domains"])
 def test_a_domain_that_cannot_be_a_module_is_refused(name):
     with pytest.raises(ConfigError, match=r"domains must be .* no attribute of the layer; got .* Choose another name"):
         BatchNorm2d(NUM_CHANNELS, OWN.replace(domains=("day", name)))

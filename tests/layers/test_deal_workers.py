@@ -19,6 +19,7 @@ from bnext.scope import use_domain
 from bnext.surgery import convert_norm
 from tests import reference
 from tests.cases import randomize
+from tests.record import note_groups
 from tests.workers import run_workers
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -76,9 +77,10 @@ def run_form(rank, cases):
         head = make_own_head(workers="all" if form == "statistics" else "one")
         if form == "statistics":
             deal_statistics(head, num_groups)
+        noted = note_groups(head)
         torch.manual_seed(7 if rank == 0 else 1000 + rank)  # generators of workers differ
         result = run_step(head if form == "statistics" else Shuffled(head), rank, shares[rank])
-        results.append((*result, norms_of(head)[-1].groups))
+        results.append((*result, noted[norms_of(head)[-1]]))
     return results
 
 
@@ -185,11 +187,12 @@ def run_deals(rank):
     heads = [make_own_head(workers="all") for _ in range(2)]
     for head in heads:
         deal_statistics(head, 3)
+    noted = [note_groups(head) for head in heads]
     found = []
     for step in range(3):
-        for head in heads:
+        for head, groups in zip(heads, noted, strict=True):
             head(draw(rank, 12, step)[0])
-            numbers = [norm.groups.numbers for norm in norms_of(head)]
+            numbers = [groups[norm].numbers for norm in norms_of(head)]
             assert all(torch.equal(own, numbers[0]) for own in numbers), "all norms of a head have the same deal"
             found.append(numbers[0].tolist())
     return found
@@ -291,9 +294,11 @@ def run_pairs(rank):
     head = make_own_head(workers=1)
     convert_norm(head, {"": NormSpec(workers="node")})
     deal_statistics(head)
+    noted = note_groups(head)
     torch.manual_seed(0)
     run_step(head, rank, 4)
-    return [norm.groups.numbers.tolist() for norm in norms_of(head)][0], norms_of(head)[0].groups.num_groups
+    groups = noted[norms_of(head)[0]]
+    return groups.numbers.tolist(), groups.num_groups
 
 
 def test_the_workers_of_the_norms_are_those_that_deal():

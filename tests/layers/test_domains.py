@@ -1,13 +1,10 @@
 """Named domains: a mixed batch is the domains one after another; nothing depends on the order of calls."""
 
-import threading
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bnext.errors import DomainError
 from bnext.layers import BatchNorm2d, NormSpec
@@ -170,38 +167,6 @@ def test_a_norm_without_domains_does_not_ask_for_one():
     with use_domain(["anything"] * 2):
         output = norm(draw(0))
     torch.testing.assert_close(output, plain(draw(0)), rtol=0, atol=0)
-
-
-def checkpointed(norm, x):
-    with use_domain("night"):
-        return checkpoint(norm, x.requires_grad_(), use_reentrant=False)
-
-
-def test_a_recomputation_outside_of_the_scope_is_refused_not_guessed():
-    norm = build(OWN)
-    output = checkpointed(norm, draw(0))
-    with pytest.raises(DomainError, match="No domain is active"):
-        output.sum().backward()
-    inside = checkpointed(norm, draw(0))
-    with use_domain("night"):
-        inside.sum().backward()
-
-
-def test_a_recomputation_by_another_thread_sees_the_scope():
-    """A GPU's backward pass runs in a thread of autograd's."""
-    output, errors = checkpointed(build(OWN), draw(0)), []
-
-    def run_backward():
-        try:
-            output.sum().backward()
-        except DomainError as error:
-            errors.append(error)
-
-    with use_domain("night"):
-        thread = threading.Thread(target=run_backward)
-        thread.start()
-        thread.join()
-    assert not errors
 
 
 def test_norms_of_a_model_see_the_domain_of_the_call():

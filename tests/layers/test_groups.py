@@ -15,13 +15,13 @@ from bnext.layers import (
     LevelBatchNorm2d,
     NormSpec,
     find_grouping_norms,
-    set_groups,
     use_groups,
     virtual_samples,
 )
-from bnext.scope import use_domain
+from bnext.scope import get_record, use_domain
 from tests import reference
 from tests.cases import CASES, LEVELS, NUM_CHANNELS, randomize
+from tests.record import assert_nothing_is_open
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GROUPS, NUM_GROUPS = [2, 0, 2, 2, 0], 4  # of the five samples of a case; two groups are empty
@@ -165,31 +165,27 @@ def test_scopes_nest_and_end_also_by_an_exception():
     norm = build(inference="mini_batch").eval()
     with use_groups(norm, [0, 1], 2):
         with use_groups(norm, torch.tensor([0, 1, 2]), 3):
-            assert norm.groups.num_groups == 3
+            assert get_record().groups[norm].num_groups == 3
         with pytest.raises(StatisticsError), use_groups(norm, [0], 1):
             norm(draw())
-        assert norm.groups.numbers.tolist() == [0, 1]
-    assert norm.groups is None
+        assert get_record().groups[norm].numbers.tolist() == [0, 1]
+    assert_nothing_is_open()
 
 
 def test_only_the_norms_of_the_module_are_told():
     model = nn.Sequential(build(), nn.Sequential(build(), nn.ReLU()))
     with use_groups(model[1], [0, 0], 1):
-        assert model[0].groups is None
-        assert model[1][0].groups is not None
+        assert list(get_record().groups) == [model[1][0]]
 
 
-def test_groups_that_stay_behind_end_with_a_change_of_mode_and_meet_no_other_batch():
+def test_groups_of_another_batch_are_refused():
     norm = build(inference="mini_batch").train()
-    for change in (norm.eval, norm.train):
-        with use_groups(norm, [0, 1], 2):
-            left = norm.groups
-        set_groups([norm], left)
-        with pytest.raises(StatisticsError, match=r"one group per sample .*got 2 for \(5,\) samples \(roi_heads\.box"):
-            norm(draw())
-        change()
-        assert norm.groups is None
+    with (
+        use_groups(norm, [0, 1], 2),
+        pytest.raises(StatisticsError, match=r"one group per sample .*got 2 for \(5,\) samples \(roi_heads\.box"),
+    ):
         norm(draw())
+    norm(draw())
 
 
 def test_a_size_of_its_own_and_groups_exclude_one_another():
@@ -198,14 +194,15 @@ def test_a_size_of_its_own_and_groups_exclude_one_another():
         norm(draw())
 
 
-def test_copies_within_a_scope_are_independent():
+def test_copies_within_a_scope_know_nothing_of_it():
     norm = build().train()
     with use_groups(norm, GROUPS, NUM_GROUPS):
         twins = [copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))]
-        expected = norm(draw())
+        grouped = norm(draw())
+        for twin in twins:
+            assert not torch.equal(twin(draw()), grouped)
     for twin in twins:
-        assert torch.equal(twin(draw()), expected)
-        assert twin.train().groups is None
+        assert torch.equal(twin(draw()), norm(draw()))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
@@ -281,7 +278,7 @@ def test_groups_that_are_none(groups, num_groups, text):
     norm = build()
     with pytest.raises(StatisticsError, match=text), use_groups(norm, groups, num_groups):
         pass
-    assert norm.groups is None
+    assert_nothing_is_open()
 
 
 @pytest.mark.parametrize("form", ["too few", "too many"])

@@ -9,6 +9,7 @@ from bnext import StatisticsError, use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, virtual_samples
 from tests import reference
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, randomize
+from tests.record import assert_nothing_is_open
 from tests.workers import run_workers
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
@@ -107,8 +108,7 @@ def test_nothing_is_left_after_an_exception(fails):
     with pytest.raises((StatisticsError, KeyError)), virtual_samples(model, wrong):
         raise KeyError("in the scope")
     assert all(torch.equal(expected[key], value) for key, value in before.items())
-    assert all(norm.virtual is None and norm.recording is None for norm in (model[0], model[3]))
-    assert all(norm.track_running_stats for norm in (model[0], model[3]))
+    assert_nothing_is_open()
 
 
 def test_scopes_nest():
