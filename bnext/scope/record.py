@@ -13,15 +13,12 @@ import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from bnext.functional import Groups, Moments
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = ["CallRecord", "Scope", "close_scopes", "find_graph_task", "get_record", "is_recomputing", "is_traced"]
 
@@ -143,7 +140,7 @@ class Scope:
         self._changes = changes
         self._entries: list[_Entry] = []
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> None:
         entries = _stack.get().entries
         frames = {entry.frame: None for entry in entries if entry.frame is not None}
         paused = tuple(frame for frame in frames if not _is_running(frame))
@@ -151,7 +148,6 @@ class Scope:
         entry = _Entry(self, self._changes, find_graph_task(), _find_generator(), paused)
         self._entries.append(entry)
         _stack.set(_Stack((*entries, entry)))
-        return self
 
     def __exit__(self, *_: object) -> None:
         here = [entry for entry in _stack.get().entries if entry.scope is self]
