@@ -26,6 +26,7 @@ from bnext.data.batches import build_evaluation_batches
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.files import write_json
+from bnext.scope.model import setting
 
 __all__ = [
     "build_evaluator",
@@ -47,10 +48,14 @@ def check_evaluator(dataset_name: str) -> None:
     """
     metadata = MetadataCatalog.get(dataset_name)
     kind = getattr(metadata, "evaluator_type", "coco" if hasattr(metadata, "json_file") else None)
+
     if kind != "coco":
-        raise ConfigError(
-            f"DATASETS.TEST must name data sets with COCO evaluation; got {dataset_name!r} (evaluator_type {kind!r}). "
-            "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
+        raise ConfigError.of(
+            "DATASETS.TEST",
+            "name data sets with COCO evaluation",
+            got=repr(dataset_name),
+            where=f"evaluator_type {kind!r}",
+            remedy="Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator.",
         )
 
 
@@ -66,6 +71,7 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
         ConfigError: see `check_evaluator`.
     """
     check_evaluator(dataset_name)
+
     has_fast = importlib.util.find_spec("detectron2._C") is not None
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_fast)
@@ -96,13 +102,15 @@ def evaluate_model(
     results: OrderedDict[str, Any] = OrderedDict()
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     names = list(cfg.DATASETS.TEST)
+
     for name in names:
         # One folder each, as every evaluator writes the same file names.
         evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name))
         results[name] = evaluate_with(cfg, model, name, evaluator)
+
     if comm.is_main_process() and names:
-        save_results(results, folder)
-    return next(iter(results.values())) if len(results) == 1 else results
+        write_json(os.path.join(folder, "results.json"), results)
+    return results[names[0]] if len(names) == 1 else results
 
 
 def evaluate_with(
@@ -122,12 +130,10 @@ def evaluate_with(
     records = load_records(name, cfg)
     loader = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
 
-    mode = model.training
-    try:
-        with _log_prints():
-            results = inference_on_dataset(model, loader, evaluator)
-    finally:
-        model.train(mode)  # inference_on_dataset leaves eval mode behind when it fails
+    # The modes of all modules, which inference_on_dataset makes equal, and leaves in evaluation mode when it fails.
+    with setting(model.modules(), training=False), _log_prints():
+        results = inference_on_dataset(model, loader, evaluator)
+
     if comm.is_main_process():
         print_csv_format(results)
     return results
@@ -146,24 +152,15 @@ def _log_prints() -> Iterator[None]:
             logging.getLogger(__name__).info("Printed by the evaluation:\n%s", text)
 
 
-def save_results(results: dict[str, Any], folder: str) -> None:
-    """Write results.json: the metrics of each data set by its name; null where COCO has no number.
-
-    Args:
-        results: data set -> task -> metric -> number.
-        folder: made if missing.
-    """
-    write_json(os.path.join(folder, "results.json"), results)
-
-
 def flatten_metrics(metrics: Mapping[str, Any], tasks: Sequence[str] = ("bbox",)) -> dict[str, float | None]:
     """{"bbox/AP": ...}; a model without a single detection has AP 0, a size without objects has none."""
-    return {key: value for task in tasks for key, value in _flatten_task(task, metrics.get(task, {})).items()}
+    flat: dict[str, float | None] = {}
 
+    for task in tasks:
+        values = metrics.get(task, {})
+        has_no_detections = all(math.isnan(value) for value in values.values())
+        missing = 0.0 if has_no_detections else None
+        for name, value in values.items():
+            flat[f"{task}/{name}"] = missing if math.isnan(value) else value
 
-def _flatten_task(task: str, values: Mapping[str, float]) -> dict[str, float | None]:
-    has_no_detections = all(math.isnan(value) for value in values.values())
-    return {
-        f"{task}/{name}": 0.0 if has_no_detections else None if math.isnan(value) else value
-        for name, value in values.items()
-    }
+    return flat

@@ -1,4 +1,4 @@
-"""What an R-CNN head has learned of the fact that the RoIs of its mini-batches were of one image.
+"""Leakage: whether an R-CNN head has learned that the RoIs of its mini-batches were of one image.
 
 One trained model, evaluated three times: with mini-batches that are the RoIs of one image, as in its training with an
 image per worker; with mini-batches of the same sizes, but of RoIs dealt out at random from several images; and with
@@ -16,16 +16,18 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from matplotlib.figure import Figure
-from tabulate import tabulate
 from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
+from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with
+from bnext.evaluation.tables import format_rows
 from bnext.files import replace_file, write_json
 from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d
+from bnext.layers.walk import find_bnext_norms
 from bnext.scope.statistics import answering
 from bnext.seeding import seeded
 
@@ -50,13 +52,19 @@ def use_inference(model: nn.Module, inference: str) -> Iterator[None]:
     Raises:
         ConfigError: its heads have no such norm, or keep no population statistics.
     """
-    heads = [head for _, head in find_roi_heads(getattr(model, "module", model))]
-    norms = [part for head in heads for part in head.modules() if isinstance(part, BatchNorm2d)]
+    norms: list[BatchNorm2d] = []
+    for _, head in find_roi_heads(unwrap_model(model)):
+        norms += find_bnext_norms(head).values()
+
     if not norms:
-        raise ConfigError(
-            f"model must have batch norms of bnext in its RoI heads; got none ({type(model).__name__}). Take a model "
-            f"of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN."
+        raise ConfigError.of(
+            "model",
+            "have batch norms of bnext in its RoI heads",
+            got="none",
+            where=type(model).__name__,
+            remedy="Take a model of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN.",
         )
+
     with answering(norms, inference=inference):
         yield
 
@@ -79,33 +87,37 @@ def evaluate_leakage(cfg: CfgNode, model: nn.Module, images_per_batch: int = 8) 
         A collective. The dealing of the RoIs is the same in every run.
     """
     if images_per_batch < 2:
-        raise ConfigError(
-            f"images_per_batch must be 2 or more, so that RoIs can be mixed; got {images_per_batch} "
-            f"(evaluate_leakage). Use 8."
-        )
+        rule = "be 2 or more, so that RoIs can be mixed"
+        raise ConfigError.of("images_per_batch", rule, got=images_per_batch, where="evaluate_leakage", remedy="Use 8.")
+
     name, results = cfg.DATASETS.TEST[0], {}
     for way in WAYS:
         inference = "population" if way == "population" else "mini_batch"
         mixing = mixing_images(model) if way == "mixed" else contextlib.nullcontext()
-        folder = os.path.join(cfg.OUTPUT_DIR, "inference", way)
+        evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", way))
         with use_inference(model, inference), mixing, seeded(comm.get_rank()):
-            results[way] = evaluate_with(cfg, model, name, build_evaluator(cfg, name, folder), images_per_batch)
+            results[way] = evaluate_with(cfg, model, name, evaluator, images_per_batch)
     return results
 
 
 def format_leakage(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A table of box and mask AP, and what is lost against the RoIs of one image."""
-    tasks = [task for task in ("bbox", "segm") if task in results["one_image"]]
+    names = {"bbox": "box AP", "segm": "mask AP"}
+    tasks = [task for task in names if task in results["one_image"]]
+
+    headers = ["statistics at test"]
+    for task in tasks:
+        headers += [names[task], "change"]
+
     rows = []
     for way, metrics in results.items():
-        cells = [WAYS[way]]
+        row = [WAYS[way]]
         for task in tasks:
             value = metrics[task]["AP"]
-            cells += [f"{value:.1f}", "" if way == "one_image" else f"{value - results['one_image'][task]['AP']:+.1f}"]
-        rows.append(cells)
-    names = {"bbox": "box AP", "segm": "mask AP"}
-    headers = ["statistics at test", *(cell for task in tasks for cell in (names[task], "change"))]
-    return tabulate(rows, headers=headers, disable_numparse=True, colalign=["left"] + ["right"] * 2 * len(tasks))
+            change = "" if way == "one_image" else f"{value - results['one_image'][task]['AP']:+.1f}"
+            row += [f"{value:.1f}", change]
+        rows.append(row)
+    return format_rows(rows, headers)
 
 
 def draw_leakage(results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: str | os.PathLike[str]) -> Path:
@@ -117,15 +129,18 @@ def draw_leakage(results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
     """
     figure = Figure(figsize=(2.2 + 2.4 * len(results), 3.6), layout="constrained")
     axes = figure.add_subplot()
+
     width = 0.8 / len(WAYS)
     for index, way in enumerate(WAYS):
         places = [model + (index - (len(WAYS) - 1) / 2) * width for model in range(len(results))]
-        bars = axes.bar(places, [own[way]["bbox"]["AP"] for own in results.values()], width, label=WAYS[way])
-        axes.bar_label(bars, fmt="%.1f", fontsize=8)
+        aps = [ways[way]["bbox"]["AP"] for ways in results.values()]
+        axes.bar_label(axes.bar(places, aps, width, label=WAYS[way]), fmt="%.1f", fontsize=8)
+
     axes.set_xticks(range(len(results)), list(results))
     axes.set_ylabel("box AP")
     axes.margins(y=0.12)
     figure.legend(loc="outside upper center", fontsize=8)
+
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
     return Path(path)
 
@@ -145,6 +160,7 @@ def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_
     for title, (cfg, weights) in models.items():
         results[title] = evaluate_leakage(cfg, load_model(cfg, weights), images_per_batch)
         print(f"\n{title}\n{format_leakage(results[title])}", flush=True)
+
     path = Path(output, "leakage.json")
     write_json(path, results)
     print(f"\n{path}\n{draw_leakage(results, Path(output, 'leakage.png'))}")
