@@ -3,7 +3,8 @@
 import importlib.util
 
 import bnext.config
-import bnext.heads.architectures  # noqa: F401  registers them
+import bnext.heads.architectures
+import bnext.heads.foreign_norms  # noqa: F401  both register classes
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead, forward_statistics
 from bnext.heads.roi import mixing_images, tell_images

@@ -21,7 +21,7 @@ from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, name_norms
-from bnext.layers.forms import iterate_norms
+from bnext.layers.forms import find_forms
 from bnext.layers.groups import find_foreign_norms
 from bnext.surgery import convert_norm
 
@@ -112,7 +112,7 @@ def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | N
 def _replace_norms(model: nn.Module, paths: list[str], cfg: CfgNode, place: str) -> None:
     """Batch norms of torch become ours, and stand-ins what they stand for; FrozenBN stays."""
     name, specs = get_norm_name(cfg, place), {}
-    for path, norm, _ in list(iterate_norms(model)):
+    for path, norm, _ in find_forms(model):
         if not any(path.startswith(f"{root}.") for root in paths):
             continue
         if name in ("GN", "LN") and isinstance(norm, (NaiveSyncBatchNorm, FrozenBatchNorm2d)):
@@ -148,7 +148,7 @@ def _check_found(cfg: CfgNode, place: str, roots: list[nn.Module]) -> None:
     if changed and not any(isinstance(part, BatchNorm2d) for root in roots for part in root.modules()):
         key, value = f"MODEL.BNEXT.{place}.{changed[0]}", cfg.MODEL.BNEXT[place][changed[0]]
         what = f"no batch norm that is not frozen; got {value!r}"
-    elif _is_chosen(key, name) and not any(True for root in roots for _ in iterate_norms(root)):
+    elif _is_chosen(key, name) and not any(find_forms(root) for root in roots):
         what = f"no norm at all; got {name!r}"
     else:
         return

@@ -1,36 +1,58 @@
 """The forms that a norm can have: who owns its affine and its statistics, and what normalizes at inference.
 
-A form is recognised by what a module is and holds, never by its class name: torch's BatchNorm2d and
-SyncBatchNorm with their subclasses, a frozen norm that keeps its affine in buffers (as those of
-detectron2 and torchvision), a list of numbered norms under one affine (detectron2's
-`CycleBatchNormList`), GroupNorm and LayerNorm, and every norm of bnext. How state goes from one
-form to another is in `bnext.layers.norm_state`.
+A form is read from what a module is and holds: torch's BatchNorm2d and SyncBatchNorm with their subclasses, a frozen
+norm that keeps its affine in buffers, a list of numbered norms under one affine, GroupNorm and LayerNorm, and every
+norm of bnext. Whether a class with a forward of its own computes what its form says cannot be read: it is known of
+torch's, torchvision's and bnext's, `register_form` says it of others (`bnext.heads` of detectron2's), and `treat_as`
+for one call. How state goes from one form to another is in `bnext.layers.norm_state`.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal, cast
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
+from torchvision.ops.misc import FrozenBatchNorm2d
 
+from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.build import LayerNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
 
-__all__ = ["AFFINE", "POPULATION", "NormForm", "find_form", "find_leftovers", "iterate_norms"]
+__all__ = [
+    "AFFINE",
+    "POPULATION",
+    "NormForm",
+    "TreatAs",
+    "find_form",
+    "find_forms",
+    "find_kind",
+    "find_leftovers",
+    "register_form",
+]
 
 AFFINE = ("weight", "bias")
 POPULATION = ("running_mean", "running_var", "num_batches_tracked")
 Layout = Literal["shared", "owned", "none"]
+TreatAs = Mapping[type[nn.Module], type[nn.Module]]
+
 TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_BASES = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d, nn.ModuleList)
+_KNOWN = (*_BASES[:-1], LayerNorm2d, TorchvisionLayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
+_REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
+
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 _TORCH_ATTRIBUTES = {*vars(nn.SyncBatchNorm(1)), *vars(nn.GroupNorm(1, 1)), *vars(nn.LayerNorm(1))}
-_OWN_FORWARD = "{name} computes something else than its base class in evaluation mode"
+
+FORWARD_OF_ITS_OWN = (
+    "its forward is its own (if it computes in evaluation mode what another norm does from the same state, say so: "
+    "treat_as={{{name}: nn.BatchNorm2d}})"
+)
+TRAINING_LEFT_OUT = "what {name} does otherwise than torch in training was left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,88 +97,126 @@ class NormForm:
         """The keys of its state dict."""
         population = POPULATION if self.has_counter else POPULATION[:2]
         keys = []
+
         for layout, fields in ((self.affine, AFFINE), (self.population, population)):
             for owner in {"shared": ("",), "owned": self.owners, "none": ()}[layout]:
                 keys += [f"{owner}.{field}" if owner else field for field in fields]
+
         return keys
 
 
-def find_form(module: nn.Module) -> NormForm | None:
+# ---- classes whose forward is known
+
+
+def register_form(kind: type[nn.Module], treat_as: type[nn.Module]) -> None:
+    """Vouch for a class: in evaluation mode it computes what another does from the same state.
+
+    Args:
+        kind: with a forward of its own; its subclasses are known, too, unless they have another forward.
+        treat_as: a class of torch, FrozenBatchNorm2d of torchvision, or nn.ModuleList for a list of numbered norms
+            under one affine, of which one is called after the other.
+
+    Raises:
+        ConfigError: `treat_as` is none of these.
+    """
+    _check_bases({kind: treat_as})
+    _REGISTERED[kind] = treat_as
+
+
+def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Module] | None:
+    """The class whose form a module has: its own, or the one that it is treated as. None: nobody has vouched for it.
+
+    Args:
+        module: any; by the forward of its class, which it may have inherited.
+        treat_as: as `register_form`, for this call.
+
+    Raises:
+        ConfigError: `treat_as` names a class that is none of those of `register_form`.
+    """
+    _check_bases(treat_as or {})
+    forward: Callable[..., object] = type(module).forward
+
+    for kind, base in {**_REGISTERED, **(treat_as or {})}.items():
+        if forward is kind.forward:
+            return base
+
+    is_known = any(forward is kind.forward for kind in _KNOWN)
+    return type(module) if is_known else None
+
+
+def _check_bases(treat_as: TreatAs) -> None:
+    for kind, base in treat_as.items():
+        if not (isinstance(kind, type) and isinstance(base, type) and issubclass(base, _BASES)):
+            known = ", ".join(known.__name__ for known in _BASES)
+            raise ConfigError.of(
+                "treat_as",
+                f"map classes to one of {known}",
+                got=f"{kind!r}: {base!r}",
+                remedy="Name the class whose outputs in evaluation mode are the same.",
+            )
+
+
+# ---- reading a form
+
+
+def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | None:
     """The form of a norm, or None for every other module."""
+    kind = find_kind(module, treat_as) or type(module)
+    norm: Any = module
+
     if isinstance(module, BatchNorm2d):
-        return _read_own(module)
-    if isinstance(module, TORCH_NORMS):
-        inference: tuple[object, ...] = ("population",)
-        if module.running_mean is None:
-            inference = ("mini_batch", "shared")
-        affine, population = _layout(module.weight), _layout(module.running_mean)
-        return NormForm(module.num_features, affine, population, module.eps, inference=inference)
+        return _read_bnext(module)
+
     if isinstance(module, nn.ModuleList):
         return _read_numbered(module)
-    if isinstance(module, nn.GroupNorm):
-        inference = ("group", module.num_groups)
-        return NormForm(module.num_channels, _layout(module.weight), "none", module.eps, inference=inference)
-    if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) == 1:
-        inference = ("layer",)
-        return NormForm(module.normalized_shape[0], _layout(module.weight), "none", module.eps, inference=inference)
+
+    if issubclass(kind, TORCH_NORMS):
+        inference: tuple[object, ...] = ("population",) if norm.running_mean is not None else ("mini_batch", "shared")
+        affine, population = _layout(norm.weight), _layout(norm.running_mean)
+        return NormForm(norm.num_features, affine, population, norm.eps, inference=inference)
+
+    if issubclass(kind, nn.GroupNorm):
+        inference = ("group", norm.num_groups)
+        return NormForm(norm.num_channels, _layout(norm.weight), "none", norm.eps, inference=inference)
+
+    if issubclass(kind, nn.LayerNorm) and len(norm.normalized_shape) == 1:
+        return NormForm(norm.normalized_shape[0], _layout(norm.weight), "none", norm.eps, inference=("layer",))
+
     return _read_frozen(module)
 
 
-def iterate_norms(model: nn.Module) -> Iterator[tuple[str, nn.Module, NormForm]]:
-    """Every norm of a model with its path and form; one at several places once for each of them.
+def find_forms(model: nn.Module, treat_as: TreatAs | None = None) -> list[tuple[str, nn.Module, NormForm]]:
+    """Every norm of a model, of any form, with its path; one at several places once for each of them.
 
     The parts of a norm (a domain's state, a numbered level) are no norms of their own.
     """
-    outer: str | None = None  # the parts of a module follow it directly
+    norms: list[tuple[str, nn.Module, NormForm]] = []
+    inside: str | None = None  # a norm, whose parts follow it directly
+
     for path, module in model.named_modules(remove_duplicate=False):
-        if outer is not None and (not outer or path.startswith(f"{outer}.")):
+        if inside is not None and (not inside or path.startswith(f"{inside}.")):
             continue
-        form = find_form(module)
+        form = find_form(module, treat_as)
         if form is not None:
-            outer = path
-            yield path, module, form
+            inside = path
+            norms.append((path, module, form))
 
-
-def find_leftovers(module: nn.Module, form: NormForm) -> tuple[list[str], list[str]]:
-    """What another norm in the place of this one would lack.
-
-    Returns:
-        What forbids a conversion, since outputs or state would be lost; and what is worth saying.
-    """
-    refused = []
-    names = {name for name, _ in module.named_children()} - set(form.owners)
-    if names:
-        refused.append(f"it holds the modules {', '.join(sorted(names))}")
-    keys = set(module.state_dict()) - set(form.list_keys())
-    if keys and not names:
-        refused.append(f"it holds {', '.join(sorted(keys))} besides a norm's state")
-    own_forward = _has_own_forward(module)
-    if own_forward and not refused and not _acts_as_named(module, form):
-        refused.append(_OWN_FORWARD.format(name=type(module).__name__))
-    notes = []
-    if own_forward and isinstance(module, TORCH_NORMS):
-        notes.append(f"what {type(module).__name__} does otherwise than torch in training was left out")
-    attributes = set() if isinstance(module, (BatchNorm2d, nn.ModuleList)) else set(vars(module)) - _TORCH_ATTRIBUTES
-    if getattr(module, "process_group", None) is not None:
-        attributes.add("process_group")
-    if attributes:
-        notes.append(f"its attributes {', '.join(sorted(attributes))} were left out")
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        notes.append("its hooks were left out")
-    return refused, notes
+    return norms
 
 
 def _layout(value: Tensor | None) -> Layout:
     return "none" if value is None else "shared"
 
 
-def _read_own(module: BatchNorm2d) -> NormForm:
+def _read_bnext(module: BatchNorm2d) -> NormForm:
     spec = module.spec
     layouts: dict[str, Layout] = {"shared": "shared", "none": "none", "per_level": "owned", "per_domain": "owned"}
+
     inference: tuple[object, ...] = ("population",)
     if spec.inference == "mini_batch":
         inference = ("mini_batch", spec.statistics)
         inference += (module.domains,) if spec.statistics != "shared" else ()
+
     return NormForm(
         num_features=module.num_features,
         affine=layouts[spec.affine],
@@ -170,17 +230,20 @@ def _read_own(module: BatchNorm2d) -> NormForm:
 
 
 def _read_numbered(module: nn.ModuleList) -> NormForm | None:
-    """A list of norms that is itself called, and so is one norm; a list whose items are called is none."""
-    if type(module).forward in (nn.ModuleList.forward, nn.Module.forward) or not len(module):
+    """A list of equal norms that is itself called, and so is one norm; a list whose items are called is none."""
+    is_called = type(module).forward not in (nn.ModuleList.forward, nn.Module.forward)
+    if not is_called or not len(module) or not all(isinstance(child, TORCH_NORMS) for child in module):
         return None
-    forms = [find_form(child) for child in module if isinstance(child, TORCH_NORMS)]
-    first = forms[0] if len(forms) == len(module) else None
-    if first is None or any(form != first for form in forms):
+
+    first, *others = [find_form(child) for child in module]
+    if first is None or any(form != first for form in others):
         return None
-    held = any(name in dict(module.named_parameters(recurse=False)) for name in AFFINE)
+
+    parameters = dict(module.named_parameters(recurse=False))
+    affine: Layout = "owned" if first.affine == "shared" else "none"
     return dataclasses.replace(
         first,
-        affine="shared" if held else ("owned" if first.affine == "shared" else "none"),
+        affine="shared" if "weight" in parameters or "bias" in parameters else affine,
         population="owned" if first.population == "shared" else "none",
         owners=tuple(str(index) for index in range(len(module))),
         is_numbered=True,
@@ -190,11 +253,15 @@ def _read_numbered(module: nn.ModuleList) -> NormForm | None:
 def _read_frozen(module: nn.Module) -> NormForm | None:
     """A norm whose affine are buffers, which have no gradient; one without `eps` adds none."""
     buffers = dict(module.named_buffers(recurse=False))
-    if set(buffers) - {"num_batches_tracked"} != _FROZEN_BUFFERS or next(module.parameters(), None) is not None:
+    is_frozen = set(buffers) - {"num_batches_tracked"} == _FROZEN_BUFFERS
+    is_leaf = next(module.children(), None) is None
+    if not is_frozen or not is_leaf or next(module.parameters(), None) is not None:
         return None
+
     shape = buffers["weight"].shape
-    if len(shape) != 1 or any(buffers[name].shape != shape for name in _FROZEN_BUFFERS) or list(module.children()):
+    if len(shape) != 1 or any(buffers[name].shape != shape for name in _FROZEN_BUFFERS):
         return None
+
     return NormForm(
         num_features=shape[0],
         affine="shared",
@@ -205,43 +272,36 @@ def _read_frozen(module: nn.Module) -> NormForm | None:
     )
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    """Whether its class computes something that neither torch nor bnext wrote."""
-    if isinstance(module, nn.ModuleList):
-        return False
-    known = (BatchNorm2d, LevelBatchNorm2d, *TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)
-    return all(type(module).forward is not kind.forward for kind in known)
+# ---- what a form does not say
 
 
-@torch.no_grad()
-def _acts_as_named(module: nn.Module, form: NormForm) -> bool:
-    """Whether its class, with random state, gives in evaluation mode what a norm of its form does.
+def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None = None) -> tuple[list[str], list[str]]:
+    """What another norm in the place of this one would lack.
 
-    Random state, because under the zero weight that many residual blocks start from an activation does not show.
+    Returns:
+        What forbids a conversion, since outputs or state would be lost; and what is worth saying.
     """
-    if isinstance(module, BatchNorm2d):
-        return False  # it has domains to be called with: what a subclass of it adds cannot be seen from outside
-    generator = torch.Generator().manual_seed(0)
-    state = {name: torch.rand(form.num_features, generator=generator) + 0.5 for name in sorted(_FROZEN_BUFFERS)}
-    probe = copy.copy(module)  # shares everything with the module, until it is replaced here
-    for group in ("_parameters", "_buffers"):
-        held = getattr(module, group)
-        setattr(probe, group, {k: None if v is None else state.get(k, torch.zeros(())) for k, v in held.items()})
-    probe.training = False
-    features = torch.randn(2, form.num_features, 2, 2, generator=generator)
-    try:
-        return torch.allclose(probe.forward(features.clone()), _compute(features, form, state), rtol=1e-3, atol=1e-4)
-    except (RuntimeError, TypeError, ValueError, AttributeError):
-        return False
+    name, kind = type(module).__name__, find_kind(module, treat_as)
 
+    children = {child for child, _ in module.named_children()} - set(form.owners)
+    keys = set(module.state_dict()) - set(form.list_keys())
+    refused = []
+    if children:
+        refused.append(f"it holds the modules {', '.join(sorted(children))}")
+    elif keys:
+        refused.append(f"it holds {', '.join(sorted(keys))} besides a norm's state")
+    elif kind is None:
+        refused.append(FORWARD_OF_ITS_OWN.format(name=name))
 
-def _compute(features: Tensor, form: NormForm, state: dict[str, Tensor]) -> Tensor:
-    """What a norm of this form gives in evaluation mode."""
-    weight, bias = (state[name] if form.affine == "shared" else None for name in AFFINE)
-    if form.inference[0] == "layer":
-        last = F.layer_norm(features.movedim(1, -1), (form.num_features,), weight, bias, form.eps)
-        return last.movedim(-1, 1)
-    if form.inference[0] == "group":
-        return F.group_norm(features, cast(int, form.inference[1]), weight, bias, form.eps)
-    mean, var = (state[name] if form.population == "shared" else None for name in POPULATION[:2])
-    return F.batch_norm(features, mean, var, weight, bias, training=mean is None, eps=form.eps)
+    notes = []
+    if isinstance(module, TORCH_NORMS) and kind is not type(module):
+        notes.append(TRAINING_LEFT_OUT.format(name=name))
+    attributes = set() if isinstance(module, (BatchNorm2d, nn.ModuleList)) else set(vars(module)) - _TORCH_ATTRIBUTES
+    if getattr(module, "process_group", None) is not None:
+        attributes.add("process_group")
+    if attributes:
+        notes.append(f"its attributes {', '.join(sorted(attributes))} were left out")
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        notes.append("its hooks were left out")
+
+    return refused, notes

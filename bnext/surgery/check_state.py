@@ -1,4 +1,4 @@
-"""Is the state of a model's norms such that one can normalize with it?
+"""Whether the state of a model's norms is such that one can normalize with it.
 
 What is checked are values: NaN, variances that cannot be, statistics that nobody wrote. Whether the
 statistics are the right ones is a matter of diagnosis.
@@ -7,15 +7,15 @@ statistics are the right ones is a matter of diagnosis.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import CheckpointError
+from bnext.errors import CheckpointError, list_few
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.forms import NormForm, iterate_norms
+from bnext.layers.forms import NormForm, find_forms
 from bnext.layers.norm_state import Fields, NormRecord, read_norm
 
 __all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "find_unwritten_norms"]
@@ -23,7 +23,6 @@ __all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "
 Kind = Literal["mean", "variance", "affine", "channels", "unwritten", "eps"]
 StateDict = Mapping[str, Tensor]
 
-_SHOWN = 5  # channels in a text
 # The initial running variance is 1, or in detectron2's frozen norm 1 - 1e-5.
 _INITIAL_SLACK = 2e-5
 
@@ -34,8 +33,8 @@ class Finding:
 
     Args:
         path: of the norm in the model.
-        kind: of what is wrong.
-        text: what, with the level or domain and the channels.
+        kind: of the fault.
+        text: the fault, with the channels.
         owner: the level or domain whose state it is; "" is what all share.
         channels: where it is so; empty: in all.
     """
@@ -47,11 +46,12 @@ class Finding:
     channels: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.path or 'the norm'}{f' ({self.owner})' if self.owner else ''}: {self.text}"
+        owner = f" ({self.owner})" if self.owner else ""
+        return f"{self.path or 'the norm'}{owner}: {self.text}"
 
 
 def check_norm_state(model: nn.Module) -> list[Finding]:
-    """What is wrong with the state of the norms of a model, in the order of its modules.
+    """Faults in the state of the norms of a model, in the order of its modules.
 
     Running variances must be above 0 and finite, means and affine finite, all of as many channels as the
     norm has, population statistics written at least once, and eps everywhere that of the spec.
@@ -69,10 +69,12 @@ def check_norm_state(model: nn.Module) -> list[Finding]:
     """
     findings: list[Finding] = []
     seen: set[nn.Module] = set()
-    for path, module, form in iterate_norms(model):
-        if module not in seen:
-            seen.add(module)
-            findings += _check_norm(path, module, form)
+
+    for path, norm, form in find_forms(model):
+        if norm not in seen:
+            seen.add(norm)
+            findings += _check_norm(path, norm, form)
+
     return findings
 
 
@@ -85,14 +87,16 @@ def find_unwritten_norms(model: nn.Module, *, only_frozen: bool = False) -> list
             out: the statistics of some old backbones are in their affine.
     """
     places = []
-    for path, module, form in iterate_norms(model):
-        if only_frozen and not form.is_frozen:
+
+    for path, norm, form in find_forms(model):
+        record = _read(path, norm, form)
+        if record is None or (only_frozen and not form.is_frozen):
             continue
-        record = _read(path, module, form)
-        for owner, fields in record.populations.items() if record else ():
-            affine = record.affines.get(owner, record.affines.get("", {})) if record else {}
-            if find_unwritten(fields) and not (only_frozen and _is_written(affine)):
+        for owner, statistics in record.populations.items():
+            affine = record.affines.get(owner, record.affines.get("", {}))
+            if find_unwritten(statistics) and not (only_frozen and _is_written(affine)):
                 places.append(f"{path}.{owner}" if owner else path)
+
     return places
 
 
@@ -103,13 +107,13 @@ def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
     they did not reach.
     """
     mean, var, counter = (fields.get(name) for name in ("running_mean", "running_var", "num_batches_tracked"))
-    if mean is None or var is None or var.numel() == 0:
+    if mean is None or var is None or var.numel() == 0 or bool(mean.any()):
         return False
-    if not bool(mean.any()) and not bool(var.any()):
-        return True
-    if counter is not None and int(counter) > 0:
-        return False
-    return not bool(mean.any()) and bool(((var - 1).abs() <= _INITIAL_SLACK).all()) and bool((var == var[0]).all())
+
+    is_zero = not bool(var.any())
+    is_counted = counter is not None and int(counter) > 0
+    is_initial = bool(((var - 1).abs() <= _INITIAL_SLACK).all()) and bool((var == var[0]).all())
+    return is_zero or (is_initial and not is_counted)
 
 
 def check_variances(state_dict: StateDict, where: str) -> None:
@@ -126,64 +130,73 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         name = key.rpartition(".")[2]
         if name not in ("running_mean", "running_var"):
             continue
+
         wrong = (~torch.isfinite(value) | ((value < 0) & (name == "running_var"))).flatten()
         if bool(wrong.any()):
             channels = _list_channels(wrong)
-            rule = "0 or more and finite" if name == "running_var" else "finite"
-            raise CheckpointError(
-                f"{key} must be {rule}; got {value.flatten()[channels[0]].item():g} "
-                f"({_name_channels(channels, len(wrong))}; {where}). "
-                f"Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
+            raise CheckpointError.of(
+                key,
+                f"be {'0 or more and finite' if name == 'running_var' else 'finite'}",
+                got=f"{value.flatten()[channels[0]].item():g}",
+                where=f"{_name_channels(channels, len(wrong))}; {where}",
+                remedy="Normalizing with it gives NaN: re-estimate the population statistics, or use another "
+                "checkpoint.",
             )
 
 
-def _check_norm(path: str, module: nn.Module, form: NormForm) -> Iterator[Finding]:
-    record = _read(path, module, form)
+def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]:
+    record = _read(path, norm, form)
     if record is None:
-        shapes = {key: list(value.shape) for key, value in module.state_dict().items() if value.dim()}
+        shapes = {key: list(value.shape) for key, value in norm.state_dict().items() if value.dim()}
         yield Finding(path, "channels", f"all state must be of its {form.num_features} channels; got {shapes}")
         return
-    for owner, fields in record.affines.items():
-        yield from _check_fields(path, owner, "affine", fields)
-    for owner, fields in record.populations.items():
-        yield from _check_fields(path, owner, "mean", {"running_mean": fields["running_mean"]})
-        yield from _check_fields(path, owner, "variance", {"running_var": fields["running_var"]})
-        if find_unwritten(fields):
-            count = f"{int(fields.get('num_batches_tracked', 0))} mini-batches"
-            count = count if "num_batches_tracked" in fields else "no counter"
-            values = f"mean 0 and variance {round(float(fields['running_var'][0]))} in every channel"
+
+    for owner, affine in record.affines.items():
+        yield from _check_values(path, owner, "affine", affine)
+
+    for owner, statistics in record.populations.items():
+        mean, var = statistics["running_mean"], statistics["running_var"]
+        yield from _check_values(path, owner, "mean", {"running_mean": mean})
+        yield from _check_values(path, owner, "variance", {"running_var": var})
+        if find_unwritten(statistics):
+            counter = statistics.get("num_batches_tracked")
+            count = "no counter" if counter is None else f"{int(counter)} mini-batches"
+            values = f"mean 0 and variance {round(float(var[0]))} in every channel"
             yield Finding(path, "unwritten", f"population statistics were never written: {values}, {count}", owner)
-    yield from _check_eps(path, module)
+
+    yield from _check_eps(path, norm)
 
 
-def _read(path: str, module: nn.Module, form: NormForm) -> NormRecord | None:
+def _read(path: str, norm: nn.Module, form: NormForm) -> NormRecord | None:
     try:
-        return read_norm(module, form, path)
+        return read_norm(norm, form, path)
     except CheckpointError:
         return None
 
 
-def _check_fields(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator[Finding]:
+def _check_values(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator[Finding]:
     for name, value in fields.items():
         wrong = ~torch.isfinite(value)
         if kind == "variance":
             wrong |= value <= 0
         if not bool(wrong.any()):
             continue
+
         channels = _list_channels(wrong)
         rule = "above 0 and finite" if kind == "variance" else "finite"
         text = f"{name} must be {rule}; got {value[channels[0]].item():g} ({_name_channels(channels, len(value))})"
         yield Finding(path, kind, text, owner, channels)
 
 
-def _check_eps(path: str, module: nn.Module) -> Iterator[Finding]:
+def _check_eps(path: str, norm: nn.Module) -> Iterator[Finding]:
     """One norm has one eps: on its parts too, which others read."""
-    expected = module.spec.eps if isinstance(module, BatchNorm2d) else getattr(module, "eps", None)
-    for name, part in module.named_modules():
-        own = getattr(part, "eps", expected)
-        expected = own if expected is None else expected
-        if own != expected:
-            yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {own}", name)
+    expected = norm.spec.eps if isinstance(norm, BatchNorm2d) else getattr(norm, "eps", None)
+
+    for name, part in norm.named_modules():
+        eps = getattr(part, "eps", expected)
+        expected = eps if expected is None else expected
+        if eps != expected:
+            yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {eps}", name)
 
 
 def _is_written(affine: Fields) -> bool:
@@ -194,9 +207,7 @@ def _list_channels(wrong: Tensor) -> tuple[int, ...]:
     return tuple(int(channel) for channel in wrong.nonzero().flatten())
 
 
-def _name_channels(channels: Iterable[int], num_channels: int) -> str:
-    channels = list(channels)
+def _name_channels(channels: Sequence[int], num_channels: int) -> str:
     if len(channels) == num_channels > 1:
         return "all channels"
-    more = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
-    return f"channel{'s' * (len(channels) > 1)} {', '.join(map(str, channels[:_SHOWN]))}{more}"
+    return f"channel{'s' * (len(channels) > 1)} {list_few(channels, 5)}"

@@ -1,50 +1,41 @@
 """Replace the norms of a model by norms of other answers, and carry their state over.
 
-How state goes from one norm to another is in `bnext.surgery.convert_state`.
+In three steps: which norms become what, by patterns of paths or by fields of specs; every new norm with the state of
+the old one; all into their places. How state goes from one norm to another is in `bnext.surgery.convert_state`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import fnmatch
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
-from bnext.layers.forms import AFFINE, NormForm, find_form, find_leftovers, iterate_norms
+from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_leftovers
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
-from bnext.surgery.caffe import read_caffe_state
-from bnext.surgery.convert_state import (
-    Change,
-    ConversionReport,
-    check_map,
-    convert_norm_state,
-    copy_norm_state,
-    restrict_map,
-)
-from bnext.surgery.norm_patterns import NewNorm, check_arguments, choose_norms
+from bnext.surgery.convert_state import Change, ConversionReport, check_map, copy_norm_state, restrict_map
 
-__all__ = [
-    "Change",
-    "ConversionReport",
-    "NewNorm",
-    "convert_norm",
-    "convert_norm_state",
-    "copy_norm_state",
-    "read_caffe_state",
-]
+__all__ = ["NewNorm", "convert_norm"]
 
-_ABSENT = object()
+NewNorm = NormSpec | str | Callable[[int], nn.Module]
+Norms = list[tuple[str, nn.Module, NormForm]]
+
 REMOVED = "the norm was removed, and its affine with it; outputs change"
 OTHER_MOMENTUM = "momentum was {source}, and is {target} now"
 TIED = "its {name} was shared with another module, and is its own now"
 UNFROZEN = "it was frozen; now its statistics follow the mini-batches of training"
 LEFT_ANSWERS = "the answers {answers} of its spec were left out"
+
+_ABSENT = object()
 # Fields of a spec that a norm of any form has, or which the report speaks of by another name.
 _CARRIED = {"population", "affine", "domains", "fallback_domain", "eps", "momentum", "average", "inference", "frozen"}
 
@@ -55,6 +46,7 @@ def convert_norm(
     *,
     domain_map: Mapping[str, str] | None = None,
     adopt_eps: bool = True,
+    treat_as: TreatAs | None = None,
     **changes: object,
 ) -> ConversionReport:
     """Give norms of a model other answers, and carry their state over. In place.
@@ -69,6 +61,8 @@ def convert_norm(
             or what makes a norm of a number of channels, as `torch.nn.BatchNorm2d`.
         domain_map: name of a domain of the new norm -> name in the old one, see `copy_norm_state`.
         adopt_eps: every norm keeps its eps, so that outputs stay what they were. False: the new eps.
+        treat_as: class with a forward of its own -> class of torch that computes the same in evaluation mode, as
+            `{MyNorm: nn.BatchNorm2d}`. The norms of torch, torchvision and detectron2 are known.
         changes: fields of `NormSpec`, for every level norm.
 
     Returns:
@@ -95,142 +89,267 @@ def convert_norm(
         What conversions that keep only what they know have lost: pytorch/pytorch#187298,
         huggingface/pytorch-image-models#1254.
     """
-    check_arguments(model, specs, changes)
-    norms = [norm for norm in iterate_norms(model) if not _normalizes_last(norm[1])]
+    _check_arguments(model, specs, changes)
+    norms = [norm for norm in find_forms(model, treat_as) if not _normalizes_last(norm[1])]
     if any(not path for path, *_ in norms):
-        raise ConfigError(
-            f"model must hold its norms in modules; got a {type(model).__name__} itself (convert_norm). "
-            f"Make the new norm and call copy_norm_state(old, new)."
+        raise ConfigError.of(
+            "model",
+            "hold its norms in modules",
+            got=f"a {type(model).__name__} itself",
+            where="convert_norm",
+            remedy="Make the new norm and call copy_norm_state(old, new).",
         )
-    chosen = choose_norms(model, norms, specs, changes)
-    report, made = ConversionReport(), {}
-    for path, module, form in norms:
-        if path in chosen and module not in made:
-            made[module], notes = _replace(module, form, chosen[path], path, domain_map, adopt_eps)
-            report.changes += notes
-    targets = [(form.owners, find_form(made[module])) for path, module, form in norms if path in chosen]
-    check_map(domain_map, [to for known, form in targets if form for to in restrict_map(domain_map, form, known)])
-    report.changes += _find_ties(model, {module: path for path, module, _ in norms if path in chosen})
-    for path, module, _ in norms:  # everything is made, so nothing stops half-way
-        if path in chosen:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, made[module])
+    choices = _choose_levels(model, norms, changes) if specs is None else _choose_by_pattern(model, norms, specs)
+    norms = [norm for norm in norms if norm[0] in choices]
+
+    report = ConversionReport()
+    new_norms: dict[nn.Module, nn.Module] = {}
+    mapped: set[str] = set()
+    for path, norm, form in norms:
+        if norm in new_norms:
+            continue
+        _check_leftovers(norm, form, path, treat_as)
+        new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
+
+        new_form = find_form(new_norm, treat_as)
+        if new_form is None:
+            report.changes.append(Change(path, REMOVED, keeps_outputs=False))
+            continue
+        texts = find_leftovers(norm, form, treat_as)[1]
+        texts += _carry_settings(norm, form, new_norm, new_form, keeps_momentum=isinstance(choices[path], NormSpec))
+        report.changes += [Change(path, text) for text in texts]
+
+        norm_map = restrict_map(domain_map, new_form, form.owners)
+        mapped |= norm_map.keys()
+        copied = copy_norm_state(norm, new_norm, path, domain_map=norm_map, adopt_eps=adopt_eps, treat_as=treat_as)
+        report.changes += copied.changes
+        _freeze_like(norm, new_norm)
+
+    check_map(domain_map, mapped)
+    report.changes += _find_ties(model, {norm: path for path, norm, _ in norms})
+
+    for path, norm, _ in norms:  # everything is made, so nothing stops half-way
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, new_norms[norm])
     name_norms(model)
-    report.title = f"{len(made)} norms converted:"
-    report.nothing = f"{len(made)} norms converted, and nothing was lost."
+
+    report.title = f"{len(new_norms)} norms converted:"
+    report.nothing = f"{len(new_norms)} norms converted, and nothing was lost."
     return report
 
 
-def _find_ties(model: nn.Module, replaced: Mapping[nn.Module, str]) -> list[Change]:
-    """Parameters of the norms that are replaced which another module holds, too: they come apart."""
-    holders: dict[nn.Parameter, list[nn.Module]] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(module)
-    return [
-        Change(path, TIED.format(name=name))
-        for norm, path in replaced.items()
-        for name, parameter in norm.named_parameters()
-        if len(holders[parameter]) > 1
-    ]
-
-
-def _normalizes_last(module: nn.Module) -> bool:
+def _normalizes_last(norm: nn.Module) -> bool:
     """A LayerNorm as torch has it normalizes the last dimension: another thing than a norm of [N, C, H, W]."""
-    return isinstance(module, nn.LayerNorm) and type(module).forward is nn.LayerNorm.forward
+    return isinstance(norm, nn.LayerNorm) and type(norm).forward is nn.LayerNorm.forward
 
 
-def _replace(
-    module: nn.Module, form: NormForm, value: NewNorm, path: str, domain_map: Mapping[str, str] | None, adopt_eps: bool
-) -> tuple[nn.Module, list[Change]]:
-    """The norm that takes the place of another, and what is to be said of it."""
-    refused, texts = find_leftovers(module, form)
-    if refused:
-        raise ConfigError(
-            f"a norm must be nothing but a norm to be converted; got {type(module).__name__}: {'; '.join(refused)} "
-            f"({path}). Take it apart into a norm and the rest, or leave it out of the patterns."
+# ---- which norms become what
+
+
+def _check_arguments(model: nn.Module, specs: object, changes: Mapping[str, object]) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ConfigError.of(
+            "model",
+            "not be in DistributedDataParallel, which would not exchange the gradients of the new parameters",
+            got=type(model).__name__,
+            where="convert_norm",
+            remedy="Convert the model before it is wrapped.",
         )
-    made = _make_norm(module, form, value, path)
-    if made is None:
-        return nn.Identity(), [Change(path, REMOVED, keeps_outputs=False)]
-    made_form = cast(NormForm, find_form(made))
-    _place_like(module, made)
-    texts += _carry_momentum(module, made, keeps_own=isinstance(value, NormSpec))
-    if form.is_frozen and not made_form.is_frozen and made_form.is_batch_norm:
-        texts.append(UNFROZEN)
-    texts += _find_left_answers(module, made)
-    own_map = restrict_map(domain_map, made_form, form.owners)
-    report = copy_norm_state(module, made, path, domain_map=own_map, adopt_eps=adopt_eps)
-    _freeze_like(module, made)
-    return made, [*(Change(path, text) for text in texts), *report.changes]
+
+    is_right = specs is None or isinstance(specs, Mapping)
+    for pattern, value in specs.items() if isinstance(specs, Mapping) else ():
+        is_right &= isinstance(pattern, str) and (isinstance(value, (NormSpec, str)) or callable(value))
+    if not is_right:
+        raise ConfigError.of(
+            "specs",
+            "map patterns to norms",
+            got=repr(specs),
+            where="convert_norm",
+            remedy="Write {'backbone': NormSpec(...)}; the pattern '' is the whole model. A norm is a NormSpec, a "
+            "name, or a function that makes a norm of a number of channels.",
+        )
+    if specs is not None and changes:
+        raise ConfigError.of(
+            "specs",
+            "say everything that changes",
+            got=f"patterns and {', '.join(changes)}= as well",
+            where="convert_norm",
+            remedy="Put the fields into the specs.",
+        )
+
+    fields = [field.name for field in dataclasses.fields(NormSpec)]
+    unknown = sorted(changes.keys() - fields)
+    if unknown:
+        raise ConfigError.of(
+            "changes",
+            "be fields of NormSpec",
+            got=", ".join(unknown),
+            where="convert_norm",
+            remedy=f"They are {', '.join(fields)}.",
+        )
 
 
-def _make_norm(module: nn.Module, form: NormForm, value: NewNorm, path: str) -> nn.Module | None:
-    spec = NAMED_NORMS.get(value) if isinstance(value, str) else value if isinstance(value, NormSpec) else None
-    levels = module.levels if isinstance(module, LevelBatchNorm2d) else None
+def _choose_levels(model: nn.Module, norms: Norms, changes: dict[str, Any]) -> dict[str, NewNorm]:
+    """Path -> new spec of every level norm."""
+    choices: dict[str, NewNorm] = {}
+    for path, norm, _ in norms:
+        if isinstance(norm, LevelBatchNorm2d):
+            choices[path] = norm.spec.replace(**changes)
+
+    if not choices:
+        raise ConfigError.of(
+            "model",
+            "have a level norm to convert",
+            got=f"{type(model).__name__} without one",
+            where="convert_norm",
+            remedy="Build it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint "
+            'into it; or say which norms become what: convert_norm(model, {"backbone": NormSpec(...)}).',
+        )
+    return choices
+
+
+def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNorm]) -> dict[str, NewNorm]:
+    """Path -> new norm, for the norms that a pattern matches."""
+    choices: dict[str, NewNorm] = {}
+    paths = [path for path, *_ in norms]
+    for pattern, value in specs.items():
+        matches = [path for path in paths if _matches(path, pattern)]
+        if not matches:
+            raise _no_match(model, paths, pattern)
+        choices.update(dict.fromkeys(matches, value))
+
+    places: dict[nn.Module, list[str]] = {}
+    for path, norm, _ in norms:
+        places.setdefault(norm, []).append(path)
+    for same in places.values():
+        values = [choices.get(path) for path in sorted(same)]
+        if any(value != values[0] for value in values):
+            raise ConfigError.of(
+                "a norm at several places",
+                "become one norm",
+                got=f"{values} for {', '.join(sorted(same))}",
+                where="convert_norm",
+                remedy="Use patterns that match all of its places.",
+            )
+    return choices
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return not pattern or path == pattern or path.startswith(f"{pattern}.") or fnmatch.fnmatchcase(path, pattern)
+
+
+def _no_match(model: nn.Module, paths: list[str], pattern: str) -> ConfigError:
+    parents = {path[:index] for path in paths for index, letter in enumerate(path) if letter == "."}
+    near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
+    hint = f"near it are {', '.join(near)}" if near else "the model has no norm at all"
+
+    return ConfigError.of(
+        "specs",
+        "be of paths or globs that match a norm",
+        got=f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}",
+        where=f"convert_norm; {hint}",
+        remedy="Correct the pattern, or leave it out.",
+    )
+
+
+# ---- one new norm
+
+
+def _check_leftovers(norm: nn.Module, form: NormForm, path: str, treat_as: TreatAs | None) -> None:
+    """Refuse a norm of which outputs or state would be lost."""
+    refused, _ = find_leftovers(norm, form, treat_as)
+
+    if refused:
+        raise ConfigError.of(
+            "a norm",
+            "be nothing but a norm to be converted",
+            got=f"{type(norm).__name__}: {'; '.join(refused)}",
+            where=path,
+            remedy="Take it apart into a norm and the rest, or leave it out of the patterns.",
+        )
+
+
+def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat_as: TreatAs | None) -> nn.Module:
+    """The norm that takes the place of another, not yet with its state; nn.Identity for none."""
+    levels = norm.levels if isinstance(norm, LevelBatchNorm2d) else None
+    spec = value if isinstance(value, NormSpec) else None
+    if isinstance(value, str) and value in NAMED_NORMS:
+        spec = NAMED_NORMS[value]
+
     if spec is not None and levels is None and spec.owner == "per_level":
-        raise ConfigError(
-            f"spec must not be per_level for a norm that gets one feature map at a time; got {spec} ({path}). "
-            f"Use per_domain with names, or a head of bnext, which gives all levels to its norms at once."
+        raise ConfigError.of(
+            "spec",
+            "not be per_level for a norm that gets one feature map at a time",
+            got=spec,
+            where=path,
+            remedy="Use per_domain with names, or a head of bnext, which gives all levels to its norms at once.",
         )
     if spec is not None:
         return build_norm(spec, levels)(form.num_features)
+
     if levels is not None:
-        raise ConfigError(
-            f"a level norm must become a norm of levels; got {value!r} ({path}), which takes one feature map. "
-            f"Give a NormSpec, or build the head with that norm."
+        raise ConfigError.of(
+            "a level norm",
+            "become a norm of levels",
+            got=f"{value!r}, which takes one feature map",
+            where=path,
+            remedy="Give a NormSpec, or build the head with that norm.",
         )
     if isinstance(value, str):
-        return make_named_norm(value, form.num_features)
-    made = cast(Callable[[int], nn.Module], value)(form.num_features)
-    if find_form(made) is None:
-        raise ConfigError(
-            f"specs must be NormSpecs, names, or classes of norms; got {value!r}, which makes a {type(made).__name__} "
-            f"({path}). Give one of them."
+        return make_named_norm(value, form.num_features) or nn.Identity()
+
+    new_norm: nn.Module = value(form.num_features)  # type: ignore[operator]
+    if find_form(new_norm, treat_as) is None:
+        raise ConfigError.of(
+            "specs",
+            "be NormSpecs, names, or classes of norms",
+            got=f"{value!r}, which makes a {type(new_norm).__name__}",
+            where=path,
+            remedy="Give one of them.",
         )
-    return made
+    return new_norm
 
 
-def _place_like(module: nn.Module, made: nn.Module) -> None:
-    """Device, type and mode."""
-    first = next((value for value in module.state_dict().values() if value.is_floating_point()), None)
-    if first is not None:
-        made.to(first.device, first.dtype)
-    made.train(module.training)
-    old, new = (
-        [part for part in norm.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
-        for norm in (module, made)
-    )
-    if old and not any(part.track_running_stats for part in old):  # somebody holds them still
-        for part in new:
+def _carry_settings(
+    norm: nn.Module, form: NormForm, new_norm: nn.Module, new_form: NormForm, keeps_momentum: bool
+) -> list[str]:
+    """Device, type, mode and momentum; and texts on what is otherwise."""
+    texts = []
+
+    tensor = next((value for value in norm.state_dict().values() if value.is_floating_point()), None)
+    if tensor is not None:
+        new_norm.to(tensor.device, tensor.dtype)
+    new_norm.train(norm.training)
+
+    tracking = [part.track_running_stats for part in _list_populations(norm)]
+    if tracking and not any(tracking):  # somebody holds them still
+        for part in _list_populations(new_norm):
             part.track_running_stats = False
 
-
-def _freeze_like(module: nn.Module, made: nn.Module) -> None:
-    """An affine that somebody froze stays frozen; one that its form froze is trained if the new form trains it."""
-    if isinstance(module, BatchNorm2d) and module.spec.has_frozen_affine:
-        return
-    for field in AFFINE:
-        old, new = (
-            [parameter for name, parameter in norm.named_parameters() if name.rpartition(".")[2] == field]
-            for norm in (module, made)
-        )
-        if old and not any(parameter.requires_grad for parameter in old):
-            for parameter in new:
-                parameter.requires_grad_(False)
+    texts += _carry_momentum(norm, new_norm, keeps_momentum)
+    if form.is_frozen and not new_form.is_frozen and new_form.is_batch_norm:
+        texts.append(UNFROZEN)
+    if isinstance(norm, BatchNorm2d) and not isinstance(new_norm, BatchNorm2d):
+        texts += _tell_answers(norm.spec, new_norm)
+    return texts
 
 
-def _carry_momentum(module: nn.Module, made: nn.Module, keeps_own: bool) -> list[str]:
-    """Momentum None is torch's for a cumulative average. A spec has its own; what a name or a class makes has not."""
-    own, momentum = _find_momentum(made), _find_momentum(module)
-    if own is _ABSENT or momentum is _ABSENT or own == momentum:
+def _list_populations(norm: nn.Module) -> list[_BatchNorm]:
+    return [part for part in norm.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None]
+
+
+def _carry_momentum(norm: nn.Module, new_norm: nn.Module, keeps_momentum: bool) -> list[str]:
+    """Momentum None is torch's for a cumulative average. A spec has its own; a name or a class has none."""
+    momentum, new_momentum = _find_momentum(norm), _find_momentum(new_norm)
+    if new_momentum is _ABSENT or momentum is _ABSENT or new_momentum == momentum:
         return []
-    if keeps_own or not (momentum is None or 0 < momentum <= 1):
-        return [OTHER_MOMENTUM.format(source=momentum, target=own)]
-    if isinstance(made, BatchNorm2d):
+    if keeps_momentum or not (momentum is None or 0 < momentum <= 1):
+        return [OTHER_MOMENTUM.format(source=momentum, target=new_momentum)]
+
+    if isinstance(new_norm, BatchNorm2d):
         changes: dict[str, Any] = {"average": "cumulative"} if momentum is None else {"momentum": momentum}
-        made.spec = made.spec.replace(**changes)
-    for part in made.modules():
+        new_norm.spec = new_norm.spec.replace(**changes)
+    for part in new_norm.modules():
         if hasattr(part, "momentum"):
             part.momentum = momentum
     return []
@@ -240,17 +359,45 @@ def _find_momentum(norm: nn.Module) -> Any:
     return next((part.momentum for part in norm.modules() if hasattr(part, "momentum")), _ABSENT)
 
 
-def _find_left_answers(module: nn.Module, made: nn.Module) -> list[str]:
+def _tell_answers(spec: NormSpec, new_norm: nn.Module) -> list[str]:
     """Answers to "which batch?" that torch's norms cannot hold."""
-    if not isinstance(module, BatchNorm2d) or isinstance(made, BatchNorm2d):
-        return []
-    default = NormSpec()
-    left = {
-        field.name: getattr(module.spec, field.name)
-        for field in dataclasses.fields(NormSpec)
-        if field.name not in _CARRIED and getattr(module.spec, field.name) != getattr(default, field.name)
-    }
-    if isinstance(made, nn.SyncBatchNorm) and left.get("workers") == "all":
-        del left["workers"]
-    answers = ", ".join(f"{name}={value!r}" for name, value in left.items())
-    return [LEFT_ANSWERS.format(answers=answers)] if left else []
+    default, answers = NormSpec(), []
+
+    for field in dataclasses.fields(NormSpec):
+        value = getattr(spec, field.name)
+        is_held = isinstance(new_norm, nn.SyncBatchNorm) and (field.name, value) == ("workers", "all")
+        if field.name not in _CARRIED and value != getattr(default, field.name) and not is_held:
+            answers.append(f"{field.name}={value!r}")
+
+    return [LEFT_ANSWERS.format(answers=", ".join(answers))] if answers else []
+
+
+def _freeze_like(norm: nn.Module, new_norm: nn.Module) -> None:
+    """An affine that somebody froze stays frozen; one that its form froze is trained if the new form trains it."""
+    if isinstance(norm, BatchNorm2d) and norm.spec.has_frozen_affine:
+        return
+
+    for field in AFFINE:
+        parameters = _list_parameters(norm, field)
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            for parameter in _list_parameters(new_norm, field):
+                parameter.requires_grad_(False)
+
+
+def _list_parameters(norm: nn.Module, field: str) -> list[nn.Parameter]:
+    return [parameter for name, parameter in norm.named_parameters() if name.rpartition(".")[2] == field]
+
+
+def _find_ties(model: nn.Module, replaced: Mapping[nn.Module, str]) -> list[Change]:
+    """Parameters of the norms that are replaced which another module holds, too: they come apart."""
+    holders: dict[nn.Parameter, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders[parameter] = holders.get(parameter, 0) + 1
+
+    changes = []
+    for norm, path in replaced.items():
+        for name, parameter in norm.named_parameters():
+            if holders[parameter] > 1:
+                changes.append(Change(path, TIED.format(name=name)))
+    return changes

@@ -1,7 +1,7 @@
-"""Carry the state of one norm to another, and say what was known and what was not.
+"""Bring the state of one norm into another, or a state dict into the form of a model, and say what was known.
 
 All forms of `bnext.layers.forms`, both ways. Norms inside a model are replaced in
-`bnext.surgery.convert`; what is read and written is in `bnext.layers.norm_state`.
+`bnext.surgery.convert`; how one layout becomes another is in `bnext.layers.norm_state`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from bnext.errors import CheckpointError, ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_form, iterate_norms
-from bnext.layers.norm_state import Fields, NormRecord, Note, read_norm, read_state, write_state
+from bnext.layers.forms import (
+    AFFINE,
+    FORWARD_OF_ITS_OWN,
+    POPULATION,
+    NormForm,
+    TreatAs,
+    find_form,
+    find_forms,
+    find_kind,
+)
+from bnext.layers.norm_state import Fields, Note, read_norm, read_state, write_state
 
 __all__ = [
     "Change",
@@ -70,14 +79,16 @@ class ConversionReport:
     def __str__(self) -> str:
         paths: dict[str, list[str]] = {}
         for change in self.changes:
-            paths.setdefault(change.text, []).append(change.path)
-        lines = [f"  {_count(where)}: {text}" for text, where in paths.items()]
-        return "\n".join([self.title, *lines]) if lines else self.nothing
+            paths.setdefault(change.text, []).append(change.path or "the model itself")
+
+        lines = [self.title]
+        for text, places in paths.items():
+            count = f"{len(places)} norms ({places[0]}, ...)" if len(places) > 1 else f"1 norm ({places[0]})"
+            lines.append(f"  {count}: {text}")
+        return "\n".join(lines) if paths else self.nothing
 
 
-def _count(paths: list[str]) -> str:
-    named = paths[0] or "the model itself"
-    return f"{len(paths)} norms ({named}, ...)" if len(paths) > 1 else f"1 norm ({named})"
+# ---- a state dict for a model
 
 
 def convert_norm_state(
@@ -100,25 +111,46 @@ def convert_norm_state(
             or of other channels.
         ConfigError: domain_map names what no norm has.
     """
-    converted, report, used = dict(state_dict), ConversionReport(), set[str]()
-    for path, layer, form in iterate_norms(model):
+    converted, report = dict(state_dict), ConversionReport()
+    used: set[str] = set()
+
+    for path, norm, form in find_forms(model):
         prefix = f"{path}." if path else ""
-        found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not _needs_conversion(found, layer, form, domain_map):
+        stored = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        if not _needs_conversion(stored, norm, form, domain_map):
             continue
-        for key in found:
+        for key in stored:
             del converted[prefix + key]
-        if any(value.dim() > 1 for value in found.values()):
+
+        if any(value.dim() > 1 for value in stored.values()):
             report.changes.append(Change(path, NO_NORM, keeps_outputs=False))
             continue
-        record = read_state(found, form.num_features, path)
-        own_map = restrict_map(domain_map, form, record.owners)
-        used |= own_map.keys()
-        state, notes = write_state(record, form, path, own_map)
+
+        record = read_state(stored, form.num_features, path)
+        norm_map = restrict_map(domain_map, form, record.owners)
+        used |= norm_map.keys()
+        state, notes = write_state(record, form, path, norm_map)
         converted.update({prefix + key: value for key, value in state.items()})
         report.changes += [Change(path, *note) for note in notes]
+
     check_map(domain_map, used)
     return converted, report
+
+
+def _needs_conversion(stored: StateDict, norm: nn.Module, form: NormForm, domain_map: Mapping[str, str] | None) -> bool:
+    """Whether state that the checkpoint has for a norm is not in the norm's form."""
+    if not stored or (not domain_map and stored.keys() == norm.state_dict().keys()):
+        return False
+    if isinstance(norm, BatchNorm2d):
+        return True
+
+    # Of other norms only what torch could not load is touched: that which has owners, and is of a norm.
+    for key, value in stored.items():
+        owner, _, field = key.rpartition(".")
+        has_shape = value.dim() == 0 or tuple(value.shape) == (form.num_features,)
+        if field not in AFFINE + POPULATION or "." in owner or not has_shape:
+            return False
+    return any("." in key for key in stored)
 
 
 def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
@@ -132,16 +164,20 @@ def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
         `convert_norm_state` makes it from.
     """
     state: dict[str, Tensor] = model.state_dict()
-    for path, _, form in iterate_norms(model):
+
+    for path, _, form in find_forms(model):
         prefix = f"{path}." if path else ""
-        for fields, layout in ((AFFINE, form.affine), (POPULATION, form.population)):
-            if layout == "owned":
-                first = {field: state.get(f"{prefix}{form.owners[0]}.{field}") for field in fields}
-                state |= {f"{prefix}{field}": value for field, value in first.items() if value is not None}
-                for owner in form.owners:
-                    for field in fields:
-                        state.pop(f"{prefix}{owner}.{field}", None)
+        fields = [*(AFFINE if form.affine == "owned" else ()), *(POPULATION if form.population == "owned" else ())]
+        for owner in form.owners:
+            for field in fields:
+                value = state.pop(f"{prefix}{owner}.{field}", None)
+                if value is not None:
+                    state.setdefault(f"{prefix}{field}", value)
+
     return state
+
+
+# ---- one norm into another
 
 
 def copy_norm_state(
@@ -151,6 +187,7 @@ def copy_norm_state(
     *,
     domain_map: Mapping[str, str] | None = None,
     adopt_eps: bool = False,
+    treat_as: TreatAs | None = None,
 ) -> ConversionReport:
     """Copy the affine and the statistics of one norm into another, each of any form.
 
@@ -162,6 +199,7 @@ def copy_norm_state(
             or a new one that starts from another's; "" is what all of them share, so that {"": "night"}
             makes a plain norm of one domain.
         adopt_eps: the target takes over the source's eps. False: a different eps is said in the report.
+        treat_as: class with a forward of its own -> class of torch that computes the same in evaluation mode.
 
     Returns:
         What was not copied as it was; `keeps_outputs` says whether outputs in evaluation mode are equal.
@@ -175,31 +213,86 @@ def copy_norm_state(
         >>> report.keeps_outputs
         True
     """
-    record, form = read_norm(source, _require_form(source, path), path), _require_form(target, path)
-    if record.form is not None and record.form.num_features != form.num_features:
-        raise CheckpointError(
-            f"source must have the {form.num_features} channels of the target; got {record.form.num_features} "
-            f"({path or 'copy_norm_state'}). Copy between norms of the same place."
+    source_form, form = (_require_form(norm, path, treat_as) for norm in (source, target))
+    if source_form.num_features != form.num_features:
+        raise CheckpointError.of(
+            "source",
+            f"have the {form.num_features} channels of the target",
+            got=source_form.num_features,
+            where=path or "copy_norm_state",
+            remedy="Copy between norms of the same place.",
         )
+
+    record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
-    notes += [*_load(state, target), *_compare_inference(record, form)]
-    notes += _settle_eps(record, form, target, adopt_eps)
+    notes += _load(state, target)
+    notes += _compare_inference(source_form, form)
+    notes += _settle_eps(source_form, form, target, adopt_eps)
     return ConversionReport([Change(path, *note) for note in notes])
 
 
-def _needs_conversion(found: StateDict, layer: nn.Module, form: NormForm, domain_map: Mapping[str, str] | None) -> bool:
-    """Whether state that the checkpoint has for a norm is not in the norm's form."""
-    if not found or (not domain_map and found.keys() == layer.state_dict().keys()):
-        return False
-    if isinstance(layer, BatchNorm2d):
-        return True
-    # Of other norms only what torch could not load is touched: that which has owners.
-    return any("." in key for key in found) and all(
-        key.rpartition(".")[2] in AFFINE + POPULATION
-        and key.count(".") < 2
-        and (value.dim() == 0 or tuple(value.shape) == (form.num_features,))
-        for key, value in found.items()
+def _require_form(norm: nn.Module, path: str, treat_as: TreatAs | None) -> NormForm:
+    name, form = type(norm).__name__, find_form(norm, treat_as)
+
+    if form is not None and find_kind(norm, treat_as) is not None:
+        return form
+    raise ConfigError.of(
+        "norms",
+        "be of a known form",
+        got=name if form is None else f"{name}: {FORWARD_OF_ITS_OWN.format(name=name)}",
+        where=path or "copy_norm_state",
+        remedy="Known are BatchNorm2d, SyncBatchNorm, frozen norms with buffers, CycleBatchNormList, GroupNorm, "
+        "LayerNorm, and those of bnext.",
     )
+
+
+@torch.no_grad()
+def _load(state: Fields, target: nn.Module) -> list[Note]:
+    """Copy in place, so that what shares the tensors sees it; what is not in `state` keeps its value."""
+    entries = target.state_dict(keep_vars=True)
+    rounded = set()
+
+    for key, value in state.items():
+        entry = entries[key]
+        is_narrower = torch.promote_types(value.dtype, entry.dtype) != entry.dtype
+        entry.copy_(value)
+        if is_narrower and not torch.equal(value, value.to(entry.dtype).to(value.dtype)):
+            rounded.add(ROUNDED.format(source=value.dtype, target=entry.dtype))
+
+    return [Note(text, keeps_outputs=False) for text in sorted(rounded)]
+
+
+def _compare_inference(source: NormForm, target: NormForm) -> list[Note]:
+    if source.inference == target.inference:
+        return []
+
+    names = [str(form.inference[0]).replace("_", "-") for form in (source, target)]
+    if names[0] == names[1]:
+        names = [f"{names[0]} {form.inference[1:]}" for form in (source, target)]
+    return [Note(OTHER_INFERENCE.format(source=names[0], target=names[1]), keeps_outputs=False)]
+
+
+def _settle_eps(source: NormForm, form: NormForm, target: nn.Module, adopt: bool) -> list[Note]:
+    """Give the target the eps of the source, or say that it has another."""
+    if source.eps == form.eps or source.is_batch_norm != form.is_batch_norm:
+        return []
+
+    holders = [module for module in target.modules() if hasattr(module, "eps")]  # the parts of a norm too
+    if not adopt or not holders:
+        return [Note(OTHER_EPS.format(source=source.eps, target=form.eps), keeps_outputs=False)]
+
+    takes_zero = not form.is_batch_norm or (form.is_frozen and not isinstance(target, BatchNorm2d))
+    used = source.eps if source.eps > 0 or takes_zero else NO_EPS
+    for module in holders:
+        module.eps = used  # type: ignore[assignment]
+    if isinstance(target, BatchNorm2d):
+        target.spec = target.spec.replace(eps=used)
+
+    text = ADOPTED_EPS if used == source.eps else ADOPTED_ZERO
+    return [Note(text.format(source=source.eps, target=form.eps, used=used))]
+
+
+# ---- maps of domains, for a whole model
 
 
 def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
@@ -214,62 +307,12 @@ def check_map(domain_map: Mapping[str, str] | None, used: Iterable[str]) -> None
     Raises:
         ConfigError: one has not.
     """
-    for target in sorted((domain_map or {}).keys() - set(used)):
-        source = (domain_map or {})[target]
-        raise ConfigError(
-            f"domain_map must map a name in the new norms to a name in the old ones; got {target!r}: {source!r}, which "
-            f"no norm of the model has. Correct the name, or leave it out."
+    unused = sorted((domain_map or {}).keys() - set(used))
+
+    if domain_map and unused:
+        raise ConfigError.of(
+            "domain_map",
+            "map a name in the new norms to a name in the old ones",
+            got=f"{unused[0]!r}: {domain_map[unused[0]]!r}, which no norm of the model has",
+            remedy="Correct the name, or leave it out.",
         )
-
-
-def _require_form(module: nn.Module, path: str) -> NormForm:
-    form = find_form(module)
-    if form is None:
-        raise ConfigError(
-            f"norms must be of a known form; got {type(module).__name__} ({path or 'copy_norm_state'}). Known are "
-            f"BatchNorm2d, SyncBatchNorm, frozen norms with buffers, CycleBatchNormList, GroupNorm, LayerNorm, and "
-            f"those of bnext."
-        )
-    return form
-
-
-@torch.no_grad()
-def _load(state: Fields, target: nn.Module) -> list[Note]:
-    """Copy in place, so that what shares the tensors sees it; what is not in `state` keeps its value."""
-    own = target.state_dict(keep_vars=True)
-    rounded = {
-        (str(value.dtype), str(own[key].dtype))
-        for key, value in state.items()
-        if torch.promote_types(value.dtype, own[key].dtype) != own[key].dtype
-        and not torch.equal(value, value.to(own[key].dtype).to(value.dtype))
-    }
-    for key, value in state.items():
-        own[key].copy_(value)
-    return [Note(ROUNDED.format(source=a, target=b), keeps_outputs=False) for a, b in sorted(rounded)]
-
-
-def _compare_inference(record: NormRecord, form: NormForm) -> list[Note]:
-    source = record.form
-    if source is None or source.inference == form.inference:
-        return []
-    names = [str(kind.inference[0]).replace("_", "-") for kind in (source, form)]
-    if names[0] == names[1]:
-        names = [f"{name} {kind.inference[1:]}" for name, kind in zip(names, (source, form), strict=True)]
-    return [Note(OTHER_INFERENCE.format(source=names[0], target=names[1]), keeps_outputs=False)]
-
-
-def _settle_eps(record: NormRecord, form: NormForm, target: nn.Module, adopt: bool) -> list[Note]:
-    source = record.form
-    if source is None or source.eps == form.eps or source.is_batch_norm != form.is_batch_norm:
-        return []
-    holders = [module for module in target.modules() if hasattr(module, "eps")]  # the parts of a norm too
-    if not adopt or not holders:
-        return [Note(OTHER_EPS.format(source=source.eps, target=form.eps), keeps_outputs=False)]
-    takes_zero = not form.is_batch_norm or (form.is_frozen and not isinstance(target, BatchNorm2d))
-    used = source.eps if source.eps > 0 or takes_zero else NO_EPS
-    for module in holders:
-        module.eps = used  # type: ignore[assignment]
-    if isinstance(target, BatchNorm2d):
-        target.spec = target.spec.replace(eps=used)
-    text = ADOPTED_EPS if used == source.eps else ADOPTED_ZERO
-    return [Note(text.format(source=source.eps, target=form.eps, used=used))]

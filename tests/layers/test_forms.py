@@ -10,7 +10,7 @@ from torch import nn
 
 from bnext.errors import CheckpointError, ConfigError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
-from bnext.layers.forms import find_form, find_leftovers, iterate_norms
+from bnext.layers.forms import find_form, find_leftovers, find_forms
 from bnext.surgery import convert_norm_state, copy_norm_state
 from bnext.surgery.caffe import read_caffe_state
 from tests import strategies
@@ -186,12 +186,12 @@ def test_the_form_says_the_keys_and_nothing_is_left_over(name):
     else:
         assert not notes
     model = nn.ModuleDict({"a": nn.ModuleDict({"norm": norm}), "b": nn.ModuleDict({"norm": norm})})
-    assert [path for path, *_ in iterate_norms(model)] == ["a.norm", "b.norm"]
+    assert [path for path, *_ in find_forms(model)] == ["a.norm", "b.norm"]
 
 
 def test_lists_whose_items_are_called_are_no_norm():
     lists = nn.ModuleDict({"norms": nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))})
-    assert [path for path, *_ in iterate_norms(lists)] == ["norms.0", "norms.1"]
+    assert [path for path, *_ in find_forms(lists)] == ["norms.0", "norms.1"]
 
 
 # Caffe's conventions

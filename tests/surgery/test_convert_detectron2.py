@@ -14,7 +14,7 @@ from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
 from torch import nn
 
 from bnext.layers import BatchNorm2d, NormSpec, build_norm
-from bnext.layers.forms import iterate_norms
+from bnext.layers.forms import find_forms
 from bnext.scope import use_domain
 from bnext.surgery import convert_norm
 from tests.cases import randomize
@@ -53,11 +53,11 @@ def run(model):
 def test_a_model_that_is_built(norm, kind):
     model = build(norm)
     expected, state = run(model), copy.deepcopy(model.state_dict())
-    paths = [path for path, *_ in iterate_norms(model)]
+    paths = [path for path, *_ in find_forms(model)]
     assert any(path.endswith("conv1.norm") for path in paths), "as detectron2's Conv2d holds it"
     heads = {"roi_heads.*": "SyncBN", "backbone": NormSpec(**SEPARATE)}
     assert convert_norm(model, heads).keeps_outputs
-    norms = {path: module for path, module, _ in iterate_norms(model)}
+    norms = {path: module for path, module, _ in find_forms(model)}
     assert list(norms) == paths
     assert all(isinstance(module, BatchNorm2d) for module in norms.values())
     assert all(module.domains == DOMAINS * path.startswith("backbone") for path, module in norms.items())
@@ -67,13 +67,13 @@ def test_a_model_that_is_built(norm, kind):
     torch.testing.assert_close(run(model), expected, rtol=1e-4, atol=1e-5)
     kept = {key for key in state if not key.endswith("num_batches_tracked")}
     assert all(torch.equal(model.state_dict()[key], state[key]) for key in kept)
-    assert {type(module) for _, module, _ in iterate_norms(model)} == {kind}
+    assert {type(module) for _, module, _ in find_forms(model)} == {kind}
 
 
 def test_norms_asked_for_in_a_lazy_config():
     spec = L(NormSpec)(**{**SEPARATE, "domains": list(DOMAINS)}, frozen="both")
     model = build(L(build_norm)(spec=spec))
-    norms = [module for _, module, _ in iterate_norms(model)]
+    norms = [module for _, module, _ in find_forms(model)]
     assert len(norms) == 30
     assert {type(norm) for norm in norms} == {BatchNorm2d}
     assert {tuple(norm.spec.domains) for norm in norms} == {DOMAINS}

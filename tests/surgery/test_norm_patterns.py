@@ -28,7 +28,7 @@ def test_a_field_that_a_spec_has_not_is_named():
 
 
 def convert_wrapped(rank):
-    with pytest.raises(ConfigError, match="must not be in DistributedDataParallel; .* Convert the model before"):
+    with pytest.raises(ConfigError, match="DistributedDataParallel"):
         convert_norm(DistributedDataParallel(make_model()), {"": NormSpec()})
 
 
