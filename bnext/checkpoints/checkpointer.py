@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from http.client import HTTPException
 from typing import Any
@@ -18,19 +19,18 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from bnext.checkpoints.state_file import UNREADABLE, check_is_state, explain_unreadable, show_keys
-from bnext.errors import CheckpointError
+from bnext.checkpoints.state_file import UNREADABLE, check_is_state, explain_unreadable
+from bnext.errors import CheckpointError, list_few
 from bnext.files import replace_file
+from bnext.layers.folded_norm import FoldedNorm
 from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_norms
 from bnext.surgery.convert_state import convert_norm_state, list_shared_keys
-from bnext.surgery.folded_state import check_folded_state
 from bnext.surgery.stored_specs import collect_norm_specs, compare_norm_specs
 
 __all__ = ["Checkpointer", "check_eval_weights", "find_required_keys", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
-_REESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation"
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -39,7 +39,7 @@ class Checkpointer(DetectionCheckpointer):
     - saves atomically: an interrupted save leaves the previous files as they were;
     - brings norm state into the form of the model and logs what it did;
     - refuses a checkpoint of another architecture, and population variances that are negative or
-      not finite, before the model is changed, and one that is folded where the model is not;
+      not finite, before the model is changed, and the state of norms that the model has folded;
     - names the norms that will normalize by population statistics which nobody wrote;
     - repairs what has lost its population statistics, where they are to be estimated anew;
     - brings backbones of other libraries into norms with domains too.
@@ -54,11 +54,16 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
+
+        specs = collect_norm_specs(self.model)  # the keys alone do not tell row 1 from 3, or 2 from 4
+        if specs:
+            kwargs["norm_specs"] = specs
         if "://" in self.save_dir:
-            super().save(name, **self._norm_specs(), **kwargs)
+            super().save(name, **kwargs)
             return
+
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **self._norm_specs(), **kwargs}
+        data = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         replace_file(path, lambda file: torch.save(data, file))
@@ -69,6 +74,7 @@ class Checkpointer(DetectionCheckpointer):
         if "://" in self.save_dir:
             super().tag_last_checkpoint(last_filename_basename)
             return
+
         path = os.path.join(self.save_dir, "last_checkpoint")
         replace_file(path, lambda file: file.write(last_filename_basename.encode()))
 
@@ -97,23 +103,33 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: if the file is missing, cannot be downloaded, is broken or no checkpoint, or does not
                 fit the model.
         """
-        if path and "://" not in path and not os.path.isfile(path.split("?")[0]):
-            raise CheckpointError(
-                f"A checkpoint must be a file; got {path!r} (MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint), which does "
-                "not exist. Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
+        is_address = "://" in path
+        if path and not is_address and not os.path.isfile(path.split("?")[0]):
+            raise CheckpointError.of(
+                "A checkpoint",
+                "be a file",
+                got=f"{path!r}, which does not exist",
+                where="MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint",
+                remedy="Check the path, or set MODEL.WEIGHTS to '' to start from random weights.",
             )
-        self._path, self._complete, self._replaced, self.left_out = path, complete, tuple(replaced), []
+
+        self._path, self._complete, self._replaced = path, complete, tuple(replaced)
+        self.left_out: list[str] = []
         if not path:
             self._warn_of_unwritten({})
+
         try:
             return super().load(path, checkpointables)
         except (OSError, HTTPException, AssertionError) as error:
-            if "://" not in path:
+            if not is_address:
                 raise
             reason = "".join(str(error).splitlines()[:1])
-            raise CheckpointError(
-                f"A checkpoint must be reachable at its address; got {type(error).__name__}: {reason} ({path}). "
-                "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>."
+            raise CheckpointError.of(
+                "A checkpoint",
+                "be reachable at its address",
+                got=f"{type(error).__name__}: {reason}",
+                where=path,
+                remedy="Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
             ) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -126,32 +142,7 @@ class Checkpointer(DetectionCheckpointer):
             return self.load(self.get_checkpoint_file(), complete=True)
         return self.load(path, checkpointables=[])
 
-    def _warn_of_unwritten(self, state: dict[str, Tensor]) -> None:
-        """Say which frozen norms, and which norms of a checkpoint, have no statistics but the initial ones.
-
-        Norms that are trained from scratch have them too, and rightly: nothing is said of them.
-        """
-        frozen = find_unwritten_norms(self.model, only_frozen=True)
-        stored = [
-            owner
-            for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith("running_var"))
-            if find_unwritten({name: state[f"{owner}.{name}"] for name in _STATISTICS if f"{owner}.{name}" in state})
-        ]
-        stored = [owner for owner in stored if owner not in frozen]
-        source = self._path or "no checkpoint"
-        for names, what, remedy in (
-            (frozen, "Frozen norms that do not normalize", "Load weights with statistics, or do not freeze them"),
-            (stored, "Statistics that were never written", _REESTIMATE),
-        ):
-            if names:
-                logging.getLogger(__name__).warning(
-                    "%s: %s (mean 0 and variance 1; %s). %s.", what, show_keys(names), source, remedy
-                )
-
-    def _norm_specs(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """How the norms compute statistics: their keys alone do not tell row 1 from 3, or 2 from 4."""
-        specs = collect_norm_specs(self.model)
-        return {"norm_specs": specs} if specs else {}
+    # ---- steps of a load, which fvcore calls
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
@@ -164,12 +155,14 @@ class Checkpointer(DetectionCheckpointer):
         self._convert_ndarray_to_tensor(checkpoint["model"])
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
+
         shared = list_shared_keys(self.model)
         if checkpoint.get("matching_heuristics", False) and shared.keys() != self.model.state_dict().keys():
             # Such names are matched by their ends, which are other ones where a level or domain owns something.
             caffe2 = checkpoint.get("__author__") == "Caffe2"
             checkpoint["model"] = align_and_update_state_dicts(shared, checkpoint["model"], c2_conversion=caffe2)
             checkpoint["matching_heuristics"] = False
+
         if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
             incompatible = super()._load_model(checkpoint)
             missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}
@@ -177,17 +170,18 @@ class Checkpointer(DetectionCheckpointer):
             self._check_fit(loaded)
             self._warn_of_unwritten({})
             return incompatible
+
         stored = _strip_prefix(checkpoint["model"], "module.")
-        check_folded_state(stored, self.model)
-        metadata = getattr(stored, "_metadata", None)
-        state, report = convert_norm_state(stored, self.model)
+        self._check_folded(stored)
+        converted, report = convert_norm_state(stored, self.model)
         report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
-        self._check_fit(state)
-        if metadata is not None:
-            state = _WithMetadata(state)
-            state._metadata = metadata
+        self._check_fit(converted)
+
+        state = OrderedDict(converted)
+        if hasattr(stored, "_metadata"):  # torch's versions of the modules
+            state._metadata = stored._metadata
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         self._warn_of_unwritten(state)
@@ -195,46 +189,90 @@ class Checkpointer(DetectionCheckpointer):
 
     def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
         """Of norms whose statistics are replaced, those that cannot be become a new norm's."""
-        owners = dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION))
-        for owner in owners:
+        for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION)):
             path = owner.removeprefix("module.")
-            is_replaced = any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced)
-            fields = {name: state[f"{owner}.{name}"] for name in _STATISTICS if f"{owner}.{name}" in state}
+            if not any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced):
+                continue
+            statistics = _select_statistics(state, owner)
             try:
-                check_variances(fields if is_replaced else {}, self._path)
+                check_variances(statistics, self._path)
             except CheckpointError:
                 self.left_out.append(path)
-                new = {name: torch.full_like(value, float(name == "running_var")) for name, value in fields.items()}
-                state.update({f"{owner}.{name}": value for name, value in new.items()})
+                for name, value in statistics.items():
+                    state[f"{owner}.{name}"] = torch.full_like(value, float(name == "running_var"))
+
         if self.left_out:
             logging.getLogger(__name__).warning(
-                "Statistics that are not finite, to be estimated anew: %s (%s).", show_keys(self.left_out), self._path
+                "Statistics that are not finite, to be estimated anew: %s (%s).", list_few(self.left_out), self._path
             )
 
+    def _check_folded(self, state: dict[str, Tensor]) -> None:
+        """Refuse the state of a norm that the model has folded: fvcore would leave it out, and the norm be lost."""
+        for path, module in self.model.named_modules():
+            statistics = _select_statistics(state, path)
+            if isinstance(module, FoldedNorm) and any(value.numel() for value in statistics.values()):
+                raise CheckpointError.of(
+                    "a checkpoint of a model with norms",
+                    "be loaded before it is folded",
+                    got="the state of a norm for a folded one",
+                    where=f"{path}; {self._path}",
+                    remedy="Build the model anew, load, then call fold_norms.",
+                )
+
     def _check_fit(self, state: dict[str, Tensor]) -> None:
-        own = self.model.state_dict()
-        matching = {key for key, value in state.items() if key in own and own[key].shape == value.shape}
+        """Refuse a checkpoint of another model, or one that must be complete and is not."""
+        entries = self.model.state_dict()
+        matching = {key for key, value in state.items() if key in entries and entries[key].shape == value.shape}
         required = find_required_keys(self.model)
         missing = [min(names) for names in required if not names & matching]
         if len(missing) < len(required) and not (self._complete and missing):
             return
-        mismatched = [
-            f"{key} {tuple(value.shape)} instead of {tuple(own[key].shape)}"
-            for key, value in state.items()
-            if key in own and key not in matching
-        ]
-        absent = [key for key in missing if key not in state]
-        unexpected = [key for key in state if key not in own]
-        rule = "have every parameter and norm statistic" if self._complete else "share some parameter"
-        raise CheckpointError(
-            f"The checkpoint must {rule} of the model; got {len(required) - len(missing)} of {len(required)} "
-            f"({self._path}). Missing: {show_keys(absent)}. Unexpected: {show_keys(unexpected)}. Of another shape: "
-            f"{show_keys(mismatched)}. Use the config that the checkpoint was trained with, or another checkpoint."
+
+        mismatched = []
+        for key, value in state.items():
+            if key in entries and key not in matching:
+                mismatched.append(f"{key} {tuple(value.shape)} instead of {tuple(entries[key].shape)}")
+        lists = {
+            "Missing": [key for key in missing if key not in state],
+            "Unexpected": [key for key in state if key not in entries],
+            "Of another shape": mismatched,
+        }
+        faults = " ".join(f"{title}: {list_few(keys) or 'none'}." for title, keys in lists.items())
+        raise CheckpointError.of(
+            "The checkpoint",
+            f"{'have every parameter and norm statistic' if self._complete else 'share some parameter'} of the model",
+            got=f"{len(required) - len(missing)} of {len(required)}",
+            where=self._path,
+            remedy=f"{faults} Use the config that the checkpoint was trained with, or another checkpoint.",
         )
 
+    def _warn_of_unwritten(self, state: dict[str, Tensor]) -> None:
+        """Say which frozen norms, and which norms of a checkpoint, have no statistics but the initial ones.
 
-class _WithMetadata(dict):
-    """A state dict that can carry torch's versions of the modules."""
+        Norms that are trained from scratch have them too, and rightly: nothing is said of them.
+        """
+        frozen = find_unwritten_norms(self.model, only_frozen=True)
+
+        stored = []
+        for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith("running_var")):
+            if owner not in frozen and find_unwritten(_select_statistics(state, owner)):
+                stored.append(owner)
+
+        logger, source = logging.getLogger(__name__), self._path or "no checkpoint"
+        if frozen:
+            logger.warning(
+                "Frozen norms that do not normalize: %s (mean 0 and variance 1; %s). Load weights with statistics, or "
+                "do not freeze them.",
+                list_few(frozen),
+                source,
+            )
+        if stored:
+            logger.warning(
+                "Statistics that were never written: %s (mean 0 and variance 1; %s). Re-estimate them with "
+                "recompute_population_statistics before an evaluation.",
+                list_few(stored),
+                source,
+            )
 
 
 def load_model(cfg: CfgNode, weights: str) -> nn.Module:
@@ -258,14 +296,16 @@ def check_eval_weights(path: str) -> None:
         CheckpointError: if it is empty.
     """
     if not path:
-        raise CheckpointError(
-            "MODEL.WEIGHTS must name the checkpoint to evaluate; got ''. "
-            "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        raise CheckpointError.of(
+            "MODEL.WEIGHTS",
+            "name the checkpoint to evaluate",
+            got="''",
+            remedy="Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR.",
         )
 
 
 def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
-    """What a complete checkpoint has: each parameter and norm statistic, with all its names.
+    """All that a complete checkpoint has: each parameter and norm statistic, with all its names.
 
     Args:
         model: any module; a parameter that several modules share counts once.
@@ -274,12 +314,19 @@ def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
         One set of state-dict keys for each; one key of a set is enough.
     """
     names: dict[int, set[str]] = {}
-    stored = model.state_dict(keep_vars=True)
     parameters = {id(parameter) for parameter in model.parameters()}
-    for key, value in stored.items():
+
+    for key, value in model.state_dict(keep_vars=True).items():
         if id(value) in parameters or key.rpartition(".")[2] in _POPULATION:
             names.setdefault(id(value), set()).add(key)
+
     return [frozenset(keys) for keys in names.values()]
+
+
+def _select_statistics(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
+    """The population statistics of one norm, level or domain."""
+    prefix = f"{owner}." if owner else ""
+    return {name: state[prefix + name] for name in _STATISTICS if prefix + name in state}
 
 
 def _strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

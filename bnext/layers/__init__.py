@@ -3,7 +3,7 @@
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.deal import deal_statistics
-from bnext.layers.folded_norm import FoldedNorm, is_folded
+from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.groups import find_grouping_norms, use_groups
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.shuffled import Shuffled, shares_work, shuffle_features
@@ -21,7 +21,6 @@ __all__ = [
     "build_norm",
     "deal_statistics",
     "find_grouping_norms",
-    "is_folded",
     "make_named_norm",
     "name_norms",
     "shares_work",

@@ -10,19 +10,18 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, StatisticsError, list_few
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.folded_norm import FoldedNorm, is_folded
+from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.ownership import check_statistics
+from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.fold_pairs import Pair, find_pairs
-from bnext.surgery.fold_plan import FoldPlan, choose_domain, find_difference, make_plan
-from bnext.surgery.folded_state import check_folded_state
 
-__all__ = ["FoldReport", "FoldedNorm", "check_folded_state", "fold_norms", "is_folded"]
-
-_SHOWN = 3
+__all__ = ["FoldReport", "fold_norms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +41,12 @@ class FoldReport:
     def __str__(self) -> str:
         chosen = f" for {self.domain!r}" if self.domain is not None else ""
         lines = [f"{len(self.folded)} norms were folded into their convolutions{chosen}, {len(self.left)} were left."]
+
         paths: dict[str, list[str]] = {}
         for path, reason in self.left.items():
             paths.setdefault(reason, []).append(path)
-        return "\n".join(lines + [f"  {_show(where)}: {reason}" for reason, where in paths.items()])
+        lines += [f"  {list_few(places)}: {reason}" for reason, places in paths.items()]
+        return "\n".join(lines)
 
 
 def fold_norms(
@@ -63,8 +64,8 @@ def fold_norms(
     Args:
         model: any module in evaluation mode. Its torch, SyncBN and bnext norms, and the frozen ones of detectron2
             and torchvision, are folded where the output of one convolution goes to them and to nothing else:
-            in a convolution that owns its norm (detectron2's), or as the forward of the module that
-            holds both shows when it is traced (nn.Sequential, torchvision's networks). Group and layer
+            in a convolution that owns its norm (detectron2's), or in the module that holds both
+            (nn.Sequential, torchvision's networks), as a trace of their forwards shows. Group and layer
             norms are no concern of it.
         domain: name of the level or domain to fold for, where statistics or affine differ.
         pairs: paths (convolution, norm) for what cannot be traced; the caller vouches that the output
@@ -82,10 +83,10 @@ def fold_norms(
 
     Note:
         Computed in float64 and stored in the convolution's type and memory format. All is checked before
-        the first change, each pair on a probe of noise against its own forward. Parameters are new ones: fold
-        after the optimizer's last step. A norm becomes a `FoldedNorm`: it refuses training, and, folded for one
-        of several levels or domains, the others. A forward that takes a convolution out of another module, or an
-        nn.Sequential apart (a loss on features[:5], say), is not seen.
+        the first change. Parameters are new ones: fold after the optimizer's last step. A norm becomes a
+        `FoldedNorm`, which has no state: it refuses training, and, folded for one of several levels or domains,
+        the others. A forward that takes a convolution out of another module, or an nn.Sequential apart (a loss on
+        features[:5], say), is not seen.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU()).eval()
@@ -97,73 +98,153 @@ def fold_norms(
         model: Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.8, and You et al., *Efficient
         ConvBN Blocks for Transfer Learning and Beyond*, 2024.
     """
-    found, left = find_pairs(model, pairs)
-    _check_modes(found)
+    matches, left = find_pairs(model, pairs)
+    _check_inference(matches)
     _check_domain(model, domain)
-    plans = []
-    for pair in found:
-        plan = make_plan(pair, domain)
-        reason = find_difference(plan)
-        if reason is None:
-            plans.append(plan)
-        else:
-            left[pair.norm_path] = reason
-    for plan in plans:
-        _apply(model, plan, domain, allow_training)
-    return FoldReport({plan.pair.norm_path: plan.pair.conv_path for plan in plans}, left, domain)
+
+    folded = []
+    for pair in matches:
+        weight, bias = _fold_parameters(pair, domain)
+        folded.append((pair, weight, bias, _make_folded_norm(pair, domain, allow_training)))
+
+    for pair, weight, bias, norm in folded:
+        conv = pair.conv
+        bias_is_trained = conv.weight.requires_grad if conv.bias is None else conv.bias.requires_grad
+        conv.bias = nn.Parameter(bias.to(conv.weight.device, conv.weight.dtype), bias_is_trained)
+        conv.weight = nn.Parameter(weight.to(conv.weight.device, conv.weight.dtype), conv.weight.requires_grad)
+        for path in pair.norm_paths:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, norm)
+
+    return FoldReport({pair.norm_path: pair.conv_path for pair in matches}, left, domain)
 
 
-def _check_modes(pairs: list[Pair]) -> None:
+# ---- checks
+
+
+def _check_inference(pairs: list[Pair]) -> None:
     training = [pair.norm_path for pair in pairs if pair.norm.training or pair.conv.training]
     if training:
-        raise ConfigError(
-            f"model must be in evaluation mode; got training mode ({_show(training)}). Call model.eval() first."
+        raise ConfigError.of(
+            "model",
+            "be in evaluation mode",
+            got="training mode",
+            where=list_few(training),
+            remedy="Call model.eval() first.",
         )
+
     for pair in pairs:
         if isinstance(pair.norm, BatchNorm2d) and pair.norm.spec.inference == "mini_batch":
-            raise ConfigError(
-                f"a norm to fold must use population statistics at inference; got inference='mini_batch' "
-                f"({pair.norm_path}). Set its spec to inference='population', or fold the parts of the model "
-                f"without it."
+            raise ConfigError.of(
+                "a norm to fold",
+                "use population statistics at inference",
+                got="inference='mini_batch'",
+                where=pair.norm_path,
+                remedy="Set its spec to inference='population', or fold the parts of the model without it.",
             )
 
 
 def _check_domain(model: nn.Module, domain: str | None) -> None:
     """An unknown name is a mistake, also where nothing depends on it."""
-    if domain is None:
-        return
-    names = {name: None for module in model.modules() if isinstance(module, BatchNorm2d) for name in module.domains}
-    if domain not in names:
+    names: dict[str, None] = {}
+    for norm in find_bnext_norms(model).values():
+        names |= dict.fromkeys(norm.domains)
+
+    if domain is not None and domain not in names:
         known = ", ".join(repr(name) for name in names) or "none, as its norms have no levels or domains"
-        raise ConfigError(f"domain must be one of {known}; got {domain!r} (fold_norms). Name one, or leave it out.")
+        raise ConfigError.of(
+            "domain", f"be one of {known}", got=repr(domain), where="fold_norms", remedy="Name one, or leave it out."
+        )
 
 
-def _apply(model: nn.Module, plan: FoldPlan, domain: str | None, allow_training: bool) -> None:
-    conv, norm, path = plan.pair.conv, plan.pair.norm, plan.pair.norm_path
-    like = conv.weight
-    bias_has_gradient = like.requires_grad if conv.bias is None else conv.bias.requires_grad
-    conv.weight = nn.Parameter(plan.weight.to(like.device, like.dtype), like.requires_grad)
-    conv.bias = nn.Parameter(plan.bias.to(like.device, like.dtype), bias_has_gradient)
-    folded = _make_folded_norm(norm, path, domain, len(plan.scale), allow_training)
-    for place in plan.pair.norm_paths:
-        parent, _, name = place.rpartition(".")
-        setattr(model.get_submodule(parent), name, folded)
+def _choose_domain(norm: BatchNorm2d, path: str, domain: str | None) -> str:
+    """The domain to fold a norm for; "" where all share everything."""
+    if not any(answer.startswith("per_") for answer in (norm.spec.population, norm.spec.affine)):
+        return ""
+
+    name = norm.domains[0] if domain is None and len(norm.domains) == 1 else domain
+    if name not in norm.domains:
+        names = ", ".join(repr(known) for known in norm.domains)
+        raise ConfigError.of(
+            "domain",
+            f"be one of {names}, whose statistics or affine differ",
+            got=repr(domain),
+            where=path,
+            remedy=f"Choose one: fold_norms(model, {norm.domains[0]!r}); a folded model serves a single one.",
+        )
+    return name
 
 
-def _make_folded_norm(
-    norm: nn.Module, path: str, domain: str | None, num_features: int, allow_training: bool
-) -> FoldedNorm:
-    chosen: dict[str, Any] = {}
+# ---- one pair
+
+
+def _fold_parameters(pair: Pair, domain: str | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution that takes its norm in; float64 on the CPU."""
+    conv, norm, path = pair.conv, pair.norm, pair.norm_path
+    population: Any = norm
+    affine: Any = norm
     if isinstance(norm, BatchNorm2d):
-        name = choose_domain(norm, path, domain)
+        name = _choose_domain(norm, path, domain)
+        population, affine = norm.population_state(name), norm.affine_state(name)
+    if population.running_mean is None:
+        raise StatisticsError.of(
+            "a norm to fold",
+            "keep population statistics",
+            got="none",
+            where=path,
+            remedy="Use a norm that keeps them, and estimate them with recompute_population_statistics; or fold the "
+            "parts of the model without it.",
+        )
+
+    mean, var = _to_double(population.running_mean), _to_double(population.running_var)
+    check_statistics(mean, var, path, "; nothing was folded")
+    gamma = torch.ones_like(mean) if affine.weight is None else _to_double(affine.weight)
+    beta = torch.zeros_like(mean) if affine.bias is None else _to_double(affine.bias)
+    scale = gamma * (var + norm.eps).rsqrt()  # type: ignore[operator]
+
+    old_bias = torch.zeros_like(mean) if conv.bias is None else _to_double(conv.bias)
+    weight = _to_double(conv.weight) * _along_outputs(conv, scale)
+    bias = (old_bias - mean) * scale + beta
+    for name, value in (("weight", weight), ("bias", bias)):
+        if not torch.isfinite(value.to(conv.weight.dtype)).all():
+            raise StatisticsError.of(
+                f"a folded {name}",
+                f"be finite in {conv.weight.dtype}",
+                got="one that is not",
+                where=f"{pair.conv_path} with {path}",
+                remedy="Fold the model in float32; nothing was folded.",
+            )
+    return weight, bias
+
+
+def _to_double(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().double()  # first to the CPU: not every device has float64
+
+
+def _along_outputs(conv: Any, scale: Tensor) -> Tensor:
+    """A factor per output channel, [C], in a shape that multiplies the weight of the convolution.
+
+    Output channels are the first axis of a weight; of a transposed convolution's [in, out / groups, ...] they are the
+    second, where a group of input channels has its own.
+    """
+    ones = [1] * len(conv.kernel_size)
+    if not conv.transposed:
+        return scale.reshape(-1, 1, *ones)
+
+    of_groups = scale.reshape(conv.groups, -1, *ones)
+    return of_groups.repeat_interleave(conv.in_channels // conv.groups, dim=0)
+
+
+def _make_folded_norm(pair: Pair, domain: str | None, allow_training: bool) -> FoldedNorm:
+    norm, path = pair.norm, pair.norm_path
+    arguments: dict[str, Any] = {}
+
+    if isinstance(norm, BatchNorm2d):
+        name = _choose_domain(norm, path, domain)
         is_level_norm = isinstance(norm, LevelBatchNorm2d)
-        chosen = {"domain": name, "levels": norm.domains if is_level_norm else ()}
+        arguments = {"domain": name, "levels": norm.domains if is_level_norm else ()}
         if name and not is_level_norm:
-            chosen |= {"domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
-    folded = FoldedNorm(num_features, **chosen, allow_training=allow_training, path=path)
+            arguments |= {"domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
+
+    folded = FoldedNorm(pair.conv.out_channels, **arguments, allow_training=allow_training, path=path)
     return folded.train(norm.training)
-
-
-def _show(paths: list[str]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(paths[:_SHOWN]) + more

@@ -1,9 +1,10 @@
 """Which convolution feeds a norm, and nothing else: what folding must know of a model's structure.
 
-A pair is found where a convolution owns its norm (detectron2's Conv2d), and where the forward of the
-module that holds both passes the output of the one to the other and to nothing else. The latter is read
-from a symbolic trace of that forward, in which every submodule is one call; an nn.Sequential is the
-simplest case. What cannot be traced is not guessed: it gets a reason, and the user may name the pair.
+The one proof is a symbolic trace of a forward, in which every submodule is one call. The forward of the module that
+holds both shows that the output of a convolution goes to the norm and to nothing else; the forward of the
+convolution, that its output is a convolution with its weight and bias and nothing after it. A convolution that owns
+its norm (detectron2's Conv2d) shows in its own forward that it gives the norm its convolution first. Nothing is paired
+by names. What cannot be traced is not guessed: it gets a reason, and the user may name the pair.
 
 What is not here: any change of the model (see `bnext.surgery.fold`).
 """
@@ -11,28 +12,32 @@ What is not here: any change of the model (see `bnext.surgery.fold`).
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import operator
 from collections.abc import Iterable
-from typing import TypeAlias
+from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import DomainState
+from bnext.layers.forms import find_kind
+from bnext.scope.model import restoring
 
-__all__ = ["Conv", "Pair", "find_pairs", "is_population_norm"]
-
-Conv: TypeAlias = _ConvNd
+__all__ = ["Pair", "find_pairs", "is_population_norm"]
 
 _NAME_IT = "if a convolution feeds it alone, name the pair in `pairs`"
+_CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """A convolution and the norm of its output, with all places of the norm in the model."""
 
-    conv: Conv
+    conv: _ConvNd
     norm: nn.Module
     conv_path: str
     norm_paths: tuple[str, ...]
@@ -41,20 +46,19 @@ class Pair:
     def norm_path(self) -> str:
         return self.norm_paths[0]
 
-    @property
-    def is_own(self) -> bool:
-        """Whether the norm is part of the convolution's own forward."""
-        return any(child is self.norm for child in self.conv.children())
+
+class _Left(Exception):
+    """Why a norm is not folded."""
 
 
 def is_population_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm, also a frozen one that is none of torch's classes.
+    """Whether a module looks like a batch norm with running statistics, also like a frozen one of no class of torch.
 
-    The latter is known by what it holds, running statistics per channel and an eps; what it does with them is tried
-    out before it is folded.
+    By what it holds; whether it only normalizes by them, its class must be known for (`bnext.layers.forms`).
     """
     if isinstance(module, DomainState):
         return False
+
     statistics = [getattr(module, name, None) for name in ("running_mean", "running_var")]
     holds_statistics = all(isinstance(value, Tensor) and value.dim() == 1 for value in statistics)
     is_leaf = next(module.children(), None) is None
@@ -75,34 +79,50 @@ def find_pairs(model: nn.Module, named: Iterable[tuple[str, str]] = ()) -> tuple
         ConfigError: a named path is not in the model, is of another kind, or is named twice.
     """
     structure = _Structure(model)
-    vouched = _read_named(model, structure, list(named))
-    pairs, left = [], {}
-    for norm, paths in structure.norms.items():
-        found = vouched.get(norm) or structure.find_conv(norm)
-        if not isinstance(found, str):
-            found = _find_obstacle(found, norm) or found
-        if isinstance(found, str):
-            left[paths[0]] = found
-        else:
-            pairs.append(Pair(found, norm, structure.convs[found][0], tuple(paths)))
-    return _drop_shared(pairs, left), left
+    vouched = _read_named(model, structure, named)
+    pairs: list[Pair] = []
+    left: dict[str, str] = {}
+
+    with restoring(model):  # a forward may keep what it sees
+        for norm, paths in structure.norms.items():
+            try:
+                conv = vouched.get(norm) or structure.find_conv(norm)
+                _check_foldable(conv, norm)
+                structure.check_convolution(conv, norm)
+                pairs.append(Pair(conv, norm, structure.convs[conv][0], tuple(paths)))
+            except _Left as reason:
+                left[paths[0]] = str(reason)
+
+    convs = [pair.conv for pair in pairs]
+    for pair in pairs:
+        if convs.count(pair.conv) > 1:
+            left[pair.norm_path] = f"its convolution ({pair.conv_path}) has other norms, too"
+    return [pair for pair in pairs if pair.norm_path not in left], left
 
 
-def _read_named(model: nn.Module, structure: _Structure, named: list[tuple[str, str]]) -> dict[nn.Module, Conv]:
-    vouched: dict[nn.Module, Conv] = {}
-    for conv_path, norm_path in named:
-        conv, norm = (_look_up(model, path) for path in (conv_path, norm_path))
+def _read_named(model: nn.Module, structure: _Structure, named: Iterable[tuple[str, str]]) -> dict[nn.Module, _ConvNd]:
+    vouched: dict[nn.Module, _ConvNd] = {}
+
+    for pair in named:
+        conv, norm = (_look_up(model, path) for path in pair)
         if not isinstance(conv, _ConvNd) or norm not in structure.norms:
-            raise ConfigError(
-                f"pairs must name a convolution and its norm; got {(conv_path, norm_path)!r}, a {type(conv).__name__} "
-                f"and a {type(norm).__name__} (fold_norms). Name them in this order, by their paths in the model."
+            raise ConfigError.of(
+                "pairs",
+                "name a convolution and its norm",
+                got=f"{pair!r}, a {type(conv).__name__} and a {type(norm).__name__}",
+                where="fold_norms",
+                remedy="Name them in this order, by their paths in the model.",
             )
-        if norm in vouched or any(conv is other for other in vouched.values()):
-            raise ConfigError(
-                f"pairs must name every convolution and norm once; got {(conv_path, norm_path)!r} beside another pair "
-                f"with one of the two (fold_norms). A convolution with several norms cannot be folded."
+        if norm in vouched or conv in vouched.values():
+            raise ConfigError.of(
+                "pairs",
+                "name every convolution and norm once",
+                got=f"{pair!r} beside another pair with one of the two",
+                where="fold_norms",
+                remedy="A convolution with several norms cannot be folded.",
             )
         vouched[norm] = conv
+
     return vouched
 
 
@@ -110,94 +130,92 @@ def _look_up(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise ConfigError(
-            f"pairs must name modules of the model; got {path!r}, which {type(model).__name__} has not (fold_norms). "
-            f"Correct the path; model.named_modules() lists them."
+        raise ConfigError.of(
+            "pairs",
+            "name modules of the model",
+            got=f"{path!r}, which {type(model).__name__} has not",
+            where="fold_norms",
+            remedy="Correct the path; model.named_modules() lists them.",
         ) from None
 
 
-def _find_obstacle(conv: Conv, norm: nn.Module) -> str | None:
-    """Why a convolution's parameters cannot take a norm in, or None."""
+def _check_foldable(conv: _ConvNd, norm: nn.Module) -> None:
+    """Leave a norm that is more than one, and a convolution whose parameters cannot take it in."""
+    channels = getattr(norm, "num_features", conv.out_channels)
+
+    if find_kind(norm) is None:
+        name = type(norm).__name__
+        raise _Left(
+            f"the forward of {name} is its own: it may do more, or other, than to normalize by its running "
+            f"statistics (convert it with convert_norm and treat_as={{{name}: nn.BatchNorm2d}}, if it does not)"
+        )
     if "weight" not in conv._parameters or "bias" not in conv._parameters:
-        return "the weight of its convolution is computed from other parameters (parametrized or pruned)"
+        raise _Left("the weight of its convolution is computed from other parameters (parametrized or pruned)")
     for module in (conv, norm):
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return "hooks on it or on its convolution see, or change, what lies between the two"
-    channels = getattr(norm, "num_features", conv.out_channels)
+            raise _Left("hooks on it or on its convolution see, or change, what lies between the two")
     if channels != conv.out_channels:
-        return f"it has {channels} channels, its convolution {conv.out_channels}"
-    return None
-
-
-def _drop_shared(pairs: list[Pair], left: dict[str, str]) -> list[Pair]:
-    """Several norms of one convolution: none of them can be folded."""
-    count = {pair.conv: sum(other.conv is pair.conv for other in pairs) for pair in pairs}
-    for pair in pairs:
-        if count[pair.conv] > 1:
-            left[pair.norm_path] = f"its convolution ({pair.conv_path}) has other norms, too"
-    return [pair for pair in pairs if count[pair.conv] == 1]
-
-
-class _CallTracer(fx.Tracer):
-    """Traces one forward; whatever it calls is a single call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-@dataclasses.dataclass
-class _Calls:
-    """Who feeds whom in one forward: what feeds each call of a norm, what takes each output of a convolution."""
-
-    sources: dict[nn.Module, list[object]] = dataclasses.field(default_factory=dict)
-    takers: dict[nn.Module, list[tuple[object, ...]]] = dataclasses.field(default_factory=dict)
+        raise _Left(f"it has {channels} channels, its convolution {conv.out_channels}")
 
 
 class _Structure:
-    """Places and calls of the norms and convolutions of a model."""
+    """Places of the norms and convolutions of a model, and the calls that its forwards make."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.norms: dict[nn.Module, list[str]] = {}
         self.convs: dict[nn.Module, list[str]] = {}
         self._calls: dict[nn.Module, _Calls | str] = {}
+
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, _ConvNd):
                 self.convs.setdefault(module, []).append(path)
             elif path and is_population_norm(module):
                 self.norms.setdefault(module, []).append(path)
 
-    def find_conv(self, norm: nn.Module) -> Conv | str:
-        """The convolution that feeds every call of this norm and nothing else; or why there is none."""
+    def find_conv(self, norm: nn.Module) -> _ConvNd:
+        """The convolution that feeds every call of this norm, and nothing else."""
         owners = self._find_owners(self.norms[norm])
-        if any(isinstance(owner, _ConvNd) for owner in owners):
-            owner = owners[0]
-            return owner if isinstance(owner, _ConvNd) and len(owners) == 1 else "several modules use it"
+        if len(owners) > 1 and any(isinstance(owner, _ConvNd) for owner in owners):
+            raise _Left("several modules use it")
+
         sources: list[object] = []
-        for calls in map(self._read_calls, owners):
-            if isinstance(calls, str):
-                return calls
-            sources += calls.sources.get(norm, [])
+        for owner in owners:
+            sources += self._read_calls(owner).sources.get(norm, [])
         if not sources:
-            return f"the forward of the module that holds it does not call it ({_NAME_IT})"
+            raise _Left(f"the forward of the module that holds it does not call it ({_NAME_IT})")
+
         conv = sources[0]
         if not isinstance(conv, _ConvNd):
-            return f"no convolution feeds it directly{_describe(conv)}"
+            kind = f", but a {type(conv).__name__}" if isinstance(conv, nn.Module) else ""
+            raise _Left(f"no convolution feeds it directly{kind}")
         if any(source is not conv for source in sources):
-            return "it is used after different modules"
-        return self._find_other_taker(conv, norm) or conv
+            raise _Left("it is used after different modules")
+        if owners != [conv]:  # which is then proved by the convolution's own forward
+            self._check_takers(conv, norm)
+        return conv
 
-    def _find_other_taker(self, conv: Conv, norm: nn.Module) -> str | None:
-        for calls in map(self._read_calls, self._find_owners(self.convs.get(conv, []) + self.norms[norm])):
-            if isinstance(calls, str):
-                return f"its convolution has a second place in the model: {calls}"
-            if any(takers != (norm,) for takers in calls.takers.get(conv, [])):
-                return "the output of its convolution, or its weight, is used elsewhere, too"
-        return None
+    def _check_takers(self, conv: _ConvNd, norm: nn.Module) -> None:
+        """The output of the convolution goes to the norm alone, and its weight nowhere."""
+        for owner in self._find_owners(self.convs[conv] + self.norms[norm]):
+            try:
+                takers = self._read_calls(owner).takers.get(conv, [])
+            except _Left as reason:
+                raise _Left(f"its convolution has a second place in the model: {reason}") from None
+            if any(taker != (norm,) for taker in takers):
+                raise _Left("the output of its convolution, or its weight, is used elsewhere, too")
+
+    def check_convolution(self, conv: _ConvNd, norm: nn.Module) -> None:
+        """Leave a norm whose convolution does, in its own forward, more before it than to convolve."""
+        taker = norm if any(child is norm for child in conv.children()) else "output"
+
+        if self._read_calls(conv).takers.get(conv) != [(taker,)]:
+            raise _Left("its convolution does more before the norm than to convolve (an activation?)")
 
     def _find_owners(self, paths: list[str]) -> list[nn.Module]:
         """The modules whose forwards call what lies at these paths: lists and dictionaries have none."""
-        owners: list[nn.Module] = []
+        owners: dict[nn.Module, None] = {}
+
         for path in filter(None, paths):
             owner = self.model
             while path:
@@ -205,47 +223,109 @@ class _Structure:
                 owner = self.model.get_submodule(path)
                 if type(owner).forward is not nn.Module.forward:
                     break
-            if not any(owner is other for other in owners):
-                owners.append(owner)
-        return owners
+            owners[owner] = None
 
-    def _read_calls(self, owner: nn.Module) -> _Calls | str:
+        return list(owners)
+
+    def _read_calls(self, owner: nn.Module) -> _Calls:
         if owner not in self._calls:
-            self._calls[owner] = _read_calls(owner)
-        return self._calls[owner]
+            try:
+                self._calls[owner] = _read_calls(owner)
+            except _Left as reason:
+                self._calls[owner] = str(reason)
+
+        calls = self._calls[owner]
+        if isinstance(calls, str):
+            raise _Left(calls)
+        return calls
 
 
-def _read_calls(owner: nn.Module) -> _Calls | str:
-    if "forward" in vars(owner):
-        return f"the forward of {type(owner).__name__} was replaced ({_NAME_IT})"
-    attributes = dict(vars(owner))  # a forward may keep what it sees
-    try:
-        graph = _CallTracer().trace(owner)
-    except Exception as error:  # whatever the forward does with symbols in the place of tensors
-        reason = "".join(str(error).splitlines()[:1])
-        return f"the forward of {type(owner).__name__} cannot be traced: {type(error).__name__}: {reason} ({_NAME_IT})"
-    finally:
-        vars(owner).clear()
-        vars(owner).update(attributes)
+# ---- tracing one forward
+
+
+@dataclasses.dataclass
+class _Calls:
+    """Who feeds whom in one forward.
+
+    Args:
+        sources: module -> what feeds each of its calls. The module itself stands for its own convolution, where the
+            forward is that of a convolution.
+        takers: module -> what takes each of its outputs.
+    """
+
+    sources: dict[nn.Module, list[object]] = dataclasses.field(default_factory=dict)
+    takers: dict[nn.Module, list[tuple[object, ...]]] = dataclasses.field(default_factory=dict)
+
+
+class _CallTracer(fx.Tracer):
+    """Traces one forward; whatever it calls is a single call, and features are not empty."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        node = obj.node
+        is_comparison = node.op == "call_function" and node.target is operator.eq and node.args[1] == 0
+        if is_comparison and getattr(node.args[0], "target", None) == "numel":  # as detectron2's Conv2d asks
+            return False
+        return bool(super().to_bool(obj))
+
+
+def _read_calls(owner: nn.Module) -> _Calls:
+    graph = _trace(owner)
     calls = _Calls()
+
     for node in graph.nodes:
         module = _get_module(owner, node)
         if node.op == "get_attr":
             holder = owner.get_submodule(str(node.target).rpartition(".")[0])
-            calls.takers.setdefault(holder, []).append(("its parameter",))
+            if not all(_is_convolution(user, owner) for user in node.users):
+                calls.takers.setdefault(holder, []).append(("its parameter",))
         elif isinstance(module, nn.Module):
             is_plain = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
             calls.sources.setdefault(module, []).append(_get_module(owner, node.args[0]) if is_plain else None)
             calls.takers.setdefault(module, []).append(tuple(_get_module(owner, user) for user in node.users))
+
     return calls
 
 
+def _trace(owner: nn.Module) -> fx.Graph:
+    name, is_conv = type(owner).__name__, isinstance(owner, _ConvNd)
+    remedy = "" if is_conv else f" ({_NAME_IT})"
+    if "forward" in vars(owner):
+        raise _Left(f"the forward of {name} was replaced{remedy}")
+
+    parameters = inspect.signature(type(owner).forward).parameters.items()
+    # A transposed convolution may be given the size of its output; in a model it is not.
+    arguments = {key: None for key, parameter in parameters if parameter.default is None} if is_conv else {}
+    try:
+        return _CallTracer().trace(owner, arguments or None)
+    except Exception as error:  # whatever the forward does with symbols in the place of tensors
+        reason = "".join(str(error).splitlines()[:1])
+        raise _Left(f"the forward of {name} cannot be traced: {type(error).__name__}: {reason}{remedy}") from error
+
+
+def _is_convolution(node: fx.Node, owner: nn.Module) -> bool:
+    """Whether a node of a convolution's own forward convolves with its weight and bias as they are."""
+    if not isinstance(owner, _ConvNd) or node.op != "call_function" or node.target not in _CONVOLUTIONS:
+        return False
+
+    arguments: dict[str, Any] = dict(zip(("input", "weight", "bias"), node.args, strict=False))
+    arguments.update(node.kwargs)
+    for name in ("weight", "bias"):
+        value = arguments.get(name)
+        is_parameter = isinstance(value, fx.Node) and (value.op, value.target) == ("get_attr", name)
+        if not is_parameter and (name == "weight" or value is not None or owner.bias is not None):
+            return False
+    return True
+
+
 def _get_module(owner: nn.Module, node: object) -> object:
-    """The module that a node of the trace calls; otherwise what the node is."""
-    if isinstance(node, fx.Node) and node.op == "call_module":
+    """The module that a node of the trace calls, or whose convolution it is; otherwise what the node is."""
+    if not isinstance(node, fx.Node):
+        return node
+    if node.op == "call_module":
         return owner.get_submodule(str(node.target))
-    return node.name if isinstance(node, fx.Node) else node
-
-
-def _describe(source: object) -> str:
-    return f", but a {type(source).__name__}" if isinstance(source, nn.Module) else ""
+    if _is_convolution(node, owner):
+        return owner
+    return "output" if node.op == "output" else node.name

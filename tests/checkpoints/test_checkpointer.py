@@ -109,7 +109,7 @@ def test_a_broken_file_is_refused(tmp_path, content):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match=r"must be a file; got .*absent\.pth"):
+    with pytest.raises(CheckpointError, match=r"absent\.pth"):
         Checkpointer(small()).load(str(tmp_path / "absent.pth"))
 
 
@@ -188,18 +188,32 @@ def test_statistics_of_a_checkpoint_that_nobody_wrote_are_said(tmp_path, bnext_l
     assert f"1.night (mean 0 and variance 1; {path})" in message
 
 
-def test_folded_and_unfolded_checkpoints_are_told_apart(tmp_path):
+@pytest.mark.parametrize("bias", [False, True])
+def test_folded_and_unfolded_checkpoints_are_told_apart(tmp_path, bias):
     """fvcore's loader leaves out what does not fit: the norm would be applied a second time, or never."""
-    plain = randomize(nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4))).eval()
+    plain = randomize(nn.Sequential(nn.Conv2d(3, 4, 1, bias=bias), BatchNorm2d(4))).eval()
     folded = copy.deepcopy(plain)
     fold_norms(folded)
     paths = save(plain, tmp_path / "plain.pth"), save(folded, tmp_path / "folded.pth")
     before = {key: value.clone() for key, value in plain.state_dict().items()}
-    for model, path in ((plain, paths[1]), (folded, paths[0])):
-        with pytest.raises(CheckpointError, match="folded"):
-            Checkpointer(model).load(path)
+    with pytest.raises(CheckpointError, match=r"before it is folded.*\(1;"):
+        Checkpointer(folded).load(paths[0])
+    with pytest.raises(CheckpointError, match=r"Missing: 1\."):
+        Checkpointer(plain).load(paths[1], complete=True)
     assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
-    Checkpointer(folded).load(paths[1])
+    Checkpointer(folded).load(paths[1], complete=True)
+
+
+def test_folded_checkpoints_with_marks_load(tmp_path):
+    """As they were saved at first: with statistics of no channels, and the domain in letters."""
+    folded = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    fold_norms(folded)
+    marks = {"1.running_var": torch.empty(0), "1.folded_domain": torch.tensor(list(b"day"), dtype=torch.uint8)}
+    path = save(folded, tmp_path / "marked.pth", **marks)
+    other = copy.deepcopy(folded)
+    other[0].weight.data.zero_()
+    Checkpointer(other).load(path, complete=True)
+    assert torch.equal(other[0].weight, folded[0].weight)
 
 
 def test_another_eps_than_in_training_is_said(tmp_path, bnext_log):

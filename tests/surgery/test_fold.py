@@ -14,15 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import parametrizations
-from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d as TorchvisionFrozen
 
 from bnext import use_domain
-from bnext.errors import CheckpointError, ConfigError, DomainError, StatisticsError
+from bnext.errors import ConfigError, DomainError, StatisticsError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
-from bnext.layers.folded_norm import FoldedNorm, is_folded
+from bnext.layers.folded_norm import FoldedNorm
 from bnext.surgery.fold import fold_norms
-from bnext.surgery.folded_state import check_folded_state
 from tests.heads.detectors import make_detector
 
 LEVELS = ("p3", "p4")
@@ -105,17 +104,27 @@ def test_torchvision_classifiers(make, num_norms, dtype, tolerance):
     assert (len(report.folded), report.left) == (num_norms, {})
 
 
-def test_torchvision_maskrcnn_v2():
+@pytest.mark.parametrize(
+    ("name", "last"),
+    [
+        ("retinanet_resnet50_fpn", "backbone.body.layer4.2.bn3"),
+        ("maskrcnn_resnet50_fpn_v2", "roi_heads.mask_head.3.1"),
+    ],
+)
+def test_torchvisions_detectors_fold_whole(name, last):
     torch.manual_seed(0)
-    model = randomize(maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None)).double()
+    model = randomize(getattr(detection, name)(weights=None, weights_backbone=None)).double()
     images, rois = torch.randn(1, 3, 64, 64).double(), torch.randn(2, 256, 7, 7).double()
 
     def run(model):
-        return [*model.backbone(images).values(), model.roi_heads.box_head(rois), model.roi_heads.mask_head(rois)]
+        features = list(model.backbone(images).values())
+        if hasattr(model, "head"):
+            return [*features, *model.head(features).values()]
+        return [*features, model.roi_heads.box_head(rois), model.roi_heads.mask_head(rois)]
 
     report = assert_unchanged(run, model, 1e-12)
     assert not report.left
-    assert report.folded["backbone.fpn.inner_blocks.0.1"] == "backbone.fpn.inner_blocks.0.0"
+    assert last in report.folded
 
 
 def test_a_whole_detector_predicts_the_same():
@@ -169,7 +178,7 @@ def test_every_norm(make, bias, owned):
     x = torch.randn(2, 3, 5, 6).double()
     report = assert_unchanged(lambda model: model(x), model, 1e-12)
     assert report.folded == ({"0.norm": "0"} if owned else {"1": "0"})
-    assert is_folded(model)
+    assert any(isinstance(part, FoldedNorm) for part in model.modules())
 
 
 def test_an_owning_convolution_with_an_activation_that_has_parameters():
@@ -316,7 +325,6 @@ def test_what_cannot_be_folded_is_refused_before_the_first_change(norm, message)
     with pytest.raises((StatisticsError, ConfigError), match=message):
         fold_norms(model)
     assert_untouched(model, before)
-    assert not is_folded(model)
 
 
 # ---- structure
@@ -372,6 +380,49 @@ class Untraceable(nn.Module):
         return self.bn1(self.conv1(x)) if len(x) else x
 
 
+class ConvThenActivation(nn.Conv2d):
+    """Its norm comes last, as that of no convolution of detectron2."""
+
+    def __init__(self, *arguments, norm):
+        super().__init__(*arguments)
+        self.norm = norm
+
+    def forward(self, x):
+        return self.norm(super().forward(x).relu())
+
+
+class PreActivation(ConvThenActivation):
+    """Norm, activation, convolution: a block of an identity mapping, or of DenseNet."""
+
+    def forward(self, x):
+        return super(ConvThenActivation, self).forward(self.norm(x).relu())
+
+
+class StandardizedConv(nn.Conv2d):
+    """Weight standardization."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean(), bias)
+
+
+class PaddedConv(nn.Conv2d):
+    """TensorFlow's padding: something else before the convolution, and nothing after it."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+
+class PreActivationBlock(nn.Module):
+    """bn1 follows conv1 in the order and the names of the modules, and comes before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.conv1(self.bn1(x).relu())
+
+
 def alias():
     """The convolution of a Sequential also lies on its owner, whose forward cannot be read."""
     model = Untraceable()
@@ -393,13 +444,17 @@ def alias():
         (lambda: nn.ModuleDict({"norm": nn.BatchNorm2d(3)}), {"norm": "cannot be traced|does not call it"}),
         (lambda: make_convolution_with_activation(0.0), {"1": "does more before the norm than to convolve"}),
         (lambda: make_convolution_with_activation(100.0), {"1": "does more before the norm than to convolve"}),
+        (PreActivationBlock, {"bn1": "no convolution feeds it directly"}),
+        (lambda: nn.Sequential(PreActivation(3, 3, 1, norm=nn.BatchNorm2d(3))), {"0.norm": "no convolution feeds it"}),
+        (lambda: nn.Sequential(ConvThenActivation(3, 3, 1, norm=nn.BatchNorm2d(3))), {"0.norm": "no convolution"}),
+        (lambda: nn.Sequential(StandardizedConv(3, 4, 1), nn.BatchNorm2d(4)), {"1": "does more before the norm"}),
         (lambda: share_norm(WrappedConv2d, WrappedConv2d), {"0.norm": "several modules use it"}),
         (lambda: share_norm(WrappedConv2d, DeformConv), {"0.norm": "several modules use it"}),
         (
             lambda: nn.Sequential(parametrizations.weight_norm(nn.Conv2d(3, 4, 1)), nn.BatchNorm2d(4)),
             {"1": "computed from other parameters"},
         ),
-        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Doubling(4)), {"1": "does more, or other"}),
+        (lambda: nn.Sequential(nn.Conv2d(3, 4, 1), Doubling(4)), {"1": "its own: it may do more, or other"}),
         (
             lambda: nn.Sequential(nn.Conv2d(3, 4, 1), CycleBatchNormList(2, num_features=4)),
             {"1.0": "no convolution feeds it directly", "1.1": "does not call it"},
@@ -428,6 +483,17 @@ def make_convolution_with_activation(bias):
 class Doubling(nn.BatchNorm2d):
     def forward(self, input):
         return 2 * super().forward(input)
+
+
+def test_a_convolution_of_another_class_that_only_convolves_is_folded():
+    model = randomize(nn.Sequential(PaddedConv(3, 4, 3), nn.BatchNorm2d(4))).double()
+    x = torch.randn(2, 3, 5, 6).double()
+    assert assert_unchanged(lambda model: model(x), model, 1e-12).folded == {"1": "0"}
+
+
+def test_a_named_pair_does_not_override_what_its_convolution_does():
+    model = make_convolution_with_activation(0.0)
+    assert "more before the norm" in fold_norms(model, pairs=[("0", "1")]).left["1"]
 
 
 def test_hooks_between_the_two_are_respected():
@@ -533,42 +599,17 @@ def test_folded_checkpoints_are_saved_and_loaded():
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    state = torch.load(file, weights_only=True)
-    check_folded_state(state, other)
-    other.load_state_dict(state)
+    other.load_state_dict(torch.load(file, weights_only=True))
     assert torch.equal(other[0].weight, model[0].weight)
-    assert copy.deepcopy(model).state_dict().keys() == state.keys()
-    with pytest.raises(RuntimeError, match="Missing key"):
-        other.load_state_dict({"0.weight": state["0.weight"], "0.bias": state["0.bias"]})
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_checkpoints_with_norms_are_refused_by_folded_models(strict):
-    state, folded = make_tower(nn.BatchNorm2d(4), bias=True).state_dict(), fold(nn.BatchNorm2d(4))
-    message = r"got the state of a norm for a folded one \(1\)"
-    with pytest.raises(CheckpointError, match=message):
-        check_folded_state(state, folded)
-    with pytest.raises(CheckpointError, match=message):
-        folded.load_state_dict(state, strict=strict)
 
 
 @pytest.mark.parametrize("make", [nn.BatchNorm2d, DetectronFrozen, BatchNorm2d])
-def test_folded_checkpoints_are_refused_by_models_with_norms(make):
-    state = fold(make(4)).state_dict()
-    model = make_tower(make(4), bias=True)
-    with pytest.raises(RuntimeError, match=r"size mismatch for 1.running_var"):
-        model.load_state_dict(state, strict=False)
-    with pytest.raises(CheckpointError, match=r"got a norm in the model \(1\), which would be applied a second time"):
-        check_folded_state(state, model)
-
-
-def test_folded_checkpoints_are_refused_for_another_domain():
-    day, night = (fold(BatchNorm2d(4, PER_DOMAIN), name) for name in DOMAINS)
-    with pytest.raises(CheckpointError, match=r"must be of the domain 'night' of the model; got 'day' \(1\)"):
-        night.load_state_dict(day.state_dict())
-    partial = {"0.weight": day[0].weight}
-    check_folded_state(partial, night)
-    night.load_state_dict(partial, strict=False)
+def test_folded_and_unfolded_checkpoints_are_told_apart_by_their_keys(make):
+    plain, folded = make_tower(make(4), bias=True), fold(make(4))
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*1\.running_var"):
+        folded.load_state_dict(plain.state_dict())
+    with pytest.raises(RuntimeError, match=r"Missing key.*1\."):
+        plain.load_state_dict(folded.state_dict())
 
 
 def test_report_reads_well():
