@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bnext import add_bnext_config
 from bnext.layers import TABLE5_ROWS
-from bnext.layers.forms import iterate_norms
+from bnext.layers.forms import find_forms
 
 __all__ = [
     "C4",
@@ -124,7 +124,7 @@ def run_step(model: nn.Module, batch: list[dict[str, Any]]) -> tuple[dict[str, T
 def norms_of(model: nn.Module, place: str | None = None) -> dict[str, Any]:
     """Path -> norm, of a place or of the whole model."""
     root = ROOTS[place] if place else ""
-    return {path: norm for path, norm, _ in iterate_norms(model) if path.startswith(root)}
+    return {path: norm for path, norm, _ in find_forms(model) if path.startswith(root)}
 
 
 def train_and_infer(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor], list[dict[str, Any]]]:
