@@ -10,7 +10,7 @@ from torch import nn
 
 from bnext.errors import CheckpointError, ConfigError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
-from bnext.layers.forms import find_form, find_leftovers, find_forms
+from bnext.layers.forms import find_form, find_forms, find_leftovers
 from bnext.surgery import convert_norm_state, copy_norm_state
 from bnext.surgery.caffe import read_caffe_state
 from tests import strategies
