@@ -7,9 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
-from tabulate import tabulate
-
 from bnext.checkpoints import load_model
 from bnext.cli.train import build_parser, check_run
 from bnext.config import load_config
@@ -18,9 +15,10 @@ from bnext.engine import train
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
+from bnext.evaluation.tables import format_rows
 from bnext.files import write_json
 from bnext.studies.pictures import draw_detections
-from bnext.studies.runner import prepare_folder, set_up_logging, timed
+from bnext.studies.runner import find_final_model, prepare_folder, set_up_logging, timed
 
 __all__ = ["run_demo"]
 
@@ -44,10 +42,9 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
     """
     print(f"digits set: {ensure_digits()}", flush=True)
 
-    configs = {
-        "trained": _load(trained, output, "trained", opts),
-        "re-estimated": _load(repaired, output, "re-estimated", opts),
-    }
+    configs = {}
+    for name, config_file in (("trained", trained), ("re-estimated", repaired)):
+        configs[name] = load_config(config_file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
     check_run(configs["trained"], build_parser().parse_args([]))
     set_up_logging(output)
     for cfg in configs.values():
@@ -62,34 +59,23 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
     results["AP"]["trained"] = flatten_metrics(metrics)["bbox/AP"]
 
     logger.info("The same weights: statistics re-estimated for each level, without training.")
-    weights = _find_weights(configs["trained"])
     with timed(seconds, "re-estimate"):
-        model = repair_checkpoint(configs["re-estimated"], weights)
+        model = repair_checkpoint(configs["re-estimated"], find_final_model(configs["trained"]))
     with timed(seconds, "evaluate"):
         metrics = evaluate_model(configs["re-estimated"], model)
     results["AP"]["re-estimated"] = flatten_metrics(metrics)["bbox/AP"]
 
     file = Path(output, "results.json")
     write_json(file, results)
-    models = {name: load_model(cfg, _find_weights(cfg)) for name, cfg in configs.items()}
+    models = {name: load_model(cfg, find_final_model(cfg)) for name, cfg in configs.items()}
     picture = draw_detections(configs["re-estimated"], models, Path(output, "detections.png"))
     print(f"\n{format_results(results)}\n\n{file}\n{picture}")
 
 
-def _load(file: str, output: str, name: str, opts: Sequence[str]) -> CfgNode:
-    return load_config(file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
-
-
-def _find_weights(cfg: CfgNode) -> str:
-    return str(Path(cfg.OUTPUT_DIR, "model_final.pth"))
-
-
 def format_results(results: Mapping[str, Any]) -> str:
     """Our AP beside the paper's, and how long the repair took."""
-    lines = [[name, f"{ap:.1f}", f"{PAPER_AP[name]:.1f}"] for name, ap in results["AP"].items()]
-    table = tabulate(
-        lines, headers=["the same weights", "AP digits", "AP COCO (paper)"], colalign=["left", "right", "right"]
-    )
+    rows = [[name, f"{ap:.1f}", f"{PAPER_AP[name]:.1f}"] for name, ap in results["AP"].items()]
+    table = format_rows(rows, ["the same weights", "AP digits", "AP COCO (paper)"])
 
     before, after = results["AP"]["trained"], results["AP"]["re-estimated"]
     took = results["seconds"]["re-estimate"]

@@ -138,12 +138,13 @@ def format_report(report: RecomputeReport) -> str:
     return f"{tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)}\n\n{report}"
 
 
-def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
-    """A model of `cfg` with the weights of a checkpoint of any row, its head's statistics estimated anew.
+def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_level_norm) -> nn.Module:
+    """A model of `cfg` with the weights of a checkpoint, its head's statistics estimated anew.
 
     Args:
         cfg: of the model that is wanted; OUTPUT_DIR/model_final.pth takes it.
         weights: the checkpoint; it is not changed.
+        layers: see `recompute_statistics`; by default the norms of level-shared heads.
 
     Raises:
         ConfigError: OUTPUT_DIR/model_final.pth is that checkpoint.
@@ -156,7 +157,7 @@ def repair_checkpoint(cfg: CfgNode, weights: str) -> nn.Module:
             f"{cfg.OUTPUT_DIR!r} for both (repair_checkpoint). Choose another."
         )
     model = load_model(cfg, weights)
-    recompute_statistics(cfg, model, layers=is_level_norm)
+    recompute_statistics(cfg, model, layers)
     saver = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process())
     saver.save("model_final")
     comm.synchronize()

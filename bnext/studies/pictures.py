@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
 from bnext.files import replace_file
+from bnext.scope.model import restoring
 
 __all__ = ["draw_detections"]
 
@@ -45,36 +47,38 @@ def draw_detections(
     name = cfg.DATASETS.TEST[0]
     records = DatasetCatalog.get(name)
     chosen = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
-    rows = {"ground truth": [_draw_truth(cfg, record, name, scale) for record in chosen]}
+
+    rows = {"ground truth": [_draw_truth(record, name, scale) for record in chosen]}
     for title, model in models.items():
-        rows[f"{title}\n(score > {score_threshold:g})"] = [
-            _draw_prediction(cfg, model, record, name, score_threshold, scale) for record in chosen
-        ]
+        pictures = []
+        for record in chosen:
+            instances = _detect(cfg, model, record)
+            visualizer = _start_drawing(record, name, scale)
+            shown = instances[instances.scores > score_threshold]
+            pictures.append(visualizer.draw_instance_predictions(shown).get_image())
+        rows[f"{title}\n(score > {score_threshold:g})"] = pictures
+
     return _save_grid(rows, Path(path))
 
 
-def _draw_truth(cfg: CfgNode, record: dict[str, Any], dataset: str, scale: float) -> np.ndarray:
+def _start_drawing(record: dict[str, Any], dataset: str, scale: float) -> Visualizer:
     image = detection_utils.read_image(record["file_name"], format="RGB")
-    boxes = {**record, "annotations": [_without_mask(note) for note in record["annotations"]]}
-    return Visualizer(image, MetadataCatalog.get(dataset), scale=scale).draw_dataset_dict(boxes).get_image()
+    return Visualizer(image, MetadataCatalog.get(dataset), scale=scale)
 
 
-def _without_mask(annotation: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in annotation.items() if key != "segmentation"}
+def _draw_truth(record: dict[str, Any], dataset: str, scale: float) -> np.ndarray:
+    boxes = []
+    for annotation in record["annotations"]:
+        boxes.append({key: value for key, value in annotation.items() if key != "segmentation"})
+    visualizer = _start_drawing(record, dataset, scale)
+    return visualizer.draw_dataset_dict({**record, "annotations": boxes}).get_image()
 
 
 @torch.no_grad()
-def _draw_prediction(
-    cfg: CfgNode, model: nn.Module, record: dict[str, Any], dataset: str, score_threshold: float, scale: float
-) -> np.ndarray:
-    was_training = model.training
-    try:
-        instances = model.eval()([DatasetMapper(cfg, is_train=False)(dict(record))])[0]["instances"].to("cpu")
-    finally:
-        model.train(was_training)
-    image = detection_utils.read_image(record["file_name"], format="RGB")
-    visualizer = Visualizer(image, MetadataCatalog.get(dataset), scale=scale)
-    return visualizer.draw_instance_predictions(instances[instances.scores > score_threshold]).get_image()
+def _detect(cfg: CfgNode, model: nn.Module, record: dict[str, Any]) -> Instances:
+    image = DatasetMapper(cfg, is_train=False)(dict(record))
+    with restoring(model):
+        return model.eval()([image])[0]["instances"].to("cpu")
 
 
 def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
@@ -82,12 +86,14 @@ def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
     # Not pyplot, which may want a display.
     figure = Figure(figsize=(3.2 * num_columns, 3.2 * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), num_columns, squeeze=False)
+
     for (title, images), line in zip(rows.items(), axes, strict=True):
         line[0].set_ylabel(title, fontsize=13)
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image)
             axis.set_xticks([])
             axis.set_yticks([])
+
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda partial: figure.savefig(partial, format="png", dpi=110))
     return path

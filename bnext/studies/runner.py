@@ -1,4 +1,4 @@
-"""What the reproductions of tables share: checks before anything runs, logging, timing, results.json, resuming.
+"""Runs the rows of a study: checks before anything runs, logging, timing, results.json, resuming.
 
 A study has rows. Some are trained; the others are made from the checkpoint of one that is. What the rows of a
 table are is in the module of that table.
@@ -19,15 +19,29 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from bnext.checkpoints import load_model
 from bnext.config.load import load_config
 from bnext.engine.trainer import train
 from bnext.errors import ConfigError
-from bnext.evaluation.coco import flatten_metrics
+from bnext.evaluation.coco import evaluate_model, flatten_metrics
+from bnext.evaluation.reestimate import repair_checkpoint
 from bnext.files import write_json
+from bnext.layers.walk import Selection
 
-__all__ = ["check_rows", "load_row", "prepare_folder", "run_study", "set_up_logging", "timed", "train_row"]
+__all__ = [
+    "check_rows",
+    "find_final_model",
+    "load_row",
+    "prepare_folder",
+    "reuse_row",
+    "run_study",
+    "set_up_logging",
+    "timed",
+    "train_row",
+]
 
 Row = TypeVar("Row", bound=Hashable)
+RunRow = Callable[[Row, Mapping[Row, CfgNode], dict[str, float], bool], Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +59,9 @@ def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> C
         ConfigError: the config is wrong, or the pairs say where results go.
     """
     if "OUTPUT_DIR" in opts:
-        raise ConfigError(
-            f"OUTPUT_DIR must not be among the pairs, as every row has a folder of its own; got {list(opts)}. "
-            f"Use --output."
-        )
+        rule = "not be among the pairs, as every row has a folder of its own"
+        raise ConfigError.of("OUTPUT_DIR", rule, got=list(opts), remedy="Use --output.")
+
     return load_config(file, [*opts, "OUTPUT_DIR", os.path.join(output, folder)])
 
 
@@ -59,22 +72,19 @@ def check_rows(configs: Mapping[Row, CfgNode]) -> None:
         ConfigError: names the key and the row.
     """
     for row, cfg in configs.items():
-        if cfg.TEST.PRECISE_BN.NUM_ITER < 1:
-            raise ConfigError(
-                f"TEST.PRECISE_BN.NUM_ITER, the batches of a re-estimation, must be 1 or more; "
-                f"got {cfg.TEST.PRECISE_BN.NUM_ITER} (row {row}). Use 50."
-            )
-        if len(cfg.DATASETS.TEST) != 1:
-            raise ConfigError(
-                f"DATASETS.TEST must name one data set, which gives the table its AP; got {cfg.DATASETS.TEST} "
-                f"(row {row}). Name one."
-            )
+        number, sets = cfg.TEST.PRECISE_BN.NUM_ITER, cfg.DATASETS.TEST
+        if number < 1:
+            thing = "TEST.PRECISE_BN.NUM_ITER, the batches of a re-estimation,"
+            raise ConfigError.of(thing, "be 1 or more", got=number, where=f"row {row}", remedy="Use 50.")
+        if len(sets) != 1:
+            rule = "name one data set, which gives the table its AP"
+            raise ConfigError.of("DATASETS.TEST", rule, got=sets, where=f"row {row}", remedy="Name one.")
 
 
 def run_study(
     configs: Mapping[Row, CfgNode],
     output: str,
-    run_row: Callable[[Row, CfgNode, dict[str, float]], Mapping[str, Any]],
+    run_row: RunRow[Row],
     describe: Callable[[Row], str],
     show: Callable[[Mapping[str, Any]], str],
     *,
@@ -86,7 +96,8 @@ def run_study(
     Args:
         configs: row -> config, each with an OUTPUT_DIR of its own, in an order in which they can run.
         output: folder for results.json.
-        run_row: called as run_row(row, cfg, seconds); gives COCO's metrics, enters in `seconds` what a step took.
+        run_row: called as run_row(row, configs, seconds, resume); gives COCO's metrics, enters in `seconds` what a step
+            took.
         describe: a row in words, for the log.
         show: the table of results.json's content.
         tasks: of COCO's metrics that are kept.
@@ -96,35 +107,77 @@ def run_study(
         Runs in every worker. results.json is {"rows": {row: metrics}, "seconds": {step: s}} and is
         written anew, whole, after every row.
     """
-    results: dict[str, Any] = {"rows": {}, "seconds": {}}
     file = Path(output, "results.json")
-    if file.exists() and not resume and comm.is_main_process():
-        logger.warning("%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file)
+    is_main = comm.is_main_process()
+    results: dict[str, Any] = {"rows": {}, "seconds": {}}
     if resume and file.exists():
         results = json.loads(file.read_text())
+    elif file.exists() and is_main:
+        logger.warning("%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file)
     comm.synchronize()  # every worker has read the file before one writes it
     set_up_logging(output)
+
     for row, cfg in configs.items():
         logger.info("Row %s: %s.", row, describe(row))
         prepare_folder(cfg, resume)
-        results["rows"][str(row)] = flatten_metrics(run_row(row, cfg, results["seconds"]), tasks)
-        if comm.is_main_process():
+        metrics = run_row(row, configs, results["seconds"], resume)
+        results["rows"][str(row)] = flatten_metrics(metrics, tasks)
+        if is_main:
             write_json(file, results)
-    if comm.is_main_process():
+
+    if is_main:
         print(show(results), flush=True)
 
 
-def train_row(row: Hashable, cfg: CfgNode, seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:
+def train_row(label: str, cfg: CfgNode, seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:
     """Train and evaluate a row; see `bnext.engine.train`."""
-    with timed(seconds, f"train_and_evaluate_row{row}"):
+    with timed(seconds, f"train_and_evaluate_row{label}"):
         return train(cfg, resume=resume)
+
+
+def reuse_row(
+    label: str,
+    cfg: CfgNode,
+    seconds: dict[str, float],
+    trained: CfgNode,
+    *,
+    reestimates: bool = True,
+    layers: Selection | None = None,
+) -> Mapping[str, Any]:
+    """Evaluate the checkpoint that another row has trained, as the model of this one.
+
+    Args:
+        label: of the row, in the names of the steps in `seconds`.
+        cfg: of the row.
+        seconds: see `run_study`.
+        trained: config of the other row.
+        reestimates: whether population statistics are estimated anew, and saved as the row's own model.
+        layers: of which norms, see `recompute_statistics`.
+    """
+    weights = find_final_model(trained)
+
+    if reestimates:
+        with timed(seconds, f"reestimate_row{label}"):
+            model = repair_checkpoint(cfg, weights, layers)
+    else:
+        model = load_model(cfg, weights)
+
+    with timed(seconds, f"evaluate_row{label}"):
+        return evaluate_model(cfg, model)
+
+
+def find_final_model(cfg: CfgNode) -> str:
+    """The file of the model at the end of a training."""
+    return os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
 
 
 @contextlib.contextmanager
 def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
     """Wall seconds of a step; those of a training that went on are added up."""
     start = time.perf_counter()
+
     yield
+
     seconds[step] = round(seconds.get(step, 0) + time.perf_counter() - start, 1)
 
 
@@ -132,6 +185,7 @@ def prepare_folder(cfg: CfgNode, resume: bool = False) -> None:
     """Make OUTPUT_DIR and write config.yaml into it; without `resume` it forgets an earlier training."""
     if not comm.is_main_process():
         return
+
     os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
     if not resume:  # else an interrupted new study would later go on with the old one's checkpoint
         Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.train import build_parser, check_run
 from bnext.config.places import get_place_norm
 from bnext.data.batches import build_validation_batches
-from bnext.data.check_coco import check_datasets
+from bnext.data.check import check_datasets
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
@@ -33,7 +33,7 @@ from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import NormSpec
 from bnext.repair.kinds import normalizing_evaluation_by_mini_batch
 from bnext.scope.model import restoring
-from bnext.studies.runner import check_rows, load_row, run_study, timed, train_row
+from bnext.studies.runner import check_rows, find_final_model, load_row, run_study, timed, train_row
 
 __all__ = ["PARTS", "SAMPLES", "SIZES", "load_rows", "run_rows"]
 
@@ -67,14 +67,18 @@ def load_rows(
         BNextError: a config, a data set, the folder or a number of images is wrong.
     """
     sizes = list(config_files) if "nbs" in parts else list(config_files)[:1]
-    configs = {f"nbs_{size}": load_row(config_files[size], output, f"nbs_{size}", opts) for size in sizes}
-    for size, cfg in zip(sizes, configs.values(), strict=True):
+    configs = {}
+    for size in sizes:
+        cfg = load_row(config_files[size], output, f"nbs_{size}", opts)
         _check_size(size, cfg, config_files[size])
+        configs[f"nbs_{size}"] = cfg
+
     first = next(iter(configs.values()))
     if "training" in parts:
         for iteration in _find_iterations(first):
             row = f"iteration_{iteration}"
             configs[row] = load_row(config_files[sizes[0]], output, row, opts)
+
     check_rows(configs)
     check_run(first, build_parser().parse_args([]))
     check_datasets(first.DATASETS.TRAIN)
@@ -86,26 +90,37 @@ def _check_size(size: int, cfg: CfgNode, file: str) -> None:
     """All norms have the row's mini-batches, and a worker's batch holds whole ones."""
     for place in _PLACES:
         spec = get_place_norm(cfg, place)
-        found = spec.normalization_batch_size if isinstance(spec, NormSpec) else spec
-        if found != size:
-            raise ConfigError(
-                f"MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE must be {size} in row nbs_{size}; got {found!r} (--opts "
-                f"or {file}). Correct it, and let MODEL.{place}.NORM be BN."
+        given = spec.normalization_batch_size if isinstance(spec, NormSpec) else spec
+        if given != size:
+            raise ConfigError.of(
+                f"MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE",
+                f"be {size} in row nbs_{size}",
+                got=repr(given),
+                where=f"--opts or {file}",
+                remedy=f"Correct it, and let MODEL.{place}.NORM be BN.",
             )
-    if cfg.SOLVER.IMS_PER_BATCH % size:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH must be a multiple of {size}, the images that are normalized together; got "
-            f"{cfg.SOLVER.IMS_PER_BATCH} (row nbs_{size}). Use {size * max(1, cfg.SOLVER.IMS_PER_BATCH // size)}."
+
+    total = cfg.SOLVER.IMS_PER_BATCH
+    if total % size:
+        raise ConfigError.of(
+            "SOLVER.IMS_PER_BATCH",
+            f"be a multiple of {size}, the images that are normalized together",
+            got=total,
+            where=f"row nbs_{size}",
+            remedy=f"Use {size * max(1, total // size)}.",
         )
 
 
 def _find_iterations(cfg: CfgNode) -> list[int]:
     """At which checkpoints are evaluated."""
-    longest, period = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD
-    if longest != period * max(_FRACTIONS):
-        raise ConfigError(
-            f"SOLVER.MAX_ITER must be {max(_FRACTIONS)} times SOLVER.CHECKPOINT_PERIOD, as checkpoints at 1/8, 1/4, "
-            f"1/2 and the end are evaluated; got {longest} and {period} (--parts training). Set both."
+    longest, period, number = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, max(_FRACTIONS)
+    if longest != period * number:
+        raise ConfigError.of(
+            "SOLVER.MAX_ITER",
+            f"be {number} times SOLVER.CHECKPOINT_PERIOD, as checkpoints at 1/8, 1/4, 1/2 and the end are evaluated",
+            got=f"{longest} and {period}",
+            where="--parts training",
+            remedy="Set both.",
         )
     return [longest // fraction for fraction in _FRACTIONS]
 
@@ -114,9 +129,12 @@ def _check_samples(cfg: CfgNode, samples: Sequence[int]) -> None:
     number, batch = sum(len(load_records(name, cfg)) for name in cfg.DATASETS.TRAIN), cfg.SOLVER.IMS_PER_BATCH
     for wanted in samples:
         if not 1 <= wanted <= number or wanted % batch:
-            raise ConfigError(
-                f"--samples must be multiples of the {batch} images of a batch, at most the {number} training images; "
-                f"got {wanted} ({', '.join(cfg.DATASETS.TRAIN)}). Choose others."
+            raise ConfigError.of(
+                "--samples",
+                f"be multiples of the {batch} images of a batch, at most the {number} training images",
+                got=wanted,
+                where=", ".join(cfg.DATASETS.TRAIN),
+                remedy="Choose others.",
             )
 
 
@@ -135,10 +153,11 @@ def run_rows(
     Note:
         results.json: see `bnext.studies.runner.run_study`.
     """
-    run_row = partial(_run_row, configs=configs, samples=samples, resume=resume)
+    run_row = partial(_run_row, samples=samples)
     tasks = ("bbox", "reading", MOVING_AVERAGE, *(f"samples_{number}" for number in samples))
     show = partial(format_tables, title=title)
     run_study(configs, output, run_row, _describe, show, tasks=tasks, resume=resume)
+
     results = json.loads(Path(output, "results.json").read_text())
     if any(row.startswith("iteration_") for row in results["rows"]):
         draw_results(results, os.path.join(output, "training.png"))
@@ -152,40 +171,38 @@ def _describe(row: str) -> str:
 
 
 def _run_row(
-    row: str,
-    cfg: CfgNode,
-    seconds: dict[str, float],
-    configs: Mapping[str, CfgNode],
-    samples: Sequence[int],
-    resume: bool,
+    row: str, configs: Mapping[str, CfgNode], seconds: dict[str, float], resume: bool, samples: Sequence[int]
 ) -> Mapping[str, Any]:
     kind, number = row.split("_")
+    cfg = configs[row]
+
     if kind == "nbs":
         metrics = train_row(f"_{row}", cfg, seconds, resume)
         with timed(seconds, f"read_row_{row}"):
             return {**metrics, "reading": _read(cfg, int(number))}
-    folder = next(iter(configs.values())).OUTPUT_DIR
+
+    trained = next(iter(configs.values()))
+    weights = os.path.join(trained.OUTPUT_DIR, f"model_{int(number) - 1:07d}.pth")
     with timed(seconds, f"evaluate_row_{row}"):
-        return dict(_evaluate(cfg, os.path.join(folder, f"model_{int(number) - 1:07d}.pth"), samples))
+        return _evaluate(cfg, weights, samples)
 
 
-def _evaluate(cfg: CfgNode, weights: str, samples: Sequence[int]) -> Iterator[tuple[str, dict[str, float]]]:
+def _evaluate(cfg: CfgNode, weights: str, samples: Sequence[int]) -> dict[str, dict[str, float]]:
     """AP and loss of a checkpoint with the statistics of its file, and with those of so many training images."""
     model = load_model(cfg, weights)
-    yield MOVING_AVERAGE, {"samples": 0, **_measure(cfg, model, MOVING_AVERAGE)}
+    results = {MOVING_AVERAGE: {"samples": 0, **_measure(cfg, model, MOVING_AVERAGE)}}
+
     for number in samples:
         with restoring(model):
             report = recompute_statistics(cfg, model, num_batches=number, num_samples=number)
-            shift = max(estimate.mean_shift for estimate in report.reached)
-            yield (
-                f"samples_{number}",
-                {
-                    "samples": report.num_samples,
-                    "standard_error": _as_number(max(estimate.error for estimate in report.reached)),
-                    "mean_shift": shift,
-                    **_measure(cfg, model, f"samples_{number}"),
-                },
-            )
+            results[f"samples_{number}"] = {
+                "samples": report.num_samples,
+                "standard_error": _as_number(max(estimate.error for estimate in report.reached)),
+                "mean_shift": max(estimate.mean_shift for estimate in report.reached),
+                **_measure(cfg, model, f"samples_{number}"),
+            }
+
+    return results
 
 
 def _measure(cfg: CfgNode, model: nn.Module, folder: str) -> dict[str, float]:
@@ -211,14 +228,18 @@ def _as_number(value: float) -> float:
 
 def _read(cfg: CfgNode, size: int) -> dict[str, float]:
     """Loss in three ways and AP in two; the population statistics are precise, of TEST.PRECISE_BN.NUM_ITER batches."""
-    model = load_model(cfg, os.path.join(cfg.OUTPUT_DIR, "model_final.pth"))
+    model = load_model(cfg, find_final_model(cfg))
     reading = {"normalization_batch_size": size, "moving_average_loss": _compute_loss(cfg, model)}
+
     recompute_statistics(cfg, model)
     ways = read_three_ways(cfg, model)
     for way in ("mini_batch_train", "mini_batch_val", "population_val"):
         reading[f"{way}_loss"] = _as_number(ways[way]["loss"])
-    reading |= {key: _as_number(ways[key]) for key in ("generalization_gap", "inconsistency")}
+    for part in ("generalization_gap", "inconsistency"):
+        reading[part] = _as_number(ways[part])
+
     reading["population_val_AP"] = _compute_ap(cfg, model, "population")
     with normalizing_evaluation_by_mini_batch(model):  # so many images at once are a mini-batch, as in training
         reading["mini_batch_val_AP"] = _compute_ap(cfg, model, "mini_batch", images_per_batch=size)
+
     return reading

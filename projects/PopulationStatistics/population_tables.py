@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from tabulate import tabulate
 
+from bnext.evaluation.tables import format_rows
 from bnext.files import replace_file
 
 __all__ = ["MOVING_AVERAGE", "draw_results", "format_tables"]
@@ -37,38 +37,46 @@ _WAYS = {
 
 def format_tables(results: Mapping[str, Any], title: str) -> str:
     """Our numbers, part by part, each above the paper's."""
-    rows = results["rows"]
     parts = []
-    iterations = {row: rows[row] for row in _sort(rows, "iteration")}
+
+    iterations = _select(results["rows"], "iteration")
     if iterations:
         parts += [_format_training(iterations, title), _format_paper_training()]
-    sizes = {row: rows[row] for row in _sort(rows, "nbs")}
+
+    sizes = _select(results["rows"], "nbs", reverse=True)
     if sizes:
         parts.append(_format_sizes(sizes, title))
+
     return "\n\n".join(parts)
 
 
-def _sort(rows: Mapping[str, Any], kind: str) -> list[str]:
-    found = [row for row in rows if row.startswith(f"{kind}_")]
-    return sorted(found, key=lambda row: int(row.split("_")[1]), reverse=kind == "nbs")
+def _select(rows: Mapping[str, Any], kind: str, reverse: bool = False) -> dict[str, Any]:
+    """The rows of a kind, by their number."""
+    numbers = {int(row.split("_")[1]): row for row in rows if row.startswith(f"{kind}_")}
+    return {numbers[number]: rows[numbers[number]] for number in sorted(numbers, reverse=reverse)}
 
 
 def _format_training(rows: Mapping[str, Any], title: str) -> str:
     kinds = _find_kinds(rows)
+
     lines = []
     for row, values in rows.items():
-        for key, name, digits in (("AP", "AP", 1), ("loss", "loss", 3)):
-            cells = [_show(values.get(f"{kind}/{key}"), digits) for kind in kinds]
-            lines.append([row.split("_")[1] if key == "AP" else "", name, *cells])
+        aps = [_show(values.get(f"{kind}/AP"), 1) for kind in kinds]
+        losses = [_show(values.get(f"{kind}/loss"), 3) for kind in kinds]
+        lines += [[row.split("_")[1], "AP", *aps], ["", "loss", *losses]]
+
     headers = [f"iteration, {title}", "", *(_name(kind) for kind in kinds)]
-    return _tabulate(lines, headers, num_texts=2)
+    return format_rows(lines, headers, num_texts=2)
 
 
 def _find_kinds(rows: Mapping[str, Any]) -> list[str]:
     """The moving average, and the numbers of images in their order."""
-    found = {key.split("/")[0] for values in rows.values() for key in values if key.endswith("/loss")}
-    numbers = sorted(int(kind.split("_")[1]) for kind in found if kind != MOVING_AVERAGE)
-    return [MOVING_AVERAGE, *(f"samples_{number}" for number in numbers)]
+    numbers = set()
+    for values in rows.values():
+        for key in values:
+            if key.startswith("samples_") and key.endswith("/loss"):
+                numbers.add(int(key.removesuffix("/loss").split("_")[1]))
+    return [MOVING_AVERAGE, *(f"samples_{number}" for number in sorted(numbers))]
 
 
 def _name(kind: str) -> str:
@@ -77,7 +85,7 @@ def _name(kind: str) -> str:
 
 def _format_paper_training() -> str:
     headers = ["ImageNet error %, paper", "moving average", *(f"N = {number:,}" for number in _PAPER_SAMPLES)]
-    return _tabulate([[what, *map(str, errors)] for what, errors in _PAPER_TRAINING.items()], headers)
+    return format_rows([[training, *map(str, errors)] for training, errors in _PAPER_TRAINING.items()], headers)
 
 
 def _format_sizes(rows: Mapping[str, Any], title: str) -> str:
@@ -91,15 +99,14 @@ def _format_sizes(rows: Mapping[str, Any], title: str) -> str:
         for line, way, error in zip(lines, _WAYS, paper, strict=True):
             ap = values["bbox/AP"] if way == MOVING_AVERAGE else values.get(f"reading/{way}_AP")
             line += [_show(values[f"reading/{way}_loss"], 3), _show(ap, 1), error]
+
     for key, words in (("generalization_gap", "generalization gap"), ("inconsistency", "train-test inconsistency")):
-        cells = [[_show(values[f"reading/{key}"], 3, "+"), "", ""] for values in rows.values()]
-        lines.append([words, *sum(cells, [])])
-    return _tabulate(lines, headers)
+        line = [words]
+        for values in rows.values():
+            line += [_show(values[f"reading/{key}"], 3, "+"), "", ""]
+        lines.append(line)
 
-
-def _tabulate(lines: Sequence[Sequence[str]], headers: Sequence[str], num_texts: int = 1) -> str:
-    aligned = ["left"] * num_texts + ["right"] * (len(headers) - num_texts)
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned)
+    return format_rows(lines, headers)
 
 
 def _show(value: float | None, digits: int, sign: str = "") -> str:
@@ -113,9 +120,10 @@ def draw_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
         results: the content of results.json.
         path: of the PNG; written whole.
     """
-    rows = {row: results["rows"][row] for row in _sort(results["rows"], "iteration")}
+    rows = _select(results["rows"], "iteration")
     kinds = _find_kinds(rows)[1:]
     places = range(len(kinds))  # evenly: a logarithmic axis cannot be drawn where no loss is finite
+
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for axes, (key, name) in zip(figure.subplots(1, 2), (("AP", "COCO AP"), ("loss", "validation loss")), strict=True):
         for index, (row, values) in enumerate(rows.items()):
@@ -123,11 +131,13 @@ def draw_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
             axes.plot(places, curve, f"C{index}o-", label=f"iteration {row.split('_')[1]}")
             axes.axhline(_as_drawn(values.get(f"{MOVING_AVERAGE}/{key}")), color=f"C{index}", linestyle="--")
         axes.plot([], [], "k--", label="its moving average")
+
         axes.set_xticks(places, [kind.split("_")[1] for kind in kinds])
         axes.set_xlabel("training images N of the population statistics")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         _scale(axes)
+
     lines, labels = axes.get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))

@@ -6,26 +6,20 @@ with other statistics at test.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.utils import comm
-from tabulate import tabulate
-from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.cli.train import build_parser, check_run
 from bnext.config.places import get_norm_name
 from bnext.data.sampler import check_batch_size
 from bnext.engine.launch import count_workers
 from bnext.errors import ConfigError
-from bnext.evaluation.coco import evaluate_model
-from bnext.evaluation.reestimate import recompute_statistics
-from bnext.studies.runner import check_rows, load_row, run_study, timed, train_row
+from bnext.evaluation.tables import format_rows
+from bnext.studies.runner import check_rows, load_row, reuse_row, run_study, train_row
 
 __all__ = ["DEFAULT_ROWS", "ROWS", "Row", "check_names", "format_table", "load_rows", "order_rows", "run_rows"]
 
@@ -57,9 +51,13 @@ class Row:
     @property
     def opts(self) -> list[str]:
         """What the row changes in the config of its training."""
-        changed = [f"MODEL.BNEXT.{head}.INFERENCE" for head in HEADS] if self.inference != "population" else []
-        rois = ["TEST.BNEXT.PRECISE_BN.ROIS", self.rois] if self.rois else []
-        return [word for key in changed for word in (key, self.inference)] + rois
+        opts = []
+        if self.inference != "population":
+            for head in HEADS:
+                opts += [f"MODEL.BNEXT.{head}.INFERENCE", self.inference]
+        if self.rois:
+            opts += ["TEST.BNEXT.PRECISE_BN.ROIS", self.rois]
+        return opts
 
 
 ROWS = {
@@ -85,10 +83,8 @@ def check_names(rows: Iterable[str]) -> None:
     """
     unknown = [row for row in rows if row not in ROWS]
     if unknown:
-        raise ConfigError(
-            f"--rows must be of {', '.join(ROWS)}; got {', '.join(unknown)}. Choose among them, or leave --rows away "
-            f"for {', '.join(DEFAULT_ROWS)}."
-        )
+        remedy = f"Choose among them, or leave --rows away for {', '.join(DEFAULT_ROWS)}."
+        raise ConfigError.of("--rows", f"be of {', '.join(ROWS)}", got=", ".join(unknown), remedy=remedy)
 
 
 def order_rows(rows: Iterable[str]) -> list[str]:
@@ -126,36 +122,52 @@ def load_rows(
 def _check_row(row: str, cfg: CfgNode, file: str) -> None:
     """The config is of the row, in both heads, and the population of the row's RoIs."""
     expected = ROWS[row]
-    rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS
-    if rois != (expected.rois or "sampled"):
-        raise ConfigError(
-            f"TEST.BNEXT.PRECISE_BN.ROIS must be {expected.rois or 'sampled'!r} in row {row}; got {rois!r} (--opts or "
-            f"{file}). Leave it out: {', '.join(name for name, other in ROWS.items() if other.rois)} has the others."
+
+    rois, wanted_rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS, expected.rois or "sampled"
+    if rois != wanted_rois:
+        others = ", ".join(name for name, other in ROWS.items() if other.rois)
+        raise ConfigError.of(
+            "TEST.BNEXT.PRECISE_BN.ROIS",
+            f"be {wanted_rois!r} in row {row}",
+            got=repr(rois),
+            where=f"--opts or {file}",
+            remedy=f"Leave it out: {others} has the others.",
         )
+
+    wanted = (expected.norm, expected.shuffle, expected.inference)
     for head in HEADS:
-        node, norm = cfg.MODEL.BNEXT[head], get_norm_name(cfg, head)
-        found = (norm, node.SHUFFLE, node.INFERENCE)
-        wanted = (expected.norm, expected.shuffle, expected.inference)
-        if found != wanted:
-            raise ConfigError(
-                f"the config of row {row} must have NORM, SHUFFLE and INFERENCE {wanted} in {head}; got {found} "
-                f"({file}). Correct MODEL.{head}.NORM and MODEL.BNEXT.{head}."
+        node = cfg.MODEL.BNEXT[head]
+        answers = (get_norm_name(cfg, head), node.SHUFFLE, node.INFERENCE)
+        if answers != wanted:
+            raise ConfigError.of(
+                f"the config of row {row}",
+                f"have NORM, SHUFFLE and INFERENCE {wanted} in {head}",
+                got=answers,
+                where=file,
+                remedy=f"Correct MODEL.{head}.NORM and MODEL.BNEXT.{head}.",
             )
 
 
 def _check_images(row: str, cfg: CfgNode, num_workers: int) -> None:
     """Each worker has as many images as the row says."""
     images, total = ROWS[row].images, cfg.SOLVER.IMS_PER_BATCH
+
     if ROWS[row].shuffle != "none" and num_workers < 2:
-        raise ConfigError(
-            f"--num-gpus must be 2 or more for a row with shuffle; got {num_workers} (row {row}). One worker has "
-            f"nobody to deal RoIs to."
+        raise ConfigError.of(
+            "--num-gpus",
+            "be 2 or more for a row with shuffle",
+            got=num_workers,
+            where=f"row {row}",
+            remedy="One worker has nobody to deal RoIs to.",
         )
     if images and total != images * num_workers:
-        raise ConfigError(
-            f"SOLVER.IMS_PER_BATCH must be {images} image(s) for each of the {num_workers} worker(s); got {total} "
-            f"(row {row}). Use --num-gpus {total // images}, or --opts SOLVER.IMS_PER_BATCH {images * num_workers} "
-            f"with a schedule that fits."
+        raise ConfigError.of(
+            "SOLVER.IMS_PER_BATCH",
+            f"be {images} image(s) for each of the {num_workers} worker(s)",
+            got=total,
+            where=f"row {row}",
+            remedy=f"Use --num-gpus {total // images}, or --opts SOLVER.IMS_PER_BATCH {images * num_workers} with a "
+            f"schedule that fits.",
         )
 
 
@@ -171,60 +183,53 @@ def run_rows(configs: Mapping[str, CfgNode], output: str, title: str, resume: bo
     Note:
         Runs in every worker. results.json: see `bnext.studies.runner.run_study`.
     """
-    run_row = partial(_run_row, configs=configs, resume=resume)
     show = partial(format_table, title=title)
-    run_study(configs, output, run_row, _describe, show, tasks=("bbox", "segm"), resume=resume)
+    run_study(configs, output, _run_row, _describe, show, tasks=("bbox", "segm"), resume=resume)
 
 
-def _run_row(
-    row: str, cfg: CfgNode, seconds: dict[str, float], configs: Mapping[str, CfgNode], resume: bool
-) -> Mapping[str, Any]:
+def _run_row(row: str, configs: Mapping[str, CfgNode], seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:
     trained = ROWS[row].trained
     if row == trained:
-        return train_row(f"_{row}", cfg, seconds, resume)
-    model = load_model(cfg, os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth"))
-    if ROWS[row].rois:
-        with timed(seconds, f"reestimate_row_{row}"):
-            _reestimate(cfg, model)
-    with timed(seconds, f"evaluate_row_{row}"):
-        return evaluate_model(cfg, model.eval())
-
-
-def _reestimate(cfg: CfgNode, model: nn.Module) -> None:
-    recompute_statistics(cfg, model)
-    Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process()).save("model_final")
-    comm.synchronize()
+        return train_row(f"_{row}", configs[row], seconds, resume)
+    return reuse_row(f"_{row}", configs[row], seconds, configs[trained], reestimates=bool(ROWS[row].rois))
 
 
 def _describe(row: str) -> str:
     return ", ".join(word for word in _name_cells(row) if word)
 
 
-def _name_cells(row: str) -> list[str]:
+def _name_cells(name: str) -> list[str]:
     """Norm, images of a worker, statistics at test, and how the row is made."""
-    what = ROWS[row]
-    names = {"BN": "per-worker BN", "": "no norm"}
-    norm = names.get(what.norm, what.norm) + (" + shuffle" if what.shuffle != "none" else "")
-    at_test = {"population": "population", "mini_batch": "mini-batch (RoIs of one image)"}[what.inference]
-    if what.norm in ("GN", ""):
+    row = ROWS[name]
+
+    norm = {"BN": "per-worker BN", "": "no norm"}.get(row.norm, row.norm)
+    if row.shuffle != "none":
+        norm += " + shuffle"
+    images = f"{row.images} image(s) per worker" if row.images else ""
+
+    at_test = {"population": "population", "mini_batch": "mini-batch (RoIs of one image)"}[row.inference]
+    if row.norm in ("GN", ""):
         at_test = ""
-    if what.rois:
-        at_test += f" of {what.rois.replace('_', '-')} RoIs"
-    how = "trained" if row == what.trained else f"{what.trained} {'re-estimated' if what.rois else 'evaluated'}"
-    return [norm, f"{what.images} image(s) per worker" if what.images else "", at_test, how]
+    how = "trained" if name == row.trained else f"{row.trained} evaluated"
+    if row.rois:
+        at_test += f" of {row.rois.replace('_', '-')} RoIs"
+        how = f"{row.trained} re-estimated"
+
+    return [norm, images, at_test, how]
 
 
 def format_table(results: Mapping[str, Any], title: str) -> str:
     """Our box AP and mask AP beside the paper's, row by row."""
     lines = []
-    for row in (row for row in ROWS if row in results["rows"]):
-        metrics, paper = results["rows"][row], ROWS[row].paper or ()
-        norm, images, at_test, how = _name_cells(row)
+    for name, row in ROWS.items():
+        if name not in results["rows"]:
+            continue
+        norm, images, at_test, how = _name_cells(name)
+        metrics = results["rows"][name]
         ours = [f"{metrics.get(f'{task}/AP', 0.0):.1f}" for task in ("bbox", "segm")]
-        lines.append(
-            [row, norm, images.partition(" ")[0] or "-", at_test or "-", how, *ours]
-            + ([f"{ap:.1f}" for ap in paper] or ["n.r.", "n.r."])
-        )
+        papers = [f"{ap:.1f}" for ap in row.paper] if row.paper else ["n.r.", "n.r."]
+        lines.append([name, norm, images.partition(" ")[0] or "-", at_test or "-", how, *ours, *papers])
+
     headers = ["row", "norm of the heads", "images per worker", "statistics at test", "how"]
     headers += [f"box AP {title}", f"mask AP {title}", "box AP COCO (paper)", "mask AP COCO (paper)"]
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=["left"] * 5 + ["right"] * 4)
+    return format_rows(lines, headers, num_texts=5)

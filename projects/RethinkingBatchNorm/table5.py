@@ -6,21 +6,19 @@ re-estimated per level, without training.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
-from tabulate import tabulate
 
 from bnext.cli.train import build_parser, check_run
 from bnext.config.places import get_head_norm
 from bnext.errors import ConfigError
-from bnext.evaluation.coco import evaluate_model
-from bnext.evaluation.reestimate import repair_checkpoint
+from bnext.evaluation.reestimate import is_level_norm
+from bnext.evaluation.tables import format_rows
 from bnext.layers import TABLE5_ROWS, NormSpec
-from bnext.studies.runner import check_rows, load_row, run_study, timed, train_row
+from bnext.studies.runner import check_rows, load_row, reuse_row, run_study, train_row
 
 __all__ = ["PAPER_AP", "TRAINED_ROW", "format_table", "load_rows", "order_rows", "run_rows"]
 
@@ -50,12 +48,16 @@ def load_rows(
         BNextError: a config, a data set or the folder is wrong.
     """
     configs = {row: load_row(file, output, f"row{row}", opts) for row, file in config_files.items()}
+
     for row, cfg in configs.items():
-        spec, expected = get_head_norm(cfg), NormSpec.from_table5_row(row)
+        spec = get_head_norm(cfg)
         if not isinstance(spec, NormSpec) or spec.table5_row != row:
-            raise ConfigError(
-                f"the config of row {row} must have its three answers {expected}; got {spec} ({config_files[row]}). "
-                f"Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET."
+            raise ConfigError.of(
+                f"the config of row {row}",
+                f"have its three answers {NormSpec.from_table5_row(row)}",
+                got=str(spec),
+                where=config_files[row],
+                remedy="Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET.",
             )
     check_rows(configs)
     check_run(next(iter(configs.values())), build_parser().parse_args(["--num-gpus", str(num_workers)]))
@@ -75,8 +77,14 @@ def run_rows(configs: Mapping[int, CfgNode], output: str, title: str, resume: bo
         Runs in every worker. results.json is {"rows": {row: metrics}, "seconds": {step: s}} and is
         written anew, whole, after every row.
     """
-    run_row = partial(_run_row, configs=configs, resume=resume)
-    run_study(configs, output, run_row, describe_row, partial(format_table, title=title), resume=resume)
+    run_study(configs, output, _run_row, describe_row, partial(format_table, title=title), resume=resume)
+
+
+def _run_row(row: int, configs: Mapping[int, CfgNode], seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:
+    trained = TRAINED_ROW[row]
+    if row == trained:
+        return train_row(str(row), configs[row], seconds, resume)
+    return reuse_row(str(row), configs[row], seconds, configs[trained], layers=is_level_norm)
 
 
 def describe_row(row: int) -> str:
@@ -87,34 +95,19 @@ def describe_row(row: int) -> str:
 
 def format_table(results: Mapping[str, Any], title: str) -> str:
     """Our AP beside the paper's, row by row, and what each re-estimation changed."""
-    lines = []
-    for key, metrics in results["rows"].items():
-        row, trained = int(key), TRAINED_ROW[int(key)]
-        source = results["rows"].get(str(trained), {})
-        is_repair = row != trained and "bbox/AP" in source
-        lines.append(
-            [
-                str(row),
-                *(cell.replace("_", " ") for cell in TABLE5_ROWS[row]),
-                "trained" if row == trained else f"row {trained} re-estimated",
-                f"{metrics['bbox/AP']:.1f}",
-                f"{metrics['bbox/AP'] - source['bbox/AP']:+.1f}" if is_repair else "",
-                f"{PAPER_AP[row]:.1f}",
-                f"{PAPER_AP[row] - PAPER_AP[trained]:+.1f}" if is_repair else "",
-            ]
-        )
+    aps = {int(row): metrics["bbox/AP"] for row, metrics in results["rows"].items()}
+
+    rows = []
+    for row, ap in aps.items():
+        trained = TRAINED_ROW[row]
+        how, change, paper_change = "trained", "", ""
+        if row != trained:
+            how = f"row {trained} re-estimated"
+            if trained in aps:
+                change = f"{ap - aps[trained]:+.1f}"
+                paper_change = f"{PAPER_AP[row] - PAPER_AP[trained]:+.1f}"
+        answers = [answer.replace("_", " ") for answer in TABLE5_ROWS[row]]
+        rows.append([str(row), *answers, how, f"{ap:.1f}", change, f"{PAPER_AP[row]:.1f}", paper_change])
+
     headers = ["row", "mini-batch", "population", "affine", "how", f"AP {title}", "change", "AP COCO (paper)", "change"]
-    aligned = ["left"] * 5 + ["right"] * 4
-    return tabulate(lines, headers=headers, disable_numparse=True, colalign=aligned)  # tabulate drops a plus sign
-
-
-def _run_row(
-    row: int, cfg: CfgNode, seconds: dict[str, float], configs: Mapping[int, CfgNode], resume: bool
-) -> Mapping[str, Any]:
-    trained = TRAINED_ROW[row]
-    if row == trained:
-        return train_row(row, cfg, seconds, resume)
-    with timed(seconds, f"reestimate_row{row}"):
-        model = repair_checkpoint(cfg, os.path.join(configs[trained].OUTPUT_DIR, "model_final.pth"))
-    with timed(seconds, f"evaluate_row{row}"):
-        return evaluate_model(cfg, model)
+    return format_rows(rows, headers, num_texts=5)

@@ -16,7 +16,7 @@ def study(output, ap, resume=False, rows=("a", "b")):
     """A study whose rows only report a number."""
     configs = {row: load_row(str(tiny.CONFIG), str(output), f"row_{row}") for row in rows}
 
-    def run_row(row, cfg, seconds):
+    def run_row(row, configs, seconds, resume):
         with timed(seconds, f"row_{row}"):
             return {"bbox": {"AP": ap}, "segm": {"AP": ap / 2}}
 
