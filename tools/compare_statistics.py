@@ -15,14 +15,10 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from bnext.cli.compare import run_comparison
-from bnext.cli.run_command import run_command
-from bnext.config.load import load_config
+from bnext.cli.compare import find_kept_results, run_comparison
+from bnext.cli.run_command import load_config_to_reestimate, run_command
 from bnext.repair.kinds import KINDS
-
-SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -43,33 +39,20 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
     args = build_parser().parse_intermixed_args(argv)
-    path = Path(args.output, "statistics.json")
-    before = read_stamp(path)
-    try:
-        return run_command(lambda: compare(args))
-    except KeyboardInterrupt:
-        is_new = read_stamp(path) != before  # not of an earlier comparison
-        kept = f"what is measured so far is in {path}" if is_new else "nothing is written"
-        print(f"interrupted; {kept}.", file=sys.stderr)
-        return 130
-
-
-def read_stamp(path: Path) -> tuple[int, int] | None:
-    """What tells a file from one that replaces it; None: there is none."""
-    if not path.is_file():
-        return None
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns
+    return run_command(lambda: compare(args), find_kept_results(args.output))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
-    target = ["DATASETS.TEST", f"('{args.target_dataset}',)"] if args.target_dataset else []
     given = args.kinds or []
-    opts = [*args.opts, *itertools.dropwhile(lambda word: "." not in word, given)]  # pairs that follow --kinds
     kinds = list(itertools.takewhile(lambda word: "." not in word, given))
-    kinds = kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
-    cfg = load_config(args.config_file, [*opts, *SWITCHES, *target, "OUTPUT_DIR", args.output])
+    opts = [*args.opts, *given[len(kinds) :], "OUTPUT_DIR", args.output]  # pairs may follow --kinds
+    if args.target_dataset:
+        opts += ["DATASETS.TEST", f"('{args.target_dataset}',)"]
+    if not kinds:
+        kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
+
+    cfg = load_config_to_reestimate(args.config_file, opts)
     run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset)
 
 

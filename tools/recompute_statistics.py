@@ -17,13 +17,11 @@ from collections.abc import Sequence
 
 from bnext.cli.reestimate import POPULATIONS, run_request
 from bnext.cli.reestimate_request import RecomputeRequest
-from bnext.cli.run_command import run_command
+from bnext.cli.run_command import load_config_to_reestimate, run_command
 from bnext.config.estimates import ESTIMATORS
-from bnext.config.load import load_config
 from bnext.errors import ConfigError
 
 PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
-SWITCHES = ["TEST.PRECISE_BN.ENABLED", "True", "TEST.BNEXT.SMART_BATCH_NORM", "False"]  # what is done here
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +59,7 @@ def recompute(args: argparse.Namespace) -> None:
         raise ConfigError(f"--tolerance must be 0 (none) or above; got {args.tolerance}. Use 0.01 for 1 %.")
     given = {"ESTIMATOR": args.estimator, "TOLERANCE": args.tolerance}
     opts = [word for key, value in given.items() if value is not None for word in (f"{PRECISE_BN}.{key}", str(value))]
-    cfg = load_config(args.config_file, [*args.opts, *SWITCHES, *opts])
+    cfg = load_config_to_reestimate(args.config_file, [*args.opts, *opts])
     request = RecomputeRequest(
         output=args.output,
         population=args.population,

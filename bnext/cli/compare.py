@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from bnext.files import write_json
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
 
-__all__ = ["run_comparison"]
+__all__ = ["find_kept_results", "run_comparison"]
 
 
 def run_comparison(
@@ -56,18 +55,22 @@ def run_comparison(
     for kind in kinds:
         check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
     check_domain(cfg, domain)
+
     existing = [path for path in _outputs(cfg) if path.exists()]
     if existing and not overwrite:
-        raise ConfigError(
-            f"--output must be a folder without an earlier comparison; got {str(existing[0])!r}. Choose another, or "
-            f"give --overwrite."
+        rule = "be a folder without an earlier comparison"
+        raise ConfigError.of(
+            "--output", rule, got=repr(str(existing[0])), remedy="Choose another, or give --overwrite."
         )
+
     check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
     if not cfg.DATASETS.TRAIN:
-        raise ConfigError("DATASETS.TRAIN must name at least one data set; got none. Name one in the config.")
+        rule, remedy = "name at least one data set", "Name one in the config."
+        raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)
     check_datasets(cfg.DATASETS.TRAIN)
     if domain_dataset is not None:
         load_records(domain_dataset, cfg)
+
     launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain, domain_dataset), device=cfg.MODEL.DEVICE)
 
 
@@ -76,36 +79,56 @@ def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
 
 
 def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None) -> None:
-    """What every worker does."""
+    """In every worker."""
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
+
     model = build_model(cfg)
     checkpointer = Checkpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=find_replaceable(model))
-    options = {"domain": domain, "domain_dataset": domain_dataset, "lost": checkpointer.left_out}
-    results = compare_statistics(cfg, model.eval(), kinds, **options, on_kind=partial(_write, cfg))
+
+    results = compare_statistics(
+        cfg,
+        model.eval(),
+        kinds,
+        domain=domain,
+        domain_dataset=domain_dataset,
+        lost=checkpointer.left_out,
+        on_kind=partial(_write, cfg),
+    )
+
+    if comm.is_main_process():
+        results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
+        _write(cfg, results, with_plot=True)
+        file, plot = _outputs(cfg)
+        print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
+
+
+def _write(cfg: CfgNode, results: Mapping[str, Any], with_plot: bool = False) -> None:
     if not comm.is_main_process():
         return
-    results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
-    _write(cfg, results)
+
     file, plot = _outputs(cfg)
-    with _naming_the_disk(cfg):
-        draw_comparison(results, plot)
-    print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
-
-
-def _write(cfg: CfgNode, results: Mapping[str, Any]) -> None:
-    if comm.is_main_process():
-        with _naming_the_disk(cfg):
-            write_json(_outputs(cfg)[0], {"weights": cfg.MODEL.WEIGHTS, **results})
-
-
-@contextlib.contextmanager
-def _naming_the_disk(cfg: CfgNode) -> Iterator[None]:
     try:
-        yield
+        write_json(file, {"weights": cfg.MODEL.WEIGHTS, **results})
+        if with_plot:
+            draw_comparison(results, plot)
     except OSError as error:
-        raise LaunchError(
-            f"--output must be a folder that can be written to, on a disk with room; got {type(error).__name__}: "
-            f"{error} ({cfg.OUTPUT_DIR}). What was written before is whole; choose another folder."
+        raise LaunchError.of(
+            "--output",
+            "be a folder that can be written to, on a disk with room",
+            got=f"{type(error).__name__}: {error}",
+            where=cfg.OUTPUT_DIR,
+            remedy="What was written before is whole; choose another folder.",
         ) from error
+
+
+def find_kept_results(output: str) -> Callable[[], str]:
+    """A function that tells what a comparison which begins now has left in its folder."""
+    path = Path(output, "statistics.json")
+
+    def read_stamp() -> tuple[int, int] | None:
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
+
+    before = read_stamp()
+    return lambda: "nothing is written" if read_stamp() == before else f"what is measured so far is in {path}"
