@@ -23,7 +23,7 @@ from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.train import build_parser, check_run
 from bnext.config.places import get_place_norm
 from bnext.data.batches import build_validation_batches
-from bnext.data.check import check_datasets
+from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
