@@ -14,12 +14,13 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from bnext.cli.reestimate import POPULATIONS, run_request
 from bnext.cli.reestimate_request import RecomputeRequest
 from bnext.cli.run_command import load_config_to_reestimate, run_command
-from bnext.config.estimates import ESTIMATORS
 from bnext.errors import ConfigError
+from bnext.statistics.recompute import Estimator
 
 PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
 
@@ -34,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--domain", action="append", default=[], metavar="NAME", help="of each --dataset, for statistics per domain")
     add("--num-samples", type=int, metavar="N", help="images that are enough")
     add("--tolerance", type=float, metavar="T", help="stop at this standard error, such as 0.01")
-    add("--estimator", help=f"one of {', '.join(ESTIMATORS)}")
+    add("--estimator", help=f"one of {', '.join(get_args(Estimator))}")
     add("--source-samples", type=float, default=0, metavar="N", help="images that the old statistics count for")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--resume", action="store_true", help="go on with an interrupted run of the same command")

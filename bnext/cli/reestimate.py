@@ -22,8 +22,8 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.kept_run import KeptRun
 from bnext.cli.reestimate_request import RecomputeRequest, check_domains, check_files, check_images, check_request
-from bnext.config.check import check_config
-from bnext.config.places import BATCH_NORMS, PLACES, get_norm_name, has_place
+from bnext.config.places import PLACES
+from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.population import count_batches
@@ -203,36 +203,38 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         ConfigError: no place of the model can have it.
     """
     check_choice("--population", population, POPULATIONS, where="give_population")
-    cfg = cfg.clone()
-    cfg.defrost()
-    places = [place for place in PLACES if has_place(cfg, place) and get_norm_name(cfg, place) in BATCH_NORMS]
-    places = [place for place in places if population in PLACES[place].sources]
+    norms = resolve_norms(cfg).places
+    places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
     if not places:
         raise ConfigError(
             f"--population must be of a model with batch norms that can have it; got {population!r} for "
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} (give_population). Use an architecture of bnext, "
             f"such as BNextRetinaNet, which loads the same checkpoint, or leave --population out."
         )
+    cfg = cfg.clone()
+    cfg.defrost()
     for place in places:
         cfg.MODEL.BNEXT[place].POPULATION = population
     if population == "per_domain" and not cfg.MODEL.BNEXT.DOMAINS.NAMES:
         cfg.MODEL.BNEXT.DOMAINS.NAMES = tuple(dict.fromkeys(domains))
     elif population == "shared" and not any("per_domain" in node.values() for node in cfg.MODEL.BNEXT.values()):
         cfg.MODEL.BNEXT.DOMAINS.NAMES, cfg.MODEL.BNEXT.DOMAINS.FALLBACK = (), ""
-    check_config(cfg)
+    resolve_norms(cfg)
     cfg.freeze()
     return cfg
 
 
 def find_keys(cfg: CfgNode) -> dict[str, Any]:
     """The keys that say whose population statistics the norms of a config have."""
-    keys = {
-        f"MODEL.BNEXT.{place}.POPULATION": cfg.MODEL.BNEXT[place].POPULATION
-        for place in PLACES
-        if has_place(cfg, place) and get_norm_name(cfg, place) in BATCH_NORMS
-    }
-    names = list(cfg.MODEL.BNEXT.DOMAINS.NAMES)
-    return {**keys, "MODEL.BNEXT.DOMAINS.NAMES": names} if names else keys
+    norms = resolve_norms(cfg)
+    keys: dict[str, Any] = {}
+    for place, norm in norms.places.items():
+        if norm.is_batch_norm:
+            keys[f"MODEL.BNEXT.{place}.POPULATION"] = norm.spec.population
+
+    if norms.domains:
+        keys["MODEL.BNEXT.DOMAINS.NAMES"] = list(norms.domains)
+    return keys
 
 
 def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:

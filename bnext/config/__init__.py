@@ -9,7 +9,8 @@ except ModuleNotFoundError as error:
         "bnext's layers and statistics work without it."
     ) from error
 
+from bnext.config.keys import add_bnext_config
 from bnext.config.load import load_config
-from bnext.config.places import add_bnext_config
+from bnext.config.recipe import NormRecipe, PlaceNorm, resolve_norms
 
-__all__ = ["add_bnext_config", "load_config"]
+__all__ = ["NormRecipe", "PlaceNorm", "add_bnext_config", "load_config", "resolve_norms"]

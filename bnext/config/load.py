@@ -11,9 +11,9 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from bnext.config.check import check_config
-from bnext.config.optimizer import check_optimizer
-from bnext.config.places import add_bnext_config
+from bnext.config.check import check_values, flatten
+from bnext.config.keys import KEYS, add_bnext_config
+from bnext.config.recipe import resolve_norms
 from bnext.errors import ConfigError, LaunchError
 
 __all__ = ["load_config"]
@@ -39,9 +39,11 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_bnext_config(cfg)
     _merge(cfg, config_file, opts)
+
     _check_architecture(cfg.MODEL.META_ARCHITECTURE)
-    check_config(cfg)
-    check_optimizer(cfg)
+    resolve_norms(cfg)
+    check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
+
     _choose_device(cfg)
     cfg.freeze()
     return cfg
@@ -50,55 +52,67 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
     options = [word for word in opts[::2] if word.startswith("--")]
     if options:
-        raise ConfigError(
-            f"Options must come before the KEY VALUE pairs; got {options[0]} among them ({' '.join(opts)}). Move it."
+        got = f"{options[0]} among them"
+        raise ConfigError.of(
+            "Options", "come before the KEY VALUE pairs", got=got, where=" ".join(opts), remedy="Move it."
         )
+
     defaults = cfg.clone()
     try:
         if config_file:
             cfg.merge_from_file(config_file)
-            _check_values(cfg, defaults)
+            _check_complete(cfg, defaults)
     except (*_MALFORMED, OSError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"--config-file must be a YAML file with keys of Detectron2 and bnext; got {_say(error)} ({config_file}). "
-            "Correct the path or the key."
+        raise ConfigError.of(
+            "--config-file",
+            "be a YAML file with keys of Detectron2 and bnext",
+            got=_describe(error),
+            where=config_file,
+            remedy="Correct the path or the key.",
         ) from error
+
     try:
         cfg.merge_from_list(list(opts))
-        _check_values(cfg, defaults)
+        _check_complete(cfg, defaults)
     except _MALFORMED as error:
-        raise ConfigError(
-            f"KEY VALUE pairs must name keys of Detectron2 and bnext, with values of their type; got {_say(error)} "
-            f"({' '.join(opts)}). Correct the pair."
+        raise ConfigError.of(
+            "KEY VALUE pairs",
+            "name keys of Detectron2 and bnext, with values of their type",
+            got=_describe(error),
+            where=" ".join(opts),
+            remedy="Correct the pair.",
         ) from error
 
 
-def _check_values(cfg: CfgNode, defaults: CfgNode, place: str = "") -> None:
-    """Numbers have a value: yacs lets None replace them."""
-    for key, default in defaults.items():
-        value = cfg.get(key)
-        if value is None and isinstance(default, (int, float)):
-            raise ValueError(f"no value for {place}{key}")
-        if isinstance(default, CfgNode):
-            _check_values(value, default, f"{place}{key}.")
+def _check_complete(cfg: CfgNode, defaults: CfgNode) -> None:
+    """Numbers have a value, and sections their keys: yacs lets None replace both."""
+    values = flatten(cfg)
+    for name, default in flatten(defaults).items():
+        if name not in values or (values[name] is None and isinstance(default, (int, float))):
+            raise ValueError(f"no value for {name}")
 
 
 def _check_architecture(name: str) -> None:
     known = [registered for registered, _ in META_ARCH_REGISTRY]
     if name in known:
         return
+
     close = difflib.get_close_matches(str(name), known) or sorted(known)
-    raise ConfigError(
-        f"MODEL.META_ARCHITECTURE must name a registered architecture; got {name!r} (config). "
-        f"Did you mean {' or '.join(close)}? One of your own must be imported first."
+    raise ConfigError.of(
+        "MODEL.META_ARCHITECTURE",
+        "name a registered architecture",
+        got=repr(name),
+        where="config",
+        remedy=f"Did you mean {' or '.join(close)}? One of your own must be imported first.",
     )
 
 
-def _say(error: Exception) -> str:
+def _describe(error: Exception) -> str:
+    """The first line of a message of yacs, with the key, which it names at the end of a whole section."""
     text = str(error.args[0] if error.args else error)
     line = text.splitlines()[0] if text else type(error).__name__
     key = text.rpartition("for config key: ")[2] if "for config key: " in text else ""
-    if key not in line:  # yacs shows a whole section before it
+    if key not in line:
         line = f"another type for {key}"
     return f"no mapping of names to values ({line})" if isinstance(error, (AttributeError, TypeError)) else line
 
@@ -108,14 +122,15 @@ def _choose_device(cfg: CfgNode) -> None:
     try:
         torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ConfigError(
-            f"MODEL.DEVICE must be a device of torch; got {device!r} (config). Set it to 'cuda' or 'cpu'."
+        remedy = "Set it to 'cuda' or 'cpu'."
+        raise ConfigError.of(
+            "MODEL.DEVICE", "be a device of torch", got=repr(device), where="config", remedy=remedy
         ) from error
+
     if not device.startswith("cuda") or torch.cuda.is_available():
         return
     if device != "cuda":
-        raise LaunchError(
-            f"MODEL.DEVICE must be a device of this machine, which has no CUDA; got {device!r}. Set it to 'cpu'."
-        )
+        rule = "be a device of this machine, which has no CUDA"
+        raise LaunchError.of("MODEL.DEVICE", rule, got=repr(device), remedy="Set it to 'cpu'.")
     logging.getLogger(__name__).info("This machine has no CUDA: MODEL.DEVICE is set to 'cpu'.")
     cfg.MODEL.DEVICE = "cpu"

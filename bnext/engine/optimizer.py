@@ -8,7 +8,8 @@ from detectron2.solver.build import build_optimizer as build_sgd
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from torch import nn
 
-from bnext.config.optimizer import check_optimizer
+from bnext.config.check import check_values
+from bnext.config.keys import KEYS
 
 __all__ = ["build_optimizer"]
 
@@ -22,10 +23,10 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         model: its norms' weights and biases get WEIGHT_DECAY_NORM.
 
     Raises:
-        ConfigError: see `check_optimizer`.
+        ConfigError: SOLVER.OPTIMIZER is neither.
     """
-    check_optimizer(cfg)
     solver = cfg.SOLVER
+    check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": solver.OPTIMIZER})
     if solver.OPTIMIZER == "SGD":
         return build_sgd(cfg, model)
 

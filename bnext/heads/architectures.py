@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN, ProposalNetwork, SemanticSegmentor
 from torch import nn
 
-from bnext.config.check import check_config
+from bnext.config.recipe import resolve_norms
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "BNextSemanticSegmentor"]
@@ -20,30 +20,30 @@ __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "
 
 @META_ARCH_REGISTRY.register()
 def BNextGeneralizedRCNN(cfg: CfgNode) -> GeneralizedRCNN:
-    """Faster, Mask, Keypoint and Cascade R-CNN. Raises ConfigError: see `bnext.config.check.check_config`."""
+    """Faster, Mask, Keypoint and Cascade R-CNN. Raises ConfigError: see `bnext.config.resolve_norms`."""
     return _build(GeneralizedRCNN, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextProposalNetwork(cfg: CfgNode) -> ProposalNetwork:
-    """An RPN alone. Raises ConfigError: see `bnext.config.check.check_config`."""
+    """An RPN alone. Raises ConfigError: see `bnext.config.resolve_norms`."""
     return _build(ProposalNetwork, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextPanopticFPN(cfg: CfgNode) -> PanopticFPN:
-    """Panoptic FPN. Raises ConfigError: see `bnext.config.check.check_config`."""
+    """Panoptic FPN. Raises ConfigError: see `bnext.config.resolve_norms`."""
     return _build(PanopticFPN, cfg)
 
 
 @META_ARCH_REGISTRY.register()
 def BNextSemanticSegmentor(cfg: CfgNode) -> SemanticSegmentor:
-    """A backbone with a semantic head. Raises ConfigError: see `bnext.config.check.check_config`."""
+    """A backbone with a semantic head. Raises ConfigError: see `bnext.config.resolve_norms`."""
     return _build(SemanticSegmentor, cfg)
 
 
 def _build(architecture: Callable[[CfgNode], nn.Module], cfg: CfgNode) -> nn.Module:
-    check_config(cfg)
-    model = architecture(make_buildable(cfg))
-    give_norms(model, cfg)
+    norms = resolve_norms(cfg)
+    model = architecture(make_buildable(cfg, norms))
+    give_norms(model, norms)
     return model

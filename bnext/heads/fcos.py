@@ -10,8 +10,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, build_backbone
 from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from torch import Tensor
 
-from bnext.config.check import check_config
-from bnext.config.places import get_head_norm
+from bnext.config.recipe import resolve_norms
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -39,7 +38,7 @@ class FCOSHead(detectron2_fcos.FCOSHead):
         return logits, deltas, [self.ctrness(feature) for feature in towers["bbox_subnet"]]
 
     def forward_towers(self, features: list[Tensor]) -> dict[str, list[Tensor]]:
-        """What `forward` does before its predictors: name of the tower -> features [N, C, H, W] of every level."""
+        """The part of `forward` before its predictors: name of the tower -> features [N, C, H, W] of every level."""
         return run_towers(self, ("bbox_subnet", "cls_subnet"), features)
 
 
@@ -51,21 +50,23 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
     MODEL.ANCHOR_GENERATOR is not read, as FCOS has one point per position.
 
     Raises:
-        ConfigError: see `bnext.config.check.check_config`.
+        ConfigError: see `bnext.config.resolve_norms`.
     """
-    check_config(cfg)
-    node = cfg.MODEL.RETINANET
-    backbone = build_backbone(make_buildable(cfg))
-    with looking_up_levels(node.IN_FEATURES):
-        shapes = [backbone.output_shape()[level] for level in node.IN_FEATURES]
+    norms, node = resolve_norms(cfg), cfg.MODEL.RETINANET
+    place = norms.places["RETINANET"]
+
+    backbone = build_backbone(make_buildable(cfg, norms))
+    with looking_up_levels(place.levels):
+        shapes = [backbone.output_shape()[level] for level in place.levels]
     head = FCOSHead(
-        levels=node.IN_FEATURES,
-        norm=get_head_norm(cfg),
+        levels=place.levels,
+        norm=place.norm,
         input_shape=shapes,
         num_classes=node.NUM_CLASSES,
         conv_dims=[shapes[0].channels] * node.NUM_CONVS,
         prior_prob=node.PRIOR_PROB,
     )
+
     model = detectron2_fcos.FCOS(
         backbone=backbone,
         head=head,
@@ -80,5 +81,5 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
         pixel_mean=cfg.MODEL.PIXEL_MEAN,
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
-    give_norms(model, cfg)
+    give_norms(model, norms)
     return model

@@ -24,35 +24,44 @@ def looking_up_levels(levels: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except KeyError as error:
-        if error.args[0] not in levels:
+        level = error.args[0]
+        if level not in levels:
             raise
-        raise ConfigError(
-            f"MODEL.RETINANET.IN_FEATURES must name features of the backbone; got {error.args[0]!r}. "
-            f"A RetinaNet's FPN has p3 to p7; correct the name."
+        raise ConfigError.of(
+            "MODEL.RETINANET.IN_FEATURES",
+            "name features of the backbone",
+            got=repr(level),
+            remedy="A RetinaNet's FPN has p3 to p7; correct the name.",
         ) from error
 
 
-def make_head_norm(norm: HeadNorm, levels: Sequence[str] | None) -> str | Callable[[int], nn.Module]:
-    """What detectron2's `get_norm` takes: a spec becomes a factory, with levels of level norms; a factory stays.
+def make_head_norm(norm: HeadNorm, levels: Sequence[str] | None) -> str | Callable[[int], nn.Module | None]:
+    """A norm as detectron2's `get_norm` takes it: a spec becomes a factory, with levels of level norms.
 
     A name means the same with every version of detectron2: "GN" can be tried on one channel, "LN" is there,
     "BN" and "SyncBN" are bnext's; of several levels each has its own statistics, as in detectron2's RetinaNet.
+    A factory, and any other name, stays.
     """
     if isinstance(norm, str) and norm in ("BN", "SyncBN"):
         norm = NAMED_NORMS[norm]
-        norm = norm if levels is None else norm.replace(statistics="per_level", population="per_level")
+        if levels is not None:
+            norm = norm.replace(statistics="per_level", population="per_level")
+
     if isinstance(norm, NormSpec):
         return build_norm(norm, levels)
-    return partial(_make_named_norm, norm) if norm in ("GN", "LN") else norm  # type: ignore[return-value]
+    return partial(_make_named_norm, norm) if isinstance(norm, str) and norm in ("GN", "LN") else norm
 
 
 def _make_named_norm(name: str, num_channels: int) -> nn.Module | None:
     try:
         return make_named_norm(name, num_channels)
     except ValueError as error:
-        raise ConfigError(
-            f"a norm must fit the channels of its layer; got {name!r} for {num_channels} ({error}). Use a multiple of "
-            f"32 channels, or another norm for this place."
+        raise ConfigError.of(
+            "a norm",
+            "fit the channels of its layer",
+            got=f"{name!r} for {num_channels}",
+            where=str(error),
+            remedy="Use a multiple of 32 channels, or another norm for this place.",
         ) from error
 
 
@@ -63,9 +72,11 @@ def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, 
         ConfigError: the numbers differ.
     """
     if len(levels) != len(features):
-        raise ConfigError(
-            f"a head must get one feature per level; got {len(features)} features for the levels {tuple(levels)}. "
-            f"Set the head's IN_FEATURES to the features that it gets."
+        raise ConfigError.of(
+            "a head",
+            "get one feature per level",
+            got=f"{len(features)} features for the levels {tuple(levels)}",
+            remedy="Set the head's IN_FEATURES to the features that it gets.",
         )
     return dict(zip(levels, features, strict=True))
 

@@ -17,8 +17,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.config.check import check_config
-from bnext.config.places import get_head_norm
+from bnext.config.recipe import read_place, resolve_norms
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -41,8 +40,8 @@ class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        arguments = super().from_config(cfg, input_shape)
-        return {**arguments, "levels": cfg.MODEL.RETINANET.IN_FEATURES, "norm": get_head_norm(cfg)}
+        place = read_place(cfg, "RETINANET")
+        return {**super().from_config(cfg, input_shape), "levels": place.levels, "norm": place.norm}
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Logits [N, A*K, H, W] and box deltas [N, A*4, H, W] of every level, in the order of `levels`."""
@@ -52,7 +51,7 @@ class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
         return logits, deltas
 
     def forward_towers(self, features: list[Tensor]) -> dict[str, list[Tensor]]:
-        """What `forward` does before its predictors: name of the tower -> features [N, C, H, W] of every level."""
+        """The part of `forward` before its predictors: name of the tower -> features [N, C, H, W] of every level."""
         return run_towers(self, ("cls_subnet", "bbox_subnet"), features)
 
 
@@ -61,17 +60,20 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
     """Detectron2's RetinaNet with the norms of MODEL.BNEXT; its head's are those of MODEL.BNEXT.RETINANET.
 
     Raises:
-        ConfigError: see `bnext.config.check.check_config`.
+        ConfigError: see `bnext.config.resolve_norms`.
     """
-    check_config(cfg)
-    without_norm = make_buildable(cfg)
+    norms = resolve_norms(cfg)
+    levels = norms.places["RETINANET"].levels
+
+    without_norm = make_buildable(cfg, norms)
     without_norm.MODEL.RETINANET.NORM = ""  # detectron2's head is made and left
-    with looking_up_levels(cfg.MODEL.RETINANET.IN_FEATURES):
+    with looking_up_levels(levels):
         arguments = RetinaNet.from_config(without_norm)
     shapes = arguments["backbone"].output_shape()
-    arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in cfg.MODEL.RETINANET.IN_FEATURES])
+    arguments["head"] = RetinaNetHead(cfg, [shapes[level] for level in levels])
+
     model = RetinaNet(**arguments)
-    give_norms(model, cfg)
+    give_norms(model, norms)
     return model
 
 
@@ -85,6 +87,7 @@ def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> Non
     images = model.preprocess_image(batch)
     features = model.backbone(images.tensor)
     inputs = [features[level] for level in model.head_in_features]
+
     if _can_skip_predictors(model.head):
         model.head.forward_towers(inputs)
     else:

@@ -3,53 +3,80 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
-from detectron2.config import CfgNode
 from detectron2.modeling.roi_heads.keypoint_head import BaseKeypointRCNNHead
 from detectron2.modeling.roi_heads.mask_head import BaseMaskRCNNHead
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.config.places import PLACES, get_place_norm, has_place
+from bnext.config.places import PLACES
+from bnext.config.recipe import NormRecipe, PlaceNorm
 from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.roi import find_roi_heads
-from bnext.layers import BatchNorm2d, NormSpec, deal_statistics, shuffle_features
+from bnext.layers import BatchNorm2d, deal_statistics, shuffle_features
 
 __all__ = ["shuffle_heads"]
 
-PLACES_OF_HEADS = {"box_head": "ROI_BOX_HEAD", "mask_head": "ROI_MASK_HEAD", "keypoint_head": "ROI_KEYPOINT_HEAD"}
+HEADS_OF_PLACES = {"ROI_BOX_HEAD": "box_head", "ROI_MASK_HEAD": "mask_head", "ROI_KEYPOINT_HEAD": "keypoint_head"}
 
 
-def shuffle_heads(model: nn.Module, cfg: CfgNode) -> None:
-    """Attach to the heads of a detectron2 R-CNN the shuffle that their nodes ask for.
+def shuffle_heads(model: Any, norms: NormRecipe) -> None:
+    """Attach to the heads of a detectron2 R-CNN the shuffle that is asked for.
 
     Args:
-        model: with the norms of the config.
-        cfg: checked by `check_config`.
+        model: has its norms.
+        norms: of its places.
 
     Raises:
         ConfigError: there is no such head, it has nothing that couples RoIs, or its features cannot be moved.
     """
-    for name, place in PLACES_OF_HEADS.items():
-        node = cfg.MODEL.BNEXT[place]
-        if node.SHUFFLE == "none" or not has_place(cfg, place):
+    for place, name in HEADS_OF_PLACES.items():
+        norm = norms.places.get(place)
+        if norm is None or norm.shuffle == "none":
             continue
-        heads = [head for found, head in find_roi_heads(model) if found == name]
-        _check_couples(heads, node.SHUFFLE, place, cfg.MODEL.ROI_HEADS.NAME)
-        key = f"MODEL.BNEXT.{place}.SHUFFLE"
-        _Teller(heads[0], cfg, place)
+
+        heads = [head for other, head in find_roi_heads(model) if other == name]
+        _check_couples(heads, norm, model)
+        _Teller(model.roi_heads, name, norm)
         for head in heads:
-            if node.SHUFFLE == "statistics":
-                _deal(head, node, key)
+            if norm.shuffle == "statistics":
+                _deal(head, norm)
             else:
-                _move_features(head, f"roi_heads.{name}", key)
+                _move_features(head, name, norm)
 
 
-def _deal(head: nn.Module, node: CfgNode, key: str) -> None:
+def _check_couples(heads: list[nn.Module], norm: PlaceNorm, model: Any) -> None:
+    """Without a norm that couples RoIs a shuffle changes nothing; what a head of somebody else does is not known."""
+    key = f"MODEL.BNEXT.{norm.place}.SHUFFLE"
+    if not heads:  # C4's box head is the last stage of the backbone
+        raise ConfigError.of(
+            key,
+            "be 'none' where the RoI heads have no such head",
+            got=repr(norm.shuffle),
+            where=f"MODEL.ROI_HEADS.NAME is {type(getattr(model, 'roi_heads', None)).__name__!r}",
+            remedy="Take StandardROIHeads or CascadeROIHeads, or remove the key.",
+        )
+
+    kind = BatchNorm2d if norm.shuffle == "statistics" else _BatchNorm
+    for head in heads:
+        is_foreign = norm.shuffle == "features" and not type(head).__module__.startswith("detectron2.modeling.")
+        if not is_foreign and not any(isinstance(part, kind) for part in head.modules()):
+            raise ConfigError.of(
+                key,
+                "be 'none' in a head without batch norm",
+                got=repr(norm.shuffle),
+                where=type(head).__name__,
+                remedy=f"Set {PLACES[norm.place].norm} to BN, or remove the key.",
+            )
+
+
+def _deal(head: nn.Module, norm: PlaceNorm) -> None:
+    key = f"MODEL.BNEXT.{norm.place}.SHUFFLE"
     try:
-        deal = deal_statistics(head, node.SHUFFLE_GROUPS or None)
+        deal = deal_statistics(head, norm.shuffle_groups or None)
     except (ConfigError, StatisticsError) as error:
         raise ConfigError(f"{key} 'statistics' does not fit the head: {error}") from error
     deal.remedy = f"Use more workers, or set {key}_GROUPS to 2 or more ({key} is 'statistics')."
@@ -58,76 +85,56 @@ def _deal(head: nn.Module, node: CfgNode, key: str) -> None:
 class _Teller:
     """Says, in the first training step of a head, what its shuffle deals; and where that can be of no use."""
 
-    def __init__(self, head: nn.Module, cfg: CfgNode, place: str) -> None:
-        self._node, self._place = cfg.MODEL.BNEXT[place], place
-        spec = get_place_norm(cfg, place)
-        is_dealt = self._node.SHUFFLE == "statistics" and isinstance(spec, NormSpec)
-        self._workers = spec.workers if is_dealt else "all"
-        self._images, self._rois = cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE
-        self._handle = head.register_forward_pre_hook(self._tell)
+    def __init__(self, rois: nn.Module, name: str, norm: PlaceNorm) -> None:
+        self._name, self._norm = name, norm
+        self._handle = rois.register_forward_pre_hook(self._tell, with_kwargs=True)
 
-    def _tell(self, head: nn.Module, args: Any) -> None:
-        if not head.training:
+    def _tell(self, rois: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not getattr(rois, self._name).training:
             return
         self._handle.remove()
-        group = resolve_group(self._workers)
+
+        shuffle = self._norm.shuffle
+        is_dealt = shuffle == "statistics" and self._norm.is_batch_norm
+        group = resolve_group(self._norm.spec.workers if is_dealt else "all")
         num_workers = get_world_size(group) if group is not None else 1
-        num_groups = self._node.SHUFFLE_GROUPS or num_workers
-        num_images = self._images * num_workers // get_world_size()
-        form, key = self._node.SHUFFLE, f"MODEL.BNEXT.{self._place}"
-        what = f"RoIs of {num_images} image(s) on {num_workers} worker(s) are dealt to {num_groups} group(s)"
-        logger = logging.getLogger(__name__)
-        if num_groups == 1 and form == "statistics":
-            return  # the deal says it
+        num_groups = self._norm.shuffle_groups or num_workers
+        num_images = len(args[0] if args else kwargs["images"]) * num_workers
+        num_rois = num_images * getattr(rois, "batch_size_per_image", num_groups)
+
+        key, logger = f"MODEL.BNEXT.{self._norm.place}.SHUFFLE", logging.getLogger(__name__)
+        deal = f"RoIs of {num_images} image(s) on {num_workers} worker(s) are dealt to {num_groups} group(s)"
         if num_groups == 1:
-            logger.warning(
-                "%s.SHUFFLE features has no use: %s. Use more workers, or on one worker with several images SHUFFLE "
-                "statistics and SHUFFLE_GROUPS.",
-                *(key, what),
-            )
+            remedy = "Use more workers, or on one worker with several images SHUFFLE statistics and SHUFFLE_GROUPS."
+            if shuffle == "features":  # of statistics, the deal says it
+                logger.warning("%s features has no use: %s. %s", key, deal, remedy)
         elif num_images < 2:
             remedy = "Use more workers, or more images per worker."
-            logger.warning("%s.SHUFFLE %s has no use: %s. %s", key, form, what, remedy)
-        elif num_groups * 2 > num_images * self._rois:
-            logger.warning(
-                "%s.SHUFFLE_GROUPS leaves most groups with a RoI or none: %s, of %d RoIs at most. Use fewer groups.",
-                *(key, what, num_images * self._rois),
-            )
+            logger.warning("%s %s has no use: %s. %s", key, shuffle, deal, remedy)
+        elif num_groups * 2 > num_rois:
+            deal = f"{deal}, of {num_rois} RoIs at most"
+            logger.warning("%s_GROUPS leaves most groups with a RoI or none: %s. Use fewer groups.", key, deal)
         else:
-            logger.info("%s.SHUFFLE %s: %s.", key, form, what)
+            logger.info("%s %s: %s.", key, shuffle, deal)
 
 
-def _check_couples(heads: list[nn.Module], form: str, place: str, roi_heads: str) -> None:
-    """Without a norm that couples RoIs a shuffle changes nothing; what a head of somebody else does is not known."""
-    key = f"MODEL.BNEXT.{place}.SHUFFLE"
-    if not heads:  # C4's box head is the last stage of the backbone
-        raise ConfigError(
-            f"{key} must be 'none' where the RoI heads have no such head; got {form!r} (MODEL.ROI_HEADS.NAME is "
-            f"{roi_heads!r}). Take StandardROIHeads or CascadeROIHeads, or remove the key."
-        )
-    kind = BatchNorm2d if form == "statistics" else _BatchNorm
-    for head in heads:
-        is_foreign = form == "features" and not type(head).__module__.startswith("detectron2.modeling.")
-        if not is_foreign and not any(isinstance(part, kind) for part in head.modules()):
-            raise ConfigError(
-                f"{key} must be 'none' in a head without batch norm; got {form!r} ({type(head).__name__}). "
-                f"Set {PLACES[place].norm} to BN, or remove the key."
-            )
-
-
-def _move_features(head: Any, where: str, key: str) -> None:
+def _move_features(head: Any, name: str, norm: PlaceNorm) -> None:
     """The part of a head that maps features to features gets random RoIs; losses are made at home."""
+    where = f"roi_heads.{name}"
     head.shares_samples = True
+
     if isinstance(head, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
         head.layers = _ShuffledCall(head, "layers", where)
         head.register_forward_hook(head.layers.check_used)
-    elif where == "roi_heads.box_head":
+    elif name == "box_head":
         head.forward = _ShuffledCall(head, "forward", where)
     else:
-        raise ConfigError(
-            f"{key} must be 'none' or 'statistics' in a head that is no BaseMaskRCNNHead or BaseKeypointRCNNHead of "
-            f"detectron2; got 'features' ({type(head).__name__}). Derive it from one of them, whose `layers` can be "
-            f"shuffled, or use 'statistics'."
+        raise ConfigError.of(
+            f"MODEL.BNEXT.{norm.place}.SHUFFLE",
+            "be 'none' or 'statistics' in a head that is no BaseMaskRCNNHead or BaseKeypointRCNNHead of detectron2",
+            got="'features'",
+            where=type(head).__name__,
+            remedy="Derive it from one of them, whose `layers` can be shuffled, or use 'statistics'.",
         )
 
 
@@ -138,14 +145,6 @@ class _ShuffledCall:
         self._head, self._method, self._where = head, method, where
         self._is_used = False
 
-    def check_used(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A user's head may have a `forward` of its own; without this its RoIs would silently stay."""
-        if not self._is_used:
-            raise ConfigError(
-                f"SHUFFLE must be 'none' or 'statistics' in a head whose forward does not call its `{self._method}`; "
-                f"got 'features' ({self._where}, {type(head).__name__}). Let `{self._method}` map features to logits."
-            )
-
     def __call__(self, features: Tensor) -> Tensor:
         self._is_used = True
 
@@ -153,3 +152,14 @@ class _ShuffledCall:
             return getattr(type(self._head), self._method)(self._head, rows)
 
         return shuffle_features(self._head, call, features, "all", self._where)
+
+    def check_used(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A user's head may have a `forward` of its own; without this its RoIs would silently stay."""
+        if not self._is_used:
+            raise ConfigError.of(
+                "SHUFFLE",
+                f"be 'none' or 'statistics' in a head whose forward does not call its `{self._method}`",
+                got="'features'",
+                where=f"{self._where}, {type(head).__name__}",
+                remedy=f"Let `{self._method}` map features to logits.",
+            )

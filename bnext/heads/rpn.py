@@ -11,7 +11,7 @@ from detectron2.modeling.proposal_generator.rpn import RPN_HEAD_REGISTRY, Standa
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnext.config.places import get_place_norm
+from bnext.config.recipe import read_place
 from bnext.heads.lock_step import SEEING_LEVELS, HeadNorm, name_levels
 from bnext.heads.places import add_norms
 
@@ -36,8 +36,8 @@ class RPNHead(StandardRPNHead):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
-        arguments = super().from_config(cfg, input_shape)
-        return {**arguments, "levels": cfg.MODEL.RPN.IN_FEATURES, "norm": get_place_norm(cfg, "RPN")}
+        place = read_place(cfg, "RPN")
+        return {**super().from_config(cfg, input_shape), "levels": place.levels, "norm": place.norm}
 
     @property
     def _convs(self) -> list[Conv2d]:
@@ -48,6 +48,7 @@ class RPNHead(StandardRPNHead):
         by_level = name_levels(self.levels, features)
         for conv in self._convs:
             by_level = _run_conv(conv, by_level)
+
         hidden = by_level.values()
         return [self.objectness_logits(t) for t in hidden], [self.anchor_deltas(t) for t in hidden]
 
@@ -56,6 +57,7 @@ def _run_conv(conv: Conv2d, features: dict[str, Tensor]) -> dict[str, Tensor]:
     """A convolution with its norm and activation: a level norm gets all levels at once."""
     if not isinstance(conv.norm, SEEING_LEVELS):
         return {level: conv(feature) for level, feature in features.items()}
+
     geometry = (conv.stride, conv.padding, conv.dilation, conv.groups)
     features = {level: F.conv2d(feature, conv.weight, conv.bias, *geometry) for level, feature in features.items()}
     return {level: conv.activation(feature) for level, feature in conv.norm(features).items()}

@@ -21,7 +21,7 @@ from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.train import build_parser, check_run
-from bnext.config.places import get_place_norm
+from bnext.config.recipe import read_place
 from bnext.data.batches import build_validation_batches
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
@@ -89,7 +89,7 @@ def load_rows(
 def _check_size(size: int, cfg: CfgNode, file: str) -> None:
     """All norms have the row's mini-batches, and a worker's batch holds whole ones."""
     for place in _PLACES:
-        spec = get_place_norm(cfg, place)
+        spec = read_place(cfg, place).norm
         given = spec.normalization_batch_size if isinstance(spec, NormSpec) else spec
         if given != size:
             raise ConfigError.of(

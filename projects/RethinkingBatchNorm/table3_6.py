@@ -14,7 +14,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from bnext.cli.train import build_parser, check_run
-from bnext.config.places import get_norm_name
+from bnext.config.recipe import read_place
 from bnext.data.sampler import check_batch_size
 from bnext.engine.launch import count_workers
 from bnext.errors import ConfigError
@@ -136,8 +136,8 @@ def _check_row(row: str, cfg: CfgNode, file: str) -> None:
 
     wanted = (expected.norm, expected.shuffle, expected.inference)
     for head in HEADS:
-        node = cfg.MODEL.BNEXT[head]
-        answers = (get_norm_name(cfg, head), node.SHUFFLE, node.INFERENCE)
+        norm = read_place(cfg, head)
+        answers = (norm.name, norm.shuffle, norm.spec.inference)
         if answers != wanted:
             raise ConfigError.of(
                 f"the config of row {row}",

@@ -13,7 +13,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from bnext.cli.train import build_parser, check_run
-from bnext.config.places import get_head_norm
+from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.evaluation.reestimate import is_level_norm
 from bnext.evaluation.tables import format_rows
@@ -50,7 +50,7 @@ def load_rows(
     configs = {row: load_row(file, output, f"row{row}", opts) for row, file in config_files.items()}
 
     for row, cfg in configs.items():
-        spec = get_head_norm(cfg)
+        spec = read_place(cfg, "RETINANET").norm
         if not isinstance(spec, NormSpec) or spec.table5_row != row:
             raise ConfigError.of(
                 f"the config of row {row}",

@@ -7,10 +7,9 @@ import yaml
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 
-from bnext.config import load_config
-from bnext.config.places import get_place_norm, has_place
+from bnext.config import load_config, resolve_norms
 from bnext.layers import LevelBatchNorm2d, NormSpec
-from bnext.surgery.freezing import find_batch_norms
+from bnext.layers.walk import find_bnext_norms
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -54,9 +53,10 @@ def test_config_is_safe_yaml_and_builds(path):
     norms = [module for module in model.modules() if isinstance(module, LevelBatchNorm2d)]
     num_towers = 2 * cfg.MODEL.RETINANET.NUM_CONVS if cfg.MODEL.RETINANET.NORM else 0
     assert len(norms) == num_towers + bool(cfg.MODEL.BNEXT.RPN.NORM)
+    places = resolve_norms(cfg).places
     for place in ("RESNETS", "FPN", "ROI_BOX_HEAD", "ROI_MASK_HEAD"):
-        asked = get_place_norm(cfg, place) if has_place(cfg, place) else ""
-        found = {module.spec for path, module in find_batch_norms(model) if path.startswith(PARTS[place])}
+        asked = places[place].norm if place in places else ""
+        found = {module.spec for path, module in find_bnext_norms(model).items() if path.startswith(PARTS[place])}
         assert found == ({asked} if isinstance(asked, NormSpec) else set())
     if path.stem.startswith("table5_row"):
         assert {norm.spec.table5_row for norm in norms} == {int(path.stem[-1])}

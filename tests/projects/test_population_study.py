@@ -11,7 +11,7 @@ from population_study import SAMPLES, SIZES, load_rows, run_rows
 from population_tables import draw_results, format_tables
 
 from bnext.config import load_config
-from bnext.config.places import get_place_norm
+from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.layers import NormSpec
 from tests.tiny import ROOT
@@ -54,8 +54,8 @@ def results_of(**changes):
 def test_configs_are_what_their_rows_claim(size):
     cfg = load_config(str(CONFIGS / f"nbs_{size}.yaml"), ["MODEL.DEVICE", "cpu"])
     shared = NormSpec(normalization_batch_size=size)
-    assert get_place_norm(cfg, "RESNETS") == shared
-    assert get_place_norm(cfg, "RETINANET") == NormSpec.from_table5_row(4).replace(normalization_batch_size=size)
+    assert read_place(cfg, "RESNETS").norm == shared
+    assert read_place(cfg, "RETINANET").norm == NormSpec.from_table5_row(4).replace(normalization_batch_size=size)
     assert SAMPLES[-1] == cfg.TEST.PRECISE_BN.NUM_ITER * cfg.SOLVER.IMS_PER_BATCH
     assert not any(number % cfg.SOLVER.IMS_PER_BATCH for number in SAMPLES)
 

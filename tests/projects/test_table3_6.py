@@ -7,7 +7,7 @@ import torch
 from table3_6 import DEFAULT_ROWS, HEADS, ROWS, check_names, format_table, load_rows, order_rows, run_rows
 
 from bnext.config import load_config
-from bnext.config.places import get_place_norm
+from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.layers import NormSpec
 from tests.tiny import ROOT
@@ -49,7 +49,7 @@ def test_configs_are_what_their_rows_claim(row, dataset):
     cfg = load_config(config_file(row, dataset), ["MODEL.DEVICE", "cpu"])
     what = ROWS[row]
     for head in HEADS:
-        norm = get_place_norm(cfg, head)
+        norm = read_place(cfg, head).norm
         assert what.shuffle == cfg.MODEL.BNEXT[head].SHUFFLE
         if what.norm in ("GN", ""):
             assert norm == what.norm

@@ -1,0 +1,391 @@
+"""The one table of bnext's config keys: what each means, its default, its values, and what gives it an effect.
+
+From it come the nodes of a config (`add_bnext_config`), the checks (`bnext.config.check`) and the tables of
+configs/README.md (`format_keys`). A new answer of `NormSpec` is a row of `_ANSWERS`, which every place has.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from detectron2.config import CfgNode
+
+from bnext.config.places import BATCH_NORMS, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
+from bnext.layers.build import NORM_NAMES
+from bnext.layers.spec import NormSpec
+from bnext.statistics.recompute import Estimator
+from bnext.surgery.freezing import Freezable
+
+__all__ = ["KEYS", "PLACE_KEYS", "Key", "Need", "Values", "add_bnext_config", "format_keys"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """A set of values.
+
+    Args:
+        words: the set, as it follows "must be".
+        accepts: whether a value is in it.
+        remedy: for any other value.
+    """
+
+    words: str
+    accepts: Callable[[Any], bool]
+    remedy: str = "Choose one of them."
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Other keys, without which a value of a key has no effect, or contradicts them.
+
+    Args:
+        conditions: key -> values. One of the keys must have one of its values; without a dot it is of the same node.
+        of: the values in need, of those that are not the default; None: all.
+        words: the conditions, where they are too many to list.
+        reason: that the keys do not say themselves.
+    """
+
+    conditions: Mapping[str, Values]
+    of: Values | None = None
+    words: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A row of the table.
+
+    Args:
+        name: such as "SOLVER.BNEXT.VIRTUAL_IMAGES".
+        default: leaves detectron2's behaviour as it is.
+        help: one line, as it stands in configs/README.md.
+        values: the allowed ones; None: whoever takes the key checks it.
+        needs: all of them are to be met.
+    """
+
+    name: str
+    default: Any
+    help: str
+    values: Values | None = None
+    needs: tuple[Need, ...] = ()
+
+
+def _one_of(*values: Any) -> Values:
+    names = ", ".join(repr(value) for value in values)
+    return Values(names if len(values) == 1 else f"one of {names}", lambda value: value in values)
+
+
+def _none_of(*values: Any) -> Values:
+    names = ", ".join(repr(value) for value in values)
+    return Values(f"not {names}" if len(values) == 1 else f"none of {names}", lambda value: value not in values)
+
+
+def _at_least_0(remedy: str) -> Values:
+    return Values("0 or more", lambda value: 0 <= value < math.inf, remedy)
+
+
+def _is_count(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+_IS_TRUE, _NOT_EMPTY = _one_of(True), Values("not empty", lambda value: len(value) > 0)
+_SEVERAL = Values("several levels", lambda value: len(value) > 1)
+_SEVERAL_GROUPS = Values("2 or more", lambda value: _is_count(value, 2))
+
+
+# The keys of every place.
+
+
+def _answer(name: str, help: str, **changes: Any) -> Key:
+    """A field of `NormSpec` as a key, with its default and its choices."""
+    hint, default = get_type_hints(NormSpec)[name.lower()], getattr(NormSpec(), name.lower())
+    choices = _one_of(*get_args(hint)) if get_origin(hint) is Literal else None
+    return dataclasses.replace(Key(name, default, help, choices), **changes)
+
+
+_NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
+_WORKERS = Values(
+    "one of 'one', 'node', 'all', a number of workers, or None",
+    lambda value: value in (None, "one", "node", "all") or _is_count(value, 1),
+)
+_RENORM, _MOVING = (Need({"TRAINING": _one_of("renorm")}),), (Need({"AVERAGE": _one_of("moving")}),)
+
+_ANSWERS = (
+    _answer("STATISTICS", "over what the mini-batch statistics of SGD are computed: all together, or each alone"),
+    _answer(
+        "NORMALIZATION_BATCH_SIZE",
+        "at most so many samples of a worker are normalized together (Ghost BN); 0: its whole batch",
+        default=0,
+    ),
+    _answer("WORKERS", "who shares a mini-batch; None: as the norm's name says", default=None, values=_WORKERS),
+    _answer("TRAINING", "what normalizes in training; `renorm` is in between"),
+    _answer("R_MAX", "limit of renorm's correction of the scale; 1 or more", needs=_RENORM),
+    _answer("D_MAX", "limit of renorm's correction of the mean; 0 or more", needs=_RENORM),
+    _answer("POPULATION", "which population statistics are remembered: one set, one of each, or none"),
+    _answer("AVERAGE", "how they take in a mini-batch"),
+    _answer("MOMENTUM", "weight of the mini-batch in the moving average, in torch's sense", needs=_MOVING),
+    _answer("INFERENCE", "what normalizes at inference; in a RoI head the mini-batch is that of each image's RoIs"),
+    _answer("AFFINE", "who owns scale and shift: all together, each alone, or nobody"),
+    _answer("FROZEN", "what no longer changes"),
+    _answer("SINGLE_ELEMENT", "what a mini-batch of one element per channel gives in training"),
+    _answer("EPS", "added to the variance"),
+)
+
+_FEATURES = _one_of("features")
+_SHUFFLE = (
+    Key(
+        "SHUFFLE",
+        "none",
+        "RoI heads only: whether RoIs are dealt out at random, so that no mini-batch is of one image; only their "
+        "`statistics` travel, or their `features`",
+        _one_of("none", "statistics", "features"),
+        needs=(
+            # What would make a deal superfluous,
+            Need({"NORMALIZATION_BATCH_SIZE": _one_of(0)}),
+            Need({"TRAINING": _none_of("population")}),
+            Need({"FROZEN": _none_of("statistics", "both")}),
+            # or impossible.
+            Need({"WORKERS": _none_of("one", 1), "SHUFFLE_GROUPS": _SEVERAL_GROUPS}, of=_one_of("statistics")),
+            Need({"WORKERS": _one_of(None, "one", 1)}, of=_FEATURES),
+            Need({"NORM": _none_of("SyncBN")}, of=_FEATURES, reason="all RoIs share one mini-batch wherever they are"),
+            *(
+                Need({name: _none_of("per_domain")}, of=_FEATURES, reason="RoIs move to workers of other domains")
+                for name in ("STATISTICS", "POPULATION", "AFFINE")
+            ),
+        ),
+    ),
+    Key(
+        "SHUFFLE_GROUPS",
+        0,
+        "RoI heads only: groups over all workers of a deal of statistics; 0: one for each worker",
+        Values(
+            "2 or more, or 0 for one per worker",
+            lambda value: _is_count(value, 0) and value != 1,
+            "Choose a number; one group over all workers is a SyncBN without a shuffle.",
+        ),
+        needs=(Need({"SHUFFLE": _one_of("statistics")}, reason="features move to as many workers as there are"),),
+    ),
+)
+
+
+def _make_place_keys(name: str) -> list[Key]:
+    """The keys of one place; the same for all, but for what the place is."""
+    place = PLACES[name]
+    rows = [*([_NORM] if place.has_norm_of_ours else []), *_ANSWERS, *(_SHUFFLE if place.sees_rois else [])]
+    return [_put_into_place(row, name) for row in rows]
+
+
+def _put_into_place(row: Key, name: str) -> Key:
+    """The key of a place: its whole name, its sources, and what the place itself needs."""
+    place, node = PLACES[name], f"MODEL.BNEXT.{name}"
+    default, values, needs = row.default, row.values, []
+
+    if row.name in ("STATISTICS", "POPULATION") and place.levels:
+        default = "per_level"
+    if row.name in ("STATISTICS", "POPULATION", "AFFINE"):
+        values = _one_of(*place.sources, *(("none",) if row.name != "STATISTICS" else ()))
+
+    for need in row.needs:
+        conditions = {
+            place.norm if other == "NORM" else f"{node}.{other}": others for other, others in need.conditions.items()
+        }
+        needs.append(dataclasses.replace(need, conditions=conditions))
+
+    needs.append(Need({"MODEL.META_ARCHITECTURE": _one_of(*place.architectures)}))
+    if place.switch:
+        needs.append(Need({place.switch: _IS_TRUE}))
+    if row.name != "NORM":
+        names = {place.norm: _one_of(*BATCH_NORMS)}
+        if name == "RESNETS":
+            names["MODEL.BACKBONE.NAME"] = _none_of(*RESNET_BACKBONES)
+        # What couples the RoIs whose features move is seen when the head is built.
+        needs.append(Need(names, of=_none_of("features")))
+    if row.name in ("STATISTICS", "POPULATION", "AFFINE") and place.levels:
+        needs.append(Need({place.levels: _SEVERAL}, of=_none_of("none")))
+
+    return Key(f"{node}.{row.name}", default, row.help, values, tuple(needs))
+
+
+PLACE_KEYS = {name: tuple(_make_place_keys(name)) for name in PLACES}
+
+
+# The keys of domains, of what changes during a training, and of what is estimated and measured beside it.
+
+_OWNERS = [
+    key.name for keys in PLACE_KEYS.values() for key in keys if "'per_domain'" in getattr(key.values, "words", "")
+]
+_PER_DOMAIN = Need(
+    {name: _one_of("per_domain") for name in _OWNERS},
+    words="STATISTICS, POPULATION or AFFINE of a place, such as MODEL.BNEXT.RESNETS, is 'per_domain'",
+)
+_DOMAINS = (
+    Key(
+        "MODEL.BNEXT.DOMAINS.NAMES",
+        (),
+        "names of the domains, in every place where something is `per_domain`; see `bnext.use_domain`",
+        Values(
+            "names",
+            lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
+            "Write them as ('day', 'night').",
+        ),
+        needs=(_PER_DOMAIN,),
+    ),
+    Key(
+        "MODEL.BNEXT.DOMAINS.FALLBACK",
+        "",
+        "domain of samples without one, or of an unknown one; empty: that is an error",
+        needs=(_PER_DOMAIN,),
+    ),
+)
+
+_IS_FROZEN = Need({"SOLVER.BNEXT.FREEZE.ITER": Values("0 or more", lambda value: value >= 0)})
+_SCHEDULES = (
+    Key("SOLVER.BNEXT.FREEZE.ITER", -1, "first iteration with frozen norms, as FrozenBN; -1: never"),
+    Key(
+        "SOLVER.BNEXT.FREEZE.WHAT",
+        "both",
+        "what is frozen: population `statistics` (which then normalize in training), `affine`, or both",
+        _one_of(*get_args(Freezable)),
+        needs=(_IS_FROZEN,),
+    ),
+    Key(
+        "SOLVER.BNEXT.FREEZE.WARMUP_ITERS",
+        0,
+        "for so many iterations from ITER on the learning rate rises linearly to that of its schedule",
+        _at_least_0("Use 0 for none."),
+        needs=(_IS_FROZEN,),
+    ),
+    Key(
+        "SOLVER.BNEXT.MOMENTUM",
+        [],
+        "momentum of the running statistics: `[[iteration, value], ...]`, linear between; empty: as the norms have it",
+    ),
+    Key("SOLVER.BNEXT.RENORM.R_MAX", [], "limit of renorm, likewise; in its paper `[[5000, 1], [40000, 3]]`"),
+    Key("SOLVER.BNEXT.RENORM.D_MAX", [], "limit of renorm, likewise; in its paper `[[5000, 0], [25000, 5]]`"),
+    Key(
+        "SOLVER.BNEXT.VIRTUAL_IMAGES",
+        0,
+        "Virtual BN: so many more images per step, over all workers, are run forward only and enlarge the mini-batches",
+    ),
+    Key(
+        "SOLVER.OPTIMIZER",
+        "SGD",
+        "name and values as in other projects on Detectron2",
+        _one_of("SGD", "ADAMW"),
+    ),
+)
+
+_ENABLED = {"TEST.PRECISE_BN.ENABLED": _IS_TRUE}
+_RE_ESTIMATED = Need({**_ENABLED, "TEST.BNEXT.SMART_BATCH_NORM": _IS_TRUE})
+_IS_MEASURED = Need({"TEST.BNEXT.VALIDATION_LOSS.PERIOD": Values("1 or more", lambda value: value >= 1)})
+_ESTIMATES = (
+    Key(
+        "TEST.BNEXT.PRECISE_BN.ROIS",
+        "sampled",
+        "RoIs on which the statistics of R-CNN heads are re-estimated: as SGD samples them, or as at test",
+        _one_of("sampled", "top_scored"),
+        needs=(Need({"MODEL.META_ARCHITECTURE": _one_of(*RCNN_ARCHITECTURES)}),),
+    ),
+    Key(
+        "TEST.BNEXT.PRECISE_BN.TOLERANCE",
+        0.0,
+        "stop as soon as the standard errors of all statistics are below it, `0.01` for 1 %; 0: never",
+        _at_least_0("Use 0.01 for 1 %, or 0 for never."),
+        needs=(
+            _RE_ESTIMATED,
+            Need(
+                {"TEST.BNEXT.PRECISE_BN.ESTIMATOR": _none_of("layer_by_layer")},
+                reason="layer by layer, every layer sees the same images",
+            ),
+        ),
+    ),
+    Key(
+        "TEST.BNEXT.PRECISE_BN.ESTIMATOR",
+        "pooled",
+        "see `recompute_population_statistics`; the moving average has fixed weights",
+        _one_of(*get_args(Estimator)),
+        needs=(_RE_ESTIMATED,),
+    ),
+    Key(
+        "TEST.BNEXT.PRECISE_BN.BEFORE_CHECKPOINTS",
+        True,
+        "re-estimate before every checkpoint (`SOLVER.CHECKPOINT_PERIOD`), too",
+        needs=(Need(_ENABLED),),
+    ),
+    Key(
+        "TEST.BNEXT.SMART_BATCH_NORM",
+        False,
+        "mini-batches normalize in training and in its evaluations; one epoch over `DATASETS.TRAIN` then estimates the "
+        "population",
+        needs=(
+            Need(
+                {"TEST.PRECISE_BN.ENABLED": _one_of(False)},
+                reason="no evaluation but the last uses the population",
+            ),
+            Need(
+                {"SOLVER.BNEXT.FREEZE.ITER": _one_of(-1), "SOLVER.BNEXT.FREEZE.WHAT": _one_of("affine")},
+                reason="frozen statistics normalize in training",
+            ),
+        ),
+    ),
+    Key(
+        "TEST.BNEXT.VALIDATION_LOSS.PERIOD",
+        0,
+        "every so many iterations, and after the last one, compute the losses on the labelled images of "
+        "`DATASETS.TEST`; 0: never",
+        _at_least_0("Use 0 for never."),
+        needs=(Need({"DATASETS.TEST": _NOT_EMPTY}),),
+    ),
+    Key(
+        "TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES",
+        0,
+        "on the first so many batches of `SOLVER.IMS_PER_BATCH` images; 0: on all",
+        _at_least_0("Use 0 for all."),
+        needs=(_IS_MEASURED,),
+    ),
+    Key(
+        "TEST.BNEXT.VALIDATION_LOSS.STATISTICS",
+        "population",
+        "what normalizes in it",
+        _one_of("population", "mini_batch"),
+        needs=(_IS_MEASURED,),
+    ),
+)
+
+KEYS = {key.name: key for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _ESTIMATES) for key in keys}
+
+
+def add_bnext_config(cfg: CfgNode) -> None:
+    """Add the keys of bnext to a config, between `get_cfg()` and `merge_from_file`.
+
+    The defaults leave detectron2's behaviour as it is: everything is shared, but a BN in a RetinaNet head has
+    statistics per level and a shared affine, as its `CycleBatchNormList` (row 4 of the paper's Table 5).
+    """
+    for key in KEYS.values():
+        *path, name = key.name.split(".")
+        node = cfg
+        for part in path:
+            node = node.setdefault(part, CfgNode())
+
+        is_there = key.name == "SOLVER.OPTIMIZER" and name in node  # added by another project
+        if not is_there:
+            node[name] = copy.deepcopy(key.default)
+
+
+def format_keys(keys: Iterable[Key], prefix: str = "") -> list[str]:
+    """Rows of a Markdown table: key, default, values, meaning.
+
+    Args:
+        keys: of the table.
+        prefix: left out of the names.
+    """
+    rows = []
+    for key in keys:
+        default = key.default if isinstance(key.default, str) and key.default else repr(key.default)
+        values = key.values.words.replace("'", "`") if key.values else ""
+        rows.append(f"| `{key.name.removeprefix(prefix)}` | `{default}` | {values} | {key.help} |")
+    return rows
