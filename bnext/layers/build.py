@@ -11,6 +11,7 @@ from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
+from bnext.layers.walk import find_bnext_norms
 
 __all__ = ["NAMED_NORMS", "NORM_NAMES", "LayerNorm2d", "build_norm", "make_named_norm", "name_norms"]
 
@@ -81,14 +82,16 @@ def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
         return LayerNorm2d(num_channels)
     if name == "":
         return None
-    raise ConfigError(
-        f"a norm must be one of {', '.join(repr(known) for known in NORM_NAMES)}; got {name!r}. Choose one of them, "
-        f"or give a NormSpec."
+
+    raise ConfigError.of(
+        "a norm",
+        f"be one of {', '.join(map(repr, NORM_NAMES))}",
+        got=repr(name),
+        remedy="Choose one of them, or give a NormSpec.",
     )
 
 
 def name_norms(model: nn.Module) -> None:
     """Tell every norm of bnext its path in the model, so that its errors can name it."""
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm2d):
-            module.path = path
+    for path, norm in find_bnext_norms(model).items():
+        norm.path = path

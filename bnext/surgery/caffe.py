@@ -40,28 +40,32 @@ def read_caffe_state(state_dict: StateDict, *, holds_inverse_std: bool, eps: flo
     Source:
         Caffe's batch_norm_layer: blobs mean, variance, and the sum of weights that both are divided by.
     """
-    converted = {key: value for key, value in state_dict.items() if _field(key) != "scale_factor"}
-    for key, value in converted.items():
-        if _field(key) not in ("running_mean", "running_var"):
+    converted = {}
+
+    for key, value in state_dict.items():
+        prefix, dot, field = key.rpartition(".")
+        if field == "scale_factor":
             continue
-        prefix = key[: -len(_field(key))]
-        wide = value.double() / _read_scale_factor(state_dict, f"{prefix}scale_factor")
-        if holds_inverse_std and _field(key) == "running_var":
-            wide = _invert_std(wide, eps, key)
-        converted[key] = wide.to(value.dtype)
+        converted[key] = value
+        if field in ("running_mean", "running_var"):
+            wide = value.double() / _read_scale_factor(state_dict, f"{prefix}{dot}scale_factor")
+            if holds_inverse_std and field == "running_var":
+                wide = _invert_std(wide, eps, key)
+            converted[key] = wide.to(value.dtype)
+
     return converted
-
-
-def _field(key: str) -> str:
-    return key.rpartition(".")[2]
 
 
 def _read_scale_factor(state_dict: StateDict, key: str) -> float:
     factor = float(state_dict[key]) if key in state_dict else 1.0
+
     if not 0 < factor < float("inf"):
-        raise CheckpointError(
-            f"{key} must be above 0 and finite; got {factor} (read_caffe_state). "
-            f"The norm was never trained: use another checkpoint."
+        raise CheckpointError.of(
+            key,
+            "be above 0 and finite",
+            got=factor,
+            where="read_caffe_state",
+            remedy="The norm was never trained: use another checkpoint.",
         )
     return factor
 
@@ -70,11 +74,15 @@ def _invert_std(inverse: Tensor, eps: float, key: str) -> Tensor:
     """Variances; one that rounding made negative is 0."""
     var = inverse.square().reciprocal() - eps
     wrong = ~(torch.isfinite(var) & (var >= -1e-3 * eps) & (inverse > 0))
+
     if bool(wrong.any()):
         channel = int(wrong.nonzero()[0])
-        raise CheckpointError(
-            f"{key} must hold 1 / sqrt(var + eps), so be above 0 and at most {eps**-0.5 if eps else float('inf'):g}; "
-            f"got {float(inverse[channel]):g} (channel {channel}, read_caffe_state with eps={eps}). "
-            f"Set holds_inverse_std=False if it holds variances, or the eps that it was computed with."
+        most = eps**-0.5 if eps else float("inf")
+        raise CheckpointError.of(
+            key,
+            f"hold 1 / sqrt(var + eps), so be above 0 and at most {most:g}",
+            got=f"{float(inverse[channel]):g}",
+            where=f"channel {channel}, read_caffe_state with eps={eps}",
+            remedy="Set holds_inverse_std=False if it holds variances, or the eps that it was computed with.",
         )
     return var.clamp(min=0)

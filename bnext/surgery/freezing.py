@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import ConfigError, check_choice
-from bnext.layers.batch_norm import BatchNorm2d, DomainState
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
+from bnext.layers.walk import Selection, find_norms
 
-__all__ = ["Freezable", "Selection", "find_batch_norms", "freeze_norms", "say_no_norm", "unfreeze_norms"]
+__all__ = ["Freezable", "freeze_norms", "say_no_norm", "unfreeze_norms"]
 
 Freezable = Literal["both", "statistics", "affine"]
-Selection = Callable[[str, nn.Module], bool]
 
 _PARTS: dict[str, frozenset[str]] = {
     "none": frozenset(),
@@ -24,19 +22,6 @@ _PARTS: dict[str, frozenset[str]] = {
     "affine": frozenset({"affine"}),
     "both": frozenset({"statistics", "affine"}),
 }
-
-
-def find_batch_norms(model: nn.Module, select: Selection | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Path and layer of every batch norm of a model: bnext's, torch's, and subclasses of torch's.
-
-    Args:
-        model: any module.
-        select: called as select(path, layer); those for which it is true. Default: all.
-    """
-    for path, layer in model.named_modules():
-        is_norm = isinstance(layer, _BatchNorm) and not isinstance(layer, DomainState)
-        if is_norm and (select is None or select(path, layer)):
-            yield path, layer
 
 
 def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection | None = None) -> tuple[str, ...]:
@@ -74,20 +59,26 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 4 (FrozenBN at the end of a training);
         pytorch/pytorch#86590 and lightly-ai/lightly#1438 for what goes wrong otherwise.
     """
-    norms = _find(model, what, select)
-    _check_is_free(model, what)
+    norms = _select(model, what, select)
     if what != "affine":
-        for path, layer in norms:
-            _check_has_statistics(path, layer)
-    changed = [path for path, layer in norms if _parts_of(layer) != _parts_of(layer) | _owned(layer, what)]
-    is_taken = what != "affine"
-    taken = {n: _take_over(n, path) for path, n in norms if is_taken and not isinstance(n, BatchNorm2d)}
-    for path, layer in list(model.named_modules(remove_duplicate=False)):
-        if layer in taken:
+        for path, norm in norms.items():
+            _check_statistics(path, norm)
+
+    changed = []
+    replacements: dict[nn.Module, BatchNorm2d] = {}
+    for path, norm in norms.items():
+        if not _freezable_parts(norm) & _PARTS[what] <= _frozen_parts(norm):
+            changed.append(path)
+        if what != "affine" and not isinstance(norm, BatchNorm2d):
+            replacements[norm] = _take_over(norm, path)
+
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
             parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, taken[layer])
-    for _, layer in norms:
-        _set_frozen(taken.get(layer, layer), _parts_of(layer) | _owned(layer, what))
+            setattr(model.get_submodule(parent), name, replacements[module])
+    for norm in norms.values():
+        parts = _frozen_parts(norm) | (_freezable_parts(norm) & _PARTS[what])
+        _set_frozen(replacements.get(norm, norm), parts)
     return tuple(changed)
 
 
@@ -99,108 +90,126 @@ def unfreeze_norms(model: nn.Module, what: Freezable = "both", select: Selection
     Note:
         Detectron2's and torchvision's FrozenBatchNorm2d are no batch norms that could be unfrozen.
     """
-    norms = _find(model, what, select)
-    _check_is_free(model, what)
-    changed = [path for path, layer in norms if _parts_of(layer) & _PARTS[what]]
-    for _, layer in norms:
-        _set_frozen(layer, _parts_of(layer) - _PARTS[what])
+    norms = _select(model, what, select)
+    changed = [path for path, norm in norms.items() if _frozen_parts(norm) & _PARTS[what]]
+
+    for norm in norms.values():
+        _set_frozen(norm, _frozen_parts(norm) - _PARTS[what])
     return tuple(changed)
 
 
-def say_no_norm(what: str, where: str) -> ConfigError:
-    """The error of a function that found no norm of its kind."""
-    return ConfigError(
-        f"model must have a batch norm with {what} that is selected; got none ({where}). Choose the norm when the "
-        f"model is built, or leave this out."
+def say_no_norm(kind: str, where: str) -> ConfigError:
+    """The error of a function that finds no norm of its kind."""
+    return ConfigError.of(
+        "model",
+        f"have a batch norm with {kind} that is selected",
+        got="none",
+        where=where,
+        remedy="Choose the norm when the model is built, or leave this out.",
     )
 
 
-def _find(model: nn.Module, what: str, select: Selection | None) -> list[tuple[str, Any]]:
+def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, Any]:
     check_choice("what", what, get_args(Freezable), where="freeze_norms")
-    norms = [(path, n) for path, n in find_batch_norms(model, select) if what != "affine" or _affine_of(n)]
+
+    norms = find_norms(model, select)
+    if what == "affine":
+        norms = {path: norm for path, norm in norms.items() if "affine" in _freezable_parts(norm)}
     if not norms:
         raise say_no_norm("an affine" if what == "affine" else "population statistics", "freeze_norms")
+
+    if what != "statistics" and isinstance(model, DistributedDataParallel):
+        raise ConfigError.of(
+            "model",
+            "not be in DistributedDataParallel when its affine is frozen or unfrozen",
+            got="one that is",
+            where="freeze_norms",
+            remedy="Do it before it is wrapped, or use the hook FreezeNorms.",
+        )
     return norms
 
 
-def _check_is_free(model: nn.Module, what: str) -> None:
-    if what != "statistics" and isinstance(model, DistributedDataParallel):
-        raise ConfigError(
-            "model must not be in DistributedDataParallel when its affine is frozen or unfrozen; got one that is "
-            "(freeze_norms). Do it before it is wrapped, or use the hook FreezeNorms."
-        )
+# ---- statistics of torch's norms, which bnext's take over
 
 
-def _check_has_statistics(path: str, layer: Any) -> None:
-    if isinstance(layer, BatchNorm2d):
-        has_statistics = layer.spec.population != "none"
+def _check_statistics(path: str, norm: Any) -> None:
+    if isinstance(norm, BatchNorm2d):
+        has_statistics = norm.spec.population != "none"
     else:
-        has_statistics = layer.running_mean is not None
-        _check_is_replaceable(path, layer)
+        has_statistics = norm.running_mean is not None
+        _check_replaceable(path, norm)
+
     if not has_statistics:
-        raise ConfigError(
-            f"A norm must have population statistics to freeze; got none ({path}). Leave it out with select."
+        raise ConfigError.of(
+            "A norm",
+            "have population statistics to freeze",
+            got="none",
+            where=path,
+            remedy="Leave it out with select.",
         )
 
 
-def _check_is_replaceable(path: str, layer: Any) -> None:
+def _check_replaceable(path: str, norm: Any) -> None:
     """Only what bnext's BatchNorm2d can take over without loss."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    reason = ""
-    if type(layer) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-        reason = f"a {type(layer).__name__}"
-    elif not path:
-        reason = "the model itself"
-    elif not layer.eps > 0:
-        reason = f"one with eps {layer.eps!r}"
-    elif any(hooks):
-        reason = "one with hooks, which would be lost"
-    elif getattr(layer, "process_group", None) is not None:
-        reason = "a SyncBatchNorm with a process group of its own"
-    if reason:
-        raise ConfigError(
-            f"A norm whose statistics are frozen must be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm "
-            f"inside of a model; got {reason} ({path or 'model'}). Convert it with convert_norm, or leave it out with "
-            f"select."
-        )
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    obstacles = {
+        f"a {type(norm).__name__}": type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm),
+        "the model itself": not path,
+        f"one with eps {norm.eps!r}": not norm.eps > 0,
+        "one with hooks, which would be lost": any(hooks),
+        "a SyncBatchNorm with a process group of its own": getattr(norm, "process_group", None) is not None,
+    }
+
+    for obstacle, is_there in obstacles.items():
+        if is_there:
+            raise ConfigError.of(
+                "A norm whose statistics are frozen",
+                "be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm inside of a model",
+                got=obstacle,
+                where=path or "model",
+                remedy="Convert it with convert_norm, or leave it out with select.",
+            )
 
 
-def _take_over(layer: Any, path: str) -> BatchNorm2d:
+def _take_over(norm: Any, path: str) -> BatchNorm2d:
     """bnext's norm with the parameters and buffers of torch's: the same tensors, no copies."""
     spec = NormSpec(
-        workers="all" if isinstance(layer, nn.SyncBatchNorm) else "one",
-        average="moving" if layer.momentum is not None else "cumulative",
-        affine="shared" if layer.affine else "none",
-        eps=layer.eps,
+        workers="all" if isinstance(norm, nn.SyncBatchNorm) else "one",
+        average="moving" if norm.momentum is not None else "cumulative",
+        affine="shared" if norm.affine else "none",
+        eps=norm.eps,
     )
-    norm = BatchNorm2d(layer.num_features, spec)
-    for name, value in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)):
-        setattr(norm, name, value)
-    norm.momentum, norm.path = layer.momentum, path
-    return norm.train(layer.training)
+    taken = BatchNorm2d(norm.num_features, spec)
+
+    for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
+        setattr(taken, name, value)
+    taken.momentum, taken.path = norm.momentum, path
+    return taken.train(norm.training)
 
 
-def _affine_of(layer: nn.Module) -> list[nn.Parameter]:
-    return list(layer.parameters())  # of its domains, too
+# ---- parts of a norm, with those of its domains
 
 
-def _owned(layer: Any, what: str) -> frozenset[str]:
-    """What of `what` the norm has."""
-    return _PARTS[what] if _affine_of(layer) else _PARTS[what] - {"affine"}
+def _freezable_parts(norm: nn.Module) -> frozenset[str]:
+    has_affine = next(norm.parameters(), None) is not None
+    return _PARTS["both"] if has_affine else _PARTS["statistics"]
 
 
-def _parts_of(layer: Any) -> frozenset[str]:
-    """What is frozen in a norm now."""
-    parts = _PARTS[layer.spec.frozen] if isinstance(layer, BatchNorm2d) else _PARTS["none"]
-    affine = _affine_of(layer)
-    return parts | {"affine"} if affine and not any(p.requires_grad for p in affine) else parts - {"affine"}
+def _frozen_parts(norm: nn.Module) -> frozenset[str]:
+    """The parts that are frozen now; of the affine its parameters tell."""
+    parts = _PARTS[norm.spec.frozen] if isinstance(norm, BatchNorm2d) else _PARTS["none"]
+    affine = list(norm.parameters())
+
+    is_trained = not affine or any(parameter.requires_grad for parameter in affine)
+    return parts - {"affine"} if is_trained else parts | {"affine"}
 
 
-def _set_frozen(layer: Any, parts: frozenset[str]) -> None:
-    if ("affine" in parts) != ("affine" in _parts_of(layer)):
-        for parameter in _affine_of(layer):
+def _set_frozen(norm: nn.Module, parts: frozenset[str]) -> None:
+    if ("affine" in parts) != ("affine" in _frozen_parts(norm)):
+        for parameter in norm.parameters():
             parameter.requires_grad_("affine" not in parts)
             parameter.grad = None  # an optimizer would still make steps with an old one
-    if isinstance(layer, BatchNorm2d):
+
+    if isinstance(norm, BatchNorm2d):
         frozen = next(name for name, value in _PARTS.items() if value == parts)
-        layer.spec = layer.spec.replace(frozen=frozen)
+        norm.spec = norm.spec.replace(frozen=frozen)

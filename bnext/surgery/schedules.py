@@ -7,14 +7,14 @@ are frozen is in `bnext.surgery.freezing`; which statistics they compute (their 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from bnext.errors import ConfigError
-from bnext.layers.batch_norm import BatchNorm2d
-from bnext.surgery.freezing import Selection, find_batch_norms, say_no_norm
+from bnext.layers.walk import find_bnext_norms, find_norms
+from bnext.surgery.freezing import say_no_norm
 
 __all__ = [
     "RENORM_D_MAX_POINTS",
@@ -26,11 +26,6 @@ __all__ = [
 ]
 
 Points = Sequence[Sequence[float]]
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
-    "momentum": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
-    "r_max": (lambda value: 1 <= value < math.inf, "1 or more"),
-    "d_max": (lambda value: 0 <= value < math.inf, "0 or more"),
-}
 
 # The limits of Batch Renormalization over the iterations: none for 5k, then relaxed to 3 at 40k and to 5 at 25k.
 # Ioffe, *Batch Renormalization*, 2017, training of Inception-v3.
@@ -55,9 +50,11 @@ def interpolate(points: Points, iteration: float) -> float:
     pairs = check_points(points)
     if iteration <= pairs[0][0]:
         return pairs[0][1]
+
     for (start, before), (end, after) in zip(pairs, pairs[1:], strict=False):
         if iteration <= end:
             return before + (after - before) * ((iteration - start) / (end - start))
+
     return pairs[-1][1]
 
 
@@ -76,39 +73,56 @@ def check_points(
     """
     is_list = isinstance(points, (list, tuple)) and len(points) > 0
     if not is_list or not all(isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
-        raise ConfigError(
-            f"{name} must be one or more (iteration, value) pairs; got {points!r} ({where}). Write them as "
-            f"[[5000, 1.0], [40000, 3.0]]."
+        raise ConfigError.of(
+            name,
+            "be one or more (iteration, value) pairs",
+            got=repr(points),
+            where=where,
+            remedy="Write them as [[5000, 1.0], [40000, 3.0]].",
         )
-    for number in (number for point in points for number in point):
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-            raise ConfigError(f"{name} must hold finite numbers; got {number!r} in {points!r} ({where}). Correct it.")
-    iterations = [point[0] for point in points]
+
+    for iteration, value in points:
+        if not _is_number(iteration) or not _is_number(value):
+            raise ConfigError.of(
+                name, "hold finite numbers", got=f"{[iteration, value]!r}", where=where, remedy="Correct it."
+            )
+        if quantity is not None:
+            _check_value(quantity, value, name, where)
+
+    iterations = [iteration for iteration, _ in points]
     if iterations[0] < 0 or any(b <= a for a, b in zip(iterations, iterations[1:], strict=False)):
-        raise ConfigError(
-            f"{name} must have iterations that increase from 0 or more; got {iterations} ({where}). Sort the points, "
-            f"one for each iteration."
+        raise ConfigError.of(
+            name,
+            "have iterations that increase from 0 or more",
+            got=iterations,
+            where=where,
+            remedy="Sort the points, one for each iteration.",
         )
-    for _, value in points if quantity else ():
-        _check_value(quantity, value, name, where)
     return [(float(iteration), float(value)) for iteration, value in points]
 
 
-def _check_value(quantity: str | None, value: float, name: str, where: str) -> None:
-    is_right, rule = _RANGES[quantity or ""]
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not is_right(value):
-        raise ConfigError(f"{name} must be {rule}; got {value!r} ({where}). Correct the value.")
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def set_momentum(model: nn.Module, momentum: float, select: Selection | None = None) -> tuple[str, ...]:
+def _check_value(quantity: str, value: Any, name: str, where: str) -> None:
+    if quantity == "momentum":
+        rule, is_right = "be above 0 and at most 1", _is_number(value) and 0 < value <= 1
+    else:
+        least = 1 if quantity == "r_max" else 0
+        rule, is_right = f"be {least} or more", _is_number(value) and value >= least
+
+    if not is_right:
+        raise ConfigError.of(name, rule, got=repr(value), where=where, remedy="Correct the value.")
+
+
+def set_momentum(model: nn.Module, momentum: float) -> tuple[str, ...]:
     """Set the weight of the new value in the moving averages of all batch norms.
 
     Args:
         model: its norms may be bnext's, torch's, or subclasses of torch's. Those that keep a cumulative average
             are left alone.
         momentum: torch's sense; above 0, at most 1.
-        select: as in `freeze_norms`.
 
     Returns:
         Paths of the norms that have a moving average.
@@ -117,24 +131,22 @@ def set_momentum(model: nn.Module, momentum: float, select: Selection | None = N
         ConfigError: the value is out of range, or no norm has a moving average.
     """
     _check_value("momentum", momentum, "momentum", "set_momentum")
-    norms: list[tuple[str, Any]] = [(path, n) for path, n in find_batch_norms(model, select) if n.momentum is not None]
+    norms = {path: norm for path, norm in find_norms(model).items() if norm.momentum is not None}
     if not norms:
         raise say_no_norm("a moving average", "set_momentum")
-    for _, norm in norms:
+
+    for norm in norms.values():
         norm.momentum = momentum
-    return tuple(path for path, _ in norms)
+    return tuple(norms)
 
 
-def set_renorm_limits(
-    model: nn.Module, r_max: float | None = None, d_max: float | None = None, select: Selection | None = None
-) -> tuple[str, ...]:
+def set_renorm_limits(model: nn.Module, r_max: float | None = None, d_max: float | None = None) -> tuple[str, ...]:
     """Set the limits of the corrections of Batch Renormalization.
 
     Args:
         model: with norms whose spec has training="renorm".
         r_max: 1 or more; None: as it is.
         d_max: 0 or more; None: as it is.
-        select: as in `freeze_norms`.
 
     Returns:
         Paths of the norms with renorm.
@@ -145,17 +157,14 @@ def set_renorm_limits(
     Source:
         Ioffe, *Batch Renormalization*, 2017; its schedule is RENORM_R_MAX_POINTS and RENORM_D_MAX_POINTS.
     """
-    for name, value in (("r_max", r_max), ("d_max", d_max)):
-        if value is not None:
-            _check_value(name, value, name, "set_renorm_limits")
-    norms: list[tuple[str, Any]] = [(path, n) for path, n in find_batch_norms(model, select) if _has_renorm(n)]
+    limits = {name: value for name, value in (("r_max", r_max), ("d_max", d_max)) if value is not None}
+    for name, value in limits.items():
+        _check_value(name, value, name, "set_renorm_limits")
+    norms = {path: norm for path, norm in find_bnext_norms(model).items() if norm.spec.training == "renorm"}
     if not norms:
         raise say_no_norm("training='renorm'", "set_renorm_limits")
-    for _, norm in norms:
-        norm.r_max = norm.r_max if r_max is None else float(r_max)
-        norm.d_max = norm.d_max if d_max is None else float(d_max)
-    return tuple(path for path, _ in norms)
 
-
-def _has_renorm(layer: Any) -> bool:
-    return isinstance(layer, BatchNorm2d) and layer.spec.training == "renorm"
+    for norm in norms.values():
+        for name, value in limits.items():
+            setattr(norm, name, float(value))
+    return tuple(norms)

@@ -1,4 +1,4 @@
-"""What a checkpoint should say of its norms beside their state: how mini-batch statistics were computed, and eps.
+"""Specs that a checkpoint holds beside the state of its norms: how mini-batch statistics were computed, and eps.
 
 The keys of rows 1 and 3 of Table 5 are the same, and those of rows 2 and 4; only the training differs.
 """
@@ -13,28 +13,25 @@ from torch import nn
 
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.convert_state import Change
 
 __all__ = ["collect_norm_specs", "compare_norm_specs"]
 
 OTHER_STATISTICS = (
-    "in training the mini-batch statistics were {stored}, the model's are {own}; the population statistics "
+    "in training the mini-batch statistics were {stored}, the model's are {expected}; the population statistics "
     "describe the former, re-estimate them with recompute_population_statistics"
 )
 UNKNOWN_STATISTICS = (
     "the checkpoint does not say whether its mini-batch statistics were shared or {per}; "
-    "taken for {own}, as the model's are"
+    "taken for {expected}, as the model's are"
 )
-OTHER_EPS = "eps was {stored}, the model's is {own}; outputs change, most where the variance is small"
+OTHER_EPS = "eps was {stored}, the model's is {expected}; outputs change, most where the variance is small"
 
 
 def collect_norm_specs(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Path -> fields of its `NormSpec`, for every norm of bnext in a model."""
-    return {
-        path: dataclasses.asdict(module.spec)
-        for path, module in model.named_modules()
-        if isinstance(module, BatchNorm2d)
-    }
+    return {path: dataclasses.asdict(norm.spec) for path, norm in find_bnext_norms(model).items()}
 
 
 def compare_norm_specs(
@@ -50,24 +47,29 @@ def compare_norm_specs(
     """
     owners = {key.rpartition(".")[0] for key in keys}
     changes = []
-    for path, module in model.named_modules():
-        if isinstance(module, BatchNorm2d) and any(owner == path or owner.startswith(f"{path}.") for owner in owners):
-            before = dict((stored or {}).get(path, {}))
-            if f"{path}.0" in owners and "0" not in module.domains:
-                before["statistics"] = "per_level"
-            changes += [Change(path, *found) for found in _compare(before, module)]
+
+    for path, norm in find_bnext_norms(model).items():
+        if not any(owner == path or owner.startswith(f"{path}.") for owner in owners):
+            continue
+        spec = dict((stored or {}).get(path, {}))
+        if f"{path}.0" in owners and "0" not in norm.domains:
+            spec["statistics"] = "per_level"
+        changes += _compare(path, spec, norm)
+
     return changes
 
 
-def _compare(before: Mapping[str, Any], module: BatchNorm2d) -> list[tuple[str, bool]]:
-    """What to say of one norm, and whether its outputs stay what they were."""
-    spec, found = module.spec, []
-    if "statistics" in before and before["statistics"] != spec.statistics:
-        text = OTHER_STATISTICS.format(stored=before["statistics"], own=spec.statistics)
-        found.append((text, True))
-    elif "statistics" not in before and (isinstance(module, LevelBatchNorm2d) or spec.statistics != "shared"):
-        per = "per_level" if isinstance(module, LevelBatchNorm2d) else "per_domain"
-        found.append((UNKNOWN_STATISTICS.format(own=spec.statistics, per=per), True))
-    if before.get("eps", spec.eps) != spec.eps:
-        found.append((OTHER_EPS.format(stored=before["eps"], own=spec.eps), False))
-    return found
+def _compare(path: str, stored: Mapping[str, Any], norm: BatchNorm2d) -> list[Change]:
+    spec, changes = norm.spec, []
+    has_levels = isinstance(norm, LevelBatchNorm2d)
+
+    if "statistics" in stored and stored["statistics"] != spec.statistics:
+        changes.append(Change(path, OTHER_STATISTICS.format(stored=stored["statistics"], expected=spec.statistics)))
+    elif "statistics" not in stored and (has_levels or spec.statistics != "shared"):
+        per = "per_level" if has_levels else "per_domain"
+        changes.append(Change(path, UNKNOWN_STATISTICS.format(expected=spec.statistics, per=per)))
+
+    if stored.get("eps", spec.eps) != spec.eps:
+        text = OTHER_EPS.format(stored=stored["eps"], expected=spec.eps)
+        changes.append(Change(path, text, keeps_outputs=False))
+    return changes
