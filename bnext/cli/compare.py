@@ -59,9 +59,8 @@ def run_comparison(
     existing = [path for path in _outputs(cfg) if path.exists()]
     if existing and not overwrite:
         rule = "be a folder without an earlier comparison"
-        raise ConfigError.of(
-            "--output", rule, got=repr(str(existing[0])), remedy="Choose another, or give --overwrite."
-        )
+        remedy = "Choose another, or give --overwrite."
+        raise ConfigError.of("--output", rule, got=repr(str(existing[0])), remedy=remedy)
 
     check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
     if not cfg.DATASETS.TRAIN:
@@ -114,13 +113,9 @@ def _write(cfg: CfgNode, results: Mapping[str, Any], with_plot: bool = False) ->
         if with_plot:
             draw_comparison(results, plot)
     except OSError as error:
-        raise LaunchError.of(
-            "--output",
-            "be a folder that can be written to, on a disk with room",
-            got=f"{type(error).__name__}: {error}",
-            where=cfg.OUTPUT_DIR,
-            remedy="What was written before is whole; choose another folder.",
-        ) from error
+        rule, got = "be a folder that can be written to, on a disk with room", f"{type(error).__name__}: {error}"
+        remedy = "What was written before is whole; choose another folder."
+        raise LaunchError.of("--output", rule, got=got, where=cfg.OUTPUT_DIR, remedy=remedy) from error
 
 
 def find_kept_results(output: str) -> Callable[[], str]:

@@ -50,13 +50,10 @@ def check_evaluator(dataset_name: str) -> None:
     kind = getattr(metadata, "evaluator_type", "coco" if hasattr(metadata, "json_file") else None)
 
     if kind != "coco":
-        raise ConfigError.of(
-            "DATASETS.TEST",
-            "name data sets with COCO evaluation",
-            got=repr(dataset_name),
-            where=f"evaluator_type {kind!r}",
-            remedy="Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator.",
-        )
+        thing = "DATASETS.TEST"
+        rule = "name data sets with COCO evaluation"
+        remedy = "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
+        raise ConfigError.of(thing, rule, got=repr(dataset_name), where=f"evaluator_type {kind!r}", remedy=remedy)
 
 
 def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:

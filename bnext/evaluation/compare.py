@@ -25,7 +25,7 @@ from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.validation_loss import compute_validation_loss
-from bnext.repair.compare import FAILURES, can_go_on, compare_kinds, try_measuring
+from bnext.repair.compare import FAILURES, can_go_on, compare_kinds, failing_alone
 from bnext.repair.kinds import KINDS, Kind, count_images_as_trained, find_obstacle, normalizing_evaluation_by_mini_batch
 from bnext.scope import use_domain
 from bnext.seeding import seeded
@@ -99,8 +99,10 @@ def compare_statistics(
         if lost:
             reading = {"not_applicable": obstacles["moving_average"]}
         else:
-            reading, failure = try_measuring(model, partial(read_three_ways, cfg, model, results["rows"]))
-            reading = {"not_applicable": failure} if failure else reading
+            with failing_alone(model) as failures:
+                reading = read_three_ways(cfg, model, results["rows"])
+            if failures:
+                reading = {"not_applicable": failures[0]}
 
     return {**about, **results, "reading": reading}
 
@@ -110,42 +112,24 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
     names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
 
     if domain is not None and domain not in names:
-        raise ConfigError.of(
-            "--domain",
-            f"be one of the model's domains {names}",
-            got=repr(domain),
-            where="MODEL.BNEXT.DOMAINS.NAMES",
-            remedy="Correct it, or leave --domain out.",
-        )
+        rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
+        raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
     if names and domain is None and not fallback:
-        raise ConfigError.of(
-            "--domain",
-            "name the domain of the images where norms have domains",
-            got=f"none of {names}",
-            where="compare_statistics",
-            remedy="Give --domain NAME, or set MODEL.BNEXT.DOMAINS.FALLBACK.",
-        )
+        rule = "name the domain of the images where norms have domains"
+        remedy = "Give --domain NAME, or set MODEL.BNEXT.DOMAINS.FALLBACK."
+        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="compare_statistics", remedy=remedy)
 
 
 def _find_dataset(cfg: CfgNode) -> str:
     if len(cfg.DATASETS.TEST) != 1:
-        raise ConfigError.of(
-            "DATASETS.TEST",
-            "name one data set, which gives the table its AP",
-            got=cfg.DATASETS.TEST,
-            where="compare_statistics",
-            remedy="Name one, or give --target-dataset.",
-        )
+        rule, remedy = "name one data set, which gives the table its AP", "Name one, or give --target-dataset."
+        raise ConfigError.of("DATASETS.TEST", rule, got=cfg.DATASETS.TEST, where="compare_statistics", remedy=remedy)
 
     name = str(cfg.DATASETS.TEST[0])
     if not has_labels(load_records(name, cfg)):
-        raise ConfigError.of(
-            "DATASETS.TEST",
-            "be labelled, as AP and loss are measured",
-            got=f"{name!r} without annotations",
-            where="compare_statistics",
-            remedy="For statistics alone use recompute_statistics, which needs no labels.",
-        )
+        rule, got = "be labelled, as AP and loss are measured", f"{name!r} without annotations"
+        remedy = "For statistics alone use recompute_statistics, which needs no labels."
+        raise ConfigError.of("DATASETS.TEST", rule, got=got, where="compare_statistics", remedy=remedy)
     return name
 
 

@@ -57,13 +57,9 @@ def use_inference(model: nn.Module, inference: str) -> Iterator[None]:
         norms += find_bnext_norms(head).values()
 
     if not norms:
-        raise ConfigError.of(
-            "model",
-            "have batch norms of bnext in its RoI heads",
-            got="none",
-            where=type(model).__name__,
-            remedy="Take a model of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN.",
-        )
+        rule = "have batch norms of bnext in its RoI heads"
+        remedy = "Take a model of BNextGeneralizedRCNN with MODEL.ROI_BOX_HEAD.NORM or MODEL.ROI_MASK_HEAD.NORM BN."
+        raise ConfigError.of("model", rule, got="none", where=type(model).__name__, remedy=remedy)
 
     with answering(norms, inference=inference):
         yield

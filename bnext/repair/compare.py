@@ -5,8 +5,8 @@ Users ask it in ultralytics/ultralytics#5891, open-mmlab/mmaction2#1054 and face
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from bnext.repair.kinds import KINDS, Kind, Recompute, find_obstacle, use_kind
 from bnext.scope.model import restoring
 from bnext.statistics import recompute_population_statistics
 
-__all__ = ["FAILURES", "can_go_on", "compare_kinds", "try_measuring"]
+__all__ = ["FAILURES", "can_go_on", "compare_kinds", "failing_alone"]
 
 Numbers = Mapping[str, float | None]
 FAILURES = (ValueError, FloatingPointError)  # ours; of detectron2's proposals, if boxes are not finite
@@ -78,20 +78,28 @@ def compare_kinds(
         check_choice("kinds", name, tuple(KINDS), where="compare_statistics")
     chosen = [KINDS[name] for name in dict.fromkeys(kinds)]
 
-    not_applicable = _find_obstacles(model, chosen, data, num_images, obstacles or {})
+    not_applicable = {}
+    for kind in chosen:
+        reason = (obstacles or {}).get(kind.name) or find_obstacle(model, kind.name, num_images)
+        if not reason and kind.source not in ("file", "mini_batch", *data):
+            reason = f"there are no images of the {kind.source}"
+        if reason:
+            not_applicable[kind.name] = reason
+
     applicable = [kind for kind in chosen if kind.name not in not_applicable]
     if not applicable:
-        first, why = next(iter(not_applicable.items()))
-        raise ConfigError.of(
-            "kinds", "hold one that applies to the model", got=f"{first}: {why}", remedy="Choose others."
-        )
+        got = ": ".join(next(iter(not_applicable.items())))
+        raise ConfigError.of("kinds", "hold one that applies to the model", got=got, remedy="Choose others.")
 
     results: dict[str, Any] = {"rows": {}, "reports": {}, "not_applicable": not_applicable}
     for kind in applicable:
-        measure_one = partial(_measure_kind, model, kind, data, recompute, measure, results["reports"])
-        numbers, why = try_measuring(model, measure_one)
-        if why:
-            not_applicable[kind.name] = why
+        with failing_alone(model) as failures, use_kind(model, kind, data, recompute) as (variant, report):
+            if report is not None:
+                results["reports"][kind.name] = report.as_dict()
+            numbers = measure(variant, kind)
+
+        if failures:
+            not_applicable[kind.name] = failures[0]
         else:
             results["rows"][kind.name] = numbers
         on_kind(kind, results)
@@ -103,50 +111,24 @@ def compare_kinds(
     return results
 
 
-def _measure_kind(
-    model: nn.Module,
-    kind: Kind,
-    data: Mapping[str, Any],
-    recompute: Recompute,
-    measure: Callable[[nn.Module, Kind], Numbers],
-    reports: dict[str, Any],
-) -> Numbers:
-    with use_kind(model, kind, data, recompute) as (variant, report):
-        if report is not None:
-            reports[kind.name] = report.as_dict()
-        return measure(variant, kind)
+@contextlib.contextmanager
+def failing_alone(model: nn.Module) -> Iterator[list[str]]:
+    """A scope whose failure is no exception, where no other worker waits for this one: it gives the failures' reasons.
 
-
-def _find_obstacles(
-    model: nn.Module, kinds: Sequence[Kind], data: Mapping[str, Any], num_images: int, obstacles: Mapping[str, str]
-) -> dict[str, str]:
-    """Why kinds are not measured, in their order."""
-    reasons = {}
-
-    for kind in kinds:
-        reason = obstacles.get(kind.name) or find_obstacle(model, kind.name, num_images)
-        if not reason and kind.source not in ("file", "mini_batch", *data):
-            reason = f"there are no images of the {kind.source}"
-        if reason:
-            reasons[kind.name] = reason
-
-    return reasons
-
-
-def try_measuring(model: nn.Module, measure: Callable[[], Numbers]) -> tuple[Numbers, str]:
-    """Numbers; or, if a worker finds that they cannot be measured, why. A collective."""
-    numbers: Numbers = {}
+    They are there at the end of the scope, those of all workers on each of them. A collective.
+    """
+    failures: list[str] = []
     reason = ""
 
     try:
-        numbers = measure()
+        yield failures
     except FAILURES as error:
         if not can_go_on(model):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
-    reasons = [other for other in all_gather_objects(reason, resolve_group("all"), "compare_statistics") if other]
-    return numbers, reasons[0] if reasons else ""
+    every = all_gather_objects(reason, resolve_group("all"), "compare_statistics")
+    failures += [reason for reason in every if reason]
 
 
 def can_go_on(model: nn.Module) -> bool:

@@ -259,10 +259,6 @@ def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
 def _check_elements(path: str, norm: nn.Module, inputs: Sequence[Tensor]) -> None:
     """Torch's complaint, with the layer."""
     if inputs[0].numel() == inputs[0].shape[1]:
-        raise StatisticsError.of(
-            "a mini-batch",
-            "hold more than 1 element per channel at inference too",
-            got=1,
-            where=path,
-            remedy="Use larger images, or population statistics.",
-        )
+        rule = "hold more than 1 element per channel at inference too"
+        remedy = "Use larger images, or population statistics."
+        raise StatisticsError.of("a mini-batch", rule, got=1, where=path, remedy=remedy)

@@ -92,36 +92,26 @@ def _check_size(size: int, cfg: CfgNode, file: str) -> None:
         spec = read_place(cfg, place).norm
         given = spec.normalization_batch_size if isinstance(spec, NormSpec) else spec
         if given != size:
-            raise ConfigError.of(
-                f"MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE",
-                f"be {size} in row nbs_{size}",
-                got=repr(given),
-                where=f"--opts or {file}",
-                remedy=f"Correct it, and let MODEL.{place}.NORM be BN.",
-            )
+            thing = f"MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE"
+            rule = f"be {size} in row nbs_{size}"
+            remedy = f"Correct it, and let MODEL.{place}.NORM be BN."
+            raise ConfigError.of(thing, rule, got=repr(given), where=f"--opts or {file}", remedy=remedy)
 
     total = cfg.SOLVER.IMS_PER_BATCH
     if total % size:
-        raise ConfigError.of(
-            "SOLVER.IMS_PER_BATCH",
-            f"be a multiple of {size}, the images that are normalized together",
-            got=total,
-            where=f"row nbs_{size}",
-            remedy=f"Use {size * max(1, total // size)}.",
-        )
+        rule = f"be a multiple of {size}, the images that are normalized together"
+        remedy = f"Use {size * max(1, total // size)}."
+        raise ConfigError.of("SOLVER.IMS_PER_BATCH", rule, got=total, where=f"row nbs_{size}", remedy=remedy)
 
 
 def _find_iterations(cfg: CfgNode) -> list[int]:
     """At which checkpoints are evaluated."""
     longest, period, number = cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, max(_FRACTIONS)
     if longest != period * number:
-        raise ConfigError.of(
-            "SOLVER.MAX_ITER",
-            f"be {number} times SOLVER.CHECKPOINT_PERIOD, as checkpoints at 1/8, 1/4, 1/2 and the end are evaluated",
-            got=f"{longest} and {period}",
-            where="--parts training",
-            remedy="Set both.",
-        )
+        thing = "SOLVER.MAX_ITER"
+        rule = f"be {number} times SOLVER.CHECKPOINT_PERIOD, as checkpoints at 1/8, 1/4, 1/2 and the end are evaluated"
+        remedy = "Set both."
+        raise ConfigError.of(thing, rule, got=f"{longest} and {period}", where="--parts training", remedy=remedy)
     return [longest // fraction for fraction in _FRACTIONS]
 
 
@@ -129,13 +119,9 @@ def _check_samples(cfg: CfgNode, samples: Sequence[int]) -> None:
     number, batch = sum(len(load_records(name, cfg)) for name in cfg.DATASETS.TRAIN), cfg.SOLVER.IMS_PER_BATCH
     for wanted in samples:
         if not 1 <= wanted <= number or wanted % batch:
-            raise ConfigError.of(
-                "--samples",
-                f"be multiples of the {batch} images of a batch, at most the {number} training images",
-                got=wanted,
-                where=", ".join(cfg.DATASETS.TRAIN),
-                remedy="Choose others.",
-            )
+            rule = f"be multiples of the {batch} images of a batch, at most the {number} training images"
+            remedy = "Choose others."
+            raise ConfigError.of("--samples", rule, got=wanted, where=", ".join(cfg.DATASETS.TRAIN), remedy=remedy)
 
 
 def run_rows(

@@ -126,26 +126,19 @@ def _check_row(row: str, cfg: CfgNode, file: str) -> None:
     rois, wanted_rois = cfg.TEST.BNEXT.PRECISE_BN.ROIS, expected.rois or "sampled"
     if rois != wanted_rois:
         others = ", ".join(name for name, other in ROWS.items() if other.rois)
-        raise ConfigError.of(
-            "TEST.BNEXT.PRECISE_BN.ROIS",
-            f"be {wanted_rois!r} in row {row}",
-            got=repr(rois),
-            where=f"--opts or {file}",
-            remedy=f"Leave it out: {others} has the others.",
-        )
+        thing = "TEST.BNEXT.PRECISE_BN.ROIS"
+        rule = f"be {wanted_rois!r} in row {row}"
+        remedy = f"Leave it out: {others} has the others."
+        raise ConfigError.of(thing, rule, got=repr(rois), where=f"--opts or {file}", remedy=remedy)
 
     wanted = (expected.norm, expected.shuffle, expected.inference)
     for head in HEADS:
         norm = read_place(cfg, head)
         answers = (norm.name, norm.shuffle, norm.spec.inference)
         if answers != wanted:
-            raise ConfigError.of(
-                f"the config of row {row}",
-                f"have NORM, SHUFFLE and INFERENCE {wanted} in {head}",
-                got=answers,
-                where=file,
-                remedy=f"Correct MODEL.{head}.NORM and MODEL.BNEXT.{head}.",
-            )
+            rule = f"have NORM, SHUFFLE and INFERENCE {wanted} in {head}"
+            remedy = f"Correct MODEL.{head}.NORM and MODEL.BNEXT.{head}."
+            raise ConfigError.of(f"the config of row {row}", rule, got=answers, where=file, remedy=remedy)
 
 
 def _check_images(row: str, cfg: CfgNode, num_workers: int) -> None:
@@ -153,22 +146,13 @@ def _check_images(row: str, cfg: CfgNode, num_workers: int) -> None:
     images, total = ROWS[row].images, cfg.SOLVER.IMS_PER_BATCH
 
     if ROWS[row].shuffle != "none" and num_workers < 2:
-        raise ConfigError.of(
-            "--num-gpus",
-            "be 2 or more for a row with shuffle",
-            got=num_workers,
-            where=f"row {row}",
-            remedy="One worker has nobody to deal RoIs to.",
-        )
+        rule, remedy = "be 2 or more for a row with shuffle", "One worker has nobody to deal RoIs to."
+        raise ConfigError.of("--num-gpus", rule, got=num_workers, where=f"row {row}", remedy=remedy)
     if images and total != images * num_workers:
-        raise ConfigError.of(
-            "SOLVER.IMS_PER_BATCH",
-            f"be {images} image(s) for each of the {num_workers} worker(s)",
-            got=total,
-            where=f"row {row}",
-            remedy=f"Use --num-gpus {total // images}, or --opts SOLVER.IMS_PER_BATCH {images * num_workers} with a "
-            f"schedule that fits.",
-        )
+        rule = f"be {images} image(s) for each of the {num_workers} worker(s)"
+        pairs = f"SOLVER.IMS_PER_BATCH {images * num_workers}"
+        remedy = f"Use --num-gpus {total // images}, or --opts {pairs} with a schedule that fits."
+        raise ConfigError.of("SOLVER.IMS_PER_BATCH", rule, got=total, where=f"row {row}", remedy=remedy)
 
 
 def run_rows(configs: Mapping[str, CfgNode], output: str, title: str, resume: bool = False) -> None:

@@ -52,13 +52,10 @@ def load_rows(
     for row, cfg in configs.items():
         spec = read_place(cfg, "RETINANET").norm
         if not isinstance(spec, NormSpec) or spec.table5_row != row:
-            raise ConfigError.of(
-                f"the config of row {row}",
-                f"have its three answers {NormSpec.from_table5_row(row)}",
-                got=str(spec),
-                where=config_files[row],
-                remedy="Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET.",
-            )
+            thing = f"the config of row {row}"
+            rule = f"have its three answers {NormSpec.from_table5_row(row)}"
+            remedy = "Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET."
+            raise ConfigError.of(thing, rule, got=str(spec), where=config_files[row], remedy=remedy)
     check_rows(configs)
     check_run(next(iter(configs.values())), build_parser().parse_args(["--num-gpus", str(num_workers)]))
     return configs

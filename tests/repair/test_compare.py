@@ -9,7 +9,7 @@ from torch import nn
 
 from bnext.errors import ConfigError, StatisticsError
 from bnext.repair import KINDS, compare_kinds, normalizing_evaluation_by_mini_batch
-from bnext.repair.compare import try_measuring
+from bnext.repair.compare import failing_alone
 from tests.workers import run_workers
 
 IMAGES = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)) + 2
@@ -82,18 +82,19 @@ def test_torch_norms_are_normalized_by_the_mini_batch_too():
     assert set(model.state_dict()) >= {"0.running_mean", "1.running_var"}
 
 
-def measure_on_two_workers(rank):
-    def measure():
-        if rank == 1:
-            raise ValueError("on\npurpose.")
-        return {"bbox/AP": 1.0}
+def fail_on_one_of_two_workers(rank):
+    def fail(model):
+        with failing_alone(model) as failures:
+            if rank == 1:
+                raise ValueError("on\npurpose.")
+        return failures
 
-    _, reason = try_measuring(nn.BatchNorm2d(3).eval(), measure)
+    failures = fail(nn.BatchNorm2d(3).eval())
     if rank == 1:
         with pytest.raises(ValueError, match="on"):  # the other one may wait in a norm
-            try_measuring(nn.SyncBatchNorm(3).eval(), measure)
-    return reason
+            fail(nn.SyncBatchNorm(3).eval())
+    return failures
 
 
 def test_a_kind_that_fails_on_one_worker_fails_on_all():
-    assert run_workers(measure_on_two_workers, 2) == ["on purpose", "on purpose"]
+    assert run_workers(fail_on_one_of_two_workers, 2) == [["on purpose"], ["on purpose"]]
