@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bnext.errors import DomainError, StatisticsError
 from bnext.functional import Groups
 from bnext.layers import BatchNorm2d
+from bnext.layers.walk import find_bnext_norms
 from bnext.scope.domain import get_active_domain
 from bnext.scope.record import Scope, close_scopes
 
@@ -56,7 +57,7 @@ class ImagesOfRois:
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
         close_scopes(self)  # of a call that was broken off
-        norms = [part for part in head.modules() if isinstance(part, BatchNorm2d)]
+        norms = list(find_bnext_norms(head).values())
 
         active = get_active_domain()
         if isinstance(active, tuple) and any(norm.domains for norm in norms):
@@ -138,7 +139,7 @@ def tell_images(model: Any) -> None:
         model: a GeneralizedRCNN, or what has `roi_heads` such as detectron2's.
     """
     for name, head in find_roi_heads(model):
-        if _find_owner(head) is None and any(isinstance(part, BatchNorm2d) for part in head.modules()):
+        if _find_owner(head) is None and find_bnext_norms(head):
             ImagesOfRois(head, getattr(model.roi_heads, POOLERS[name], None))
 
 
@@ -163,7 +164,9 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
     """
     owners = {part: _find_owner(part) for part in model.modules()}  # also in a wrapper
     telling = {part: owner for part, owner in owners.items() if owner is not None}
-    norms = [norm for part in telling for norm in part.modules() if isinstance(norm, BatchNorm2d)]
+    norms: list[BatchNorm2d] = []
+    for part in telling:
+        norms += find_bnext_norms(part).values()
 
     if not any(norm.spec.inference == "mini_batch" for norm in norms):
         raise StatisticsError.of(

@@ -17,8 +17,9 @@ from bnext.distributed import all_gather_numbers, get_rank, get_world_size, reso
 from bnext.errors import ConfigError, StatisticsError
 from bnext.functional import Groups, deal_samples
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.groups import find_foreign_norms, find_grouping_norms
+from bnext.layers.groups import find_grouping_norms
 from bnext.layers.spec import Workers
+from bnext.layers.walk import find_bnext_norms, find_foreign_norms
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
@@ -61,15 +62,18 @@ class Draw(NamedTuple):
         """
         forms = get_args(Form)
         message = [len(feature), draw_seed(), int(feature.requires_grad), detail, forms.index(form)]
-        num_samples, seeds, needs, details, found = zip(
-            *all_gather_numbers(message, group, feature.device, where), strict=True
-        )
-        if len(set(found)) > 1:
-            raise ConfigError(
-                f"samples must be dealt in the same form on all workers; got {[forms[own] for own in found]} "
-                f"({where}). Build the model alike on every worker."
+        columns = zip(*all_gather_numbers(message, group, feature.device, where), strict=True)
+        num_samples, seeds, needs_gradient, details, indices = (list(column) for column in columns)
+
+        if len(set(indices)) > 1:
+            raise ConfigError.of(
+                "samples",
+                "be dealt in the same form on all workers",
+                got=[forms[index] for index in indices],
+                where=where,
+                remedy="Build the model alike on every worker.",
             )
-        return cls(list(num_samples), seeds[0], list(needs), list(details))
+        return cls(num_samples, seeds[0], needs_gradient, details)
 
 
 class StatisticsDeal:
@@ -100,7 +104,7 @@ class StatisticsDeal:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         close_scopes(self)  # of a call that was broken off
-        norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+        norms = find_bnext_norms(module).values()
         dealing = [norm for norm in norms if norm.training and norm.uses_mini_batch]
         if not dealing:
             return None
@@ -154,10 +158,14 @@ def join_gradients(feature: Tensor, needs_gradient: list[int], where: str) -> Te
     """
     if not any(needs_gradient) or all(needs_gradient):
         return feature
+
     if not torch.is_grad_enabled():
-        raise StatisticsError(
-            f"activation checkpointing of what workers share must be without reentrance where the features of a worker "
-            f"need no gradient, as those of no RoI; got use_reentrant=True ({where}). Set use_reentrant=False."
+        raise StatisticsError.of(
+            "activation checkpointing of what workers share",
+            "be without reentrance where the features of a worker need no gradient, as those of no RoI",
+            got="use_reentrant=True",
+            where=where,
+            remedy="Set use_reentrant=False.",
         )
     return feature if feature.requires_grad else feature.detach().requires_grad_().clone()  # a leaf forbids in-place
 
@@ -203,42 +211,69 @@ def deal_statistics(module: nn.Module, num_groups: int | None = None) -> Statist
 
 def _check_deal(module: nn.Module, num_groups: int | None) -> None:
     norms = find_grouping_norms(module)
-    _check_foreign(module)
+    where = norms[0].where
+
+    for name, norm in find_foreign_norms(module).items():
+        # It would normalize the groups of a deal together, RoIs of one image and all.
+        raise StatisticsError.of(
+            "all batch norms of a module whose samples are dealt",
+            "be of bnext",
+            got=type(norm).__name__,
+            where=name,
+            remedy="Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
+            "Shuffled(module), in a config SHUFFLE: features.",
+        )
     for name, part in module.named_modules():
         owners = [getattr(hook, "__self__", None) for hook in part._forward_pre_hooks.values()]
         if any(isinstance(owner, StatisticsDeal) for owner in owners):
-            raise ConfigError(
-                f"a module must be dealt to once; got a deal on {name or 'the module'} ({norms[0].where}). Call its "
-                f"remove() first, in a config leave SHUFFLE at 'none'."
+            raise ConfigError.of(
+                "a module",
+                "be dealt to once",
+                got=f"a deal on {name or 'the module'}",
+                where=where,
+                remedy="Call its remove() first, in a config leave SHUFFLE at 'none'.",
             )
+
     is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool)
     if num_groups is not None and (not is_count or num_groups < 2):
-        raise ConfigError(
-            f"num_groups must be 2 or more, or None for one per worker; got {num_groups!r} (deal_statistics). One "
-            f"group over all workers is a SyncBN: use workers='all' without a deal."
+        raise ConfigError.of(
+            "num_groups",
+            "be 2 or more, or None for one per worker",
+            got=repr(num_groups),
+            where="deal_statistics",
+            remedy="One group over all workers is a SyncBN: use workers='all' without a deal.",
         )
     for norm in norms:
         if norm.spec.normalization_batch_size is not None:
-            raise ConfigError(
-                f"normalization_batch_size must be None where statistics are dealt; got "
-                f"{norm.spec.normalization_batch_size} ({norm.where}). The number of groups says how many samples are "
-                f"normalized together."
+            raise ConfigError.of(
+                "normalization_batch_size",
+                "be None where statistics are dealt",
+                got=norm.spec.normalization_batch_size,
+                where=norm.where,
+                remedy="The number of groups says how many samples are normalized together.",
             )
+
     workers = _find_workers([norm for norm in norms if not norm.spec.has_frozen_statistics] or norms)
     if num_groups is None and workers in ("one", 1):
-        raise ConfigError(
-            f"num_groups must be given where each worker has its own mini-batches; got None with workers='one' "
-            f"({norms[0].where}). Give a number, or share over workers: convert_norm(module, "
-            f"{{'': NormSpec(workers='all')}})."
+        raise ConfigError.of(
+            "num_groups",
+            "be given where each worker has its own mini-batches",
+            got="None with workers='one'",
+            where=where,
+            remedy="Give a number, or share over workers: convert_norm(module, {'': NormSpec(workers='all')}).",
         )
 
 
 def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
     if args and isinstance(args[0], Tensor) and args[0].dim():
         return args[0]
-    raise StatisticsError(
-        f"a module whose samples are dealt must get their features [N, C, H, W] first; got "
-        f"{type(args[0]).__name__ if args else 'no argument'} ({where}). Deal a part of it that does."
+
+    raise StatisticsError.of(
+        "a module whose samples are dealt",
+        "get their features [N, C, H, W] first",
+        got=type(args[0]).__name__ if args else "no argument",
+        where=where,
+        remedy="Deal a part of it that does.",
     )
 
 
@@ -246,18 +281,11 @@ def _find_workers(norms: list[BatchNorm2d]) -> Workers:
     first = norms[0]
     for norm in norms:
         if norm.spec.workers != first.spec.workers:
-            raise ConfigError(
-                f"workers must be the same for all norms that share a deal; got {first.spec.workers!r} ({first.where}) "
-                f"and {norm.spec.workers!r} ({norm.where}). Convert them with one spec."
+            raise ConfigError.of(
+                "workers",
+                "be the same for all norms that share a deal",
+                got=f"{first.spec.workers!r} ({first.where}) and {norm.spec.workers!r}",
+                where=norm.where,
+                remedy="Convert them with one spec.",
             )
     return first.spec.workers
-
-
-def _check_foreign(module: nn.Module) -> None:
-    """A batch norm of somebody else would normalize the groups of a deal together, RoIs of one image and all."""
-    for name, norm in find_foreign_norms(module):
-        raise StatisticsError(
-            f"all batch norms of a module whose samples are dealt must be of bnext; got {type(norm).__name__} "
-            f"({name}). Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
-            f"Shuffled(module), in a config SHUFFLE: features."
-        )

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.errors import StatisticsError
 from bnext.functional import Groups
-from bnext.layers.batch_norm import BatchNorm2d, DomainState
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.walk import find_bnext_norms
 from bnext.scope.record import Scope
 
-__all__ = ["find_foreign_norms", "find_grouping_norms", "use_groups"]
+__all__ = ["find_grouping_norms", "use_groups"]
 
 
 def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: int) -> Scope:
@@ -57,7 +57,7 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
     Raises:
         StatisticsError: there is none, or one sees several levels.
     """
-    norms = [part for part in module.modules() if isinstance(part, BatchNorm2d)]
+    norms = list(find_bnext_norms(module).values())
     levels = [norm for norm in norms if isinstance(norm, LevelBatchNorm2d)]
     if levels or not norms:
         raise StatisticsError.of(
@@ -68,12 +68,6 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
             remedy="Convert its norms with convert_norm, or choose another module.",
         )
     return norms
-
-
-def find_foreign_norms(module: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Path and norm of the batch norms of a module that are not of bnext: they heed no groups."""
-    norms = [(path, part) for path, part in module.named_modules() if isinstance(part, _BatchNorm)]
-    return [(path, norm) for path, norm in norms if not isinstance(norm, (BatchNorm2d, DomainState))]
 
 
 def _check_groups(groups: Tensor | Sequence[int], num_groups: int) -> Tensor:

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import all_to_all_rows, get_rank, resolve_group
 from bnext.errors import StatisticsError
 from bnext.functional import deal_samples
-from bnext.layers.batch_norm import BatchNorm2d, DomainState
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.deal import Draw, join_gradients
 from bnext.layers.spec import NormSpec, Workers
+from bnext.layers.walk import find_norms
 
 __all__ = ["Shuffled", "shares_work", "shuffle_features"]
 
@@ -140,14 +140,19 @@ def shuffle_features(
     group = resolve_group(workers)
     if group is None or not _is_in_training(module):
         return function(features)
+
     features, route = _draw_route(features, group, where)
     moved = _Go.apply(features, route)
     output = function(moved)
+
     if not isinstance(output, Tensor) or output.shape[:1] != moved.shape[:1]:
-        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise StatisticsError(
-            f"a shuffled module must return a tensor with one row per sample; got {found} for {len(moved)} samples "
-            f"({where}). Shuffle the part of it that does, or deal statistics."
+        shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise StatisticsError.of(
+            "a shuffled module",
+            "return a tensor with one row per sample",
+            got=f"{shape} for {len(moved)} samples",
+            where=where,
+            remedy="Shuffle the part of it that does, or deal statistics.",
         )
     return _ComeBack.apply(output, route)
 
@@ -155,25 +160,29 @@ def shuffle_features(
 def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple[Tensor, _Route]:
     """Where the samples go; and the features, with a gradient on every worker if some worker needs one."""
     draw = Draw.over_workers(features, group, "features", math.prod(features.shape[1:]), where)
-    if len(set(draw.details)) > 1:
-        raise StatisticsError(
-            f"features must have samples of the same shape on all workers; got {list(features.shape[1:])} on worker "
-            f"{get_rank(group)}, and {draw.details} numbers per sample on all ({where}). Look for the "
-            f"worker that pools or crops otherwise; one without samples gives [0, ...] with the shape of the others."
-        )
-    destinations = deal_samples(draw.num_samples, group.size(), draw.seed)
     rank, device = get_rank(group), features.device
-    own = destinations[rank]
-    order = own.argsort(stable=True)
-    send = own.bincount(minlength=group.size()).tolist()
+    if len(set(draw.details)) > 1:
+        raise StatisticsError.of(
+            "features",
+            "have samples of the same shape on all workers",
+            got=f"{list(features.shape[1:])} on worker {rank}, and {draw.details} numbers per sample on all",
+            where=where,
+            remedy="Look for the worker that pools or crops otherwise; one without samples gives [0, ...] with the "
+            "shape of the others.",
+        )
+
+    destinations = deal_samples(draw.num_samples, group.size(), draw.seed)
+    order = destinations[rank].argsort(stable=True)
+    send = destinations[rank].bincount(minlength=group.size()).tolist()
     receive = [int((numbers == rank).sum()) for numbers in destinations]
+
     features = join_gradients(features, draw.needs_gradient, where)
     return features, _Route(order.to(device), order.argsort().to(device), send, receive, group, where)
 
 
 def _is_in_training(module: nn.Module) -> bool:
     """A re-estimation of statistics has the norms alone in training mode."""
-    return module.training or any(part.training for part in module.modules() if isinstance(part, _BatchNorm))
+    return module.training or any(norm.training for norm in find_norms(module).values())
 
 
 def shares_work(model: nn.Module) -> bool:
@@ -181,12 +190,15 @@ def shares_work(model: nn.Module) -> bool:
 
     Of batch norms of somebody else it is not known: those that are not torch's plain ones count as sharing.
     """
-    return resolve_group("all") is not None and any(map(_may_share, model.modules()))
+    if resolve_group("all") is None:
+        return False
+
+    norms = find_norms(model).values()
+    shares_statistics = any(norm.training and _may_share(norm) for norm in norms)
+    return shares_statistics or any(getattr(module, "shares_samples", False) for module in model.modules())
 
 
-def _may_share(part: nn.Module) -> bool:
-    if not isinstance(part, _BatchNorm) or isinstance(part, DomainState) or not part.training:
-        return bool(getattr(part, "shares_samples", False))
-    if isinstance(part, BatchNorm2d):
-        return part.uses_mini_batch and resolve_group(part.spec.workers) is not None
-    return type(part) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+def _may_share(norm: nn.Module) -> bool:
+    if isinstance(norm, BatchNorm2d):
+        return norm.uses_mini_batch and resolve_group(norm.spec.workers) is not None
+    return type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_type_hints
 
 from bnext.errors import ConfigError, check_choice
@@ -100,17 +100,15 @@ class NormSpec:
 
     def __post_init__(self) -> None:
         if isinstance(self.domains, str) or not isinstance(self.domains, Sequence):
-            raise ConfigError(
-                f"domains must be a sequence of names; got {self.domains!r} (NormSpec). Write ('day', 'night')."
-            )
+            rule, remedy = "be a sequence of names", "Write ('day', 'night')."
+            raise ConfigError.of("domains", rule, got=repr(self.domains), where="NormSpec", remedy=remedy)
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
-        _check_types(self)
+
         hints = get_type_hints(type(self))
         for name in _CHOICES:
             check_choice(name, getattr(self, name), get_args(hints[name]))
-        _check_ranges(self)
-        _check_domains(self)
-        _check_contradictions(self)
+        for rule in _RULES:
+            rule.check(self)
 
     @classmethod
     def from_table5_row(cls, row: int, *, workers: Workers = "one") -> NormSpec:
@@ -120,7 +118,9 @@ class NormSpec:
             ConfigError: `row` is not 1 to 6.
         """
         if not isinstance(row, int) or row not in TABLE5_ROWS:
-            raise ConfigError(f"row must be one of 1 to 6; got {row!r} (Table 5). Choose one of them.")
+            raise ConfigError.of(
+                "row", "be one of 1 to 6", got=repr(row), where="Table 5", remedy="Choose one of them."
+            )
         statistics, population, affine = TABLE5_ROWS[row]
         return cls(statistics=statistics, population=population, affine=affine, workers=workers)
 
@@ -136,7 +136,13 @@ class NormSpec:
     @property
     def owner(self) -> str | None:
         """Which kind of source owns something: "per_level", "per_domain", or None."""
-        return next((answer for name in _OWNED if (answer := getattr(self, name)).startswith("per_")), None)
+        return next(iter(self._owned.values()), None)
+
+    @property
+    def _owned(self) -> dict[str, str]:
+        """Field -> "per_level" or "per_domain", of what levels or domains have for themselves."""
+        answers = {name: getattr(self, name) for name in _OWNED}
+        return {name: answer for name, answer in answers.items() if answer.startswith("per_")}
 
     @property
     def has_frozen_statistics(self) -> bool:
@@ -151,99 +157,165 @@ class NormSpec:
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-def _check_types(spec: NormSpec) -> None:
-    for name in ("momentum", "eps", "r_max", "d_max"):
-        value = getattr(spec, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            hint = " For torch's momentum=None use average='cumulative'." if name == "momentum" else ""
-            raise ConfigError(f"{name} must be a number; got {value!r} (NormSpec). Write it without quotes.{hint}")
-    is_right = all(isinstance(name, str) and name for name in spec.domains)
-    if not is_right or len(set(spec.domains)) < len(spec.domains):
-        raise ConfigError(
-            f"domains must be distinct names; got {spec.domains!r} (NormSpec). Name each once, as ('day', 'night')."
-        )
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_ranges(spec: NormSpec) -> None:
-    if spec.workers not in ("one", "node", "all") and not _is_count(spec.workers):
-        raise ConfigError(
-            f"workers must be one of 'one', 'node', 'all', or a number of workers from 1 on; got {spec.workers!r} "
-            f"(NormSpec). Choose one of them."
-        )
-    size = spec.normalization_batch_size
-    if size is not None and not _is_count(size):
-        raise ConfigError(
-            f"normalization_batch_size must be 1 or more, or None for the whole batch; got {size!r} (NormSpec). "
-            f"Choose how many samples are normalized together."
-        )
-    if not spec.r_max >= 1:
-        raise ConfigError(f"r_max must be 1 or more; got {spec.r_max!r} (NormSpec). Use 3, or 1 for no correction.")
-    if not spec.d_max >= 0:
-        raise ConfigError(f"d_max must be 0 or more; got {spec.d_max!r} (NormSpec). Use 5, or 0 for no correction.")
-    if not 0 < spec.momentum <= 1:
-        raise ConfigError(f"momentum must be above 0 and at most 1; got {spec.momentum!r} (NormSpec). Use 0.1.")
-    if not 0 < spec.eps < float("inf"):
-        raise ConfigError(f"eps must be above 0; got {spec.eps!r} (NormSpec). Use 1e-5.")
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """What the answers of a spec must keep to, each alone or together.
+
+    Args:
+        name: of the field that the error names.
+        holds: whether a spec keeps to it.
+        rule, remedy: of the message, see `BNextError.of`.
+        beside: another field whose value the message tells.
+    """
+
+    name: str
+    holds: Callable[[NormSpec], bool]
+    rule: str
+    remedy: str
+    beside: str = ""
+
+    def check(self, spec: NormSpec) -> None:
+        if self.holds(spec):
+            return
+        got = repr(getattr(spec, self.name))
+        if self.beside:
+            got += f" with {self.beside}={getattr(spec, self.beside)!r}"
+        raise ConfigError.of(self.name, self.rule, got=got, where="NormSpec", remedy=self.remedy)
 
 
-def _check_domains(spec: NormSpec) -> None:
-    owned = {name: answer for name in _OWNED if (answer := getattr(spec, name)).startswith("per_")}
-    if len(set(owned.values())) > 1:
-        raise ConfigError(
-            f"statistics, population and affine must speak of levels or of domains; got {owned} (NormSpec). "
-            f"Use per_level or per_domain for all that is not shared."
-        )
-    if "per_domain" in owned.values() and not spec.domains:
-        name = next(iter(owned))
-        raise ConfigError(
-            f"domains must name the domains of {name}='per_domain'; got none (NormSpec). "
-            f"Name them: domains=('day', 'night'), in a config MODEL.BNEXT.DOMAINS.NAMES."
-        )
-    if spec.domains and "per_domain" not in owned.values():
-        raise ConfigError(
-            f"domains must be empty where nothing is per_domain; got {spec.domains!r} (NormSpec). "
-            f"Set statistics, population or affine to 'per_domain', or leave the domains out."
-        )
-    if spec.fallback_domain is not None and spec.fallback_domain not in spec.domains:
-        raise ConfigError(
-            f"fallback_domain must be one of the domains {spec.domains!r}; got {spec.fallback_domain!r} (NormSpec). "
-            f"Name one of them."
-        )
+_NO_POPULATION = "where no population statistics are kept"
+_BY_MINI_BATCH = "Set training='mini_batch', or population='shared'."
+_KEEP = "Set population='shared', or leave it at its default."
 
-
-def _check_contradictions(spec: NormSpec) -> None:
-    """Answers that exclude one another, and groups that would be without effect."""
-    if spec.population == "none":
-        for name, value in (("training", "population"), ("training", "renorm"), ("inference", "population")):
-            if getattr(spec, name) == value:
-                remedy = "inference='mini_batch'" if name == "inference" else "training='mini_batch'"
-                raise ConfigError(
-                    f"{name} must not be {value!r} where no population statistics are kept; got population='none' "
-                    f"(NormSpec). Set {remedy}, or population='shared'."
-                )
-        if spec.has_frozen_statistics or spec.single_element == "population":
-            name = "frozen" if spec.has_frozen_statistics else "single_element"
-            raise ConfigError(
-                f"{name} must not ask for population statistics where none are kept; got {getattr(spec, name)!r} with "
-                f"population='none' (NormSpec). Set population='shared', or leave {name} at its default."
-            )
-    if spec.affine == "none" and spec.has_frozen_affine:
-        raise ConfigError(
-            f"frozen must be 'none' or 'statistics' where there is no affine; got {spec.frozen!r} with affine='none' "
-            f"(NormSpec). Set one of them."
-        )
-    if spec.normalization_batch_size is not None and spec.workers not in ("one", 1):
-        raise ConfigError(
-            f"normalization_batch_size must be None where several workers share a mini-batch; got "
-            f"{spec.normalization_batch_size!r} with workers={spec.workers!r} (NormSpec). Set workers='one' to cut the "
-            f"batch of each worker into groups, or workers=k to join the batches of k workers."
-        )
-    if spec.normalization_batch_size is not None and spec.training == "population":
-        raise ConfigError(
-            f"normalization_batch_size must be None where population statistics normalize in training; got "
-            f"{spec.normalization_batch_size!r} (NormSpec). Set training='mini_batch'."
-        )
+_RULES = (
+    # Each alone.
+    _Rule(
+        "momentum",
+        lambda spec: _is_number(spec.momentum) and 0 < spec.momentum <= 1,
+        "be a number above 0 and at most 1",
+        "Use 0.1, without quotes; for torch's momentum=None use average='cumulative'.",
+    ),
+    _Rule(
+        "eps",
+        lambda spec: _is_number(spec.eps) and 0 < spec.eps < float("inf"),
+        "be a number above 0",
+        "Use 1e-5, without quotes.",
+    ),
+    _Rule(
+        "r_max",
+        lambda spec: _is_number(spec.r_max) and spec.r_max >= 1,
+        "be a number of 1 or more",
+        "Use 3, or 1 for no correction.",
+    ),
+    _Rule(
+        "d_max",
+        lambda spec: _is_number(spec.d_max) and spec.d_max >= 0,
+        "be a number of 0 or more",
+        "Use 5, or 0 for no correction.",
+    ),
+    _Rule(
+        "workers",
+        lambda spec: spec.workers in ("one", "node", "all") or _is_count(spec.workers),
+        "be one of 'one', 'node', 'all', or a number of workers from 1 on",
+        "Choose one of them.",
+    ),
+    _Rule(
+        "normalization_batch_size",
+        lambda spec: spec.normalization_batch_size is None or _is_count(spec.normalization_batch_size),
+        "be 1 or more, or None for the whole batch",
+        "Choose how many samples are normalized together.",
+    ),
+    _Rule(
+        "domains",
+        lambda spec: (
+            all(isinstance(name, str) and name for name in spec.domains) and len(set(spec.domains)) == len(spec.domains)
+        ),
+        "be distinct names",
+        "Name each once, as ('day', 'night').",
+    ),
+    # Levels or domains.
+    _Rule(
+        "statistics",
+        lambda spec: len(set(spec._owned.values())) < 2,
+        "speak of levels or of domains, as population and affine do",
+        "Use per_level or per_domain for all that is not shared.",
+        beside="population",
+    ),
+    _Rule(
+        "domains",
+        lambda spec: bool(spec.domains) or spec.owner != "per_domain",
+        "name the domains where something is per_domain",
+        "Name them: domains=('day', 'night'), in a config MODEL.BNEXT.DOMAINS.NAMES.",
+    ),
+    _Rule(
+        "domains",
+        lambda spec: not spec.domains or spec.owner == "per_domain",
+        "be empty where nothing is per_domain",
+        "Set statistics, population or affine to 'per_domain', or leave the domains out.",
+    ),
+    _Rule(
+        "fallback_domain",
+        lambda spec: spec.fallback_domain is None or spec.fallback_domain in spec.domains,
+        "be one of the domains",
+        "Name one of them.",
+        beside="domains",
+    ),
+    # Answers that exclude one another, and those that would be without effect.
+    _Rule(
+        "training",
+        lambda spec: spec.population != "none" or spec.training == "mini_batch",
+        f"be 'mini_batch' {_NO_POPULATION}",
+        _BY_MINI_BATCH,
+        beside="population",
+    ),
+    _Rule(
+        "inference",
+        lambda spec: spec.population != "none" or spec.inference == "mini_batch",
+        f"be 'mini_batch' {_NO_POPULATION}",
+        "Set inference='mini_batch', or population='shared'.",
+        beside="population",
+    ),
+    _Rule(
+        "frozen",
+        lambda spec: spec.population != "none" or not spec.has_frozen_statistics,
+        f"not ask for population statistics {_NO_POPULATION}",
+        _KEEP,
+        beside="population",
+    ),
+    _Rule(
+        "single_element",
+        lambda spec: spec.population != "none" or spec.single_element != "population",
+        f"not ask for population statistics {_NO_POPULATION}",
+        _KEEP,
+        beside="population",
+    ),
+    _Rule(
+        "frozen",
+        lambda spec: spec.affine != "none" or not spec.has_frozen_affine,
+        "be 'none' or 'statistics' where there is no affine",
+        "Set one of them.",
+        beside="affine",
+    ),
+    _Rule(
+        "normalization_batch_size",
+        lambda spec: spec.normalization_batch_size is None or spec.workers in ("one", 1),
+        "be None where several workers share a mini-batch",
+        "Set workers='one' to cut the batch of each worker into groups, or workers=k to join the batches of k workers.",
+        beside="workers",
+    ),
+    _Rule(
+        "normalization_batch_size",
+        lambda spec: spec.normalization_batch_size is None or spec.training != "population",
+        "be None where population statistics normalize in training",
+        "Set training='mini_batch'.",
+        beside="training",
+    ),
+)

@@ -12,6 +12,7 @@ from torch import nn
 from bnext.errors import StatisticsError
 from bnext.functional import Moments
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.walk import find_bnext_norms
 from bnext.scope.record import Scope
 from bnext.scope.statistics import frozen_statistics
 
@@ -52,7 +53,7 @@ def virtual_samples(
     Source:
         Salimans et al., *Improved Techniques for Training GANs*, 2016, section 3.5.
     """
-    norms = [module for module in model.modules() if isinstance(module, BatchNorm2d) and module.uses_mini_batch]
+    norms = [norm for norm in find_bnext_norms(model).values() if norm.uses_mini_batch]
     if not norms:
         raise StatisticsError.of(
             "virtual_samples",
