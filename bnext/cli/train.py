@@ -18,7 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights
 from bnext.data.check_coco import check_datasets
-from bnext.data.sampler import check_batch_size
+from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.trainer import evaluate, train
 from bnext.errors import CheckpointError, ConfigError, LaunchError

@@ -19,12 +19,13 @@ from torch.utils.data import Dataset
 
 from bnext.data.batches import CheckedMapper, limit_loader_workers, load_batches
 from bnext.data.records import load_train_records
-from bnext.data.sampler import BatchSampler, aspect_ratio_groups
+from bnext.data.samplers import BatchSampler, Sample, build_sampler
 from bnext.errors import DatasetError
 from bnext.seeding import derive_seed, seeded
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
 
+Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
 _AUGMENT, _REPLACE = 2, 3  # what the derived seeds are for
 _MAX_REPLACEMENTS = 100
 
@@ -38,10 +39,10 @@ class MappedDataset(Dataset):
         seed: the training's seed.
 
     Raises:
-        DatasetError: on access, if the mapper rejects 100 images in a row.
+        DatasetError: on access, if an image cannot be read, or the mapper rejects 100 images in a row.
     """
 
-    def __init__(self, records: Any, mapper: Callable[[dict[str, Any]], dict[str, Any] | None], seed: int) -> None:
+    def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
         self.records = records
         self.mapper = CheckedMapper(mapper)
         self.seed = seed
@@ -49,7 +50,7 @@ class MappedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, sample: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, sample: Sample) -> dict[str, Any]:
         position, index = sample
         others = np.random.default_rng(derive_seed(self.seed, _REPLACE, position))
 
@@ -70,58 +71,30 @@ class MappedDataset(Dataset):
 
 
 class TrainLoader:
-    """Endless training batches of one worker, from `start_iteration` on.
+    """Endless training batches of one worker.
 
     Args:
-        records: Detectron2's records, e.g. from `get_detection_dataset_dicts`.
+        records: Detectron2's records, e.g. from `load_train_records`.
         mapper: turns a record into the model's input, e.g. `DatasetMapper(cfg, True)`.
-        total_batch_size: images per SGD step over all workers.
-        seed: an integer of 0 or more, the same on every worker.
+        sampler: says which records, and from which seed their augmentations are drawn.
         num_loader_workers: processes that load; has no influence on what comes out.
-        group_by_aspect_ratio: batches of landscape or of portrait images only.
-
-    Raises:
-        ConfigError: if the total batch size cannot be dealt to the workers (`BatchSampler`).
 
     Note:
-        `seed` and `start_iteration` may be changed until the first batch is taken.
+        `sampler.seed` and `sampler.start_iteration` may be changed until the first batch is taken.
     """
 
     def __init__(
-        self,
-        records: list[dict[str, Any]],
-        mapper: Callable[[dict[str, Any]], dict[str, Any] | None],
-        total_batch_size: int,
-        *,
-        seed: int,
-        num_loader_workers: int = 0,
-        group_by_aspect_ratio: bool = False,
+        self, records: list[dict[str, Any]], mapper: Mapper, sampler: BatchSampler, num_loader_workers: int = 0
     ) -> None:
-        self.seed = seed
-        self.start_iteration = 0
-        self.total_batch_size = total_batch_size
-        self._groups = aspect_ratio_groups(records) if group_by_aspect_ratio else None
-        self._size = len(records)
-        self._batches()  # complains now, not at the first batch
+        self.sampler = sampler
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper
         self._num_loader_workers = num_loader_workers
 
-    def _batches(self) -> BatchSampler:
-        return BatchSampler(
-            self._size,
-            self.total_batch_size,
-            seed=self.seed,
-            rank=comm.get_rank(),
-            world_size=comm.get_world_size(),
-            groups=self._groups,
-            start_iteration=self.start_iteration,
-        )
-
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
-        dataset = MappedDataset(self._records, self._mapper, self.seed)
-        yield from load_batches(dataset, self._batches(), self._num_loader_workers)
+        dataset = MappedDataset(self._records, self._mapper, self.sampler.seed)
+        yield from load_batches(dataset, self.sampler, self._num_loader_workers)
 
 
 def share_seed(seed: int) -> int:
@@ -136,7 +109,7 @@ def share_seed(seed: int) -> int:
     return seed if seed >= 0 else comm.all_gather(secrets.randbits(31))[0]
 
 
-def build_train_loader(cfg: CfgNode, mapper: Callable[..., Any] | None = None) -> Any:
+def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Any:
     """The training loader of a config.
 
     Args:
@@ -158,11 +131,8 @@ def build_train_loader(cfg: CfgNode, mapper: Callable[..., Any] | None = None) -
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
         return build_detection_train_loader(cfg, mapper=mapper)
-    return TrainLoader(
-        load_train_records(cfg),
-        mapper or DatasetMapper(cfg, True),
-        cfg.SOLVER.IMS_PER_BATCH,
-        seed=share_seed(cfg.SEED),
-        num_loader_workers=limit_loader_workers(cfg.DATALOADER.NUM_WORKERS),
-        group_by_aspect_ratio=cfg.DATALOADER.ASPECT_RATIO_GROUPING,
-    )
+
+    records = load_train_records(cfg)
+    sampler = build_sampler(cfg, records, share_seed(cfg.SEED))
+    num_loader_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
+    return TrainLoader(records, mapper or DatasetMapper(cfg, True), sampler, num_loader_workers)

@@ -205,8 +205,8 @@ class Trainer(DefaultTrainer):
             )
 
         if isinstance(self.data_loader, TrainLoader):
-            self.data_loader.seed = self.seed
-            self.data_loader.start_iteration = self.start_iter
+            self.data_loader.sampler.seed = self.seed
+            self.data_loader.sampler.start_iteration = self.start_iter
 
     def train(self) -> dict[str, Any]:
         """Train to SOLVER.MAX_ITER and evaluate.

@@ -47,8 +47,8 @@ class VirtualImages(HookBase):
 
     def before_train(self) -> None:
         if isinstance(self._loader, TrainLoader):
-            self._loader.seed = derive_seed(self.trainer.seed, _LOAD)
-            self._loader.start_iteration = self.trainer.start_iter
+            self._loader.sampler.seed = derive_seed(self.trainer.seed, _LOAD)
+            self._loader.sampler.start_iteration = self.trainer.start_iter
 
         self._batches = iter(self._loader)
 

@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 
 from bnext.cli.train import build_parser, check_run
 from bnext.config.recipe import read_place
-from bnext.data.sampler import check_batch_size
+from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers
 from bnext.errors import ConfigError
 from bnext.evaluation.tables import format_rows

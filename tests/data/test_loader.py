@@ -11,10 +11,11 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
+from bnext.data.samplers import BatchSampler, GroupedBatchSampler
 from bnext.errors import DatasetError
 from bnext.seeding import derive_seed, seeded
 
-RECORDS = [{"index": index, "width": 2 + index % 2, "height": 2} for index in range(7)]
+RECORDS = [{"index": index} for index in range(7)]
 
 
 def augment(record):
@@ -30,9 +31,10 @@ def reject(record):
     return None
 
 
-def batches(number, start=0, loader_workers=0, **kwargs):
-    loader = TrainLoader(RECORDS, kwargs.pop("mapper", augment), 4, seed=1, num_loader_workers=loader_workers, **kwargs)
-    loader.start_iteration = start
+def batches(number, start=0, num_loader_workers=0, mapper=augment):
+    sampler = BatchSampler(len(RECORDS), 4, seed=1)
+    loader = TrainLoader(RECORDS, mapper, sampler, num_loader_workers)
+    sampler.start_iteration = start
     return list(islice(loader, number))
 
 
@@ -46,12 +48,11 @@ def global_state():
 
 
 def test_a_later_start_repeats_images_and_augmentations():
-    for grouping in (False, True):
-        assert batches(3, start=4, group_by_aspect_ratio=grouping) == batches(7, group_by_aspect_ratio=grouping)[4:]
+    assert batches(3, start=4) == batches(7)[4:]
 
 
 def test_the_number_of_loading_processes_has_no_influence():
-    assert batches(5, loader_workers=2) == batches(5)
+    assert batches(5, num_loader_workers=2) == batches(5)
 
 
 def test_augmentations_differ_from_sample_to_sample():
@@ -62,7 +63,7 @@ def test_augmentations_differ_from_sample_to_sample():
 def test_the_global_generators_are_left_alone():
     before = global_state()
     batches(2)
-    batches(2, loader_workers=1)
+    batches(2, num_loader_workers=1)
     assert global_state() == before
 
 
@@ -88,9 +89,9 @@ def test_seeds_differ_by_every_number():
 
 
 def test_rejected_images_are_replaced_the_same_way_each_time():
-    found = batches(3, mapper=pick)
-    assert {sample["index"] for batch in found for sample in batch} == {3}
-    assert batches(1, start=2, mapper=pick) == found[2:]
+    picked = batches(3, mapper=pick)
+    assert {sample["index"] for batch in picked for sample in batch} == {3}
+    assert batches(1, start=2, mapper=pick) == picked[2:]
 
 
 def test_a_mapper_that_rejects_all_is_an_error():
@@ -109,12 +110,19 @@ def test_a_negative_seed_is_drawn():
 def cfg():
     name = "bnext_test_loader"
     annotation = {"bbox": [0, 0, 5, 5], "bbox_mode": 1, "category_id": 0}
-    DatasetCatalog.register(name, lambda: [{"file_name": "a.png", "image_id": 0, "annotations": [annotation]}])
+    record = {"file_name": "a.png", "image_id": 0, "width": 5, "height": 5, "annotations": [annotation]}
+    DatasetCatalog.register(name, lambda: [record])
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = (name,)
     cfg.DATALOADER.NUM_WORKERS = 0
     yield cfg
     DatasetCatalog.remove(name)
+
+
+def test_the_config_chooses_the_sampler(cfg):
+    assert isinstance(build_train_loader(cfg).sampler, GroupedBatchSampler)
+    cfg.DATALOADER.ASPECT_RATIO_GROUPING = False
+    assert type(build_train_loader(cfg).sampler) is BatchSampler
 
 
 def test_other_samplers_are_detectron2s_and_warn_about_the_resume(cfg, caplog):

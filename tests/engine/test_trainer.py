@@ -89,8 +89,8 @@ def test_a_drawn_seed_is_kept_by_the_checkpoint(digits, tmp_path):
     trainer = Trainer(tiny.load(tmp_path, *opts))
     assert trainer.seed != stored
     trainer.resume_or_load(resume=True)
-    assert trainer.seed == trainer.data_loader.seed == stored
-    assert trainer.data_loader.start_iteration == 3
+    assert trainer.seed == trainer.data_loader.sampler.seed == stored
+    assert trainer.data_loader.sampler.start_iteration == 3
 
 
 def test_a_finished_training_has_nothing_left_to_do(finished, tmp_path, bnext_log):

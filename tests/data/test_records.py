@@ -1,0 +1,56 @@
+"""Records of registered data sets; a set that cannot be used is named."""
+
+import pytest
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog
+
+from bnext.data import records
+from bnext.data.records import load_records
+from bnext.errors import DatasetError
+
+RECORDS = [{"file_name": "a.png", "image_id": 1}]
+
+
+@pytest.fixture
+def register():
+    names = []
+
+    def add(name, load):
+        DatasetCatalog.register(name, load)
+        names.append(name)
+
+    yield add
+    for name in names:
+        DatasetCatalog.remove(name)
+
+
+def divide_by_zero():
+    return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("load", "message"),
+    [(list, "AssertionError"), (divide_by_zero, "ZeroDivisionError"), (lambda: ["a.png"], "entries of type str")],
+)
+def test_a_set_that_gives_no_records_is_refused(register, load, message):
+    register("bnext_test_odd", load)
+    with pytest.raises(DatasetError, match=f"'bnext_test_odd'.*{message}"):
+        load_records("bnext_test_odd", get_cfg())
+
+
+def test_a_name_that_is_not_registered_is_refused():
+    with pytest.raises(DatasetError, match="'bnext_test_odd'"):
+        load_records("bnext_test_odd", get_cfg())
+
+
+def test_each_test_set_has_proposals_of_its_own(register, monkeypatch):
+    names, seen = ("bnext_test_first", "bnext_test_second"), []
+    for name in names:
+        register(name, lambda: RECORDS)
+    monkeypatch.setattr(records, "get_detection_dataset_dicts", lambda *_, **options: seen.append(options) or RECORDS)
+    cfg = get_cfg()
+    cfg.MODEL.LOAD_PROPOSALS, cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST = True, names, ("1.pkl", "2.pkl")
+
+    for name in names:
+        load_records(name, cfg)
+    assert [options["proposal_files"] for options in seen] == [["1.pkl"], ["2.pkl"]]
