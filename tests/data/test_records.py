@@ -39,7 +39,7 @@ def test_a_set_that_gives_no_records_is_refused(register, load, message):
 
 
 def test_a_name_that_is_not_registered_is_refused():
-    with pytest.raises(DatasetError, match="'bnext_test_odd'"):
+    with pytest.raises(DatasetError, match="be registered; got 'bnext_test_odd'"):
         load_records("bnext_test_odd", get_cfg())
 
 
