@@ -1,33 +1,86 @@
-"""What two gloo workers must do, in one spawn; run by test_launch.py in a process of its own.
+"""Trainings on two gloo workers, all checks in one spawn; run by test_two_workers.py in a process of its own.
 
 python -m tests.engine.two_workers FOLDER
 """
 
+import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
 
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine.hooks import CallbackHook
+from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
+from bnext.data.batches import build_validation_batches
 from bnext.data.check_coco import check_datasets
-from bnext.distributed.equal_buffers import equalize_buffers
+from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
+from bnext.distributed.groups import count_cores
 from bnext.engine import Trainer, launch, train
-from bnext.engine.launch import count_cores
-from bnext.errors import DatasetError
+from bnext.errors import DatasetError, StatisticsError
+from bnext.evaluation.validation_loss import compute_validation_loss
 from tests import tiny
+from tests.record import note_groups
+
+SHORT = ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
+NO_TEST = ("DATASETS.TEST", "()")
+SYNC = ("MODEL.RETINANET.NORM", "SyncBN", "MODEL.BNEXT.RETINANET.STATISTICS", "shared")
+VALIDATION_LOSS = ("TEST.BNEXT.VALIDATION_LOSS.PERIOD", 3)
 
 
-def check_world():
+class Watcher(Trainer):
+    """Keeps what each step begins with, and what is evaluated."""
+
+    def __init__(self, cfg):
+        self.steps, self.evaluated = [], []
+        super().__init__(cfg)
+        self.register_hooks([CallbackHook(before_step=lambda trainer: self.steps.append(copy_state(trainer.model)))])
+
+    def test(self, cfg, model, evaluators=None):
+        self.evaluated.append(copy_state(model))
+        return {}
+
+
+def watch(cfg):
+    trainer = Watcher(cfg)
+    trainer.train()
+    comm.synchronize()
+    return trainer
+
+
+def copy_state(model):
+    return {name.removeprefix("module."): value.clone() for name, value in model.state_dict().items()}
+
+
+def load_state(folder, name):
+    return torch.load(Path(folder, f"{name}.pth"))["model"]
+
+
+def differ(first, second):
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])]
+
+
+def are_equal_on_workers(state):
+    return [differ(state, other) for other in comm.all_gather(state)] == [[], []]
+
+
+def check_world(folder):
     assert (comm.get_world_size(), comm.get_local_size()) == (2, 2)
     assert comm.get_local_rank() == comm.get_rank()
     assert torch.get_num_threads() == max(1, count_cores() // 2)
     assert comm.all_gather(comm.get_rank()) == [0, 1]
 
 
-def check_equal_buffers():
+def check_data(folder):
+    check_datasets(["digits_train"], num_classes=10)
+
+
+def check_equal_buffers(folder):
     """Merged as parts of one population, against the definition; a frozen or equal layer is left alone.
 
     facebookresearch/detectron2#1297, open-mmlab/mmdetection#2539: elsewhere every worker evaluates with its own.
@@ -46,94 +99,201 @@ def check_equal_buffers():
     assert spread == {"0.running_mean": 10.0, "0.running_var": 2.0}
 
 
-def check_resume(folder):
-    """Bit by bit, with a normalizer of each worker's own, and a head that shares its mini-batch over both."""
-    whole, resumed = Path(folder, "whole"), Path(folder, "resumed")
-    sync = ("MODEL.RETINANET.NORM", "SyncBN", "MODEL.BNEXT.RETINANET.STATISTICS", "shared")
-    train(tiny.load(whole, *sync))
-    cfg = tiny.load(resumed, *sync)
-    tiny.train_until(cfg, 4)
-    results = train(cfg, resume=True)
-    comm.synchronize()
-    first, second = (torch.load(path / "model_final.pth") for path in (whole, resumed))
-    assert all(torch.equal(first["model"][key], second["model"][key]) for key in first["model"])
-    normalizers = [worker[""] for worker in first["trainer"]["bnext"]["workers"]]
-    assert len(set(normalizers)) == 2, "each worker has an average of its own"
-    last = [[line for line in tiny.read_metrics(path) if line["iteration"] == 5] for path in (whole, resumed)]
-    assert last[0] == last[1] != []
-    assert bool(results) == comm.is_main_process()
-
-
 def check_saved_is_evaluated(folder):
-    """Each worker evaluates with the buffers that worker 0 saved, in the middle and at the end."""
-    opts = ("SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
-    evaluated = []
+    """Each worker evaluates with the buffers that worker 0 saved, re-estimated or not, in the middle and at the end.
 
-    class Watcher(Trainer):
-        @classmethod
-        def test(cls, cfg, model, evaluators=None):
-            evaluated.append({key: value.clone() for key, value in model.state_dict().items()})
-            return {}
+    The steps of each worker are bitwise those without estimates.
+    """
+    steps = []
+    for name, opts in (("moving", ()), ("precise", ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1))):
+        trainer = watch(tiny.load(folder / name, *SHORT, *opts))
+        assert len(trainer.evaluated) == 2
+        for evaluated, file in zip(trainer.evaluated, ("model_0000001", "model_final"), strict=True):
+            assert differ(evaluated, load_state(folder / name, file)) == []
+            assert are_equal_on_workers(evaluated)
+        steps.append(trainer.steps)
 
-    Watcher(tiny.load(folder, *opts)).train()
-    comm.synchronize()
-    saved = [torch.load(Path(folder, f"{name}.pth"))["model"] for name in ("model_0000001", "model_final")]
-    assert len(evaluated) == 2
-    for ours, theirs in zip(evaluated, saved, strict=True):
-        assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+    without, with_estimates = steps
+    assert differ(without[1], with_estimates[1]) == []
+    assert not are_equal_on_workers(with_estimates[3]), "each worker has averages of its own between checkpoints"
 
 
 def check_freezing(folder):
     """From iteration 2 on statistics and affines are bitwise constant and equal, and everything else trains."""
-    opts = ("DATASETS.TEST", "()", "SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.BNEXT.FREEZE.ITER", 2)
-    cfg = tiny.load(folder, *opts, "SOLVER.WEIGHT_DECAY_NORM", 0.01)
-    states = []
-    trainer = Trainer(cfg)
-    keep = CallbackHook(after_step=lambda t: states.append({k: v.clone() for k, v in t.model.state_dict().items()}))
-    trainer.register_hooks([keep])
-    trainer.train()
-    norms = {key for key in states[0] if ".norm." in key or "_subnet.1." in key}
-    assert {key for key in norms if not torch.equal(states[1][key], states[5][key])} == set()
-    before = {key for key in norms if "num_batches" not in key and not torch.equal(states[0][key], states[1][key])}
-    assert len(before) > len(norms) / 2, "until then they train"
-    trained = {key.removeprefix("module.") for key, value in trainer.model.named_parameters() if value.requires_grad}
-    own = {key for key in states[0] if key.removeprefix("module.") in trained and key not in norms}
-    assert {key for key in own if torch.equal(states[1][key], states[5][key])} == set()
-    assert all(equal for equal in compare_with_worker_0(states[5]).values())
+    opts = ("SOLVER.CHECKPOINT_PERIOD", 0, "SOLVER.BNEXT.FREEZE.ITER", 2, "SOLVER.WEIGHT_DECAY_NORM", 0.01)
+    trainer = watch(tiny.load(folder / "frozen", *SHORT, *NO_TEST, *opts))
+    first, frozen, last = trainer.steps[1], trainer.steps[2], copy_state(trainer.model)
+
+    norms = {name for name in last if ".norm." in name or "_subnet.1." in name}
+    assert norms & set(differ(frozen, last)) == set()
+    moved = {name for name in norms & set(differ(first, frozen)) if "num_batches" not in name}
+    assert len(moved) > len(norms) / 2, "until then they train"
+
+    trained = {name.removeprefix("module.") for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained - norms <= set(differ(frozen, last))
+    assert are_equal_on_workers(last)
 
 
-def compare_with_worker_0(state):
-    every = comm.all_gather(state)
-    return {key: torch.equal(value, every[0][key]) for key, value in state.items()}
+def check_resume(folder):
+    """Bit by bit, with a normalizer of each worker's own, and a head that shares its mini-batch over both."""
+    whole, resumed = folder / "whole", folder / "resumed"
+    train(tiny.load(whole, *SYNC, *VALIDATION_LOSS))
+    cfg = tiny.load(resumed, *SYNC, *VALIDATION_LOSS)
+    tiny.train_until(cfg, 4)
+    results = train(cfg, resume=True)
+    comm.synchronize()
+
+    first, second = (torch.load(path / "model_final.pth") for path in (whole, resumed))
+    assert differ(first["model"], second["model"]) == []
+    normalizers = [worker[""] for worker in first["trainer"]["bnext"]["workers"]]
+    assert len(set(normalizers)) == 2, "each worker has an average of its own"
+    last, again = ([line for line in tiny.read_metrics(p) if line["iteration"] == 5] for p in (whole, resumed))
+    assert last == again != []
+    assert "validation_loss/total_loss" in last[0]
+    assert bool(results) == comm.is_main_process()
+
+
+def check_smart_batch_norm(folder):
+    """The one estimate is of an epoch over both workers, saved and evaluated."""
+    opts = (*SHORT, *SYNC, "TEST.BNEXT.SMART_BATCH_NORM", True)
+    evaluated = watch(tiny.load(folder / "smart", *opts)).evaluated
+    file = load_state(folder / "smart", "model_final")
+    assert len(evaluated) == 2
+    assert differ(evaluated[1], file) == []
+    assert are_equal_on_workers(evaluated[1])
+    counters = {int(value) for name, value in file.items() if name.endswith("num_batches_tracked")}
+    assert counters == {6}, "12 images, 2 on each worker per batch"
+
+
+def check_validation_loss(folder):
+    """Equal on the workers, of all images once, with merged statistics, whatever share each worker has."""
+    cfg = tiny.load(folder / "loss", *SYNC, "SOLVER.IMS_PER_BATCH", 2)
+    torch.manual_seed(0)
+    model, rank = build_model(cfg), comm.get_rank()
+    for _, buffer in norm_buffers(model):
+        buffer.add_(rank)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    every = comm.all_gather(list(build_validation_batches(cfg, "digits_val")))
+    all_batches = [batch for batches in every for batch in batches]
+    assert len({batch[0]["file_name"] for batch in all_batches}) == 4
+    share = all_batches[:3] if rank == 0 else all_batches[3:]
+    merged = copy.deepcopy(model)
+    equalize_buffers(merged)
+
+    for statistics in ("population", "mini_batch"):
+        losses = compute_validation_loss(model, share, statistics=statistics)
+        assert len(set(comm.all_gather(tuple(losses.values())))) == 1
+        if statistics == "population":  # every image twice: the same mean
+            expected = compute_validation_loss(merged, all_batches)
+            assert abs(losses["total_loss"] - expected["total_loss"]) < 1e-5 * expected["total_loss"]
+        assert differ(dict(model.named_buffers()), before) == []
+
+    try:
+        compute_validation_loss(model, share if rank == 0 else [])
+    except StatisticsError as error:
+        assert "worker 1" in str(error)  # noqa: PT017
+    else:
+        raise AssertionError("a worker without images must be told")
+
+
+# RoIs that are dealt out; the same records as digits_train, every other one without its objects.
+HEADS = ("MODEL.BNEXT.ROI_BOX_HEAD", "MODEL.BNEXT.ROI_MASK_HEAD")
+SHUFFLED = (
+    "DATASETS.TRAIN",
+    ("digits_some_empty",),
+    *(word for head in HEADS for word in (f"{head}.SHUFFLE", "statistics")),
+)
+SHUFFLED_NORMS = ("roi_heads.box_head.conv1.norm", "roi_heads.mask_head.mask_fcn1.norm")
+
+
+def register_some_empty():
+    def load():
+        records = copy.deepcopy(DatasetCatalog.get("digits_train"))
+        return [{**record, "annotations": record["annotations"] * (i % 2)} for i, record in enumerate(records)]
+
+    DatasetCatalog.register("digits_some_empty", load)
+    classes = MetadataCatalog.get("digits_train").thing_classes
+    MetadataCatalog.get("digits_some_empty").set(thing_classes=classes, json_file="")
+
+
+def record_groups(cfg, stop=None, resume=False):
+    """Train; for each step the groups of the box head's and the mask head's RoIs on this worker."""
+    trainer, steps = Trainer(cfg), []
+    trainer.resume_or_load(resume=resume)
+    norms = [trainer.model.module.get_submodule(path) for path in SHUFFLED_NORMS]
+    noted = note_groups(trainer.model)
+
+    def end(trainer):
+        groups = [noted.pop(norm, None) for norm in norms]
+        assert all(dealt is None or dealt.num_groups <= 2 for dealt in groups)
+        steps.append([[] if dealt is None else dealt.numbers.tolist() for dealt in groups])
+        if trainer.iter + 1 == stop:
+            raise KeyboardInterrupt
+
+    trainer.register_hooks([CallbackHook(after_step=end)])
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    comm.synchronize()
+    return steps
+
+
+def check_shuffling(folder):
+    """Deals are of both workers' RoIs and differ from step to step, also where a worker has none; resumed exactly."""
+    register_some_empty()
+    whole, resumed = (tiny.load(folder / n, *SHORT, *NO_TEST, *SHUFFLED, config=tiny.RCNN) for n in ("deals", "again"))
+    steps = record_groups(whole)
+    every = list(zip(*comm.all_gather(steps), strict=True))
+    assert len(steps) == 4
+    for workers in every:
+        for head in (0, 1):
+            dealt = [number for worker in workers for number in worker[head]]
+            assert abs(dealt.count(0) - dealt.count(1)) <= 1
+    without_masks = [[not worker[1] for worker in workers] for workers in every]
+    assert [True, False] in without_masks or [False, True] in without_masks
+    boxes = {tuple(step[0]) for step in steps}
+    assert len(boxes) == 4
+
+    first = record_groups(resumed, stop=3)
+    rest = record_groups(resumed, resume=True)
+    assert (first, rest) == (steps[:3], steps[2:])  # again from the checkpoint after step 2 on
+    assert differ(load_state(folder / "deals", "model_final"), load_state(folder / "again", "model_final")) == []
+
+
+CHECKS = {
+    "world": check_world,
+    "data": check_data,
+    "equal_buffers": check_equal_buffers,
+    "validation_loss": check_validation_loss,
+    "saved_is_evaluated": check_saved_is_evaluated,
+    "smart_batch_norm": check_smart_batch_norm,
+    "freezing": check_freezing,
+    "resume": check_resume,
+    "shuffling": check_shuffling,
+}
 
 
 def work(folder):
-    tiny.register(Path(folder, "datasets"))
-    check_datasets(["digits_train"], num_classes=10)
-    check_world()
-    check_equal_buffers()
-    check_saved_is_evaluated(Path(folder, "saved"))
-    check_freezing(Path(folder, "frozen"))
-    check_resume(folder)
-    Path(folder, f"worker{comm.get_rank()}.passed").touch()
+    """All checks, each of which leaves a file; then a failure of one worker alone."""
+    tiny.register(folder / "datasets")
+    for name, check in CHECKS.items():
+        check(folder)
+        (folder / f"{name}{comm.get_rank()}.passed").touch()
 
-
-def fail():
     if comm.get_rank() == 1:
         raise DatasetError("worker 1 failed on purpose")
     comm.synchronize()  # never answered
 
 
 def look(folder):
-    check_world()
-    Path(folder, f"torchrun{comm.get_rank()}.passed").touch()
+    check_world(folder)
+    (folder / f"torchrun{comm.get_rank()}.passed").touch()
 
 
 if __name__ == "__main__":
-    where = sys.argv[1]
+    where = Path(sys.argv[1])
     if "RANK" in os.environ:
         launch(look, 1, args=(where,))
         assert not torch.distributed.is_initialized()
     else:
         launch(work, 2, args=(where,))
-        launch(fail, 2)  # last, as it raises

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def test_unknown_keys_and_values_are_refused(refuse, tmp_path):
     path.write_text("MODEL: {")
     assert "wrong.yaml" in refuse("--config-file", path)
     assert "absent.yaml" in refuse("--config-file", tmp_path / "absent.yaml")
-    assert "SOLVER.OPTIMIZER must be one of 'SGD', 'ADAMW'; got 'LION'" in refuse("SOLVER.OPTIMIZER", "LION")
+    assert "SOLVER.OPTIMIZER" in refuse("SOLVER.OPTIMIZER", "LION")
 
 
 @pytest.mark.parametrize(
@@ -66,21 +67,21 @@ def test_unknown_keys_and_values_are_refused(refuse, tmp_path):
 def test_files_that_are_no_config_are_refused(tmp_path, text, reason):
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"--config-file must be a YAML file.*{reason}.*wrong\.yaml"):
+    with pytest.raises(ConfigError, match=rf"{reason}.*wrong\.yaml"):
         load_config(str(path))
 
 
 @pytest.mark.parametrize("pair", [("SOLVER.MAX_ITER.X", "1"), ("MODEL", "None"), ("SOLVER.MAX_ITER", "None")])
 def test_pairs_that_have_not_the_form_of_a_config_are_refused(pair):
-    with pytest.raises(ConfigError, match=rf"KEY VALUE pairs must name keys.*{' '.join(pair)}"):
+    with pytest.raises(ConfigError, match=" ".join(pair)):
         load_config("", pair)
 
 
 def test_unknown_architectures_and_devices_are_refused(refuse):
     line = refuse("MODEL.META_ARCHITECTURE", "BNextRetinanet")
-    assert "MODEL.META_ARCHITECTURE must name a registered architecture; got 'BNextRetinanet'" in line
-    assert "BNextRetinaNet" in line
-    assert "MODEL.DEVICE must be a device of torch; got 'gpu'" in refuse("MODEL.DEVICE", "gpu")
+    assert "MODEL.META_ARCHITECTURE" in line
+    assert "BNextRetinaNet" in line, "the one that was meant is among the choices"
+    assert "MODEL.DEVICE" in refuse("MODEL.DEVICE", "gpu")
     assert "MODEL.DEVICE" in refuse("MODEL.DEVICE", "None")
 
 
@@ -107,11 +108,10 @@ def test_what_the_machine_lacks_is_named(refuse, tmp_path):
     line = refuse("--num-gpus", 4095, "DATASETS.TRAIN", "('absent',)")  # before batch size and data sets
     assert "--num-gpus must be at most" in line
     assert "4095" in line
-    assert "--num-machines 1 or more; got 1 and 0" in refuse("--num-machines", 0)
+    assert "--num-machines" in refuse("--num-machines", 0)
     several = ("--num-machines", 3, "--dist-url", "tcp://127.0.0.1:1", "DATASETS.TRAIN", "('absent',)")
-    assert "SOLVER.IMS_PER_BATCH must be a positive multiple of the 3 worker(s)" in refuse(*several)
-    assert "multiple of the 3 worker(s)" in refuse("SOLVER.REFERENCE_WORLD_SIZE", 3)
-    assert "got 0" in refuse("SOLVER.IMS_PER_BATCH", 0)
+    for batch_size in (several, ("SOLVER.REFERENCE_WORLD_SIZE", 3), ("SOLVER.IMS_PER_BATCH", 0)):
+        assert "SOLVER.IMS_PER_BATCH" in refuse(*batch_size)
     blocked = tmp_path / "file"
     blocked.write_text("")
     assert f"'{blocked}/out'" in refuse(output=blocked / "out")
@@ -119,7 +119,7 @@ def test_what_the_machine_lacks_is_named(refuse, tmp_path):
 
 def test_weights_are_checked(refuse, tmp_path):
     assert "'/absent.pth'" in refuse("MODEL.WEIGHTS", "/absent.pth")
-    assert "MODEL.WEIGHTS must name the checkpoint to evaluate" in refuse("--eval-only")
+    assert "MODEL.WEIGHTS" in refuse("--eval-only")
 
 
 def test_a_key_of_bnext_is_known_without_a_further_call():
@@ -133,19 +133,15 @@ def test_a_machine_without_cuda_takes_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert load_config("").MODEL.DEVICE == "cpu"
     assert load_config("", ["MODEL.DEVICE", "meta"]).MODEL.DEVICE == "meta"
-    with pytest.raises(LaunchError, match="got 'cuda:1'"):
+    with pytest.raises(LaunchError, match="cuda:1"):
         load_config("", ["MODEL.DEVICE", "cuda:1"])
 
 
-def test_errors_name_the_file_and_the_reason():
-    with pytest.raises(ConfigError, match=r"must be a YAML file.*does not exist.*absent\.yaml"):
-        load_config("absent.yaml")
-
-
-def run(folder, *arguments):
-    command = [sys.executable, "tools/train_net.py", "--config-file", tiny.CONFIG, *arguments]
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # detectron2 leaves a file open
+def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path):  # noqa: F811
+    arguments = ["--config-file", str(tiny.CONFIG), "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3"]
     result = subprocess.run(
-        [*map(str, command), "SOLVER.MAX_ITER", "3"],
+        [sys.executable, "tools/train_net.py", *arguments],
         cwd=tiny.ROOT,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"},
         timeout=110,
@@ -154,19 +150,17 @@ def run(folder, *arguments):
         check=False,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    return result.stdout
-
-
-def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path):  # noqa: F811
-    output = run(tmp_path, "OUTPUT_DIR", tmp_path)
-    assert "iter: 2  total_loss" in output  # plain lines, as this is no terminal
+    assert "iter: 2  total_loss" in result.stdout  # plain lines, as this is no terminal
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_final.pth", "inference"}
     assert list(tmp_path.glob("events.*"))
     assert "total_loss" in json.loads(Path(tmp_path, "metrics.json").read_text().splitlines()[0])
-    again = run(tmp_path, "--eval-only", "--resume", "OUTPUT_DIR", tmp_path)
-    assert "copypaste: AP,AP50" in again
-    assert "holds an earlier training" not in again
+
+    before = Path(tmp_path, "inference", "results.json").read_text()
+    shutil.rmtree(tmp_path / "inference")
+    assert train_net.main(["--eval-only", "--resume", *arguments]) == 0
+    assert Path(tmp_path, "inference", "results.json").read_text() == before
+    assert Path(tmp_path, "last_checkpoint").exists(), "only a new training forgets it"
 
 
 def test_options_among_the_pairs_are_named(refuse):
