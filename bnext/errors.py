@@ -8,6 +8,7 @@ catches ours too.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ __all__ = [
     "DatasetError",
     "DomainError",
     "LaunchError",
+    "Refusal",
     "StatisticsError",
     "WorkerError",
     "check_choice",
@@ -77,6 +79,36 @@ class LaunchError(BNextError):
 
 class WorkerError(BNextError):
     """Another worker has failed, or did not come to a layer that all workers share."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """A mistake that is refused wherever it is made: its words stand apart from the code that finds it.
+
+    Args:
+        kind: class of the error.
+        thing, rule, remedy: see `BNextError.of`; names in braces are filled in by `of`.
+
+    Example:
+        >>> UNKNOWN_ROW = Refusal(ConfigError, "row", "be one of 1 to {last}", "Choose one of them.")
+        >>> print(UNKNOWN_ROW.of(7, "Table 5", last=6))
+        row must be one of 1 to 6; got 7 (Table 5). Choose one of them.
+    """
+
+    kind: type[BNextError]
+    thing: str
+    rule: str
+    remedy: str
+
+    def of(self, got: object, where: str = "", **words: object) -> BNextError:
+        """The error: `raise UNKNOWN_ROW.of(row)`.
+
+        Args:
+            got, where: see `BNextError.of`.
+            words: for the names in braces.
+        """
+        thing, rule, remedy = (text.format(**words) for text in (self.thing, self.rule, self.remedy))
+        return self.kind.of(thing, rule, got=got, where=where, remedy=remedy)
 
 
 def check_choice(name: str, value: object, allowed: Sequence[object], where: str = "NormSpec") -> None:

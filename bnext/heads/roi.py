@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import DomainError, StatisticsError
+from bnext.errors import DomainError, Refusal, StatisticsError
 from bnext.functional import Groups
 from bnext.layers import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
@@ -21,6 +21,23 @@ from bnext.scope.domain import get_active_domain
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
+
+NOT_ONE_PER_IMAGE = Refusal(
+    DomainError, "use_domain", "name one domain per image", "Name one domain for all of them, or one for each."
+)
+IMAGES_NOT_KNOWN = Refusal(
+    StatisticsError,
+    "a RoI head whose norms depend on the image",
+    "get the features of its pooler, image by image",
+    "Take a head of detectron2 with a pooler, or population statistics that are shared.",
+)
+NO_MINI_BATCH_HEAD = Refusal(
+    StatisticsError,
+    "model",
+    "have RoI heads with batch norms of bnext that take mini-batches at inference",
+    "Set MODEL.ROI_BOX_HEAD.NORM to BN and MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE to mini_batch, or those "
+    "of another head; a model not built by bnext needs tell_images.",
+)
 
 # Attribute of the RoI heads -> attribute of the pooler whose features it gets.
 POOLERS = {
@@ -88,13 +105,7 @@ class ImagesOfRois:
         """The domain of each RoI, from that of each image."""
         num_rois = self._check_known(args, next(norm for norm in norms if norm.domains))
         if len(active) != len(num_rois):
-            raise DomainError.of(
-                "use_domain",
-                "name one domain per image",
-                got=f"{len(active)} names for {len(num_rois)} images",
-                where=norms[0].where,
-                remedy="Name one domain for all of them, or one for each.",
-            )
+            raise NOT_ONE_PER_IMAGE.of(f"{len(active)} names for {len(num_rois)} images", norms[0].where)
 
         names: list[str] = []
         for name, number in zip(active, num_rois, strict=True):
@@ -109,13 +120,7 @@ class ImagesOfRois:
             num_rois = [len(instances) for instances in args[1]]
 
         if num_rois is None or num_features != sum(num_rois):
-            raise StatisticsError.of(
-                "a RoI head whose norms depend on the image",
-                "get the features of its pooler, image by image",
-                got=f"{num_features} features for {num_rois} boxes",
-                where=norm.where,
-                remedy="Take a head of detectron2 with a pooler, or population statistics that are shared.",
-            )
+            raise IMAGES_NOT_KNOWN.of(f"{num_features} features for {num_rois} boxes", norm.where)
         return num_rois
 
 
@@ -169,13 +174,8 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
         norms += find_bnext_norms(part).values()
 
     if not any(norm.spec.inference == "mini_batch" for norm in norms):
-        raise StatisticsError.of(
-            "model",
-            "have RoI heads with batch norms of bnext that take mini-batches at inference",
-            got=f"population statistics in {norms[0].where}" if norms else "none",
-            where=type(model).__name__,
-            remedy="Set MODEL.ROI_BOX_HEAD.NORM to BN and MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE to mini_batch, or those "
-            "of another head; a model not built by bnext needs tell_images.",
+        raise NO_MINI_BATCH_HEAD.of(
+            f"population statistics in {norms[0].where}" if norms else "none", type(model).__name__
         )
 
     before = [(owner, owner.mixes) for owner in telling.values()]

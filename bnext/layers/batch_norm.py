@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.functional import (
     Grouping,
     Groups,
@@ -37,6 +37,29 @@ from bnext.scope.recomputation import in_own_record
 from bnext.scope.record import get_record, is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
+
+NO_SPEC = Refusal(ConfigError, "spec", "be a NormSpec", "For a norm by name use make_named_norm.")
+NO_LEVELS = Refusal(
+    ConfigError,
+    "spec",
+    "not be per_level in a norm of a single feature map",
+    "Use LevelBatchNorm2d, or per_domain with names.",
+)
+GROUPS_OF_OTHERS = Refusal(
+    StatisticsError,
+    "groups",
+    "name one group per sample of a single feature",
+    "Name the groups for the batch that reaches this norm.",
+)
+SIZE_BESIDE_GROUPS = Refusal(
+    StatisticsError,
+    "normalization_batch_size",
+    "be None where samples have groups",
+    "Choose the number of groups instead.",
+)
+REACHED_TWICE = Refusal(
+    StatisticsError, "virtual samples", "reach a norm once", "Use LevelBatchNorm2d where several features share a norm."
+)
 
 
 class BatchNorm2d(OwnedBatchNorm2d):
@@ -79,21 +102,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
         spec = NormSpec() if spec is None else spec
         if not isinstance(spec, NormSpec):
-            raise ConfigError.of(
-                "spec",
-                "be a NormSpec",
-                got=repr(spec),
-                where="BatchNorm2d",
-                remedy="For a norm by name use make_named_norm.",
-            )
+            raise NO_SPEC.of(repr(spec), "BatchNorm2d")
         if spec.owner == "per_level" and not levels:
-            raise ConfigError.of(
-                "spec",
-                "not be per_level in a norm of a single feature map",
-                got=spec,
-                where="BatchNorm2d",
-                remedy="Use LevelBatchNorm2d, or per_domain with names.",
-            )
+            raise NO_LEVELS.of(spec, "BatchNorm2d")
         super().__init__(num_features, spec, tuple(levels) or spec.domains)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -253,31 +264,13 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _check_groups(self, groups: Groups, counts: tuple[int, ...], size: int | None) -> None:
         if len(counts) != 1 or counts[0] != len(groups.numbers):
-            raise StatisticsError.of(
-                "groups",
-                "name one group per sample of a single feature",
-                got=f"{len(groups.numbers)} for {counts} samples",
-                where=self.where,
-                remedy="Name the groups for the batch that reaches this norm.",
-            )
+            raise GROUPS_OF_OTHERS.of(f"{len(groups.numbers)} for {counts} samples", self.where)
         if size is not None:
-            raise StatisticsError.of(
-                "normalization_batch_size",
-                "be None where samples have groups",
-                got=size,
-                where=self.where,
-                remedy="Choose the number of groups instead.",
-            )
+            raise SIZE_BESIDE_GROUPS.of(size, self.where)
 
     def _record(self, recorder: dict[str, Moments], moments: Moments, names: tuple[str, ...]) -> None:
         if recorder:
-            raise StatisticsError.of(
-                "virtual samples",
-                "reach a norm once",
-                got="a second call in one forward",
-                where=self.where,
-                remedy="Use LevelBatchNorm2d where several features share a norm.",
-            )
+            raise REACHED_TWICE.of("a second call in one forward", self.where)
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
     def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:

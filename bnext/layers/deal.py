@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnext.distributed import all_gather_numbers, get_rank, get_world_size, resolve_group
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.functional import Groups, deal_samples
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.groups import find_grouping_norms
@@ -23,6 +23,56 @@ from bnext.layers.walk import find_bnext_norms, find_foreign_norms
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
+
+OTHER_FORMS = Refusal(
+    ConfigError, "samples", "be dealt in the same form on all workers", "Build the model alike on every worker."
+)
+OTHER_NUMBERS_OF_GROUPS = Refusal(
+    ConfigError, "num_groups", "be the same on all workers", "Build the model alike on every worker."
+)
+REENTRANT = Refusal(
+    StatisticsError,
+    "activation checkpointing of what workers share",
+    "be without reentrance where the features of a worker need no gradient, as those of no RoI",
+    "Set use_reentrant=False.",
+)
+FOREIGN_NORM = Refusal(
+    StatisticsError,
+    "all batch norms of a module whose samples are dealt",
+    "be of bnext",
+    "Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
+    "Shuffled(module), in a config SHUFFLE: features.",
+)
+DEALT_ALREADY = Refusal(
+    ConfigError, "a module", "be dealt to once", "Call its remove() first, in a config leave SHUFFLE at 'none'."
+)
+NO_NUMBER_OF_GROUPS = Refusal(
+    ConfigError,
+    "num_groups",
+    "be 2 or more, or None for one per worker",
+    "One group over all workers is a SyncBN: use workers='all' without a deal.",
+)
+SIZE_BESIDE_DEAL = Refusal(
+    ConfigError,
+    "normalization_batch_size",
+    "be None where statistics are dealt",
+    "The number of groups says how many samples are normalized together.",
+)
+NOBODY_TO_DEAL_TO = Refusal(
+    ConfigError,
+    "num_groups",
+    "be given where each worker has its own mini-batches",
+    "Give a number, or share over workers: convert_norm(module, {{'': NormSpec(workers='all')}}).",
+)
+NO_FEATURES_FIRST = Refusal(
+    StatisticsError,
+    "a module whose samples are dealt",
+    "get their features [N, C, H, W] first",
+    "Deal a part of it that does.",
+)
+OTHER_WORKERS = Refusal(
+    ConfigError, "workers", "be the same for all norms that share a deal", "Convert them with one spec."
+)
 
 Form = Literal["statistics", "features"]
 
@@ -66,13 +116,7 @@ class Draw(NamedTuple):
         num_samples, seeds, needs_gradient, details, indices = (list(column) for column in columns)
 
         if len(set(indices)) > 1:
-            raise ConfigError.of(
-                "samples",
-                "be dealt in the same form on all workers",
-                got=[forms[index] for index in indices],
-                where=where,
-                remedy="Build the model alike on every worker.",
-            )
+            raise OTHER_FORMS.of([forms[index] for index in indices], where)
         return cls(num_samples, seeds[0], needs_gradient, details)
 
 
@@ -120,13 +164,7 @@ class StatisticsDeal:
 
         draw = Draw.over_workers(feature, group, "statistics", num_groups, where)
         if len(set(draw.details)) > 1:
-            raise ConfigError.of(
-                "num_groups",
-                "be the same on all workers",
-                got=draw.details,
-                where=where,
-                remedy="Build the model alike on every worker.",
-            )
+            raise OTHER_NUMBERS_OF_GROUPS.of(draw.details, where)
 
         num_groups = min(num_groups, max(sum(draw.num_samples), 1))  # the others would be empty, and cost memory
         numbers = deal_samples(draw.num_samples, num_groups, draw.seed)[get_rank(group)]
@@ -160,13 +198,7 @@ def join_gradients(feature: Tensor, needs_gradient: list[int], where: str) -> Te
         return feature
 
     if not torch.is_grad_enabled():
-        raise StatisticsError.of(
-            "activation checkpointing of what workers share",
-            "be without reentrance where the features of a worker need no gradient, as those of no RoI",
-            got="use_reentrant=True",
-            where=where,
-            remedy="Set use_reentrant=False.",
-        )
+        raise REENTRANT.of("use_reentrant=True", where)
     return feature if feature.requires_grad else feature.detach().requires_grad_().clone()  # a leaf forbids in-place
 
 
@@ -215,77 +247,34 @@ def _check_deal(module: nn.Module, num_groups: int | None) -> None:
 
     for name, norm in find_foreign_norms(module).items():
         # It would normalize the groups of a deal together, RoIs of one image and all.
-        raise StatisticsError.of(
-            "all batch norms of a module whose samples are dealt",
-            "be of bnext",
-            got=type(norm).__name__,
-            where=name,
-            remedy="Convert a BatchNorm2d with convert_norm; with one of another kind move the features: "
-            "Shuffled(module), in a config SHUFFLE: features.",
-        )
+        raise FOREIGN_NORM.of(type(norm).__name__, name)
     for name, part in module.named_modules():
         owners = [getattr(hook, "__self__", None) for hook in part._forward_pre_hooks.values()]
         if any(isinstance(owner, StatisticsDeal) for owner in owners):
-            raise ConfigError.of(
-                "a module",
-                "be dealt to once",
-                got=f"a deal on {name or 'the module'}",
-                where=where,
-                remedy="Call its remove() first, in a config leave SHUFFLE at 'none'.",
-            )
+            raise DEALT_ALREADY.of(f"a deal on {name or 'the module'}", where)
 
     is_count = isinstance(num_groups, int) and not isinstance(num_groups, bool)
     if num_groups is not None and (not is_count or num_groups < 2):
-        raise ConfigError.of(
-            "num_groups",
-            "be 2 or more, or None for one per worker",
-            got=repr(num_groups),
-            where="deal_statistics",
-            remedy="One group over all workers is a SyncBN: use workers='all' without a deal.",
-        )
+        raise NO_NUMBER_OF_GROUPS.of(repr(num_groups), "deal_statistics")
     for norm in norms:
         if norm.spec.normalization_batch_size is not None:
-            raise ConfigError.of(
-                "normalization_batch_size",
-                "be None where statistics are dealt",
-                got=norm.spec.normalization_batch_size,
-                where=norm.where,
-                remedy="The number of groups says how many samples are normalized together.",
-            )
+            raise SIZE_BESIDE_DEAL.of(norm.spec.normalization_batch_size, norm.where)
 
     workers = _find_workers([norm for norm in norms if not norm.spec.has_frozen_statistics] or norms)
     if num_groups is None and workers in ("one", 1):
-        raise ConfigError.of(
-            "num_groups",
-            "be given where each worker has its own mini-batches",
-            got="None with workers='one'",
-            where=where,
-            remedy="Give a number, or share over workers: convert_norm(module, {'': NormSpec(workers='all')}).",
-        )
+        raise NOBODY_TO_DEAL_TO.of("None with workers='one'", where)
 
 
 def _find_feature(args: tuple[Any, ...], where: str) -> Tensor:
     if args and isinstance(args[0], Tensor) and args[0].dim():
         return args[0]
 
-    raise StatisticsError.of(
-        "a module whose samples are dealt",
-        "get their features [N, C, H, W] first",
-        got=type(args[0]).__name__ if args else "no argument",
-        where=where,
-        remedy="Deal a part of it that does.",
-    )
+    raise NO_FEATURES_FIRST.of(type(args[0]).__name__ if args else "no argument", where)
 
 
 def _find_workers(norms: list[BatchNorm2d]) -> Workers:
     first = norms[0]
     for norm in norms:
         if norm.spec.workers != first.spec.workers:
-            raise ConfigError.of(
-                "workers",
-                "be the same for all norms that share a deal",
-                got=f"{first.spec.workers!r} ({first.where}) and {norm.spec.workers!r}",
-                where=norm.where,
-                remedy="Convert them with one spec.",
-            )
+            raise OTHER_WORKERS.of(f"{first.spec.workers!r} ({first.where}) and {norm.spec.workers!r}", norm.where)
     return first.spec.workers

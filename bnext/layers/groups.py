@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import StatisticsError
+from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Groups
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
@@ -15,6 +15,22 @@ from bnext.layers.walk import find_bnext_norms
 from bnext.scope.record import Scope
 
 __all__ = ["find_grouping_norms", "use_groups"]
+
+NO_GROUPING_NORM = Refusal(
+    StatisticsError,
+    "module",
+    "have batch norms of bnext, each of a single feature map",
+    "Convert its norms with convert_norm, or choose another module.",
+)
+NO_NUMBER_OF_GROUPS = Refusal(
+    StatisticsError, "num_groups", "be 1 or more", "Say how many groups there are, on all workers together."
+)
+NO_GROUP_NUMBERS = Refusal(
+    StatisticsError,
+    "groups",
+    "be one whole number per sample, 0 to {num_groups}",
+    "Number the groups from 0 and say how many there are.",
+)
 
 
 def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: int) -> Scope:
@@ -60,12 +76,8 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
     norms = list(find_bnext_norms(module).values())
     levels = [norm for norm in norms if isinstance(norm, LevelBatchNorm2d)]
     if levels or not norms:
-        raise StatisticsError.of(
-            "module",
-            "have batch norms of bnext, each of a single feature map",
-            got=f"one over the levels {levels[0].levels} ({levels[0].where})" if levels else "none",
-            where=type(module).__name__,
-            remedy="Convert its norms with convert_norm, or choose another module.",
+        raise NO_GROUPING_NORM.of(
+            f"one over the levels {levels[0].levels} ({levels[0].where})" if levels else "none", type(module).__name__
         )
     return norms
 
@@ -73,13 +85,7 @@ def find_grouping_norms(module: nn.Module) -> list[BatchNorm2d]:
 def _check_groups(groups: Tensor | Sequence[int], num_groups: int) -> Tensor:
     """The numbers as a tensor [N]."""
     if isinstance(num_groups, bool) or not isinstance(num_groups, int) or num_groups < 1:
-        raise StatisticsError.of(
-            "num_groups",
-            "be 1 or more",
-            got=repr(num_groups),
-            where="use_groups",
-            remedy="Say how many groups there are, on all workers together.",
-        )
+        raise NO_NUMBER_OF_GROUPS.of(repr(num_groups), "use_groups")
 
     try:
         numbers = torch.as_tensor(groups if isinstance(groups, Tensor) or len(groups) else torch.empty(0).long())
@@ -93,13 +99,7 @@ def _check_groups(groups: Tensor | Sequence[int], num_groups: int) -> Tensor:
             return numbers.long()
         wrong = str(int(outside[0])) if len(outside) else f"the shape {list(numbers.shape)}"
 
-    raise StatisticsError.of(
-        "groups",
-        f"be one whole number per sample, 0 to {num_groups - 1}",
-        got=wrong,
-        where="use_groups",
-        remedy="Number the groups from 0 and say how many there are.",
-    )
+    raise NO_GROUP_NUMBERS.of(wrong, "use_groups", num_groups=num_groups - 1)
 
 
 def _find_device(norms: Sequence[BatchNorm2d]) -> torch.device | None:

@@ -14,12 +14,28 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from bnext.distributed import resolve_group
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.scope.recomputation import in_own_record
 
 __all__ = ["LevelBatchNorm2d"]
+
+NO_FEATURE = Refusal(
+    StatisticsError,
+    "features",
+    "hold a level on every worker that shares mini-batches",
+    "Pass features without samples, [0, {num_features}, H, W], and use outputs in the loss.",
+)
+NO_MAPPING = Refusal(
+    StatisticsError,
+    "features",
+    "be a mapping of level names to tensors",
+    "Call the norm once with all levels, not once per level.",
+)
+UNKNOWN_LEVEL = Refusal(
+    StatisticsError, "features", "be of the levels {levels}", "Name the level when the norm is built."
+)
 
 
 class LevelBatchNorm2d(BatchNorm2d):
@@ -103,31 +119,13 @@ class LevelBatchNorm2d(BatchNorm2d):
         """Without any feature there is no backward pass here, for which other workers would wait."""
         is_shared = self.training and (self.uses_mini_batch or any(self.is_moving(level) for level in self.levels))
         if is_shared and resolve_group(self.spec.workers) is not None:
-            raise StatisticsError.of(
-                "features",
-                "hold a level on every worker that shares mini-batches",
-                got="none",
-                where=self.where,
-                remedy=f"Pass features without samples, [0, {self.num_features}, H, W], and use outputs in the loss.",
-            )
+            raise NO_FEATURE.of("none", self.where, num_features=self.num_features)
 
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:
         if not isinstance(features, Mapping):
-            raise StatisticsError.of(
-                "features",
-                "be a mapping of level names to tensors",
-                got=type(features).__name__,
-                where=self.where,
-                remedy="Call the norm once with all levels, not once per level.",
-            )
+            raise NO_MAPPING.of(type(features).__name__, self.where)
 
         for level, feature in features.items():
             if level not in self.levels:
-                raise StatisticsError.of(
-                    "features",
-                    f"be of the levels {self.levels}",
-                    got=repr(level),
-                    where=self.where,
-                    remedy="Name the level when the norm is built.",
-                )
+                raise UNKNOWN_LEVEL.of(repr(level), self.where, levels=self.levels)
             self.check_feature(feature, level)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
-from bnext.errors import ConfigError, DomainError, StatisticsError
+from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.spec import NormSpec
 from bnext.scope.recomputation import forget_calls
@@ -22,6 +22,28 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
+
+NO_DOMAIN_NAME = Refusal(
+    ConfigError,
+    "levels and domains",
+    "be distinct, without dots, and no attribute of the layer",
+    "Choose another name.",
+)
+OTHER_STATE = Refusal(
+    ConfigError,
+    "{name} of a norm's spec",
+    "stay what it was built with, {built!r}",
+    "Use convert_norm, which carries the state over.",
+)
+NOT_ONE_PER_SAMPLE = Refusal(
+    DomainError, "use_domain", "name one domain per sample", "Name one domain for all of them, or one for each."
+)
+BROKEN_STATISTICS = Refusal(
+    StatisticsError,
+    "running statistics",
+    "be finite and the variance not negative",
+    "Re-estimate them with recompute_population_statistics{remedy}.",
+)
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
@@ -71,13 +93,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         for name in self.domains:
             is_name = isinstance(name, str) and name and "." not in name
             if not is_name or self.domains.count(name) > 1 or hasattr(self, name):
-                raise ConfigError.of(
-                    "levels and domains",
-                    "be distinct, without dots, and no attribute of the layer",
-                    got=repr(self.domains),
-                    where=f"{type(self).__name__}, {name!r}",
-                    remedy="Choose another name.",
-                )
+                raise NO_DOMAIN_NAME.of(repr(self.domains), f"{type(self).__name__}, {name!r}")
 
         has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
         for name in self.domains if has_affine or has_population else ():
@@ -93,13 +109,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     def spec(self, spec: NormSpec) -> None:
         for name in _STATE if self._spec is not None else ():
             if getattr(spec, name) != getattr(self._spec, name):
-                raise ConfigError.of(
-                    f"{name} of a norm's spec",
-                    f"stay what it was built with, {getattr(self._spec, name)!r}",
-                    got=repr(getattr(spec, name)),
-                    where=self.where,
-                    remedy="Use convert_norm, which carries the state over.",
-                )
+                raise OTHER_STATE.of(repr(getattr(spec, name)), self.where, name=name, built=getattr(self._spec, name))
         self._spec = spec
 
     @property
@@ -193,13 +203,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
             return self._find_domain(active)
 
         if len(active) != num_samples:
-            raise DomainError.of(
-                "use_domain",
-                "name one domain per sample",
-                got=f"{len(active)} names for {num_samples} samples",
-                where=self.where,
-                remedy="Name one domain for all of them, or one for each.",
-            )
+            raise NOT_ONE_PER_SAMPLE.of(f"{len(active)} names for {num_samples} samples", self.where)
         return tuple(self._find_domain(name) for name in active)
 
     def _find_domain(self, name: str | None) -> int:
@@ -329,12 +333,8 @@ def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None
         return
 
     channel = int((~is_right).nonzero()[0])
-    raise StatisticsError.of(
-        "running statistics",
-        "be finite and the variance not negative",
-        got=f"mean {float(mean[channel])} and variance {float(var[channel])} in channel {channel}",
-        where=where,
-        remedy=f"Re-estimate them with recompute_population_statistics{remedy}.",
+    raise BROKEN_STATISTICS.of(
+        f"mean {float(mean[channel])} and variance {float(var[channel])} in channel {channel}", where, remedy=remedy
     )
 
 

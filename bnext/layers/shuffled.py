@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bnext.distributed import all_to_all_rows, get_rank, resolve_group
-from bnext.errors import StatisticsError
+from bnext.errors import Refusal, StatisticsError
 from bnext.functional import deal_samples
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.deal import Draw, join_gradients
@@ -24,6 +24,20 @@ from bnext.layers.spec import NormSpec, Workers
 from bnext.layers.walk import find_norms
 
 __all__ = ["Shuffled", "shares_work", "shuffle_features"]
+
+NOT_A_ROW_PER_SAMPLE = Refusal(
+    StatisticsError,
+    "a shuffled module",
+    "return a tensor with one row per sample",
+    "Shuffle the part of it that does, or deal statistics.",
+)
+OTHER_SHAPES = Refusal(
+    StatisticsError,
+    "features",
+    "have samples of the same shape on all workers",
+    "Look for the worker that pools or crops otherwise; one without samples gives [0, ...] with the "
+    "shape of the others.",
+)
 
 
 class _Route(NamedTuple):
@@ -147,13 +161,7 @@ def shuffle_features(
 
     if not isinstance(output, Tensor) or output.shape[:1] != moved.shape[:1]:
         shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise StatisticsError.of(
-            "a shuffled module",
-            "return a tensor with one row per sample",
-            got=f"{shape} for {len(moved)} samples",
-            where=where,
-            remedy="Shuffle the part of it that does, or deal statistics.",
-        )
+        raise NOT_A_ROW_PER_SAMPLE.of(f"{shape} for {len(moved)} samples", where)
     return _ComeBack.apply(output, route)
 
 
@@ -162,13 +170,8 @@ def _draw_route(features: Tensor, group: dist.ProcessGroup, where: str) -> tuple
     draw = Draw.over_workers(features, group, "features", math.prod(features.shape[1:]), where)
     rank, device = get_rank(group), features.device
     if len(set(draw.details)) > 1:
-        raise StatisticsError.of(
-            "features",
-            "have samples of the same shape on all workers",
-            got=f"{list(features.shape[1:])} on worker {rank}, and {draw.details} numbers per sample on all",
-            where=where,
-            remedy="Look for the worker that pools or crops otherwise; one without samples gives [0, ...] with the "
-            "shape of the others.",
+        raise OTHER_SHAPES.of(
+            f"{list(features.shape[1:])} on worker {rank}, and {draw.details} numbers per sample on all", where
         )
 
     destinations = deal_samples(draw.num_samples, group.size(), draw.seed)

@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from bnext.errors import StatisticsError
+from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Grouping, Moments, count_elements
 from bnext.scope.record import get_record
 
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from bnext.layers.batch_norm import BatchNorm2d
 
 __all__ = ["may_have_single_elements", "replace_single_elements"]
+
+SINGLE_ELEMENT = Refusal(
+    StatisticsError,
+    "a mini-batch",
+    "hold more than 1 element per channel in {evaluation}",
+    "Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer}.",
+)
 
 
 def may_have_single_elements(features: Sequence[Tensor], grouping: Grouping, is_shared: bool) -> bool:
@@ -77,12 +84,8 @@ def _check_is_allowed(norm: BatchNorm2d, name: str) -> None:
     groups = get_record().groups.get(norm)
     fewer = "" if groups is None else f"fewer groups than {groups.num_groups}, "
     answer = "single_element='population'" if has_population else "population='shared'"
-    raise StatisticsError.of(
-        "a mini-batch",
-        f"hold more than 1 element per channel in {'training' if norm.training else 'evaluation'}",
-        got=1,
-        where=norm.name_place(name),
-        remedy=f"Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer}.",
+    raise SINGLE_ELEMENT.of(
+        1, norm.name_place(name), evaluation="training" if norm.training else "evaluation", fewer=fewer, answer=answer
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnext.errors import StatisticsError
+from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Moments
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
@@ -17,6 +17,19 @@ from bnext.scope.record import Scope
 from bnext.scope.statistics import frozen_statistics
 
 __all__ = ["virtual_samples"]
+
+NO_MINI_BATCH_NORM = Refusal(
+    StatisticsError,
+    "virtual_samples",
+    "be given a model with a norm of bnext that uses its mini-batch",
+    "Convert the norms with convert_norm, or set inference='mini_batch'.",
+)
+REACHED_NONE = Refusal(
+    StatisticsError,
+    "virtual samples",
+    "reach a norm that uses its mini-batch",
+    "Pass forward=, if the model is not called as model(data).",
+)
 
 
 @contextlib.contextmanager
@@ -55,12 +68,8 @@ def virtual_samples(
     """
     norms = [norm for norm in find_bnext_norms(model).values() if norm.uses_mini_batch]
     if not norms:
-        raise StatisticsError.of(
-            "virtual_samples",
-            "be given a model with a norm of bnext that uses its mini-batch",
-            got="none",
-            where=f"{type(model).__name__}, {'training' if model.training else 'evaluation'} mode",
-            remedy="Convert the norms with convert_norm, or set inference='mini_batch'.",
+        raise NO_MINI_BATCH_NORM.of(
+            "none", f"{type(model).__name__}, {('training' if model.training else 'evaluation')} mode"
         )
 
     moments = _run_forward(model, data, forward, norms)
@@ -79,11 +88,5 @@ def _run_forward(
         model(data) if forward is None else forward(model, data)
 
     if not any(recorders.values()):
-        raise StatisticsError.of(
-            "virtual samples",
-            "reach a norm that uses its mini-batch",
-            got="none",
-            where=type(model).__name__,
-            remedy="Pass forward=, if the model is not called as model(data).",
-        )
+        raise REACHED_NONE.of("none", type(model).__name__)
     return recorders

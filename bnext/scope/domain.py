@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from bnext.errors import DomainError
+from bnext.errors import DomainError, Refusal
 from bnext.scope.record import Scope, get_record
 
 __all__ = ["get_active_domain", "use_domain"]
+
+NO_DOMAIN = Refusal(
+    DomainError, "domain", "be a name, or one name per sample", "Name the data set that the samples are from."
+)
 
 
 def use_domain(domain: str | Sequence[str]) -> Scope:
@@ -32,13 +36,7 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
     names = (domain,) if isinstance(domain, str) else tuple(domain) if isinstance(domain, Iterable) else ()
 
     if not names or not all(isinstance(name, str) and name for name in names):
-        raise DomainError.of(
-            "domain",
-            "be a name, or one name per sample",
-            got=repr(domain),
-            where="use_domain",
-            remedy="Name the data set that the samples are from.",
-        )
+        raise NO_DOMAIN.of(repr(domain), "use_domain")
     return Scope(domain=domain if isinstance(domain, str) else names)
 
 
