@@ -16,8 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from bnext.cli.reestimate import POPULATIONS, run_request
-from bnext.cli.reestimate_request import RecomputeRequest
+from bnext.cli.reestimate import POPULATIONS, RecomputeRequest, run_request
 from bnext.cli.run_command import load_config_to_reestimate, run_command
 from bnext.errors import ConfigError
 from bnext.statistics.recompute import Estimator
@@ -38,29 +37,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--estimator", help=f"one of {', '.join(get_args(Estimator))}")
     add("--source-samples", type=float, default=0, metavar="N", help="images that the old statistics count for")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
-    add("--resume", action="store_true", help="go on with an interrupted run of the same command")
+    add("--resume", action="store_true", help=argparse.SUPPRESS)
     add("--overwrite", action="store_true", help="replace an output that exists")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
     args = build_parser().parse_intermixed_args(argv)
-    try:
-        return run_command(lambda: recompute(args))
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted; nothing is written. {interrupt}".rstrip(), file=sys.stderr)
-        return 130
+    return run_command(lambda: recompute(args), lambda: "nothing is written")
 
 
 def recompute(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
+    if args.resume:
+        remedy = "A re-estimation takes minutes, and begins anew."
+        raise ConfigError.of("--resume", "be left out", got="it", remedy=remedy)
     if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
-        raise ConfigError(f"--tolerance must be 0 (none) or above; got {args.tolerance}. Use 0.01 for 1 %.")
-    given = {"ESTIMATOR": args.estimator, "TOLERANCE": args.tolerance}
-    opts = [word for key, value in given.items() if value is not None for word in (f"{PRECISE_BN}.{key}", str(value))]
-    cfg = load_config_to_reestimate(args.config_file, [*args.opts, *opts])
+        remedy = "Use 0.01 for 1 %."
+        raise ConfigError.of("--tolerance", "be 0 (none) or above", got=args.tolerance, remedy=remedy)
+
+    opts = [*args.opts]
+    for key, value in (("ESTIMATOR", args.estimator), ("TOLERANCE", args.tolerance)):
+        if value is not None:
+            opts += [f"{PRECISE_BN}.{key}", str(value)]
+    cfg = load_config_to_reestimate(args.config_file, opts)
+
     request = RecomputeRequest(
         output=args.output,
         population=args.population,
@@ -68,7 +71,6 @@ def recompute(args: argparse.Namespace) -> None:
         domains=tuple(args.domain),
         num_samples=args.num_samples,
         source_samples=args.source_samples,
-        resume=args.resume,
         overwrite=args.overwrite,
     )
     run_request(cfg, request, args.num_gpus)

@@ -6,11 +6,11 @@ The input is only read. The output loads where the input does, and says of itsel
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from detectron2.config import CfgNode
@@ -19,28 +19,64 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer
-from bnext.cli.kept_run import KeptRun
-from bnext.cli.reestimate_request import RecomputeRequest, check_domains, check_files, check_images, check_request
+from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches
+from bnext.data.check_coco import check_datasets
+from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.population import count_batches
-from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
+from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice, list_few
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
-from bnext.files import replace_file
+from bnext.files import find_local_file, is_same_file, replace_file, write_json
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
 from bnext.surgery.stored_specs import collect_norm_specs
 
-__all__ = ["POPULATIONS", "give_population", "recompute_checkpoint", "run_request"]
+__all__ = ["POPULATIONS", "RecomputeRequest", "give_population", "recompute_checkpoint", "run_request"]
 
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
-_LEFT_OUT = ("optimizer", "scheduler", "iteration", "trainer", "norm_specs", "matching_heuristics", "__author__")
-_GO_ON = "The same command with --resume goes on."
+_LEFT_OUT = (
+    "model",
+    "optimizer",
+    "scheduler",
+    "iteration",
+    "trainer",
+    "norm_specs",
+    "matching_heuristics",
+    "__author__",
+)
 _DONE = "recomputed_statistics"  # the output's key for what was done
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecomputeRequest:
+    """What is wanted of a checkpoint.
+
+    Args:
+        output: the file to write, *.pth; a report is written beside it, *.json.
+        population: whose statistics the output has: "shared", "per_level", "per_domain"; None: as the config says.
+        datasets: images without labels, such as a target domain's (AdaBN); empty: DATASETS.TRAIN, as in training.
+        domains: one for each data set, if norms have statistics per domain.
+        num_samples: images that are enough; None: all of `datasets`, or TEST.PRECISE_BN.NUM_ITER training batches.
+        source_samples: so many images do the statistics that are there count for; 0 replaces them.
+        overwrite: whether an output that exists is replaced.
+    """
+
+    output: str
+    population: str | None = None
+    datasets: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
+    num_samples: int | None = None
+    source_samples: float = 0
+    overwrite: bool = False
+
+    @property
+    def report(self) -> str:
+        """The report's file."""
+        return str(Path(self.output).with_suffix(".json"))
 
 
 def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -> None:
@@ -53,7 +89,7 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
 
     Raises:
         BNextError: what is wrong; then nothing is written.
-        KeyboardInterrupt: says how to go on, if something is kept.
+        KeyboardInterrupt: nothing is written either.
     """
     size = count_workers(num_workers, device=cfg.MODEL.DEVICE)
     check_request(cfg, request)
@@ -61,131 +97,167 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
     cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
     check_domains(cfg, request)
     check_images(cfg, request, size)
-    kept = _find_run(cfg, request, size)
+
     try:
         launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
     except KeyboardInterrupt:
-        kept.remove_halves()  # of workers that were ended while they wrote
-        raise KeyboardInterrupt(*[_GO_ON] * bool(kept.find())) from None
-
-
-def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
-    """What every worker does: load MODEL.WEIGHTS, estimate, write.
-
-    Args:
-        cfg: of the output; see `give_population`.
-        request: what is wanted.
-
-    Returns:
-        The report, equal on every worker.
-
-    Raises:
-        CheckpointError: the checkpoint does not fit the config's model.
-        StatisticsError: the model has no batch norm, activations are not finite, or there are no images, also of one
-            of the request's domains.
-        LaunchError: the output cannot be written.
-    """
-    if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
-        setup_logger(distributed_rank=comm.get_rank(), name="bnext")
-    model = build_model(cfg)
-    checkpointer = Checkpointer(model)
-    begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
-    replaced = [] if begins_with_them else find_replaceable(model)
-    others = _load(checkpointer, cfg.MODEL.WEIGHTS, replaced)
-    kept = _find_run(cfg, request, comm.get_world_size())
-    images = _choose_images(cfg, model, request)
-    report = recompute_statistics(cfg, model, **images, **_keep_state(cfg, kept, request.resume))
-    _check_report(request, report, checkpointer.left_out, kept)
-    if comm.is_main_process():
-        done = _describe(cfg, request, report)
-        others = {key: value for key, value in others.items() if key not in _LEFT_OUT and key != "model"}
-        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, _DONE: done}
-        _write(request.output, data, {**done, "report": report.as_dict()}, _GO_ON if kept.find() else "")
-    comm.synchronize()
-    kept.remove()  # not before: it is all there is until the output is written
-    if comm.is_main_process():
-        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
-    return report
-
-
-def _write(output: str, data: dict[str, Any], described: dict[str, Any], remedy: str) -> None:
-    """The checkpoint, and its report beside it: both or, if there is no room, neither."""
-    text = json.dumps(described, indent=2, allow_nan=False)
-
-    def write_both(file: BinaryIO) -> None:
-        file.write(f"{text}\n".encode())
-        file.flush()
-        replace_file(output, lambda inner: torch.save(data, inner))
-
-    try:
-        replace_file(Path(output).with_suffix(".json"), write_both)
-    except OSError as error:
-        raise LaunchError(
-            f"--output must be on a disk with room, in a folder that can be written to; got {type(error).__name__}: "
-            f"{error} ({output}); nothing is written. Mend it. {remedy}".rstrip()
-        ) from error
-
-
-def _load(checkpointer: Checkpointer, weights: str, replaced: Sequence[str]) -> dict[str, Any]:
-    try:
-        return checkpointer.load(weights, checkpointables=[], complete=True, replaced=replaced)
-    except AssertionError as error:  # Detectron2 0.6 takes a query for a part of the name
-        raise CheckpointError(
-            f"MODEL.WEIGHTS must be a file that the installed Detectron2 finds; got {weights!r} and {error}. Leave out "
-            f"what follows '?': later versions read it."
-        ) from error
-
-
-def _check_report(request: RecomputeRequest, report: RecomputeReport, left_out: Sequence[str], kept: KeptRun) -> None:
-    try:
-        _check_reached(request, report)
-        _check_repaired(left_out, report)
-    except StatisticsError:
-        kept.remove()  # the same request would end so again
+        for path in (request.output, request.report):  # of workers that were ended while they wrote
+            Path(f"{path}.partial").unlink(missing_ok=True)
         raise
 
 
-def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
-    """A domain that was asked for is not to be written as it was."""
-    for domain in dict.fromkeys(request.domains):
-        own = [estimate for estimate in report.estimates if domain in estimate.levels]
-        if own and not any(estimate.is_reached for estimate in own):
-            names = [name for name, of in zip(request.datasets, request.domains, strict=True) if of == domain]
-            raise StatisticsError(
-                f"--domain must get images; got none for {domain!r} in {report.num_samples} images (--dataset "
-                f"{', '.join(names)}); nothing is written. Use more images, --num-samples, or fewer workers."
-            )
+# ---- what is refused
 
 
-def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
-    """What was broken is not to be written with the values of a new norm."""
-    for estimate in report.not_reached:
-        if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
-            raise StatisticsError(
-                f"statistics that are not finite in MODEL.WEIGHTS must be reached by the images; got none for "
-                f"{estimate.name} in {report.num_samples} images; nothing is written. Use more or larger images."
-            )
+class _Refusal(NamedTuple):
+    """A fault of a request, if it is one, and how it is said."""
+
+    is_fault: bool
+    thing: str
+    rule: str
+    got: str
+    remedy: str
 
 
-def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"num_samples": request.num_samples, "source_samples": request.source_samples}
+def _refuse(refusals: Iterable[_Refusal]) -> None:
+    for is_fault, thing, rule, got, remedy in refusals:
+        if is_fault:
+            raise ConfigError.of(thing, rule, got=got, remedy=remedy)
+
+
+def check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
+    """Raise ConfigError unless its values go together."""
+    num_domains, num_datasets = len(request.domains), len(request.datasets)
+    has_domains = bool(request.domains or cfg.MODEL.BNEXT.DOMAINS.NAMES)
+    named = [f"{name!r} for --domain {domain}" for name, domain in zip(request.datasets, request.domains, strict=False)]
+    named = named or [repr(name) for name in request.datasets]
+    twice = dict.fromkeys(name for name in named if named.count(name) > 1)
+
+    _refuse(
+        [
+            _Refusal(
+                request.population == "per_domain" and not has_domains,
+                "--population per_domain",
+                "be given the domain of each --dataset",
+                "none",
+                "Give --dataset and --domain for each.",
+            ),
+            _Refusal(
+                num_domains not in (0, num_datasets),
+                "--domain",
+                "be given once for each --dataset",
+                f"{num_domains} for {num_datasets} data sets",
+                "Name the domain of every data set.",
+            ),
+            _Refusal(
+                bool(twice),
+                "--dataset",
+                "name each data set once",
+                f"{list_few(twice)} twice",
+                "Leave one out: the same images again are no independent ones.",
+            ),
+            _Refusal(
+                request.num_samples is not None and request.num_samples < 1,
+                "--num-samples",
+                "be 1 or more",
+                f"{request.num_samples}",
+                "Use 1000 to 10000.",
+            ),
+        ]
+    )
+
+
+def check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
+    """Raise ConfigError unless the domain of every image is known."""
+    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
+    unknown = [name for name in request.domains if name not in names]
+
+    _refuse(
+        [
+            _Refusal(
+                bool(names and not request.domains and not fallback),
+                "--domain",
+                "name the domain of each --dataset where norms have domains",
+                f"none of {names} (MODEL.BNEXT.DOMAINS.NAMES)",
+                "Give --dataset and --domain for each.",
+            ),
+            _Refusal(
+                bool(unknown),
+                "--domain",
+                f"be one of the model's domains {names}",
+                f"{list_few(map(repr, unknown), 1)} (MODEL.BNEXT.DOMAINS.NAMES)",
+                "Correct it, or leave --domain out.",
+            ),
+        ]
+    )
+
+
+def check_files(weights: str, request: RecomputeRequest) -> None:
+    """Raise BNextError unless the input is there and stays, and the output can be written."""
+    check_eval_weights(weights)
+    file = find_local_file(weights)
+    if file is not None and not os.path.isfile(file):
+        raise CheckpointError.of(
+            "MODEL.WEIGHTS", "name a file", got=f"{weights!r}, which does not exist", remedy="Correct the path."
+        )
+
+    output, folder = Path(request.output), Path(request.output).parent
+    taken = [path for path in (request.output, request.report) if os.path.lexists(path)]
+    taken = [path for path in taken if os.path.isdir(path) or not request.overwrite]
+    _refuse(
+        [
+            _Refusal(
+                output.suffix != ".pth",
+                "--output",
+                "end in .pth",
+                repr(request.output),
+                "The report is written beside it, .json.",
+            ),
+            _Refusal(
+                not folder.is_dir() or not os.access(folder, os.W_OK),
+                "--output",
+                "be in a folder that exists and can be written to",
+                repr(request.output),
+                f"Make {str(folder)!r}, or choose another.",
+            ),
+            _Refusal(
+                is_same_file(output, weights),
+                "--output",
+                "be another file than MODEL.WEIGHTS, which is never changed",
+                f"{request.output!r} for both",
+                "Choose another name.",
+            ),
+            _Refusal(
+                bool(taken),
+                "--output",
+                "not exist, nor the report beside it",
+                list_few(map(repr, taken)),
+                "Choose another name, or give --overwrite.",
+            ),
+        ]
+    )
+
+
+def check_images(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> None:
+    """Raise BNextError unless there is an image for each worker."""
+    if not request.datasets and not cfg.DATASETS.TRAIN:
+        remedy = "Name one in the config, or give --dataset."
+        raise ConfigError.of("DATASETS.TRAIN", "name at least one data set", got="none", remedy=remedy)
     if not request.datasets:
-        return {**arguments, "num_batches": count_batches(cfg) if request.num_samples else None}
-    labelled = needs_labels(cfg, model)
-    batches = build_shuffled_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
-    return {**arguments, "batches": batches}
+        check_datasets(cfg.DATASETS.TRAIN)
+
+    for name in request.datasets:
+        number = len(load_records(name, cfg))
+        if number < num_workers:
+            raise ConfigError.of(
+                "--dataset",
+                f"have an image for each of the {num_workers} workers",
+                got=f"{number} in {name!r}",
+                remedy="Use fewer workers, --num-gpus, or leave it out.",
+            )
 
 
-def _find_run(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> KeptRun:
-    """What is kept of a run; a request that differs in anything that counts has other files."""
-    same = dataclasses.replace(request, resume=False, overwrite=False)
-    return KeptRun(request.output, cfg.MODEL.WEIGHTS, repr((cfg.dump(), same, num_workers)))
-
-
-def _keep_state(cfg: CfgNode, kept: KeptRun, resume: bool) -> dict[str, Any]:
-    path, begun = kept.begin(resume)
-    is_kept = cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR != "layer_by_layer"
-    return {"on_first_batch": begun, **({"state_file": path, "remove_state": False} if is_kept else {})}
+# ---- the config of the output
 
 
 def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) -> CfgNode:
@@ -206,11 +278,14 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     norms = resolve_norms(cfg).places
     places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
     if not places:
-        raise ConfigError(
-            f"--population must be of a model with batch norms that can have it; got {population!r} for "
-            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} (give_population). Use an architecture of bnext, "
-            f"such as BNextRetinaNet, which loads the same checkpoint, or leave --population out."
+        raise ConfigError.of(
+            "--population",
+            "be of a model with batch norms that can have it",
+            got=f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}",
+            remedy="Use an architecture of bnext, such as BNextRetinaNet, which loads the same checkpoint, or leave "
+            "--population out.",
         )
+
     cfg = cfg.clone()
     cfg.defrost()
     for place in places:
@@ -219,6 +294,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         cfg.MODEL.BNEXT.DOMAINS.NAMES = tuple(dict.fromkeys(domains))
     elif population == "shared" and not any("per_domain" in node.values() for node in cfg.MODEL.BNEXT.values()):
         cfg.MODEL.BNEXT.DOMAINS.NAMES, cfg.MODEL.BNEXT.DOMAINS.FALLBACK = (), ""
+
     resolve_norms(cfg)
     cfg.freeze()
     return cfg
@@ -228,13 +304,123 @@ def find_keys(cfg: CfgNode) -> dict[str, Any]:
     """The keys that say whose population statistics the norms of a config have."""
     norms = resolve_norms(cfg)
     keys: dict[str, Any] = {}
+
     for place, norm in norms.places.items():
         if norm.is_batch_norm:
             keys[f"MODEL.BNEXT.{place}.POPULATION"] = norm.spec.population
-
     if norms.domains:
         keys["MODEL.BNEXT.DOMAINS.NAMES"] = list(norms.domains)
     return keys
+
+
+# ---- what every worker does
+
+
+def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
+    """Load MODEL.WEIGHTS, estimate, and write: what every worker does.
+
+    Args:
+        cfg: of the output; see `give_population`.
+        request: what is wanted.
+
+    Returns:
+        The report, equal on every worker.
+
+    Raises:
+        CheckpointError: the checkpoint does not fit the config's model.
+        StatisticsError: the model has no batch norm, activations are not finite, or there are no images, also of one
+            of the request's domains.
+        LaunchError: the output cannot be written.
+    """
+    if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
+        setup_logger(distributed_rank=comm.get_rank(), name="bnext")
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model)
+    begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
+    others = _load(checkpointer, cfg.MODEL.WEIGHTS, () if begins_with_them else tuple(find_replaceable(model)))
+
+    images = _choose_images(cfg, model, request)
+    report = recompute_statistics(cfg, model, source_samples=request.source_samples, **images)
+    _check_reached(request, report)
+    _check_repaired(checkpointer.left_out, report)
+
+    if comm.is_main_process():
+        done = _describe(cfg, request, report)
+        others = {key: value for key, value in others.items() if key not in _LEFT_OUT}
+        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, _DONE: done}
+        _write(request, data, {**done, "report": report.as_dict()})
+        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
+    comm.synchronize()
+    return report
+
+
+def _load(checkpointer: Checkpointer, weights: str, replaced: Sequence[str]) -> dict[str, Any]:
+    try:
+        return checkpointer.load(weights, checkpointables=[], complete=True, replaced=replaced)
+    except AssertionError as error:  # Detectron2 0.6 takes a query for a part of the name
+        raise CheckpointError.of(
+            "MODEL.WEIGHTS",
+            "be a file that the installed Detectron2 finds",
+            got=f"{weights!r} and {error}",
+            remedy="Leave out what follows '?': later versions read it.",
+        ) from error
+
+
+def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) -> dict[str, Any]:
+    if not request.datasets:
+        num_batches = count_batches(cfg) if request.num_samples else None
+        return {"num_samples": request.num_samples, "num_batches": num_batches}
+
+    labelled = needs_labels(cfg, model)
+    batches = build_shuffled_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
+    return {"num_samples": request.num_samples, "batches": batches}
+
+
+def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
+    """A domain that was asked for is not to be written as it was."""
+    for domain in dict.fromkeys(request.domains):
+        estimates = [estimate for estimate in report.estimates if domain in estimate.levels]
+        if not estimates or any(estimate.is_reached for estimate in estimates):
+            continue
+        pairs = zip(request.datasets, request.domains, strict=True)
+        names = ", ".join(name for name, its_domain in pairs if its_domain == domain)
+        raise StatisticsError.of(
+            "--domain",
+            "get images",
+            got=f"none for {domain!r} in {report.num_samples} images (--dataset {names}); nothing is written",
+            remedy="Use more images, --num-samples, or fewer workers.",
+        )
+
+
+def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
+    """What was broken is not to be written with the values of a new norm."""
+    for estimate in report.not_reached:
+        if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
+            raise StatisticsError.of(
+                "statistics that are not finite in MODEL.WEIGHTS",
+                "be reached by the images",
+                got=f"none for {estimate.name} in {report.num_samples} images; nothing is written",
+                remedy="Use more or larger images.",
+            )
+
+
+def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str, Any]) -> None:
+    """The checkpoint, and its report beside it: both or, if there is no room, neither."""
+
+    def write_both(file: BinaryIO) -> None:
+        torch.save(data, file)
+        file.flush()
+        write_json(request.report, described)
+
+    try:
+        replace_file(request.output, write_both)
+    except OSError as error:
+        raise LaunchError.of(
+            "--output",
+            "be on a disk with room, in a folder that can be written to",
+            got=f"{type(error).__name__}: {error} ({request.output}); nothing is written",
+            remedy="Mend it.",
+        ) from error
 
 
 def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:
@@ -261,7 +447,7 @@ def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:
 
 
 def _say_files(cfg: CfgNode, request: RecomputeRequest) -> str:
-    keys: Mapping[str, Any] = find_keys(cfg) if request.population else {}
+    keys = find_keys(cfg) if request.population else {}
     pairs = "".join(f"\n  {key}: {value}" for key, value in keys.items())
     load = f"\nTo load it, the config must say:{pairs}" if keys else ""
-    return f"\n{request.output}\n{Path(request.output).with_suffix('.json')}{load}"
+    return f"\n{request.output}\n{request.report}{load}"

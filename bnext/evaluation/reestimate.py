@@ -6,28 +6,29 @@ All of it is `recompute_statistics`; the others say on which images.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from tabulate import tabulate
 from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.data.batches import DOMAIN
 from bnext.data.loader import build_train_loader
 from bnext.errors import ConfigError
-from bnext.evaluation.numbered_batches import NumberedBatches
-from bnext.evaluation.without_trace import drawing_from
+from bnext.evaluation.tables import format_rows
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
+from bnext.layers.walk import Selection
+from bnext.scope.model import drawing_from
 from bnext.seeding import derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
-from bnext.statistics.observe import Selection, select_norms
+from bnext.statistics.observe import select_norms
 
 __all__ = [
     "format_report",
@@ -54,7 +55,6 @@ def recompute_statistics(
     batches: Iterable[Any] | None = None,
     num_batches: int | None = None,
     num_samples: int | None = None,
-    on_first_batch: Callable[[], None] | None = None,
     **options: Any,
 ) -> RecomputeReport:
     """Re-estimate the statistics of a detector's norms on training images, or on what `batches` gives.
@@ -68,8 +68,7 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`.
         num_samples: enough images; None: not limited.
-        on_first_batch: called when everything is checked and the first batch of this worker is there.
-        options: further ones of `recompute_population_statistics`: source_samples, state_file, estimator.
+        options: further ones of `recompute_population_statistics`: source_samples, estimator.
 
     Raises:
         StatisticsError: see `recompute_population_statistics`.
@@ -82,30 +81,31 @@ def recompute_statistics(
     if batches is None:
         batches = build_train_loader(cfg)
         num_batches = num_batches or cfg.TEST.PRECISE_BN.NUM_ITER
-    numbered = NumberedBatches(batches)
+
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
+
     seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
-    with drawing_from(model, seed):  # what the loader draws
+    with drawing_from(model, seed):  # what the loader draws, and the RoIs that are sampled
         report = recompute_population_statistics(
             model,
-            numbered,
+            batches,
             num_batches=num_batches,
             num_samples=num_samples,
-            forward=numbered.drawing(forward, seed, on_first_batch),
+            forward=forward,
             layers=layers,
             domain=_read_domain if getattr(batches, "has_domains", False) else None,
             progress=True,
             **arguments,
         )
+
     logging.getLogger(__name__).info("%s", report)
     return report
 
 
 def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> Forward | None:
-    paths = [path for path, _ in select_norms(model, layers)]
-    return choose_forward(model, paths, cfg.TEST.BNEXT.PRECISE_BN.ROIS)
+    return choose_forward(model, select_norms(model, layers), cfg.TEST.BNEXT.PRECISE_BN.ROIS)
 
 
 def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
@@ -123,19 +123,19 @@ def _read_domain(batch: Sequence[dict[str, Any]]) -> str:
 
 def format_report(report: RecomputeReport) -> str:
     """A table of every set of statistics: what was seen, how sure it is, how far it moved, and what is amiss."""
-    missing, coarse = set(report.not_reached), set(report.not_converged)
+    headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", "note"]
     rows = []
+
     for estimate in report.estimates:
-        if estimate in missing:
+        if not estimate.is_reached:
             rows.append([estimate.name, "0", "0", "", "", "", "not reached: as it was"])
             continue
-        error = "unknown" if estimate.error == float("inf") else f"{100 * estimate.error:.2g} %"
+        error = "unknown" if math.isinf(estimate.error) else f"{100 * estimate.error:.2g} %"
         shift, ratio = f"{estimate.mean_shift:.2f} std", f"x {estimate.var_ratio:.2f}"
-        note = "not converged" if estimate in coarse else ""
+        note = "not converged" if estimate in report.not_converged else ""
         rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
-    headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", ""]
-    aligned = ["left"] + ["right"] * 5 + ["left"]
-    return f"{tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned)}\n\n{report}"
+
+    return f"{format_rows(rows, headers)}\n\n{report}"
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_level_norm) -> nn.Module:
@@ -152,12 +152,17 @@ def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_
         StatisticsError: the activations are not finite, or there are no data.
     """
     if is_same_file(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), weights):
-        raise ConfigError(
-            f"OUTPUT_DIR must be another folder than that of the checkpoint, which is never changed; got "
-            f"{cfg.OUTPUT_DIR!r} for both (repair_checkpoint). Choose another."
+        raise ConfigError.of(
+            "OUTPUT_DIR",
+            "be another folder than that of the checkpoint, which is never changed",
+            got=f"{cfg.OUTPUT_DIR!r} for both",
+            where="repair_checkpoint",
+            remedy="Choose another.",
         )
+
     model = load_model(cfg, weights)
     recompute_statistics(cfg, model, layers)
+
     saver = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process())
     saver.save("model_final")
     comm.synchronize()

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
-from bnext.distributed import all_gather_numbers, resolve_group, unwrap_model
+from bnext.distributed import unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
+from bnext.distributed.lock_step import LockStep, count_images
 from bnext.errors import StatisticsError, check_choice
-from bnext.evaluation.without_trace import as_in_training, drawing_from, leaving_no_trace, restoring_attributes
 from bnext.layers.shuffled import shares_work
+from bnext.scope import frozen_statistics
+from bnext.scope.model import restoring
 from bnext.seeding import derive_seed
 from bnext.statistics.arguments import check_data
-from bnext.statistics.rounds import count_images
 
 __all__ = ["Statistics", "compute_validation_loss", "find_device"]
 
 Forward = Callable[[nn.Module, Any], object]
 Statistics = Literal["population", "mini_batch"]
 _VALIDATE, _LOAD = 10, 12  # what the derived seeds are for
-_HAS, _REPEATS, _NEVER_HAD, _FAILED = 0, 1, 2, 3  # a batch, in a round
 _WHERE = "compute_validation_loss"
 
 
@@ -85,33 +89,70 @@ def compute_validation_loss(
         facebookresearch/detectron2#810 and #1857, weecology/DeepForest#477 for what goes wrong otherwise.
     """
     check_choice("statistics", statistics, get_args(Statistics), where=_WHERE)
-    check_data(batches, None, _WHERE, "batches")
+    check_data(batches, _WHERE, "batches")
     if not isinstance(seed, int) or seed < 0:
-        raise StatisticsError(f"seed must be an integer of 0 or more; got {seed!r} ({_WHERE}). Use 0.")
-    model = unwrap_model(model)
+        raise StatisticsError.of("seed", "be an integer of 0 or more", got=repr(seed), where=_WHERE, remedy="Use 0.")
+
+    model, rank = unwrap_model(model), comm.get_rank()
     sums: dict[str, float] = {}
     num_images = 0
+
     # What the loader draws, too: torch's takes a seed from the global generator, and augmentations may run here.
-    with leaving_no_trace(model), drawing_from(model, derive_seed(seed, _LOAD, comm.get_rank())):
+    with torch.no_grad(), restoring(model, seed=derive_seed(seed, _LOAD, rank)):
         if statistics == "population":
             equalize_buffers(model)
-        with as_in_training(model, by_population=statistics == "population"):
-            may_wait, failures = shares_work(model), []
-            for number, (batch, is_counted) in enumerate(_in_lock_step(batches, find_device(model), failures)):
-                own_seed = derive_seed(seed, _VALIDATE, number, comm.get_rank())
-                try:
-                    # Attributes per batch: a moving average would make the order of the batches count.
-                    with restoring_attributes(model), drawing_from(model, own_seed), EventStorage():
-                        losses = _read_losses(model(batch) if forward is None else forward(model, batch))
-                except Exception as error:
-                    if may_wait:
-                        raise  # who waits for this worker in a layer cannot be told
-                    failures.append(error)
+        with _as_in_training(model, by_population=statistics == "population"):
+            shares = shares_work(model)
+            rounds = LockStep(batches, find_device(model), _WHERE, shares_work=shares, repeats_last=True)
+            for batch, is_new in rounds:
+                batch_seed = derive_seed(seed, _VALIDATE, rounds.num_rounds - 1, rank)
+                losses = rounds.run(partial(_measure, model, batch, forward, batch_seed))
+                if losses is None or not is_new:
                     continue
-                if is_counted:
-                    num_images += count_images(batch)
-                    sums.update({n: sums.get(n, 0.0) + count_images(batch) * value for n, value in losses.items()})
+                num_images += count_images(batch)
+                for name, value in losses.items():
+                    sums[name] = sums.get(name, 0.0) + count_images(batch) * value
+
     return _average(sums, num_images)
+
+
+def find_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def _as_in_training(model: nn.Module, *, by_population: bool) -> Iterator[None]:
+    """Training mode in this scope, but without dropout, pictures and moving statistics.
+
+    Args:
+        by_population: batch norms are as at inference.
+    """
+    with restoring(model), frozen_statistics(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _DropoutNd) or (by_population and isinstance(module, _BatchNorm)):
+                module.training = False
+            if getattr(module, "vis_period", 0):
+                module.vis_period = 0
+        yield
+
+
+def _measure(model: nn.Module, batch: Any, forward: Forward | None, seed: int) -> dict[str, float]:
+    """The losses of a batch by name, whatever batches came before it: they may leave a moving average."""
+    with restoring(model, seed=seed), EventStorage():
+        output = model(batch) if forward is None else forward(model, batch)
+
+    losses = output if isinstance(output, Mapping) else {"loss": output}
+    if not losses or not all(isinstance(value, Tensor) and value.numel() == 1 for value in losses.values()):
+        raise StatisticsError.of(
+            "model",
+            "return a dictionary of losses, or one, in training mode",
+            got=type(output).__name__,
+            where=_WHERE,
+            remedy="Pass forward=, which gives them for a batch.",
+        )
+    return {name: float(value) for name, value in losses.items()}
 
 
 def _average(sums: dict[str, float], num_images: int) -> dict[str, float]:
@@ -119,62 +160,17 @@ def _average(sums: dict[str, float], num_images: int) -> dict[str, float]:
     every = comm.all_gather((sums, num_images))
     total = sum(number for _, number in every)
     if total == 0:
-        raise StatisticsError(
-            f"batches must hold at least one image; got none ({_WHERE}; DATASETS.TEST in a config). Pass a loader of "
-            f"labelled images, which can be gone through again each time."
+        raise StatisticsError.of(
+            "batches",
+            "hold at least one image",
+            got="none",
+            where=f"{_WHERE}; DATASETS.TEST in a config",
+            remedy="Pass a loader of labelled images, which can be gone through again each time.",
         )
-    names = dict.fromkeys(name for own, _ in every for name in own)
-    means = {name: sum(own.get(name, 0.0) for own, _ in every) / total for name in names}
+
+    means: dict[str, float] = {}
+    for worker, _ in every:
+        for name, value in worker.items():
+            means[name] = means.get(name, 0.0) + value
+    means = {name: value / total for name, value in means.items()}
     return {**means, "total_loss": sum(means.values())}
-
-
-def _read_losses(output: object) -> dict[str, float]:
-    named = output if isinstance(output, Mapping) else {"loss": output}
-    if not named or not all(isinstance(value, Tensor) and value.numel() == 1 for value in named.values()):
-        raise StatisticsError(
-            f"model must return a dictionary of losses, or one, in training mode; got {type(output).__name__} "
-            f"({_WHERE}). Pass forward=, which gives them for a batch."
-        )
-    return {name: float(value) for name, value in named.items()}
-
-
-def _in_lock_step(
-    batches: Iterable[Any], device: torch.device, failures: list[Exception]
-) -> Iterator[tuple[Any, bool]]:
-    """This worker's batches, and whether they count: what workers share in a forward needs as many on each.
-
-    A failure, of the loader or in `failures`, is raised when the others know.
-    """
-    everyone, own, batch, state = resolve_group("all"), None, None, _NEVER_HAD
-    while True:
-        try:
-            own = iter(batches) if own is None else own
-            new = None if failures else next(own, None)
-        except Exception as error:
-            failures.append(error)
-        if failures:
-            state = _FAILED
-        elif new is not None:
-            batch, state = new, _HAS
-        elif state == _HAS:
-            state = _REPEATS
-        states = [state for (state,) in all_gather_numbers([state], everyone, device, _WHERE)]
-        if failures:
-            raise failures[0]
-        if _FAILED in states:
-            raise StatisticsError(
-                f"every worker must reach the end of its batches; got a failure on worker {states.index(_FAILED)} "
-                f"({_WHERE}). Its own message says why."
-            )
-        if _HAS not in states:
-            return
-        if _NEVER_HAD in states:
-            raise StatisticsError(
-                f"batches must hold at least one on every worker; got none on worker {states.index(_NEVER_HAD)} "
-                f"({_WHERE}). Use smaller batches, more images, or fewer workers."
-            )
-        yield batch, state == _HAS
-
-
-def find_device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -82,7 +82,7 @@ def count_images_as_trained(model: nn.Module, num_images: int) -> dict[int, str]
     """
     counts: dict[int, str] = {}
 
-    for path, norm in select_norms(model):
+    for path, norm in select_norms(model).items():
         if path.startswith("roi_heads."):
             continue
         limit = norm.spec.normalization_batch_size if isinstance(norm, BatchNorm2d) else None
@@ -102,7 +102,7 @@ def _find_unequal_counts(model: nn.Module, num_images: int) -> str | None:
 
 
 def _find_no_levels(model: nn.Module, num_images: int) -> str | None:
-    levels = [norm for _, norm in select_norms(model) if isinstance(norm, LevelBatchNorm2d)]
+    levels = [norm for norm in select_norms(model).values() if isinstance(norm, LevelBatchNorm2d)]
 
     if not levels:
         return "the model has no batch norm that sees several levels"
@@ -243,8 +243,8 @@ def normalizing_evaluation_by_mini_batch(model: nn.Module) -> Iterator[None]:
         StatisticsError: there is no such norm; in a forward, one of torch's gets a single element per channel.
     """
     norms = select_norms(model)
-    ours = [norm for _, norm in norms if isinstance(norm, BatchNorm2d)]
-    foreign = {path: norm for path, norm in norms if not isinstance(norm, BatchNorm2d)}
+    ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
+    foreign = {path: norm for path, norm in norms.items() if not isinstance(norm, BatchNorm2d)}
 
     hooks = [norm.register_forward_pre_hook(partial(_check_elements, path)) for path, norm in foreign.items()]
     try:

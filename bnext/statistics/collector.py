@@ -1,70 +1,85 @@
-"""What is known of one set of population statistics: merged in float64 over calls, batches and workers."""
+"""One set of population statistics: collected over calls, batches and workers, estimated, and written.
+
+Shape letters: C channels, R workers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from bnext.distributed import all_gather_stacked, merge_moments_over_workers, resolve_group
+from bnext.distributed import all_gather_stacked, resolve_group
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, Spread, batch_moments, merge_moments, merge_spreads, spread_of_batch
+from bnext.functional import (
+    Moments,
+    Spread,
+    batch_moments,
+    merge_moments,
+    merge_spreads,
+    spread_of_batch,
+    standard_errors,
+)
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.statistics.report import PopulationEstimate
 
-__all__ = ["Collected", "Collector", "make_collectors"]
+__all__ = ["Collected", "Collector", "Estimator", "make_collectors", "measure", "stack_parts"]
+
+Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 
 
 class Collected(NamedTuple):
-    """What all workers have collected for a set.
+    """Everything that all workers have collected for a set.
 
     Args:
         total: moments of all elements, [C].
         spread: how the batches differ.
+        average: mean and variance (correction 1), averaged over mini-batches, [2, C].
+        former: running mean and variance before, merged over workers, [2, C].
         num_samples: images or RoIs that were seen; those of several levels once.
         num_images: of the set's domain, where that is known; at most `num_samples`.
-        num_updates: that a moving average would have taken.
-        average: mean of their means and variances (correction 1), each counted alike, [2, C].
-        former: running mean and variance, merged over workers, [2, C].
+        num_updates: mini-batches in `average`.
     """
 
     total: Moments
     spread: Spread
+    average: Tensor
+    former: Tensor
     num_samples: int
     num_images: int
     num_updates: int
-    average: Tensor
-    former: Tensor
 
 
 class Collector:
-    """What one set of population statistics is to describe.
+    """What one set of population statistics is to describe, as far as this worker has seen it.
 
-    Attributes:
+    Args:
         path: of the norm in its model.
         names: the levels or domains that the set normalizes; empty for a norm without.
         state: the module that holds the running statistics.
+        momentum: of a moving average that begins with them; None: all mini-batches count alike.
+
+    Attributes:
         num_batches: ends of batches, whether the set was reached in them or not.
-        moving: mean and variance (correction 1) as a moving average has them, [2, C]; begins with the state's.
     """
 
-    def __init__(
-        self, path: str, names: tuple[str, ...], state: Any, momentum: float = 0.1, has_domains: bool = False
-    ) -> None:
+    def __init__(self, path: str, names: tuple[str, ...], state: Any, momentum: float | None = None) -> None:
         self.path, self.names, self.state = path, names, state
         _check_buffer(state.running_mean, self.where)
-        zeros = torch.zeros(state.num_features, dtype=torch.float64, device=state.running_mean.device)
-        self.total = Moments(zeros.new_zeros(()), zeros, zeros.clone())
-        self.spread = spread_of_batch(self.total)
-        self.num_samples = self.num_images = self.num_batches = self.num_updates = 0
-        self.moving = torch.stack([state.running_mean, state.running_var]).double()
-        self.average = torch.zeros_like(self.moving)
-        self._momentum, self._has_domains = momentum, has_domains
-        self._updates: list[Moments] = []
+
+        self._former = torch.stack([state.running_mean, state.running_var]).double()
+        zeros = torch.zeros_like(self._former)
+        self._total = Moments(zeros.new_zeros(()), *zeros)
+        self._spread = spread_of_batch(self._total)
+        self._average = zeros if momentum is None else self._former
+        self._momentum = momentum
+        self._num_samples = self._num_images = self._num_updates = self.num_batches = 0
+
+        self._parts: list[Moments] = []  # of the batch that has not ended
         self._samples = 0
 
     @property
@@ -73,107 +88,188 @@ class Collector:
         return ".".join([self.path, *self.names[:1]])
 
     @property
+    def device(self) -> torch.device:
+        return self._former.device
+
+    @property
     def is_reached(self) -> bool:
         """Whether something was added since the last end of a batch."""
-        return bool(self._updates)
+        return bool(self._parts)
+
+    # ---- on this worker
 
     def add(self, features: Sequence[Tensor]) -> None:
         """Take in what is one mini-batch to the norm, each [N, C, ...]: one update of a moving average."""
-        # float32 would round the mean of a batch far from zero
-        parts = [batch_moments(feature.double()) for feature in features]
-        new = merge_moments(_stack(parts))
-        if not torch.isfinite(new.var).all() or not torch.isfinite(new.mean).all():
-            raise StatisticsError(
-                f"activations must be finite; got NaN or Inf ({self.where}, batch {self.num_batches + 1}). The "
-                f"statistics are as they were; look for what in that batch or before that layer makes them."
-            )
-        self._updates.append(new)
+        place = f"{self.where}, batch {self.num_batches + 1}"
+        self._parts.append(measure(features, place))
         self._samples = max([self._samples, *map(len, features)])
 
     def end_batch(self, images: Mapping[str, int]) -> None:
-        """What was added since the last end is one batch.
+        """Take what was added since the last end for one batch.
 
         Args:
             images: domain -> images of the batch; "": of no domain, or of one that the caller has named.
         """
         self.num_batches += 1
-        if not self._updates:
+        if not self._parts:
             return
-        batch = merge_moments(_stack(self._updates))
-        self.total = merge_moments(_stack([self.total, batch]))
-        self.spread = merge_spreads(_stack([self.spread, spread_of_batch(batch)]))
-        for update in self._updates:
-            self._update(update)
-        own = [number for name, number in images.items() if not (name and self._has_domains) or name in self.names]
-        self.num_samples += self._samples
-        self.num_images += min(self._samples, sum(own) or sum(images.values()))  # or those of a fallback domain
-        self._updates, self._samples = [], 0
 
-    def _update(self, new: Moments) -> None:
-        if new.count <= 1:
+        batch = merge_moments(stack_parts(self._parts))
+        self._total = merge_moments(stack_parts([self._total, batch]))
+        self._spread = merge_spreads(stack_parts([self._spread, spread_of_batch(batch)]))
+        for part in self._parts:
+            self._update(part)
+
+        of_domain = sum(images.get(name, 0) for name in self.names)
+        self._num_samples += self._samples
+        self._num_images += min(self._samples, of_domain or sum(images.values()))  # those of a fallback domain: all
+        self._parts, self._samples = [], 0
+
+    def _update(self, part: Moments) -> None:
+        if part.count <= 1:
             return  # an empty mini-batch moves nothing; one element has no variance
-        values = torch.stack([new.mean, new.unbiased_var()])
-        self.num_updates += 1
-        self.average = self.average + (values - self.average) / self.num_updates
-        self.moving = torch.lerp(self.moving, values, self._momentum)
+
+        values = torch.stack([part.mean, part.unbiased_var()])
+        self._num_updates += 1
+        if self._momentum is None:
+            self._average = self._average + (values - self._average) / self._num_updates
+        else:
+            self._average = torch.lerp(self._average, values, self._momentum)
+
+    # ---- over all workers
 
     def collect_over_workers(self) -> Collected:
-        """Everything over all workers. A collective."""
-        former = torch.stack([self.state.running_mean, self.state.running_var]).double()
-        counts = (self.num_samples, self.num_images, self.num_updates)
+        """What this worker and all others have collected. A collective."""
+        numbers = self._num_samples, self._num_images, self._num_updates
         everyone = resolve_group("all")
         if everyone is None:
-            return Collected(self.total, self.spread, *counts, self.average, former)
-        total = merge_moments_over_workers(self.total, everyone, self.where)
-        fields = [*self.spread, self.average, former, former.new_tensor(counts)]
+            return Collected(self._total, self._spread, self._average, self._former, *numbers)
+
+        fields = [*self._total, *self._spread, self._average, self._former, self._former.new_tensor(numbers)]
         message = torch.cat([field.reshape(-1) for field in fields])
-        gathered = all_gather_stacked(message, everyone, self.where)
-        parts = gathered.split([field.numel() for field in fields], dim=1)
-        *spread, average, former, counts = (
-            part.reshape(-1, *field.shape) for part, field in zip(parts, fields, strict=True)
-        )
+        parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
+        every = [part.reshape(-1, *field.shape) for part, field in zip(parts, fields, strict=True)]
+        total, spread, (average, former, counts) = Moments(*every[:3]), Spread(*every[3:8]), every[8:]
+
         updates = counts[:, 2]
-        share = (updates / updates.sum().clamp(min=1)).view(-1, 1, 1)
+        if self._momentum is None:
+            share = updates / updates.sum().clamp(min=1)
+            average = (share.view(-1, 1, 1) * average).sum(0)
+        else:
+            average = average[updates > 0].mean(0)  # of the workers that have moved theirs
+
+        merged = merge_moments(total), merge_spreads(spread), average, _merge_populations(former)
         num_samples, num_images, num_updates = (int(number) for number in counts.sum(0))
-        averages = (share * average).sum(0), _merge_populations(former)
-        return Collected(total, merge_spreads(Spread(*spread)), num_samples, num_images, num_updates, *averages)
+        return Collected(*merged, num_samples, num_images, num_updates)
 
-    def moving_over_workers(self) -> Tensor:
-        """The mean of `moving` over the workers that have moved theirs. A collective."""
-        weight = self.moving.new_full((1, *self.moving.shape[1:]), float(self.num_updates > 0))
-        every = all_gather_stacked(torch.cat([self.moving * weight, weight]), resolve_group("all"), self.where)
-        *moving, number = every.sum(0)
-        return torch.where(number > 0, torch.stack(moving) / number.clamp(min=1), self.moving)
+    def measure_errors(self, everything: Collected) -> tuple[float, float]:
+        """Relative standard errors of mean and variance, 95th percentile over channels.
 
-    def state_dict(self) -> dict[str, Any]:
-        """What was collected, to go on with later."""
-        counts = {name: getattr(self, name) for name in _COUNTS}
-        return {
-            "total": tuple(self.total),
-            "spread": tuple(self.spread),
-            "moving": self.moving,
-            "average": self.average,
-            **counts,
-        }
+        eps keeps a dead channel (variance 0) from an infinite error.
+        """
+        mean_error, var_error = standard_errors(everything.spread, everything.total)
+        var = everything.total.var + self.state.eps
+        return _percentile(mean_error / var.sqrt()), _percentile(var_error / var)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with what was collected before."""
-        device = self.total.mean.device
-        shapes = [field.shape for field in (*state["total"], *state["spread"], state["moving"], state["average"])]
-        if shapes != [field.shape for field in (*self.total, *self.spread, self.moving, self.average)]:
-            raise StatisticsError(f"a kept state must be of as many channels; got {list(shapes[1])} ({self.where}).")
-        self.total = Moments(*(field.to(device) for field in state["total"]))
-        self.spread = Spread(*(field.to(device) for field in state["spread"]))
-        self.moving, self.average = state["moving"].to(device), state["average"].to(device)
-        for name in _COUNTS:
-            setattr(self, name, int(state[name]))
+    def estimate(
+        self, everything: Collected, estimator: Estimator, source_samples: float
+    ) -> tuple[PopulationEstimate, Tensor | None]:
+        """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate."""
+        total = everything.total
+        is_pooled = estimator in ("pooled", "layer_by_layer")
+        if total.count < 2 or (not is_pooled and everything.num_updates == 0):
+            return PopulationEstimate(self.path, self.names, 0), None
+
+        new = torch.stack([total.mean, total.unbiased_var()]) if is_pooled else everything.average
+        if estimator == "moving_average":
+            self._check_former(everything, "estimator='moving_average' begins with them", "Use another estimator")
+        if source_samples != 0:
+            why = f"they count for {source_samples:g} images (source_samples)"
+            self._check_former(everything, why, "Use source_samples=0")
+            num_images = everything.num_images
+            new = torch.lerp(everything.former, new, num_images / (num_images + source_samples))
+
+        buffer = self.state.running_var
+        if not torch.isfinite(new.to(buffer.dtype)).all():
+            raise StatisticsError.of(
+                "statistics",
+                "be finite in the type of their buffers",
+                got=f"an overflow in {buffer.dtype}",
+                where=self.where,
+                remedy="The statistics are as they were; convert the norm to float32.",
+            )
+        return self._describe(everything, new), new
+
+    def _check_former(self, everything: Collected, why: str, remedy: str) -> None:
+        if not torch.isfinite(everything.former).all():
+            rule, remedy = f"be finite, as {why}", f"{remedy}, which replaces them."
+            raise StatisticsError.of("running statistics", rule, got="NaN or Inf", where=self.where, remedy=remedy)
+
+    def _describe(self, everything: Collected, new: Tensor) -> PopulationEstimate:
+        (mean, var), (old_mean, old_var), eps = new, everything.former, self.state.eps
+        mean_error, var_error = self.measure_errors(everything)
+
+        return PopulationEstimate(
+            self.path,
+            self.names,
+            count=int(everything.total.count),
+            num_samples=everything.num_samples,
+            num_batches=int(everything.spread.num_batches),
+            mean_shift=float(((mean - old_mean).abs() / (var + eps).sqrt()).max()),
+            var_ratio=float(torch.maximum((var + eps) / (old_var + eps), (old_var + eps) / (var + eps)).max()),
+            mean_error=mean_error,
+            var_error=var_error,
+        )
+
+    def write(self, new: Tensor | None, num_batches: int) -> None:
+        """Make an estimate, [2, C], the running statistics; None leaves them as they are."""
+        if new is None:
+            return
+
+        self.state.running_mean.copy_(new[0])
+        self.state.running_var.copy_(new[1])
+        if self.state.num_batches_tracked is not None:
+            self.state.num_batches_tracked.fill_(num_batches)
 
 
-_COUNTS = ("num_samples", "num_images", "num_batches", "num_updates")
+def make_collectors(norms: Mapping[str, _BatchNorm], momentum: float | None = None) -> dict[str, dict[str, Collector]]:
+    """For each norm by its path, its collectors by level or domain ("": neither), one for each population."""
+    collectors: dict[str, dict[str, Collector]] = {}
+
+    for path, norm in norms.items():
+        populations = norm.populations() if isinstance(norm, BatchNorm2d) else [((), norm)]
+        collectors[path] = {}
+        for names, state in populations:
+            collector = Collector(path, names, state, momentum)
+            collectors[path].update(dict.fromkeys(names or ("",), collector))
+    return collectors
 
 
-def _stack(parts: Sequence[Any]) -> Any:
-    return type(parts[0])(*(torch.stack(fields) for fields in zip(*parts, strict=True)))
+def measure(features: Sequence[Tensor], where: str) -> Moments:
+    """Moments of features, each [N, C, ...], as one mini-batch.
+
+    Raises:
+        StatisticsError: they are not finite.
+
+    Note:
+        In float64: float32 would round the mean of a batch far from zero.
+    """
+    moments = merge_moments(stack_parts([batch_moments(feature.double()) for feature in features]))
+
+    if not torch.isfinite(moments.var).all() or not torch.isfinite(moments.mean).all():
+        raise StatisticsError.of(
+            "activations",
+            "be finite",
+            got="NaN or Inf",
+            where=where,
+            remedy="They are not taken in; look for what in that batch or before that layer makes them.",
+        )
+    return moments
+
+
+def stack_parts(parts: Sequence[Any]) -> Any:
+    """Records of tensors, such as Moments, as one whose fields have a leading dimension."""
+    return type(parts[0])(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def _merge_populations(every: Tensor) -> Tensor:
@@ -184,31 +280,17 @@ def _merge_populations(every: Tensor) -> Tensor:
     return torch.stack([merged.mean, merged.var])
 
 
+def _percentile(errors: Tensor) -> float:
+    """The 95th over channels, [C]."""
+    return float("inf") if torch.isinf(errors).any() else float(torch.quantile(errors, 0.95))
+
+
 def _check_buffer(buffer: Tensor, where: str) -> None:
-    rules = {
-        "have been initialized": (is_lazy(buffer), "a lazy norm", "Run a batch through the model first"),
-        "hold values": (not is_lazy(buffer) and buffer.is_meta, "the meta device", "Load weights first"),
-        "be ordinary tensors": (
-            not is_lazy(buffer) and buffer.is_inference(),
-            "tensors of torch.inference_mode",
-            "Build the model outside of it",
-        ),
-    }
-    for rule, (is_broken, got, remedy) in rules.items():
-        if is_broken:
-            raise StatisticsError(f"running statistics must {rule}; got {got} ({where}). {remedy}.")
-
-
-def make_collectors(norms: list[tuple[str, _BatchNorm]], momentum: float = 0.1) -> dict[str, dict[str, Collector]]:
-    """For each norm by its path, its collectors by level or domain ("": neither), one for each population."""
-    collectors: dict[str, dict[str, Collector]] = {}
-    for path, norm in norms:
-        if not isinstance(norm, BatchNorm2d):
-            collectors[path] = {"": Collector(path, (), norm, momentum)}
-            continue
-        has_domains = bool(norm.domains) and not isinstance(norm, LevelBatchNorm2d)
-        collectors[path] = {}
-        for names, state in norm.populations():
-            own = Collector(path, names, state, momentum, has_domains)
-            collectors[path].update(dict.fromkeys(names or ("",), own))
-    return collectors
+    rules: list[tuple[Callable[[Tensor], bool], str, str, str]] = [
+        (is_lazy, "have been initialized", "a lazy norm", "Run a batch through the model first."),
+        (lambda tensor: tensor.is_meta, "hold values", "the meta device", "Load weights first."),
+        (torch.is_inference, "be ordinary tensors", "tensors of torch.inference_mode", "Build the model outside."),
+    ]
+    for is_broken, rule, got, remedy in rules:
+        if is_broken(buffer):
+            raise StatisticsError.of("running statistics", rule, got=got, where=where, remedy=remedy)

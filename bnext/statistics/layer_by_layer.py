@@ -5,23 +5,22 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import itertools
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.distributed import all_gather_numbers, resolve_group
+from bnext.distributed import resolve_group
+from bnext.distributed.collectives import all_gather_objects
+from bnext.distributed.lock_step import LockStep
 from bnext.errors import StatisticsError
+from bnext.scope.model import restoring
 from bnext.statistics.collector import Collector
-from bnext.statistics.estimates import estimate_set, put_estimates
-from bnext.statistics.observe import collect_moments, keeping_counters
-from bnext.statistics.rounds import Rounds
+from bnext.statistics.data_pass import DataPass
+from bnext.statistics.observe import collecting, watching
 
 __all__ = ["estimate_layer_by_layer"]
-
-Norms = list[tuple[str, _BatchNorm]]
 
 
 class _Reached(Exception):
@@ -29,21 +28,17 @@ class _Reached(Exception):
 
 
 def estimate_layer_by_layer(
-    model: nn.Module,
-    norms: Norms,
+    data_pass: DataPass,
+    norms: Mapping[str, _BatchNorm],
     collectors: Mapping[str, Mapping[str, Collector]],
-    make_rounds: Callable[[], Rounds],
-    call: Any,
     source_samples: float,
-) -> Rounds:
+) -> LockStep:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
     Args:
-        model: in evaluation mode.
-        norms: of the model; their buffers hold the estimates afterwards.
+        data_pass: of a model in evaluation mode; its data must be the same ones each time.
+        norms: of the model, by path; their buffers hold the estimates afterwards.
         collectors: by path.
-        make_rounds: a new pass over the data, which must be the same ones each time.
-        call: runs a batch through the model; call.images: domain -> images of the last one.
         source_samples: images that the former statistics count for.
 
     Returns:
@@ -55,25 +50,32 @@ def estimate_layer_by_layer(
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.3.
     """
-    rounds = first = make_rounds()
-    modules = dict(norms)
-    for path, number in _count_calls(norms, rounds, call).items():
-        norm, rounds = modules[path], make_rounds()
-        handle = norm.register_forward_hook(_stop) if number == 1 else None
-        try:
-            with collect_moments([(path, norm)], collectors, training=False):
-                _pass(rounds, model, call, collectors[path])
-        finally:
-            if handle is not None:
-                handle.remove()
+
+    def run_until_reached(batch: Any) -> None:
+        # A module may count its calls, as detectron2's CycleBatchNormList does; broken off, it would be wrong for ever.
+        with restoring(data_pass.model), contextlib.suppress(_Reached):
+            data_pass.run(batch)
+
+    first, calls = _count_calls(data_pass, norms)
+    rounds = first
+    for path, number in calls.items():
+        norm, own = norms[path], dict.fromkeys(collectors[path].values())
+        stopping = norm.register_forward_hook(_stop) if number == 1 else contextlib.nullcontext()
+        with stopping, collecting({path: norm}, collectors, training=False):
+            rounds = data_pass.go(own, call=run_until_reached)
+
         if rounds.num_batches < first.num_batches:
-            raise StatisticsError(
-                f"data must give the same batches in every pass for estimator='layer_by_layer'; got "
-                f"{first.num_batches} in the first, and then {rounds.num_batches} ({path}). Pass a list of batches."
+            raise StatisticsError.of(
+                "data",
+                "give the same batches in every pass for estimator='layer_by_layer'",
+                got=f"{first.num_batches} in the first, and then {rounds.num_batches}",
+                where=path,
+                remedy="Pass a list of batches.",
             )
-        for own in dict.fromkeys(collectors[path].values()):
-            _, new = estimate_set(own, own.collect_over_workers(), "layer_by_layer", source_samples)
-            put_estimates([own], [new], rounds.num_batches)
+        for collector in own:
+            _, new = collector.estimate(collector.collect_over_workers(), "layer_by_layer", source_samples)
+            collector.write(new, rounds.num_batches)
+
     return rounds
 
 
@@ -81,53 +83,35 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Reached
 
 
-def _pass(rounds: Rounds, model: nn.Module, call: Any, collectors: Mapping[str, Collector]) -> None:
-    for batch in rounds:
-        if batch is not None:
-            rounds.run(partial(_call_until_reached, model, call, batch))
-        for own in dict.fromkeys(collectors.values()):
-            own.end_batch(call.images)
-    rounds.finish()
-
-
-def _call_until_reached(model: nn.Module, call: Callable[[Any], None], batch: Any) -> None:
-    with keeping_counters(model), contextlib.suppress(_Reached):
-        call(batch)
-
-
-def _count_calls(norms: Norms, rounds: Rounds, call: Callable[[Any], None]) -> dict[str, int]:
-    """Path -> most calls in a batch of any worker, in an order that holds in all batches. A collective."""
-    paths = [path for path, _ in norms]
-    most, follows = [0] * len(paths), [[0] * len(paths) for _ in paths]
+def _count_calls(data_pass: DataPass, norms: Mapping[str, _BatchNorm]) -> tuple[LockStep, dict[str, int]]:
+    """A pass; path -> most calls in a batch of any worker, in an order that holds in all batches. A collective."""
+    paths = list(norms)
+    most = [0] * len(paths)
+    follows: set[tuple[int, int]] = set()
     now: list[int] = []
-    handles = [
-        norm.register_forward_pre_hook(lambda module, args, index=index: now.append(index))
-        for index, (_, norm) in enumerate(norms)
-    ]
-    try:
-        for batch in rounds:
-            now.clear()
-            if batch is not None:
-                rounds.run(partial(call, batch))
-            first = list(dict.fromkeys(now))
-            for before, after in itertools.pairwise(first):
-                follows[after][before] = 1
-            most = [max(number, now.count(index)) for index, number in enumerate(most)]
-        rounds.finish()
-    finally:
-        for handle in handles:
-            handle.remove()
-    device = next(buffer.device for _, norm in norms for buffer in norm.buffers())  # of its running statistics
-    every = all_gather_numbers([*most, *itertools.chain(*follows)], resolve_group("all"), device, "layer_by_layer")
-    numbers = [max(column) for column in zip(*every, strict=True)]
-    most, seen = numbers[: len(paths)], numbers[len(paths) :]
-    order = _sort([{b for b in range(len(paths)) if seen[a * len(paths) + b]} for a in range(len(paths))])
-    return {paths[index]: most[index] for index in order if most[index]}
+
+    def end_batch(rounds: LockStep) -> bool:
+        most[:] = [max(number, now.count(index)) for index, number in enumerate(most)]
+        follows.update(itertools.pairwise(dict.fromkeys(now)))
+        now.clear()
+        return False
+
+    with watching(norms, lambda path, norm, features: now.append(paths.index(path))):
+        rounds = data_pass.go([], is_enough=end_batch)
+
+    every = all_gather_objects((most, sorted(follows)), resolve_group("all"), "layer_by_layer")
+    before: dict[int, set[int]] = {index: set() for index in range(len(paths))}
+    for _, pairs in every:
+        for earlier, later in pairs:
+            before[later].add(earlier)
+
+    most = [max(numbers) for numbers in zip(*(numbers for numbers, _ in every), strict=True)]
+    return rounds, {paths[index]: most[index] for index in _sort(before) if most[index]}
 
 
-def _sort(before: list[set[int]]) -> list[int]:
+def _sort(before: Mapping[int, set[int]]) -> list[int]:
     """Every norm after those that were called before it; in the order of the model where batches contradict."""
     try:
-        return list(graphlib.TopologicalSorter(dict(enumerate(before))).static_order())
+        return list(graphlib.TopologicalSorter(before).static_order())
     except graphlib.CycleError:
-        return list(range(len(before)))
+        return list(before)

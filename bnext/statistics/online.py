@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +12,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, batch_moments, merge_moments
+from bnext.functional import Moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.walk import Selection
+from bnext.scope.model import restoring
 from bnext.scope.statistics import is_recomputing
-from bnext.statistics.arguments import check_momentum, check_source_samples
-from bnext.statistics.observe import Selection, find_input, name_features, restoring, select_norms
+from bnext.statistics.arguments import check_numbers
+from bnext.statistics.collector import measure, stack_parts
+from bnext.statistics.observe import Features, select_norms, watching
 
 __all__ = ["OnlineStatistics", "following_stream"]
 
@@ -66,66 +69,60 @@ def following_stream(
         Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, 2020;
         Mirza et al., *The Norm Must Go On*, 2022 (following by momentum).
     """
+    check_numbers("following_stream", source_samples=source_samples)
     if momentum is not None:
-        check_momentum(momentum, "following_stream", ", or None")
-    check_source_samples(source_samples, "following_stream")
+        check_numbers("following_stream", momentum=momentum)
     if source_samples and momentum is not None:
-        raise StatisticsError(
-            f"source_samples must be 0 with a momentum; got {source_samples} with momentum={momentum} "
-            f"(following_stream). Set momentum=None to count samples."
+        raise StatisticsError.of(
+            "source_samples",
+            "be 0 with a momentum",
+            got=f"{source_samples} with momentum={momentum}",
+            where="following_stream",
+            remedy="Set momentum=None to count samples.",
         )
+
     model = unwrap_model(model)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
-        raise StatisticsError(
-            f"model must not be compiled, as its statistics could not follow; got {type(model).__name__} "
-            f"(following_stream). Pass the model that was given to torch.compile."
+        raise StatisticsError.of(
+            "model",
+            "not be compiled, as its statistics could not follow",
+            got=type(model).__name__,
+            where="following_stream",
+            remedy="Pass the model that was given to torch.compile.",
         )
+
     norms = select_norms(model, layers)
-    with restoring(model):
-        following = OnlineStatistics(model, norms, momentum, source_samples)
-        try:
-            yield following
-        finally:
-            following.remove()
+    following = OnlineStatistics(norms, momentum, source_samples)
+    with (
+        restoring(model),
+        model.register_forward_pre_hook(following._begin),
+        model.register_forward_hook(following._end, always_call=True),
+        watching(norms, following._follow),
+    ):
+        yield following
 
 
 class OnlineStatistics:
     """See `following_stream`. `num_batches` counts the forwards of the model in evaluation mode."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        norms: list[tuple[str, _BatchNorm]],
-        momentum: float | None,
-        source_samples: float,
-    ) -> None:
+    def __init__(self, norms: Mapping[str, _BatchNorm], momentum: float | None, source_samples: float) -> None:
         self._momentum, self._source_samples = momentum, source_samples
         self.num_batches = 0
-        self._counted: dict[Any, int] = {}  # samples of this forward
-        self._source: dict[Any, Tensor] = {}
-        self._seen: dict[Any, tuple[Moments, int]] = {}
-        for _, norm in norms:
-            for state in _list_states(norm):
-                self._source[state] = torch.stack([state.running_mean, state.running_var]).double()
         self._is_in_forward = False
-        self._handles = [
-            model.register_forward_pre_hook(self._begin),
-            model.register_forward_hook(self._end, always_call=True),
-        ]
-        self._handles += [
-            norm.register_forward_pre_hook(self._make_hook(path), with_kwargs=True) for path, norm in norms
-        ]
+        self._counted: dict[Any, int] = {}  # samples of this forward
+        self._seen: dict[Any, tuple[Moments, int]] = {}
+
+        self._source: dict[Any, Tensor] = {}
+        for norm in norms.values():
+            populations = norm.populations() if isinstance(norm, BatchNorm2d) else [((), norm)]
+            for _, state in populations:
+                self._source[state] = _read(state)
 
     def reset(self) -> None:
         """Go back to the statistics of the source; the stream begins anew."""
         self._seen, self.num_batches = {}, 0
-        for state, (mean, var) in self._source.items():
-            _set(state, mean, var)
-
-    def remove(self) -> None:
-        """Follow no longer."""
-        for handle in self._handles:
-            handle.remove()
+        for state, source in self._source.items():
+            _write(state, source)
 
     def _begin(self, model: nn.Module, args: Any) -> None:
         if not is_recomputing():
@@ -135,52 +132,46 @@ class OnlineStatistics:
     def _end(self, model: nn.Module, args: Any, output: Any) -> None:
         self._is_in_forward = False
 
-    def _make_hook(self, path: str) -> Any:
-        def follow(norm: nn.Module, args: Any, kwargs: Any) -> None:
-            if norm.training or is_recomputing():  # checkpointing calls it again in the backward pass
-                return
-            if not self._is_in_forward:
-                self._counted = {}
-            calls: dict[Any, list[Tensor]] = {}
-            for name, feature in name_features(norm, find_input(args, kwargs)):
-                state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm
-                calls.setdefault(state, []).append(feature)
-            for state, features in calls.items():
-                self._take_in(state, features, path)
-
-        return follow
-
-    @torch.no_grad()
-    def _take_in(self, state: Any, features: list[Tensor], where: str) -> None:
-        """Levels that share a population are one batch to it."""
-        parts = [batch_moments(feature.double()) for feature in features]
-        new = merge_moments(Moments(*(torch.stack(fields) for fields in zip(*parts, strict=True))))
-        if new.count < 2:
-            return  # one element has no variance
-        if not torch.isfinite(new.mean).all() or not torch.isfinite(new.var).all():
-            raise StatisticsError(
-                f"activations must be finite; got NaN or Inf ({where}). The statistics have not taken them in; look "
-                f"for the image that makes them."
-            )
-        if self._momentum is not None:
-            former = torch.stack([state.running_mean, state.running_var]).double()
-            _set(state, *torch.lerp(former, torch.stack([new.mean, new.unbiased_var()]), self._momentum))
+    def _follow(self, path: str, norm: nn.Module, features: Features) -> None:
+        """Take in what a norm is about to normalize."""
+        if norm.training or is_recomputing():  # checkpointing calls it again in the backward pass
             return
-        before, number = self._seen.get(state, (Moments(*(torch.zeros_like(field) for field in new)), 0))
-        seen = merge_moments(Moments(*(torch.stack(pair) for pair in zip(before, new, strict=True))))
-        counted, samples = self._counted.get(state, 0), max(len(feature) for feature in features)
-        number += max(samples - counted, 0)  # another call of one forward has the same samples
-        self._counted[state] = max(samples, counted)
+        if not self._is_in_forward:
+            self._counted = {}
+
+        mini_batches: dict[Any, list[Tensor]] = {}  # levels that share a population are one
+        for name, feature in features:
+            state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm
+            mini_batches.setdefault(state, []).append(feature)
+
+        with torch.no_grad():
+            for state, mini_batch in mini_batches.items():
+                new = measure(mini_batch, path)
+                if new.count >= 2:  # one element has no variance
+                    self._take_in(state, new, max(map(len, mini_batch)))
+
+    def _take_in(self, state: Any, new: Moments, num_samples: int) -> None:
+        if self._momentum is not None:
+            values = torch.stack([new.mean, new.unbiased_var()])
+            _write(state, torch.lerp(_read(state), values, self._momentum))
+            return
+
+        before, number = self._seen.get(state, (Moments(*map(torch.zeros_like, new)), 0))
+        seen = merge_moments(stack_parts([before, new]))
+        counted = self._counted.get(state, 0)
+        number += max(num_samples - counted, 0)  # another call of one forward has the same samples
+        self._counted[state] = max(num_samples, counted)
         self._seen[state] = seen, number
-        weight = number / (number + self._source_samples)
-        target = torch.stack([seen.mean, seen.unbiased_var()])
-        _set(state, *torch.lerp(self._source[state], target, weight))
+
+        values = torch.stack([seen.mean, seen.unbiased_var()])
+        _write(state, torch.lerp(self._source[state], values, number / (number + self._source_samples)))
 
 
-def _list_states(norm: _BatchNorm) -> list[Any]:
-    return [state for _, state in norm.populations()] if isinstance(norm, BatchNorm2d) else [norm]
+def _read(state: Any) -> Tensor:
+    """Running mean and variance, [2, C]."""
+    return torch.stack([state.running_mean, state.running_var]).double()
 
 
-def _set(state: Any, mean: Tensor, var: Tensor) -> None:
-    state.running_mean.copy_(mean)
-    state.running_var.copy_(var)
+def _write(state: Any, values: Tensor) -> None:
+    state.running_mean.copy_(values[0])
+    state.running_var.copy_(values[1])

@@ -5,43 +5,32 @@ A layer may be called any number of times; one that is not reached keeps what it
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
-from bnext.distributed import unwrap_model
-from bnext.errors import StatisticsError
-from bnext.layers.shuffled import shares_work
-from bnext.scope import use_domain
-from bnext.statistics.arguments import check_data, check_how, check_limits, check_momentum, check_source_samples
-from bnext.statistics.collector import Collector, make_collectors
-from bnext.statistics.estimates import Estimator, estimate_set, measure_errors, put_estimates
-from bnext.statistics.kept_state import KeptState, describe_run
+from bnext.distributed import get_rank, resolve_group, unwrap_model
+from bnext.distributed.lock_step import LockStep
+from bnext.errors import StatisticsError, check_choice
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.walk import Selection
+from bnext.scope.model import restoring
+from bnext.scope.statistics import answering
+from bnext.statistics.arguments import check_data, check_numbers
+from bnext.statistics.collector import Collected, Collector, Estimator, make_collectors
+from bnext.statistics.data_pass import DataPass, Domain, Forward
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
-from bnext.statistics.observe import (
-    Selection,
-    collect_moments,
-    keeping_counters,
-    leaving_population_aside,
-    restoring,
-    select_norms,
-)
+from bnext.statistics.observe import collecting, select_norms
 from bnext.statistics.report import RecomputeReport
-from bnext.statistics.rounds import Rounds, count_images, make_bar
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
-Forward = Callable[[nn.Module, Any], object]
-Domain = str | Callable[[Any], str | Sequence[str]]
 _WHERE = "recompute_population_statistics"
-_FIRST_CHECK, _CHECK_PERIOD = 8, 4  # batches of a worker before and between looks at the standard errors
+_FIRST_CHECK, _CHECK_PERIOD = 8, 4  # rounds before and between looks at the standard errors
 
 
 def recompute_population_statistics(
@@ -57,8 +46,6 @@ def recompute_population_statistics(
     estimator: Estimator = "pooled",
     momentum: float = 0.1,
     source_samples: float = 0,
-    state_file: str | os.PathLike[str] | None = None,
-    remove_state: bool = True,
     progress: bool = False,
 ) -> RecomputeReport:
     """Replace the running statistics of batch norms by the moments of their inputs on `data`.
@@ -92,25 +79,21 @@ def recompute_population_statistics(
         momentum: of "moving_average", in torch's sense, above 0 and at most 1.
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
             new = (source_samples * former + n * estimate) / (source_samples + n), n images, of a domain its own.
-        state_file: keeps what was collected so far, so that a call that is interrupted goes on from
-            there the next time; written every 20 batches of a worker. `data` must give the same batches again, and
-            the weights be the same. Not for layer_by_layer.
-        remove_state: whether `state_file` is removed at the end; else the caller does it, once the result is safe.
         progress: show a bar where the standard error stream is a terminal.
 
     Returns:
         The report, equal on every worker.
 
     Raises:
-        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed,
-            `state_file` is of another run or cannot be written, or an argument is out of range.
+        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed, or
+            an argument is out of range.
         ConfigError: the estimator is unknown.
 
     Note:
         Behind another norm a pooled estimate depends on how the data are split into batches, as mini-batches normalize
         there, which is what training sees; "layer_by_layer" does not. After an exception the model is bitwise as it
         was; otherwise only the running statistics of the reached norms differ. Collectives: one per round of batches,
-        and two per set at the end and at every look at the errors.
+        and one per set at the end and at every look at the errors.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
@@ -123,115 +106,96 @@ def recompute_population_statistics(
         *Revisiting Batch Normalization for Practical Domain Adaptation*, 2016 (AdaBN); Schneider et al., *Improving
         robustness against common corruptions by covariate shift adaptation*, 2020 (`source_samples`).
     """
-    check_how(estimator, domain, state_file, _WHERE, Estimator)
-    check_data(data, estimator, _WHERE)
-    check_limits(num_batches, num_samples, tolerance, _WHERE)
-    check_momentum(momentum, _WHERE)
-    check_source_samples(source_samples, _WHERE)
+    check_choice("estimator", estimator, get_args(Estimator), where=_WHERE)
+    check_data(data, _WHERE, many_passes=estimator == "layer_by_layer")
+    limits = {"num_batches": num_batches, "num_samples": num_samples, "tolerance": tolerance}
+    limits = {name: value for name, value in limits.items() if value is not None}
+    check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
+    if not (domain is None or isinstance(domain, str) or callable(domain)):
+        raise StatisticsError.of(
+            "domain",
+            "be the name of a domain, or a function that is called with a batch",
+            got=repr(domain),
+            where=_WHERE,
+            remedy="For the domains of a batch's images use domain=lambda batch: [...].",
+        )
+
     model = unwrap_model(model)
     norms = select_norms(model, layers)
-    collectors = make_collectors(norms, momentum)
-    sets = list(dict.fromkeys(own for by_name in collectors.values() for own in by_name.values()))
-    device = sets[0].total.mean.device
-    call = _Caller(model, forward, domain, sets)
-    names = [own.where for own in sets]
-    run = "" if state_file is None else describe_run(model, estimator, momentum, domain)
-    kept = KeptState(state_file, names, run)
-    with torch.no_grad(), restoring(model), keeping_counters(model), leaving_population_aside(norms):
+    by_name = make_collectors(norms, momentum if estimator == "moving_average" else None)
+    collectors = list(dict.fromkeys(collector for names in by_name.values() for collector in names.values()))
+    data_pass = DataPass(
+        model,
+        data,
+        collectors,
+        forward=forward,
+        domain=domain,
+        num_batches=num_batches,
+        num_samples=num_samples,
+    )
+
+    # With renorm, or training="population", features would depend on the statistics that are to be replaced.
+    ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
+    with torch.no_grad(), restoring(model), answering(ours, training="mini_batch"):
         model.eval()
-        for _, norm in norms:
+        for norm in norms.values():
             norm.train(estimator != "layer_by_layer")
-        make_rounds = partial(
-            Rounds, data, device, shares_work=shares_work(model), num_batches=num_batches, num_samples=num_samples
-        )
         if estimator == "layer_by_layer":
-            rounds = estimate_layer_by_layer(model, norms, collectors, make_rounds, call, source_samples)
+            rounds = estimate_layer_by_layer(data_pass, norms, by_name, source_samples)
         else:
-            rounds = make_rounds(skip=kept.load(sets))
-            with collect_moments(norms, collectors), make_bar(progress, num_batches) as bar:
-                _go_through(rounds, call, sets, tolerance, kept, bar)
-    found = [own.collect_over_workers() for own in sets]
-    rows = [estimate_set(own, every, estimator, source_samples) for own, every in zip(sets, found, strict=True)]
-    if all(new is None for _, new in rows):
-        count = max(int(every.total.count) for every in found)
-        got = f"{count} activations, each a mini-batch of its own" if count else "no activation"
-        raise StatisticsError(
-            f"data must give at least one batch that reaches a norm; got {rounds.num_batches} batches and {got} "
-            f"({_WHERE}). Pass {'larger batches' if count else 'a longer loader'}, or select norms that forward "
-            f"reaches."
-        )
-    put_estimates(sets, [new for _, new in rows], rounds.num_batches)  # after the last collective, which may fail
-    if remove_state:
-        kept.remove()
-    return RecomputeReport(tuple(row for row, _ in rows), rounds.num_batches, rounds.num_samples, tolerance)
+            with collecting(norms, by_name), _make_bar(progress, num_batches) as bar:
+                rounds = data_pass.go(
+                    collectors, is_enough=lambda rounds: _is_known(rounds, collectors, tolerance, bar)
+                )
+
+    everything = [collector.collect_over_workers() for collector in collectors]
+    rows, estimates = [], []
+    for collector, collected in zip(collectors, everything, strict=True):
+        row, new = collector.estimate(collected, estimator, source_samples)
+        rows.append(row)
+        estimates.append(new)
+    if all(new is None for new in estimates):
+        raise _nothing_is_reached(rounds, everything)
+
+    for collector, new in zip(collectors, estimates, strict=True):  # after the last collective, which may fail
+        collector.write(new, rounds.num_batches)
+    return RecomputeReport(tuple(rows), rounds.num_batches, rounds.num_images, tolerance)
 
 
-class _Caller:
-    """Runs a batch through the model, in its domain.
-
-    Attributes:
-        images: domain -> images of the last batch; "": not known here.
-    """
-
-    def __init__(
-        self, model: nn.Module, forward: Forward | None, domain: Domain | None, sets: Sequence[Collector]
-    ) -> None:
-        self._model, self._forward, self._domain, self._sets = model, forward, domain, sets
-        self.images: dict[str, int] = {}
-
-    def __call__(self, batch: Any) -> None:
-        name = self._domain(batch) if callable(self._domain) else self._domain
-        is_one = name is None or isinstance(name, str)
-        self.images = {str(name or ""): count_images(batch)} if is_one else dict(collections.Counter(name))
-        with contextlib.nullcontext() if name is None else use_domain(name):
-            self._run(batch)
-
-    def _run(self, batch: Any) -> None:
-        if self._forward is not None:
-            self._forward(self._model, batch)
-            return
-        try:
-            self._model(batch)
-        except (TypeError, AttributeError) as error:
-            if any(own.is_reached for own in self._sets):
-                raise  # the model has taken the batch
-            raise StatisticsError(
-                f"forward must say how the model takes a batch, as model(batch) fails; got a batch of type "
-                f"{type(batch).__name__} and {type(error).__name__}: {str(error).splitlines()[0]} ({_WHERE}). For "
-                f"(inputs, labels) use forward=lambda model, batch: model(batch[0])."
-            ) from error
+def _make_bar(is_wanted: bool, num_batches: int | None) -> Any:
+    """Of rounds, on the first worker's terminal."""
+    is_shown = is_wanted and get_rank(resolve_group("all")) == 0
+    disable = None if is_shown else True  # None: shown on a terminal only
+    return tqdm(total=num_batches, desc="re-estimating", unit="batch", disable=disable)
 
 
-def _go_through(
-    rounds: Rounds,
-    call: _Caller,
-    sets: Sequence[Collector],
-    tolerance: float | None,
-    kept: KeptState,
-    bar: Any,
-) -> None:
-    """Collect until the data end, or the errors are small enough."""
-    for batch in rounds:
-        if batch is not None:
-            rounds.run(partial(call, batch))
-        for own in sets:
-            own.end_batch(call.images)
-        bar.update()
-        if tolerance is not None and rounds.done >= _FIRST_CHECK and rounds.done % _CHECK_PERIOD == 0:
-            rounds.finish()  # whoever has failed does not come to the look
-            error = _find_largest_error(sets)
-            bar.set_postfix_str(f"standard error {100 * error:.2g} %", refresh=False)
-            if error <= tolerance:
-                break
-        if kept.is_due(rounds.done):
-            rounds.finish()  # what a worker has of a batch that failed is not to be kept
-            rounds.run(partial(kept.save, rounds.done, sets))
-    rounds.finish()
-    kept.check_used(rounds.done)
+def _is_known(rounds: LockStep, collectors: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:
+    """Whether the standard errors of all reached sets are small enough. A collective, every few rounds."""
+    bar.update()
+    if tolerance is None or rounds.num_rounds < _FIRST_CHECK or rounds.num_rounds % _CHECK_PERIOD:
+        return False
+
+    rounds.check_failures()  # whoever has failed does not come to the look
+    errors: list[float] = []
+    for collector in collectors:
+        everything = collector.collect_over_workers()
+        if everything.total.count > 0:
+            errors += collector.measure_errors(everything)
+
+    largest = max(errors, default=math.inf)
+    bar.set_postfix_str(f"standard error {100 * largest:.2g} %", refresh=False)
+    return largest <= tolerance
 
 
-def _find_largest_error(sets: Sequence[Collector]) -> float:
-    """Of the reached sets, over all workers. A collective."""
-    found = [own.collect_over_workers() for own in sets]
-    reached = [(own, every) for own, every in zip(sets, found, strict=True) if every.total.count > 0]
-    return max((max(measure_errors(own, every)) for own, every in reached), default=math.inf)
+def _nothing_is_reached(rounds: LockStep, everything: Sequence[Collected]) -> StatisticsError:
+    count = max(int(collected.total.count) for collected in everything)
+    activations = f"{count} activations, each a mini-batch of its own" if count else "no activation"
+    batches = "larger batches" if count else "a longer loader"
+
+    return StatisticsError.of(
+        "data",
+        "give at least one batch that reaches a norm",
+        got=f"{rounds.num_batches} batches and {activations}",
+        where=_WHERE,
+        remedy=f"Pass {batches}, or select norms that forward reaches.",
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-import torch
+from bnext.files import drop_nan
 
 __all__ = ["PopulationEstimate", "RecomputeReport"]
 
@@ -82,36 +82,35 @@ class RecomputeReport:
     @property
     def not_converged(self) -> tuple[PopulationEstimate, ...]:
         """Reached sets whose standard error is above the tolerance; none without a tolerance."""
-        limit = math.inf if self.tolerance is None else self.tolerance
-        return tuple(estimate for estimate in self.reached if estimate.error > limit and self.tolerance is not None)
+        if self.tolerance is None:
+            return ()
+        return tuple(estimate for estimate in self.reached if estimate.error > self.tolerance)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; what is not finite, such as an unknown error, is null."""
-        rows = [dataclasses.asdict(estimate) for estimate in self.estimates]
-        for row in rows:
-            row |= {key: None for key, value in row.items() if isinstance(value, float) and not math.isfinite(value)}
-        return {**dataclasses.asdict(self), "estimates": rows}
+        return dict(drop_nan(dataclasses.asdict(self)))
 
     def __str__(self) -> str:
-        reached = self.reached
-        what = f"{self.num_batches} batches" + (f", {self.num_samples} samples" if self.num_samples else "")
-        lines = [f"Population statistics re-estimated: {len(reached)} sets from {what}."]
-        if reached:
-            farthest = max(reached, key=lambda estimate: estimate.mean_shift)
-            lines.append(
-                f"  farthest from before: {farthest.name}, mean by {farthest.mean_shift:.2f} standard deviations"
-            )
-            coarsest = max(reached, key=lambda estimate: estimate.error)
-            lines.append(f"  largest standard error: {coarsest.name}, {_percent(coarsest.error)} (p95 over channels)")
+        samples = f", {self.num_samples} samples" if self.num_samples else ""
+        lines = [
+            f"Population statistics re-estimated: {len(self.reached)} sets from {self.num_batches} batches{samples}."
+        ]
+
+        if self.reached:
+            farthest = max(self.reached, key=lambda estimate: estimate.mean_shift)
+            coarsest = max(self.reached, key=lambda estimate: estimate.error)
+            shift, error = f"{farthest.mean_shift:.2f} standard deviations", _percent(coarsest.error)
+            lines.append(f"  farthest from before: {farthest.name}, mean by {shift}")
+            lines.append(f"  largest standard error: {coarsest.name}, {error} (p95 over channels)")
+
         coarse = sorted(self.not_converged, key=lambda estimate: -estimate.error)
+        limit = _percent(self.tolerance or 0)
         for estimate in coarse[:_SHOWN]:
-            lines.append(
-                f"  not converged: {estimate.name}, standard error {_percent(estimate.error)} of a tolerance of "
-                f"{_percent(self.tolerance or 0)} after {estimate.num_batches} batches"
-            )
+            error = f"standard error {_percent(estimate.error)} of a tolerance of {limit}"
+            lines.append(f"  not converged: {estimate.name}, {error} after {estimate.num_batches} batches")
         if len(coarse) > _SHOWN:
-            rest = coarse[_SHOWN:]
-            lines.append(f"  not converged: {len(rest)} more, up to {_percent(rest[0].error)}")
+            lines.append(f"  not converged: {len(coarse) - _SHOWN} more, up to {_percent(coarse[_SHOWN].error)}")
+
         for estimate in self.not_reached:
             lines.append(f"  not reached, left as it was: {estimate.path} {' '.join(estimate.levels)}".rstrip())
         return "\n".join(lines)
@@ -119,8 +118,3 @@ class RecomputeReport:
 
 def _percent(value: float) -> str:
     return "unknown" if math.isinf(value) else f"{100 * value:.2g} %"
-
-
-def percentile_error(errors: torch.Tensor) -> float:
-    """The 95th percentile over channels, [C]."""
-    return float("inf") if torch.isinf(errors).any() else float(torch.quantile(errors, 0.95))

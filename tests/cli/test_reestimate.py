@@ -8,9 +8,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
 
 from bnext.checkpoints import Checkpointer
-from bnext.cli.reestimate import recompute_checkpoint
+from bnext.cli.reestimate import RecomputeRequest, recompute_checkpoint
 from bnext.cli.reestimate import run_request as run
-from bnext.cli.reestimate_request import RecomputeRequest
 from bnext.errors import ConfigError
 from bnext.evaluation.reestimate import format_report, recompute_statistics
 from bnext.layers import LevelBatchNorm2d

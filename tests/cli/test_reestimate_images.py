@@ -5,8 +5,8 @@ import json
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from bnext.cli.reestimate import RecomputeRequest
 from bnext.cli.reestimate import run_request as run
-from bnext.cli.reestimate_request import RecomputeRequest
 from bnext.errors import StatisticsError
 from tests.saved import NODE, load
 
@@ -39,8 +39,7 @@ def test_whoever_stops_early_has_seen_every_domain(
     assert (samples["night",], samples["day",]) == (night, day)
 
 
-def test_a_domain_that_was_asked_for_and_gets_no_image_is_refused(weights, unlabelled, tmp_path, monkeypatch):
-    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 1)
+def test_a_domain_that_was_asked_for_and_gets_no_image_is_refused(weights, unlabelled, tmp_path):
     request = RecomputeRequest(
         output=str(tmp_path / "out.pth"),
         population="per_domain",

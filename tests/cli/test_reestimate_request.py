@@ -7,10 +7,9 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from bnext.cli.reestimate import _check_repaired, give_population
+from bnext.cli.reestimate import RecomputeRequest, _check_repaired, check_files, give_population
 from bnext.cli.reestimate import run_request as run
-from bnext.cli.reestimate_request import RecomputeRequest, check_files
-from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
+from bnext.errors import CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
 from bnext.statistics import PopulationEstimate, RecomputeReport
 from tests import tiny
 from tests.saved import NODE, buffers_that_differ, load, save
@@ -114,8 +113,6 @@ def test_requests_that_are_refused(weights, tmp_path):
     for arguments, kind, message in cases:
         with pytest.raises(kind, match=message):
             run(load(weights), RecomputeRequest(output=output, **arguments))
-    with pytest.raises(ConfigError, match=r"--resume must be.*'layer_by_layer'"):
-        run(load(weights, f"{NODE}.ESTIMATOR", "layer_by_layer"), RecomputeRequest(output=output, resume=True))
     names = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
     with pytest.raises(ConfigError, match=r"--domain must name the domain.*got none of \('day', 'night'\)"):
         run(load(weights, *names), RecomputeRequest(output=output))
@@ -190,8 +187,34 @@ def test_weights_with_a_query_are_the_file_before_it(weights, tmp_path):
 def test_a_data_set_counts_once_for_a_domain(weights, tmp_path):
     output, cfg = str(tmp_path / "out.pth"), load(weights)
     twice = ("digits_val", "digits_val")
-    with pytest.raises(ConfigError, match="each data set once; got 'digits_val' twice for --domain day"):
+    with pytest.raises(ConfigError, match="--dataset must name each.*'digits_val' for --domain day twice"):
         run(cfg, RecomputeRequest(output=output, datasets=twice, domains=("day", "day")))
-    with pytest.raises(ConfigError, match="each data set once; got 'digits_val' twice. Leave"):
+    with pytest.raises(ConfigError, match="--dataset must name each.*'digits_val' twice"):
         run(cfg, RecomputeRequest(output=output, datasets=twice))
     run(cfg, RecomputeRequest(output=output, datasets=twice, domains=("day", "night"), population="per_domain"))
+
+
+# ---- what is written
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is full")
+@pytest.mark.parametrize("file", ["out.pth", "out.json"])
+def test_without_room_for_both_files_there_is_none(weights, tmp_path, file):
+    os.symlink("/dev/full", tmp_path / f"{file}.partial")
+    with pytest.raises(LaunchError, match=r"--output must be on a disk with room.*No space left.*nothing is written"):
+        run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_ended_workers_have_half_written_is_removed(weights, tmp_path, monkeypatch):
+    """Workers are ended by a signal, which no `finally` of theirs sees."""
+
+    def start(main, number, args, device):
+        for name in ("out.pth.partial", "out.json.partial", "other.pth.partial"):
+            (tmp_path / name).write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnext.cli.reestimate.launch", start)
+    with pytest.raises(KeyboardInterrupt):
+        run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pth.partial"]

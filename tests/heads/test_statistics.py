@@ -21,7 +21,7 @@ BACKBONE = ("MODEL.RESNETS.NORM", "BN")
 
 
 def paths_of(model):
-    return [path for path, _ in select_norms(model)]
+    return list(select_norms(model))
 
 
 def in_head(path, module):

@@ -37,7 +37,7 @@ def test_options_reach_the_estimate(command, tmp_path, capsys):
     ("arguments", "message"),
     [
         (("--dataset", "digits_nope"), "A data set must be registered; got 'digits_nope'"),
-        (("--dataset", "digits_val", "--dataset", "digits_val"), "each data set once; got 'digits_val' twice. Leave"),
+        (("--dataset", "digits_val", "--dataset", "digits_val"), "each data set once; got 'digits_val' twice"),
         (("--population", "own"), "--population must be one of"),
         (("--estimator", "best"), "TEST.BNEXT.PRECISE_BN.ESTIMATOR must be one of"),
         (("--tolerance", "-1"), "--tolerance must be 0 (none) or above; got -1.0"),
@@ -48,6 +48,7 @@ def test_options_reach_the_estimate(command, tmp_path, capsys):
         (("--domain", "day"), "--domain must be given once for each --dataset"),
         (("MODEL.WEIGHTS", "absent.pth"), "'absent.pth', which does not exist"),
         (("MODEL.NOPE", "1"), "MODEL.NOPE"),
+        (("--resume",), "--resume must be left out"),
     ],
 )
 def test_what_is_refused_in_one_line(command, check_refused, tmp_path, arguments, message):
@@ -66,21 +67,18 @@ def test_output_is_not_the_input_and_not_replaced(command, weights, tmp_path, ca
     assert command("--overwrite") == 0
 
 
-@pytest.mark.parametrize("is_kept", [False, True])
-def test_an_interruption_says_how_to_go_on_if_something_is_kept(command, tmp_path, monkeypatch, capsys, is_kept):
-    monkeypatch.setattr("bnext.statistics.kept_state._PERIOD", 2)
+def test_an_interruption_leaves_nothing(command, tmp_path, monkeypatch, capsys):
     load, numbers = DatasetMapper.__call__, iter(range(12))
 
     def interrupt(mapper, record):
-        if next(numbers) == (5 if is_kept else 1):
+        if next(numbers) == 5:
             raise KeyboardInterrupt
         return load(mapper, record)
 
     monkeypatch.setattr(DatasetMapper, "__call__", interrupt)
     assert command("--dataset", "digits_train", "SOLVER.IMS_PER_BATCH", "2") == 130
-    said = capsys.readouterr().err
-    assert "interrupted; nothing is written." in said
-    assert ("--resume" in said) == is_kept == bool(list(tmp_path.glob("*.state")))
+    assert "interrupted; nothing is written." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
-"""How many images a batch has, whichever form a loader gives it; and what an estimate must not depend on."""
-
-import collections
+"""What an estimate must not depend on: former statistics, the order of batches, how a norm is called."""
 
 import pytest
 import torch
@@ -8,36 +6,7 @@ from torch import nn
 
 from bnext import StatisticsError, following_stream, recompute_population_statistics
 from bnext.layers import BatchNorm2d, NormSpec
-from bnext.statistics.rounds import count_images
 from tests.workers import run_workers
-
-IMAGE = torch.zeros(3, 4, 4)
-
-
-@pytest.mark.parametrize(
-    ("batch", "number"),
-    [
-        (torch.zeros(5, 3, 4, 4), 5),
-        ([{"image": IMAGE}] * 6, 6),  # detectron2
-        ([IMAGE] * 7, 7),
-        ((torch.zeros(8, 3, 4, 4), torch.zeros(8)), 8),
-        ([torch.zeros(8, 3, 4, 4), torch.zeros(8)], 8),  # torch's default_collate gives lists
-        ((torch.zeros(32, 10), torch.zeros(32)), 32),
-        ([torch.zeros(4, 3, 2, 4, 4), torch.zeros(4)], 4),  # videos
-        (tuple(zip(*[(IMAGE, {"boxes": 0})] * 9, strict=True)), 9),  # torchvision's references
-        ({"images": torch.zeros(3, 3, 4, 4), "labels": torch.zeros(3)}, 3),
-        ([(IMAGE, 1)] * 2, 2),
-        ([[IMAGE] * 8, [{"boxes": 0}] * 8], 8),
-        ({"height": 480, "scale": torch.tensor(1.0), "image": torch.zeros(4, 3, 2, 2)}, 4),
-        (None, 1),
-        (collections.UserDict({"name": "a", "images": torch.zeros(3, 3, 4, 4)}), 3),
-        (collections.deque([IMAGE] * 5), 5),
-        ([], 0),
-    ],
-    ids=str,
-)
-def test_images_of_a_batch(batch, number):
-    assert count_images(batch) == number
 
 
 def make_net(spec):
