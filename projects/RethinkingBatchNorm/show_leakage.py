@@ -44,7 +44,7 @@ def show(args: argparse.Namespace) -> None:
     models = {}
     for title, file, weights in args.model:
         if title in models:
-            raise ConfigError(f"--model must have a title of its own; got {title!r} twice. Rename one.")
+            raise ConfigError.of("--model", "have a title of its own", got=f"{title!r} twice", remedy="Rename one.")
         cfg = load_config(file, [*args.opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", args.output])
         check_run(cfg, build_parser().parse_args(["--eval-only"]))
         models[title] = (cfg, weights)

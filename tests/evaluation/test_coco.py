@@ -31,7 +31,7 @@ def test_several_sets_have_a_dictionary_and_a_folder_each(model, digits, tmp_pat
     names = ("digits_val", "digits_train")
     detections = [Path(tmp_path, "inference", name, "coco_instances_results.json") for name in names]
     images = [{detection["image_id"] for detection in json.loads(path.read_text())} for path in detections]
-    assert [len(found) for found in images] == [4, 12]
+    assert [len(ids) for ids in images] == [4, 12]
     stored = json.loads(Path(tmp_path, "inference", "results.json").read_text())
     assert stored["digits_val"]["bbox"]["AP"] == results["digits_val"]["bbox"]["AP"]
     assert stored["digits_val"]["bbox"]["APl"] is None  # no large object in images of 64 pixels: NaN is no JSON
@@ -60,7 +60,7 @@ def test_other_kinds_of_data_sets_are_refused(digits, tmp_path):
     DatasetCatalog.register("bnext_test_lvis", list)
     MetadataCatalog.get("bnext_test_lvis").evaluator_type = "lvis"
     try:
-        with pytest.raises(ConfigError, match=r"'bnext_test_lvis' \(evaluator_type 'lvis'\)"):
+        with pytest.raises(ConfigError, match="bnext_test_lvis"):
             build_evaluator(tiny.load(tmp_path), "bnext_test_lvis")
     finally:
         DatasetCatalog.remove("bnext_test_lvis")

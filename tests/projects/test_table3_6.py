@@ -47,21 +47,21 @@ def test_the_papers_numbers():
 @pytest.mark.parametrize("row", TRAINED)
 def test_configs_are_what_their_rows_claim(row, dataset):
     cfg = load_config(config_file(row, dataset), ["MODEL.DEVICE", "cpu"])
-    what = ROWS[row]
+    expected = ROWS[row]
     for head in HEADS:
         norm = read_place(cfg, head).norm
-        assert what.shuffle == cfg.MODEL.BNEXT[head].SHUFFLE
-        if what.norm in ("GN", ""):
-            assert norm == what.norm
+        assert expected.shuffle == cfg.MODEL.BNEXT[head].SHUFFLE
+        if expected.norm in ("GN", ""):
+            assert norm == expected.norm
         else:
-            is_shared = what.norm == "SyncBN" or what.shuffle == "statistics"
+            is_shared = expected.norm == "SyncBN" or expected.shuffle == "statistics"
             assert norm == NormSpec(workers="all" if is_shared else "one")
     assert (cfg.MODEL.ROI_BOX_HEAD.NUM_CONV, cfg.MODEL.ROI_BOX_HEAD.NUM_FC) == (4, 1)
     assert cfg.MODEL.RESNETS.NORM in ("GN", "FrozenBN"), "the backbone must not have a mini-batch of one image"
     assert cfg.MODEL.FPN.NORM in ("GN", "")
-    assert (what.norm not in ("GN", "")) == cfg.TEST.PRECISE_BN.ENABLED
+    assert (expected.norm not in ("GN", "")) == cfg.TEST.PRECISE_BN.ENABLED
     num_workers = {"digits": 2, "coco": 8}[dataset]
-    assert num_workers * (what.images or {"digits": 1, "coco": 2}[dataset]) == cfg.SOLVER.IMS_PER_BATCH
+    assert num_workers * (expected.images or {"digits": 1, "coco": 2}[dataset]) == cfg.SOLVER.IMS_PER_BATCH
 
 
 @pytest.mark.parametrize("row", TRAINED)
@@ -113,30 +113,25 @@ def test_table_shows_ours_beside_the_papers():
 
 
 def test_rows_that_there_are_not_are_refused():
-    with pytest.raises(ConfigError, match=r"--rows must be of bn_2, .*; got bn_3, row1\."):
+    with pytest.raises(ConfigError, match="bn_3, row1"):
         check_names(["bn_3", "syncbn", "row1"])
 
 
 def test_images_of_a_worker_are_those_of_the_row(digits, tmp_path):
-    with pytest.raises(ConfigError, match=r"must be 1 image\(s\) for each of the 1 worker.*got 2 \(row bn_1\)"):
+    with pytest.raises(ConfigError, match="SOLVER.IMS_PER_BATCH"):
         load(["bn_1"], tmp_path)
     assert load(["syncbn"], tmp_path)["syncbn"].SOLVER.IMS_PER_BATCH == 2
 
 
 def test_a_config_of_another_row_is_refused(digits, tmp_path):
-    with pytest.raises(ConfigError, match=r"row shuffle_1 .*'statistics'.* in ROI_BOX_HEAD; got .*'none'.*bn_1"):
+    with pytest.raises(ConfigError, match="ROI_BOX_HEAD"):
         load_rows({"shuffle_1": config_file("bn_1")}, str(tmp_path), ONE)
-    with pytest.raises(ConfigError, match=r"row bn_1 must have .* in ROI_MASK_HEAD"):
+    with pytest.raises(ConfigError, match="ROI_MASK_HEAD"):
         load(["bn_1"], tmp_path, *ONE, "MODEL.BNEXT.ROI_MASK_HEAD.INFERENCE", "mini_batch")
 
 
 def test_pairs_do_not_turn_a_row_into_another(digits, tmp_path):
-    with pytest.raises(ConfigError, match=r"ROIS must be 'sampled' in row bn_1; got 'top_scored'"):
+    with pytest.raises(ConfigError, match="PRECISE_BN.ROIS"):
         load(["bn_1"], tmp_path, *ONE, "TEST.BNEXT.PRECISE_BN.ROIS", "top_scored")
-    with pytest.raises(ConfigError, match="--num-gpus must be 2 or more for a row with shuffle; got 1"):
+    with pytest.raises(ConfigError, match="--num-gpus"):
         load(["shuffle_1"], tmp_path, *ONE)
-
-
-def test_every_row_has_its_own_folder(digits, tmp_path):
-    with pytest.raises(ConfigError, match="OUTPUT_DIR must not be among the pairs"):
-        load(["bn_1"], tmp_path, *ONE, "OUTPUT_DIR", "elsewhere")

@@ -11,16 +11,8 @@ from bnext.errors import BNextError, ConfigError
 from tests.tiny import ROOT
 
 CONFIGS = ROOT / "projects/RethinkingBatchNorm/configs/digits"
-TINY = [
-    "SOLVER.MAX_ITER",
-    "2",
-    "SOLVER.IMS_PER_BATCH",
-    "4",
-    "INPUT.MIN_SIZE_TRAIN",
-    "(64,)",
-    "INPUT.MIN_SIZE_TEST",
-    "64",
-]
+TINY = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "4"]
+TINY += ["INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64"]
 TINY += ["TEST.PRECISE_BN.NUM_ITER", "2", "MODEL.RETINANET.NUM_CONVS", "1", "MODEL.FPN.OUT_CHANNELS", "16"]
 
 
@@ -63,22 +55,6 @@ def test_resume_goes_on_and_a_new_study_does_not(digits, tmp_path):
     assert stale.read_text() == "model_final.pth"
 
 
-def test_batches_for_the_re_estimation_are_checked_before_training(digits, tmp_path):
-    with pytest.raises(ConfigError, match="TEST.PRECISE_BN.NUM_ITER"):
-        load_rows(config_files(3, 4), str(tmp_path), ["TEST.PRECISE_BN.NUM_ITER", "0"])
-
-
-@pytest.mark.parametrize("sets", ["()", "('digits_val', 'digits_train')"])
-def test_the_table_wants_one_test_set(digits, tmp_path, sets):
-    with pytest.raises(ConfigError, match="DATASETS.TEST must name one data set"):
-        load_rows(config_files(3), str(tmp_path), ["DATASETS.TEST", sets])
-
-
-def test_every_row_has_its_own_folder(digits, tmp_path):
-    with pytest.raises(ConfigError, match="OUTPUT_DIR must not be among the pairs"):
-        load_rows(config_files(3), str(tmp_path), ["OUTPUT_DIR", "elsewhere"])
-
-
 def test_table_shows_ours_beside_the_papers():
     results = {"rows": {"3": {"bbox/AP": 1.25}, "4": {"bbox/AP": 31.5}}}
     table = format_table(results, "digits")
@@ -87,11 +63,11 @@ def test_table_shows_ours_beside_the_papers():
 
 
 def test_a_config_of_another_row_is_refused(digits, tmp_path):
-    with pytest.raises(ConfigError, match=r"row 4 must have its three answers.*table5_row3"):
+    with pytest.raises(ConfigError, match="row 4"):
         load_rows({4: str(CONFIGS / "table5_row3.yaml")}, str(tmp_path))
 
 
-def test_a_missing_data_set_is_found_before_training(tmp_path, monkeypatch):
+def test_a_missing_data_set_is_found_before_training(tmp_path):
     files = {row: str(Path(file).parents[1] / "coco" / Path(file).name) for row, file in config_files(3).items()}
     with pytest.raises(BNextError, match="coco_2017_train"):
         load_rows(files, str(tmp_path))

@@ -58,18 +58,18 @@ def test_nothing_detected_is_no_ap_and_no_objects_are_no_number():
 
 
 def test_every_row_has_its_own_folder(tmp_path):
-    with pytest.raises(ConfigError, match="OUTPUT_DIR must not be among the pairs"):
+    with pytest.raises(ConfigError, match="OUTPUT_DIR"):
         load_row(str(tiny.CONFIG), str(tmp_path), "row_a", ["OUTPUT_DIR", "elsewhere"])
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("key", "value"),
     [
-        (["TEST.PRECISE_BN.NUM_ITER", "0"], r"NUM_ITER.*must be 1 or more; got 0 \(row a\)"),
-        (["DATASETS.TEST", "()"], "DATASETS.TEST must name one data set"),
-        (["DATASETS.TEST", "('digits_val', 'digits_train')"], "DATASETS.TEST must name one data set"),
+        ("TEST.PRECISE_BN.NUM_ITER", "0"),
+        ("DATASETS.TEST", "()"),
+        ("DATASETS.TEST", "('digits_val', 'digits_train')"),
     ],
 )
-def test_what_no_row_can_run_with_is_refused(tmp_path, pairs, message):
-    with pytest.raises(ConfigError, match=message):
-        check_rows({"a": load_row(str(tiny.CONFIG), str(tmp_path), "row_a", pairs)})
+def test_what_no_row_can_run_with_is_refused(tmp_path, key, value):
+    with pytest.raises(ConfigError, match=rf"{key}.*row a"):
+        check_rows({"a": load_row(str(tiny.CONFIG), str(tmp_path), "row_a", [key, value])})
