@@ -105,13 +105,9 @@ class Checkpointer(DetectionCheckpointer):
         """
         is_address = "://" in path
         if path and not is_address and not os.path.isfile(path.split("?")[0]):
-            raise CheckpointError.of(
-                "A checkpoint",
-                "be a file",
-                got=f"{path!r}, which does not exist",
-                where="MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint",
-                remedy="Check the path, or set MODEL.WEIGHTS to '' to start from random weights.",
-            )
+            got, where = f"{path!r}, which does not exist", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint"
+            remedy = "Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
+            raise CheckpointError.of("A checkpoint", "be a file", got=got, where=where, remedy=remedy)
 
         self._path, self._complete, self._replaced = path, complete, tuple(replaced)
         self.left_out: list[str] = []
@@ -123,14 +119,9 @@ class Checkpointer(DetectionCheckpointer):
         except (OSError, HTTPException, AssertionError) as error:
             if not is_address:
                 raise
-            reason = "".join(str(error).splitlines()[:1])
-            raise CheckpointError.of(
-                "A checkpoint",
-                "be reachable at its address",
-                got=f"{type(error).__name__}: {reason}",
-                where=path,
-                remedy="Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
-            ) from error
+            rule, got = "be reachable at its address", f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
+            remedy = "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>."
+            raise CheckpointError.of("A checkpoint", rule, got=got, where=path, remedy=remedy) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
@@ -188,7 +179,7 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
-        """Of norms whose statistics are replaced, those that cannot be become a new norm's."""
+        """Give statistics that cannot be, of norms whose statistics are replaced, the values of a new norm."""
         for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION)):
             path = owner.removeprefix("module.")
             if not any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced):
@@ -211,13 +202,9 @@ class Checkpointer(DetectionCheckpointer):
         for path, module in self.model.named_modules():
             statistics = _select_statistics(state, path)
             if isinstance(module, FoldedNorm) and any(value.numel() for value in statistics.values()):
-                raise CheckpointError.of(
-                    "a checkpoint of a model with norms",
-                    "be loaded before it is folded",
-                    got="the state of a norm for a folded one",
-                    where=f"{path}; {self._path}",
-                    remedy="Build the model anew, load, then call fold_norms.",
-                )
+                thing, rule = "a checkpoint of a model with norms", "be loaded before it is folded"
+                where, remedy = f"{path}; {self._path}", "Build the model anew, load, then call fold_norms."
+                raise CheckpointError.of(thing, rule, got="a norm for a folded one", where=where, remedy=remedy)
 
     def _check_fit(self, state: dict[str, Tensor]) -> None:
         """Refuse a checkpoint of another model, or one that must be complete and is not."""
@@ -238,13 +225,10 @@ class Checkpointer(DetectionCheckpointer):
             "Of another shape": mismatched,
         }
         faults = " ".join(f"{title}: {list_few(keys) or 'none'}." for title, keys in lists.items())
-        raise CheckpointError.of(
-            "The checkpoint",
-            f"{'have every parameter and norm statistic' if self._complete else 'share some parameter'} of the model",
-            got=f"{len(required) - len(missing)} of {len(required)}",
-            where=self._path,
-            remedy=f"{faults} Use the config that the checkpoint was trained with, or another checkpoint.",
-        )
+        rule = "have every parameter and norm statistic" if self._complete else "share some parameter"
+        got = f"{len(required) - len(missing)} of {len(required)}"
+        remedy = f"{faults} Use the config that the checkpoint was trained with, or another checkpoint."
+        raise CheckpointError.of("The checkpoint", f"{rule} of the model", got=got, where=self._path, remedy=remedy)
 
     def _warn_of_unwritten(self, state: dict[str, Tensor]) -> None:
         """Say which frozen norms, and which norms of a checkpoint, have no statistics but the initial ones.
@@ -296,12 +280,8 @@ def check_eval_weights(path: str) -> None:
         CheckpointError: if it is empty.
     """
     if not path:
-        raise CheckpointError.of(
-            "MODEL.WEIGHTS",
-            "name the checkpoint to evaluate",
-            got="''",
-            remedy="Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR.",
-        )
+        remedy = "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        raise CheckpointError.of("MODEL.WEIGHTS", "name the checkpoint to evaluate", got="''", remedy=remedy)
 
 
 def find_required_keys(model: nn.Module) -> list[frozenset[str]]:

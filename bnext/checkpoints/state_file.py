@@ -1,4 +1,4 @@
-"""What a checkpoint file must be, and what is said of one that is not."""
+"""The content that a checkpoint file must have, and what is said of one that has not."""
 
 from __future__ import annotations
 

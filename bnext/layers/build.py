@@ -83,12 +83,8 @@ def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
     if name == "":
         return None
 
-    raise ConfigError.of(
-        "a norm",
-        f"be one of {', '.join(map(repr, NORM_NAMES))}",
-        got=repr(name),
-        remedy="Choose one of them, or give a NormSpec.",
-    )
+    rule, remedy = f"be one of {', '.join(map(repr, NORM_NAMES))}", "Choose one of them, or give a NormSpec."
+    raise ConfigError.of("a norm", rule, got=repr(name), remedy=remedy)
 
 
 def name_norms(model: nn.Module) -> None:

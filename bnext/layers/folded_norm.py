@@ -1,4 +1,4 @@
-"""What is left in the place of a norm that was folded into its convolution, and what it guards.
+"""The module in the place of a norm that was folded into its convolution, and what it guards.
 
 Folding itself is in `bnext.surgery.fold`.
 """
@@ -65,13 +65,12 @@ class FoldedNorm(nn.Module):
             DomainError: another domain is active than the one that was folded.
         """
         if self.training and not self.allow_training:
+            remedy = (
+                "Call model.eval(), train the model before it is folded, or fold with allow_training=True: "
+                "gradient descent on folded weights is another optimization than that of a frozen norm."
+            )
             raise StatisticsError.of(
-                "a folded norm",
-                "not be trained",
-                got="training mode",
-                where=self._where,
-                remedy="Call model.eval(), train the model before it is folded, or fold with allow_training=True: "
-                "gradient descent on folded weights is another optimization than that of a frozen norm.",
+                "a folded norm", "not be trained", got="training mode", where=self._where, remedy=remedy
             )
 
         if isinstance(input, Mapping):
@@ -89,13 +88,9 @@ class FoldedNorm(nn.Module):
 
         for level in features:
             if level not in allowed:
-                raise StatisticsError.of(
-                    "features",
-                    f"be of the levels {allowed}, which were folded",
-                    got=repr(level),
-                    where=self._where,
-                    remedy="Fold a copy of the model for every level, or use the model that is not folded.",
-                )
+                rule = f"be of the levels {allowed}, which were folded"
+                remedy = "Fold a copy of the model for every level, or use the model that is not folded."
+                raise StatisticsError.of("features", rule, got=repr(level), where=self._where, remedy=remedy)
 
     def _check_active_domain(self) -> None:
         active = get_active_domain()
@@ -104,10 +99,6 @@ class FoldedNorm(nn.Module):
         for name in names:
             domain = name if name in self.domains else self.fallback_domain
             if domain != self.domain:
-                raise DomainError.of(
-                    "the active domain",
-                    f"be {self.domain!r}, which was folded",
-                    got=repr(name),
-                    where=self._where,
-                    remedy="Fold a copy of the model for every domain, or use the model that is not folded.",
-                )
+                rule = f"be {self.domain!r}, which was folded"
+                remedy = "Fold a copy of the model for every domain, or use the model that is not folded."
+                raise DomainError.of("the active domain", rule, got=repr(name), where=self._where, remedy=remedy)

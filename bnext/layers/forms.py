@@ -57,7 +57,7 @@ TRAINING_LEFT_OUT = "what {name} does otherwise than torch in training was left 
 
 @dataclasses.dataclass(frozen=True)
 class NormForm:
-    """How one norm lays out its state.
+    """The layout of one norm's state.
 
     Args:
         num_features: channels C.
@@ -85,7 +85,7 @@ class NormForm:
 
     @property
     def sources(self) -> str:
-        """What the owners are called in messages."""
+        """The word for the owners in messages."""
         return "levels" if self.has_levels or self.is_numbered else "domains"
 
     @property
@@ -147,13 +147,9 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
 def _check_bases(treat_as: TreatAs) -> None:
     for kind, base in treat_as.items():
         if not (isinstance(kind, type) and isinstance(base, type) and issubclass(base, _BASES)):
-            known = ", ".join(known.__name__ for known in _BASES)
-            raise ConfigError.of(
-                "treat_as",
-                f"map classes to one of {known}",
-                got=f"{kind!r}: {base!r}",
-                remedy="Name the class whose outputs in evaluation mode are the same.",
-            )
+            rule = f"map classes to one of {', '.join(known.__name__ for known in _BASES)}"
+            remedy = "Name the class whose outputs in evaluation mode are the same."
+            raise ConfigError.of("treat_as", rule, got=f"{kind!r}: {base!r}", remedy=remedy)
 
 
 # ---- reading a form
@@ -276,7 +272,7 @@ def _read_frozen(module: nn.Module) -> NormForm | None:
 
 
 def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None = None) -> tuple[list[str], list[str]]:
-    """What another norm in the place of this one would lack.
+    """Things that another norm in the place of this one would lack.
 
     Returns:
         What forbids a conversion, since outputs or state would be lost; and what is worth saying.

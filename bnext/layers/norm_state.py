@@ -32,7 +32,7 @@ DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
 
 
 class Note(NamedTuple):
-    """What was done to the state of one norm, and whether its outputs in evaluation mode stay what they were."""
+    """One thing that was done to the state of a norm, and whether its outputs in evaluation mode stay the same."""
 
     text: str
     keeps_outputs: bool = True
@@ -40,7 +40,7 @@ class Note(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class NormRecord:
-    """What a norm knows, whatever its form.
+    """All that a norm knows, whatever its form.
 
     Args:
         affines, populations: owner -> fields under torch's names; "" owns what is shared.
@@ -76,22 +76,14 @@ def read_state(state_dict: StateDict, num_features: int, path: str) -> NormRecor
     by_owner: dict[str, Fields] = {}
     for key, value in state_dict.items():
         owner, _, field = key.rpartition(".")
+        rule = ""
         if field not in AFFINE + POPULATION or "." in owner:
-            raise CheckpointError.of(
-                "state of a batch norm",
-                "be of torch's names, by level or domain or not",
-                got=repr(key),
-                where=path,
-                remedy="Load a checkpoint of a model with batch norm there.",
-            )
-        if field != "num_batches_tracked" and tuple(value.shape) != (num_features,):
-            raise CheckpointError.of(
-                "state of a batch norm",
-                f"have the shape [{num_features}]",
-                got=list(value.shape),
-                where=f"{path}, {key!r}",
-                remedy="Load a checkpoint of a model with batch norm there and as many channels.",
-            )
+            rule = "be of torch's names, by level or domain or not"
+        elif field != "num_batches_tracked" and tuple(value.shape) != (num_features,):
+            rule = f"have the shape [{num_features}]"
+        if rule:
+            got, remedy = f"{key!r} {list(value.shape)}", "Load a checkpoint of a model with such a batch norm there."
+            raise CheckpointError.of("state of a batch norm", rule, got=got, where=path, remedy=remedy)
         by_owner.setdefault(owner, {})[field] = value.detach()
 
     owners = [name for name in by_owner if name]
@@ -157,14 +149,9 @@ def _match_numbers(record: NormRecord, form: NormForm, path: str) -> tuple[NormR
         return record, []
 
     if len(record.owners) != len(form.owners):
-        raise CheckpointError.of(
-            f"numbered {form.sources}",
-            f"be as many as the {len(form.owners)} {form.sources} of the model",
-            got=len(record.owners),
-            where=path,
-            remedy="Set MODEL.RETINANET.IN_FEATURES as it was in training, or name with domain_map which becomes "
-            "which.",
-        )
+        thing, rule = f"numbered {form.sources}", f"be as many as the {len(form.owners)} {form.sources} of the model"
+        remedy = "Set MODEL.RETINANET.IN_FEATURES as it was in training, or give a domain_map."
+        raise CheckpointError.of(thing, rule, got=len(record.owners), where=path, remedy=remedy)
 
     names = dict(zip(record.owners, form.owners, strict=True))
     renamed = dataclasses.replace(
@@ -183,13 +170,9 @@ def _check_map(domain_map: Mapping[str, str], record: NormRecord, form: NormForm
 
     for target, source in domain_map.items():
         if source not in known or target not in targets:
-            raise ConfigError.of(
-                "domain_map",
-                f"map names of the target, {targets!r}, to names of the source, {tuple(sorted(known))!r}",
-                got=f"{target!r}: {source!r}",
-                where=path or "copy_norm_state",
-                remedy="Correct the name.",
-            )
+            rule = f"map names of the target, {targets!r}, to names of the source, {tuple(sorted(known))!r}"
+            got, where = f"{target!r}: {source!r}", path or "copy_norm_state"
+            raise ConfigError.of("domain_map", rule, got=got, where=where, remedy="Correct the name.")
 
 
 def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
@@ -309,7 +292,7 @@ def _merge_populations(populations: list[Fields]) -> Fields:
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """What one half of a norm's state, its affine or its population, is merged by, and what is said of it."""
+    """One half of a norm's state, its affine or its population: how several become one, and what is said."""
 
     merge: Callable[[list[Fields]], Fields]
     copied: str

@@ -60,13 +60,8 @@ def _read_scale_factor(state_dict: StateDict, key: str) -> float:
     factor = float(state_dict[key]) if key in state_dict else 1.0
 
     if not 0 < factor < float("inf"):
-        raise CheckpointError.of(
-            key,
-            "be above 0 and finite",
-            got=factor,
-            where="read_caffe_state",
-            remedy="The norm was never trained: use another checkpoint.",
-        )
+        remedy = "The norm was never trained: use another checkpoint."
+        raise CheckpointError.of(key, "be above 0 and finite", got=factor, where="read_caffe_state", remedy=remedy)
     return factor
 
 
@@ -78,11 +73,8 @@ def _invert_std(inverse: Tensor, eps: float, key: str) -> Tensor:
     if bool(wrong.any()):
         channel = int(wrong.nonzero()[0])
         most = eps**-0.5 if eps else float("inf")
-        raise CheckpointError.of(
-            key,
-            f"hold 1 / sqrt(var + eps), so be above 0 and at most {most:g}",
-            got=f"{float(inverse[channel]):g}",
-            where=f"channel {channel}, read_caffe_state with eps={eps}",
-            remedy="Set holds_inverse_std=False if it holds variances, or the eps that it was computed with.",
-        )
+        rule = f"hold 1 / sqrt(var + eps), so be above 0 and at most {most:g}"
+        where = f"channel {channel}, read_caffe_state with eps={eps}"
+        remedy = "Set holds_inverse_std=False if it holds variances, or the eps that it was computed with."
+        raise CheckpointError.of(key, rule, got=f"{float(inverse[channel]):g}", where=where, remedy=remedy)
     return var.clamp(min=0)

@@ -134,14 +134,10 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         wrong = (~torch.isfinite(value) | ((value < 0) & (name == "running_var"))).flatten()
         if bool(wrong.any()):
             channels = _list_channels(wrong)
-            raise CheckpointError.of(
-                key,
-                f"be {'0 or more and finite' if name == 'running_var' else 'finite'}",
-                got=f"{value.flatten()[channels[0]].item():g}",
-                where=f"{_name_channels(channels, len(wrong))}; {where}",
-                remedy="Normalizing with it gives NaN: re-estimate the population statistics, or use another "
-                "checkpoint.",
-            )
+            rule = "be 0 or more and finite" if name == "running_var" else "be finite"
+            got, place = f"{value.flatten()[channels[0]].item():g}", f"{_name_channels(channels, len(wrong))}; {where}"
+            remedy = "Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
+            raise CheckpointError.of(key, rule, got=got, where=place, remedy=remedy)
 
 
 def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]:

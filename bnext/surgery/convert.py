@@ -92,13 +92,8 @@ def convert_norm(
     _check_arguments(model, specs, changes)
     norms = [norm for norm in find_forms(model, treat_as) if not _normalizes_last(norm[1])]
     if any(not path for path, *_ in norms):
-        raise ConfigError.of(
-            "model",
-            "hold its norms in modules",
-            got=f"a {type(model).__name__} itself",
-            where="convert_norm",
-            remedy="Make the new norm and call copy_norm_state(old, new).",
-        )
+        got, remedy = f"a {type(model).__name__} itself", "Make the new norm and call copy_norm_state(old, new)."
+        raise ConfigError.of("model", "hold its norms in modules", got=got, where="convert_norm", remedy=remedy)
     choices = _choose_levels(model, norms, changes) if specs is None else _choose_by_pattern(model, norms, specs)
     norms = [norm for norm in norms if norm[0] in choices]
 
@@ -147,46 +142,27 @@ def _normalizes_last(norm: nn.Module) -> bool:
 
 
 def _check_arguments(model: nn.Module, specs: object, changes: Mapping[str, object]) -> None:
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ConfigError.of(
-            "model",
-            "not be in DistributedDataParallel, which would not exchange the gradients of the new parameters",
-            got=type(model).__name__,
-            where="convert_norm",
-            remedy="Convert the model before it is wrapped.",
-        )
-
-    is_right = specs is None or isinstance(specs, Mapping)
-    for pattern, value in specs.items() if isinstance(specs, Mapping) else ():
-        is_right &= isinstance(pattern, str) and (isinstance(value, (NormSpec, str)) or callable(value))
-    if not is_right:
-        raise ConfigError.of(
-            "specs",
-            "map patterns to norms",
-            got=repr(specs),
-            where="convert_norm",
-            remedy="Write {'backbone': NormSpec(...)}; the pattern '' is the whole model. A norm is a NormSpec, a "
-            "name, or a function that makes a norm of a number of channels.",
-        )
-    if specs is not None and changes:
-        raise ConfigError.of(
-            "specs",
-            "say everything that changes",
-            got=f"patterns and {', '.join(changes)}= as well",
-            where="convert_norm",
-            remedy="Put the fields into the specs.",
-        )
-
+    is_wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
     fields = [field.name for field in dataclasses.fields(NormSpec)]
-    unknown = sorted(changes.keys() - fields)
-    if unknown:
-        raise ConfigError.of(
-            "changes",
-            "be fields of NormSpec",
-            got=", ".join(unknown),
-            where="convert_norm",
-            remedy=f"They are {', '.join(fields)}.",
-        )
+    unknown = ", ".join(sorted(changes.keys() - fields))
+
+    are_norms = specs is None or isinstance(specs, Mapping)
+    for pattern, value in specs.items() if isinstance(specs, Mapping) else ():
+        are_norms &= isinstance(pattern, str) and (isinstance(value, (NormSpec, str)) or callable(value))
+
+    unwrapped = "not be in DistributedDataParallel, which would not exchange the gradients of the new parameters"
+    write = (
+        "Write {'backbone': NormSpec(...)}, or a name, or what makes a norm of a number of channels; '' is the model."
+    )
+    both = f"patterns and {', '.join(changes)}= as well"
+    for is_wrong, thing, rule, got, remedy in (
+        (is_wrapped, "model", unwrapped, type(model).__name__, "Convert the model before it is wrapped."),
+        (not are_norms, "specs", "map patterns to norms", repr(specs), write),
+        (specs and changes, "specs", "say everything that changes", both, "Put the fields into the specs."),
+        (unknown, "changes", "be fields of NormSpec", unknown, f"They are {', '.join(fields)}."),
+    ):
+        if is_wrong:
+            raise ConfigError.of(thing, rule, got=got, where="convert_norm", remedy=remedy)
 
 
 def _choose_levels(model: nn.Module, norms: Norms, changes: dict[str, Any]) -> dict[str, NewNorm]:
@@ -215,7 +191,9 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
     for pattern, value in specs.items():
         matches = [path for path in paths if _matches(path, pattern)]
         if not matches:
-            raise _no_match(model, paths, pattern)
+            got = f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}"
+            rule, remedy = "be of paths or globs that match a norm", "Correct the pattern, or leave it out."
+            raise ConfigError.of("specs", rule, got=got, where=_name_near(pattern, paths), remedy=remedy)
         choices.update(dict.fromkeys(matches, value))
 
     places: dict[nn.Module, list[str]] = {}
@@ -224,13 +202,8 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
     for same in places.values():
         values = [choices.get(path) for path in sorted(same)]
         if any(value != values[0] for value in values):
-            raise ConfigError.of(
-                "a norm at several places",
-                "become one norm",
-                got=f"{values} for {', '.join(sorted(same))}",
-                where="convert_norm",
-                remedy="Use patterns that match all of its places.",
-            )
+            got, remedy = f"{values} for {', '.join(sorted(same))}", "Use patterns that match all of its places."
+            raise ConfigError.of("a norm at several places", "become one norm", got=got, remedy=remedy)
     return choices
 
 
@@ -238,18 +211,10 @@ def _matches(path: str, pattern: str) -> bool:
     return not pattern or path == pattern or path.startswith(f"{pattern}.") or fnmatch.fnmatchcase(path, pattern)
 
 
-def _no_match(model: nn.Module, paths: list[str], pattern: str) -> ConfigError:
+def _name_near(pattern: str, paths: list[str]) -> str:
     parents = {path[:index] for path in paths for index, letter in enumerate(path) if letter == "."}
     near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
-    hint = f"near it are {', '.join(near)}" if near else "the model has no norm at all"
-
-    return ConfigError.of(
-        "specs",
-        "be of paths or globs that match a norm",
-        got=f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}",
-        where=f"convert_norm; {hint}",
-        remedy="Correct the pattern, or leave it out.",
-    )
+    return f"near it are {', '.join(near)}" if near else "the model has no norm at all"
 
 
 # ---- one new norm
@@ -260,13 +225,9 @@ def _check_leftovers(norm: nn.Module, form: NormForm, path: str, treat_as: Treat
     refused, _ = find_leftovers(norm, form, treat_as)
 
     if refused:
-        raise ConfigError.of(
-            "a norm",
-            "be nothing but a norm to be converted",
-            got=f"{type(norm).__name__}: {'; '.join(refused)}",
-            where=path,
-            remedy="Take it apart into a norm and the rest, or leave it out of the patterns.",
-        )
+        got = f"{type(norm).__name__}: {'; '.join(refused)}"
+        remedy = "Take it apart into a norm and the rest, or leave it out of the patterns."
+        raise ConfigError.of("a norm", "be nothing but a norm to be converted", got=got, where=path, remedy=remedy)
 
 
 def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat_as: TreatAs | None) -> nn.Module:
@@ -276,37 +237,21 @@ def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat
     if isinstance(value, str) and value in NAMED_NORMS:
         spec = NAMED_NORMS[value]
 
-    if spec is not None and levels is None and spec.owner == "per_level":
-        raise ConfigError.of(
-            "spec",
-            "not be per_level for a norm that gets one feature map at a time",
-            got=spec,
-            where=path,
-            remedy="Use per_domain with names, or a head of bnext, which gives all levels to its norms at once.",
-        )
-    if spec is not None:
+    if spec is not None and (levels is not None or spec.owner != "per_level"):
         return build_norm(spec, levels)(form.num_features)
 
-    if levels is not None:
-        raise ConfigError.of(
-            "a level norm",
-            "become a norm of levels",
-            got=f"{value!r}, which takes one feature map",
-            where=path,
-            remedy="Give a NormSpec, or build the head with that norm.",
-        )
+    if levels is not None or spec is not None:
+        kind = "a single feature map" if levels is None else "several levels at once"
+        remedy = "Give a NormSpec; per_level in a head of bnext, per_domain elsewhere."
+        raise ConfigError.of("a norm", f"become one that gets {kind} too", got=repr(value), where=path, remedy=remedy)
+
     if isinstance(value, str):
         return make_named_norm(value, form.num_features) or nn.Identity()
 
-    new_norm: nn.Module = value(form.num_features)  # type: ignore[operator]
+    new_norm: nn.Module = value(form.num_features)  # type: ignore[operator]  # no spec: those are built above
     if find_form(new_norm, treat_as) is None:
-        raise ConfigError.of(
-            "specs",
-            "be NormSpecs, names, or classes of norms",
-            got=f"{value!r}, which makes a {type(new_norm).__name__}",
-            where=path,
-            remedy="Give one of them.",
-        )
+        rule, got = "be NormSpecs, names, or classes of norms", f"{value!r}, which makes a {type(new_norm).__name__}"
+        raise ConfigError.of("specs", rule, got=got, where=path, remedy="Give one of them.")
     return new_norm
 
 

@@ -62,7 +62,7 @@ class Change:
 
 @dataclasses.dataclass
 class ConversionReport:
-    """What a conversion did, norm by norm. `str(report)` is the text to log."""
+    """Changes that a conversion made, norm by norm. `str(report)` is the text to log."""
 
     changes: list[Change] = dataclasses.field(default_factory=list)
     title: str = "Norm state of the checkpoint:"
@@ -215,13 +215,9 @@ def copy_norm_state(
     """
     source_form, form = (_require_form(norm, path, treat_as) for norm in (source, target))
     if source_form.num_features != form.num_features:
-        raise CheckpointError.of(
-            "source",
-            f"have the {form.num_features} channels of the target",
-            got=source_form.num_features,
-            where=path or "copy_norm_state",
-            remedy="Copy between norms of the same place.",
-        )
+        rule, where = f"have the {form.num_features} channels of the target", path or "copy_norm_state"
+        remedy = "Copy between norms of the same place."
+        raise CheckpointError.of("source", rule, got=source_form.num_features, where=where, remedy=remedy)
 
     record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
@@ -296,7 +292,7 @@ def _settle_eps(source: NormForm, form: NormForm, target: nn.Module, adopt: bool
 
 
 def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
-    """What of a model's `domain_map` concerns one norm of this form, whose source has the `known` names."""
+    """The part of a model's `domain_map` that concerns one norm of this form, whose source has the `known` names."""
     names, targets = {"", *known}, {"", *form.owners}
     return {target: source for target, source in (domain_map or {}).items() if source in names and target in targets}
 
@@ -310,9 +306,6 @@ def check_map(domain_map: Mapping[str, str] | None, used: Iterable[str]) -> None
     unused = sorted((domain_map or {}).keys() - set(used))
 
     if domain_map and unused:
-        raise ConfigError.of(
-            "domain_map",
-            "map a name in the new norms to a name in the old ones",
-            got=f"{unused[0]!r}: {domain_map[unused[0]]!r}, which no norm of the model has",
-            remedy="Correct the name, or leave it out.",
-        )
+        got = f"{unused[0]!r}: {domain_map[unused[0]]!r}, which no norm of the model has"
+        rule, remedy = "map a name in the new norms to a name in the old ones", "Correct the name, or leave it out."
+        raise ConfigError.of("domain_map", rule, got=got, remedy=remedy)

@@ -26,7 +26,7 @@ __all__ = ["FoldReport", "fold_norms"]
 
 @dataclasses.dataclass(frozen=True)
 class FoldReport:
-    """What `fold_norms` did. `str(report)` is the text to log.
+    """Norms that `fold_norms` folded, and that it left. `str(report)` is the text to log.
 
     Attributes:
         folded: path of each norm that was folded -> path of its convolution.
@@ -123,25 +123,17 @@ def fold_norms(
 
 
 def _check_inference(pairs: list[Pair]) -> None:
-    training = [pair.norm_path for pair in pairs if pair.norm.training or pair.conv.training]
-    if training:
-        raise ConfigError.of(
-            "model",
-            "be in evaluation mode",
-            got="training mode",
-            where=list_few(training),
-            remedy="Call model.eval() first.",
-        )
-
+    """Refuse training mode and mini-batches at inference."""
     for pair in pairs:
+        where = pair.norm_path
+        if pair.norm.training or pair.conv.training:
+            remedy = "Call model.eval() first."
+            raise ConfigError.of("model", "be in evaluation mode", got="training mode", where=where, remedy=remedy)
+
         if isinstance(pair.norm, BatchNorm2d) and pair.norm.spec.inference == "mini_batch":
-            raise ConfigError.of(
-                "a norm to fold",
-                "use population statistics at inference",
-                got="inference='mini_batch'",
-                where=pair.norm_path,
-                remedy="Set its spec to inference='population', or fold the parts of the model without it.",
-            )
+            rule, got = "use population statistics at inference", "inference='mini_batch'"
+            remedy = "Set its spec to inference='population', or fold the parts of the model without it."
+            raise ConfigError.of("a norm to fold", rule, got=got, where=where, remedy=remedy)
 
 
 def _check_domain(model: nn.Module, domain: str | None) -> None:
@@ -151,10 +143,8 @@ def _check_domain(model: nn.Module, domain: str | None) -> None:
         names |= dict.fromkeys(norm.domains)
 
     if domain is not None and domain not in names:
-        known = ", ".join(repr(name) for name in names) or "none, as its norms have no levels or domains"
-        raise ConfigError.of(
-            "domain", f"be one of {known}", got=repr(domain), where="fold_norms", remedy="Name one, or leave it out."
-        )
+        rule = f"be one of {', '.join(map(repr, names)) or 'none, as its norms have no levels or domains'}"
+        raise ConfigError.of("domain", rule, got=repr(domain), where="fold_norms", remedy="Name one, or leave it out.")
 
 
 def _choose_domain(norm: BatchNorm2d, path: str, domain: str | None) -> str:
@@ -164,14 +154,9 @@ def _choose_domain(norm: BatchNorm2d, path: str, domain: str | None) -> str:
 
     name = norm.domains[0] if domain is None and len(norm.domains) == 1 else domain
     if name not in norm.domains:
-        names = ", ".join(repr(known) for known in norm.domains)
-        raise ConfigError.of(
-            "domain",
-            f"be one of {names}, whose statistics or affine differ",
-            got=repr(domain),
-            where=path,
-            remedy=f"Choose one: fold_norms(model, {norm.domains[0]!r}); a folded model serves a single one.",
-        )
+        rule = f"be one of {', '.join(map(repr, norm.domains))}, whose statistics or affine differ"
+        remedy = f"Choose one: fold_norms(model, {norm.domains[0]!r}); a folded model serves a single one."
+        raise ConfigError.of("domain", rule, got=repr(domain), where=path, remedy=remedy)
     return name
 
 
@@ -187,14 +172,8 @@ def _fold_parameters(pair: Pair, domain: str | None) -> tuple[Tensor, Tensor]:
         name = _choose_domain(norm, path, domain)
         population, affine = norm.population_state(name), norm.affine_state(name)
     if population.running_mean is None:
-        raise StatisticsError.of(
-            "a norm to fold",
-            "keep population statistics",
-            got="none",
-            where=path,
-            remedy="Use a norm that keeps them, and estimate them with recompute_population_statistics; or fold the "
-            "parts of the model without it.",
-        )
+        remedy = "Use a norm that keeps them, and estimate them with recompute_population_statistics."
+        raise StatisticsError.of("a norm to fold", "keep population statistics", got="none", where=path, remedy=remedy)
 
     mean, var = _to_double(population.running_mean), _to_double(population.running_var)
     check_statistics(mean, var, path, "; nothing was folded")
@@ -207,13 +186,9 @@ def _fold_parameters(pair: Pair, domain: str | None) -> tuple[Tensor, Tensor]:
     bias = (old_bias - mean) * scale + beta
     for name, value in (("weight", weight), ("bias", bias)):
         if not torch.isfinite(value.to(conv.weight.dtype)).all():
-            raise StatisticsError.of(
-                f"a folded {name}",
-                f"be finite in {conv.weight.dtype}",
-                got="one that is not",
-                where=f"{pair.conv_path} with {path}",
-                remedy="Fold the model in float32; nothing was folded.",
-            )
+            rule, where = f"be finite in {conv.weight.dtype}", f"{pair.conv_path} with {path}"
+            remedy = "Fold the model in float32; nothing was folded."
+            raise StatisticsError.of(f"a folded {name}", rule, got="one that is not", where=where, remedy=remedy)
     return weight, bias
 
 

@@ -1,4 +1,4 @@
-"""Which convolution feeds a norm, and nothing else: what folding must know of a model's structure.
+"""The convolution that feeds a norm, and nothing else: what folding must know of a model's structure.
 
 The one proof is a symbolic trace of a forward, in which every submodule is one call. The forward of the module that
 holds both shows that the output of a convolution goes to the norm and to nothing else; the forward of the
@@ -101,42 +101,24 @@ def find_pairs(model: nn.Module, named: Iterable[tuple[str, str]] = ()) -> tuple
 
 
 def _read_named(model: nn.Module, structure: _Structure, named: Iterable[tuple[str, str]]) -> dict[nn.Module, _ConvNd]:
+    modules = dict(model.named_modules(remove_duplicate=False))
     vouched: dict[nn.Module, _ConvNd] = {}
 
     for pair in named:
-        conv, norm = (_look_up(model, path) for path in pair)
-        if not isinstance(conv, _ConvNd) or norm not in structure.norms:
-            raise ConfigError.of(
-                "pairs",
-                "name a convolution and its norm",
-                got=f"{pair!r}, a {type(conv).__name__} and a {type(norm).__name__}",
-                where="fold_norms",
-                remedy="Name them in this order, by their paths in the model.",
-            )
-        if norm in vouched or conv in vouched.values():
-            raise ConfigError.of(
-                "pairs",
-                "name every convolution and norm once",
-                got=f"{pair!r} beside another pair with one of the two",
-                where="fold_norms",
-                remedy="A convolution with several norms cannot be folded.",
-            )
-        vouched[norm] = conv
+        conv, norm = (modules.get(path) for path in pair)
+        if conv is None or norm is None:
+            rule = f"name modules of the {type(model).__name__}"
+        elif not isinstance(conv, _ConvNd) or norm not in structure.norms:
+            rule = f"name a convolution and then its norm, not a {type(conv).__name__} and a {type(norm).__name__}"
+        elif norm in vouched or conv in vouched.values():
+            rule = "name every convolution and norm once"
+        else:
+            vouched[norm] = conv
+            continue
+        remedy = "Correct the paths; model.named_modules() lists them."
+        raise ConfigError.of("pairs", rule, got=pair, where="fold_norms", remedy=remedy)
 
     return vouched
-
-
-def _look_up(model: nn.Module, path: str) -> nn.Module:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        raise ConfigError.of(
-            "pairs",
-            "name modules of the model",
-            got=f"{path!r}, which {type(model).__name__} has not",
-            where="fold_norms",
-            remedy="Correct the path; model.named_modules() lists them.",
-        ) from None
 
 
 def _check_foldable(conv: _ConvNd, norm: nn.Module) -> None:

@@ -100,13 +100,8 @@ def unfreeze_norms(model: nn.Module, what: Freezable = "both", select: Selection
 
 def say_no_norm(kind: str, where: str) -> ConfigError:
     """The error of a function that finds no norm of its kind."""
-    return ConfigError.of(
-        "model",
-        f"have a batch norm with {kind} that is selected",
-        got="none",
-        where=where,
-        remedy="Choose the norm when the model is built, or leave this out.",
-    )
+    remedy = "Choose the norm when the model is built, or leave this out."
+    return ConfigError.of("model", f"have a batch norm with {kind}", got="none", where=where, remedy=remedy)
 
 
 def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, Any]:
@@ -119,13 +114,9 @@ def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, 
         raise say_no_norm("an affine" if what == "affine" else "population statistics", "freeze_norms")
 
     if what != "statistics" and isinstance(model, DistributedDataParallel):
-        raise ConfigError.of(
-            "model",
-            "not be in DistributedDataParallel when its affine is frozen or unfrozen",
-            got="one that is",
-            where="freeze_norms",
-            remedy="Do it before it is wrapped, or use the hook FreezeNorms.",
-        )
+        rule = "not be in DistributedDataParallel when its affine is frozen or unfrozen"
+        remedy = "Do it before it is wrapped, or use the hook FreezeNorms."
+        raise ConfigError.of("model", rule, got="one that is", where="freeze_norms", remedy=remedy)
     return norms
 
 
@@ -133,42 +124,27 @@ def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, 
 
 
 def _check_statistics(path: str, norm: Any) -> None:
-    if isinstance(norm, BatchNorm2d):
-        has_statistics = norm.spec.population != "none"
-    else:
-        has_statistics = norm.running_mean is not None
-        _check_replaceable(path, norm)
-
-    if not has_statistics:
-        raise ConfigError.of(
-            "A norm",
-            "have population statistics to freeze",
-            got="none",
-            where=path,
-            remedy="Leave it out with select.",
-        )
-
-
-def _check_replaceable(path: str, norm: Any) -> None:
-    """Only what bnext's BatchNorm2d can take over without loss."""
-    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    obstacles = {
-        f"a {type(norm).__name__}": type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm),
-        "the model itself": not path,
-        f"one with eps {norm.eps!r}": not norm.eps > 0,
-        "one with hooks, which would be lost": any(hooks),
-        "a SyncBatchNorm with a process group of its own": getattr(norm, "process_group", None) is not None,
-    }
+    """Only what bnext's BatchNorm2d has, or can take over without loss."""
+    obstacles = {"none": isinstance(norm, BatchNorm2d) and norm.spec.population == "none"}
+    if not isinstance(norm, BatchNorm2d):
+        hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+        obstacles = {
+            f"a {type(norm).__name__}": type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm),
+            "none": norm.running_mean is None,
+            "the model itself": not path,
+            f"one with eps {norm.eps!r}": not norm.eps > 0,
+            "one with hooks, which would be lost": any(hooks),
+            "a SyncBatchNorm with a process group of its own": getattr(norm, "process_group", None) is not None,
+        }
 
     for obstacle, is_there in obstacles.items():
         if is_there:
-            raise ConfigError.of(
-                "A norm whose statistics are frozen",
-                "be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm inside of a model",
-                got=obstacle,
-                where=path or "model",
-                remedy="Convert it with convert_norm, or leave it out with select.",
+            rule = "have some, and be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm inside of a model"
+            thing, remedy = (
+                "A norm to freeze statistics of",
+                "Leave it out with select, or convert it with convert_norm.",
             )
+            raise ConfigError.of(thing, rule, got=obstacle, where=path or "model", remedy=remedy)
 
 
 def _take_over(norm: Any, path: str) -> BatchNorm2d:

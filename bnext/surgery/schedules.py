@@ -73,13 +73,8 @@ def check_points(
     """
     is_list = isinstance(points, (list, tuple)) and len(points) > 0
     if not is_list or not all(isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
-        raise ConfigError.of(
-            name,
-            "be one or more (iteration, value) pairs",
-            got=repr(points),
-            where=where,
-            remedy="Write them as [[5000, 1.0], [40000, 3.0]].",
-        )
+        rule, remedy = "be one or more (iteration, value) pairs", "Write them as [[5000, 1.0], [40000, 3.0]]."
+        raise ConfigError.of(name, rule, got=repr(points), where=where, remedy=remedy)
 
     for iteration, value in points:
         if not _is_number(iteration) or not _is_number(value):
@@ -91,13 +86,8 @@ def check_points(
 
     iterations = [iteration for iteration, _ in points]
     if iterations[0] < 0 or any(b <= a for a, b in zip(iterations, iterations[1:], strict=False)):
-        raise ConfigError.of(
-            name,
-            "have iterations that increase from 0 or more",
-            got=iterations,
-            where=where,
-            remedy="Sort the points, one for each iteration.",
-        )
+        rule, remedy = "have iterations that increase from 0 or more", "Sort the points, one for each iteration."
+        raise ConfigError.of(name, rule, got=iterations, where=where, remedy=remedy)
     return [(float(iteration), float(value)) for iteration, value in points]
 
 

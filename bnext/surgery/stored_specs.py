@@ -37,7 +37,7 @@ def collect_norm_specs(model: nn.Module) -> dict[str, dict[str, Any]]:
 def compare_norm_specs(
     stored: Mapping[str, Mapping[str, Any]] | None, keys: Iterable[str], model: nn.Module
 ) -> list[Change]:
-    """What the mini-batch statistics of a checkpoint mean for the model that loads it.
+    """Differences between the mini-batch statistics of a checkpoint and those of the model that loads it.
 
     Args:
         stored: from `collect_norm_specs` when it was saved; None: the checkpoint does not have it.

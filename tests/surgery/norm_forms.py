@@ -10,6 +10,7 @@ from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm
 from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm2d
 
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, make_named_norm
+from bnext.layers.forms import find_form
 from bnext.scope import use_domain
 from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, randomize
 
@@ -18,7 +19,7 @@ try:
 except ModuleNotFoundError:
     CycleBatchNormList = FrozenBatchNorm2d = NaiveSyncBatchNorm = None
 
-__all__ = ["FORMS", "call", "make"]
+__all__ = ["FORMS", "LAYOUTS", "call", "make", "pick_pairs"]
 
 C = NUM_CHANNELS
 
@@ -71,6 +72,27 @@ if CycleBatchNormList is not None:
         "detectron2_cycle": lambda: CycleBatchNormList(len(LEVELS), num_features=C),
         "detectron2_cycle_no_affine": lambda: CycleBatchNormList(len(LEVELS), num_features=C, affine=False),
     }
+
+
+def _group_by_layout() -> list[list[str]]:
+    """Names of forms that lay out their state, and normalize, in the same way."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name, make_norm in FORMS.items():
+        form = find_form(make_norm())
+        key = (form.affine, form.population, form.is_numbered, form.has_counter, form.inference)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+_GROUPS = _group_by_layout()
+LAYOUTS = tuple(group[0] for group in _GROUPS)
+
+
+def pick_pairs(layout: str) -> list[tuple[str, str]]:
+    """One way from a layout into each other one, and into itself; the forms of each take turns."""
+    start = LAYOUTS.index(layout)
+    group = _GROUPS[start]
+    return [(group[index % len(group)], other[start % len(other)]) for index, other in enumerate(_GROUPS)]
 
 
 def make(name: str, seed: int = 1) -> nn.Module:

@@ -223,7 +223,7 @@ def test_a_weight_that_leaves_the_range_of_its_type_is_refused():
     model[1].float().running_var.fill_(1e-12)
     model[1].weight.data.fill_(1e4)
     before = snapshot(model)
-    with pytest.raises(StatisticsError, match=r"finite in torch.float16; got one that is not \(0 with 1\)"):
+    with pytest.raises(StatisticsError, match=r"torch\.float16.*\(0 with 1\)"):
         fold_norms(model)
     assert_untouched(model, before)
 
@@ -240,7 +240,7 @@ def test_shared_level_norms_fold_for_all_levels(row):
         return model[1]({level: model[0](feature) for level, feature in features.items()}).values()
 
     assert assert_unchanged(run, model, 1e-12).folded == {"1": "0"}
-    with pytest.raises(StatisticsError, match=r"must be of the levels \('p3', 'p4'\).*got 'p9' \(1\)"):
+    with pytest.raises(StatisticsError, match=r"'p9' \(1\)"):
         model[1]({"p9": features["p3"]})
 
 
@@ -249,9 +249,9 @@ def test_level_norms_fold_for_one_level_and_refuse_the_others(row):
     model = make_tower(LevelBatchNorm2d(4, LEVELS, NormSpec.from_table5_row(row))).double()
     x = torch.randn(2, 3, 5, 5).double()
     before = snapshot(model)
-    with pytest.raises(ConfigError, match=r"domain must be one of 'p3', 'p4', whose .* differ; got None \(1\)"):
+    with pytest.raises(ConfigError, match=r"domain must .*None \(1\)"):
         fold_norms(model)
-    with pytest.raises(ConfigError, match=r"domain must be one of 'p3', 'p4'; got 'p5'"):
+    with pytest.raises(ConfigError, match=r"domain must .*'p5'"):
         fold_norms(model, "p5")
     assert_untouched(model, before)
     for level in LEVELS:
@@ -262,7 +262,7 @@ def test_level_norms_fold_for_one_level_and_refuse_the_others(row):
         assert torch.allclose(one(x), expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(one[1]({level: x})[level], x)
         other = next(name for name in LEVELS if name != level)
-        with pytest.raises(StatisticsError, match=f"which were folded; got '{other}'"):
+        with pytest.raises(StatisticsError, match=f"got '{other}'"):
             one[1]({level: x, other: x})
 
 
@@ -271,7 +271,7 @@ def test_domain_norms_fold_for_one_domain_and_refuse_the_others():
     x = torch.randn(2, 3, 5, 5).double()
     with use_domain("night"), torch.no_grad():
         expected = model(x)
-    with pytest.raises(ConfigError, match="got None"):
+    with pytest.raises(ConfigError, match="domain"):
         fold_norms(model)
     fold_norms(model, "night")
     assert torch.allclose(model(x), expected, rtol=1e-12, atol=1e-12)
@@ -279,12 +279,12 @@ def test_domain_norms_fold_for_one_domain_and_refuse_the_others():
         with use_domain(name):
             assert torch.allclose(model(x), expected, rtol=1e-12, atol=1e-12)
     for name in ("day", ["night", "day"]):
-        with pytest.raises(DomainError, match=r"must be 'night', which was folded; got 'day' \(1\)"), use_domain(name):
+        with pytest.raises(DomainError, match=r"'day' \(1\)"), use_domain(name):
             model(x)
 
 
 def test_a_domain_of_a_model_without_domains_is_refused():
-    with pytest.raises(ConfigError, match="domain must be one of none, as its norms have no levels or domains"):
+    with pytest.raises(ConfigError, match="domain"):
         fold_norms(make_tower(nn.BatchNorm2d(4)), "night")
 
 
@@ -304,16 +304,16 @@ def spoil(norm, name, value):
 @pytest.mark.parametrize(
     ("norm", "message"),
     [
-        (lambda: spoil(nn.BatchNorm2d(4), "running_var", -1e-3), r"variance -0\.001.* in channel 2 \(2\.1\)"),
+        (lambda: spoil(nn.BatchNorm2d(4), "running_var", -1e-3), r"-0\.001.* channel 2 \(2\.1\)"),
         (lambda: spoil(nn.BatchNorm2d(4), "running_mean", float("nan")), r"mean nan .* in channel 2 \(2\.1\)"),
         (lambda: spoil(DetectronFrozen(4), "running_var", float("inf")), r"variance inf in channel 2 \(2\.1\)"),
-        (lambda: nn.BatchNorm2d(4, track_running_stats=False), r"must keep population statistics; got none \(2\.1\)"),
+        (lambda: nn.BatchNorm2d(4, track_running_stats=False), r"none \(2\.1\)"),
         (
             lambda: BatchNorm2d(4, NormSpec(population="none", inference="mini_batch")),
-            r"got inference='mini_batch' \(2\.1\)",
+            r"inference.*\(2\.1\)",
         ),
-        (lambda: BatchNorm2d(4, NormSpec(inference="mini_batch")), r"got inference='mini_batch' \(2\.1\)"),
-        (lambda: nn.BatchNorm2d(4).train(), r"must be in evaluation mode; got training mode \(2\.1\)"),
+        (lambda: BatchNorm2d(4, NormSpec(inference="mini_batch")), r"inference.*\(2\.1\)"),
+        (lambda: nn.BatchNorm2d(4).train(), r"training mode \(2\.1\)"),
     ],
 )
 def test_what_cannot_be_folded_is_refused_before_the_first_change(norm, message):
@@ -538,15 +538,15 @@ def test_named_pairs():
 
 
 @pytest.mark.parametrize(
-    ("pairs", "message"),
+    ("pairs", "rule"),
     [
-        ([("conv", "bn1")], "must name modules of the model; got 'conv', which Untraceable has not"),
-        ([("bn1", "conv1")], "must name a convolution and its norm; got .*, a BatchNorm2d and a Conv2d"),
-        ([("conv1", "bn1"), ("conv1", "bn1")], "must name every convolution and norm once"),
+        ([("conv", "bn1")], "modules"),
+        ([("bn1", "conv1")], "convolution and then its norm"),
+        ([("conv1", "bn1"), ("conv1", "bn1")], "once"),
     ],
 )
-def test_wrong_named_pairs_are_refused(pairs, message):
-    with pytest.raises(ConfigError, match=message):
+def test_wrong_named_pairs_are_refused(pairs, rule):
+    with pytest.raises(ConfigError, match=f"pairs must .*{rule}"):
         fold_norms(Untraceable().eval(), pairs=pairs)
 
 
@@ -569,7 +569,7 @@ def test_a_folded_model_is_not_trained_but_on_demand():
     x = torch.randn(2, 3, 5, 5)
     model = make_tower(nn.BatchNorm2d(4))
     fold_norms(model)
-    with pytest.raises(StatisticsError, match=r"a folded norm must not be trained; got training mode \(1\)"):
+    with pytest.raises(StatisticsError, match=r"training mode \(1\)"):
         model.train()(x)
     assert model.eval()(x).shape == (2, 4, 3, 3)
     model = make_tower(nn.BatchNorm2d(4))

