@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -91,7 +92,7 @@ def run_tower(tower: nn.Sequential, features: dict[str, Tensor]) -> dict[str, Te
     return features
 
 
-def run_towers(head: nn.Module, names: Sequence[str], features: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def run_towers(head: Any, names: Sequence[str], features: Sequence[Tensor]) -> dict[str, list[Tensor]]:
     """Apply towers of a head with `levels`, one after the other, to every level."""
     by_level = name_levels(head.levels, features)
     return {name: list(run_tower(getattr(head, name), by_level).values()) for name in names}

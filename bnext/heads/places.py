@@ -7,6 +7,7 @@ head needs besides is in `bnext.heads.lock_step`.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,17 @@ __all__ = ["add_norms", "give_norms", "make_buildable"]
 
 # In the place of "GN" and "LN", which 0.6 has not or cannot try: no backbone has norms of this class unasked.
 STAND_IN = "naiveSyncBN"
+# Where the parts of a place are; the FPN's are all of the backbone but its bottom-up network.
+PATHS: dict[str, tuple[str, ...]] = {
+    "RESNETS": ("backbone.bottom_up", "roi_heads.res5"),
+    "FPN": (),
+    "RETINANET": ("head",),
+    "RPN": ("proposal_generator",),
+    "ROI_BOX_HEAD": ("roi_heads.box_head",),
+    "ROI_MASK_HEAD": ("roi_heads.mask_head",),
+    "ROI_KEYPOINT_HEAD": ("roi_heads.keypoint_head",),
+    "SEM_SEG_HEAD": ("sem_seg_head",),
+}
 NAMES_OF_CLASSES = {nn.BatchNorm2d: "BN", nn.SyncBatchNorm: "SyncBN"}
 REMEDIES = {
     "RESNETS": "Lower MODEL.BACKBONE.FREEZE_AT, whose stages are frozen, or take a backbone with batch norms",
@@ -90,28 +102,22 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
     shuffle_heads(model, norms)
 
 
-def _find_parts(model: Any, place: str) -> dict[str, nn.Module]:
+def _find_parts(model: nn.Module, place: str) -> dict[str, nn.Module]:
     """Path -> part of a model that belongs to a place; RoI heads may be lists, one for each stage of a cascade."""
-    backbone, rois = getattr(model, "backbone", None), getattr(model, "roi_heads", None)
+    backbone = getattr(model, "backbone", None)
     has_pyramid = hasattr(backbone, "bottom_up")
-    parts: dict[str, nn.Module | None] = {}
 
-    if place == "RESNETS":
-        path, bottom_up = ("backbone.bottom_up", backbone.bottom_up) if has_pyramid else ("backbone", backbone)
-        parts = {path: bottom_up, "roi_heads.res5": getattr(rois, "res5", None)}
-    elif place == "FPN" and has_pyramid:
-        parts = {f"backbone.{name}": part for name, part in backbone.named_children() if name != "bottom_up"}
-    elif place == "RETINANET":
-        parts = {"head": getattr(model, "head", None)}
-    elif place == "RPN":
-        parts = {"proposal_generator": getattr(model, "proposal_generator", None)}
-    elif place == "SEM_SEG_HEAD":
-        parts = {"sem_seg_head": getattr(model, "sem_seg_head", None)}
-    elif place.startswith("ROI_"):
-        name = place.removeprefix("ROI_").lower()
-        parts = {f"roi_heads.{name}": getattr(rois, name, None)}
+    paths = PATHS[place]
+    if place == "RESNETS" and not has_pyramid:
+        paths = ("backbone", "roi_heads.res5")
+    elif place == "FPN" and isinstance(backbone, nn.Module) and has_pyramid:
+        paths = tuple(f"backbone.{name}" for name, _ in backbone.named_children() if name != "bottom_up")
 
-    return {path: part for path, part in parts.items() if part is not None}
+    parts = {}
+    for path in paths:
+        with contextlib.suppress(AttributeError):  # a head that is None, or not there
+            parts[path] = model.get_submodule(path)
+    return parts
 
 
 def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | None = None) -> None:
@@ -129,7 +135,7 @@ def _replace_norms(model: nn.Module, roots: Sequence[str], place: PlaceNorm) -> 
             continue
 
         if place.name in ("GN", "LN") and isinstance(norm, (NaiveSyncBatchNorm, FrozenBatchNorm2d)):
-            new_norm: Any = make_head_norm(place.name, None)(norm.num_features)
+            new_norm = get_norm(make_head_norm(place.name, None), norm.num_features)
             new_norm.requires_grad_(isinstance(norm, NaiveSyncBatchNorm))  # FREEZE_AT has frozen a stand-in
             parent, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(parent), attribute, new_norm)

@@ -15,11 +15,11 @@ from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.config.recipe import read_place, resolve_norms
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
+from bnext.layers.walk import find_norms
 
 __all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
 
@@ -97,7 +97,8 @@ def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> Non
 def _can_skip_predictors(head: nn.Module) -> bool:
     """Whether the towers are all that norms see: they have all norms, and nobody has overridden `forward` alone."""
     owner = next(base for base in type(head).__mro__ if "forward" in vars(base))
+    if "forward_towers" not in vars(owner):
+        return False
+
     others = [child for name, child in head.named_children() if name not in ("cls_subnet", "bbox_subnet")]
-    return "forward_towers" in vars(owner) and not any(
-        isinstance(module, _BatchNorm) for child in others for module in child.modules()
-    )
+    return not any(find_norms(child) for child in others)

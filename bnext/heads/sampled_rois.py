@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from detectron2.utils.events import EventStorage
 from torch import nn
+
+from bnext.scope.model import setting
 
 __all__ = ["forward_sampled_rois"]
 
@@ -25,26 +25,12 @@ def forward_sampled_rois(model: nn.Module, batch: list[dict[str, Any]]) -> None:
     Note:
         What the model reports of the run is dropped. Norms and other leaf modules keep their mode.
     """
-    with _routing_as_in_training(model), EventStorage():
-        model(batch)
-
-
-@contextlib.contextmanager
-def _routing_as_in_training(model: Any) -> Iterator[None]:
-    """Put those parts into training mode that choose RoIs by it, and none that computes otherwise in it.
-
-    They draw no pictures meanwhile: VIS_PERIOD asks for those of the training.
-    """
     rois = getattr(model, "roi_heads", None)
-    routing = [model, getattr(model, "proposal_generator", None), rois]
-    routing += [getattr(rois, name, None) for name in ("mask_head", "keypoint_head")]
-    parts = [part for part in routing if isinstance(part, nn.Module)]
-    values = {"training": True, "vis_period": 0}
-    before = [(part, name, getattr(part, name)) for part in parts for name in values if hasattr(part, name)]
-    try:
-        for part, name, _ in before:
-            setattr(part, name, values[name])
-        yield
-    finally:
-        for part, name, value in before:
-            setattr(part, name, value)
+    heads = [getattr(rois, name, None) for name in ("mask_head", "keypoint_head")]
+    # The parts that choose RoIs by their mode, and none that computes otherwise in it.
+    parts = [model, getattr(model, "proposal_generator", None), rois, *heads]
+    routing = [part for part in parts if isinstance(part, nn.Module)]
+
+    # VIS_PERIOD asks for pictures of the training.
+    with setting(routing, training=True, vis_period=0), EventStorage():
+        model(batch)

@@ -1,4 +1,4 @@
-"""Which forward of a detector its norms need: as little of it as they see."""
+"""The forward of a detector that its norms need: as little of it as they see."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sa
         matching and losses; an R-CNN's on the chosen RoIs; None: the model itself.
     """
     check_choice("rois", rois, get_args(RoiChoice), where="choose_forward")
+
     if not isinstance(model, (DenseDetector, GeneralizedRCNN)):
         return None
     if all(path.startswith("backbone.") for path in paths):

@@ -7,7 +7,8 @@ from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
 
 from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, build_norm
-from bnext.heads import FCOSHead, RetinaNetHead, RPNHead
+from bnext.config import NormRecipe
+from bnext.heads import FCOSHead, RetinaNetHead, RPNHead, give_norms
 from tests.heads.detectors import LEVELS, make_batch, run_step
 
 
@@ -67,3 +68,22 @@ def test_mask_rcnn_with_norms_by_spec_at_every_place():
     assert gradients.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
     with torch.no_grad():
         assert "instances" in model.eval()(make_batch())[0]
+
+
+def test_a_recipe_of_plain_values_gives_a_built_model_its_norms():
+    """The keys of MODEL.BNEXT, without a CfgNode; detectron2 builds the model with norms of the same names."""
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "BN"
+    model.backbone.norm = "SyncBN"
+    nodes = {"RESNETS": {"NORM": "BN", "EPS": 0.01}, "FPN": {"NORM": "SyncBN", "MOMENTUM": 0.2}}
+
+    model = instantiate(model)
+    give_norms(model, instantiate(L(NormRecipe.of)(nodes=nodes)))
+    norms = {path: part for path, part in model.named_modules() if isinstance(part, BatchNorm2d)}
+    answers = {
+        (path.startswith("backbone.bottom_up."), norm.spec.workers, norm.eps, norm.momentum)
+        for path, norm in norms.items()
+    }
+    assert answers == {(True, "one", 0.01, 0.1), (False, "all", 1e-5, 0.2)}
+    assert len(norms) == 53 + 8
+    assert all(norm.path == path for path, norm in norms.items())
