@@ -1,4 +1,4 @@
-"""What command lines share: an exit status, one line for a mistake that the user can mend, and what they switch on."""
+"""Shared by command lines: an exit status, one line for a mistake that the user can mend, what is switched on."""
 
 from __future__ import annotations
 
@@ -26,17 +26,20 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
     """
     try:
         command()
+
     except BNextError as error:
         text = str(error)
         if "Original Traceback" in text:  # of a process that loads images; torch puts all of it into the message
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         print(f"error: {text}", file=sys.stderr)
         return 2
+
     except KeyboardInterrupt:
         if say_kept is None:
             raise
         print(f"interrupted; {say_kept()}.", file=sys.stderr)
         return 130
+
     return 0
 
 

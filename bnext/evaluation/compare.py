@@ -134,12 +134,12 @@ def _find_dataset(cfg: CfgNode) -> str:
 
 
 def _count_images(cfg: CfgNode) -> int:
-    """Of this worker, in an SGD step."""
+    """Images of this worker in an SGD step."""
     return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
 
 
 def _count_together(cfg: CfgNode, model: nn.Module) -> int:
-    """How many images are normalized together in training, of a model of which `find_obstacle` says nothing."""
+    """Images that training normalizes together, of a model that has one number of them: see `find_obstacle`."""
     return next(iter(count_images_as_trained(model, _count_images(cfg))))
 
 

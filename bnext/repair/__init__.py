@@ -1,4 +1,4 @@
-"""What any model gets without detectron2: a comparison of statistics, and what comes of it."""
+"""For any torch model, without detectron2: its numbers with several kinds of statistics."""
 
 from bnext.repair.compare import compare_kinds
 from bnext.repair.kinds import KINDS, Kind, normalizing_evaluation_by_mini_batch, use_kind

@@ -67,7 +67,7 @@ class Kind:
 
 
 def count_images_as_trained(model: nn.Module, num_images: int) -> dict[int, str]:
-    """How many images of a worker are normalized together in training.
+    """Images of a worker that are normalized together in training.
 
     Args:
         model: the detector. Norms under `roi_heads` count RoIs, not images, and are left out.

@@ -1,3 +1,3 @@
-"""What experiments share: the runner of their rows, and pictures."""
+"""Shared by experiments: the runner of their rows, and pictures."""
 
 import bnext.config  # noqa: F401  first, as it says how to get detectron2

@@ -21,56 +21,46 @@ from bnext.scope.model import restoring
 
 __all__ = ["draw_detections"]
 
+_NUM_IMAGES = 4  # columns
+_SCORE_THRESHOLD = 0.3  # detections below it are left out
+_SCALE = 4.0  # enlargement of the images
 
-def draw_detections(
-    cfg: CfgNode,
-    models: Mapping[str, nn.Module],
-    path: str | os.PathLike[str],
-    *,
-    num_images: int = 4,
-    score_threshold: float = 0.3,
-    scale: float = 4.0,
-) -> Path:
+
+def draw_detections(cfg: CfgNode, models: Mapping[str, nn.Module], path: str | os.PathLike[str]) -> Path:
     """Draw boxes, classes and scores of several models, one row of pictures each, under the true boxes.
 
     Args:
         cfg: its first test set gives the images, which are taken evenly from all of them.
         models: title -> detector.
         path: of the PNG; written whole.
-        num_images: columns.
-        score_threshold: detections below it are left out, 0 to 1.
-        scale: enlargement of the images.
-
-    Returns:
-        The path.
     """
     name = cfg.DATASETS.TEST[0]
     records = DatasetCatalog.get(name)
-    chosen = [records[i] for i in np.linspace(0, len(records) - 1, num_images).round().astype(int)]
+    chosen = [records[i] for i in np.linspace(0, len(records) - 1, _NUM_IMAGES).round().astype(int)]
 
-    rows = {"ground truth": [_draw_truth(record, name, scale) for record in chosen]}
+    rows = {"ground truth": [_draw_truth(record, name) for record in chosen]}
     for title, model in models.items():
         pictures = []
         for record in chosen:
             instances = _detect(cfg, model, record)
-            visualizer = _start_drawing(record, name, scale)
-            shown = instances[instances.scores > score_threshold]
+            visualizer = _start_drawing(record, name)
+            shown = instances[instances.scores > _SCORE_THRESHOLD]
             pictures.append(visualizer.draw_instance_predictions(shown).get_image())
-        rows[f"{title}\n(score > {score_threshold:g})"] = pictures
+        rows[f"{title}\n(score > {_SCORE_THRESHOLD:g})"] = pictures
 
     return _save_grid(rows, Path(path))
 
 
-def _start_drawing(record: dict[str, Any], dataset: str, scale: float) -> Visualizer:
+def _start_drawing(record: dict[str, Any], dataset: str) -> Visualizer:
     image = detection_utils.read_image(record["file_name"], format="RGB")
-    return Visualizer(image, MetadataCatalog.get(dataset), scale=scale)
+    return Visualizer(image, MetadataCatalog.get(dataset), scale=_SCALE)
 
 
-def _draw_truth(record: dict[str, Any], dataset: str, scale: float) -> np.ndarray:
+def _draw_truth(record: dict[str, Any], dataset: str) -> np.ndarray:
     boxes = []
     for annotation in record["annotations"]:
         boxes.append({key: value for key, value in annotation.items() if key != "segmentation"})
-    visualizer = _start_drawing(record, dataset, scale)
+    visualizer = _start_drawing(record, dataset)
     return visualizer.draw_dataset_dict({**record, "annotations": boxes}).get_image()
 
 

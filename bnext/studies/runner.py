@@ -66,7 +66,7 @@ def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> C
 
 
 def check_rows(configs: Mapping[Row, CfgNode]) -> None:
-    """What the configs of all rows must allow: re-estimation, and one AP for each.
+    """Refuse configs of rows that allow no re-estimation, or not one AP each.
 
     Raises:
         ConfigError: names the key and the row.

@@ -1,4 +1,4 @@
-"""How good is a moving average? Along a training, and against the normalization batch size.
+"""The study of moving averages: along a training, and against the normalization batch size.
 
 Each normalization batch size (NBS) is a training, which is read in three ways. Checkpoints along the first one are
 evaluated with the moving average of the file, and with statistics re-estimated on more and more training images.
@@ -208,7 +208,7 @@ def _compute_ap(cfg: CfgNode, model: nn.Module, folder: str, images_per_batch: i
 
 
 def _as_number(value: float) -> float:
-    """What is not finite becomes null in results.json, by way of NaN."""
+    """NaN for a number that is not finite: it becomes null in results.json."""
     return value if math.isfinite(value) else math.nan
 
 

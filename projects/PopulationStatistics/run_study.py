@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""How good is a moving average of batch statistics? Sections 3 and 4 of *Rethinking "Batch" in BatchNorm* on digits.
+"""Moving averages and re-estimations compared: sections 3 and 4 of *Rethinking "Batch" in BatchNorm* on digits.
 
     python projects/PopulationStatistics/run_study.py
     python projects/PopulationStatistics/run_study.py --parts nbs --sizes 8 4 2 --output output/sizes
@@ -27,6 +27,7 @@ CONFIGS = Path(__file__).parent / "configs"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=(8, 2), help="normalization batch sizes")
     parser.add_argument("--samples", nargs="+", type=int, default=SAMPLES, help="training images N")
@@ -34,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep finished trainings, go on with unfinished ones")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs that override every config")
     args = parser.parse_args(argv)
+
     return run_command(lambda: run(args))
 
 

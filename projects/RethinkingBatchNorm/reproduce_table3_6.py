@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep finished trainings, go on with unfinished ones")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs that override every config")
     args = parser.parse_args(argv)
+
     return run_command(lambda: reproduce(args))
 
 
@@ -46,6 +47,7 @@ def reproduce(args: argparse.Namespace) -> None:
     num_workers = {"digits": 2, "coco": 8}[args.dataset] if args.num_gpus is None else args.num_gpus
     folder = CONFIGS / args.dataset
     files = {row: str(folder / f"table3_6_{ROWS[row].trained}.yaml") for row in order_rows(args.rows)}
+
     if args.dataset == "digits":
         ensure_digits()
     configs = load_rows(files, output, args.opts, num_workers)

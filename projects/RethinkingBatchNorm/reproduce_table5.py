@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep finished trainings, go on with unfinished ones")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs that override every config")
     args = parser.parse_args(argv)
+
     return run_command(lambda: reproduce(args))
 
 
@@ -41,6 +42,7 @@ def reproduce(args: argparse.Namespace) -> None:
     """Prepare the data, check everything, and run the rows in all workers."""
     output = args.output or f"output/table5_{args.dataset}"
     files = {row: str(CONFIGS / args.dataset / f"table5_row{row}.yaml") for row in order_rows(args.rows)}
+
     if args.dataset == "digits":
         ensure_digits()
     configs = load_rows(files, output, args.opts, num_workers=args.num_gpus)

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", default="output/leakage", help="folder of leakage.json and leakage.png")
     parser.add_argument("--opts", nargs="*", default=[], help="KEY VALUE pairs that override every config")
     args = parser.parse_args(argv)
+
     return run_command(lambda: show(args))
 
 

@@ -50,7 +50,7 @@ class Row:
 
     @property
     def opts(self) -> list[str]:
-        """What the row changes in the config of its training."""
+        """KEY VALUE pairs that the row changes in the config of its training."""
         opts = []
         if self.inference != "population":
             for head in HEADS:
@@ -110,6 +110,7 @@ def load_rows(
     check_names(config_files)
     configs = {row: load_row(file, output, row, [*ROWS[row].opts, *opts]) for row, file in config_files.items()}
     num_workers = count_workers(num_workers, device=next(iter(configs.values())).MODEL.DEVICE)
+
     for row, cfg in configs.items():
         _check_row(row, cfg, config_files[row])
         _check_images(row, cfg, num_workers)

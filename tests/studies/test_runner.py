@@ -1,4 +1,4 @@
-"""What the reproductions of tables share: folders, results, resuming, and what is refused before anything runs."""
+"""Folders, results and resuming of studies, and refusals before anything runs."""
 
 import json
 import math
