@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
@@ -19,6 +18,7 @@ from bnext.layers import TABLE5_ROWS, BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.scope import use_domain
 
 __all__ = [
+    "ANSWERS",
     "CASES",
     "DOMAINS",
     "LEVELS",
@@ -26,6 +26,8 @@ __all__ = [
     "ROWS",
     "SPECS",
     "Case",
+    "list_answers",
+    "make_case",
     "make_features",
     "make_norm",
     "pick_cases",
@@ -174,101 +176,102 @@ class Case:
         return [p for state in states.values() for p in (state.weight, state.bias) if p.requires_grad]
 
 
-# The six rows, and the two combinations that the paper leaves out.
-ANSWERS = {**{f"row{row}": cells for row, cells in TABLE5_ROWS.items()}}
-ANSWERS["shared_batch_own_affine"] = ("shared", "shared", "per_level")
-ANSWERS["shared_batch_own_rest"] = ("shared", "per_level", "per_level")
-
-
-def _row(name: str, **changes: object) -> NormSpec:
-    statistics, population, affine = ANSWERS[name]
-    return NormSpec(statistics=statistics, population=population, affine=affine).replace(**changes)
-
-
-_LEVEL_ROWS = {f"{name}-{workers}": _row(name, workers=workers) for name in ANSWERS for workers in ("one", "all")}
-SPECS = [pytest.param(spec, id=name) for name, spec in _LEVEL_ROWS.items()]
-
-_NO_POPULATION: dict[str, object] = {"population": "none", "inference": "mini_batch"}
-# Changes of a spec that are tried on one feature map, on domains and on levels.
-_ANY: dict[str, dict[str, object]] = {
-    "ghost1": {"normalization_batch_size": 1},
-    "ghost2": {"normalization_batch_size": 2},
-    "train_by_population": {"training": "population"},
-    "renorm": {"training": "renorm"},
-    "cumulative": {"average": "cumulative"},
-    "infer_by_batch": {"inference": "mini_batch"},
-    "frozen_statistics": {"frozen": "statistics"},
-    "frozen_both": {"frozen": "both"},
-    "ghost2_renorm": {"normalization_batch_size": 2, "training": "renorm"},
-    "ghost2_cumulative": {"normalization_batch_size": 2, "average": "cumulative"},
-    "renorm_cumulative": {"training": "renorm", "average": "cumulative"},
+# Answers in which norms differ, and where their samples come from: a feature map without domains, of one domain, of
+# several, or several levels. "own" is per_domain or per_level. Specs that differ in `workers` alone are the same code
+# on one process.
+ANSWERS: dict[str, tuple[object, ...]] = {
+    "sources": ("none", "one", "mixed", "levels"),
+    "statistics": ("shared", "own"),
+    "population": ("shared", "own", "none"),
+    "affine": ("shared", "own", "none"),
+    "normalization_batch_size": (None, 1, 2),
+    "training": ("mini_batch", "population", "renorm"),
+    "average": ("moving", "cumulative"),
+    "inference": ("population", "mini_batch"),
+    "frozen": ("none", "statistics", "affine", "both"),
+    "single_element": ("error", "population"),
 }
-_PLAIN: dict[str, dict[str, object]] = {
+PLAIN = {name: values[0] for name, values in ANSWERS.items()}
+OWN = dict.fromkeys(("statistics", "population", "affine"), "own")
+
+
+def make_case(answers: Mapping[str, object]) -> Case:
+    """The case of some answers; the others are torch's.
+
+    Raises:
+        ConfigError: they contradict one another.
+    """
+    answers = {**PLAIN, **answers}
+    sources = answers.pop("sources")
+    owner = "per_level" if sources == "levels" else "per_domain"
+    fields = {name: owner if value == "own" else value for name, value in answers.items()}
+    domains = DOMAINS if sources in ("one", "mixed") else ()
+    active = {"one": "night", "mixed": MIXED}.get(sources)
+    return Case(NormSpec(**fields, domains=domains), LEVELS if sources == "levels" else (), active)
+
+
+def _make_row(row: int) -> dict[str, object]:
+    """One of the paper's six."""
+    cells = ("own" if cell == "per_level" else cell for cell in TABLE5_ROWS[row])
+    return {"sources": "levels", **dict(zip(OWN, cells, strict=True))}
+
+
+_NAMED: dict[str, dict[str, object]] = {
     "plain": {},
-    "ghost3": {"normalization_batch_size": 3},
-    "ghost4": {"normalization_batch_size": 4},
-    "ghost9": {"normalization_batch_size": 9},
-    "workers_node": {"workers": "node"},
-    "workers_1": {"workers": 1},
-    "workers_2": {"workers": 2},
-    "workers_all": {"workers": "all"},
-    "renorm_narrow": {"training": "renorm", "r_max": 1.2, "d_max": 0.1},
-    "no_population": _NO_POPULATION,
-    "no_population_ghost2": {**_NO_POPULATION, "normalization_batch_size": 2},
+    "ghost2": {"normalization_batch_size": 2},
+    "renorm": {"training": "renorm"},
+    "train_by_population": {"training": "population"},
+    "frozen_statistics": {"frozen": "statistics"},
     "no_affine": {"affine": "none"},
-    "no_affine_ghost2": {"affine": "none", "normalization_batch_size": 2},
-    "frozen_affine": {"frozen": "affine"},
-    "frozen_statistics_by_population": {"frozen": "statistics", "training": "population"},
-    "single_element_by_population": {"single_element": "population"},
-    "renorm_all": {"training": "renorm", "workers": "all"},
-    "cumulative_infer_by_batch": {"average": "cumulative", "inference": "mini_batch"},
-    **_ANY,
+    "domains-one": {"sources": "one", **OWN},
+    "domains-mixed": {"sources": "mixed", **OWN},
+    **{f"levels-row{row}": _make_row(row) for row in ROWS},
 }
-
-
-def _domain_spec(statistics: str, population: str, affine: str, **changes: object) -> NormSpec:
-    return NormSpec(statistics=statistics, population=population, affine=affine, domains=DOMAINS, **changes)
-
-
-def _list_domain_specs() -> dict[str, NormSpec]:
-    sharing = ("shared", "per_domain")
-    letters = {"shared": "S", "per_domain": "D", "none": "N"}
-    combinations = [c for c in itertools.product(sharing, sharing, sharing) if "per_domain" in c]
-    combinations.append(("per_domain", "per_domain", "none"))
-    specs = {"".join(letters[cell] for cell in cells): _domain_spec(*cells) for cells in combinations}
-    specs["DNS"] = _domain_spec("per_domain", "none", "shared", inference="mini_batch")
-    specs["DDD_all"] = specs["DDD"].replace(workers="all")
-    for name, changes in _ANY.items():
-        specs[f"DDD_{name}"] = specs["DDD"].replace(**changes)
-    for name in ("ghost2", "renorm", "cumulative", "train_by_population", "infer_by_batch"):
-        specs[f"SDS_{name}"] = specs["SDS"].replace(**_ANY[name])
-    specs["DSD_renorm"] = specs["DSD"].replace(training="renorm")
-    return specs
+# With those above, every two answers that go together are in some row: test_cases.py counts them.
+_PAIRS: list[tuple[object, ...]] = [
+    ("one", "own", "own", "none", 1, "renorm", "cumulative", "mini_batch", "statistics", "population"),
+    ("mixed", "shared", "none", "own", 1, "mini_batch", "cumulative", "mini_batch", "affine", "error"),
+    ("mixed", "own", "shared", "shared", None, "population", "cumulative", "mini_batch", "both", "population"),
+    ("levels", "shared", "own", "own", 2, "renorm", "moving", "mini_batch", "both", "population"),
+    ("one", "own", "shared", "shared", 1, "mini_batch", "moving", "population", "affine", "population"),
+    ("levels", "own", "none", "none", 2, "mini_batch", "cumulative", "mini_batch", "none", "error"),
+    ("none", "shared", "shared", "shared", 1, "mini_batch", "cumulative", "population", "both", "error"),
+    ("none", "shared", "none", "shared", None, "mini_batch", "moving", "mini_batch", "affine", "error"),
+    ("one", "shared", "own", "own", None, "population", "moving", "population", "statistics", "error"),
+    ("mixed", "shared", "own", "shared", 2, "renorm", "moving", "population", "affine", "error"),
+    ("none", "shared", "shared", "shared", 1, "mini_batch", "moving", "population", "none", "population"),
+    ("mixed", "shared", "own", "none", None, "population", "moving", "population", "statistics", "error"),
+    ("levels", "shared", "shared", "shared", None, "population", "moving", "population", "affine", "error"),
+    ("one", "shared", "shared", "own", 2, "mini_batch", "moving", "population", "statistics", "error"),
+    ("levels", "shared", "shared", "shared", 1, "mini_batch", "moving", "population", "statistics", "error"),
+    ("one", "shared", "shared", "own", None, "mini_batch", "moving", "population", "both", "error"),
+    ("one", "shared", "none", "own", None, "mini_batch", "moving", "mini_batch", "none", "error"),
+]
 
 
 def _list_cases() -> dict[str, Case]:
-    cases = {name: Case(NormSpec(**changes)) for name, changes in _PLAIN.items()}
-    for name, spec in _list_domain_specs().items():
-        cases[f"domains_{name}-mixed"] = Case(spec, active=MIXED)
-        if name.partition("_")[2] in ("", "all", "ghost2", "renorm", "frozen_both"):
-            cases[f"domains_{name}-one"] = Case(spec, active="night")
-    fallback = _domain_spec("per_domain", "per_domain", "per_domain", fallback_domain="fog")
-    cases["domains_fallback"] = Case(fallback, active="rain")
-    cases["domains_fallback_none_active"] = Case(fallback)
-    for name, spec in _LEVEL_ROWS.items():
-        cases[f"levels_{name}"] = Case(spec, LEVELS)
-    for row, (name, changes) in itertools.product(("row1", "row6"), _ANY.items()):
-        cases[f"levels_{row}_{name}"] = Case(_row(row, **changes), LEVELS)
-    for name in ("renorm", "train_by_population", "ghost1"):
-        cases[f"levels_row2_{name}"] = Case(_row("row2", **_ANY[name]), LEVELS)
-    cases["levels_row1_no_affine"] = Case(_row("row1", affine="none"), LEVELS)
-    cases["levels_row6_no_affine"] = Case(_row("row6", affine="none"), LEVELS)
-    cases["levels_row5_no_population"] = Case(_row("row5", **_NO_POPULATION), LEVELS)
+    cases = {name: make_case(answers) for name, answers in _NAMED.items()}
+    for values in _PAIRS:
+        answers = dict(zip(ANSWERS, values, strict=True))
+        changed = [f"{value}" for name, value in answers.items() if value != PLAIN[name]]
+        cases["-".join(changed)] = make_case(answers)
     return cases
 
 
 _ALL = _list_cases()
 CASES = [pytest.param(case, id=name) for name, case in _ALL.items()]
+SPECS = [pytest.param(NormSpec.from_table5_row(row), id=f"row{row}") for row in ROWS]
+# The two combinations that the paper leaves out.
+SPECS += [
+    pytest.param(NormSpec(affine="per_level"), id="shared_batch_own_affine"),
+    pytest.param(NormSpec(population="per_level", affine="per_level"), id="shared_batch_own_rest"),
+]
+
+
+def list_answers() -> list[dict[str, object]]:
+    """Answers of every case."""
+    rows = [dict(zip(ANSWERS, values, strict=True)) for values in _PAIRS]
+    return [{**PLAIN, **answers} for answers in _NAMED.values()] + rows
 
 
 def pick_cases(*names: str) -> list[object]:

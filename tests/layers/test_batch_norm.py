@@ -19,9 +19,8 @@ EVERY_KIND = pick_cases(
     "train_by_population",
     "frozen_statistics",
     "no_affine",
-    "domains_DDD-one",
-    "domains_DDD-mixed",
-    "domains_SDS-mixed",
+    "domains-one",
+    "domains-mixed",
 )
 
 
@@ -154,7 +153,7 @@ def test_another_device_is_refused_with_the_layers_path(case, training):
         case.call(norm, {"x": draw().to("meta")})
 
 
-@pytest.mark.parametrize("case", [*EVERY_KIND, *pick_cases("levels_row1-one", "levels_row6-one")])
+@pytest.mark.parametrize("case", [*EVERY_KIND, *pick_cases("levels-row1", "levels-row6")])
 @pytest.mark.parametrize(
     ("buffer", "value"), [("running_mean", "nan"), ("running_var", "inf"), ("running_var", "-0.5")]
 )

@@ -209,7 +209,7 @@ def count_collectives(rank, specs):
 
 
 def test_one_collective_forward_and_one_backward_whatever_is_normalized():
-    levels = {param.id: param.values[0] for param in SPECS if param.values[0].workers == "all"}
+    levels = {param.id: param.values[0].replace(workers="all") for param in SPECS}
     specs = {**SPECS_OVER_ALL, **levels, "frozen": NormSpec(workers="all", frozen="statistics")}
     specs["by_batch"] = NormSpec(workers="all", inference="mini_batch")  # at inference of this worker alone
     specs["domains_by_batch"] = DOMAIN_SPEC.replace(workers="all", inference="mini_batch")

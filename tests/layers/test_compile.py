@@ -11,12 +11,12 @@ TRAINING = pick_cases(
     "ghost2",
     "renorm",
     "train_by_population",
-    "domains_DDD-one",
-    "domains_DDD-mixed",
-    "levels_row1-one",
-    "levels_row5-one",
+    "domains-one",
+    "domains-mixed",
+    "levels-row1",
+    "levels-row5",
 )
-EVALUATION = pick_cases("plain", "domains_DDD-mixed", "levels_row2-one")
+EVALUATION = pick_cases("plain", "domains-mixed", "levels-row2")
 
 
 def grow(x, step):
@@ -54,7 +54,7 @@ def test_evaluation_in_one_graph(case):
     check(case, training=False)
 
 
-@pytest.mark.parametrize("case", pick_cases("levels_row1-one", "levels_row5-one"))
+@pytest.mark.parametrize("case", pick_cases("levels-row1", "levels-row5"))
 def test_a_fixed_size_in_one_graph(case):
     torch._dynamo.reset()
     eager, owner = case.build().train(), case.build().train()

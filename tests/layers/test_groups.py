@@ -25,9 +25,12 @@ from tests.record import assert_nothing_is_open
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 GROUPS, NUM_GROUPS = [2, 0, 2, 2, 0], 4  # of the five samples of a case; two groups are empty
+# A norm over levels, or with a size of its own, has no groups.
 FLAT_CASES = [
-    parameter for parameter in CASES if not parameter.values[0].levels and "ghost" not in parameter.id
-]  # a norm over levels, or with a size of its own, has no groups
+    parameter
+    for parameter in CASES
+    if not parameter.values[0].levels and parameter.values[0].spec.normalization_batch_size is None
+]
 
 
 def draw(num_samples=5, side=3, seed=0):
