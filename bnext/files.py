@@ -47,6 +47,7 @@ def replace_file(
             write(file)
             file.flush()
             os.fsync(file.fileno())
+
         if previous is not None and os.path.exists(path):
             os.replace(path, previous)
         os.replace(partial, path)

@@ -32,7 +32,10 @@ def derive_seed(*entropy: int) -> int:
         (True, False)
     """
     # SeedSequence ignores trailing zeros and the borders between long numbers: give it both.
-    words = [len(entropy), *(word for number in entropy for word in divmod(number, 2**32))]
+    words = [len(entropy)]
+    for number in entropy:
+        words += divmod(number, 2**32)
+
     return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -67,13 +70,15 @@ def seeded(seed: int) -> Iterator[None]:
         ...     bool(torch.rand(()) == first)
         True
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
+
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)

@@ -4,43 +4,46 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 from bnext.cli.run_command import run_command
+from bnext.data.catalog import datasets_root
 from bnext.data.digits import prepare_digits
 from bnext.data.digits_images import DigitsRecipe
 
+HELP = {
+    "seed": "which pictures are drawn",
+    "num_train": "training pictures",
+    "num_val": "validation pictures",
+    "image_side": "side of a picture in pixels",
+    "max_objects": "most digits per picture",
+    "scale_range": "height of a digit as a share of the side",
+}
+
 
 def parse_arguments() -> argparse.Namespace:
-    default = {field.name: field.default for field in fields(DigitsRecipe)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    parser.add_argument("root", nargs="?", type=Path, default=root, help="folder of all data sets")
-    parser.add_argument("--seed", type=int, default=default["seed"], help="which pictures are drawn")
-    parser.add_argument("--num-train", type=int, default=default["num_train"], help="training pictures")
-    parser.add_argument("--num-val", type=int, default=default["num_val"], help="validation pictures")
-    parser.add_argument("--image-side", type=int, default=default["image_side"], help="side of a picture in pixels")
-    parser.add_argument("--max-objects", type=int, default=default["max_objects"], help="most digits per picture")
-    parser.add_argument(
-        "--scale-range",
-        type=float,
-        nargs=2,
-        default=default["scale_range"],
-        metavar=("SMALLEST", "LARGEST"),
-        help="height of a digit as a share of the side",
-    )
+    parser.add_argument("root", nargs="?", type=Path, default=datasets_root(), help="folder of all data sets")
+
+    pair = {"type": float, "nargs": 2, "metavar": ("SMALLEST", "LARGEST")}
+    for field in fields(DigitsRecipe):
+        kind = pair if field.name == "scale_range" else {"type": int}
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=HELP[field.name], **kind)
+
     parser.add_argument("--overwrite", action="store_true", help="replace the set that is there")
     return parser.parse_args()
 
 
-def main() -> int:
-    arguments = vars(parse_arguments())
-    arguments["scale_range"] = tuple(arguments["scale_range"])
-    return run_command(lambda: print(f"The digits set is in {prepare_digits(arguments.pop('root'), **arguments)}."))
+def prepare() -> None:
+    arguments = parse_arguments()
+    values = {field.name: getattr(arguments, field.name) for field in fields(DigitsRecipe)}
+    values["scale_range"] = tuple(values["scale_range"])
+
+    folder = prepare_digits(arguments.root, DigitsRecipe(**values), overwrite=arguments.overwrite)
+    print(f"The digits set is in {folder}.")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(prepare))

@@ -10,6 +10,7 @@ from detectron2.engine.hooks import CallbackHook
 from bnext.config import load_config
 from bnext.data.catalog import register_datasets
 from bnext.data.digits import prepare_digits
+from bnext.data.digits_images import DigitsRecipe
 from bnext.engine import Trainer
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
@@ -22,7 +23,8 @@ NO_LEVELS += ("MODEL.BNEXT.RETINANET.AFFINE", "shared")
 
 def prepare(root):
     """Make the digits set in a folder and let the catalog point to it."""
-    prepare_digits(root, num_train=12, num_val=4, image_side=64, max_objects=3, scale_range=(0.2, 0.9), progress=False)
+    recipe = DigitsRecipe(num_train=12, num_val=4, image_side=64, max_objects=3, scale_range=(0.2, 0.9))
+    prepare_digits(root, recipe, progress=False)
     register(root)
 
 

@@ -55,11 +55,13 @@ class CheckedMapper:
         try:
             return self._mapper(record)
         except (OSError, SizeMismatchError, KeyError, TypeError, ValueError) as error:
+            name = record.get("file_name") or f"image_id {record.get('image_id')}"
+
             raise DatasetError.of(
                 "An image",
                 "be readable and as its record says",
                 got=f"{type(error).__name__}: {error}",
-                where=str(record.get("file_name") or f"image_id {record.get('image_id')}"),
+                where=str(name),
                 remedy="Restore the file, or correct or remove its record.",
             ) from error
 

@@ -49,12 +49,14 @@ def register_datasets() -> None:
     for split in SPLITS:
         name = f"digits_{split}"
         entry = _CocoSet(name, str(folder / "annotations" / f"instances_{split}.json"), str(folder / split))
+
         if name in DatasetCatalog:
             present = DatasetCatalog[name]
             if not isinstance(present, _CocoSet) or present == entry:
                 continue
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)  # its attributes cannot be changed, only made anew
+
         DatasetCatalog.register(name, entry)
         MetadataCatalog.get(name).set(
             json_file=entry.json_file,

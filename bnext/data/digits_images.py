@@ -16,6 +16,14 @@ from bnext.errors import DatasetError
 __all__ = ["DigitsRecipe", "DrawnDigit", "Sources", "draw_picture", "load_sources"]
 
 SPLITS = ("train", "val")
+WHERE = "digits set"  # in the messages
+LIMITS = {
+    "seed": (0, 2**63 - 1),
+    "num_train": (1, 10**6),
+    "num_val": (1, 10**6),
+    "image_side": (32, 4096),
+    "max_objects": (1, 50),
+}
 SMALLEST_DIGIT = 8  # pixels: the height of the scanned digits; below it they cannot be told apart
 STROKE = 0.5  # ink from which a pixel belongs to the digit
 SOFTNESS = 0.3  # span of ink over which the stroke's edge fades
@@ -50,31 +58,34 @@ class DigitsRecipe:
     scale_range: tuple[float, float] = (0.09, 0.9)
 
     def __post_init__(self) -> None:
-        limits = {
-            "seed": (0, 2**63 - 1),
-            "num_train": (1, 10**6),
-            "num_val": (1, 10**6),
-            "image_side": (32, 4096),
-            "max_objects": (1, 50),
-        }
-        for name, (low, high) in limits.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise DatasetError(
-                    f"{name} must be from {low} to {high}; got {value} (digits set). Give a value in that range."
-                )
+                remedy = "Give a value in that range."
+                raise DatasetError.of(name, f"be from {low} to {high}", got=value, where=WHERE, remedy=remedy)
+
         smallest, largest = self.scale_range
         if not 0 < smallest <= largest <= 0.95:
-            raise DatasetError(
-                f"scale_range must hold two shares of the image side, 0 < smallest <= largest <= 0.95; "
-                f"got {smallest} {largest} (digits set). The default is 0.09 0.9."
+            raise DatasetError.of(
+                "scale_range",
+                "hold two shares of the image side, 0 < smallest <= largest <= 0.95",
+                got=f"{smallest} {largest}",
+                where=WHERE,
+                remedy="The default is 0.09 0.9.",
             )
+
         if smallest * self.image_side < SMALLEST_DIGIT:
-            raise DatasetError(
-                f"scale_range must keep every digit at {SMALLEST_DIGIT} pixels or more; got {smallest} of "
-                f"{self.image_side} pixels (digits set). Raise the smallest scale to "
-                f"{SMALLEST_DIGIT / self.image_side:.3g}, or the image side."
+            raise DatasetError.of(
+                "scale_range",
+                f"keep every digit at {SMALLEST_DIGIT} pixels or more",
+                got=f"{smallest} of {self.image_side} pixels",
+                where=WHERE,
+                remedy=f"Raise the smallest scale to {SMALLEST_DIGIT / self.image_side:.3g}, or the image side.",
             )
+
+    def count(self, split: str) -> int:
+        """Pictures of a split."""
+        return self.num_train if split == "train" else self.num_val
 
 
 @dataclass(frozen=True)
@@ -107,21 +118,26 @@ def load_sources(split: str) -> Sources:
     try:
         from sklearn.datasets import load_digits, load_sample_images
     except ImportError as error:
-        raise DatasetError(
-            f"scikit-learn must be installed to make the digits set; got {error} (digits set). "
-            "Run `pip install scikit-learn`, or install bnext with the extra `bnext[digits]`."
+        raise DatasetError.of(
+            "scikit-learn",
+            "be installed to make the digits set",
+            got=str(error),
+            where=WHERE,
+            remedy="Run `pip install scikit-learn`, or install bnext with the extra `bnext[digits]`.",
         ) from error
 
     bunch = load_digits()
     order = np.random.default_rng(1797).permutation(len(bunch.target))
     cut = len(order) * 4 // 5
     chosen = order[:cut] if split == "train" else order[cut:]
+
     blocks = []
     for photograph in load_sample_images().images:
         rows, columns = (length // count for length, count in zip(photograph.shape, BLOCKS, strict=False))
         for row, column in np.ndindex(*BLOCKS):
             if ((row, column) in VAL_BLOCKS) == (split == "val"):
                 blocks.append(photograph[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns])
+
     return Sources(bunch.images[chosen] / 16.0, bunch.target[chosen], tuple(blocks))
 
 
@@ -134,20 +150,26 @@ def draw_picture(
         DatasetError: no picture with these scales and numbers could be drawn.
     """
     number = int(rng.integers(1, recipe.max_objects + 1))
+
     for _ in range(DRAWS_TRIED):
         glyphs = _draw_glyphs(number, recipe, sources, rng)
         corners = _place([ink.shape for _, ink in glyphs], recipe.image_side, rng)
         if corners is None:
             continue
+
         picture = _draw_background(recipe.image_side, sources, rng)
         drawn = []
         for (label, ink), corner in zip(glyphs, corners, strict=True):
             drawn.append(DrawnDigit(label, _paint(picture, ink, corner, rng)))
         return np.rint(picture).astype(np.uint8), drawn
-    raise DatasetError(
-        f"max_objects must leave room for the digits; got {recipe.max_objects}, of which {number} digits of scale "
-        f"{recipe.scale_range[0]} to {recipe.scale_range[1]} found no place in {DRAWS_TRIED} draws (digits set). "
-        "Use fewer objects or smaller scales."
+
+    smallest, largest = recipe.scale_range
+    raise DatasetError.of(
+        "max_objects",
+        "leave room for the digits",
+        got=f"{recipe.max_objects}, of which {number} of scale {smallest} to {largest} found no place",
+        where=WHERE,
+        remedy="Use fewer objects or smaller scales.",
     )
 
 
@@ -157,6 +179,7 @@ def _draw_glyphs(
     """(label, ink float (H, W)) of every digit of one picture, the largest first."""
     smallest, largest = np.log(recipe.scale_range)
     heights = np.exp(rng.uniform(smallest, largest, number)) * recipe.image_side
+
     glyphs = []
     for height in sorted(heights, reverse=True):
         index = int(rng.integers(len(sources.labels)))
@@ -171,6 +194,7 @@ def _render(digit: np.ndarray, height: int, side: int) -> np.ndarray:
     zoom = 16  # the visible extent is found to a sixteenth of a scanned pixel
     visible = np.asarray(scan.resize((10 * zoom, 10 * zoom), Image.Resampling.BICUBIC)) >= STROKE
     left, top, right, bottom = (edge / zoom for edge in _extent(visible))
+
     width = min(max(2, round(height * (right - left) / (bottom - top))), side)
     ink = np.asarray(scan.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
     return np.clip((ink - STROKE) / SOFTNESS + 0.5, 0.0, 1.0)
@@ -188,14 +212,16 @@ def _place(shapes: list[tuple[int, ...]], side: int, rng: np.random.Generator) -
     for height, width in shapes:
         for _ in range(PLACES_TRIED):
             top, left = int(rng.integers(side - height + 1)), int(rng.integers(side - width + 1))
-            if all(
-                max(top - y - h, y - top - height, left - x - w, x - left - width) >= MARGIN
-                for (y, x), (h, w) in zip(corners, shapes, strict=False)
-            ):
+            gaps = []
+            for (y, x), (h, w) in zip(corners, shapes, strict=False):
+                gaps.append(max(top - y - h, y - top - height, left - x - w, x - left - width))
+
+            if all(gap >= MARGIN for gap in gaps):
                 corners.append((top, left))
                 break
         else:
             return None
+
     return corners
 
 
@@ -206,10 +232,12 @@ def _draw_background(side: int, sources: Sources, rng: np.random.Generator) -> n
     widest = min(rows, columns)
     crop = round(float(np.exp(rng.uniform(np.log(widest / 3), np.log(widest)))))
     top, left = int(rng.integers(rows - crop + 1)), int(rng.integers(columns - crop + 1))
+
     square = Image.fromarray(block[top : top + crop, left : left + crop])
     picture = np.asarray(square.resize((side, side), Image.Resampling.BILINEAR), dtype=np.float64)
     if rng.random() < 0.5:
         picture = picture[:, ::-1]
+
     mean = picture.mean((0, 1))
     return mean + (picture - mean) * rng.uniform(0.5, 0.9)
 
@@ -218,9 +246,11 @@ def _paint(picture: np.ndarray, ink: np.ndarray, corner: tuple[int, int], rng: n
     """Blend a digit into `picture` (in place), bright on dark or dark on bright; the pixels where it shows."""
     rows, columns = (slice(start, start + length) for start, length in zip(corner, ink.shape, strict=True))
     local = picture[rows, columns]
+
     lightness = rng.uniform(200, 255) if local.mean() < 128 else rng.uniform(0, 55)
     colour = np.clip(lightness + rng.normal(0, 20, 3), 0, 255)
     picture[rows, columns] = local + ink[..., None] * (colour - local)
+
     mask = np.zeros(picture.shape[:2], dtype=bool)
     mask[rows, columns] = ink >= 0.5
     return mask

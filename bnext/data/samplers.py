@@ -177,6 +177,7 @@ def aspect_ratio_groups(records: Sequence[dict[str, Any]]) -> list[int]:
             where="DATASETS.TRAIN",
             remedy="Add the two sizes to every record, or set it to False.",
         )
+
     return [0 if record["width"] > record["height"] else 1 for record in records]
 
 

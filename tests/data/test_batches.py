@@ -36,6 +36,7 @@ def test_shuffled_batches_are_of_one_data_set_in_an_order_that_is_always_the_sam
         list_files(build_shuffled_batches(cfg, ["digits_train", "digits_val"], domains=["a", "b"])) for _ in range(2)
     )
     assert batches == again
+
     assert [len(batch) for batch in batches] == [6, 4, 6]
     assert all("/val/" in name for name in batches[1])
     assert sorted(batches[0] + batches[2]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
@@ -82,6 +83,7 @@ def no_labels(request, digits, tmp_path):
         (tmp_path / "coco.json").write_text(json.dumps(content))
         register_coco_instances(name, {}, str(tmp_path / "coco.json"), "")
         assert all(record["annotations"] == [] for record in DatasetCatalog.get(name))
+
     yield name
     DatasetCatalog.remove(name)
     MetadataCatalog.pop(name, None)

@@ -11,9 +11,11 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.data.catalog import datasets_root, ensure_digits, register_datasets
 from bnext.data.digits import CLASSES, prepare_digits
+from bnext.data.digits_images import DigitsRecipe
 from bnext.errors import DatasetError
 
 NAMES = ("digits_train", "digits_val")
+SMALL = DigitsRecipe(num_train=5, num_val=2)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +52,7 @@ def test_entries_follow_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "elsewhere"))
     register_datasets()
     assert MetadataCatalog.get("digits_val").json_file.startswith(str(tmp_path / "elsewhere"))
-    prepare_digits(tmp_path / "elsewhere", num_train=3, num_val=2, progress=False)
+    prepare_digits(tmp_path / "elsewhere", SMALL, progress=False)
     assert len(DatasetCatalog.get("digits_val")) == 2
 
 
@@ -59,6 +61,7 @@ def test_a_users_entry_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         DatasetCatalog.register("digits_val", list)
         MetadataCatalog.get("digits_val").set(thing_classes=["mine"])
+
         register_datasets()
         assert DatasetCatalog["digits_val"] is list
         assert MetadataCatalog.get("digits_val").thing_classes == ["mine"]
@@ -67,8 +70,9 @@ def test_a_users_entry_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_detectron2_loads_the_set(root: Path) -> None:
-    prepare_digits(root, num_train=5, num_val=2, progress=False)
+    prepare_digits(root, SMALL, progress=False)
     records = DatasetCatalog.get("digits_train")
+
     assert [record["image_id"] for record in records] == [1, 2, 3, 4, 5]
     for record in records:
         assert os.path.isfile(record["file_name"])
@@ -79,7 +83,7 @@ def test_detectron2_loads_the_set(root: Path) -> None:
 
 
 def test_ensure_digits_uses_what_is_there_and_refuses_what_is_broken(root: Path) -> None:
-    folder = prepare_digits(root, num_train=5, num_val=2, progress=False)
+    folder = prepare_digits(root, SMALL, progress=False)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert ensure_digits(progress=False) == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

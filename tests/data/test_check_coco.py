@@ -18,6 +18,7 @@ import bnext.data.check_coco
 from bnext.data.catalog import register_datasets
 from bnext.data.check_coco import check_datasets
 from bnext.data.digits import prepare_digits
+from bnext.data.digits_images import DigitsRecipe
 from bnext.errors import DatasetError
 
 Edit = Callable[[dict], object]
@@ -25,7 +26,7 @@ Edit = Callable[[dict], object]
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepare_digits(tmp_path_factory.mktemp("datasets"), num_train=6, num_val=3, progress=False)
+    return prepare_digits(tmp_path_factory.mktemp("datasets"), DigitsRecipe(num_train=6, num_val=3), progress=False)
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
         annotations = tmp_path / "digits" / "annotations" / "instances_train.json"
         register_coco_instances("own", {}, str(annotations), str(tmp_path / "digits" / "train"))
         yield
+
     DatasetCatalog.remove("own")
     MetadataCatalog.remove("own")
     register_datasets()
@@ -91,7 +93,7 @@ def test_truncated_annotations_name_the_place(folder: Path, share: float) -> Non
     path = folder / "annotations" / "instances_train.json"
     whole = path.read_text().rstrip()
     path.write_text(whole[: int(len(whole) * share)])
-    with pytest.raises(DatasetError, match=rf"line 1 column \d+.*{re.escape(str(path))}"):
+    with pytest.raises(DatasetError, match=rf"line \d+ column \d+.*{re.escape(str(path))}"):
         check_datasets(["digits_train"])
 
 
@@ -178,6 +180,7 @@ def test_missing_pictures_are_counted_and_named(folder: Path) -> None:
     with pytest.raises(DatasetError, match=f"{message}.*{re.escape(str(folder / 'train'))}.*--overwrite"):
         check_datasets(["digits_train"])
     check_datasets(["digits_train"], check_images=False)
+
     shutil.rmtree(folder / "train")
     with pytest.raises(DatasetError, match="6 of 6 missing"):
         check_datasets(["own"])
@@ -200,6 +203,7 @@ def test_a_file_is_parsed_once_until_it_changes(folder: Path, monkeypatch: pytes
     check_datasets(["own", "digits_train"])
     check_datasets(["own"], num_classes=10)
     assert len(parsed) == 1
+
     edit(folder, lambda c: c["annotations"].pop())
     check_datasets(["own"])
     assert len(parsed) == 2

@@ -115,6 +115,7 @@ def cfg():
     cfg = get_cfg()
     cfg.DATASETS.TRAIN = (name,)
     cfg.DATALOADER.NUM_WORKERS = 0
+
     yield cfg
     DatasetCatalog.remove(name)
 
