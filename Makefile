@@ -36,4 +36,4 @@ types: setup
 # Large tensors stay with malloc; otherwise the kernel's mapping of memory is timed.
 bench: export GOMP_SPINCOUNT = 1000
 bench: setup
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) bench/norms.py
+	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) -m bench

@@ -1,12 +1,13 @@
-#!/usr/bin/env python
 """What it costs to know the shared statistics of a RetinaNet head to 1 %, against fvcore's fixed number of batches.
 
-    python bench/population_statistics.py
+    python -m bench.population_statistics
 
 Row 1 of the paper's Table 5 on the digits set (made on first use), re-estimated until the standard error is below the
 tolerance (95 % of the channels), in batches of 2 and of 8; and fvcore's `update_bn_stats` with 500 batches of 8,
 as the paper's project and detectron2 use it, on detectron2's own RetinaNet: fvcore refuses a norm that is reused over
-levels. Both re-estimate the norms of the head alone, on the same images and weights, loading included.
+levels. Both re-estimate the norms of the head alone, on the same images and weights, loading included. They are not
+equal and no pairs: fvcore's statistics are of each level, and of as many images as it was told, not as it needs; each
+runs once, for minutes.
 """
 
 from __future__ import annotations
@@ -15,129 +16,143 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
-from table5 import load_rows
-from tabulate import tabulate
 from torch import nn
 
+from bench.harness import write_figures
 from bnext import recompute_population_statistics
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.run_command import run_command
+from bnext.config import load_config
 from bnext.data.catalog import ensure_digits
 from bnext.data.loader import build_train_loader
 from bnext.evaluation.reestimate import is_level_norm
+from bnext.evaluation.tables import format_rows
 from bnext.heads import forward_statistics
 
 CONFIG = Path(__file__).parents[1] / "projects/RethinkingBatchNorm/configs/digits/table5_row1.yaml"
 BATCH_SIZE = 8  # of fvcore's batches
 
 
-def make_detectors(cfg: CfgNode, weights: str) -> tuple[nn.Module, nn.Module]:
+@dataclass(frozen=True)
+class Figure:
+    """Cost of one re-estimation.
+
+    Args:
+        name: of the run.
+        num_images: that it took.
+        seconds: that it took.
+        error: largest standard error of a norm that was reached, relative; None: not told.
+        half: images after which half of the norms were below the tolerance, estimated; None: not told.
+    """
+
+    name: str
+    num_images: int
+    seconds: float
+    error: float | None = None
+    half: float | None = None
+
+
+def load_batches(batch_size: int) -> Any:
+    """The training's images, in its order."""
+    return build_train_loader(load_config(str(CONFIG), ["SOLVER.IMS_PER_BATCH", str(batch_size)]))
+
+
+def make_detectors(weights: str) -> tuple[nn.Module, nn.Module]:
     """Row 1; and detectron2's own, with statistics for each level. Their weights are the same."""
+    cfg = load_config(str(CONFIG))
     torch.manual_seed(0)
-    ours, theirs = (
-        build_model(change(cfg, "MODEL.META_ARCHITECTURE", name)) for name in ("BNextRetinaNet", "RetinaNet")
-    )
+    ours = build_model(cfg)
     if weights:
         Checkpointer(ours).load(weights, checkpointables=[], complete=True)
+
+    cfg.defrost()
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    theirs = build_model(cfg)
     theirs.load_state_dict(ours.state_dict(), strict=False)  # the statistics of the head have other keys
     return ours, theirs
 
 
-def change(cfg: CfgNode, key: str, value: Any) -> CfgNode:
-    """A copy with one value changed."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list([key, value])
-    return cfg
-
-
-def load_batches(cfg: CfgNode, batch_size: int) -> Any:
-    """The training's images, in its order."""
-    return build_train_loader(change(cfg, "SOLVER.IMS_PER_BATCH", batch_size))
-
-
-def reach_tolerance(
-    model: nn.Module, cfg: CfgNode, batch_size: int, tolerance: float, limit: int
-) -> tuple[int, str, str]:
-    """Images that it took, the standard error that was reached, and images that half of the sets would have taken."""
+def reach_tolerance(model: nn.Module, batch_size: int, tolerance: float, limit: int) -> Figure:
+    """Ours, until the standard error is below the tolerance."""
+    start = time.perf_counter()
     report = recompute_population_statistics(
         model,
-        load_batches(cfg, batch_size),
+        load_batches(batch_size),
         num_samples=limit,
         tolerance=tolerance,
         forward=forward_statistics,
         layers=is_level_norm,
     )
+    seconds = time.perf_counter() - start
+
     errors = [estimate.error for estimate in report.reached]
     half = report.num_samples * (statistics.median(errors) / tolerance) ** 2  # errors fall with the root of the number
-    return report.num_samples, f"{100 * max(errors):.2f} %", f"{half:.0f}"
+    name = f"ours, to {100 * tolerance:g} %, batches of {batch_size}"
+    return Figure(name, report.num_samples, seconds, max(errors), half)
 
 
-def run_fvcore(model: nn.Module, cfg: CfgNode, num_batches: int) -> tuple[int, str, str]:
-    """Images, and no error: fvcore knows none."""
+def run_fvcore(model: nn.Module, num_batches: int) -> Figure:
+    """fvcore's, which knows no error."""
     model.train()
     model.backbone.eval()
-    with EventStorage():
-        update_bn_stats(model, load_batches(cfg, BATCH_SIZE), num_batches)
-    return num_batches * BATCH_SIZE, "not told", ""
 
-
-def time_run(run: Callable[[], tuple[int, str, str]]) -> tuple[int, str, str, float]:
-    """What it gives, and seconds."""
     start = time.perf_counter()
-    num_images, error, half = run()
-    return num_images, error, half, time.perf_counter() - start
+    with EventStorage():
+        update_bn_stats(model, load_batches(BATCH_SIZE), num_batches)
+    seconds = time.perf_counter() - start
+
+    return Figure(f"fvcore, {num_batches} batches of {BATCH_SIZE}", num_batches * BATCH_SIZE, seconds)
 
 
-def bench(weights: str, tolerance: float, num_batches: int) -> None:
-    """Print the table."""
+def run_all(weights: str, tolerance: float, num_batches: int, file: str | None) -> None:
+    """Print the table, and write the figures if a file is named."""
     ensure_digits()
-    cfg = load_rows({1: str(CONFIG)}, "output/bench_statistics", ())[1]
-    ours, theirs = make_detectors(cfg, weights)
-    limit = num_batches * BATCH_SIZE
-    runs = {
-        f"ours, to {100 * tolerance:g} %, batches of {size}": partial(
-            reach_tolerance, ours, cfg, size, tolerance, limit
-        )
-        for size in (2, BATCH_SIZE)
-    }
-    runs[f"fvcore, {num_batches} batches of {BATCH_SIZE}"] = partial(run_fvcore, theirs, cfg, num_batches)
-    found = {}
-    for name, run in runs.items():
-        found[name] = time_run(run)
-        print(f"{name}: {found[name][0]} images, {found[name][-1]:.1f} s", flush=True)
-    seconds = list(found.values())[-1][-1]
-    table = [[name, *row[:-1], f"{row[-1]:.1f}", f"{seconds / row[-1]:.1f}"] for name, row in found.items()]
+    ours, theirs = make_detectors(weights)
+
+    figures = [reach_tolerance(ours, size, tolerance, num_batches * BATCH_SIZE) for size in (2, BATCH_SIZE)]
+    figures.append(run_fvcore(theirs, num_batches))
+
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    headers = [
-        "statistics of the head",
-        "images",
-        "standard error",
-        "half of the sets need",
-        "seconds",
-        "fvcore / this",
-    ]
-    print(tabulate(table, headers=headers))
+    print(format_figures(figures))
+    if file is not None:
+        write_figures(file, [asdict(figure) for figure in figures])
+
+
+def format_figures(figures: Sequence[Figure]) -> str:
+    """The table; the last run is what the others are compared with."""
+    rows = []
+    for figure in figures:
+        error = "not told" if figure.error is None else f"{100 * figure.error:.2f} %"
+        half = "" if figure.half is None else f"{figure.half:.0f}"
+        ratio = figures[-1].seconds / figure.seconds
+        rows.append([figure.name, str(figure.num_images), error, half, f"{figure.seconds:.1f}", f"{ratio:.1f}"])
+
+    headers = ["statistics of the head", "images", "standard error", "half need", "seconds", "fvcore / this"]
+    return format_rows(rows, headers)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.population_statistics",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--weights", default="", help="a checkpoint of row 1 (default: weights of the beginning)")
     parser.add_argument("--tolerance", type=float, default=0.01, help="of our runs (default: %(default)s)")
     parser.add_argument("--batches", type=int, default=500, help="of fvcore, and our limit (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv)
-    return run_command(lambda: bench(args.weights, args.tolerance, args.batches))
+    return run_command(lambda: run_all(args.weights, args.tolerance, args.batches, args.json))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Shuffle BN without moving a RoI: four norms of a head, whose statistics are dealt out at random.
+
+In one process, dealt to groups, and over two workers against moved features.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bench.harness import CHANNELS, Comparison, OnEveryFeature
+from bnext import BatchNorm2d, NormSpec, Shuffled, deal_statistics
+from bnext.functional import deal_samples
+from bnext.layers.deal import draw_seed
+
+__all__ = ["list_comparisons"]
+
+ROIS = {"rois": (512, CHANNELS, 7, 7)}  # of a worker
+NUM_NORMS = 4
+WORKERS = 2
+
+
+def make_head(workers: str = "one") -> nn.Sequential:
+    """Four norms of ours."""
+    return nn.Sequential(*(BatchNorm2d(CHANNELS, NormSpec(workers=workers)) for _ in range(NUM_NORMS)))
+
+
+def make_dealt(workers: str, num_groups: int | None = None) -> OnEveryFeature:
+    """Four norms that are dealt to."""
+    head = make_head(workers)
+    deal_statistics(head, num_groups)
+    return OnEveryFeature(head)
+
+
+def make_plain() -> OnEveryFeature:
+    """Four norms of torch."""
+    return OnEveryFeature(nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(NUM_NORMS))))
+
+
+class GatherAll(torch.autograd.Function):
+    """Rows of all workers, as many on each; the gradient is summed over them."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = [torch.empty_like(rows) for _ in range(WORKERS)]
+        dist.all_gather(gathered, rows)
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        dist.all_reduce(grad)
+        return grad.chunk(WORKERS)[dist.get_rank()]
+
+
+class GatheringShuffle(nn.Module):
+    """Shuffle BN as it is usually written: gather all, take a random share, gather the outputs, take back one's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = make_head()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        seed = torch.tensor(draw_seed())
+        dist.broadcast(seed, src=0)
+        deal = torch.cat(deal_samples([len(rows)] * WORKERS, WORKERS, int(seed)))  # ours, so that both are equal
+
+        order = deal.argsort(stable=True)
+        share, own = (index.chunk(WORKERS)[dist.get_rank()] for index in (order, order.argsort()))
+        return GatherAll.apply(self.head(GatherAll.apply(rows)[share]))[own]
+
+
+def make_gathering() -> OnEveryFeature:
+    """Four norms on gathered features."""
+    return OnEveryFeature(GatheringShuffle())
+
+
+def make_moved() -> OnEveryFeature:
+    """Four norms on features that are sent to the worker they are dealt to."""
+    return OnEveryFeature(Shuffled(make_head()))
+
+
+def make_alone() -> OnEveryFeature:
+    """Four norms on the features of this worker."""
+    return OnEveryFeature(make_head())
+
+
+def list_comparisons() -> list[Comparison]:
+    """In one process, and over two workers."""
+    no_deal = "it does not shuffle; the ratio is the price of a shuffle"
+    over_workers = partial(Comparison, shapes=ROIS, make_ours=partial(make_dealt, "all"), layouts=("NCHW",))
+    return [
+        Comparison(
+            "4 norms dealt to 4 groups, against 4 BatchNorm2d", ROIS, partial(make_dealt, "one", 4), make_plain, no_deal
+        ),
+        over_workers("4 dealt norms, against gathered features", make_other=make_gathering, num_workers=WORKERS),
+        over_workers("4 dealt norms, against moved features (Shuffled)", make_other=make_moved, num_workers=WORKERS),
+        over_workers("4 dealt norms, against no shuffle", make_other=make_alone, differs=no_deal, num_workers=WORKERS),
+    ]
