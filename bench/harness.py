@@ -134,8 +134,7 @@ def _run_here(comparison: Comparison, num_pairs: int) -> list[Result]:
     results = []
 
     for layout in comparison.layouts:
-        features, grads = ({n: torch.randn(shape) for n, shape in comparison.shapes.items()} for _ in range(2))
-        features = {name: feature.to(memory_format=LAYOUTS[layout]) for name, feature in features.items()}
+        features, grads = (draw_features(comparison.shapes, layout) for _ in range(2))
 
         difference = measure_difference(comparison, features, grads)
         ours, other = _time_pairs(comparison, features, grads, num_pairs)
@@ -157,6 +156,14 @@ def _run_here(comparison: Comparison, num_pairs: int) -> list[Result]:
             )
         )
     return results
+
+
+def draw_features(shapes: Mapping[str, tuple[int, ...]], layout: str) -> Features:
+    """Normal random numbers, in a memory format."""
+    features = {}
+    for name, shape in shapes.items():
+        features[name] = torch.randn(shape).to(memory_format=LAYOUTS[layout])
+    return features
 
 
 def measure_difference(comparison: Comparison, features: Features, grads: Features) -> float:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench import __main__ as command
 from bench import dealt
-from bench.harness import LAYOUTS, Comparison, OnEveryFeature, measure_difference
+from bench.harness import Comparison, OnEveryFeature, draw_features, measure_difference
 from bnext.errors import BNextError
 from tests.workers import run_workers
 
@@ -50,13 +50,13 @@ def tiny(make_other, differs=""):
 
 def prove(comparison):
     """In small: the arms know the numbers of samples and channels, not those of positions."""
+    shapes = {}
+    for name, (samples, channels, height, width) in comparison.shapes.items():
+        shapes[name] = (samples, channels, 1 + height // 16, 1 + width // 16)
+
     differences = []
-    for layout in LAYOUTS.values() if len(comparison.layouts) > 1 else [torch.contiguous_format]:
-        shapes = {
-            name: (*shape[:2], *(1 + side // 16 for side in shape[2:])) for name, shape in comparison.shapes.items()
-        }
-        features, grads = ({name: torch.randn(shape) for name, shape in shapes.items()} for _ in range(2))
-        features = {name: feature.to(memory_format=layout) for name, feature in features.items()}
+    for layout in comparison.layouts:
+        features, grads = (draw_features(shapes, layout) for _ in range(2))
         differences.append(measure_difference(comparison, features, grads))
     return differences
 
