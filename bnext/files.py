@@ -23,17 +23,12 @@ def is_same_file(path: str | os.PathLike[str], address: str) -> bool:
     return file is not None and os.path.exists(path) and os.path.exists(file) and os.path.samefile(path, file)
 
 
-def replace_file(
-    path: str | os.PathLike[str],
-    write: Callable[[BinaryIO], object],
-    previous: str | os.PathLike[str] | None = None,
-) -> None:
+def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
     """Write a file that nobody sees half written: under another name first, then renamed.
 
     Args:
         path: the file; what is there stays as it is if writing fails.
         write: puts the content into the open binary file.
-        previous: takes what is there, if anything, just before the new file takes its place.
 
     Raises:
         OSError: if the folder cannot be written; whatever `write` raises.
@@ -48,8 +43,6 @@ def replace_file(
             file.flush()
             os.fsync(file.fileno())
 
-        if previous is not None and os.path.exists(path):
-            os.replace(path, previous)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):

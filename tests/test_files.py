@@ -1,8 +1,10 @@
 """bnext.files."""
 
+import json
+
 import pytest
 
-from bnext.files import find_local_file, is_same_file, replace_file
+from bnext.files import find_local_file, is_same_file, replace_file, write_json
 
 
 def test_replaces_what_was_there(tmp_path):
@@ -27,15 +29,10 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_the_file_before_is_kept_where_it_is_wanted(tmp_path):
-    path, previous = tmp_path / "a", tmp_path / "a.previous"
-    for number in range(3):
-        replace_file(path, lambda file, text=str(number): file.write(text.encode()), previous)
-        assert previous.exists() == (number > 0)
-    assert (path.read_text(), previous.read_text()) == ("2", "1")
-    with pytest.raises(TypeError):
-        replace_file(path, lambda file: file.write("no bytes"), previous)
-    assert (path.read_text(), previous.read_text()) == ("2", "1")
+def test_json_has_null_for_numbers_that_are_not_finite(tmp_path):
+    path = tmp_path / "new" / "a.json"
+    write_json(path, {"ap": float("nan"), "losses": [1.5, float("inf")], "row": (1, "x")})
+    assert json.loads(path.read_text()) == {"ap": None, "losses": [1.5, None], "row": [1, "x"]}
 
 
 def test_addresses_of_files(tmp_path):

@@ -22,7 +22,7 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
-from bnext.data.batches import build_shuffled_batches
+from bnext.data.batches import build_shuffled_batches, read_domain
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
@@ -373,7 +373,8 @@ def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) ->
 
     labelled = needs_labels(cfg, model)
     batches = build_shuffled_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
-    return {"num_samples": request.num_samples, "batches": batches}
+    domain = read_domain if request.domains else None
+    return {"num_samples": request.num_samples, "batches": batches, "domain": domain}
 
 
 def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:

@@ -25,16 +25,16 @@ from bnext.errors import ConfigError, DatasetError
 from bnext.seeding import derive_seed
 
 __all__ = [
-    "DOMAIN",
     "CheckedMapper",
     "build_evaluation_batches",
     "build_shuffled_batches",
     "build_validation_batches",
     "limit_loader_workers",
     "load_batches",
+    "read_domain",
 ]
 
-DOMAIN = "bnext_domain"  # in a record: the domain of its image
+_DOMAIN = "bnext_domain"  # in a record: the domain of its image
 _ORDER = 11  # what the derived seed is for
 
 
@@ -172,7 +172,7 @@ def build_shuffled_batches(
     Args:
         cfg: INPUT.* of the test, SOLVER.IMS_PER_BATCH, SEED and DATALOADER.NUM_WORKERS are read.
         names: registered data sets; no annotations are needed.
-        domains: one for each data set, if norms have statistics per domain.
+        domains: one for each data set, if norms have statistics per domain; see `read_domain`.
         labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
 
     Returns:
@@ -198,15 +198,18 @@ def build_shuffled_batches(
                 remedy="Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'.",
             )
         if domains:
-            added = [{**record, DOMAIN: domains[index]} for record in added]
+            added = [{**record, _DOMAIN: domains[index]} for record in added]
 
         order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), _ORDER, index)).permutation(len(added))
         parts.append(_cut(len(records) + order, cfg.SOLVER.IMS_PER_BATCH))
         records += added
 
-    loader = _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)
-    loader.has_domains = bool(domains)
-    return loader
+    return _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)
+
+
+def read_domain(batch: Sequence[dict[str, Any]]) -> str:
+    """The domain that `build_shuffled_batches` was given for the data set of a batch."""
+    return str(batch[0][_DOMAIN])
 
 
 def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -16,7 +16,6 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
-from bnext.data.batches import DOMAIN
 from bnext.data.loader import build_train_loader
 from bnext.errors import ConfigError
 from bnext.evaluation.tables import format_rows
@@ -68,7 +67,7 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`.
         num_samples: enough images; None: not limited.
-        options: further ones of `recompute_population_statistics`: source_samples, estimator.
+        options: further ones of `recompute_population_statistics`: source_samples, estimator, domain.
 
     Raises:
         StatisticsError: see `recompute_population_statistics`.
@@ -95,7 +94,6 @@ def recompute_statistics(
             num_samples=num_samples,
             forward=forward,
             layers=layers,
-            domain=_read_domain if getattr(batches, "has_domains", False) else None,
             progress=True,
             **arguments,
         )
@@ -115,10 +113,6 @@ def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
         StatisticsError: there is no norm to re-estimate.
     """
     return _choose_forward(cfg, model) is forward_sampled_rois
-
-
-def _read_domain(batch: Sequence[dict[str, Any]]) -> str:
-    return str(batch[0][DOMAIN])  # a batch is of one data set
 
 
 def format_report(report: RecomputeReport) -> str:
