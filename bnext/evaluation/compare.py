@@ -72,17 +72,18 @@ def compare_statistics(
     name = _find_dataset(cfg)
     about: dict[str, Any] = {"dataset": name, "domain": domain}
 
-    data: dict[str, str | None] = {"training": None, "test": name}
+    data = {"training": None, "test": name, "domain": domain_dataset}
     obstacles = {}
     if domain_dataset is None:
         obstacles["per_domain"] = "no data set of the domain is named (--domain-dataset)"
-    else:
-        data["domain"] = domain_dataset
     if lost:
         obstacles["moving_average"] = f"statistics in the file are not finite ({lost[0]}{', ...' * (len(lost) > 1)})"
 
     def tell(kind: Kind, results: dict[str, Any]) -> None:
-        _log_kind(kind, results)
+        outcome = f"does not apply: {results['not_applicable'].get(kind.name)}"
+        if kind.name in results["rows"]:
+            outcome = f"box AP {results['rows'][kind.name].get('bbox/AP') or 0:.1f}"
+        logging.getLogger(__name__).info("%s: %s.", kind.words, outcome)
         on_kind({**about, **results})
 
     with contextlib.nullcontext() if domain is None else use_domain(domain):
@@ -166,7 +167,7 @@ def _measure_ap(cfg: CfgNode, model: nn.Module, kind: Kind) -> dict[str, float |
     if last.failure is not None:
         raise last.failure
 
-    return _flatten(metrics)
+    return flatten_metrics(metrics, _TASKS)
 
 
 class _FailingLast(nn.Module):
@@ -189,19 +190,6 @@ class _FailingLast(nn.Module):
                 raise
             self.failure = error
             return []
-
-
-def _flatten(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    return flatten_metrics(metrics, [task for task in _TASKS if task in metrics])
-
-
-def _log_kind(kind: Kind, results: Mapping[str, Any]) -> None:
-    failure = results["not_applicable"].get(kind.name)
-    if failure:
-        outcome = f"does not apply: {failure}"
-    else:
-        outcome = f"box AP {results['rows'][kind.name].get('bbox/AP') or 0:.1f}"
-    logging.getLogger(__name__).info("%s: %s.", kind.words, outcome)
 
 
 def read_three_ways(
@@ -286,4 +274,4 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
 
     with normalizing_evaluation_by_mini_batch(model), contextlib.redirect_stdout(io.StringIO()):
         metrics = inference_on_dataset(model, loader, evaluator) or {}
-    return _flatten(metrics)
+    return flatten_metrics(metrics, _TASKS)
