@@ -90,6 +90,8 @@ class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
     A period of 0 or less: after the last iteration only (`is_due`), where Detectron2 divides by it.
     """
 
+    period: int
+
     def before_train(self) -> None:
         super().before_train()
         if self.period <= 0:

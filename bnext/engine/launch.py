@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.utils import comm
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 import bnext.errors
 from bnext.distributed.groups import count_cores
@@ -166,16 +166,16 @@ def _check_devices(num_workers: int, device: str, option: str) -> None:
 
 
 def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str) -> None:
-    context = mp.start_processes(
+    context = start_processes(
         _worker, (main, args, world, first_rank, folder), world.workers_per_machine, join=False, start_method="spawn"
     )
 
     try:
         while not context.join():
             pass
-    except mp.ProcessExitedException as error:
+    except ProcessExitedException as error:
         raise explain_failure(folder, error) from None
-    except mp.ProcessRaisedException as error:
+    except ProcessRaisedException as error:
         raise explain_failure(folder, None) from error
     finally:
         for process in context.processes:
@@ -184,7 +184,7 @@ def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first
             process.join()
 
 
-def explain_failure(folder: str, ended: mp.ProcessExitedException | None) -> Exception:
+def explain_failure(folder: str, ended: ProcessExitedException | None) -> Exception:
     """The error to raise for the workers: of the failure that came first, as the others only lost their partner.
 
     Args:
@@ -248,7 +248,7 @@ def _process_group(
     else:
         torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
 
-    arguments = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
+    arguments: dict[str, Any] = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
     backend = "nccl" if world.uses_gpus else "gloo"
     dist.init_process_group(backend, init_method=world.url, timeout=world.timeout, **arguments)
 
@@ -285,8 +285,8 @@ def _end_groups() -> None:
     comm._LOCAL_PROCESS_GROUP = None
 
     for name in ("create_local_process_group", "_get_global_gloo_group"):
-        cached = getattr(comm, name, None)
-        if hasattr(cached, "cache_clear"):
-            cached.cache_clear()
+        forget = getattr(getattr(comm, name, None), "cache_clear", None)
+        if forget is not None:
+            forget()
 
     dist.destroy_process_group()

@@ -141,8 +141,8 @@ class FreezeNorms(HookBase):
         for norm in self._norms:
             if not norm.spec.has_frozen_statistics:
                 freeze_norms(norm, "statistics")
-        for norm in self._foreign_norms:
-            norm.eval()  # in every iteration: an evaluation puts the whole model into training mode again
+        for foreign in self._foreign_norms:
+            foreign.eval()  # in every iteration: an evaluation puts the whole model into training mode again
 
     def after_step(self) -> None:
         trainer = self.trainer

@@ -52,7 +52,7 @@ class ProgressBar(HookBase):
             handlers.update(logging.getLogger(name).handlers)
 
         for handler in handlers:
-            if _writes_to_console(handler):
+            if isinstance(handler, logging.StreamHandler) and _is_console(handler.stream):
                 handler.addFilter(_is_not_metrics)
                 self._stack.callback(handler.removeFilter, _is_not_metrics)
                 self._stack.callback(handler.setStream, handler.stream)
@@ -74,11 +74,9 @@ class ProgressBar(HookBase):
         self._stack.close()
 
 
-def _writes_to_console(handler: logging.Handler) -> bool:
+def _is_console(stream: TextIO | None) -> bool:
     # log.txt is a StreamHandler of Detectron2's too, so the stream decides. sys.stdout may be redirected for now.
-    if not isinstance(handler, logging.StreamHandler) or handler.stream is None:
-        return False
-    return handler.stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    return stream is not None and stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
 
 
 class _AboveBar:

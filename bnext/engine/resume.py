@@ -25,11 +25,11 @@ __all__ = [
 _LOGGER = logging.getLogger(__name__)
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
-_NO_INFLUENCE = ("WEIGHTS", "DEVICE", "INFERENCE")
-_NO_INFLUENCE += ("IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD", "REFERENCE_WORLD_SIZE", "NUM_WORKERS")
+_NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}
+_NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS"}
 # These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
-_IN_OPTIMIZER = ("BASE_LR", "BIAS_LR_FACTOR", "MOMENTUM", "NESTEROV")
-_IN_OPTIMIZER += ("WEIGHT_DECAY", "WEIGHT_DECAY_NORM", "WEIGHT_DECAY_BIAS")
+_IN_OPTIMIZER = {"SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
+_IN_OPTIMIZER |= {"SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"}
 _NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as a plain attribute
 
 
@@ -159,13 +159,11 @@ def compare_training(cfg: CfgNode, seed: int, state: dict[str, Any]) -> dict[str
 
 
 def _compare_keys(before: dict[str, Any], now: dict[str, Any]) -> None:
-    in_optimizer = [f"SOLVER.{name}" for name in _IN_OPTIMIZER]
-
     for key in sorted(before.keys() & now.keys()):
         if before[key] == now[key]:
             continue
 
-        if key in in_optimizer:
+        if key in _IN_OPTIMIZER:
             _LOGGER.warning(
                 "The resume keeps %s %s, which is in the optimizer of the checkpoint; the config's %s has no effect.",
                 key,

@@ -163,7 +163,7 @@ class Trainer(DefaultTrainer):
         if evaluators is None:
             return evaluate_model(cfg, model, build=cls.build_evaluator)
 
-        results = OrderedDict()
+        results: OrderedDict[str, Any] = OrderedDict()
         for name, evaluator in zip(cfg.DATASETS.TEST, evaluators, strict=True):
             results[name] = evaluate_with(cfg, model, name, evaluator)
         return next(iter(results.values())) if len(results) == 1 else results
@@ -235,7 +235,7 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
         # and would tell a resumed training from an uninterrupted one. On GPUs, inexact anyway, speed counts.
-        with torch.jit.optimized_execution(not self._is_on_cpu):
+        with torch.jit.optimized_execution(not self._is_on_cpu):  # type: ignore[attr-defined]
             super().run_step()
 
     def state_dict(self) -> dict[str, Any]:
