@@ -19,7 +19,7 @@ from detectron2.data.detection_utils import SizeMismatchError, build_augmentatio
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from bnext.data.records import has_labels, load_records
+from bnext.data.records import Record, has_labels, load_records
 from bnext.distributed.groups import count_cores
 from bnext.errors import ConfigError, DatasetError
 from bnext.seeding import derive_seed
@@ -48,10 +48,10 @@ class CheckedMapper:
         DatasetError: on a call, names the image.
     """
 
-    def __init__(self, mapper: Callable[[dict[str, Any]], dict[str, Any] | None]) -> None:
+    def __init__(self, mapper: Callable[[Record], Record | None]) -> None:
         self._mapper = mapper
 
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+    def __call__(self, record: Record) -> Record | None:
         try:
             return self._mapper(record)
         except (OSError, SizeMismatchError, KeyError, TypeError, ValueError) as error:
@@ -75,7 +75,7 @@ def limit_loader_workers(wanted: int) -> int:
     return min(wanted, max(1, count_cores() // comm.get_local_size()))
 
 
-def load_batches(dataset: Dataset, batches: Iterable[list[Any]], num_loader_workers: int) -> DataLoader:
+def load_batches(dataset: Dataset[Any], batches: Iterable[list[Any]], num_loader_workers: int) -> DataLoader[Any]:
     """A loader of lists of samples, which leaves the global random numbers alone.
 
     Args:
@@ -93,8 +93,8 @@ def load_batches(dataset: Dataset, batches: Iterable[list[Any]], num_loader_work
 
 
 def _load_records(
-    cfg: CfgNode, records: Sequence[dict[str, Any]], batches: Sequence[list[int]], *, labelled: bool
-) -> DataLoader:
+    cfg: CfgNode, records: Sequence[Record], batches: Sequence[list[int]], *, labelled: bool
+) -> DataLoader[Any]:
     """A loader of records as the test sees them, with the labels of a training where they are wanted."""
     if labelled:
         mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
@@ -106,8 +106,8 @@ def _load_records(
 
 
 def build_evaluation_batches(
-    cfg: CfgNode, records: Sequence[dict[str, Any]], indices: Iterable[int], images_per_batch: int = 1
-) -> DataLoader:
+    cfg: CfgNode, records: Sequence[Record], indices: Iterable[int], images_per_batch: int = 1
+) -> DataLoader[Any]:
     """Batches of records in their order, without labels; their sizes differ by at most one.
 
     Args:
@@ -127,7 +127,7 @@ def build_evaluation_batches(
     return _load_records(cfg, records, batches, labelled=False)
 
 
-def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader:
+def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader[Any]:
     """This worker's labelled batches of a data set, in its order, without random augmentations.
 
     Args:
@@ -166,7 +166,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader:
 
 def build_shuffled_batches(
     cfg: CfgNode, names: Sequence[str], *, domains: Sequence[str] = (), labelled: bool = False
-) -> DataLoader:
+) -> DataLoader[Any]:
     """This worker's batches of data sets in a random order that is always the same, without random augmentations.
 
     Args:
@@ -185,7 +185,7 @@ def build_shuffled_batches(
         DatasetError: see `load_records`; on access, an image cannot be read.
         ConfigError: labels are needed and there are none.
     """
-    records: list[dict[str, Any]] = []
+    records: list[Record] = []
     parts = []
     for index, name in enumerate(names):
         added = load_records(name, cfg)
@@ -207,20 +207,22 @@ def build_shuffled_batches(
     return _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)
 
 
-def read_domain(batch: Sequence[dict[str, Any]]) -> str:
+def read_domain(batch: Sequence[Record]) -> str:
     """The domain that `build_shuffled_batches` was given for the data set of a batch."""
     return str(batch[0][_DOMAIN])
 
 
-def _cut(order: np.ndarray, size: int) -> list[np.ndarray]:
+def _cut(order: np.ndarray, size: int) -> list[list[int]]:
     """Batches of nearly equal sizes: a last one of one image would be no mini-batch at a level with one position."""
     rest = len(order) % size
     if rest < comm.get_world_size():
         order = order[: len(order) - rest]
-    return np.array_split(order, -(-len(order) // size)) if len(order) else []
+
+    number = -(-len(order) // size)
+    return [part.tolist() for part in np.array_split(order, number)] if number else []
 
 
-def _interleave(parts: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
+def _interleave(parts: Sequence[list[list[int]]]) -> list[list[int]]:
     """The batches of all data sets, such that each has come equally far at any time."""
     places = []
     for number, part in enumerate(parts):
@@ -232,5 +234,5 @@ def _interleave(parts: Sequence[list[np.ndarray]]) -> list[np.ndarray]:
 def _take_shares(batches: Sequence[Sequence[int]]) -> list[list[int]]:
     """This worker's part of each batch of all workers; a batch that leaves it none is left out."""
     rank, world_size = comm.get_rank(), comm.get_world_size()
-    shares = [list(map(int, batch[rank::world_size])) for batch in batches]
+    shares = [list(batch[rank::world_size]) for batch in batches]
     return [share for share in shares if share]

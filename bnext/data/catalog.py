@@ -16,6 +16,7 @@ from detectron2.data.datasets import load_coco_json
 
 from bnext.data.digits import CLASSES, FOLDER, has_digits, prepare_digits
 from bnext.data.digits_images import SPLITS
+from bnext.data.records import Record
 
 __all__ = ["datasets_root", "ensure_digits", "register_datasets"]
 
@@ -28,7 +29,7 @@ class _CocoSet:
     json_file: str
     image_root: str
 
-    def __call__(self) -> list[dict]:
+    def __call__(self) -> list[Record]:
         return load_coco_json(self.json_file, self.image_root, self.name)
 
 

@@ -28,6 +28,7 @@ __all__ = ["check_datasets"]
 
 EVALUATORS = ("coco", "coco_panoptic_seg")  # other kinds (LVIS, Cityscapes) have formats of their own
 FILE = "The annotation file"
+Content = dict[str, list[dict[str, Any]]]  # of an annotation file: images, annotations, categories
 ENTRIES: dict[str, dict[str, type | tuple[type, ...]]] = {
     "images": {"id": (int, str), "file_name": str, "height": (int, float), "width": (int, float)},
     "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
@@ -163,7 +164,7 @@ def _load_json(path: str) -> Any:
             gc.enable()
 
 
-def _summarize(dataset: CocoSet, content: dict[str, list[dict]]) -> Summary:
+def _summarize(dataset: CocoSet, content: Content) -> Summary:
     annotations = content.get("annotations", [])
     categories = {category["id"]: category["name"] for category in content["categories"]}
 
@@ -202,19 +203,19 @@ def _find_other_format(content: Any, json_file: str) -> Iterator[Fault]:
             yield Fault(FILE, f"be in COCO format with a list '{key}'", "none")
 
 
-def _find_other_lists(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_other_lists(content: Content, json_file: str) -> Iterator[Fault]:
     for key in ENTRIES:
         entries = content.get(key, [])
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
             yield Fault(FILE, f"hold a list of objects '{key}'", "something else")
 
 
-def _find_empty_list(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_empty_list(content: Content, json_file: str) -> Iterator[Fault]:
     if not content["images"] or not content["categories"]:
         yield Fault(FILE, "list images and categories", "an empty list")
 
 
-def _find_invalid_entry(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_invalid_entry(content: Content, json_file: str) -> Iterator[Fault]:
     for key, fields in ENTRIES.items():
         for name, kinds in fields.items():
             for index, entry in enumerate(content.get(key, [])):
@@ -223,7 +224,7 @@ def _find_invalid_entry(content: dict, json_file: str) -> Iterator[Fault]:
                     yield Fault(f"Every entry of '{key}'", f"have a valid '{name}'", got)
 
 
-def _find_repeated_ids(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_repeated_ids(content: Content, json_file: str) -> Iterator[Fault]:
     for key in ENTRIES:
         if key == "annotations" and "minival" in json_file:  # COCO 2014's are known to repeat ids
             continue
@@ -234,14 +235,14 @@ def _find_repeated_ids(content: dict, json_file: str) -> Iterator[Fault]:
             yield Fault(f"The ids of '{key}'", "be unique", f"{list_few(repeated)} more than once")
 
 
-def _find_unknown_images(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_unknown_images(content: Content, json_file: str) -> Iterator[Fault]:
     images = {image["id"] for image in content["images"]}
     strangers = [each["id"] for each in content.get("annotations", []) if each["image_id"] not in images]
     if strangers:
         yield Fault("Annotations", "belong to an image of the file", f"others: ids {list_few(strangers)}")
 
 
-def _find_unknown_categories(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_unknown_categories(content: Content, json_file: str) -> Iterator[Fault]:
     categories = {category["id"] for category in content["categories"]}
     others = {each["category_id"] for each in content.get("annotations", [])} - categories
     if others:
@@ -249,7 +250,7 @@ def _find_unknown_categories(content: dict, json_file: str) -> Iterator[Fault]:
         yield Fault("The category_id of annotations", rule, list_few(sorted(others)))
 
 
-def _find_invalid_box(content: dict, json_file: str) -> Iterator[Fault]:
+def _find_invalid_box(content: Content, json_file: str) -> Iterator[Fault]:
     for annotation in content.get("annotations", []):
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in box):

@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
@@ -216,8 +217,8 @@ def _write_split(work: Path, split: str, recipe: DigitsRecipe, bar: tqdm) -> str
     """Write one split's pictures and annotations; the SHA-256 of the annotation file."""
     (work / split).mkdir()
     sources, side = load_sources(split), recipe.image_side
-    images: list[dict] = []
-    annotations: list[dict] = []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
 
     for index in range(recipe.count(split)):
         # A stream per picture: it does not depend on the pictures before it.
@@ -237,7 +238,7 @@ def _write_split(work: Path, split: str, recipe: DigitsRecipe, bar: tqdm) -> str
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _annotate(digit: DrawnDigit, annotation_id: int, image_id: int) -> dict:
+def _annotate(digit: DrawnDigit, annotation_id: int, image_id: int) -> dict[str, Any]:
     """The COCO annotation of a drawn digit; box and area are those of its visible pixels."""
     encoded = coco_mask.encode(np.asfortranarray(digit.mask, dtype=np.uint8))
 

@@ -18,19 +18,19 @@ from detectron2.utils import comm
 from torch.utils.data import Dataset
 
 from bnext.data.batches import CheckedMapper, limit_loader_workers, load_batches
-from bnext.data.records import load_train_records
+from bnext.data.records import Record, load_train_records
 from bnext.data.samplers import BatchSampler, Sample, build_sampler
 from bnext.errors import DatasetError
 from bnext.seeding import derive_seed, seeded
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
 
-Mapper = Callable[[dict[str, Any]], "dict[str, Any] | None"]
+Mapper = Callable[[Record], Record | None]
 _AUGMENT, _REPLACE = 2, 3  # what the derived seeds are for
 _MAX_REPLACEMENTS = 100
 
 
-class MappedDataset(Dataset):
+class MappedDataset(Dataset[Record]):
     """Records of a data set, mapped with random numbers that depend on the place in the stream only.
 
     Args:
@@ -50,7 +50,7 @@ class MappedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, sample: Sample) -> dict[str, Any]:
+    def __getitem__(self, sample: Sample) -> Record:
         position, index = sample
         others = np.random.default_rng(derive_seed(self.seed, _REPLACE, position))
 
@@ -84,14 +84,14 @@ class TrainLoader:
     """
 
     def __init__(
-        self, records: list[dict[str, Any]], mapper: Mapper, sampler: BatchSampler, num_loader_workers: int = 0
+        self, records: list[Record], mapper: Mapper, sampler: BatchSampler, num_loader_workers: int = 0
     ) -> None:
         self.sampler = sampler
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper
         self._num_loader_workers = num_loader_workers
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+    def __iter__(self) -> Iterator[list[Record]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
         dataset = MappedDataset(self._records, self._mapper, self.sampler.seed)
         yield from load_batches(dataset, self.sampler, self._num_loader_workers)

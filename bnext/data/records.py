@@ -11,7 +11,9 @@ from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 
 from bnext.errors import DatasetError
 
-__all__ = ["check_registered", "has_labels", "load_records", "load_train_records"]
+__all__ = ["Record", "check_registered", "has_labels", "load_records", "load_train_records"]
+
+Record = dict[str, Any]
 
 
 def check_registered(name: str) -> None:
@@ -29,7 +31,7 @@ def check_registered(name: str) -> None:
     )
 
 
-def load_records(name: str, cfg: CfgNode) -> list[dict[str, Any]]:
+def load_records(name: str, cfg: CfgNode) -> list[Record]:
     """The records of one data set, labelled or not.
 
     Args:
@@ -70,7 +72,7 @@ def _find_proposals(name: str, cfg: CfgNode) -> list[str]:
     return [file for test_name, file in pairs if test_name == name] or list(files)
 
 
-def load_train_records(cfg: CfgNode) -> list[dict[str, Any]]:
+def load_train_records(cfg: CfgNode) -> list[Record]:
     """The records of all training sets, without those that nothing can be learned from.
 
     Args:
@@ -100,6 +102,6 @@ def load_train_records(cfg: CfgNode) -> list[dict[str, Any]]:
         ) from error
 
 
-def has_labels(records: Iterable[dict[str, Any]], keys: Sequence[str] = ("annotations",)) -> bool:
+def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:
     """Whether any image has an annotation, of one of several kinds; a list of none, as COCO's reader gives, is none."""
     return any(record.get(key) for record in records for key in keys)

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch.utils.data import Sampler
 
+from bnext.data.records import Record
 from bnext.errors import ConfigError
 from bnext.seeding import derive_seed
 
@@ -36,7 +36,7 @@ Sample = tuple[int, int]  # position in the stream, index in the data set
 _SHUFFLE = 1  # what the derived seed is for
 
 
-def build_sampler(cfg: CfgNode, records: Sequence[dict[str, Any]], seed: int) -> BatchSampler:
+def build_sampler(cfg: CfgNode, records: Sequence[Record], seed: int) -> BatchSampler:
     """The sampler of this worker that a config asks for.
 
     Args:
@@ -71,7 +71,7 @@ def shuffle_forever(size: int, seed: int, start: int = 0) -> Iterator[Sample]:
         epoch, offset = epoch + 1, 0
 
 
-class BatchSampler(Sampler):
+class BatchSampler(Sampler[list[Sample]]):
     """Endless batches of (position in the stream, index in the data set) for one worker.
 
     Iteration t takes positions t*B to (t+1)*B - 1 of the stream (B: total batch size), each worker its own slice: the
@@ -160,7 +160,7 @@ class GroupedBatchSampler(BatchSampler):
                 yield waiting.pop(group)
 
 
-def aspect_ratio_groups(records: Sequence[dict[str, Any]]) -> list[int]:
+def aspect_ratio_groups(records: Sequence[Record]) -> list[int]:
     """The group of each image for batches of one orientation: 0 landscape, 1 portrait or square.
 
     Args:
