@@ -67,14 +67,16 @@ def check_values(keys: Iterable[Key], values: Mapping[str, Any]) -> None:
 
 
 def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) -> None:
-    if not need.conditions.keys() <= values.keys() or (need.of is not None and not need.of.accepts(value)):
+    is_known = need.conditions.keys() <= values.keys()
+    is_in_need = need.of is None or need.of.accepts(value)
+    if not is_known or not is_in_need:
         return
     if any(allowed.accepts(values[other]) for other, allowed in need.conditions.items()):
         return
 
     names = need.words or " or ".join(f"{other} is {allowed.words}" for other, allowed in need.conditions.items())
     found = ", ".join(f"{other} is {values[other]!r}" for other in need.conditions)
-    remedy = f"Set {'it' if need.words else ' or '.join(need.conditions)} so, or remove the key"
+    remedy = f"Set {'one' if need.words else ' or '.join(need.conditions)} so, or remove the key"
     raise ConfigError.of(
         name,
         f"keep its default unless {names}",

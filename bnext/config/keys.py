@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -92,12 +93,13 @@ def _is_count(value: Any, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
 
 
-_IS_TRUE, _NOT_EMPTY = _one_of(True), Values("not empty", lambda value: len(value) > 0)
-_SEVERAL = Values("several levels", lambda value: len(value) > 1)
+_IS_TRUE = _one_of(True)
+_NOT_EMPTY = Values("not empty", lambda value: len(value) > 0)
+_SEVERAL_LEVELS = Values("several levels", lambda value: len(value) > 1)
 _SEVERAL_GROUPS = Values("2 or more", lambda value: _is_count(value, 2))
 
 
-# The keys of every place.
+# ---- the keys of every place
 
 
 def _answer(name: str, help: str, **changes: Any) -> Key:
@@ -107,12 +109,16 @@ def _answer(name: str, help: str, **changes: Any) -> Key:
     return dataclasses.replace(Key(name, default, help, choices), **changes)
 
 
+# Answers that a place gives for all together, or for each level or domain.
+_OWNED = ("STATISTICS", "POPULATION", "AFFINE")
+
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
     "one of 'one', 'node', 'all', a number of workers, or None",
     lambda value: value in (None, "one", "node", "all") or _is_count(value, 1),
 )
-_RENORM, _MOVING = (Need({"TRAINING": _one_of("renorm")}),), (Need({"AVERAGE": _one_of("moving")}),)
+_RENORM = Need({"TRAINING": _one_of("renorm")})
+_MOVING = Need({"AVERAGE": _one_of("moving")})
 
 _ANSWERS = (
     _answer("STATISTICS", "over what the mini-batch statistics of SGD are computed: all together, or each alone"),
@@ -123,11 +129,11 @@ _ANSWERS = (
     ),
     _answer("WORKERS", "who shares a mini-batch; None: as the norm's name says", default=None, values=_WORKERS),
     _answer("TRAINING", "what normalizes in training; `renorm` is in between"),
-    _answer("R_MAX", "limit of renorm's correction of the scale; 1 or more", needs=_RENORM),
-    _answer("D_MAX", "limit of renorm's correction of the mean; 0 or more", needs=_RENORM),
+    _answer("R_MAX", "limit of renorm's correction of the scale; 1 or more", needs=(_RENORM,)),
+    _answer("D_MAX", "limit of renorm's correction of the mean; 0 or more", needs=(_RENORM,)),
     _answer("POPULATION", "which population statistics are remembered: one set, one of each, or none"),
     _answer("AVERAGE", "how they take in a mini-batch"),
-    _answer("MOMENTUM", "weight of the mini-batch in the moving average, in torch's sense", needs=_MOVING),
+    _answer("MOMENTUM", "weight of the mini-batch in the moving average, in torch's sense", needs=(_MOVING,)),
     _answer("INFERENCE", "what normalizes at inference; in a RoI head the mini-batch is that of each image's RoIs"),
     _answer("AFFINE", "who owns scale and shift: all together, each alone, or nobody"),
     _answer("FROZEN", "what no longer changes"),
@@ -136,6 +142,7 @@ _ANSWERS = (
 )
 
 _FEATURES = _one_of("features")
+_LOST = "RoIs move to workers that do not know their domain"
 _SHUFFLE = (
     Key(
         "SHUFFLE",
@@ -148,14 +155,14 @@ _SHUFFLE = (
             Need({"NORMALIZATION_BATCH_SIZE": _one_of(0)}),
             Need({"TRAINING": _none_of("population")}),
             Need({"FROZEN": _none_of("statistics", "both")}),
-            # or impossible.
+            # of statistics,
             Need({"WORKERS": _none_of("one", 1), "SHUFFLE_GROUPS": _SEVERAL_GROUPS}, of=_one_of("statistics")),
+            # or of features, and what would make that one wrong.
             Need({"WORKERS": _one_of(None, "one", 1)}, of=_FEATURES),
             Need({"NORM": _none_of("SyncBN")}, of=_FEATURES, reason="all RoIs share one mini-batch wherever they are"),
-            *(
-                Need({name: _none_of("per_domain")}, of=_FEATURES, reason="RoIs move to workers of other domains")
-                for name in ("STATISTICS", "POPULATION", "AFFINE")
-            ),
+            Need({"STATISTICS": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
+            Need({"POPULATION": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
+            Need({"AFFINE": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
         ),
     ),
     Key(
@@ -172,54 +179,63 @@ _SHUFFLE = (
 )
 
 
-def _make_place_keys(name: str) -> list[Key]:
-    """The keys of one place; the same for all, but for what the place is."""
-    place = PLACES[name]
-    rows = [*([_NORM] if place.has_norm_of_ours else []), *_ANSWERS, *(_SHUFFLE if place.sees_rois else [])]
-    return [_put_into_place(row, name) for row in rows]
-
-
-def _put_into_place(row: Key, name: str) -> Key:
-    """The key of a place: its whole name, its sources, and what the place itself needs."""
+def _make_place_keys(name: str) -> tuple[Key, ...]:
+    """The keys of one place: the same for all, but for what the place is."""
     place, node = PLACES[name], f"MODEL.BNEXT.{name}"
-    default, values, needs = row.default, row.values, []
+    rows = [*([_NORM] if place.has_norm_of_ours else []), *_ANSWERS, *(_SHUFFLE if place.sees_rois else [])]
 
-    if row.name in ("STATISTICS", "POPULATION") and place.levels:
-        default = "per_level"
-    if row.name in ("STATISTICS", "POPULATION", "AFFINE"):
-        values = _one_of(*place.sources, *(("none",) if row.name != "STATISTICS" else ()))
+    keys = []
+    for row in rows:
+        default, values = row.default, row.values
+        if row.name in _OWNED:
+            values = _one_of(*place.sources, *([] if row.name == "STATISTICS" else ["none"]))
+        if row.name in ("STATISTICS", "POPULATION") and place.levels:
+            default = "per_level"
 
+        needs = (*_name_needs(row, name), *_find_place_needs(row, name))
+        keys.append(Key(f"{node}.{row.name}", default, row.help, values, needs))
+    return tuple(keys)
+
+
+def _name_needs(row: Key, name: str) -> list[Need]:
+    """The needs of a row with whole names of keys."""
+    names = {"NORM": PLACES[name].norm}
+    needs = []
     for need in row.needs:
         conditions = {
-            place.norm if other == "NORM" else f"{node}.{other}": others for other, others in need.conditions.items()
+            names.get(other, f"MODEL.BNEXT.{name}.{other}"): values for other, values in need.conditions.items()
         }
         needs.append(dataclasses.replace(need, conditions=conditions))
+    return needs
 
-    needs.append(Need({"MODEL.META_ARCHITECTURE": _one_of(*place.architectures)}))
+
+def _find_place_needs(row: Key, name: str) -> list[Need]:
+    """Needs of every key of a place: the model has it, with a batch norm, and a choice of levels has several."""
+    place = PLACES[name]
+
+    needs = [Need({"MODEL.META_ARCHITECTURE": _one_of(*place.architectures)})]
     if place.switch:
         needs.append(Need({place.switch: _IS_TRUE}))
+
     if row.name != "NORM":
-        names = {place.norm: _one_of(*BATCH_NORMS)}
+        conditions = {place.norm: _one_of(*BATCH_NORMS)}
         if name == "RESNETS":
-            names["MODEL.BACKBONE.NAME"] = _none_of(*RESNET_BACKBONES)
-        # What couples the RoIs whose features move is seen when the head is built.
-        needs.append(Need(names, of=_none_of("features")))
-    if row.name in ("STATISTICS", "POPULATION", "AFFINE") and place.levels:
-        needs.append(Need({place.levels: _SEVERAL}, of=_none_of("none")))
+            conditions["MODEL.BACKBONE.NAME"] = _none_of(*RESNET_BACKBONES)
+        # What couples RoIs whose features move is seen when the head is built.
+        needs.append(Need(conditions, of=_none_of("features")))
 
-    return Key(f"{node}.{row.name}", default, row.help, values, tuple(needs))
-
-
-PLACE_KEYS = {name: tuple(_make_place_keys(name)) for name in PLACES}
+    if row.name in _OWNED and place.levels:
+        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))
+    return needs
 
 
-# The keys of domains, of what changes during a training, and of what is estimated and measured beside it.
+PLACE_KEYS = {name: _make_place_keys(name) for name in PLACES}
 
-_OWNERS = [
-    key.name for keys in PLACE_KEYS.values() for key in keys if "'per_domain'" in getattr(key.values, "words", "")
-]
+
+# ---- the keys of domains, of what changes during a training, and of what is estimated and measured beside it
+
 _PER_DOMAIN = Need(
-    {name: _one_of("per_domain") for name in _OWNERS},
+    {f"MODEL.BNEXT.{name}.{owned}": _one_of("per_domain") for name, owned in itertools.product(PLACES, _OWNED)},
     words="STATISTICS, POPULATION or AFFINE of a place, such as MODEL.BNEXT.RESNETS, is 'per_domain'",
 )
 _DOMAINS = (
