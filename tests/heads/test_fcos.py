@@ -9,12 +9,11 @@ import torch
 from bnext import recompute_population_statistics
 from bnext.heads import forward_statistics
 from bnext.layers import LevelBatchNorm2d
-from tests.cases import ROWS
 from tests.heads.detectors import LEVELS, make_batch, make_detector, run_step
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_every_row_trains_a_step_and_infers(row):
+@pytest.mark.parametrize("row", [1, 6])  # the towers are run as RetinaNet's
+def test_a_row_trains_a_step_and_infers(row):
     model = make_detector("BNextFCOS", row=row)
     norms = [module for module in model.modules() if isinstance(module, LevelBatchNorm2d)]
     assert [(norm.spec.table5_row, norm.levels) for norm in norms] == [(row, LEVELS)] * 4
