@@ -5,8 +5,9 @@ Shape letters: C channels, R workers.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,34 +25,12 @@ from bnext.functional import (
     spread_of_batch,
     standard_errors,
 )
-from bnext.layers.batch_norm import BatchNorm2d
+from bnext.statistics.observe import list_populations
 from bnext.statistics.report import PopulationEstimate
 
-__all__ = ["Collected", "Collector", "Estimator", "make_collectors", "measure", "stack_parts"]
+__all__ = ["Collector", "Estimator", "make_collectors", "measure", "stack_parts"]
 
 Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
-
-
-class Collected(NamedTuple):
-    """Everything that all workers have collected for a set.
-
-    Args:
-        total: moments of all elements, [C].
-        spread: how the batches differ.
-        average: mean and variance (correction 1), averaged over mini-batches, [2, C].
-        former: running mean and variance before, merged over workers, [2, C].
-        num_samples: images or RoIs that were seen; those of several levels once.
-        num_images: of the set's domain, where that is known; at most `num_samples`.
-        num_updates: mini-batches in `average`.
-    """
-
-    total: Moments
-    spread: Spread
-    average: Tensor
-    former: Tensor
-    num_samples: int
-    num_images: int
-    num_updates: int
 
 
 class Collector:
@@ -64,6 +43,13 @@ class Collector:
         momentum: of a moving average that begins with them; None: all mini-batches count alike.
 
     Attributes:
+        total: moments of all elements, [C].
+        spread: how the batches differ.
+        average: mean and variance (correction 1), averaged over mini-batches, [2, C].
+        former: running mean and variance before, [2, C].
+        num_samples: images or RoIs that were seen; those of several levels once.
+        num_images: of the set's domain, where that is known; at most `num_samples`.
+        num_updates: mini-batches in `average`.
         num_batches: ends of batches, whether the set was reached in them or not.
     """
 
@@ -71,14 +57,14 @@ class Collector:
         self.path, self.names, self.state = path, names, state
         _check_buffer(state.running_mean, self.where)
 
-        self._former = torch.stack([state.running_mean, state.running_var]).double()
-        zeros = torch.zeros_like(self._former)
-        self._total = Moments(zeros.new_zeros(()), *zeros)
-        self._spread = spread_of_batch(self._total)
-        self._average = zeros if momentum is None else self._former
-        self._momentum = momentum
-        self._num_samples = self._num_images = self._num_updates = self.num_batches = 0
+        self.former = torch.stack([state.running_mean, state.running_var]).double()
+        zeros = torch.zeros_like(self.former)
+        self.total = Moments(zeros.new_zeros(()), *zeros)
+        self.spread = spread_of_batch(self.total)
+        self.average = zeros if momentum is None else self.former
+        self.num_samples = self.num_images = self.num_updates = self.num_batches = 0
 
+        self._momentum = momentum
         self._parts: list[Moments] = []  # of the batch that has not ended
         self._samples = 0
 
@@ -86,10 +72,6 @@ class Collector:
     def where(self) -> str:
         """Path and, where there is one, level or domain, in messages."""
         return ".".join([self.path, *self.names[:1]])
-
-    @property
-    def device(self) -> torch.device:
-        return self._former.device
 
     @property
     def is_reached(self) -> bool:
@@ -100,8 +82,7 @@ class Collector:
 
     def add(self, features: Sequence[Tensor]) -> None:
         """Take in what is one mini-batch to the norm, each [N, C, ...]: one update of a moving average."""
-        place = f"{self.where}, batch {self.num_batches + 1}"
-        self._parts.append(measure(features, place))
+        self._parts.append(measure(features, f"{self.where}, batch {self.num_batches + 1}"))
         self._samples = max([self._samples, *map(len, features)])
 
     def end_batch(self, images: Mapping[str, int]) -> None:
@@ -115,106 +96,104 @@ class Collector:
             return
 
         batch = merge_moments(stack_parts(self._parts))
-        self._total = merge_moments(stack_parts([self._total, batch]))
-        self._spread = merge_spreads(stack_parts([self._spread, spread_of_batch(batch)]))
+        self.total = merge_moments(stack_parts([self.total, batch]))
+        self.spread = merge_spreads(stack_parts([self.spread, spread_of_batch(batch)]))
         for part in self._parts:
-            self._update(part)
+            self._update_average(part)
 
         of_domain = sum(images.get(name, 0) for name in self.names)
-        self._num_samples += self._samples
-        self._num_images += min(self._samples, of_domain or sum(images.values()))  # those of a fallback domain: all
+        self.num_samples += self._samples
+        self.num_images += min(self._samples, of_domain or sum(images.values()))  # a fallback domain gets all
         self._parts, self._samples = [], 0
 
-    def _update(self, part: Moments) -> None:
+    def _update_average(self, part: Moments) -> None:
         if part.count <= 1:
             return  # an empty mini-batch moves nothing; one element has no variance
 
         values = torch.stack([part.mean, part.unbiased_var()])
-        self._num_updates += 1
+        self.num_updates += 1
         if self._momentum is None:
-            self._average = self._average + (values - self._average) / self._num_updates
+            self.average = self.average + (values - self.average) / self.num_updates
         else:
-            self._average = torch.lerp(self._average, values, self._momentum)
+            self.average = torch.lerp(self.average, values, self._momentum)
 
     # ---- over all workers
 
-    def collect_over_workers(self) -> Collected:
-        """What this worker and all others have collected. A collective."""
-        numbers = self._num_samples, self._num_images, self._num_updates
+    def merge_over_workers(self) -> Collector:
+        """The same as if one worker had seen everything, equal on all. A collective."""
         everyone = resolve_group("all")
         if everyone is None:
-            return Collected(self._total, self._spread, self._average, self._former, *numbers)
+            return self
 
-        fields = [*self._total, *self._spread, self._average, self._former, self._former.new_tensor(numbers)]
+        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates])
+        fields = [*self.total, *self.spread, self.average, self.former, counts]
         message = torch.cat([field.reshape(-1) for field in fields])
         parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
         every = [part.reshape(-1, *field.shape) for part, field in zip(parts, fields, strict=True)]
-        total, spread, (average, former, counts) = Moments(*every[:3]), Spread(*every[3:8]), every[8:]
+        average, former, counts = every[8:]
+
+        merged = copy.copy(self)
+        merged.total = merge_moments(Moments(*every[:3]))
+        merged.spread = merge_spreads(Spread(*every[3:8]))
+        merged.former = _merge_populations(former)
+        merged.num_samples, merged.num_images, merged.num_updates = (int(number) for number in counts.sum(0))
 
         updates = counts[:, 2]
         if self._momentum is None:
             share = updates / updates.sum().clamp(min=1)
-            average = (share.view(-1, 1, 1) * average).sum(0)
+            merged.average = (share.view(-1, 1, 1) * average).sum(0)
         else:
-            average = average[updates > 0].mean(0)  # of the workers that have moved theirs
+            merged.average = average[updates > 0].mean(0)  # of the workers that have moved theirs
+        return merged
 
-        merged = merge_moments(total), merge_spreads(spread), average, _merge_populations(former)
-        num_samples, num_images, num_updates = (int(number) for number in counts.sum(0))
-        return Collected(*merged, num_samples, num_images, num_updates)
+    # ---- the estimate
 
-    def measure_errors(self, everything: Collected) -> tuple[float, float]:
+    def measure_errors(self) -> tuple[float, float]:
         """Relative standard errors of mean and variance, 95th percentile over channels.
 
         eps keeps a dead channel (variance 0) from an infinite error.
         """
-        mean_error, var_error = standard_errors(everything.spread, everything.total)
-        var = everything.total.var + self.state.eps
+        mean_error, var_error = standard_errors(self.spread, self.total)
+        var = self.total.var + self.state.eps
         return _percentile(mean_error / var.sqrt()), _percentile(var_error / var)
 
-    def estimate(
-        self, everything: Collected, estimator: Estimator, source_samples: float
-    ) -> tuple[PopulationEstimate, Tensor | None]:
-        """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate."""
-        total = everything.total
+    def estimate(self, estimator: Estimator, source_samples: float) -> tuple[PopulationEstimate, Tensor | None]:
+        """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate.
+
+        Raises:
+            StatisticsError: the former statistics count and are not finite, or the new ones overflow their buffers.
+        """
         is_pooled = estimator in ("pooled", "layer_by_layer")
-        if total.count < 2 or (not is_pooled and everything.num_updates == 0):
+        if self.total.count < 2 or (not is_pooled and self.num_updates == 0):
             return PopulationEstimate(self.path, self.names, 0), None
 
-        new = torch.stack([total.mean, total.unbiased_var()]) if is_pooled else everything.average
-        if estimator == "moving_average":
-            self._check_former(everything, "estimator='moving_average' begins with them", "Use another estimator")
-        if source_samples != 0:
-            why = f"they count for {source_samples:g} images (source_samples)"
-            self._check_former(everything, why, "Use source_samples=0")
-            num_images = everything.num_images
-            new = torch.lerp(everything.former, new, num_images / (num_images + source_samples))
-
-        buffer = self.state.running_var
-        if not torch.isfinite(new.to(buffer.dtype)).all():
-            raise StatisticsError.of(
-                "statistics",
-                "be finite in the type of their buffers",
-                got=f"an overflow in {buffer.dtype}",
-                where=self.where,
-                remedy="The statistics are as they were; convert the norm to float32.",
-            )
-        return self._describe(everything, new), new
-
-    def _check_former(self, everything: Collected, why: str, remedy: str) -> None:
-        if not torch.isfinite(everything.former).all():
-            rule, remedy = f"be finite, as {why}", f"{remedy}, which replaces them."
+        is_replaced = source_samples == 0 and estimator != "moving_average"
+        if not is_replaced and not torch.isfinite(self.former).all():
+            rule = f"be finite, as they count for {source_samples:g} images (source_samples)"
+            rule = rule if source_samples else "be finite, as estimator='moving_average' begins with them"
+            remedy = "Replace them: source_samples=0 and another estimator."
             raise StatisticsError.of("running statistics", rule, got="NaN or Inf", where=self.where, remedy=remedy)
 
-    def _describe(self, everything: Collected, new: Tensor) -> PopulationEstimate:
-        (mean, var), (old_mean, old_var), eps = new, everything.former, self.state.eps
-        mean_error, var_error = self.measure_errors(everything)
+        new = torch.stack([self.total.mean, self.total.unbiased_var()]) if is_pooled else self.average
+        if source_samples != 0:
+            new = torch.lerp(self.former, new, self.num_images / (self.num_images + source_samples))
+
+        dtype = self.state.running_var.dtype
+        if not torch.isfinite(new.to(dtype)).all():
+            rule, remedy = "be finite in the type of their buffers", "Convert the norm to float32."
+            raise StatisticsError.of("statistics", rule, got=f"an overflow in {dtype}", where=self.where, remedy=remedy)
+        return self._describe(new), new
+
+    def _describe(self, new: Tensor) -> PopulationEstimate:
+        (mean, var), (old_mean, old_var), eps = new, self.former, self.state.eps
+        mean_error, var_error = self.measure_errors()
 
         return PopulationEstimate(
             self.path,
             self.names,
-            count=int(everything.total.count),
-            num_samples=everything.num_samples,
-            num_batches=int(everything.spread.num_batches),
+            count=int(self.total.count),
+            num_samples=self.num_samples,
+            num_batches=int(self.spread.num_batches),
             mean_shift=float(((mean - old_mean).abs() / (var + eps).sqrt()).max()),
             var_ratio=float(torch.maximum((var + eps) / (old_var + eps), (old_var + eps) / (var + eps)).max()),
             mean_error=mean_error,
@@ -232,16 +211,12 @@ class Collector:
             self.state.num_batches_tracked.fill_(num_batches)
 
 
-def make_collectors(norms: Mapping[str, _BatchNorm], momentum: float | None = None) -> dict[str, dict[str, Collector]]:
-    """For each norm by its path, its collectors by level or domain ("": neither), one for each population."""
-    collectors: dict[str, dict[str, Collector]] = {}
-
+def make_collectors(norms: Mapping[str, _BatchNorm], momentum: float | None = None) -> dict[Any, Collector]:
+    """The module that holds a set of running statistics -> what collects for it, in the order of the model."""
+    collectors = {}
     for path, norm in norms.items():
-        populations = norm.populations() if isinstance(norm, BatchNorm2d) else [((), norm)]
-        collectors[path] = {}
-        for names, state in populations:
-            collector = Collector(path, names, state, momentum)
-            collectors[path].update(dict.fromkeys(names or ("",), collector))
+        for names, state in list_populations(norm):
+            collectors[state] = Collector(path, names, state, momentum)
     return collectors
 
 
@@ -257,13 +232,8 @@ def measure(features: Sequence[Tensor], where: str) -> Moments:
     moments = merge_moments(stack_parts([batch_moments(feature.double()) for feature in features]))
 
     if not torch.isfinite(moments.var).all() or not torch.isfinite(moments.mean).all():
-        raise StatisticsError.of(
-            "activations",
-            "be finite",
-            got="NaN or Inf",
-            where=where,
-            remedy="They are not taken in; look for what in that batch or before that layer makes them.",
-        )
+        remedy = "They are not taken in; look for what in that batch or before that layer makes them."
+        raise StatisticsError.of("activations", "be finite", got="NaN or Inf", where=where, remedy=remedy)
     return moments
 
 

@@ -4,50 +4,47 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed.lock_step import LockStep, count_images
 from bnext.errors import StatisticsError
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.shuffled import shares_work
 from bnext.scope import use_domain
 from bnext.statistics.collector import Collector
+from bnext.statistics.observe import Features, watching
 
-__all__ = ["DataPass", "Domain", "Forward"]
+__all__ = ["DataPass", "Domain", "Forward", "collecting"]
 
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
 _WHERE = "recompute_population_statistics"
 
 
+@dataclasses.dataclass(kw_only=True)
 class DataPass:
     """Runs a model on data, as often as is asked.
 
     Args:
         model: its modes are as they are to be.
-        data, forward, domain, num_batches, num_samples: see `recompute_population_statistics`.
         collectors: all that a forward may fill.
+        data, forward, domain, num_batches, num_samples: see `recompute_population_statistics`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Iterable[Any],
-        collectors: Sequence[Collector],
-        *,
-        forward: Forward | None = None,
-        domain: Domain | None = None,
-        num_batches: int | None = None,
-        num_samples: int | None = None,
-    ) -> None:
-        self.model = model
-        self._data, self._forward, self._domain = data, forward, domain
-        self._collectors = collectors
-        self._max_rounds, self._enough_images = num_batches, num_samples
-        self._images: dict[str, int] = {}  # domain -> images of the last batch; "": not known here
+    model: nn.Module
+    collectors: Sequence[Collector]
+    data: Iterable[Any]
+    forward: Forward | None
+    domain: Domain | None
+    num_batches: int | None
+    num_samples: int | None
+    _images: dict[str, int] = dataclasses.field(default_factory=dict)  # domain -> images of the last batch; "": unknown
 
     def go(
         self,
@@ -70,12 +67,12 @@ class DataPass:
             StatisticsError: a worker has failed; on itself, its own error.
         """
         rounds = LockStep(
-            self._data,
-            self._collectors[0].device,
+            self.data,
+            self.collectors[0].former.device,
             _WHERE,
             shares_work=shares_work(self.model),
-            max_rounds=self._max_rounds,
-            enough_images=self._enough_images,
+            max_rounds=self.num_batches,
+            enough_images=self.num_samples,
         )
 
         for batch, is_new in rounds:
@@ -89,24 +86,66 @@ class DataPass:
 
     def run(self, batch: Any) -> None:
         """Run a batch through the model, in its domain."""
-        domain = self._domain(batch) if callable(self._domain) else self._domain
+        domain = self.domain(batch) if callable(self.domain) else self.domain
         is_one = domain is None or isinstance(domain, str)
         self._images = {str(domain or ""): count_images(batch)} if is_one else dict(collections.Counter(domain))
 
         with contextlib.nullcontext() if domain is None else use_domain(domain):
-            if self._forward is not None:
-                self._forward(self.model, batch)
+            if self.forward is not None:
+                self.forward(self.model, batch)
                 return
             try:
                 self.model(batch)
             except (TypeError, AttributeError) as error:
-                if any(collector.is_reached for collector in self._collectors):
+                if any(collector.is_reached for collector in self.collectors):
                     raise  # the model has taken the batch
-                kinds = f"a batch of type {type(batch).__name__} and {type(error).__name__}"
+                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 raise StatisticsError.of(
                     "forward",
                     "say how the model takes a batch, as model(batch) fails",
-                    got=f"{kinds}: {str(error).splitlines()[0]}",
+                    got=f"a batch of type {type(batch).__name__} and {reason}",
                     where=_WHERE,
                     remedy="For (inputs, labels) use forward=lambda model, batch: model(batch[0]).",
                 ) from error
+
+
+@contextlib.contextmanager
+def collecting(
+    norms: Mapping[str, _BatchNorm], collectors: Mapping[Any, Collector], *, training: bool = True
+) -> Iterator[None]:
+    """In this scope collectors, by state, get what reaches their norms, which must be in this mode."""
+
+    def collect(path: str, norm: nn.Module, features: Features) -> None:
+        if norm.training != training:
+            got, remedy = f"training={norm.training}", "Do not call model.train() or model.eval() in it."
+            raise StatisticsError.of("forward", "leave the mode of norms as it is", got=got, where=path, remedy=remedy)
+
+        is_joint = not isinstance(norm, BatchNorm2d) or norm.spec.statistics == "shared"
+        joint: dict[Collector, list[Tensor]] = {}
+        for state, feature in features:
+            collector = collectors[state]
+            _check_has_variance(norm, feature, collector)
+            if is_joint:
+                joint.setdefault(collector, []).append(feature)
+            else:
+                collector.add([feature])
+
+        for collector, mini_batch in joint.items():
+            collector.add(mini_batch)
+
+    with watching(norms, collect):
+        yield
+
+
+def _check_has_variance(norm: nn.Module, feature: Tensor, collector: Collector) -> None:
+    """Torch's norms refuse a single element without saying which of them; others know what to do with it."""
+    is_single = feature.numel() == feature.shape[1] and len(feature) > 0
+    if norm.training and is_single and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        raise StatisticsError.of(
+            "a mini-batch",
+            "hold more than 1 element per channel",
+            got="1",
+            where=f"{collector.where}, batch {collector.num_batches + 1}",
+            remedy="Use larger batches (drop_last=True for the last one), or convert the norm with "
+            "convert_norm(model, {'': NormSpec(single_element='population')}).",
+        )

@@ -17,8 +17,8 @@ from bnext.distributed.lock_step import LockStep
 from bnext.errors import StatisticsError
 from bnext.scope.model import restoring
 from bnext.statistics.collector import Collector
-from bnext.statistics.data_pass import DataPass
-from bnext.statistics.observe import collecting, watching
+from bnext.statistics.data_pass import DataPass, collecting
+from bnext.statistics.observe import watching
 
 __all__ = ["estimate_layer_by_layer"]
 
@@ -30,7 +30,7 @@ class _Reached(Exception):
 def estimate_layer_by_layer(
     data_pass: DataPass,
     norms: Mapping[str, _BatchNorm],
-    collectors: Mapping[str, Mapping[str, Collector]],
+    collectors: Mapping[Any, Collector],
     source_samples: float,
 ) -> LockStep:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
@@ -38,7 +38,7 @@ def estimate_layer_by_layer(
     Args:
         data_pass: of a model in evaluation mode; its data must be the same ones each time.
         norms: of the model, by path; their buffers hold the estimates afterwards.
-        collectors: by path.
+        collectors: by state.
         source_samples: images that the former statistics count for.
 
     Returns:
@@ -59,10 +59,10 @@ def estimate_layer_by_layer(
     first, calls = _count_calls(data_pass, norms)
     rounds = first
     for path, number in calls.items():
-        norm, own = norms[path], dict.fromkeys(collectors[path].values())
+        norm, of_norm = norms[path], [collector for collector in collectors.values() if collector.path == path]
         stopping = norm.register_forward_hook(_stop) if number == 1 else contextlib.nullcontext()
         with stopping, collecting({path: norm}, collectors, training=False):
-            rounds = data_pass.go(own, call=run_until_reached)
+            rounds = data_pass.go(of_norm, call=run_until_reached)
 
         if rounds.num_batches < first.num_batches:
             raise StatisticsError.of(
@@ -72,8 +72,8 @@ def estimate_layer_by_layer(
                 where=path,
                 remedy="Pass a list of batches.",
             )
-        for collector in own:
-            _, new = collector.estimate(collector.collect_over_workers(), "layer_by_layer", source_samples)
+        for collector in of_norm:
+            _, new = collector.merge_over_workers().estimate("layer_by_layer", source_samples)
             collector.write(new, rounds.num_batches)
 
     return rounds

@@ -1,9 +1,13 @@
-"""Which norms of a model have statistics to estimate, and what reaches them in a forward."""
+"""Which norms of a model have statistics to estimate, and what reaches them in a forward.
+
+A set of running statistics goes by the module that holds it, its state: the norm, or what one of its levels or domains
+owns.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,12 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import Selection, find_norms
-from bnext.statistics.collector import Collector
 
-__all__ = ["Features", "collecting", "find_replaceable", "name_features", "select_norms", "watching"]
+__all__ = ["Features", "find_replaceable", "list_populations", "select_norms", "watching"]
 
-Norms = Mapping[str, _BatchNorm]
-Features = Iterator[tuple[str, Tensor]]
+Features = Iterable[tuple[Any, Tensor]]
 
 
 def find_replaceable(model: nn.Module, layers: Selection | None = None) -> dict[str, _BatchNorm]:
@@ -28,11 +30,10 @@ def find_replaceable(model: nn.Module, layers: Selection | None = None) -> dict[
         layers: called as layers(path, norm) for each of them; None: all.
     """
 
-    def is_replaceable(path: str, norm: nn.Module) -> bool:
-        tracks = norm.running_mean is not None
-        if isinstance(norm, BatchNorm2d):
-            tracks = any(norm.populations()) and not norm.spec.has_frozen_statistics
-        return tracks and (layers is None or layers(path, norm))
+    def is_replaceable(path: str, norm: Any) -> bool:
+        is_frozen = isinstance(norm, BatchNorm2d) and norm.spec.has_frozen_statistics
+        has_state = any(state.running_mean is not None for _, state in list_populations(norm))
+        return has_state and not is_frozen and (layers is None or layers(path, norm))
 
     return find_norms(model, is_replaceable)
 
@@ -46,26 +47,27 @@ def select_norms(model: nn.Module, layers: Selection | None = None) -> dict[str,
     norms = find_replaceable(model, layers)
 
     if not norms:
-        raise StatisticsError.of(
-            "model",
-            "have a batch norm with running statistics that is selected",
-            got="none",
-            where=type(model).__name__,
-            remedy="Frozen norms and GroupNorm have nothing to re-estimate.",
-        )
+        rule = "have a batch norm with running statistics that is selected"
+        remedy = "Frozen norms and GroupNorm have nothing to re-estimate."
+        raise StatisticsError.of("model", rule, got="none", where=type(model).__name__, remedy=remedy)
     return norms
 
 
+def list_populations(norm: _BatchNorm) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """The state of each set of running statistics, with the levels or domains that it normalizes."""
+    return norm.populations() if isinstance(norm, BatchNorm2d) else [((), norm)]
+
+
 @contextlib.contextmanager
-def watching(norms: Norms, watch: Callable[[str, nn.Module, Features], None]) -> Iterator[None]:
+def watching(norms: Mapping[str, _BatchNorm], watch: Callable[[str, nn.Module, Features], None]) -> Iterator[None]:
     """In this scope `watch` is called as watch(path, norm, features) before every call of a norm.
 
-    `features` are what the norm is called with, by level or domain; see `name_features`.
+    `features` are what the norm is called with, each with its state; a mixed batch is taken apart.
     """
 
     def see(path: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
         given = args[0] if args else next(iter(kwargs.values()))  # by position or by name
-        watch(path, norm, name_features(norm, given))
+        watch(path, norm, _divide(norm, given))
 
     with contextlib.ExitStack() as hooks:
         for path, norm in norms.items():
@@ -73,65 +75,21 @@ def watching(norms: Norms, watch: Callable[[str, nn.Module, Features], None]) ->
         yield
 
 
-def name_features(norm: nn.Module, given: Any) -> Features:
-    """What a norm is called with, by level or domain; a mixed batch is taken apart."""
-    if isinstance(given, Mapping):
-        yield from given.items()
+def _divide(norm: nn.Module, given: Any) -> Features:
+    if not isinstance(norm, BatchNorm2d):
+        yield norm, given
         return
 
-    domains = norm.find_domains(len(given)) if isinstance(norm, BatchNorm2d) else 0
-    names = norm.domains if isinstance(norm, BatchNorm2d) and norm.domains else ("",)
+    if isinstance(given, Mapping):
+        for level in filter(norm.domains.__contains__, given):  # the norm itself refuses an unknown level
+            yield norm.population_state(level), given[level]
+        return
+
+    names = norm.domains or ("",)
+    domains = norm.find_domains(len(given))
     if isinstance(domains, int):
-        yield names[domains], given
+        yield norm.population_state(names[domains]), given
         return
 
     for domain in sorted(set(domains)):
-        yield names[domain], given[[index == domain for index in domains]]
-
-
-@contextlib.contextmanager
-def collecting(
-    norms: Norms, collectors: Mapping[str, Mapping[str, Collector]], *, training: bool = True
-) -> Iterator[None]:
-    """In this scope collectors, by path and name, get what reaches their norms, which must be in this mode."""
-
-    def collect(path: str, norm: nn.Module, features: Features) -> None:
-        if norm.training != training:
-            mode = "train" if norm.training else "eval"
-            raise StatisticsError.of(
-                "forward",
-                "leave the mode of norms as it is",
-                got=f"training={norm.training}",
-                where=path,
-                remedy=f"Do not call model.{mode}() in it.",
-            )
-
-        is_joint = not isinstance(norm, BatchNorm2d) or norm.spec.statistics == "shared"
-        mini_batches: dict[Any, tuple[Collector, list[Tensor]]] = {}
-        for name, feature in features:
-            collector = collectors[path].get(name)
-            if collector is None:
-                continue  # the norm itself refuses an unknown level
-            _check_has_variance(norm, feature, collector)
-            key = collector if is_joint else name
-            mini_batches.setdefault(key, (collector, []))[1].append(feature)
-
-        for collector, mini_batch in mini_batches.values():
-            collector.add(mini_batch)
-
-    with watching(norms, collect):
-        yield
-
-
-def _check_has_variance(norm: nn.Module, feature: Tensor, collector: Collector) -> None:
-    """Torch's norms refuse a single element without saying which of them; others know what to do with it."""
-    is_single = feature.numel() == feature.shape[1] and len(feature) > 0
-    if norm.training and is_single and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        raise StatisticsError.of(
-            "a mini-batch",
-            "hold more than 1 element per channel",
-            got="1",
-            where=f"{collector.where}, batch {collector.num_batches + 1}",
-            remedy="Use larger batches (drop_last=True for the last one), or convert the norm with "
-            "convert_norm(model, {'': NormSpec(single_element='population')}).",
-        )
+        yield norm.population_state(names[domain]), given[[index == domain for index in domains]]

@@ -13,13 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, merge_moments
-from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import Selection
 from bnext.scope.model import restoring
 from bnext.scope.statistics import is_recomputing
 from bnext.statistics.arguments import check_numbers
 from bnext.statistics.collector import measure, stack_parts
-from bnext.statistics.observe import Features, select_norms, watching
+from bnext.statistics.observe import Features, list_populations, select_norms, watching
 
 __all__ = ["OnlineStatistics", "following_stream"]
 
@@ -114,9 +113,7 @@ class OnlineStatistics:
 
         self._source: dict[Any, Tensor] = {}
         for norm in norms.values():
-            populations = norm.populations() if isinstance(norm, BatchNorm2d) else [((), norm)]
-            for _, state in populations:
-                self._source[state] = _read(state)
+            self._source |= {state: _read(state) for _, state in list_populations(norm)}
 
     def reset(self) -> None:
         """Go back to the statistics of the source; the stream begins anew."""
@@ -140,8 +137,7 @@ class OnlineStatistics:
             self._counted = {}
 
         mini_batches: dict[Any, list[Tensor]] = {}  # levels that share a population are one
-        for name, feature in features:
-            state = norm.population_state(name) if isinstance(norm, BatchNorm2d) else norm
+        for state, feature in features:
             mini_batches.setdefault(state, []).append(feature)
 
         with torch.no_grad():

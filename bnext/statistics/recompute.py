@@ -21,10 +21,10 @@ from bnext.layers.walk import Selection
 from bnext.scope.model import restoring
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_numbers
-from bnext.statistics.collector import Collected, Collector, Estimator, make_collectors
-from bnext.statistics.data_pass import DataPass, Domain, Forward
+from bnext.statistics.collector import Collector, Estimator, make_collectors
+from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
-from bnext.statistics.observe import collecting, select_norms
+from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
 
 __all__ = ["Estimator", "recompute_population_statistics"]
@@ -122,12 +122,12 @@ def recompute_population_statistics(
 
     model = unwrap_model(model)
     norms = select_norms(model, layers)
-    by_name = make_collectors(norms, momentum if estimator == "moving_average" else None)
-    collectors = list(dict.fromkeys(collector for names in by_name.values() for collector in names.values()))
+    collectors = make_collectors(norms, momentum if estimator == "moving_average" else None)
+    sets = list(collectors.values())
     data_pass = DataPass(
-        model,
-        data,
-        collectors,
+        model=model,
+        collectors=sets,
+        data=data,
         forward=forward,
         domain=domain,
         num_batches=num_batches,
@@ -141,25 +141,20 @@ def recompute_population_statistics(
         for norm in norms.values():
             norm.train(estimator != "layer_by_layer")
         if estimator == "layer_by_layer":
-            rounds = estimate_layer_by_layer(data_pass, norms, by_name, source_samples)
+            rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples)
         else:
-            with collecting(norms, by_name), _make_bar(progress, num_batches) as bar:
-                rounds = data_pass.go(
-                    collectors, is_enough=lambda rounds: _is_known(rounds, collectors, tolerance, bar)
-                )
+            with collecting(norms, collectors), _make_bar(progress, num_batches) as bar:
+                rounds = data_pass.go(sets, is_enough=lambda rounds: _is_known(rounds, sets, tolerance, bar))
 
-    everything = [collector.collect_over_workers() for collector in collectors]
-    rows, estimates = [], []
-    for collector, collected in zip(collectors, everything, strict=True):
-        row, new = collector.estimate(collected, estimator, source_samples)
-        rows.append(row)
-        estimates.append(new)
-    if all(new is None for new in estimates):
-        raise _nothing_is_reached(rounds, everything)
+    merged = [collector.merge_over_workers() for collector in sets]
+    estimates = [collector.estimate(estimator, source_samples) for collector in merged]
+    if all(new is None for _, new in estimates):
+        raise _nothing_is_reached(rounds, merged)
 
-    for collector, new in zip(collectors, estimates, strict=True):  # after the last collective, which may fail
+    for collector, (_, new) in zip(sets, estimates, strict=True):  # after the last collective, which may fail
         collector.write(new, rounds.num_batches)
-    return RecomputeReport(tuple(rows), rounds.num_batches, rounds.num_images, tolerance)
+    rows = tuple(row for row, _ in estimates)
+    return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance)
 
 
 def _make_bar(is_wanted: bool, num_batches: int | None) -> Any:
@@ -169,7 +164,7 @@ def _make_bar(is_wanted: bool, num_batches: int | None) -> Any:
     return tqdm(total=num_batches, desc="re-estimating", unit="batch", disable=disable)
 
 
-def _is_known(rounds: LockStep, collectors: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:
+def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:
     """Whether the standard errors of all reached sets are small enough. A collective, every few rounds."""
     bar.update()
     if tolerance is None or rounds.num_rounds < _FIRST_CHECK or rounds.num_rounds % _CHECK_PERIOD:
@@ -177,18 +172,18 @@ def _is_known(rounds: LockStep, collectors: Sequence[Collector], tolerance: floa
 
     rounds.check_failures()  # whoever has failed does not come to the look
     errors: list[float] = []
-    for collector in collectors:
-        everything = collector.collect_over_workers()
-        if everything.total.count > 0:
-            errors += collector.measure_errors(everything)
+    for collector in sets:
+        merged = collector.merge_over_workers()
+        if merged.total.count > 0:
+            errors += merged.measure_errors()
 
     largest = max(errors, default=math.inf)
     bar.set_postfix_str(f"standard error {100 * largest:.2g} %", refresh=False)
     return largest <= tolerance
 
 
-def _nothing_is_reached(rounds: LockStep, everything: Sequence[Collected]) -> StatisticsError:
-    count = max(int(collected.total.count) for collected in everything)
+def _nothing_is_reached(rounds: LockStep, merged: Sequence[Collector]) -> StatisticsError:
+    count = max(int(collector.total.count) for collector in merged)
     activations = f"{count} activations, each a mini-batch of its own" if count else "no activation"
     batches = "larger batches" if count else "a longer loader"
 
