@@ -8,9 +8,9 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from detectron2.config import CfgNode
@@ -27,7 +27,7 @@ from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.population import count_batches
-from bnext.errors import CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice, list_few
+from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import find_local_file, is_same_file, replace_file, write_json
 from bnext.statistics import RecomputeReport
@@ -48,6 +48,7 @@ _LEFT_OUT = (
     "matching_heuristics",
     "__author__",
 )
+_GIVE_BOTH = "Give --dataset and --domain for each."
 _DONE = "recomputed_statistics"  # the output's key for what was done
 
 
@@ -92,11 +93,11 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         KeyboardInterrupt: nothing is written either.
     """
     size = count_workers(num_workers, device=cfg.MODEL.DEVICE)
-    check_request(cfg, request)
-    check_files(cfg.MODEL.WEIGHTS, request)
-    cfg = give_population(cfg, request.population, request.domains) if request.population else cfg
-    check_domains(cfg, request)
-    check_images(cfg, request, size)
+    _raise_first(find_faults(cfg, request))
+    _raise_first(find_file_faults(cfg.MODEL.WEIGHTS, request))
+    if request.population:
+        cfg = give_population(cfg, request.population, request.domains)
+    _raise_first(find_data_faults(cfg, request, size))
 
     try:
         launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
@@ -109,152 +110,94 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
 # ---- what is refused
 
 
-class _Refusal(NamedTuple):
-    """A fault of a request, if it is one, and how it is said."""
-
-    is_fault: bool
-    thing: str
-    rule: str
-    got: str
-    remedy: str
+def _raise_first(faults: Iterable[BNextError]) -> None:
+    for fault in faults:
+        raise fault
 
 
-def _refuse(refusals: Iterable[_Refusal]) -> None:
-    for is_fault, thing, rule, got, remedy in refusals:
-        if is_fault:
-            raise ConfigError.of(thing, rule, got=got, remedy=remedy)
+def find_faults(cfg: CfgNode, request: RecomputeRequest) -> Iterator[BNextError]:
+    """Values of a request that do not go together."""
+    datasets, domains = request.datasets, request.domains
+
+    if request.population == "per_domain" and not (domains or cfg.MODEL.BNEXT.DOMAINS.NAMES):
+        rule = "be given the domain of each --dataset"
+        yield ConfigError.of("--population per_domain", rule, got="none", remedy=_GIVE_BOTH)
+
+    if domains and len(domains) != len(datasets):
+        got = f"{len(domains)} for {len(datasets)} data sets"
+        remedy = "Name the domain of every data set."
+        yield ConfigError.of("--domain", "be given once for each --dataset", got=got, remedy=remedy)
+
+    pairs = list(zip(datasets, domains or [""] * len(datasets), strict=False))
+    for name, domain in pairs:
+        if pairs.count((name, domain)) > 1:
+            got = f"{name!r} twice" + (f" for --domain {domain}" if domain else "")
+            remedy = "Leave one out: the same images again are no independent ones."
+            yield ConfigError.of("--dataset", "name each data set once", got=got, remedy=remedy)
+
+    if request.num_samples is not None and request.num_samples < 1:
+        yield ConfigError.of("--num-samples", "be 1 or more", got=request.num_samples, remedy="Use 1000 to 10000.")
 
 
-def check_request(cfg: CfgNode, request: RecomputeRequest) -> None:
-    """Raise ConfigError unless its values go together."""
-    num_domains, num_datasets = len(request.domains), len(request.datasets)
-    has_domains = bool(request.domains or cfg.MODEL.BNEXT.DOMAINS.NAMES)
-    named = [f"{name!r} for --domain {domain}" for name, domain in zip(request.datasets, request.domains, strict=False)]
-    named = named or [repr(name) for name in request.datasets]
-    twice = dict.fromkeys(name for name in named if named.count(name) > 1)
-
-    _refuse(
-        [
-            _Refusal(
-                request.population == "per_domain" and not has_domains,
-                "--population per_domain",
-                "be given the domain of each --dataset",
-                "none",
-                "Give --dataset and --domain for each.",
-            ),
-            _Refusal(
-                num_domains not in (0, num_datasets),
-                "--domain",
-                "be given once for each --dataset",
-                f"{num_domains} for {num_datasets} data sets",
-                "Name the domain of every data set.",
-            ),
-            _Refusal(
-                bool(twice),
-                "--dataset",
-                "name each data set once",
-                f"{list_few(twice)} twice",
-                "Leave one out: the same images again are no independent ones.",
-            ),
-            _Refusal(
-                request.num_samples is not None and request.num_samples < 1,
-                "--num-samples",
-                "be 1 or more",
-                f"{request.num_samples}",
-                "Use 1000 to 10000.",
-            ),
-        ]
-    )
-
-
-def check_domains(cfg: CfgNode, request: RecomputeRequest) -> None:
-    """Raise ConfigError unless the domain of every image is known."""
-    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
-    unknown = [name for name in request.domains if name not in names]
-
-    _refuse(
-        [
-            _Refusal(
-                bool(names and not request.domains and not fallback),
-                "--domain",
-                "name the domain of each --dataset where norms have domains",
-                f"none of {names} (MODEL.BNEXT.DOMAINS.NAMES)",
-                "Give --dataset and --domain for each.",
-            ),
-            _Refusal(
-                bool(unknown),
-                "--domain",
-                f"be one of the model's domains {names}",
-                f"{list_few(map(repr, unknown), 1)} (MODEL.BNEXT.DOMAINS.NAMES)",
-                "Correct it, or leave --domain out.",
-            ),
-        ]
-    )
-
-
-def check_files(weights: str, request: RecomputeRequest) -> None:
-    """Raise BNextError unless the input is there and stays, and the output can be written."""
+def find_file_faults(weights: str, request: RecomputeRequest) -> Iterator[BNextError]:
+    """The input is to be there and to stay, the output to be one that can be written."""
     check_eval_weights(weights)
     file = find_local_file(weights)
     if file is not None and not os.path.isfile(file):
-        raise CheckpointError.of(
-            "MODEL.WEIGHTS", "name a file", got=f"{weights!r}, which does not exist", remedy="Correct the path."
-        )
+        got = f"{weights!r}, which does not exist"
+        yield CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, remedy="Correct the path.")
 
-    output, folder = Path(request.output), Path(request.output).parent
-    taken = [path for path in (request.output, request.report) if os.path.lexists(path)]
-    taken = [path for path in taken if os.path.isdir(path) or not request.overwrite]
-    _refuse(
-        [
-            _Refusal(
-                output.suffix != ".pth",
-                "--output",
-                "end in .pth",
-                repr(request.output),
-                "The report is written beside it, .json.",
-            ),
-            _Refusal(
-                not folder.is_dir() or not os.access(folder, os.W_OK),
-                "--output",
-                "be in a folder that exists and can be written to",
-                repr(request.output),
-                f"Make {str(folder)!r}, or choose another.",
-            ),
-            _Refusal(
-                is_same_file(output, weights),
-                "--output",
-                "be another file than MODEL.WEIGHTS, which is never changed",
-                f"{request.output!r} for both",
-                "Choose another name.",
-            ),
-            _Refusal(
-                bool(taken),
-                "--output",
-                "not exist, nor the report beside it",
-                list_few(map(repr, taken)),
-                "Choose another name, or give --overwrite.",
-            ),
-        ]
-    )
+    output, folder = request.output, Path(request.output).parent
+    if Path(output).suffix != ".pth":
+        remedy = "The report is written beside it, .json."
+        yield ConfigError.of("--output", "end in .pth", got=repr(output), remedy=remedy)
+
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        rule, remedy = "be in a folder that exists and can be written to", f"Make {str(folder)!r}, or choose another."
+        yield ConfigError.of("--output", rule, got=repr(output), remedy=remedy)
+
+    if is_same_file(output, weights):
+        rule = "be another file than MODEL.WEIGHTS, which is never changed"
+        yield ConfigError.of("--output", rule, got=f"{output!r} for both", remedy="Choose another name.")
+
+    for path in (output, request.report):
+        if os.path.isdir(path) or (os.path.lexists(path) and not request.overwrite):
+            remedy = "Choose another name, or give --overwrite."
+            yield ConfigError.of("--output", "not exist, nor the report beside it", got=repr(path), remedy=remedy)
 
 
-def check_images(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> None:
-    """Raise BNextError unless there is an image for each worker."""
-    if not request.datasets and not cfg.DATASETS.TRAIN:
+def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> Iterator[BNextError]:
+    """The domain of every image is to be known, and each worker to have one.
+
+    Args:
+        cfg: of the output.
+
+    Raises:
+        DatasetError: a data set cannot be read.
+    """
+    names, where = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), "MODEL.BNEXT.DOMAINS.NAMES"
+
+    if names and not request.domains and not cfg.MODEL.BNEXT.DOMAINS.FALLBACK:
+        rule = "name the domain of each --dataset where norms have domains"
+        yield ConfigError.of("--domain", rule, got=f"none of {names}", where=where, remedy=_GIVE_BOTH)
+
+    for name in request.domains:
+        if name not in names:
+            rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
+            yield ConfigError.of("--domain", rule, got=repr(name), where=where, remedy=remedy)
+
+    if not (request.datasets or cfg.DATASETS.TRAIN):
         remedy = "Name one in the config, or give --dataset."
-        raise ConfigError.of("DATASETS.TRAIN", "name at least one data set", got="none", remedy=remedy)
+        yield ConfigError.of("DATASETS.TRAIN", "name at least one data set", got="none", remedy=remedy)
+
     if not request.datasets:
         check_datasets(cfg.DATASETS.TRAIN)
-
     for name in request.datasets:
         number = len(load_records(name, cfg))
         if number < num_workers:
-            raise ConfigError.of(
-                "--dataset",
-                f"have an image for each of the {num_workers} workers",
-                got=f"{number} in {name!r}",
-                remedy="Use fewer workers, --num-gpus, or leave it out.",
-            )
+            rule = f"have an image for each of the {num_workers} workers"
+            remedy = "Use fewer workers, --num-gpus, or leave it out."
+            yield ConfigError.of("--dataset", rule, got=f"{number} in {name!r}", remedy=remedy)
 
 
 # ---- the config of the output
@@ -278,13 +221,10 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     norms = resolve_norms(cfg).places
     places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
     if not places:
-        raise ConfigError.of(
-            "--population",
-            "be of a model with batch norms that can have it",
-            got=f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}",
-            remedy="Use an architecture of bnext, such as BNextRetinaNet, which loads the same checkpoint, or leave "
-            "--population out.",
-        )
+        got = f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
+        rule = "be of a model with batch norms that can have it"
+        remedy = "Use an architecture of bnext, such as BNextRetinaNet, which loads the same file, or leave it out."
+        raise ConfigError.of("--population", rule, got=got, remedy=remedy)
 
     cfg = cfg.clone()
     cfg.defrost()
@@ -358,12 +298,8 @@ def _load(checkpointer: Checkpointer, weights: str, replaced: Sequence[str]) -> 
     try:
         return checkpointer.load(weights, checkpointables=[], complete=True, replaced=replaced)
     except AssertionError as error:  # Detectron2 0.6 takes a query for a part of the name
-        raise CheckpointError.of(
-            "MODEL.WEIGHTS",
-            "be a file that the installed Detectron2 finds",
-            got=f"{weights!r} and {error}",
-            remedy="Leave out what follows '?': later versions read it.",
-        ) from error
+        rule, remedy = "be a file that the installed Detectron2 finds", "Leave out what follows '?'."
+        raise CheckpointError.of("MODEL.WEIGHTS", rule, got=f"{weights!r} and {error}", remedy=remedy) from error
 
 
 def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) -> dict[str, Any]:
@@ -385,24 +321,18 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
             continue
         pairs = zip(request.datasets, request.domains, strict=True)
         names = ", ".join(name for name, its_domain in pairs if its_domain == domain)
-        raise StatisticsError.of(
-            "--domain",
-            "get images",
-            got=f"none for {domain!r} in {report.num_samples} images (--dataset {names}); nothing is written",
-            remedy="Use more images, --num-samples, or fewer workers.",
-        )
+        got = f"none for {domain!r} in {report.num_samples} images (--dataset {names}); nothing is written"
+        remedy = "Use more images, --num-samples, or fewer workers."
+        raise StatisticsError.of("--domain", "get images", got=got, remedy=remedy)
 
 
 def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
     """What was broken is not to be written with the values of a new norm."""
     for estimate in report.not_reached:
         if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
-            raise StatisticsError.of(
-                "statistics that are not finite in MODEL.WEIGHTS",
-                "be reached by the images",
-                got=f"none for {estimate.name} in {report.num_samples} images; nothing is written",
-                remedy="Use more or larger images.",
-            )
+            thing, rule = "statistics that are not finite in MODEL.WEIGHTS", "be reached by the images"
+            got = f"none for {estimate.name} in {report.num_samples} images; nothing is written"
+            raise StatisticsError.of(thing, rule, got=got, remedy="Use more or larger images.")
 
 
 def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str, Any]) -> None:
@@ -416,12 +346,9 @@ def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str,
     try:
         replace_file(request.output, write_both)
     except OSError as error:
-        raise LaunchError.of(
-            "--output",
-            "be on a disk with room, in a folder that can be written to",
-            got=f"{type(error).__name__}: {error} ({request.output}); nothing is written",
-            remedy="Mend it.",
-        ) from error
+        rule = "be on a disk with room, in a folder that can be written to"
+        got = f"{type(error).__name__}: {error} ({request.output}); nothing is written"
+        raise LaunchError.of("--output", rule, got=got, remedy="Mend it.") from error
 
 
 def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:
