@@ -103,14 +103,13 @@ def convert_norm(
     for path, norm, form in norms:
         if norm in new_norms:
             continue
-        _check_leftovers(norm, form, path, treat_as)
+        texts = _check_leftovers(norm, form, path, treat_as)
         new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
 
         new_form = find_form(new_norm, treat_as)
         if new_form is None:
             report.changes.append(Change(path, REMOVED, keeps_outputs=False))
             continue
-        texts = find_leftovers(norm, form, treat_as)[1]
         texts += _carry_settings(norm, form, new_norm, new_form, keeps_momentum=isinstance(choices[path], NormSpec))
         report.changes += [Change(path, text) for text in texts]
 
@@ -158,7 +157,7 @@ def _check_arguments(model: nn.Module, specs: object, changes: Mapping[str, obje
     for is_wrong, thing, rule, got, remedy in (
         (is_wrapped, "model", unwrapped, type(model).__name__, "Convert the model before it is wrapped."),
         (not are_norms, "specs", "map patterns to norms", repr(specs), write),
-        (specs and changes, "specs", "say everything that changes", both, "Put the fields into the specs."),
+        (specs is not None and changes, "specs", "say everything that changes", both, "Put the fields into the specs."),
         (unknown, "changes", "be fields of NormSpec", unknown, f"They are {', '.join(fields)}."),
     ):
         if is_wrong:
@@ -220,14 +219,15 @@ def _name_near(pattern: str, paths: list[str]) -> str:
 # ---- one new norm
 
 
-def _check_leftovers(norm: nn.Module, form: NormForm, path: str, treat_as: TreatAs | None) -> None:
-    """Refuse a norm of which outputs or state would be lost."""
-    refused, _ = find_leftovers(norm, form, treat_as)
+def _check_leftovers(norm: nn.Module, form: NormForm, path: str, treat_as: TreatAs | None) -> list[str]:
+    """Texts on what another norm in this place lacks; where outputs or state would be lost, it is refused."""
+    refused, notes = find_leftovers(norm, form, treat_as)
 
     if refused:
         got = f"{type(norm).__name__}: {'; '.join(refused)}"
         remedy = "Take it apart into a norm and the rest, or leave it out of the patterns."
         raise ConfigError.of("a norm", "be nothing but a norm to be converted", got=got, where=path, remedy=remedy)
+    return notes
 
 
 def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat_as: TreatAs | None) -> nn.Module:

@@ -67,7 +67,7 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
     changed = []
     replacements: dict[nn.Module, BatchNorm2d] = {}
     for path, norm in norms.items():
-        if not _freezable_parts(norm) & _PARTS[what] <= _frozen_parts(norm):
+        if (_freezable_parts(norm) & _PARTS[what]) - _frozen_parts(norm):
             changed.append(path)
         if what != "affine" and not isinstance(norm, BatchNorm2d):
             replacements[norm] = _take_over(norm, path)

@@ -8,7 +8,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from bnext.errors import CheckpointError
 from bnext.layers import BatchNorm2d, NormSpec
 from bnext.surgery.check_state import check_norm_state, check_variances, find_unwritten, find_unwritten_norms
-from tests.surgery.norm_forms import FORMS, make
+from tests.surgery.norm_forms import FORMS, LAYOUTS, make
 
 CHANNEL = 2
 
@@ -17,43 +17,50 @@ def hold(name):
     return nn.ModuleDict({"a": make(name)})
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_written_state_is_well(name):
     assert check_norm_state(hold(name)) == []
     assert find_unwritten_norms(hold(name)) == []
 
 
+CASES = [
+    ("running_var", -1e-3, "variance"),
+    ("running_var", 0.0, "variance"),
+    ("running_var", float("nan"), "variance"),
+    ("running_var", float("inf"), "variance"),
+    ("running_mean", float("nan"), "mean"),
+    ("weight", float("inf"), "affine"),
+    ("bias", float("nan"), "affine"),
+]
+
+
 @pytest.mark.parametrize(
-    ("field", "value", "kind"),
+    ("name", "field", "value", "kind"),
     [
-        ("running_var", -1e-3, "variance"),
-        ("running_var", 0.0, "variance"),
-        ("running_var", float("nan"), "variance"),
-        ("running_var", float("inf"), "variance"),
-        ("running_mean", float("nan"), "mean"),
-        ("weight", float("inf"), "affine"),
-        ("bias", float("nan"), "affine"),
+        *(("domains_DDD", *case) for case in CASES),
+        *((name, *case) for name in LAYOUTS for case in (CASES[0], CASES[-1])),
     ],
 )
-@pytest.mark.parametrize("name", FORMS)
 def test_values_that_cannot_be_are_found(name, field, value, kind):
     model = hold(name)
     keys = [key for key in model["a"].state_dict() if key.rpartition(".")[2] == field]
     for key in keys:
         model["a"].state_dict()[key][CHANNEL] = value
     findings = check_norm_state(model)
-    assert [(found.path, found.kind, found.channels) for found in findings] == [("a", kind, (CHANNEL,))] * len(keys)
-    assert {found.owner for found in findings} == {key.rpartition(".")[0] for key in keys}
-    assert all(f"got {value:g} (channel {CHANNEL})" in str(found) for found in findings)
+    assert [(finding.path, finding.kind, finding.channels) for finding in findings] == [("a", kind, (CHANNEL,))] * len(
+        keys
+    )
+    assert {finding.owner for finding in findings} == {key.rpartition(".")[0] for key in keys}
+    assert all(f"got {value:g} (channel {CHANNEL})" in str(finding) for finding in findings)
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_statistics_that_nobody_wrote_are_found(name):
     model = nn.ModuleDict({"a": FORMS[name]()}).double()
     findings = check_norm_state(model)
     populations = {key.rpartition(".")[0] for key in model["a"].state_dict() if key.endswith("running_var")}
-    assert [found.kind for found in findings] == ["unwritten"] * len(populations)
-    assert {found.owner for found in findings} == populations
+    assert [finding.kind for finding in findings] == ["unwritten"] * len(populations)
+    assert {finding.owner for finding in findings} == populations
     assert {path.removeprefix("a").lstrip(".") for path in find_unwritten_norms(model)} == populations
 
 

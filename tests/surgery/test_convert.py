@@ -264,6 +264,13 @@ def test_norms_that_are_more_than_norms_are_refused(kind, what):
     assert type(model[1]) is kind
 
 
+def test_a_class_that_the_caller_vouches_for_is_converted():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), WithActivation(4))
+    report = convert_norm(model, {"": NormSpec()}, treat_as={WithActivation: nn.BatchNorm2d})
+    assert type(model[1]) is BatchNorm2d
+    assert "WithActivation does otherwise than torch in training" in str(report)
+
+
 def test_a_parametrized_norm_is_refused():
     model = nn.Sequential(nn.BatchNorm2d(4))
     parametrize.register_parametrization(model[0], "weight", nn.Softplus())
@@ -300,8 +307,9 @@ def test_level_norms_by_pattern():
 
 
 def test_patterns_and_fields_together_are_refused():
-    with pytest.raises(ConfigError, match=r"patterns and frozen= as well"):
-        convert_norm(small(), {"": NormSpec()}, frozen="both")
+    for specs in ({"": NormSpec()}, {}):
+        with pytest.raises(ConfigError, match="frozen"):
+            convert_norm(small(), specs, frozen="both")
 
 
 def test_what_makes_no_norm_is_refused():
