@@ -24,7 +24,7 @@ from bnext.data.records import has_labels, load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics
-from bnext.evaluation.validation_loss import compute_validation_loss
+from bnext.evaluation.validation_loss import Statistics, compute_validation_loss
 from bnext.repair.compare import FAILURES, can_go_on, compare_kinds, failing_alone
 from bnext.repair.kinds import KINDS, Kind, count_images_as_trained, find_obstacle, normalizing_evaluation_by_mini_batch
 from bnext.scope import use_domain
@@ -232,7 +232,7 @@ def read_three_ways(
     limit = cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES or num_batches
     cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES = min(num_batches, limit)
 
-    def measure_loss(name: str, statistics: str) -> dict[str, Any]:
+    def measure_loss(name: str, statistics: Statistics) -> dict[str, Any]:
         batches = build_validation_batches(cfg, name)
         losses = compute_validation_loss(model, batches, statistics=statistics, seed=max(cfg.SEED, 0))
         return {"loss": losses["total_loss"], "losses": losses}

@@ -109,7 +109,7 @@ def format_comparison(results: Mapping[str, Any]) -> str:
 
 def _find_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The metrics that some row has."""
-    present = {key for row in rows for key in row}
+    present = set().union(*rows)
     return [key for key in _NAMES if key in present]
 
 
@@ -143,18 +143,20 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
 def _draw_aps(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
     keys = _find_keys(rows.values())
     height = 0.8 / max(1, len(keys))
+    longest = 0.0
 
     for index, key in enumerate(keys):
         aps = [row.get(key) for row in rows.values()]
         places = [row + (index - (len(keys) - 1) / 2) * height for row in range(len(rows))]
-        bars = axes.barh(places, [ap or 0 for ap in aps], height, label=_NAMES[key])
+        lengths = [ap or 0.0 for ap in aps]
+        longest = max(longest, *lengths)
+        bars = axes.barh(places, lengths, height, label=_NAMES[key])
         axes.bar_label(bars, _label_bars(aps), padding=3)
 
     axes.set_yticks(range(len(rows)), [KINDS[kind].words.replace(": as", ":\nas") for kind in rows])
     axes.invert_yaxis()
     axes.margins(x=0.22)
-    has_length = any(row.get(key) for row in rows.values() for key in keys)
-    axes.set_xlim(0, None if has_length else 1)
+    axes.set_xlim(0, None if longest else 1)
     axes.set_title("Same checkpoint, which statistics?")
     if len(keys) > 1:
         axes.legend()
@@ -164,9 +166,13 @@ def _label_bars(values: Sequence[float | None]) -> list[str]:
     """Each AP, and its difference to the first."""
     first = values[0]
     labels = [_show(first)]
+
     for value in values[1:]:
-        has_change = value is not None and first is not None
-        labels.append(f"{_show(value)} ({value - first:+.1f})" if has_change else _show(value))
+        if value is None or first is None:
+            labels.append(_show(value))
+        else:
+            labels.append(f"{value:.1f} ({value - first:+.1f})")
+
     return labels
 
 

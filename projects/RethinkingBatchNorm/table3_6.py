@@ -87,9 +87,9 @@ def check_names(rows: Iterable[str]) -> None:
         raise ConfigError.of("--rows", f"be of {', '.join(ROWS)}", got=", ".join(unknown), remedy=remedy)
 
 
-def order_rows(rows: Iterable[str]) -> list[str]:
+def order_rows(rows: Sequence[str]) -> list[str]:
     """The rows to evaluate, each after the row that it is made from, which is added when missing."""
-    wanted = {name for row in rows for name in (row, ROWS[row].trained)}
+    wanted = {*rows, *(ROWS[row].trained for row in rows)}
     return [row for row in ROWS if row in wanted]
 
 

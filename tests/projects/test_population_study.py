@@ -43,10 +43,9 @@ def results_of(**changes):
     reading |= {"population_val_AP": 33.31, "mini_batch_val_AP": 22.22, **changes}
     rows = {"nbs_2": {"bbox/AP": 11.11, **{f"reading/{key}": value for key, value in reading.items()}}}
     for iteration in (100, 50):
-        kinds = {"moving_average": 0.0, "samples_32": 3.2, "samples_8": 0.8}
-        rows[f"iteration_{iteration}"] = {
-            f"{kind}/{key}": value + iteration for kind, value in kinds.items() for key in ("AP", "loss")
-        }
+        row = rows[f"iteration_{iteration}"] = {}
+        for kind, value in (("moving_average", 0.0), ("samples_32", 3.2), ("samples_8", 0.8)):
+            row |= {f"{kind}/AP": value + iteration, f"{kind}/loss": value + iteration}
     return {"rows": rows, "seconds": {}}
 
 
@@ -76,9 +75,8 @@ def study(digits, tmp_path_factory):
 def test_a_training_is_read_in_three_ways(study):
     output, _, results, printed = study
     reading = results["rows"]["nbs_2"]
-    train, val, population = (
-        reading[f"reading/{way}_loss"] for way in ("mini_batch_train", "mini_batch_val", "population_val")
-    )
+    ways = ("mini_batch_train", "mini_batch_val", "population_val")
+    train, val, population = (reading[f"reading/{way}_loss"] for way in ways)
     assert val - train == pytest.approx(reading["reading/generalization_gap"])
     assert population - val == pytest.approx(reading["reading/inconsistency"])
     assert {"reading/population_val_AP", "reading/mini_batch_val_AP", "bbox/AP"} <= set(reading)

@@ -25,9 +25,9 @@ def weights(finished):
 
 def load(output, weights, resnets, retinanet, *opts):
     """A config with 4 images per step, and its model, with so many images normalized together; 0: all."""
-    sizes = {"RESNETS": resnets, "RETINANET": retinanet}
-    pairs = [word for key, size in sizes.items() for word in (f"MODEL.BNEXT.{key}.NORMALIZATION_BATCH_SIZE", size)]
-    cfg = tiny.load(output, "TEST.PRECISE_BN.ENABLED", True, *pairs, *opts)
+    sizes = ("MODEL.BNEXT.RESNETS.NORMALIZATION_BATCH_SIZE", resnets)
+    sizes += ("MODEL.BNEXT.RETINANET.NORMALIZATION_BATCH_SIZE", retinanet)
+    cfg = tiny.load(output, "TEST.PRECISE_BN.ENABLED", True, *sizes, *opts)
     return cfg, load_model(cfg, weights)
 
 
