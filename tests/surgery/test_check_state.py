@@ -136,7 +136,7 @@ def test_variances_of_a_checkpoint_are_refused_by_name(values, shown):
 def test_broken_means_and_variances_of_a_checkpoint_are_refused(name, value):
     state = nn.BatchNorm2d(3).state_dict()
     state[name][1] = value
-    with pytest.raises(CheckpointError, match=rf"{name} must be .*finite; got .* \(channel 1; x.pth\)"):
+    with pytest.raises(CheckpointError, match=rf"{name} .*channel 1; x.pth"):
         check_variances(state, "x.pth")
 
 

