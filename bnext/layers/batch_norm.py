@@ -33,8 +33,8 @@ from bnext.kernels import has_exact_batch_norm
 from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2d
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
-from bnext.scope.recomputation import in_own_record
-from bnext.scope.record import get_record, is_traced
+from bnext.scope.call import NormCall, read_call
+from bnext.scope.record import is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
 
@@ -116,19 +116,22 @@ class BatchNorm2d(OwnedBatchNorm2d):
             DomainError: no domain is active, or an unknown one, or not one per sample.
         """
         self.check_feature(input)
-        with in_own_record(self, self.spec, self.where):
-            domains = self.find_domains(input.shape[0])
-            return self.normalize_features([input], [domains], self.domains or ("",))[0]
+        call = read_call(self, self._spec, self.where)
+        domains = self.find_domains(call.domain, input.shape[0])
+        return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
 
     @property
     def uses_mini_batch(self) -> bool:
         """Whether a call in the present mode is normalized by its mini-batch."""
+        return self._is_by_mini_batch(self.spec)
+
+    def _is_by_mini_batch(self, spec: NormSpec) -> bool:
         if self.training:
-            return self.spec.training != "population" and not self.spec.has_frozen_statistics
-        return self.spec.inference == "mini_batch"
+            return spec.training != "population" and not spec.has_frozen_statistics
+        return spec.inference == "mini_batch"
 
     def normalize_features(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...]
+        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], call: NormCall
     ) -> list[Tensor]:
         """Normalize one or several features of known domains; the core of this layer and of its subclass.
 
@@ -136,16 +139,17 @@ class BatchNorm2d(OwnedBatchNorm2d):
             features: tensors [N_l, C, H_l, W_l].
             domains: for each feature the index in `names` of all its samples, or of each.
             names: of the domains that may occur.
+            call: what the call knows besides.
         """
-        if self.uses_mini_batch:
-            return self._normalize_by_mini_batch(features, domains, names)
+        if self._is_by_mini_batch(call.spec):
+            return self._normalize_by_mini_batch(features, domains, names, call)
 
-        moves = any(self.is_moving(name) for name in names)
+        moves = any(self.is_moving(name, call) for name in names)
         outputs = self._normalize_by_population(features, domains, names, moves)
         if moves:
-            group = resolve_group(self.spec.workers)
-            moments, grouping = self._collect_moments(features, domains, names, None, group)
-            self.move_populations(moments, grouping.domains, names)
+            group = resolve_group(call.spec.workers)
+            moments, grouping = self._collect_moments(features, domains, names, None, group, call)
+            self.move_populations(moments, grouping.domains, names, call)
         return outputs
 
     # ---- by the population
@@ -172,7 +176,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         state: Any = self.population_state(name)
         mean, var = state.running_mean, state.running_var
 
-        may_move = torch.is_grad_enabled() and not self.spec.has_frozen_statistics and not is_traced()
+        may_move = torch.is_grad_enabled() and not self._spec.has_frozen_statistics and not is_traced()
         if moves or may_move:
             mean, var = mean.clone(), var.clone()  # the backward pass needs those of now
         return F.batch_norm(feature, mean, var, *affine, False, 0.0, self.eps)
@@ -180,21 +184,20 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the mini-batch
 
     def _normalize_by_mini_batch(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...]
+        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], call: NormCall
     ) -> list[Tensor]:
-        spec, record = self.spec, get_record()
-        is_recorded = record.recorders.get(self) is not None
+        spec = call.spec
         group = resolve_group(spec.workers) if self.training else None
-        size = spec.normalization_batch_size if self.training and not is_recorded else None
+        size = spec.normalization_batch_size if self.training and call.recorder is None else None
 
-        if group is None and self._is_plain(features, domains, size):
+        if group is None and self._is_plain(features, domains, size, call):
             used: list[int] = domains  # type: ignore[assignment]
             affines = self.list_affines(names, used)
-            return [self._normalize_plainly(x, names[d], affines[d]) for x, d in zip(features, used, strict=True)]
+            return [self._normalize_plainly(x, names[d], affines[d], call) for x, d in zip(features, used, strict=True)]
 
-        own, grouping = self._collect_moments(features, domains, names, size, group)
+        own, grouping = self._collect_moments(features, domains, names, size, group, call)
         part_names = [names[domain] for domain in grouping.domains]
-        virtual = record.virtual.get(self)
+        virtual = call.virtual
         moments = own if virtual is None else enlarge_parts(own, [virtual.get(name) for name in part_names])
 
         # Parts of one mini-batch, the domains of a shared one for example, are merged.
@@ -203,7 +206,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             owners = make_index(grouping.mini_batches, device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
         if may_have_single_elements(features, grouping, group is not None):
-            statistics = replace_single_elements(self, statistics, moments, grouping, part_names)
+            statistics = replace_single_elements(self, statistics, moments, grouping, part_names, call)
 
         weight, bias = self.stack_affines(part_names, moments.mean)
         if self.training and spec.training == "renorm":
@@ -212,18 +215,16 @@ class BatchNorm2d(OwnedBatchNorm2d):
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self._move_by_mini_batch(own, grouping, names)
+        self._move_by_mini_batch(own, grouping, names, call)
         return outputs
 
-    def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None) -> bool:
+    def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None, call: NormCall) -> bool:
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
-        record = get_record()
-        scopes = (record.groups.get(self), record.virtual.get(self), record.recorders.get(self))
-        if any(value is not None for value in scopes) or self.momentum is None:
+        if any(value is not None for value in (call.groups, call.virtual, call.recorder)) or self.momentum is None:
             return False
-        if self.training and self.spec.training == "renorm":
+        if self.training and call.spec.training == "renorm":
             return False
-        if len(features) > 1 and self.spec.statistics == "shared":
+        if len(features) > 1 and call.spec.statistics == "shared":
             return False
 
         for feature, domain in zip(features, domains, strict=True):
@@ -233,10 +234,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
                 return False
         return True
 
-    def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine) -> Tensor:
+    def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         state = self.population_state(name)
         mean, var = state.running_mean, state.running_var
-        if self.is_moving(name):
+        if self.is_moving(name, call):
             state.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         elif mean is not None:  # copies to be thrown away: a recomputation must save as many tensors as the forward
             mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
@@ -244,22 +245,25 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     @torch.no_grad()
     def _collect_moments(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], size: int | None, group: Any
+        self,
+        features: list[Tensor],
+        domains: list[Domains],
+        names: tuple[str, ...],
+        size: int | None,
+        group: Any,
+        call: NormCall,
     ) -> tuple[Moments, Grouping]:
         """Moments of the parts over all workers of the group; and what the parts are."""
-        record = get_record()
-        groups, recorder = record.groups.get(self), record.recorders.get(self)
-
         counts = tuple(len(feature) for feature in features)
-        grouping = group_samples(counts, tuple(domains), len(names), self.spec.statistics == "shared", size)
-        if groups is not None and recorder is None:
-            self._check_groups(groups, counts, size)
-            grouping = divide_parts(grouping, groups)
+        grouping = group_samples(counts, tuple(domains), len(names), call.spec.statistics == "shared", size)
+        if call.groups is not None and call.recorder is None:
+            self._check_groups(call.groups, counts, size)
+            grouping = divide_parts(grouping, call.groups)
 
         parts = _to_parts(grouping.parts, features[0].device)
         moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group, self.where)
-        if recorder is not None:
-            self._record(recorder, moments, names)
+        if call.recorder is not None:
+            self._record(call.recorder, moments, names)
         return moments, grouping
 
     def _check_groups(self, groups: Groups, counts: tuple[int, ...], size: int | None) -> None:
@@ -273,16 +277,15 @@ class BatchNorm2d(OwnedBatchNorm2d):
             raise REACHED_TWICE.of("a second call in one forward", self.where)
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
-    def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...]) -> None:
+    def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...], call: NormCall) -> None:
         """The virtual samples count once for a domain, in however many groups they were."""
-        virtual = get_record().virtual.get(self)
         domains = list(grouping.domains)
-        if virtual is not None:
+        if call.virtual is not None:
             owners = make_index(grouping.domains, moments.mean.device)
             domains = list(range(max(domains) + 1))
             moments = group_moments(moments, owners, len(domains))  # first: a group may be empty
-            moments = enlarge_parts(moments, [virtual.get(names[domain]) for domain in domains])
-        self.move_populations(moments, domains, names)
+            moments = enlarge_parts(moments, [call.virtual.get(names[domain]) for domain in domains])
+        self.move_populations(moments, domains, names, call)
 
     def _renormalize(
         self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]

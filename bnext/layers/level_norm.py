@@ -17,7 +17,7 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
-from bnext.scope.recomputation import in_own_record
+from bnext.scope.call import NormCall, read_call
 
 __all__ = ["LevelBatchNorm2d"]
 
@@ -105,20 +105,21 @@ class LevelBatchNorm2d(BatchNorm2d):
         """
         self._check_levels(features)
         present = {level: index for index, level in enumerate(self.levels) if level in features}
+        call = read_call(self, self._spec, self.where)
         if not present:
-            self._check_is_alone()
+            self._check_is_alone(call)
             return {}
 
-        with in_own_record(self, self.spec, self.where):
-            inputs = [features[level] for level in present]
-            outputs = self.normalize_features(inputs, list(present.values()), self.levels)
+        inputs = [features[level] for level in present]
+        outputs = self.normalize_features(inputs, list(present.values()), self.levels, call)
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
 
-    def _check_is_alone(self) -> None:
+    def _check_is_alone(self, call: NormCall) -> None:
         """Without any feature there is no backward pass here, for which other workers would wait."""
-        is_shared = self.training and (self.uses_mini_batch or any(self.is_moving(level) for level in self.levels))
-        if is_shared and resolve_group(self.spec.workers) is not None:
+        is_moving = any(self.is_moving(level, call) for level in self.levels)
+        is_shared = self.training and (self.uses_mini_batch or is_moving)
+        if is_shared and resolve_group(call.spec.workers) is not None:
             raise NO_FEATURE.of("none", self.where, num_features=self.num_features)
 
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:

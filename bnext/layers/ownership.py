@@ -15,8 +15,8 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.spec import NormSpec
-from bnext.scope.recomputation import forget_calls
-from bnext.scope.record import get_record, is_recomputing, is_traced
+from bnext.scope.call import NormCall, forget_calls
+from bnext.scope.record import get_record, is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,7 +68,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
 
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
-    _spec: NormSpec | None = None
+    _spec: NormSpec = None  # type: ignore[assignment]  # until it is built
 
     def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
         super().__init__(
@@ -143,26 +143,26 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def population_state(self, domain: str = "") -> nn.BatchNorm2d:
         """The module whose running statistics normalize this level or domain: the layer, or its own."""
-        return self.get_submodule(domain) if self.spec.population.startswith("per_") else self  # type: ignore[return-value]
+        return self.get_submodule(domain) if self._spec.population.startswith("per_") else self  # type: ignore[return-value]
 
     def affine_state(self, domain: str = "") -> nn.BatchNorm2d:
         """The module whose weight and bias scale and shift this level or domain."""
-        return self.get_submodule(domain) if self.spec.affine.startswith("per_") else self  # type: ignore[return-value]
+        return self.get_submodule(domain) if self._spec.affine.startswith("per_") else self  # type: ignore[return-value]
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
         """Each set of population statistics, with the levels or domains that it normalizes."""
-        if self.spec.population.startswith("per_"):
+        if self._spec.population.startswith("per_"):
             for domain in self.domains:
                 yield (domain,), self.population_state(domain)
-        elif self.spec.population == "shared":
+        elif self._spec.population == "shared":
             yield self.domains, self
 
     def stack_affines(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
         """Weight and bias for each name, [P, C]; `like` gives type and device where there is no affine."""
         size = (len(names), self.num_features)
-        if self.spec.affine == "none":
+        if self._spec.affine == "none":
             return like.new_ones(size), like.new_zeros(size)
-        if self.spec.affine == "shared":
+        if self._spec.affine == "shared":
             return self.weight.expand(size), self.bias.expand(size)
 
         states = [self.affine_state(name) for name in names]
@@ -174,7 +174,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
         states = [self.affine_state(name) for name in names]
-        is_owned = self.spec.affine.startswith("per_")
+        is_owned = self._spec.affine.startswith("per_")
         if not is_owned or len(set(used)) == len(names) or not torch.is_grad_enabled():
             return [(state.weight, state.bias) for state in states]
 
@@ -193,12 +193,10 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     # ---- domains of a call
 
-    def find_domains(self, num_samples: int) -> Domains:
-        """Index, in `domains`, of the active domain of all samples, or of each sample's; 0 without domains."""
+    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Domains:
+        """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains."""
         if not self.domains:
             return 0
-
-        active = get_record().domain
         if not isinstance(active, tuple):
             return self._find_domain(active)
 
@@ -207,7 +205,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         return tuple(self._find_domain(name) for name in active)
 
     def _find_domain(self, name: str | None) -> int:
-        known = name if name in self.domains else self.spec.fallback_domain
+        known = name if name in self.domains else self._spec.fallback_domain
         if known is None:
             subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
             raise DomainError(
@@ -218,33 +216,35 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     # ---- populations that move
 
-    def is_moving(self, name: str) -> bool:
-        """Whether a call now moves the running statistics of a level or domain."""
-        if not self.training or self.spec.has_frozen_statistics or self.spec.population == "none":
-            return False
-        if self in get_record().frozen or is_recomputing():
+    def is_moving(self, name: str, call: NormCall) -> bool:
+        """Whether a call moves the running statistics of a level or domain."""
+        if not (self.training and call.moves) or call.spec.has_frozen_statistics or call.spec.population == "none":
             return False
         return self.population_state(name).track_running_stats
 
     @torch.no_grad()
-    def move_populations(self, moments: Moments, domains: Sequence[int], names: tuple[str, ...]) -> None:
+    def move_populations(
+        self, moments: Moments, domains: Sequence[int], names: tuple[str, ...], call: NormCall
+    ) -> None:
         """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first.
 
         Args:
             moments: of parts of the samples, [P].
             domains: for each part the index of its domain in `names`.
+            names: of the domains that may occur.
+            call: what the call knows.
         """
-        if not any(self.is_moving(name) for name in names):
+        if not any(self.is_moving(name, call) for name in names):
             return
 
-        is_one = self.spec.statistics == "shared" and self.spec.population == "shared"
+        is_one = call.spec.statistics == "shared" and call.spec.population == "shared"
         units = [0 if is_one else domain for domain in domains]
         num_units = max(units) + 1
         if units != list(range(len(units))):
             moments = group_moments(moments, make_index(tuple(units), moments.mean.device), num_units)
 
         for unit in range(num_units):
-            if is_one or self.is_moving(names[unit]):
+            if is_one or self.is_moving(names[unit], call):
                 self._move(names[unit], Moments(*(field[unit] for field in moments)))
 
     def _move(self, name: str, moments: Moments) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Grouping, Moments, count_elements
-from bnext.scope.record import get_record
+from bnext.scope.call import NormCall
 
 if TYPE_CHECKING:
     from bnext.layers.batch_norm import BatchNorm2d
@@ -44,7 +44,12 @@ def may_have_single_elements(features: Sequence[Tensor], grouping: Grouping, is_
 
 
 def replace_single_elements(
-    norm: BatchNorm2d, statistics: Moments, moments: Moments, grouping: Grouping, part_names: Sequence[str]
+    norm: BatchNorm2d,
+    statistics: Moments,
+    moments: Moments,
+    grouping: Grouping,
+    part_names: Sequence[str],
+    call: NormCall,
 ) -> Moments:
     """Statistics [B] with those of the population where a mini-batch has one element. It waits for the device.
 
@@ -54,6 +59,7 @@ def replace_single_elements(
         moments: of the parts, [P].
         grouping: of the samples.
         part_names: the level or domain of each part.
+        call: what the call of the norm knows.
 
     Raises:
         StatisticsError: the norm keeps no population, or its spec says that this is an error.
@@ -68,7 +74,7 @@ def replace_single_elements(
         part = next(part for part in parts if moments.count[part] == 1)
         name = part_names[part]
 
-        _check_is_allowed(norm, name)
+        _check_is_allowed(norm, name, call)
         _tell_once(norm, name)
         norm.check_populations([name])
         population = norm.stack_populations([name])
@@ -76,13 +82,12 @@ def replace_single_elements(
     return Moments(count, mean, var)
 
 
-def _check_is_allowed(norm: BatchNorm2d, name: str) -> None:
-    has_population = norm.spec.population != "none"
-    if has_population and not (norm.training and norm.spec.single_element == "error"):
+def _check_is_allowed(norm: BatchNorm2d, name: str, call: NormCall) -> None:
+    has_population = call.spec.population != "none"
+    if has_population and not (norm.training and call.spec.single_element == "error"):
         return
 
-    groups = get_record().groups.get(norm)
-    fewer = "" if groups is None else f"fewer groups than {groups.num_groups}, "
+    fewer = "" if call.groups is None else f"fewer groups than {call.groups.num_groups}, "
     answer = "single_element='population'" if has_population else "population='shared'"
     raise SINGLE_ELEMENT.of(
         1, norm.name_place(name), evaluation="training" if norm.training else "evaluation", fewer=fewer, answer=answer

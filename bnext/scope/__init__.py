@@ -1,7 +1,7 @@
 """What a call of a norm knows besides its tensors, and a model that is put into a state for a while."""
 
+from bnext.scope.call import carrying_record
 from bnext.scope.domain import use_domain
-from bnext.scope.recomputation import carrying_record
 from bnext.scope.record import CallRecord, Scope, get_record
 from bnext.scope.statistics import frozen_statistics
 

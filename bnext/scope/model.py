@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import nn
 
-from bnext.scope.recomputation import forgetting_calls
+from bnext.scope.call import forgetting_calls
 from bnext.seeding import seeded
 
 __all__ = ["drawing_from", "restoring", "setting"]

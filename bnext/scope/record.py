@@ -115,7 +115,7 @@ def get_record() -> CallRecord:
     """The record of a call that is made now.
 
     While a backward pass computes activations again, it holds what was opened for that alone: see
-    `bnext.scope.recomputation`.
+    `bnext.scope.call`.
     """
     stack, task = _stack.get(), find_graph_task()
     if stack.is_whole(task):

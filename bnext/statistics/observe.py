@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import Selection, find_norms
+from bnext.scope.record import get_record
 
 __all__ = ["Features", "find_replaceable", "list_populations", "select_norms", "watching"]
 
@@ -86,7 +87,7 @@ def _divide(norm: nn.Module, given: Any) -> Features:
         return
 
     names = norm.domains or ("",)
-    domains = norm.find_domains(len(given))
+    domains = norm.find_domains(get_record().domain, len(given))
     if isinstance(domains, int):
         yield norm.population_state(names[domains]), given
         return

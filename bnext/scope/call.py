@@ -1,8 +1,8 @@
-"""Activations that a backward pass computes again: each call gets the record of its own forward, or is refused.
+"""One call of one norm: its part of the record, and in a recomputation that of its own forward.
 
 Activation checkpointing calls a norm twice, in the forward and, on a GPU in another thread, in the backward pass, when
 other scopes may be open than in the forward. So a norm remembers in what its last forwards agreed; where two forwards
-that differ wait for their backward passes, nobody can tell which of them is computed again.
+that differ wait for their backward passes, nobody can tell which of them is computed again, and it is refused.
 """
 
 from __future__ import annotations
@@ -11,50 +11,81 @@ import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
-from bnext.errors import StatisticsError
+from bnext.errors import Refusal, StatisticsError
+from bnext.functional import Groups, Moments
 from bnext.scope.record import Scope, get_record, is_recomputing, is_traced
 
-__all__ = ["carrying_record", "forget_calls", "forgetting_calls", "in_own_record"]
+__all__ = ["NormCall", "carrying_record", "forget_calls", "forgetting_calls", "read_call"]
+
+UNKNOWN_FORWARD = Refusal(
+    StatisticsError,
+    "activation checkpointing",
+    "know which forward it computes again, where several come before a backward pass",
+    "Let it carry the record: checkpoint(function, *args, use_reentrant=False, context_fn=bnext.carrying_record); or "
+    "go backward before the next forward.",
+)
+
+
+class NormCall(NamedTuple):
+    """What one call of one norm knows besides its tensors.
+
+    Args:
+        spec: the `NormSpec` in force.
+        domain, groups, virtual: see `CallRecord`.
+        recorder: takes down the moments of the call; None: nobody does.
+        moves: whether running statistics may move.
+    """
+
+    spec: Any
+    domain: str | tuple[str, ...] | None = None
+    groups: Groups | None = None
+    virtual: Mapping[str, Moments] | None = None
+    recorder: dict[str, Moments] | None = None
+    moves: bool = True
+
+
+# Fields in which a recomputation must be its forward, and their words.
+_OF_FORWARD = {"spec": "specs", "domain": "domains", "groups": "groups", "virtual": "virtual samples"}
 
 
 class _Remembered:
     """What the forwards of one norm knew whose backward passes may come.
 
     Attributes:
-        call: field of the record -> its value for the norm, in the first of them.
+        call: the first of them.
         differing: fields in which another one had another value.
         number: of forwards that were not computed again yet.
     """
 
-    def __init__(self) -> None:
-        self.call: dict[str, Any] = {}
+    def __init__(self, call: NormCall) -> None:
+        self.call = call
         self.differing: set[str] = set()
         self.number = 0
 
-    def add(self, call: dict[str, Any]) -> None:
+    def add(self, call: NormCall) -> None:
         """Remember one more forward."""
         if self.number == 0:
             self.call, self.differing = call, set()
 
-        self.differing |= {field for field in call if not _is_same(field, call[field], self.call[field])}
+        self.differing |= {field for field in _OF_FORWARD if not _is_same(field, call, self.call)}
         self.number += 1
 
 
 _remembered: WeakKeyDictionary[nn.Module, _Remembered] = WeakKeyDictionary()
 
 
-def in_own_record(norm: nn.Module, spec: object, where: str) -> AbstractContextManager[object]:
-    """The scope of one call of a norm, in which the record is that of its forward.
+def read_call(norm: nn.Module, spec: object, where: str) -> NormCall:
+    """What a call of a norm that is made now knows.
 
     Args:
         norm: that is called.
-        spec: in force in this call.
+        spec: its own.
         where: its place, for the error.
 
     Raises:
@@ -63,53 +94,40 @@ def in_own_record(norm: nn.Module, spec: object, where: str) -> AbstractContextM
     Note:
         With retain_graph=True, a second backward pass of a graph counts as one of the latest forward.
     """
-    if is_traced():
-        return contextlib.nullcontext()
-
     record = get_record()
-    call = {
-        "domain": record.domain,
-        "groups": record.groups.get(norm),
-        "virtual": record.virtual.get(norm),
-        "specs": spec,
-    }
+    call = NormCall(
+        spec=record.specs.get(norm, spec),
+        domain=record.domain,
+        groups=record.groups.get(norm),
+        virtual=record.virtual.get(norm),
+        recorder=record.recorders.get(norm),
+        moves=norm not in record.frozen and not is_recomputing(),
+    )
+    if is_traced() or record.is_carried:
+        return call
     if is_recomputing():
-        return contextlib.nullcontext() if record.is_carried else Scope(**_recall(norm, call, where))
+        return _recall(norm, call, where)
 
     # Reentrant checkpointing runs the forward without gradients, and yet it has a backward pass.
     may_come_again = norm.training or torch.is_grad_enabled()
-    if may_come_again and record.recorders.get(norm) is None:
-        _remembered.setdefault(norm, _Remembered()).add(call)
-    return contextlib.nullcontext()
+    if may_come_again and call.recorder is None:
+        _remembered.setdefault(norm, _Remembered(call)).add(call)
+    return call
 
 
-def _recall(norm: nn.Module, call: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields of the record of the forward that is computed again; what was opened within the recomputation holds."""
-    remembered = _remembered.get(norm, _Remembered())
+def _recall(norm: nn.Module, call: NormCall, where: str) -> NormCall:
+    """The forward that is computed again; what was opened within the recomputation holds."""
+    remembered = _remembered.get(norm, _Remembered(call))
     remembered.number = max(remembered.number - 1, 0)
 
-    changes = {}
-    for field, value in remembered.call.items():
-        if field != "specs" and call[field] is not None:
+    of_forward = {}
+    for field, words in _OF_FORWARD.items():
+        if field != "spec" and getattr(call, field) is not None:
             continue  # opened here
-
         if field in remembered.differing:
-            raise StatisticsError.of(
-                "activation checkpointing",
-                "know which forward it computes again, where several come before a backward pass",
-                got=f"forwards of different {_WORDS[field]}",
-                where=where,
-                remedy=_REMEDY,
-            )
-        changes[field] = value if field == "domain" else {norm: value}
-    return changes
-
-
-_WORDS = {"domain": "domains", "groups": "groups", "virtual": "virtual samples", "specs": "specs"}
-_REMEDY = (
-    "Let it carry the record: checkpoint(function, *args, use_reentrant=False, context_fn=bnext.carrying_record); or "
-    "go backward before the next forward."
-)
+            raise UNKNOWN_FORWARD.of(f"forwards of different {words}", where)
+        of_forward[field] = getattr(remembered.call, field)
+    return call._replace(**of_forward)
 
 
 def forget_calls(norm: nn.Module) -> None:
@@ -149,6 +167,7 @@ def carrying_record() -> tuple[AbstractContextManager[object], AbstractContextMa
     return contextlib.nullcontext(), Scope(**{**changes, "is_carried": True})
 
 
-def _is_same(field: str, one: object, other: object) -> bool:
+def _is_same(field: str, one: NormCall, other: NormCall) -> bool:
     """The same names or spec, or the very tensors."""
-    return one is other or (field in ("domain", "specs") and one == other)
+    value, expected = getattr(one, field), getattr(other, field)
+    return value is expected or (field in ("spec", "domain") and value == expected)
