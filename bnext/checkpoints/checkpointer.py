@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable
 from http.client import HTTPException
 from typing import Any
 
@@ -84,7 +84,7 @@ class Checkpointer(DetectionCheckpointer):
         checkpointables: list[str] | None = None,
         *,
         complete: bool = False,
-        replaced: Sequence[str] = (),
+        replaced: Iterable[str] = (),
     ) -> dict[str, Any]:
         """Load a checkpoint into the model and the states.
 
@@ -138,7 +138,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except (*UNREADABLE, OSError) as error:
+        except UNREADABLE as error:
             raise explain_unreadable(filename, error) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -172,7 +172,7 @@ class Checkpointer(DetectionCheckpointer):
 
         state = OrderedDict(converted)
         if hasattr(stored, "_metadata"):  # torch's versions of the modules
-            state._metadata = stored._metadata
+            state._metadata = stored._metadata  # type: ignore[attr-defined]
         checkpoint["model"] = state
         incompatible = super()._load_model(checkpoint)
         self._warn_of_unwritten(state)

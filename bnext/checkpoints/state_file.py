@@ -13,9 +13,19 @@ from bnext.errors import CheckpointError, list_few
 
 __all__ = ["UNREADABLE", "check_is_state", "explain_unreadable"]
 
-# What pickle and torch raise for a file that is cut, of another kind, or refused.
-UNREADABLE = (RuntimeError, EOFError, pickle.PickleError, ValueError, LookupError, TypeError, AttributeError)
-UNREADABLE += (ImportError, AssertionError)
+# Raised by pickle and torch for a file that is cut, of another kind, or refused.
+UNREADABLE = (
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.PickleError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    AssertionError,
+)
 
 
 def explain_unreadable(filename: str, error: Exception) -> CheckpointError:

@@ -66,6 +66,11 @@ class Trainer(DefaultTrainer):
         ConfigError, DatasetError: see `build_train_loader`.
     """
 
+    # Subclasses may put their own in the place of these, as in Detectron2.
+    build_optimizer = staticmethod(build_optimizer)
+    build_train_loader = staticmethod(build_train_loader)
+    build_evaluator = staticmethod(build_evaluator)
+
     def __init__(self, cfg: CfgNode) -> None:
         super(DefaultTrainer, self).__init__()  # DefaultTrainer's own cannot wrap a CPU model for several workers
         if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
@@ -139,21 +144,6 @@ class Trainer(DefaultTrainer):
             JSONWriter(f"{folder}/metrics.json"),
             TensorboardXWriter(folder),
         ]
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """See `bnext.engine.optimizer.build_optimizer`."""
-        return build_optimizer(cfg, model)
-
-    @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """See `bnext.data.loader.build_train_loader`."""
-        return build_train_loader(cfg)
-
-    @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluator:
-        """See `bnext.evaluation.coco.build_evaluator`."""
-        return build_evaluator(cfg, dataset_name, output_folder)
 
     @classmethod
     def test(

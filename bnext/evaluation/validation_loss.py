@@ -134,7 +134,7 @@ def _as_in_training(model: nn.Module, *, by_population: bool) -> Iterator[None]:
             if isinstance(module, _DropoutNd) or (by_population and isinstance(module, _BatchNorm)):
                 module.training = False
             if getattr(module, "vis_period", 0):
-                module.vis_period = 0
+                module.vis_period = 0  # type: ignore[assignment]
         yield
 
 
@@ -143,7 +143,7 @@ def _measure(model: nn.Module, batch: Any, forward: Forward | None, seed: int) -
     with restoring(model, seed=seed), EventStorage():
         output = model(batch) if forward is None else forward(model, batch)
 
-    losses = output if isinstance(output, Mapping) else {"loss": output}
+    losses: Mapping[str, Any] = output if isinstance(output, Mapping) else {"loss": output}
     if not losses or not all(isinstance(value, Tensor) and value.numel() == 1 for value in losses.values()):
         raise StatisticsError.of(
             "model",
