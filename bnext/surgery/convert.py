@@ -211,7 +211,11 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def _name_near(pattern: str, paths: list[str]) -> str:
-    parents = {path[:index] for path in paths for index, letter in enumerate(path) if letter == "."}
+    parents = set()
+    for path in paths:
+        parts = path.split(".")
+        parents |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
+
     near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
     return f"near it are {', '.join(near)}" if near else "the model has no norm at all"
 
