@@ -40,8 +40,9 @@ Layout = Literal["shared", "owned", "none"]
 TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 
 TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_BASES = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d, nn.ModuleList)
-_KNOWN = (*_BASES[:-1], LayerNorm2d, TorchvisionLayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
+_PLAIN = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
+_BASES = (*_PLAIN, nn.ModuleList)  # that another class can be treated as
+_KNOWN = (*_PLAIN, LayerNorm2d, TorchvisionLayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
 
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
