@@ -16,6 +16,7 @@ from bench.harness import CHANNELS, Comparison, OnEveryFeature
 from bnext import BatchNorm2d, NormSpec, Shuffled, deal_statistics
 from bnext.functional import deal_samples
 from bnext.layers.deal import draw_seed
+from bnext.layers.spec import Workers
 
 __all__ = ["list_comparisons"]
 
@@ -24,12 +25,12 @@ NUM_NORMS = 4
 WORKERS = 2
 
 
-def make_head(workers: str = "one") -> nn.Sequential:
+def make_head(workers: Workers = "one") -> nn.Sequential:
     """Four norms of ours."""
     return nn.Sequential(*(BatchNorm2d(CHANNELS, NormSpec(workers=workers)) for _ in range(NUM_NORMS)))
 
 
-def make_dealt(workers: str, num_groups: int | None = None) -> OnEveryFeature:
+def make_dealt(workers: Workers, num_groups: int | None = None) -> OnEveryFeature:
     """Four norms that are dealt to."""
     head = make_head(workers)
     deal_statistics(head, num_groups)

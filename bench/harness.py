@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.multiprocessing import get_context
+from torch.multiprocessing.spawn import spawn
 
 from bnext.errors import BNextError
 from bnext.evaluation.tables import format_rows
@@ -111,9 +112,9 @@ def run(comparison: Comparison, num_pairs: int = MIN_PAIRS) -> list[Result]:
         return _run_here(comparison, num_pairs)
 
     with tempfile.TemporaryDirectory() as folder:
-        results = mp.get_context("spawn").SimpleQueue()
+        results = get_context("spawn").SimpleQueue()
         arguments = comparison, num_pairs, f"file://{folder}/store", results
-        mp.spawn(_run_worker, arguments, nprocs=comparison.num_workers)
+        spawn(_run_worker, arguments, nprocs=comparison.num_workers)
         return results.get()
 
 

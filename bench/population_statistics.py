@@ -100,7 +100,7 @@ def reach_tolerance(model: nn.Module, batch_size: int, tolerance: float, limit: 
     return Figure(name, report.num_samples, seconds, max(errors), half)
 
 
-def run_fvcore(model: nn.Module, num_batches: int) -> Figure:
+def run_fvcore(model: Any, num_batches: int) -> Figure:
     """fvcore's, which knows no error."""
     model.train()
     model.backbone.eval()
