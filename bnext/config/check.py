@@ -14,24 +14,28 @@ from bnext.surgery.schedules import check_points
 __all__ = ["check_keys", "check_values", "flatten"]
 
 
-def check_keys(cfg: CfgNode) -> None:
+def check_keys(values: Mapping[str, Any]) -> None:
     """Refuse keys of bnext that have a value outside their sets, contradict one another, or would have no effect.
 
     SOLVER.OPTIMIZER, a key that other projects have as well, is left to those who read it.
 
+    Args:
+        values: of a whole config, see `flatten`.
+
     Raises:
         ConfigError: names the key, its value, and what is allowed.
     """
-    if "BNEXT" not in cfg.MODEL:
+    if "MODEL.BNEXT.FPN.EPS" not in values:
         raise ConfigError.of(
             "MODEL.BNEXT",
             "be in the config",
             got="a config without it",
             remedy="Call bnext.add_bnext_config(cfg) after get_cfg() and before merge_from_file.",
         )
-    check_values([key for key in KEYS.values() if ".BNEXT." in key.name], flatten(cfg))
-    _check_iterations(cfg)
-    _check_num_iter(cfg)
+
+    check_values([key for key in KEYS.values() if ".BNEXT." in key.name], values)
+    _check_iterations(values)
+    _check_num_iter(values)
 
 
 def flatten(cfg: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -86,33 +90,31 @@ def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) ->
     )
 
 
-def _check_iterations(cfg: CfgNode) -> None:
-    """What begins within the training, and the points of schedules."""
-    node, max_iter = cfg.SOLVER.BNEXT, cfg.SOLVER.MAX_ITER
-    if not -1 <= node.FREEZE.ITER < max_iter:
+def _check_iterations(values: Mapping[str, Any]) -> None:
+    """Refuse a freeze outside the training, and schedules whose points are none."""
+    start, max_iter = values["SOLVER.BNEXT.FREEZE.ITER"], values["SOLVER.MAX_ITER"]
+    if not -1 <= start < max_iter:
         raise ConfigError.of(
             "SOLVER.BNEXT.FREEZE.ITER",
             f"be an iteration of the training, 0 to {max_iter - 1}, or -1 for never",
-            got=node.FREEZE.ITER,
+            got=start,
             where=f"SOLVER.MAX_ITER is {max_iter}",
             remedy="Freeze earlier, or set -1.",
         )
 
-    schedules = {"MOMENTUM": node.MOMENTUM, "RENORM.R_MAX": node.RENORM.R_MAX, "RENORM.D_MAX": node.RENORM.D_MAX}
-    for key, points in schedules.items():
-        if len(points):
-            quantity = key.rpartition(".")[2].lower()
-            check_points(points, f"SOLVER.BNEXT.{key}", quantity, where="config")
+    for name in ("SOLVER.BNEXT.MOMENTUM", "SOLVER.BNEXT.RENORM.R_MAX", "SOLVER.BNEXT.RENORM.D_MAX"):
+        if len(values[name]):
+            check_points(values[name], name, quantity=name.rpartition(".")[2].lower(), where="config")
 
 
-def _check_num_iter(cfg: CfgNode) -> None:
-    """A key of detectron2, whose own hook asserts it when the training has begun."""
-    node = cfg.TEST.PRECISE_BN
-    if node.ENABLED and node.NUM_ITER < 1:
+def _check_num_iter(values: Mapping[str, Any]) -> None:
+    """Refuse a key of detectron2's whose own hook asserts it when the training has begun."""
+    num_iter = values["TEST.PRECISE_BN.NUM_ITER"]
+    if values["TEST.PRECISE_BN.ENABLED"] and num_iter < 1:
         raise ConfigError.of(
             "TEST.PRECISE_BN.NUM_ITER",
             "be 1 or more where TEST.PRECISE_BN.ENABLED is True",
-            got=node.NUM_ITER,
+            got=num_iter,
             where="config",
             remedy="Use so many batches as make some 4,000 images.",
         )

@@ -7,14 +7,14 @@ give the same one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from detectron2.config import CfgNode
 
-from bnext.config.check import check_keys, check_values
-from bnext.config.keys import PLACE_KEYS
+from bnext.config.check import check_keys, check_values, flatten
+from bnext.config.keys import KEYS, PLACE_KEYS
 from bnext.config.places import BATCH_NORMS, PLACES
 from bnext.errors import ConfigError, check_choice
 from bnext.layers.build import NAMED_NORMS, NORM_NAMES
@@ -67,7 +67,7 @@ class PlaceNorm:
 
     def get_value(self, key: str) -> Any:
         """The value of a key of the place's node."""
-        return vars(self).get(key.lower(), getattr(self.spec, key.lower(), None))
+        return {**vars(self.spec), **vars(self)}[key.lower()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,8 +89,8 @@ class NormRecipe:
         """The recipe of plain values, as a LazyConfig has them.
 
         Args:
-            nodes: name of a place -> its keys and their values, as in MODEL.BNEXT, and NORM at every place; and
-                "DOMAINS" -> NAMES and FALLBACK. What is not there is at its default.
+            nodes: name of a place -> its keys and their values, as in MODEL.BNEXT, and NORM and LEVELS at every place;
+                and "DOMAINS" -> NAMES and FALLBACK. What is not there is at its default.
 
         Raises:
             ConfigError: a place, a key or a value is unknown, or keys contradict one another.
@@ -100,13 +100,21 @@ class NormRecipe:
             >>> recipe.places["FPN"].norm == NormSpec(workers="all", momentum=0.2)
             True
         """
-        domains = {"NAMES": (), "FALLBACK": "", **nodes.get("DOMAINS", {})}
-        places = {}
-        for place, node in nodes.items():
-            if place != "DOMAINS":
-                check_choice("a place", place, tuple(PLACES), where="NormRecipe")
-                places[place] = _make_place(place, _complete(place, node), domains)
-        return _make_recipe(places, domains)
+        values = {name: key.default for name, key in KEYS.items() if name.startswith("MODEL.BNEXT.")}
+        checked = []
+        for node, keys in nodes.items():
+            check_choice("a node", node, (*PLACES, "DOMAINS"), where="NormRecipe")
+            names = _name_keys(node)
+            if node in PLACES:
+                values[names["NORM"]] = PLACES[node].default
+
+            for key, value in keys.items():
+                check_choice(f"a key of {node}", key, tuple(names), where="NormRecipe")
+                values[names[key]] = value
+            checked += [KEYS[name] for name in names.values() if name in KEYS]
+
+        check_values(checked, values)
+        return _make_recipe([place for place in PLACES if place in nodes], values)
 
 
 def resolve_norms(cfg: CfgNode) -> NormRecipe:
@@ -116,13 +124,15 @@ def resolve_norms(cfg: CfgNode) -> NormRecipe:
         ConfigError: a key has a value outside its set, would have no effect, or contradicts another; the error names
             the key, its value, and what is allowed.
     """
-    check_keys(cfg)
-    places = {}
+    values = flatten(cfg)
+    check_keys(values)
+
+    present = []
     for name, place in PLACES.items():
-        has_head = not place.switch or _read_key(cfg, place.switch)
-        if cfg.MODEL.META_ARCHITECTURE in place.architectures and has_head:
-            places[name] = read_place(cfg, name)
-    return _make_recipe(places, cfg.MODEL.BNEXT.DOMAINS)
+        is_on = not place.switch or values[place.switch]
+        if values["MODEL.META_ARCHITECTURE"] in place.architectures and is_on:
+            present.append(name)
+    return _make_recipe(present, values)
 
 
 def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
@@ -132,63 +142,52 @@ def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
         cfg: a whole config.
         place: one of `PLACES`, whether the model has it or not.
     """
-    keys = PLACES[place]
-    node = {**cfg.MODEL.BNEXT[place], "NORM": _read_key(cfg, keys.norm)}
-    if keys.levels:
-        node["LEVELS"] = _read_key(cfg, keys.levels)
-    return _make_place(place, node, cfg.MODEL.BNEXT.DOMAINS)
+    return _make_place(place, flatten(cfg))
 
 
-def _read_key(cfg: CfgNode, key: str) -> Any:
-    for part in key.split("."):
-        cfg = cfg[part]
-    return cfg
+def _name_keys(node: str) -> dict[str, str]:
+    """Key of a node of plain values -> its whole name in a config."""
+    start = f"MODEL.BNEXT.{node}."
+    names = {name.removeprefix(start): name for name in KEYS if name.startswith(start)}
+    if node in PLACES:
+        names["NORM"] = PLACES[node].norm
+    if node in PLACES and PLACES[node].levels:
+        names["LEVELS"] = PLACES[node].levels
+    return names
 
 
-def _complete(place: str, node: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain values of a place with its defaults, checked by the table as far as they go."""
-    keys, start = PLACE_KEYS[place], f"MODEL.BNEXT.{place}."
-    complete = {key.name.removeprefix(start): key.default for key in keys}
-    complete |= {"NORM": PLACES[place].default, "LEVELS": ()}
-    for key in node:
-        check_choice(f"a key of {place}", key, tuple(complete), where="NormRecipe")
-
-    complete |= node
-    values = {f"{start}{key}": value for key, value in complete.items()}
-    values[PLACES[place].norm] = complete["NORM"]
-    if complete["LEVELS"]:
-        values[PLACES[place].levels] = complete["LEVELS"]
-    check_values(keys, values)
-    return complete
+def _make_recipe(places: Iterable[str], values: Mapping[str, Any]) -> NormRecipe:
+    """The recipe of places, from values by the whole names of their keys."""
+    norms = {place: _make_place(place, values) for place in places}
+    domains, fallback = values["MODEL.BNEXT.DOMAINS.NAMES"], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
+    return NormRecipe(MappingProxyType(norms), tuple(domains), fallback or None)
 
 
-def _make_place(place: str, node: Mapping[str, Any], domains: Mapping[str, Any]) -> PlaceNorm:
-    """The norm of a place, from all values of its node."""
-    name, shuffle = node["NORM"], node.get("SHUFFLE", "none")
-    check_choice(PLACES[place].norm, name, NORM_NAMES, where="config")
+def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
+    place = PLACES[name]
+    norm = values[place.norm]
+    check_choice(place.norm, norm, NORM_NAMES, where="config")
 
-    answers = {field.name: node[key] for field in dataclasses.fields(NormSpec) if (key := field.name.upper()) in node}
-    answers["normalization_batch_size"] = node["NORMALIZATION_BATCH_SIZE"] or None
-    if node["WORKERS"] is None:
-        shares = shuffle == "statistics" or name == "SyncBN"
-        answers["workers"] = "all" if shares else "one"
+    answers: dict[str, Any] = {}
+    changed = []
+    for key in PLACE_KEYS[name]:
+        short, value = key.name.rpartition(".")[2], values[key.name]
+        answers[short.lower()] = value
+        if short != "NORM" and value != key.default:
+            changed.append(short)
+
+    answers.pop("norm", None)
+    shuffle, shuffle_groups = answers.pop("shuffle", "none"), answers.pop("shuffle_groups", 0)
+    if answers["normalization_batch_size"] == 0:
+        answers["normalization_batch_size"] = None
+    if answers["workers"] is None:
+        answers["workers"] = "all" if norm == "SyncBN" or shuffle == "statistics" else "one"
     if "per_domain" in answers.values():
-        answers |= {"domains": tuple(domains["NAMES"]), "fallback_domain": domains["FALLBACK"] or None}
+        answers["domains"] = tuple(values["MODEL.BNEXT.DOMAINS.NAMES"])
+        answers["fallback_domain"] = values["MODEL.BNEXT.DOMAINS.FALLBACK"] or None
 
-    return PlaceNorm(
-        place,
-        name,
-        _make_spec(place, answers),
-        changed=_find_changed(place, node),
-        levels=tuple(node.get("LEVELS", ())),
-        shuffle=shuffle,
-        shuffle_groups=node.get("SHUFFLE_GROUPS", 0),
-    )
-
-
-def _find_changed(place: str, node: Mapping[str, Any]) -> tuple[str, ...]:
-    defaults = {key.name.rpartition(".")[2]: key.default for key in PLACE_KEYS[place]}
-    return tuple(key for key, default in defaults.items() if key != "NORM" and node[key] != default)
+    spec, levels = _make_spec(name, answers), tuple(values.get(place.levels, ()))
+    return PlaceNorm(name, norm, spec, tuple(changed), levels, shuffle, shuffle_groups)
 
 
 def _make_spec(place: str, answers: Mapping[str, Any]) -> NormSpec:
@@ -196,7 +195,3 @@ def _make_spec(place: str, answers: Mapping[str, Any]) -> NormSpec:
         return NormSpec(**answers)
     except ConfigError as error:
         raise ConfigError(f"MODEL.BNEXT.{place}: {error}") from error
-
-
-def _make_recipe(places: dict[str, PlaceNorm], domains: Mapping[str, Any]) -> NormRecipe:
-    return NormRecipe(MappingProxyType(places), tuple(domains["NAMES"]), domains["FALLBACK"] or None)

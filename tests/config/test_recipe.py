@@ -139,6 +139,9 @@ def test_plain_values_give_the_same_recipe_as_a_config():
     [
         ({"NECK": {}}, "NECK"),
         ({"FPN": {"MOMENTA": 0.2}}, "MOMENTA"),
+        ({"FPN": {"NORM": "BN", "LEVELS": ["p3"]}}, "LEVELS"),
+        ({"DOMAINS": {"NAME": ["day"]}}, "NAME"),
+        ({"FPN": {"NORM": "BN"}, "DOMAINS": {"NAMES": ["day"]}}, r"MODEL\.BNEXT\.DOMAINS\.NAMES"),
         ({"FPN": {"NORM": "BatchNorm"}}, r"MODEL\.FPN\.NORM"),
         ({"FPN": {"NORM": "BN", "TRAINING": "batch"}}, r"MODEL\.BNEXT\.FPN\.TRAINING"),
         ({"FPN": {"NORM": "BN", "R_MAX": 2.0}}, r"MODEL\.BNEXT\.FPN\.R_MAX"),
