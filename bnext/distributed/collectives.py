@@ -33,6 +33,7 @@ def all_gather_stacked(tensor: Tensor, group: dist.ProcessGroup | None, where: s
     """
     if group is None:
         return tensor.unsqueeze(0)
+
     gathered = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(group.size())]
     with _naming_failures(group, where):
         dist.all_gather(gathered, tensor.contiguous(), group=group)
@@ -49,8 +50,9 @@ def all_gather_numbers(
     """
     if group is None:
         return [list(numbers)]
-    own = torch.tensor(list(numbers), dtype=torch.int64, device=device)
-    every = all_gather_stacked(own, group, where)
+
+    message = torch.tensor(list(numbers), dtype=torch.int64, device=device)
+    every = all_gather_stacked(message, group, where)
     with _naming_failures(group, where):  # on a GPU a failure shows here
         return every.tolist()
 
@@ -78,6 +80,7 @@ def all_reduce_sum(tensor: Tensor, group: dist.ProcessGroup | None, where: str =
     """
     if group is None:
         return tensor
+
     total = tensor.clone(memory_format=torch.contiguous_format)
     with _naming_failures(group, where):
         dist.all_reduce(total, group=group)
@@ -106,6 +109,7 @@ def all_to_all_rows(
     """
     if group is None:
         return rows
+
     received = rows.new_empty(sum(receive_sizes), *rows.shape[1:])
     with _naming_failures(group, where):
         dist.all_to_all_single(received, rows.contiguous(), list(receive_sizes), list(send_sizes), group=group)
@@ -120,8 +124,11 @@ def _naming_failures(group: dist.ProcessGroup, where: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        raise WorkerError(
-            f"every worker must take part in what workers share; got a failure on worker {dist.get_rank()} of "
-            f"{dist.get_world_size()}, which waited for another one ({where or 'a collective'}: {error}). Look for the "
-            f"first error of the other workers; without one, a worker does not run this layer in every step."
+        raise WorkerError.of(
+            "every worker",
+            "take part in what workers share",
+            got=f"a failure on worker {dist.get_rank()} of {dist.get_world_size()}, which waited for another one",
+            where=f"{where or 'a collective'}: {error}",
+            remedy="Look for the first error of the other workers; without one, a worker does not run this layer in "
+            "every step.",
         ) from error

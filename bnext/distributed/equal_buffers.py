@@ -17,9 +17,10 @@ __all__ = ["equalize_buffers", "norm_buffers"]
 def norm_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and tensor of all that norms with running statistics remember."""
     for path, module in model.named_modules():
-        own = dict(module.named_buffers(recurse=False))
-        if "running_mean" in own and "running_var" in own:
-            yield from ((f"{path}.{name}" if path else name, buffer) for name, buffer in own.items())
+        buffers = dict(module.named_buffers(recurse=False))
+        if "running_mean" in buffers and "running_var" in buffers:
+            for name, buffer in buffers.items():
+                yield (f"{path}.{name}" if path else name), buffer
 
 
 @torch.no_grad()
@@ -39,27 +40,31 @@ def equalize_buffers(model: nn.Module) -> dict[str, float]:
     Note:
         A collective on CPU copies. A buffer that is equal everywhere is not touched.
     """
-    own = {name: buffer.detach().cpu() for name, buffer in norm_buffers(model)}
     group = resolve_group("all")
-    if group is None or not own:
+    buffers = {name: buffer.detach().cpu() for name, buffer in norm_buffers(model)}
+    if group is None or not buffers:
         return {}
-    every: list[dict[str, Tensor]] = all_gather_objects(own, group)
-    stacks = {name: torch.stack([worker[name] for worker in every]) for name in own}
-    spread = {name: float((stack.double() - stack[0].double()).abs().max()) for name, stack in stacks.items()}
+
+    every: list[dict[str, Tensor]] = all_gather_objects(buffers, group)
+    stacks = {name: torch.stack([worker[name] for worker in every]) for name in buffers}
+    differences = {}
     for name, buffer in norm_buffers(model):
-        if spread[name] != 0:  # also where it is NaN
+        stack = stacks[name].double()
+        difference = float((stack - stack[0]).abs().max())
+        if difference != 0:  # also where it is NaN
+            differences[name] = difference
             buffer.copy_(_merge_buffer(name, stacks))
-    return {name: value for name, value in spread.items() if value != 0}
+    return differences
 
 
 def _merge_buffer(name: str, stacks: dict[str, Tensor]) -> Tensor:
     stack = stacks[name]
-    path, _, kind = name.rpartition(".")
+    prefix, kind = name[: name.rfind(".") + 1], name.rpartition(".")[2]
     if not stack.is_floating_point():
         return stack[0]
     if kind not in ("running_mean", "running_var"):
         return stack.double().mean(0)
-    prefix = f"{path}." if path else ""
+
     mean, var = (stacks[f"{prefix}running_{moment}"].double() for moment in ("mean", "var"))
     count = torch.ones(mean.shape[:-1], dtype=mean.dtype)
     merged = merge_moments(Moments(count, mean, var))

@@ -64,6 +64,7 @@ def resolve_group(workers: str | int) -> dist.ProcessGroup | None:
         return None
     if workers == "all":
         return dist.group.WORLD
+
     if _Groups.world is not dist.group.WORLD:
         _Groups.world, _Groups.made = dist.group.WORLD, {}
     if workers not in _Groups.made:
@@ -73,22 +74,21 @@ def resolve_group(workers: str | int) -> dist.ProcessGroup | None:
 
 def _make_group(workers: str | int) -> dist.ProcessGroup | None:
     members = _list_node_members() if workers == "node" else _list_consecutive_members(int(workers))
-    own: Any = None
+    mine: Any = None
+
     for ranks in members:  # every worker makes every group: torch demands it
         group = dist.new_group(ranks)
         if dist.get_rank() in ranks and len(ranks) > 1:
-            own = group
-    return own
+            mine = group
+    return mine
 
 
 def _list_consecutive_members(size: int) -> list[list[int]]:
     world_size = get_world_size()
     if world_size % size:
         divisors = ", ".join(str(k) for k in range(1, world_size + 1) if world_size % k == 0)
-        raise ConfigError(
-            f"workers must divide the number of all workers, {world_size}; got {size} (NormSpec). "
-            f"Use one of {divisors}."
-        )
+        rule = f"divide the number of all workers, {world_size}"
+        raise ConfigError.of("workers", rule, got=size, where="NormSpec", remedy=f"Use one of {divisors}.")
     return [list(range(start, start + size)) for start in range(0, world_size, size)]
 
 

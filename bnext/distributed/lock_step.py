@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, TypeVar
 
@@ -62,44 +63,33 @@ class LockStep:
         self._shares_work, self._repeats_last = shares_work, repeats_last
         self._max_rounds, self._enough_images = max_rounds, enough_images
         self._failure: Exception | None = None
+        self._num_own_images = 0
         self.num_rounds = self.num_batches = self.num_images = 0
 
     def __iter__(self) -> Iterator[tuple[Any, bool]]:
-        everyone = resolve_group("all")
-        ended, iterator, batch, num_images = object(), None, None, 0
+        everyone, batch = resolve_group("all"), None
+        iterator = itertools.chain(self._batches)  # begins to iterate in the first round, where a failure is told
 
         while not self._is_enough():
-            is_new = False
-            try:
-                iterator = iter(self._batches) if iterator is None else iterator
-                following = ended if self._failure is not None else next(iterator, ended)
-                if following is not ended:
-                    num_images += self._count(following)
-                    batch, is_new = following, True
-            except Exception as error:
-                self._failure = error
-
-            message = [int(is_new), int(self._failure is not None), num_images]
+            new = self._take(iterator)
+            message = [len(new), int(self._failure is not None), self._num_own_images]
             every = all_gather_numbers(message, everyone, self._device, self._where)
             self._raise_failures([failed for _, failed, _ in every])
 
             present = [has for has, _, _ in every]
-            ends_with_shortest = self._shares_work and not self._repeats_last
-            if not any(present) or (ends_with_shortest and not all(present)):
+            is_over = self._shares_work and not self._repeats_last and not all(present)
+            if is_over or not any(present):
                 return
             if self._repeats_last and self.num_rounds == 0 and not all(present):
-                raise StatisticsError.of(
-                    "batches",
-                    "hold at least one on every worker",
-                    got=f"none on worker {present.index(0)}",
-                    where=self._where,
-                    remedy="Use smaller batches, more images, or fewer workers.",
-                )
+                rule, got = "hold at least one on every worker", f"none on worker {present.index(0)}"
+                remedy = "Use smaller batches, more images, or fewer workers."
+                raise StatisticsError.of("batches", rule, got=got, where=self._where, remedy=remedy)
 
             self.num_rounds += 1
             self.num_batches += sum(present)
             self.num_images = sum(images for _, _, images in every)
-            yield batch, is_new
+            batch = new[0] if new else batch
+            yield batch, bool(new)
 
         self.check_failures()
 
@@ -107,12 +97,21 @@ class LockStep:
         is_long = self._max_rounds is not None and self.num_rounds >= self._max_rounds
         return is_long or (self._enough_images is not None and self.num_images >= self._enough_images)
 
-    def _count(self, batch: Any) -> int:
-        if batch is None:
-            raise StatisticsError.of(
-                "a batch", "not be None", got="None", where=self._where, remedy="Leave it out of the data."
-            )
-        return count_images(batch)
+    def _take(self, iterator: Iterator[Any]) -> list[Any]:
+        """The next batch; none at the end of the data, or after a failure."""
+        if self._failure is not None:
+            return []
+
+        try:
+            new = list(itertools.islice(iterator, 1))
+            if new and new[0] is None:
+                remedy = "Leave it out of the data."
+                raise StatisticsError.of("a batch", "not be None", got="None", where=self._where, remedy=remedy)
+            self._num_own_images += sum(map(count_images, new))
+        except Exception as error:
+            self._failure = error
+            return []
+        return new
 
     def run(self, step: Callable[[], T]) -> T | None:
         """Do this worker's part of a round; None if it fails, which the others are told in the next one."""

@@ -25,6 +25,7 @@ def merge_moments_over_workers(moments: Moments, group: dist.ProcessGroup | None
     """
     if group is None:
         return moments
+
     num_channels = moments.mean.shape[-1]
     message = torch.cat([moments.count.unsqueeze(-1), moments.mean, moments.var], dim=-1)
     count, mean, var = all_gather_stacked(message, group, where).split([1, num_channels, num_channels], dim=-1)

@@ -1,4 +1,4 @@
-"""How moments differ from batch to batch: the standard errors of a population estimate.
+"""Standard errors of a population estimate: moments as they differ from batch to batch.
 
 The batch is the sampling unit, not the element: the positions of an image resemble one another. A batch counts by its
 elements, as it does in the pooled moments.
@@ -35,7 +35,7 @@ class Spread(NamedTuple):
 
 
 def spread_of_batch(moments: Moments) -> Spread:
-    """That of a single batch; an empty one counts for nothing.
+    """The spread of a single batch; an empty one counts for nothing.
 
     Args:
         moments: count [], mean and var [C].
@@ -54,19 +54,22 @@ def merge_spreads(parts: Spread) -> Spread:
     used = (parts.num_batches > 0).nonzero()
     center = parts.center[used[0, 0]] if len(used) else parts.center[0]
     first, second = _move_center(parts, center)
+
     total = parts.weight.sum()
     weight = parts.weight.view(-1, 1, 1)
     mean = (weight / total.clamp(min=1) * first).sum(0)
+
     off_d, off_u = (first - mean).unbind(1)
     apart = torch.stack([off_d * off_d, off_d * off_u, off_u * off_u], dim=1)
     return Spread(parts.num_batches.sum(), total, center, mean, (second + weight * apart).sum(0))
 
 
 def _move_center(parts: Spread, center: Tensor) -> tuple[Tensor, Tensor]:
-    """Both moments about another center: d' = d + s, u' = u + 2 s d + s^2, with s = own center - center."""
+    """Both moments about another center: d' = d + s, u' = u + 2 s d + s^2, with s = old center - center."""
     shift = parts.center - center
     d, u = parts.first.unbind(1)
     dd, du, uu = parts.second.unbind(1)
+
     first = torch.stack([d + shift, u + 2 * shift * d + shift.square()], dim=1)
     second = torch.stack([dd, du + 2 * shift * dd, uu + 4 * shift * du + 4 * shift.square() * dd], dim=1)
     return first, second
@@ -93,12 +96,10 @@ def standard_errors(spread: Spread, total: Moments) -> tuple[Tensor, Tensor]:
     dd, du, uu = spread.second
     delta = total.mean - spread.center
     off_d, off_u = d - delta, u - 2 * delta * d + delta.square() - total.var
-    scatter = torch.stack(
-        [
-            dd + spread.weight * off_d.square(),
-            uu - 4 * delta * du + 4 * delta.square() * dd + spread.weight * off_u.square(),
-        ]
-    ).clamp(min=0)
+    of_mean = dd + spread.weight * off_d.square()
+    of_var = uu - 4 * delta * du + 4 * delta.square() * dd + spread.weight * off_u.square()
+    scatter = torch.stack([of_mean, of_var]).clamp(min=0)
+
     effective = total.count.square() / spread.weight.clamp(min=1)  # K', so many equal batches would be as good
     errors = (scatter * effective / (effective - 1)).sqrt() / total.count.clamp(min=1)
     errors = torch.where(spread.num_batches > 1, errors, torch.full_like(errors, float("inf")))
