@@ -45,15 +45,21 @@ def test_what_pycocotools_prints_is_logged(model, digits, tmp_path, bnext_log, c
     assert "Accumulating evaluation results" in record.getMessage()
 
 
-def test_the_mode_is_put_back_when_the_model_fails(finished, tmp_path):
+def test_the_mode_of_every_module_is_put_back_when_the_model_fails(finished, tmp_path):
     class Failing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.frozen = torch.nn.BatchNorm2d(3)
+
         def forward(self, inputs):
             raise RuntimeError("on purpose")
 
     failing = Failing().train()
+    failing.frozen.eval()
     with pytest.raises(RuntimeError, match="on purpose"):
         evaluate_model(tiny.load(tmp_path), failing)
     assert failing.training
+    assert not failing.frozen.training
 
 
 def test_other_kinds_of_data_sets_are_refused(digits, tmp_path):
