@@ -339,8 +339,7 @@ def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str,
     """The checkpoint, and its report beside it: both or, if there is no room, neither."""
 
     def write_both(file: BinaryIO) -> None:
-        torch.save(data, file)
-        file.flush()
+        torch.save(data, file)  # and flushes
         write_json(request.report, described)
 
     try:

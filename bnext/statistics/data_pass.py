@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -33,22 +34,23 @@ class DataPass:
 
     Args:
         model: its modes are as they are to be.
-        collectors: all that a forward may fill.
+        device: for the numbers that workers exchange.
         data, forward, domain, num_batches, num_samples: see `recompute_population_statistics`.
     """
 
     model: nn.Module
-    collectors: Sequence[Collector]
+    device: torch.device
     data: Iterable[Any]
     forward: Forward | None
     domain: Domain | None
     num_batches: int | None
     num_samples: int | None
+    _collectors: Sequence[Collector] = ()  # of this pass
     _images: dict[str, int] = dataclasses.field(default_factory=dict)  # domain -> images of the last batch; "": unknown
 
     def go(
         self,
-        collectors: Iterable[Collector],
+        collectors: Sequence[Collector],
         *,
         call: Callable[[Any], object] | None = None,
         is_enough: Callable[[LockStep], bool] = lambda rounds: False,
@@ -56,7 +58,7 @@ class DataPass:
         """Go through the data once.
 
         Args:
-            collectors: whose batches end with those of the data.
+            collectors: what the batches may fill; their batches end with those of the data.
             call: runs a batch; None: `run`.
             is_enough: called after each round; if it is true, the pass ends.
 
@@ -66,9 +68,10 @@ class DataPass:
         Raises:
             StatisticsError: a worker has failed; on itself, its own error.
         """
+        self._collectors = collectors
         rounds = LockStep(
             self.data,
-            self.collectors[0].former.device,
+            self.device,
             _WHERE,
             shares_work=shares_work(self.model),
             max_rounds=self.num_batches,
@@ -97,7 +100,7 @@ class DataPass:
             try:
                 self.model(batch)
             except (TypeError, AttributeError) as error:
-                if any(collector.is_reached for collector in self.collectors):
+                if any(collector.is_reached for collector in self._collectors):
                     raise  # the model has taken the batch
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
                 raise StatisticsError.of(

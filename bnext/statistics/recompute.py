@@ -126,7 +126,7 @@ def recompute_population_statistics(
     sets = list(collectors.values())
     data_pass = DataPass(
         model=model,
-        collectors=sets,
+        device=sets[0].former.device,
         data=data,
         forward=forward,
         domain=domain,

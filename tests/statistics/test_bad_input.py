@@ -66,7 +66,7 @@ def test_a_forward_that_reaches_no_norm(estimator):
 
 
 @pytest.mark.parametrize("estimator", ["pooled", "mean_of_batches", "moving_average", "layer_by_layer"])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("value", [NAN, INF])
 def test_activations_that_are_not_finite_are_named(value, estimator):
     net, calls = make_net(), []
     poisoned = 7 if estimator == "layer_by_layer" else 3  # the first pass finds the order only
