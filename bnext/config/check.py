@@ -71,6 +71,7 @@ def check_values(keys: Iterable[Key], values: Mapping[str, Any]) -> None:
 
 
 def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) -> None:
+    """Refuse a value of a key whose need is not met."""
     is_known = need.conditions.keys() <= values.keys()
     is_in_need = need.of is None or need.of.accepts(value)
     if not is_known or not is_in_need:
@@ -79,13 +80,13 @@ def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) ->
         return
 
     names = need.words or " or ".join(f"{other} is {allowed.words}" for other, allowed in need.conditions.items())
-    found = ", ".join(f"{other} is {values[other]!r}" for other in need.conditions)
+    others = ", ".join(f"{other} is {values[other]!r}" for other in need.conditions)
     remedy = f"Set {'one' if need.words else ' or '.join(need.conditions)} so, or remove the key"
     raise ConfigError.of(
         name,
         f"keep its default unless {names}",
         got=repr(value),
-        where="config" if need.words else found,
+        where="config" if need.words else others,
         remedy=f"{remedy}: {need.reason}." if need.reason else f"{remedy}.",
     )
 
@@ -110,6 +111,7 @@ def _check_iterations(values: Mapping[str, Any]) -> None:
 def _check_num_iter(values: Mapping[str, Any]) -> None:
     """Refuse a key of detectron2's whose own hook asserts it when the training has begun."""
     num_iter = values["TEST.PRECISE_BN.NUM_ITER"]
+
     if values["TEST.PRECISE_BN.ENABLED"] and num_iter < 1:
         raise ConfigError.of(
             "TEST.PRECISE_BN.NUM_ITER",

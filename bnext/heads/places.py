@@ -149,6 +149,7 @@ def _replace_norms(model: nn.Module, roots: Sequence[str], place: PlaceNorm) -> 
 def _make_spec(norm: Any, place: PlaceNorm) -> NormSpec:
     """The spec of a place for a norm that is there; where no key says otherwise, it keeps what it has."""
     changed, kept = set(place.changed), {}
+
     if "EPS" not in changed:
         kept["eps"] = norm.eps
     if not changed & {"MOMENTUM", "AVERAGE"}:
@@ -157,6 +158,7 @@ def _make_spec(norm: Any, place: PlaceNorm) -> NormSpec:
         kept["affine"] = "none"
     if norm.running_mean is None and not changed & {"POPULATION", "INFERENCE"}:
         kept |= {"population": "none", "inference": "mini_batch"}
+
     return place.make_spec(NAMES_OF_CLASSES[type(norm)]).replace(**kept)
 
 
