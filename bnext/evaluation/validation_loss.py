@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from bnext.distributed import unwrap_model
+from bnext.distributed import LockStep, count_images, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
-from bnext.distributed.lock_step import LockStep, count_images
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.shuffled import shares_work
 from bnext.scope import frozen_statistics

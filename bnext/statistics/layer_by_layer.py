@@ -11,9 +11,8 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.distributed import resolve_group
+from bnext.distributed import LockStep, resolve_group
 from bnext.distributed.collectives import all_gather_objects
-from bnext.distributed.lock_step import LockStep
 from bnext.errors import StatisticsError
 from bnext.scope.model import restoring
 from bnext.statistics.collector import Collector

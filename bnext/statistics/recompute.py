@@ -13,8 +13,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from bnext.distributed import get_rank, resolve_group, unwrap_model
-from bnext.distributed.lock_step import LockStep
+from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import Selection
