@@ -10,12 +10,11 @@ for one call. How state goes from one form to another is in `bnext.layers.norm_s
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
-from torchvision.models.convnext import LayerNorm2d as TorchvisionLayerNorm2d
-from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
@@ -40,9 +39,8 @@ Layout = Literal["shared", "owned", "none"]
 TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 
 TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
-_PLAIN = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm, FrozenBatchNorm2d)
-_BASES = (*_PLAIN, nn.ModuleList)  # that another class can be treated as
-_KNOWN = (*_PLAIN, LayerNorm2d, TorchvisionLayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
+_TORCH_CLASSES = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)
+_BNEXT_CLASSES = (LayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
 
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
@@ -141,14 +139,22 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
         if forward is kind.forward:
             return base
 
-    is_known = any(forward is kind.forward for kind in _KNOWN)
-    return type(module) if is_known else None
+    known = (*_TORCH_CLASSES, *_BNEXT_CLASSES, *_find_torchvision("ops.misc.FrozenBatchNorm2d"))
+    known += _find_torchvision("models.convnext.LayerNorm2d")
+    return type(module) if any(forward is kind.forward for kind in known) else None
+
+
+def _find_torchvision(path: str) -> tuple[Any, ...]:
+    """A class of torchvision, if somebody has imported it: a model that has it, has."""
+    module, _, name = path.rpartition(".")
+    return tuple(getattr(loaded, name) for loaded in [sys.modules.get(f"torchvision.{module}")] if loaded is not None)
 
 
 def _check_bases(treat_as: TreatAs) -> None:
+    bases = (*_TORCH_CLASSES, *_find_torchvision("ops.misc.FrozenBatchNorm2d"), nn.ModuleList)
     for kind, base in treat_as.items():
-        if not (isinstance(kind, type) and isinstance(base, type) and issubclass(base, _BASES)):
-            rule = f"map classes to one of {', '.join(known.__name__ for known in _BASES)}"
+        if not (isinstance(kind, type) and isinstance(base, type) and issubclass(base, bases)):
+            rule = f"map classes to one of {', '.join(known.__name__ for known in bases)}"
             remedy = "Name the class whose outputs in evaluation mode are the same."
             raise ConfigError.of("treat_as", rule, got=f"{kind!r}: {base!r}", remedy=remedy)
 
