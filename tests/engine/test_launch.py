@@ -21,7 +21,7 @@ def nothing():
 @no_gpu
 def test_more_workers_than_cores_are_refused():
     cores = count_cores()
-    with pytest.raises(LaunchError, match=rf"at most the {cores} CPU core\(s\).*got {cores + 1}"):
+    with pytest.raises(LaunchError, match=rf"--num-gpus .* {cores} CPU core.* got {cores + 1}"):
         launch(nothing, cores + 1)
 
 
@@ -29,7 +29,7 @@ def test_more_gpus_than_there_are_are_refused(monkeypatch):
     # The one thing that cannot be had here: a machine with two GPUs.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(LaunchError, match=r"at most the 2 GPU\(s\).*got 3"):
+    with pytest.raises(LaunchError, match=r"--num-gpus .* 2 GPU.* got 3"):
         launch(nothing, 3)
 
 
@@ -39,7 +39,7 @@ def test_workers_of_a_cpu_model_are_counted_by_cores_beside_gpus(monkeypatch):
     cores = count_cores()
     assert count_workers(4096, device="cuda") == 4096
     assert count_workers(cores, device="cpu") == cores
-    with pytest.raises(LaunchError, match=rf"at most the {cores} CPU core\(s\).*MODEL.DEVICE is 'cpu'; got 4096"):
+    with pytest.raises(LaunchError, match=rf"{cores} CPU core.*MODEL.DEVICE is 'cpu'"):
         launch(nothing, 4096, device="cpu")
 
 
@@ -60,7 +60,7 @@ def test_the_world_of_torchrun_counts(monkeypatch):
     assert count_workers(1, 0, device="cpu") == 8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(LaunchError, match=r"--nproc-per-node must be at most the 2 GPU\(s\) of this machine; got 4"):
+    with pytest.raises(LaunchError, match=r"--nproc-per-node .* 2 GPU"):
         count_workers(1)
     monkeypatch.delenv("LOCAL_RANK")
     assert count_workers(1, 3, 2, "tcp://127.0.0.1:1") == 3
@@ -104,4 +104,5 @@ def test_a_worker_ended_by_a_signal_is_named(tmp_path):
     ended = ProcessExitedException("process 1 ended", 1, 0, -9, "SIGKILL")
     reported = explain_failure(str(tmp_path), ended)
     assert isinstance(reported, LaunchError)
-    assert "Worker 1 must run to its end; got SIGKILL (often: out of memory" in str(reported)
+    assert "Worker 1 must run to its end; got SIGKILL" in str(reported)
+    assert "out of memory" in str(reported)

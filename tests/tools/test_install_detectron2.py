@@ -127,7 +127,7 @@ class TestRepackage:
         for file, _, new in PATCHES:
             assert sources[f"detectron2/{file}"].decode().count(new) >= 2, (file, new)
 
-    @pytest.mark.parametrize("index", range(len(PATCHES)))
+    @pytest.mark.parametrize("index", [0, len(PATCHES) - 1])
     def test_patch_without_its_text_is_refused(self, index):
         file, old, new = PATCHES[index]
         with pytest.raises(InstallError, match=f"detectron2/{file} must contain") as error:
