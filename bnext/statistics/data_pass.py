@@ -144,11 +144,7 @@ def _check_has_variance(norm: nn.Module, feature: Tensor, collector: Collector) 
     """Torch's norms refuse a single element without saying which of them; others know what to do with it."""
     is_single = feature.numel() == feature.shape[1] and len(feature) > 0
     if norm.training and is_single and type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        raise StatisticsError.of(
-            "a mini-batch",
-            "hold more than 1 element per channel",
-            got="1",
-            where=f"{collector.where}, batch {collector.num_batches + 1}",
-            remedy="Use larger batches (drop_last=True for the last one), or convert the norm with "
-            "convert_norm(model, {'': NormSpec(single_element='population')}).",
-        )
+        rule, where = "hold more than 1 element per channel", f"{collector.where}, batch {collector.num_batches + 1}"
+        spec = "convert_norm(model, {'': NormSpec(single_element='population')})"
+        remedy = f"Use larger batches (drop_last=True for the last one), or convert the norm with {spec}."
+        raise StatisticsError.of("a mini-batch", rule, got="1", where=where, remedy=remedy)

@@ -64,13 +64,9 @@ def estimate_layer_by_layer(
             rounds = data_pass.go(of_norm, call=run_until_reached)
 
         if rounds.num_batches < first.num_batches:
-            raise StatisticsError.of(
-                "data",
-                "give the same batches in every pass for estimator='layer_by_layer'",
-                got=f"{first.num_batches} in the first, and then {rounds.num_batches}",
-                where=path,
-                remedy="Pass a list of batches.",
-            )
+            rule = "give the same batches in every pass for estimator='layer_by_layer'"
+            got = f"{first.num_batches} in the first, and then {rounds.num_batches}"
+            raise StatisticsError.of("data", rule, got=got, where=path, remedy="Pass a list of batches.")
         for collector in of_norm:
             _, new = collector.merge_over_workers().estimate("layer_by_layer", source_samples)
             collector.write(new, rounds.num_batches)

@@ -22,6 +22,8 @@ from bnext.statistics.observe import Features, list_populations, select_norms, w
 
 __all__ = ["OnlineStatistics", "following_stream"]
 
+_WHERE = "following_stream"
+
 
 @contextlib.contextmanager
 def following_stream(
@@ -68,27 +70,17 @@ def following_stream(
         Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, 2020;
         Mirza et al., *The Norm Must Go On*, 2022 (following by momentum).
     """
-    check_numbers("following_stream", source_samples=source_samples)
+    check_numbers(_WHERE, source_samples=source_samples)
     if momentum is not None:
-        check_numbers("following_stream", momentum=momentum)
+        check_numbers(_WHERE, momentum=momentum)
     if source_samples and momentum is not None:
-        raise StatisticsError.of(
-            "source_samples",
-            "be 0 with a momentum",
-            got=f"{source_samples} with momentum={momentum}",
-            where="following_stream",
-            remedy="Set momentum=None to count samples.",
-        )
+        got, remedy = f"{source_samples} with momentum={momentum}", "Set momentum=None to count samples."
+        raise StatisticsError.of("source_samples", "be 0 with a momentum", got=got, where=_WHERE, remedy=remedy)
 
     model = unwrap_model(model)
     if getattr(model, "_compiled_call_impl", None) is not None or hasattr(model, "_orig_mod"):
-        raise StatisticsError.of(
-            "model",
-            "not be compiled, as its statistics could not follow",
-            got=type(model).__name__,
-            where="following_stream",
-            remedy="Pass the model that was given to torch.compile.",
-        )
+        rule, remedy = "not be compiled, as its statistics could not follow", "Pass the model before torch.compile."
+        raise StatisticsError.of("model", rule, got=type(model).__name__, where=_WHERE, remedy=remedy)
 
     norms = select_norms(model, layers)
     following = OnlineStatistics(norms, momentum, source_samples)

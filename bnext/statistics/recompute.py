@@ -111,13 +111,9 @@ def recompute_population_statistics(
     limits = {name: value for name, value in limits.items() if value is not None}
     check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
     if not (domain is None or isinstance(domain, str) or callable(domain)):
-        raise StatisticsError.of(
-            "domain",
-            "be the name of a domain, or a function that is called with a batch",
-            got=repr(domain),
-            where=_WHERE,
-            remedy="For the domains of a batch's images use domain=lambda batch: [...].",
-        )
+        rule = "be the name of a domain, or a function that is called with a batch"
+        remedy = "For the domains of a batch's images use domain=lambda batch: [...]."
+        raise StatisticsError.of("domain", rule, got=repr(domain), where=_WHERE, remedy=remedy)
 
     model = unwrap_model(model)
     norms = select_norms(model, layers)
@@ -184,12 +180,8 @@ def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | No
 def _nothing_is_reached(rounds: LockStep, merged: Sequence[Collector]) -> StatisticsError:
     count = max(int(collector.total.count) for collector in merged)
     activations = f"{count} activations, each a mini-batch of its own" if count else "no activation"
-    batches = "larger batches" if count else "a longer loader"
+    wanted = "larger batches" if count else "a longer loader"
 
-    return StatisticsError.of(
-        "data",
-        "give at least one batch that reaches a norm",
-        got=f"{rounds.num_batches} batches and {activations}",
-        where=_WHERE,
-        remedy=f"Pass {batches}, or select norms that forward reaches.",
-    )
+    rule, got = "give at least one batch that reaches a norm", f"{rounds.num_batches} batches and {activations}"
+    remedy = f"Pass {wanted}, or select norms that forward reaches."
+    return StatisticsError.of("data", rule, got=got, where=_WHERE, remedy=remedy)
