@@ -86,7 +86,7 @@ def recompute_statistics(
         arguments.setdefault("tolerance", node.TOLERANCE or None)
 
     seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
-    with drawing_from(model, seed):  # what the loader draws, and the RoIs that are sampled
+    with drawing_from(model, seed):  # what the loader draws
         report = recompute_population_statistics(
             model,
             batches,
@@ -94,6 +94,7 @@ def recompute_statistics(
             num_samples=num_samples,
             forward=forward,
             layers=layers,
+            seed=seed,
             progress=True,
             **arguments,
         )

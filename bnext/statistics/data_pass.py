@@ -18,6 +18,8 @@ from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.shuffled import shares_work
 from bnext.scope import use_domain
+from bnext.scope.model import drawing_from
+from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
 
@@ -35,7 +37,7 @@ class DataPass:
     Args:
         model: its modes are as they are to be.
         device: for the numbers that workers exchange.
-        data, forward, domain, num_batches, num_samples: see `recompute_population_statistics`.
+        data, forward, domain, num_batches, num_samples, seed: see `recompute_population_statistics`.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class DataPass:
     domain: Domain | None
     num_batches: int | None
     num_samples: int | None
+    seed: int | None = None
     _collectors: Sequence[Collector] = ()  # of this pass
     _images: dict[str, int] = dataclasses.field(default_factory=dict)  # domain -> images of the last batch; "": unknown
 
@@ -80,12 +83,19 @@ class DataPass:
 
         for batch, is_new in rounds:
             if is_new:
-                rounds.run(partial(call or self.run, batch))
+                with self._drawing(rounds.num_rounds):
+                    rounds.run(partial(call or self.run, batch))
                 for collector in collectors:
                     collector.end_batch(self._images)
             if is_enough(rounds):
                 break
         return rounds
+
+    def _drawing(self, number: int) -> contextlib.AbstractContextManager[None]:
+        """What a batch draws, such as the RoIs of an R-CNN, is the same in every pass."""
+        if self.seed is None:
+            return contextlib.nullcontext()
+        return drawing_from(self.model, derive_seed(self.seed, number))
 
     def run(self, batch: Any) -> None:
         """Run a batch through the model, in its domain."""

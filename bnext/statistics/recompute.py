@@ -45,6 +45,7 @@ def recompute_population_statistics(
     estimator: Estimator = "pooled",
     momentum: float = 0.1,
     source_samples: float = 0,
+    seed: int | None = None,
     progress: bool = False,
 ) -> RecomputeReport:
     """Replace the running statistics of batch norms by the moments of their inputs on `data`.
@@ -78,6 +79,8 @@ def recompute_population_statistics(
         momentum: of "moving_average", in torch's sense, above 0 and at most 1.
         source_samples: so many images does the former statistic count for: 0 replaces it. Adaptation to little data:
             new = (source_samples * former + n * estimate) / (source_samples + n), n images, of a domain its own.
+        seed: random numbers that `forward` draws start from it and the batch's number, so that they are the same in
+            every pass and do not depend on what was run before; None: they go on as the caller's.
         progress: show a bar where the standard error stream is a terminal.
 
     Returns:
@@ -107,7 +110,7 @@ def recompute_population_statistics(
     """
     check_choice("estimator", estimator, get_args(Estimator), where=_WHERE)
     check_data(data, _WHERE, many_passes=estimator == "layer_by_layer")
-    limits = {"num_batches": num_batches, "num_samples": num_samples, "tolerance": tolerance}
+    limits = {"num_batches": num_batches, "num_samples": num_samples, "tolerance": tolerance, "seed": seed}
     limits = {name: value for name, value in limits.items() if value is not None}
     check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
     if not (domain is None or isinstance(domain, str) or callable(domain)):
@@ -127,6 +130,7 @@ def recompute_population_statistics(
         domain=domain,
         num_batches=num_batches,
         num_samples=num_samples,
+        seed=seed,
     )
 
     # With renorm, or training="population", features would depend on the statistics that are to be replaced.

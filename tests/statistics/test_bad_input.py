@@ -23,6 +23,7 @@ NAN, INF = math.nan, math.inf
         ("tolerance", (0, -1, NAN, INF, "0.01", True)),
         ("momentum", (0, 1.1, NAN, "0.1", True, None)),
         ("source_samples", (-1, NAN, INF, "5", True, None)),
+        ("seed", (-1, 2**64, 0.5, "0", True)),
         ("estimator", ("precise", None)),
         ("domain", (["day", "night"], 3)),
     ],

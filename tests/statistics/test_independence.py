@@ -159,3 +159,18 @@ def test_statistics_that_overflow_half_buffers_are_refused():
     with pytest.raises(StatisticsError, match=r"in the type of their buffers; got an overflow in torch\.float16"):
         recompute_population_statistics(norm, [torch.randn(4, 2, 3, 3).half() * 1500])
     assert norm.running_var.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "layer_by_layer"])
+def test_what_a_batch_draws_is_the_same_in_every_pass_and_after_other_draws(estimator):
+    data = [torch.randn(4, 2, 3, 3, dtype=torch.float64) for _ in range(3)]
+    drawn = []
+
+    def forward(model, batch):
+        drawn.append(torch.rand(1).item())
+        model(batch + drawn[-1])
+
+    for number_before in (0, 5):
+        torch.rand(number_before)
+        recompute_population_statistics(make_net(NormSpec()), data, forward=forward, estimator=estimator, seed=3)
+    assert drawn == drawn[:3] * (len(drawn) // 3) and len(set(drawn)) == 3
