@@ -26,9 +26,8 @@ CLAIMS = {"plain_norm": plain_norm, "ghost": ghost, "domains": domains, "dealt":
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=as_written)
     parser.add_argument("--runs", type=int, default=MIN_PAIRS, help="pairs of each comparison (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     parser.add_argument("--only", action="append", choices=list(CLAIMS), help="a claim, may be repeated (default: all)")
@@ -40,7 +39,7 @@ def run_claims(names: Sequence[str], num_pairs: int, file: str | None) -> None:
     """Run claims, print their table, and write it if a file is named."""
     comparisons: list[Comparison] = []
     for name in names:
-        comparisons += CLAIMS[name].list_comparisons()
+        comparisons += CLAIMS[name].COMPARISONS
 
     results: list[Result] = []
     for comparison in tqdm(comparisons, disable=None):

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bench.harness import CHANNELS, Comparison, OnEveryFeature
+from bench.harness import CHANNELS, Comparison
 from bnext import BatchNorm2d, NormSpec, Shuffled, deal_statistics
 from bnext.functional import deal_samples
 from bnext.layers.deal import draw_seed
 from bnext.layers.spec import Workers
 
-__all__ = ["list_comparisons"]
+__all__ = ["COMPARISONS"]
 
 ROIS = {"rois": (512, CHANNELS, 7, 7)}  # of a worker
 NUM_NORMS = 4
@@ -30,16 +30,21 @@ def make_head(workers: Workers = "one") -> nn.Sequential:
     return nn.Sequential(*(BatchNorm2d(CHANNELS, NormSpec(workers=workers)) for _ in range(NUM_NORMS)))
 
 
-def make_dealt(workers: Workers, num_groups: int | None = None) -> OnEveryFeature:
+def make_dealt(workers: Workers, num_groups: int | None = None) -> nn.Sequential:
     """Four norms that are dealt to."""
     head = make_head(workers)
     deal_statistics(head, num_groups)
-    return OnEveryFeature(head)
+    return head
 
 
-def make_plain() -> OnEveryFeature:
+def make_plain() -> nn.Sequential:
     """Four norms of torch."""
-    return OnEveryFeature(nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(NUM_NORMS))))
+    return nn.Sequential(*(nn.BatchNorm2d(CHANNELS) for _ in range(NUM_NORMS)))
+
+
+def make_moved() -> Shuffled:
+    """Four norms on features that are sent to the worker they are dealt to."""
+    return Shuffled(make_head())
 
 
 class GatherAll(torch.autograd.Function):
@@ -74,30 +79,16 @@ class GatheringShuffle(nn.Module):
         return GatherAll.apply(self.head(GatherAll.apply(rows)[share]))[own]
 
 
-def make_gathering() -> OnEveryFeature:
-    """Four norms on gathered features."""
-    return OnEveryFeature(GatheringShuffle())
+NO_DEAL = "it does not shuffle; the ratio is the price of a shuffle"
+over_workers = partial(
+    Comparison, shapes=ROIS, make_ours=partial(make_dealt, "all"), layouts=("NCHW",), num_workers=WORKERS
+)
 
-
-def make_moved() -> OnEveryFeature:
-    """Four norms on features that are sent to the worker they are dealt to."""
-    return OnEveryFeature(Shuffled(make_head()))
-
-
-def make_alone() -> OnEveryFeature:
-    """Four norms on the features of this worker."""
-    return OnEveryFeature(make_head())
-
-
-def list_comparisons() -> list[Comparison]:
-    """In one process, and over two workers."""
-    no_deal = "it does not shuffle; the ratio is the price of a shuffle"
-    over_workers = partial(Comparison, shapes=ROIS, make_ours=partial(make_dealt, "all"), layouts=("NCHW",))
-    return [
-        Comparison(
-            "4 norms dealt to 4 groups, against 4 BatchNorm2d", ROIS, partial(make_dealt, "one", 4), make_plain, no_deal
-        ),
-        over_workers("4 dealt norms, against gathered features", make_other=make_gathering, num_workers=WORKERS),
-        over_workers("4 dealt norms, against moved features (Shuffled)", make_other=make_moved, num_workers=WORKERS),
-        over_workers("4 dealt norms, against no shuffle", make_other=make_alone, differs=no_deal, num_workers=WORKERS),
-    ]
+COMPARISONS = [
+    Comparison(
+        "4 norms dealt to 4 groups, against 4 BatchNorm2d", ROIS, partial(make_dealt, "one", 4), make_plain, NO_DEAL
+    ),
+    over_workers("4 dealt norms, against gathered features", make_other=GatheringShuffle),
+    over_workers("4 dealt norms, against moved features (Shuffled)", make_other=make_moved),
+    over_workers("4 dealt norms, against no shuffle", make_other=make_head, differs=NO_DEAL),
+]

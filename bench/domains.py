@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.harness import CHANNELS, Comparison, OnEveryFeature
-from bench.plain_norm import IMAGES
+from bench.harness import CHANNELS, IMAGES, Comparison
 from bnext import BatchNorm2d, NormSpec, use_domain
 
-__all__ = ["list_comparisons"]
+__all__ = ["COMPARISONS"]
 
 MIXED = ("day", "night", "night", "rain", "day", "snow", "rain", "snow") * 2  # domains of a batch
 DOMAINS = ("day", "night", "rain", "snow")
@@ -42,13 +41,4 @@ class BatchNormPerDomain(nn.ModuleDict):
         return output
 
 
-def list_comparisons() -> list[Comparison]:
-    """Four domains in a batch."""
-    return [
-        Comparison(
-            "4 domains mixed, against gather and scatter",
-            IMAGES,
-            lambda: OnEveryFeature(InMixedBatch()),
-            lambda: OnEveryFeature(BatchNormPerDomain()),
-        )
-    ]
+COMPARISONS = [Comparison("4 domains mixed, against gather and scatter", IMAGES, InMixedBatch, BatchNormPerDomain)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from bench.harness import CHANNELS, Comparison, OnEveryFeature
-from bench.plain_norm import IMAGES
+from bench.harness import CHANNELS, IMAGES, Comparison
 from bnext import BatchNorm2d, NormSpec
 
-__all__ = ["list_comparisons"]
+__all__ = ["COMPARISONS"]
 
 SIZE = 4
 
@@ -22,14 +23,11 @@ class ChunkedBatchNorm(nn.BatchNorm2d):
         return torch.cat([normalize(chunk) for chunk in input.split(SIZE)])
 
 
-def list_comparisons() -> list[Comparison]:
-    """Ghost BN."""
-    spec = NormSpec(normalization_batch_size=SIZE)
-    return [
-        Comparison(
-            "Ghost BN of 4, against chunks",
-            IMAGES,
-            lambda: OnEveryFeature(BatchNorm2d(CHANNELS, spec)),
-            lambda: OnEveryFeature(ChunkedBatchNorm(CHANNELS)),
-        )
-    ]
+COMPARISONS = [
+    Comparison(
+        "Ghost BN of 4, against chunks",
+        IMAGES,
+        partial(BatchNorm2d, CHANNELS, NormSpec(normalization_batch_size=SIZE)),
+        partial(ChunkedBatchNorm, CHANNELS),
+    )
+]

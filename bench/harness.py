@@ -24,15 +24,15 @@ from bnext.errors import BNextError
 from bnext.evaluation.tables import format_rows
 from bnext.files import write_json
 
-__all__ = ["CHANNELS", "MIN_PAIRS", "Comparison", "OnEveryFeature", "Result", "format_results", "run", "write_figures"]
+__all__ = ["CHANNELS", "IMAGES", "MIN_PAIRS", "Comparison", "Result", "format_results", "run", "write_figures"]
 
 CHANNELS = 256
+IMAGES = {"p4": (16, CHANNELS, 50, 84)}  # one feature map of a batch
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 MIN_PAIRS = 11
 TOLERANCE = 1e-9  # of float64, relative to the largest number of a tensor; sums of a million numbers differ by 1e-12
 
 Features: TypeAlias = dict[str, Tensor]
-Arm: TypeAlias = Callable[[Features], Features]
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,10 @@ class Comparison:
     Args:
         name: of the comparison, in the table.
         shapes: of the features, by name; float32, [N, C, H, W].
-        make_ours, make_other: build an arm, features -> features, in training mode; module-level functions or partials
-            of them where there are workers, which import them.
+        make_ours, make_other: build an arm in training mode; module-level functions or partials of them where there
+            are workers, which import them.
         differs: why the arms cannot give the same numbers, for the reader of the table; "": they must.
+        sees_all: whether an arm maps all features, by name, in one call; else each alone.
         layouts: memory formats to time, keys of `LAYOUTS`.
         num_workers: 1: this process; else so many gloo workers on this machine, each with features of its own.
     """
@@ -54,6 +55,7 @@ class Comparison:
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
     differs: str = ""
+    sees_all: bool = False
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     num_workers: int = 1
 
@@ -81,17 +83,6 @@ class Result:
     median: float
     lowest: float
     highest: float
-
-
-class OnEveryFeature(nn.Module):
-    """An arm of a norm of one feature map: it normalizes each."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, features: Features) -> Features:
-        return {name: self.norm(feature) for name, feature in features.items()}
 
 
 def run(comparison: Comparison, num_pairs: int = MIN_PAIRS) -> list[Result]:
@@ -169,8 +160,8 @@ def draw_features(shapes: Mapping[str, tuple[int, ...]], layout: str) -> Feature
 
 def measure_difference(comparison: Comparison, features: Features, grads: Features) -> float:
     """The largest relative difference of the arms in float64; refused where it is no rounding and nobody says why."""
-    ours = _compute(comparison.make_ours(), features, grads)
-    other = _compute(comparison.make_other(), features, grads)
+    ours = _compute(comparison.make_ours(), features, grads, comparison.sees_all)
+    other = _compute(comparison.make_other(), features, grads, comparison.sees_all)
 
     differences = torch.empty(len(ours), dtype=torch.float64)
     for index, (name, value) in enumerate(ours.items()):
@@ -189,7 +180,11 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
     return worst
 
 
-def _compute(arm: nn.Module, features: Features, grads: Features) -> dict[str, Tensor]:
+def _forward(arm: nn.Module, features: Features, sees_all: bool) -> Features:
+    return arm(features) if sees_all else {name: arm(feature) for name, feature in features.items()}
+
+
+def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool) -> dict[str, Tensor]:
     """Outputs and gradients in float64; those of the affines are summed over norms and workers, whose names differ."""
     arm = arm.double()
     features = {name: feature.double().requires_grad_() for name, feature in features.items()}
@@ -199,10 +194,10 @@ def _compute(arm: nn.Module, features: Features, grads: Features) -> dict[str, T
         parameter.data = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter)
 
     torch.manual_seed(0)  # arms that draw draw the same
-    outputs = arm(features)
+    outputs = _forward(arm, features, sees_all)
     torch.autograd.backward(list(outputs.values()), [grads[name].double() for name in outputs])
 
-    numbers = {f"the output {name}": output.detach() for name, output in outputs.items()}
+    numbers: dict[str, Any] = {f"the output {name}": output.detach() for name, output in outputs.items()}
     for name, feature in features.items():
         numbers[f"the gradient of {name}"] = feature.grad
     for name, parameters in affines.items():
@@ -221,19 +216,19 @@ def _time_pairs(
     for feature in features.values():
         feature.requires_grad_()
     for arm in arms:  # the first run allocates
-        _time_step(arm, features, grads)
+        _time_step(arm, features, grads, comparison.sees_all)
 
     seconds: tuple[list[float], list[float]] = [], []
     for index in range(num_pairs):
         for side in (0, 1) if index % 2 == 0 else (1, 0):
-            seconds[side].append(_time_step(arms[side], features, grads))
+            seconds[side].append(_time_step(arms[side], features, grads, comparison.sees_all))
     return seconds
 
 
-def _time_step(arm: Arm, features: Features, grads: Features) -> float:
+def _time_step(arm: nn.Module, features: Features, grads: Features, sees_all: bool) -> float:
     """Seconds of one forward and backward."""
     start = time.perf_counter()
-    torch.autograd.backward(list(arm(features).values()), list(grads.values()))
+    torch.autograd.backward(list(_forward(arm, features, sees_all).values()), list(grads.values()))
     seconds = time.perf_counter() - start
 
     for feature in features.values():

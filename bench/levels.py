@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from bench.harness import CHANNELS, Comparison
 from bnext import LevelBatchNorm2d, NormSpec
 
-__all__ = ["list_comparisons"]
+__all__ = ["COMPARISONS"]
 
 # p3 to p7 of two images of 800 x 1344 pixels
 SIDES = {"p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21), "p7": (7, 11)}
@@ -40,19 +42,15 @@ def make_row(row: int) -> LevelBatchNorm2d:
     return LevelBatchNorm2d(CHANNELS, tuple(PYRAMID), NormSpec.from_table5_row(row))
 
 
-def list_comparisons() -> list[Comparison]:
-    """Rows 1 and 6."""
-    return [
-        Comparison(
-            "row 1, against concatenate, BN, split",
-            PYRAMID,
-            lambda: make_row(1),
-            lambda: ConcatenatedBatchNorm(CHANNELS),
-        ),
-        Comparison(
-            "row 6, against one BatchNorm2d per level",
-            PYRAMID,
-            lambda: make_row(6),
-            BatchNormPerLevel,
-        ),
-    ]
+COMPARISONS = [
+    Comparison(
+        "row 1, against concatenate, BN, split",
+        PYRAMID,
+        partial(make_row, 1),
+        partial(ConcatenatedBatchNorm, CHANNELS),
+        sees_all=True,
+    ),
+    Comparison(
+        "row 6, against one BatchNorm2d per level", PYRAMID, partial(make_row, 6), BatchNormPerLevel, sees_all=True
+    ),
+]

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
-from bench.harness import CHANNELS, Comparison, OnEveryFeature
+from bench.harness import CHANNELS, IMAGES, Comparison
 from bnext import BatchNorm2d
 
-__all__ = ["IMAGES", "list_comparisons"]
+__all__ = ["COMPARISONS"]
 
-IMAGES = {"p4": (16, CHANNELS, 50, 84)}
-
-
-def list_comparisons() -> list[Comparison]:
-    """BN."""
-    return [
-        Comparison(
-            "BN, against BatchNorm2d",
-            IMAGES,
-            lambda: OnEveryFeature(BatchNorm2d(CHANNELS)),
-            lambda: OnEveryFeature(nn.BatchNorm2d(CHANNELS)),
-        )
-    ]
+COMPARISONS = [
+    Comparison("BN, against BatchNorm2d", IMAGES, partial(BatchNorm2d, CHANNELS), partial(nn.BatchNorm2d, CHANNELS))
+]

@@ -39,7 +39,8 @@ from bnext.evaluation.tables import format_rows
 from bnext.heads import forward_statistics
 
 CONFIG = Path(__file__).parents[1] / "projects/RethinkingBatchNorm/configs/digits/table5_row1.yaml"
-BATCH_SIZE = 8  # of fvcore's batches
+TOLERANCE = 0.01  # of our runs
+NUM_BATCHES, BATCH_SIZE = 500, 8  # of fvcore's run; as many images are our limit
 
 
 @dataclass(frozen=True)
@@ -81,45 +82,44 @@ def make_detectors(weights: str) -> tuple[nn.Module, nn.Module]:
     return ours, theirs
 
 
-def reach_tolerance(model: nn.Module, batch_size: int, tolerance: float, limit: int) -> Figure:
+def reach_tolerance(model: nn.Module, batch_size: int) -> Figure:
     """Ours, until the standard error is below the tolerance."""
     start = time.perf_counter()
     report = recompute_population_statistics(
         model,
         load_batches(batch_size),
-        num_samples=limit,
-        tolerance=tolerance,
+        num_samples=NUM_BATCHES * BATCH_SIZE,
+        tolerance=TOLERANCE,
         forward=forward_statistics,
         layers=is_level_norm,
     )
     seconds = time.perf_counter() - start
 
     errors = [estimate.error for estimate in report.reached]
-    half = report.num_samples * (statistics.median(errors) / tolerance) ** 2  # errors fall with the root of the number
-    name = f"ours, to {100 * tolerance:g} %, batches of {batch_size}"
+    half = report.num_samples * (statistics.median(errors) / TOLERANCE) ** 2  # errors fall with the root of the number
+    name = f"ours, to {100 * TOLERANCE:g} %, batches of {batch_size}"
     return Figure(name, report.num_samples, seconds, max(errors), half)
 
 
-def run_fvcore(model: Any, num_batches: int) -> Figure:
+def run_fvcore(model: Any) -> Figure:
     """fvcore's, which knows no error."""
     model.train()
     model.backbone.eval()
 
     start = time.perf_counter()
     with EventStorage():
-        update_bn_stats(model, load_batches(BATCH_SIZE), num_batches)
+        update_bn_stats(model, load_batches(BATCH_SIZE), NUM_BATCHES)
     seconds = time.perf_counter() - start
 
-    return Figure(f"fvcore, {num_batches} batches of {BATCH_SIZE}", num_batches * BATCH_SIZE, seconds)
+    return Figure(f"fvcore, {NUM_BATCHES} batches of {BATCH_SIZE}", NUM_BATCHES * BATCH_SIZE, seconds)
 
 
-def run_all(weights: str, tolerance: float, num_batches: int, file: str | None) -> None:
+def run_all(weights: str, file: str | None) -> None:
     """Print the table, and write the figures if a file is named."""
     ensure_digits()
     ours, theirs = make_detectors(weights)
 
-    figures = [reach_tolerance(ours, size, tolerance, num_batches * BATCH_SIZE) for size in (2, BATCH_SIZE)]
-    figures.append(run_fvcore(theirs, num_batches))
+    figures = [reach_tolerance(ours, 2), reach_tolerance(ours, BATCH_SIZE), run_fvcore(theirs)]
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(format_figures(figures))
@@ -142,17 +142,14 @@ def format_figures(figures: Sequence[Figure]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        prog="python -m bench.population_statistics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m bench.population_statistics", description=__doc__, formatter_class=as_written
     )
     parser.add_argument("--weights", default="", help="a checkpoint of row 1 (default: weights of the beginning)")
-    parser.add_argument("--tolerance", type=float, default=0.01, help="of our runs (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=500, help="of fvcore, and our limit (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv)
-    return run_command(lambda: run_all(args.weights, args.tolerance, args.batches, args.json))
+    return run_command(lambda: run_all(args.weights, args.json))
 
 
 if __name__ == "__main__":

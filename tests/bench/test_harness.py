@@ -10,12 +10,12 @@ from torch import nn
 
 from bench import __main__ as command
 from bench import dealt
-from bench.harness import Comparison, OnEveryFeature, draw_features, measure_difference
+from bench.harness import Comparison, draw_features, measure_difference
 from bnext.errors import BNextError
 from tests.workers import run_workers
 
 TINY = {"a": (4, 3, 5, 2), "b": (2, 3, 1, 4)}
-CLAIMED = [comparison for claim in command.CLAIMS.values() for comparison in claim.list_comparisons()]
+CLAIMED = [comparison for claim in command.CLAIMS.values() for comparison in claim.COMPARISONS]
 
 
 class DetachedMean(nn.BatchNorm2d):
@@ -41,7 +41,7 @@ class Broken(nn.BatchNorm2d):
 
 
 def norm(kind=nn.BatchNorm2d, **options):
-    return OnEveryFeature(kind(3, **options))
+    return kind(3, **options)
 
 
 def tiny(make_other, differs=""):
@@ -78,7 +78,7 @@ def test_unequal_arms_are_refused(make_other, fault):
 
 def test_a_claim_from_end_to_end(monkeypatch, tmp_path, capsys):
     comparisons = [tiny(norm), dataclasses.replace(tiny(lambda: norm(eps=1.0), "another eps"), layouts=("NCHW",))]
-    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(list_comparisons=lambda: comparisons)})
+    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(COMPARISONS=comparisons)})
     assert command.main(["--only", "tiny", "--json", str(tmp_path / "bench.json")]) == 0
 
     table = capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_a_claim_from_end_to_end(monkeypatch, tmp_path, capsys):
 
 
 def test_few_pairs_are_refused(monkeypatch, capsys):
-    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(list_comparisons=lambda: [tiny(norm)])})
+    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(COMPARISONS=[tiny(norm)])})
     assert command.main(["--runs", "10"]) == 2
     assert "runs" in capsys.readouterr().err
 
@@ -106,7 +106,7 @@ def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
 
 def prove_on_workers(rank):
     torch.manual_seed(rank)
-    return {one.name: prove(one)[0] for one in dealt.list_comparisons() if one.num_workers > 1}
+    return {one.name: prove(one)[0] for one in dealt.COMPARISONS if one.num_workers > 1}
 
 
 def test_arms_on_two_workers_are_equal_or_say_why_not():
