@@ -29,5 +29,6 @@ COMPARISONS = [
         IMAGES,
         partial(BatchNorm2d, CHANNELS, NormSpec(normalization_batch_size=SIZE)),
         partial(ChunkedBatchNorm, CHANNELS),
+        averages_differ="of chunks, each counts as a mini-batch",
     )
 ]

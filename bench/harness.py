@@ -21,8 +21,8 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 from bnext.errors import BNextError
-from bnext.evaluation.tables import format_rows
 from bnext.files import write_json
+from bnext.tables import format_rows
 
 __all__ = ["CHANNELS", "IMAGES", "MIN_PAIRS", "Comparison", "Result", "format_results", "run", "write_figures"]
 
@@ -45,6 +45,7 @@ class Comparison:
         make_ours, make_other: build an arm in training mode; module-level functions or partials of them where there
             are workers, which import them.
         differs: why the arms cannot give the same numbers, for the reader of the table; "": they must.
+        averages_differ: why running statistics are not the same although outputs are; "": they must be.
         sees_all: whether an arm maps all features, by name, in one call; else each alone.
         layouts: memory formats to time, keys of `LAYOUTS`.
         num_workers: 1: this process; else so many gloo workers on this machine, each with features of its own.
@@ -55,6 +56,7 @@ class Comparison:
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
     differs: str = ""
+    averages_differ: str = ""
     sees_all: bool = False
     layouts: tuple[str, ...] = tuple(LAYOUTS)
     num_workers: int = 1
@@ -66,7 +68,7 @@ class Result:
 
     Args:
         name, layout, num_workers, differs: see `Comparison`.
-        difference: largest relative difference of outputs and gradients in float64.
+        difference: largest relative difference of outputs, gradients and averages in float64.
         num_pairs: of runs.
         ours_ms, other_ms: medians of forward and backward, in milliseconds.
         median, lowest, highest: of other / ours, over pairs; above 1 ours is faster.
@@ -163,6 +165,9 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
     ours = _compute(comparison.make_ours(), features, grads, comparison.sees_all)
     other = _compute(comparison.make_other(), features, grads, comparison.sees_all)
 
+    if comparison.averages_differ:
+        ours = {name: value for name, value in ours.items() if not name.startswith("the average")}
+
     differences = torch.empty(len(ours), dtype=torch.float64)
     for index, (name, value) in enumerate(ours.items()):
         largest = other[name].abs().max().clamp(min=1)
@@ -172,10 +177,10 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
     if not comparison.differs and not worst <= TOLERANCE:  # nor NaN
         raise BNextError.of(
             "both arms",
-            f"give the same outputs and gradients in float64, to {TOLERANCE:g}",
+            f"give the same outputs, gradients and averages in float64, to {TOLERANCE:g}",
             got=f"a difference of {worst:.2g} in {name}",
             where=comparison.name,
-            remedy="Mend an arm; where they cannot be equal say why in `differs`.",
+            remedy="Mend an arm; where they cannot be equal say why in `differs` or `averages_differ`.",
         )
     return worst
 
@@ -185,7 +190,7 @@ def _forward(arm: nn.Module, features: Features, sees_all: bool) -> Features:
 
 
 def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool) -> dict[str, Tensor]:
-    """Outputs and gradients in float64; those of the affines are summed over norms and workers, whose names differ."""
+    """Outputs, gradients and averages in float64; of the affines summed over norms and workers, whose names differ."""
     arm = arm.double()
     features = {name: feature.double().requires_grad_() for name, feature in features.items()}
     affines: dict[str, list[Tensor]] = {"weight": [], "bias": []}
@@ -205,6 +210,10 @@ def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool
         if dist.is_initialized():
             dist.all_reduce(total)
         numbers[f"the gradient of {name}"] = total
+    for name in ("running_mean", "running_var"):
+        buffers = [buffer for path, buffer in arm.named_buffers() if path.rpartition(".")[2] == name]
+        if buffers:
+            numbers[f"the average {name}"] = torch.stack(buffers)
     return numbers
 
 

@@ -35,8 +35,8 @@ from bnext.config import load_config
 from bnext.data.catalog import ensure_digits
 from bnext.data.loader import build_train_loader
 from bnext.evaluation.reestimate import is_level_norm
-from bnext.evaluation.tables import format_rows
 from bnext.heads import forward_statistics
+from bnext.tables import format_rows
 
 CONFIG = Path(__file__).parents[1] / "projects/RethinkingBatchNorm/configs/digits/table5_row1.yaml"
 TOLERANCE = 0.01  # of our runs

@@ -7,6 +7,7 @@ generator is among them because Detectron2's augmentations draw from it.
 
 from __future__ import annotations
 
+import enum
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,23 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "seed_everything", "seeded"]
+__all__ = ["Purpose", "derive_seed", "seed_everything", "seeded"]
+
+
+class Purpose(enum.IntEnum):
+    """What a seed is for, so that no two purposes draw the same numbers. A new one takes a new number."""
+
+    SHUFFLE = 1
+    AUGMENT = 2
+    REPLACE = 3  # an image that cannot be used
+    STEP = 4
+    INITIALIZE = 5
+    LOAD_VIRTUAL = 6
+    RUN_VIRTUAL = 7
+    REESTIMATE = 8
+    VALIDATE = 10
+    ORDER = 11
+    LOAD_VALIDATION = 12
 
 
 def derive_seed(*entropy: int) -> int:

@@ -1,6 +1,6 @@
 """Checkpoints that are whole on disk, that fit the model, and whose norm state is converted openly.
 
-How one form of norm state becomes another is in `bnext.surgery.convert`.
+How one form of norm state becomes another is in `bnext.surgery.convert_state`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from bnext.engine import train
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
-from bnext.evaluation.tables import format_rows
 from bnext.files import write_json
 from bnext.studies.pictures import draw_detections
 from bnext.studies.runner import find_final_model, prepare_folder, set_up_logging, timed
+from bnext.tables import format_rows
 
 __all__ = ["run_demo"]
 

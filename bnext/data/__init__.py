@@ -1,1 +1,1 @@
-"""Data sets: the embedded digits set, the catalog entries, the check before training, the loaders."""
+"""Data sets: the embedded digits set, the catalog entries, the check before training, samplers, loaders."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnext.data.records import Record, has_labels, load_records
 from bnext.distributed.groups import count_cores
 from bnext.errors import ConfigError, DatasetError
-from bnext.seeding import derive_seed
+from bnext.seeding import Purpose, derive_seed
 
 __all__ = [
     "CheckedMapper",
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 _DOMAIN = "bnext_domain"  # in a record: the domain of its image
-_ORDER = 11  # what the derived seed is for
 
 
 class CheckedMapper:
@@ -200,7 +199,7 @@ def build_shuffled_batches(
         if domains:
             added = [{**record, _DOMAIN: domains[index]} for record in added]
 
-        order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), _ORDER, index)).permutation(len(added))
+        order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), Purpose.ORDER, index)).permutation(len(added))
         parts.append(_cut(len(records) + order, cfg.SOLVER.IMS_PER_BATCH))
         records += added
 

@@ -21,12 +21,11 @@ from bnext.data.batches import CheckedMapper, limit_loader_workers, load_batches
 from bnext.data.records import Record, load_train_records
 from bnext.data.samplers import BatchSampler, Sample, build_sampler
 from bnext.errors import DatasetError
-from bnext.seeding import derive_seed, seeded
+from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
 
 Mapper = Callable[[Record], Record | None]
-_AUGMENT, _REPLACE = 2, 3  # what the derived seeds are for
 _MAX_REPLACEMENTS = 100
 
 
@@ -52,9 +51,9 @@ class MappedDataset(Dataset[Record]):
 
     def __getitem__(self, sample: Sample) -> Record:
         position, index = sample
-        others = np.random.default_rng(derive_seed(self.seed, _REPLACE, position))
+        others = np.random.default_rng(derive_seed(self.seed, Purpose.REPLACE, position))
 
-        with seeded(derive_seed(self.seed, _AUGMENT, position)):
+        with seeded(derive_seed(self.seed, Purpose.AUGMENT, position)):
             for _ in range(_MAX_REPLACEMENTS):
                 mapped = self.mapper(self.records[index])
                 if mapped is not None:

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 
 from bnext.data.records import Record
 from bnext.errors import ConfigError
-from bnext.seeding import derive_seed
+from bnext.seeding import Purpose, derive_seed
 
 __all__ = [
     "BatchSampler",
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 Sample = tuple[int, int]  # position in the stream, index in the data set
-_SHUFFLE = 1  # what the derived seed is for
 
 
 def build_sampler(cfg: CfgNode, records: Sequence[Record], seed: int) -> BatchSampler:
@@ -64,7 +63,7 @@ def shuffle_forever(size: int, seed: int, start: int = 0) -> Iterator[Sample]:
     """
     epoch, offset = divmod(start, size)
     while True:
-        order = np.random.default_rng(derive_seed(seed, _SHUFFLE, epoch)).permutation(size)
+        order = np.random.default_rng(derive_seed(seed, Purpose.SHUFFLE, epoch)).permutation(size)
         for place in range(offset, size):
             yield epoch * size + place, int(order[place])
 

@@ -1,4 +1,4 @@
-"""Which workers share something. Alone, every answer is the identity."""
+"""Groups of workers that share something. Alone, every answer is the identity."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from bnext.distributed.equal_buffers import equalize_buffers
-from bnext.seeding import derive_seed, seed_everything
+from bnext.seeding import Purpose, derive_seed, seed_everything
 
 __all__ = [
     "EqualizeBuffers",
@@ -27,8 +27,6 @@ __all__ = [
     "SeedSteps",
     "is_due",
 ]
-
-_STEP = 4  # what the derived seed is for
 
 
 def is_due(iteration: int, period: int, max_iter: int) -> bool:
@@ -46,7 +44,7 @@ class SeedSteps(HookBase):
     """Make what a step draws at random (RoI sampling, dropout) depend on seed, iteration and worker only."""
 
     def before_step(self) -> None:
-        seed_everything(derive_seed(self.trainer.seed, _STEP, self.trainer.iter, comm.get_rank()))
+        seed_everything(derive_seed(self.trainer.seed, Purpose.STEP, self.trainer.iter, comm.get_rank()))
 
 
 class EqualizeBuffers(HookBase):

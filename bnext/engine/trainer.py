@@ -44,11 +44,10 @@ from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
-from bnext.seeding import derive_seed, seeded
+from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "evaluate", "train"]
 
-_INITIALIZE = 5  # what the derived seed is for
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
 
 
@@ -87,7 +86,7 @@ class Trainer(DefaultTrainer):
         cfg.SEED = self.seed = share_seed(cfg.SEED)
         cfg.freeze()
 
-        with seeded(derive_seed(self.seed, _INITIALIZE)):
+        with seeded(derive_seed(self.seed, Purpose.INITIALIZE)):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)

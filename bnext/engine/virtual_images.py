@@ -19,11 +19,9 @@ from bnext.errors import ConfigError
 from bnext.heads import forward_statistics
 from bnext.layers import virtual_samples
 from bnext.layers.walk import find_bnext_norms
-from bnext.seeding import derive_seed, seeded
+from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["VirtualImages", "build_virtual_images"]
-
-_LOAD, _RUN = 6, 7  # what the derived seeds are for
 
 
 class VirtualImages(HookBase):
@@ -47,7 +45,7 @@ class VirtualImages(HookBase):
 
     def before_train(self) -> None:
         if isinstance(self._loader, TrainLoader):
-            self._loader.sampler.seed = derive_seed(self.trainer.seed, _LOAD)
+            self._loader.sampler.seed = derive_seed(self.trainer.seed, Purpose.LOAD_VIRTUAL)
             self._loader.sampler.start_iteration = self.trainer.start_iter
 
         self._batches = iter(self._loader)
@@ -59,7 +57,7 @@ class VirtualImages(HookBase):
             self._scope.enter_context(virtual_samples(self._model, images, forward=self._run))
 
     def _run(self, model: nn.Module, images: Any) -> None:
-        seed = derive_seed(self.trainer.seed, _RUN, self.trainer.iter, comm.get_rank())
+        seed = derive_seed(self.trainer.seed, Purpose.RUN_VIRTUAL, self.trainer.iter, comm.get_rank())
         device = next(model.parameters()).device.type
 
         with seeded(seed), EventStorage(self.trainer.iter), torch.autocast(device, enabled=self._uses_amp):

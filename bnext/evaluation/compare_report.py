@@ -10,9 +10,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from bnext.evaluation.tables import format_rows
 from bnext.files import replace_file
 from bnext.repair.kinds import KINDS
+from bnext.tables import format_rows
 
 __all__ = ["describe_reading", "draw_comparison", "describe_rows", "format_comparison"]
 

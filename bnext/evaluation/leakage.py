@@ -22,7 +22,6 @@ from bnext.checkpoints.checkpointer import load_model
 from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with
-from bnext.evaluation.tables import format_rows
 from bnext.files import replace_file, write_json
 from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
@@ -30,6 +29,7 @@ from bnext.layers import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.scope.statistics import answering
 from bnext.seeding import seeded
+from bnext.tables import format_rows
 
 __all__ = ["WAYS", "draw_leakage", "evaluate_leakage", "format_leakage", "show_leakage", "use_inference"]
 

@@ -18,16 +18,16 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.data.loader import build_train_loader
 from bnext.errors import ConfigError
-from bnext.evaluation.tables import format_rows
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.layers.walk import Selection
 from bnext.scope.model import drawing_from
-from bnext.seeding import derive_seed
+from bnext.seeding import Purpose, derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.observe import select_norms
+from bnext.tables import format_rows
 
 __all__ = [
     "format_report",
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 Forward = Callable[[nn.Module, Any], object]
-_RECOMPUTE = 8  # what the derived seed is for
 
 
 def is_level_norm(path: str, module: nn.Module) -> bool:
@@ -85,7 +84,7 @@ def recompute_statistics(
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
 
-    seed = derive_seed(max(cfg.SEED, 0), _RECOMPUTE, comm.get_rank())
+    seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
     with drawing_from(model, seed):  # what the loader draws
         report = recompute_population_statistics(
             model,

@@ -1,4 +1,4 @@
-"""The losses on held-out labelled images, without a trace in the model: as a function, and as a hook of a training."""
+"""The losses on held-out labelled images, without a trace in the model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from bnext.errors import StatisticsError, check_choice
 from bnext.layers.shuffled import shares_work
 from bnext.scope import frozen_statistics
 from bnext.scope.model import restoring
-from bnext.seeding import derive_seed
+from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.arguments import check_data
 
 __all__ = ["Statistics", "compute_validation_loss", "find_device"]
 
 Forward = Callable[[nn.Module, Any], object]
 Statistics = Literal["population", "mini_batch"]
-_VALIDATE, _LOAD = 10, 12  # what the derived seeds are for
 _WHERE = "compute_validation_loss"
 
 
@@ -97,14 +96,14 @@ def compute_validation_loss(
     num_images = 0
 
     # What the loader draws, too: torch's takes a seed from the global generator, and augmentations may run here.
-    with torch.no_grad(), restoring(model, seed=derive_seed(seed, _LOAD, rank)):
+    with torch.no_grad(), restoring(model, seed=derive_seed(seed, Purpose.LOAD_VALIDATION, rank)):
         if statistics == "population":
             equalize_buffers(model)
         with _as_in_training(model, by_population=statistics == "population"):
             shares = shares_work(model)
             rounds = LockStep(batches, find_device(model), _WHERE, shares_work=shares, repeats_last=True)
             for batch, is_new in rounds:
-                batch_seed = derive_seed(seed, _VALIDATE, rounds.num_rounds - 1, rank)
+                batch_seed = derive_seed(seed, Purpose.VALIDATE, rounds.num_rounds - 1, rank)
                 losses = rounds.run(partial(_measure, model, batch, forward, batch_seed))
                 if losses is None or not is_new:
                     continue

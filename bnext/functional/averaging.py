@@ -1,4 +1,4 @@
-"""How running statistics take in the moments of a new mini-batch."""
+"""The moments of a new mini-batch, taken into running statistics."""
 
 from __future__ import annotations
 

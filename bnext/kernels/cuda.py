@@ -1,4 +1,8 @@
-"""The passes on CUDA: torch's own kernels, which keep their digits in every type and memory format."""
+"""The passes on CUDA: torch's own kernels, which keep their digits in every type and memory format.
+
+A norm that is a mini-batch of its own does not come here, but goes to torch's batch norm as one kernel; groups, shared
+levels, domains, several workers and renorm do, and a compiler gets the formula.
+"""
 
 from __future__ import annotations
 

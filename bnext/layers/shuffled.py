@@ -41,7 +41,7 @@ OTHER_SHAPES = Refusal(
 
 
 class _Route(NamedTuple):
-    """How samples get to the workers that they were dealt to.
+    """The way of samples to the workers that they were dealt to.
 
     Args:
         order: [N], own samples sorted by destination.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from bnext.errors import ConfigError, check_choice
 
@@ -29,7 +29,6 @@ TABLE5_ROWS: dict[int, tuple[Sharing, Sharing, Sharing]] = {
     6: ("per_level", "per_level", "per_level"),
 }
 _OWNED = ("statistics", "population", "affine")
-_CHOICES = (*_OWNED, "training", "average", "inference", "frozen", "single_element")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,9 +103,9 @@ class NormSpec:
             raise ConfigError.of("domains", rule, got=repr(self.domains), where="NormSpec", remedy=remedy)
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
 
-        hints = get_type_hints(type(self))
-        for name in _CHOICES:
-            check_choice(name, getattr(self, name), get_args(hints[name]))
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                check_choice(name, getattr(self, name), get_args(hint))
         for rule in _RULES:
             rule.check(self)
 
@@ -135,7 +134,7 @@ class NormSpec:
 
     @property
     def owner(self) -> str | None:
-        """Which kind of source owns something: "per_level", "per_domain", or None."""
+        """The kind of source that owns something: "per_level", "per_domain", or None."""
         return next(iter(self._owned.values()), None)
 
     @property

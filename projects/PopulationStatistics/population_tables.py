@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from bnext.evaluation.tables import format_rows
 from bnext.files import replace_file
+from bnext.tables import format_rows
 
 __all__ = ["MOVING_AVERAGE", "draw_results", "format_tables"]
 

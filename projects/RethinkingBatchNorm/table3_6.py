@@ -18,8 +18,8 @@ from bnext.config.recipe import read_place
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers
 from bnext.errors import ConfigError
-from bnext.evaluation.tables import format_rows
 from bnext.studies.runner import check_rows, load_row, reuse_row, run_study, train_row
+from bnext.tables import format_rows
 
 __all__ = ["DEFAULT_ROWS", "ROWS", "Row", "check_names", "format_table", "load_rows", "order_rows", "run_rows"]
 

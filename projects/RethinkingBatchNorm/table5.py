@@ -16,9 +16,9 @@ from bnext.cli.train import build_parser, check_run
 from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.evaluation.reestimate import is_level_norm
-from bnext.evaluation.tables import format_rows
 from bnext.layers import TABLE5_ROWS, NormSpec
 from bnext.studies.runner import check_rows, load_row, reuse_row, run_study, train_row
+from bnext.tables import format_rows
 
 __all__ = ["PAPER_AP", "TRAINED_ROW", "format_table", "load_rows", "order_rows", "run_rows"]
 

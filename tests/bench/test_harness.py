@@ -40,6 +40,13 @@ class Broken(nn.BatchNorm2d):
         return super().forward(input) * (1.0 if len(input) == 4 else float("nan"))
 
 
+class ForgottenAverage(nn.BatchNorm2d):
+    """Outputs and gradients are right; the running statistics stay as they are."""
+
+    def forward(self, input):
+        return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.1, self.eps)
+
+
 def norm(kind=nn.BatchNorm2d, **options):
     return kind(3, **options)
 
@@ -67,6 +74,7 @@ def prove(comparison):
         (lambda: norm(eps=1e-6), "a difference"),
         (lambda: norm(DetachedMean), "the gradient of [ab]"),
         (lambda: norm(ForeignAffine), "the gradient of weight"),
+        (lambda: norm(ForgottenAverage), "the average running_(mean|var)"),
         (lambda: norm(Broken), "a difference of nan in the output b"),
     ],
 )

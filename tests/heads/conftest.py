@@ -1,4 +1,4 @@
-"""Detectors this small are slower on two threads than on one, and far slower when the threads must wait for a core."""
+"""One thread: detectors this small are slower on two, and far slower when the threads must wait for a core."""
 
 import pytest
 import torch

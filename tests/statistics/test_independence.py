@@ -173,4 +173,5 @@ def test_what_a_batch_draws_is_the_same_in_every_pass_and_after_other_draws(esti
     for number_before in (0, 5):
         torch.rand(number_before)
         recompute_population_statistics(make_net(NormSpec()), data, forward=forward, estimator=estimator, seed=3)
-    assert drawn == drawn[:3] * (len(drawn) // 3) and len(set(drawn)) == 3
+    assert drawn == drawn[:3] * (len(drawn) // 3)
+    assert len(set(drawn)) == 3
