@@ -3,9 +3,15 @@
 Shape letters in this folder: N samples, C channels, H W, L features (levels), B mini-batches, P parts, D domains.
 """
 
-from bnext.functional.averaging import update_running_statistics
-from bnext.functional.dealing import deal_samples
-from bnext.functional.grouping import Grouping, Groups, count_elements, divide_parts, group_samples, make_index
+from bnext.functional.grouping import (
+    Grouping,
+    Groups,
+    count_elements,
+    deal_samples,
+    divide_parts,
+    group_samples,
+    make_index,
+)
 from bnext.functional.moments import (
     Moments,
     batch_moments,
@@ -15,6 +21,7 @@ from bnext.functional.moments import (
     part_moments,
     sample_moments,
     stack_moments,
+    update_running_statistics,
 )
 from bnext.functional.normalize import normalize_parts
 from bnext.functional.standard_errors import Spread, merge_spreads, spread_of_batch, standard_errors

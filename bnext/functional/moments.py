@@ -1,4 +1,4 @@
-"""Moments of channels: how many elements, their mean, their variance; and how to merge them.
+"""Moments of channels: how many elements, their mean, their variance; how to merge them, and to average over steps.
 
 Everything here merges by Chan's formula. E[x^2] - E[x]^2 is never formed: in float32 it has no
 correct digit left once the mean is a thousand standard deviations (it even turns negative).
@@ -23,6 +23,7 @@ __all__ = [
     "part_moments",
     "sample_moments",
     "stack_moments",
+    "update_running_statistics",
 ]
 
 
@@ -170,3 +171,28 @@ def enlarge_parts(parts: Moments, extra: Sequence[Moments | None]) -> Moments:
     added = stack_moments([nothing if moments is None else moments for moments in extra])
     added = added._replace(count=added.count * (parts.count > 0))
     return merge_moments(stack_moments([parts, added]))
+
+
+def update_running_statistics(
+    running_mean: Tensor, running_var: Tensor, moments: Moments, momentum: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """Move running statistics towards the moments of a mini-batch, as torch's BatchNorm does.
+
+        running += momentum * (new - running),  with the variance of correction 1
+
+    Args:
+        running_mean, running_var: [C].
+        moments: count [], mean and var [C] of the mini-batch.
+        momentum: weight of the new value, 0 to 1.
+
+    Returns:
+        The new running mean and variance [C], in the types of the old ones. Both are the old values
+        where the mini-batch has fewer than two elements per channel: one element has no variance.
+    """
+    # In the wider type: the variance of half features may not fit into half statistics before it is averaged.
+    dtype = torch.promote_types(running_mean.dtype, moments.mean.dtype)
+    # Not torch.where(..., momentum, 0.0): two Python numbers make a float32, too short for float64 statistics.
+    weight = (moments.count >= 2).to(dtype) * momentum
+    mean = torch.lerp(running_mean.to(dtype), moments.mean.to(dtype), weight)
+    var = torch.lerp(running_var.to(dtype), moments.unbiased_var().to(dtype), weight)
+    return mean.to(running_mean.dtype), var.to(running_var.dtype)

@@ -6,10 +6,10 @@ import bnext.config
 import bnext.heads.architectures
 import bnext.heads.foreign_norms  # noqa: F401  both register classes
 from bnext.heads.places import give_norms, make_buildable
-from bnext.heads.retinanet import RetinaNetHead, forward_statistics
+from bnext.heads.retinanet import RetinaNetHead
 from bnext.heads.roi import mixing_images, tell_images
 from bnext.heads.rpn import RPNHead
-from bnext.heads.sampled_rois import forward_sampled_rois
+from bnext.heads.statistics import forward_sampled_rois, forward_statistics
 
 __all__ = [
     "RPNHead",

@@ -52,7 +52,7 @@ REMEDIES = {
     "RPN": "Set MODEL.PROPOSAL_GENERATOR.NAME to RPN and MODEL.RPN.HEAD_NAME to StandardRPNHead",
 }
 # C4's box head is the last stage of the backbone.
-NO_BOX_HEAD = "Set MODEL.ROI_HEADS.NAME to StandardROIHeads or CascadeROIHeads, with an FPN"
+NO_HEAD = "Set MODEL.ROI_HEADS.NAME to StandardROIHeads or CascadeROIHeads, with an FPN"
 
 
 def make_buildable(cfg: CfgNode, norms: NormRecipe) -> CfgNode:
@@ -165,7 +165,7 @@ def _make_spec(norm: Any, place: PlaceNorm) -> NormSpec:
 def _check_present(model: nn.Module, norm: PlaceNorm, parts: dict[str, nn.Module]) -> None:
     """Refuse a norm that the model has not, and keys of a batch norm where it has none."""
     place = PLACES[norm.place]
-    changed = [key for key in norm.changed if key != "SHUFFLE"]  # which heads of others may do with
+    changed = [key for key in norm.changed if key != "SHUFFLE" or not parts]  # which heads of others may do with
     # The names of a backbone's norms may be its own.
     is_chosen = norm.place != "RESNETS" and norm.name not in ("", place.default)
 
@@ -179,8 +179,8 @@ def _check_present(model: nn.Module, norm: PlaceNorm, parts: dict[str, nn.Module
         return
 
     remedy = REMEDIES.get(norm.place, f"Choose a head of detectron2 that heeds {place.norm}")
-    if norm.place == "ROI_BOX_HEAD" and not parts:
-        remedy = NO_BOX_HEAD
+    if place.sees_rois and not parts:
+        remedy = NO_HEAD
     raise ConfigError.of(
         key,
         f"keep its default in a model that has there {missing}",

@@ -13,15 +13,13 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, RetinaNet
 from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
-from torch import Tensor, nn
+from torch import Tensor
 
 from bnext.config.recipe import read_place, resolve_norms
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
-from bnext.layers.walk import find_norms
 
-__all__ = ["BNextRetinaNet", "RetinaNetHead", "forward_statistics"]
+__all__ = ["BNextRetinaNet", "RetinaNetHead"]
 
 
 class RetinaNetHead(detectron2_retinanet.RetinaNetHead):
@@ -75,30 +73,3 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
     model = RetinaNet(**arguments)
     give_norms(model, norms)
     return model
-
-
-def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
-    """The part of a dense detector's forward that its norms see: no predictors, anchors, matching, losses or NMS.
-
-    Args:
-        model: a RetinaNet or FCOS. The head of another package is run as a whole.
-        batch: records with "image" [3, H, W], as detectron2's mappers make them; no labels needed.
-    """
-    images = model.preprocess_image(batch)
-    features = model.backbone(images.tensor)
-    inputs = [features[level] for level in model.head_in_features]
-
-    if _can_skip_predictors(model.head):
-        model.head.forward_towers(inputs)
-    else:
-        model.head(inputs)
-
-
-def _can_skip_predictors(head: nn.Module) -> bool:
-    """Whether the towers are all that norms see: they have all norms, and nobody has overridden `forward` alone."""
-    owner = next(base for base in type(head).__mro__ if "forward" in vars(base))
-    if "forward_towers" not in vars(owner):
-        return False
-
-    others = [child for name, child in head.named_children() if name not in ("cls_subnet", "bbox_subnet")]
-    return not any(find_norms(child) for child in others)

@@ -16,7 +16,7 @@ from bnext.config.recipe import NormRecipe, PlaceNorm
 from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError, StatisticsError
 from bnext.heads.roi import find_roi_heads
-from bnext.layers import BatchNorm2d, deal_statistics, shuffle_features
+from bnext.layers import deal_statistics, shuffle_features
 
 __all__ = ["shuffle_heads"]
 
@@ -31,46 +31,19 @@ def shuffle_heads(model: Any, norms: NormRecipe) -> None:
         norms: of its places.
 
     Raises:
-        ConfigError: there is no such head, it has nothing that couples RoIs, or its features cannot be moved.
+        ConfigError: a head has nothing that couples RoIs, or its features cannot be moved.
     """
     for place, name in HEADS_OF_PLACES.items():
         norm = norms.places.get(place)
         if norm is None or norm.shuffle == "none":
             continue
 
-        heads = [head for other, head in find_roi_heads(model) if other == name]
-        _check_couples(heads, norm, model)
         _Teller(model.roi_heads, name, norm)
-        for head in heads:
-            if norm.shuffle == "statistics":
+        for other, head in find_roi_heads(model):
+            if other == name and norm.shuffle == "statistics":
                 _deal(head, norm)
-            else:
+            elif other == name:
                 _move_features(head, name, norm)
-
-
-def _check_couples(heads: list[nn.Module], norm: PlaceNorm, model: Any) -> None:
-    """Without a norm that couples RoIs a shuffle changes nothing; what a head of somebody else does is not known."""
-    key = f"MODEL.BNEXT.{norm.place}.SHUFFLE"
-    if not heads:  # C4's box head is the last stage of the backbone
-        raise ConfigError.of(
-            key,
-            "be 'none' where the RoI heads have no such head",
-            got=repr(norm.shuffle),
-            where=f"MODEL.ROI_HEADS.NAME is {type(getattr(model, 'roi_heads', None)).__name__!r}",
-            remedy="Take StandardROIHeads or CascadeROIHeads, or remove the key.",
-        )
-
-    kind = BatchNorm2d if norm.shuffle == "statistics" else _BatchNorm
-    for head in heads:
-        is_foreign = norm.shuffle == "features" and not type(head).__module__.startswith("detectron2.modeling.")
-        if not is_foreign and not any(isinstance(part, kind) for part in head.modules()):
-            raise ConfigError.of(
-                key,
-                "be 'none' in a head without batch norm",
-                got=repr(norm.shuffle),
-                where=type(head).__name__,
-                remedy=f"Set {PLACES[norm.place].norm} to BN, or remove the key.",
-            )
 
 
 def _deal(head: nn.Module, norm: PlaceNorm) -> None:
@@ -120,7 +93,14 @@ class _Teller:
 
 def _move_features(head: Any, name: str, norm: PlaceNorm) -> None:
     """The part of a head that maps features to features gets random RoIs; losses are made at home."""
-    where = f"roi_heads.{name}"
+    key, where = f"MODEL.BNEXT.{norm.place}.SHUFFLE", f"roi_heads.{name}"
+    # What a head of somebody else does is not known.
+    is_of_detectron2 = type(head).__module__.startswith("detectron2.modeling.")
+    if is_of_detectron2 and not any(isinstance(part, _BatchNorm) for part in head.modules()):
+        remedy = f"Set {PLACES[norm.place].norm} to BN, or remove the key."
+        rule = "be 'none' in a head without batch norm"
+        raise ConfigError.of(key, rule, got="'features'", where=type(head).__name__, remedy=remedy)
+
     head.shares_samples = True
 
     if isinstance(head, (BaseMaskRCNNHead, BaseKeypointRCNNHead)):
@@ -130,7 +110,7 @@ def _move_features(head: Any, name: str, norm: PlaceNorm) -> None:
         head.forward = _ShuffledCall(head, "forward", where)
     else:
         raise ConfigError.of(
-            f"MODEL.BNEXT.{norm.place}.SHUFFLE",
+            key,
             "be 'none' or 'statistics' in a head that is no BaseMaskRCNNHead or BaseKeypointRCNNHead of detectron2",
             got="'features'",
             where=type(head).__name__,

@@ -1,4 +1,4 @@
-"""The forward of a detector that its norms need: as little of it as they see."""
+"""The forwards of a detector for the statistics of its norms: as little of it as they see."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any, Literal, get_args
 
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from bnext.errors import check_choice
-from bnext.heads.retinanet import forward_statistics
-from bnext.heads.sampled_rois import forward_sampled_rois
+from bnext.layers.walk import find_norms
+from bnext.scope.model import setting
 
-__all__ = ["RoiChoice", "choose_forward"]
+__all__ = ["RoiChoice", "choose_forward", "forward_sampled_rois", "forward_statistics"]
 
 Forward = Callable[[nn.Module, Any], object]
 RoiChoice = Literal["sampled", "top_scored"]
@@ -44,3 +45,54 @@ def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sa
 
 def _forward_backbone(model: Any, batch: list[dict[str, Any]]) -> None:
     model.backbone(model.preprocess_image(batch).tensor)
+
+
+def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
+    """The part of a dense detector's forward that its norms see: no predictors, anchors, matching, losses or NMS.
+
+    Args:
+        model: a RetinaNet or FCOS. The head of another package is run as a whole.
+        batch: records with "image" [3, H, W], as detectron2's mappers make them; no labels needed.
+    """
+    images = model.preprocess_image(batch)
+    features = model.backbone(images.tensor)
+    inputs = [features[level] for level in model.head_in_features]
+
+    if _can_skip_predictors(model.head):
+        model.head.forward_towers(inputs)
+    else:
+        model.head(inputs)
+
+
+def _can_skip_predictors(head: nn.Module) -> bool:
+    """Whether the towers are all that norms see: they have all norms, and nobody has overridden `forward` alone."""
+    owner = next(base for base in type(head).__mro__ if "forward" in vars(base))
+    if "forward_towers" not in vars(owner):
+        return False
+
+    others = [child for name, child in head.named_children() if name not in ("cls_subnet", "bbox_subnet")]
+    return not any(find_norms(child) for child in others)
+
+
+def forward_sampled_rois(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+    """Run a detectron2 R-CNN on RoIs as SGD samples them: positives and negatives of labelled proposals.
+
+    In evaluation mode its heads would see the top-scored RoIs instead, of which most are background or, for a mask
+    head, all are detections.
+
+    Args:
+        model: a GeneralizedRCNN or what is derived from it.
+        batch: records with "image" [3, H, W] and "instances", as detectron2's mappers make them for training.
+
+    Note:
+        What the model reports of the run is dropped. Norms and other leaf modules keep their mode.
+    """
+    rois = getattr(model, "roi_heads", None)
+    heads = [getattr(rois, name, None) for name in ("mask_head", "keypoint_head")]
+    # The parts that choose RoIs by their mode, and none that computes otherwise in it.
+    parts = [model, getattr(model, "proposal_generator", None), rois, *heads]
+    routing = [part for part in parts if isinstance(part, nn.Module)]
+
+    # VIS_PERIOD asks for pictures of the training.
+    with setting(routing, training=True, vis_period=0), EventStorage():
+        model(batch)

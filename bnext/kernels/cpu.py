@@ -11,16 +11,7 @@ import torch
 from torch import Tensor
 
 from bnext.kernels import aten, formula
-from bnext.kernels.aten import backward_sums, feature_gradient, sample_statistics, scale_and_shift
-
-__all__ = [
-    "backward_sums",
-    "feature_gradient",
-    "feature_statistics",
-    "has_exact_batch_norm",
-    "sample_statistics",
-    "scale_and_shift",
-]
+from bnext.kernels.aten import backward_sums, feature_gradient, sample_statistics, scale_and_shift  # noqa: F401
 
 _BLOCK = 64  # rows of channels_last that are averaged at once
 _PIECE = _BLOCK**2  # rows whose statistics torch's kernel takes at once
