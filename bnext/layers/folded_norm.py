@@ -10,12 +10,32 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from bnext.errors import DomainError, StatisticsError
+from bnext.errors import DomainError, Refusal, StatisticsError
 from bnext.scope.domain import get_active_domain
 
 __all__ = ["FoldedNorm"]
 
 Features = TypeVar("Features", Tensor, Mapping[str, Tensor])
+
+FOLDED_IN_TRAINING = Refusal(
+    StatisticsError,
+    "a folded norm",
+    "not be trained",
+    "Call model.eval(), train the model before it is folded, or fold with allow_training=True: gradient descent on "
+    "folded weights is another optimization than that of a frozen norm.",
+)
+OTHER_LEVEL = Refusal(
+    StatisticsError,
+    "features",
+    "be of the levels {allowed}, which were folded",
+    "Fold a copy of the model for every level, or use the model that is not folded.",
+)
+OTHER_DOMAIN = Refusal(
+    DomainError,
+    "the active domain",
+    "be {domain!r}, which was folded",
+    "Fold a copy of the model for every domain, or use the model that is not folded.",
+)
 
 
 class FoldedNorm(nn.Module):
@@ -65,13 +85,7 @@ class FoldedNorm(nn.Module):
             DomainError: another domain is active than the one that was folded.
         """
         if self.training and not self.allow_training:
-            remedy = (
-                "Call model.eval(), train the model before it is folded, or fold with allow_training=True: "
-                "gradient descent on folded weights is another optimization than that of a frozen norm."
-            )
-            raise StatisticsError.of(
-                "a folded norm", "not be trained", got="training mode", where=self._where, remedy=remedy
-            )
+            raise FOLDED_IN_TRAINING.of("training mode", self.path)
 
         if isinstance(input, Mapping):
             self._check_levels(input)
@@ -79,18 +93,12 @@ class FoldedNorm(nn.Module):
             self._check_active_domain()
         return input
 
-    @property
-    def _where(self) -> str:
-        return self.path or type(self).__name__
-
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:
         allowed = (self.domain,) if self.domain else self.levels
 
         for level in features:
             if level not in allowed:
-                rule = f"be of the levels {allowed}, which were folded"
-                remedy = "Fold a copy of the model for every level, or use the model that is not folded."
-                raise StatisticsError.of("features", rule, got=repr(level), where=self._where, remedy=remedy)
+                raise OTHER_LEVEL.of(repr(level), self.path, allowed=allowed)
 
     def _check_active_domain(self) -> None:
         active = get_active_domain()
@@ -99,6 +107,4 @@ class FoldedNorm(nn.Module):
         for name in names:
             domain = name if name in self.domains else self.fallback_domain
             if domain != self.domain:
-                rule = f"be {self.domain!r}, which was folded"
-                remedy = "Fold a copy of the model for every domain, or use the model that is not folded."
-                raise DomainError.of("the active domain", rule, got=repr(name), where=self._where, remedy=remedy)
+                raise OTHER_DOMAIN.of(repr(name), self.path, domain=self.domain)

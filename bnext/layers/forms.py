@@ -63,7 +63,6 @@ class NormForm:
         affine, population: on the norm itself ("shared"), one for each of `owners`, or "none".
         owners: names of what owns something: levels or domains; numbers, if `is_numbered`.
         is_numbered: the owners have numbers for names, whose meaning is their order.
-        has_levels: the owners are levels, all of which the norm gets in one call.
         has_counter: num_batches_tracked is kept.
         eps: added to the variance.
         inference: what normalizes in evaluation mode; norms for which this is equal, and affine,
@@ -77,15 +76,9 @@ class NormForm:
     eps: float
     owners: tuple[str, ...] = ()
     is_numbered: bool = False
-    has_levels: bool = False
     has_counter: bool = True
     inference: tuple[object, ...] = ("population",)
     is_frozen: bool = False
-
-    @property
-    def sources(self) -> str:
-        """The word for the owners in messages."""
-        return "levels" if self.has_levels or self.is_numbered else "domains"
 
     @property
     def is_batch_norm(self) -> bool:
@@ -226,7 +219,6 @@ def _read_bnext(module: BatchNorm2d) -> NormForm:
         population=layouts[spec.population],
         eps=module.eps,
         owners=tuple(module.domains),
-        has_levels=isinstance(module, LevelBatchNorm2d),
         inference=inference,
         is_frozen=spec.has_frozen_statistics,
     )

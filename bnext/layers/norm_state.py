@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import CheckpointError, ConfigError
+from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.forms import AFFINE, POPULATION, NormForm
 
@@ -22,13 +22,32 @@ __all__ = ["Fields", "NormRecord", "Note", "read_norm", "read_state", "write_sta
 Fields = dict[str, Tensor]
 StateDict = Mapping[str, Tensor]
 
-NUMBERED = "numbered {sources} were read in the order {names}"
+NUMBERED = "numbered levels were read in the order {names}"
 MAPPED = "{target} was taken from {source}, as domain_map says"
 UNIT_AFFINE = "the source has no affine, so weight 1 and bias 0 were set; outputs are unchanged"
-DROPPED_OWNERS = "the source's state of {names} was left out: the target has no such {one}"
+DROPPED_OWNERS = "the source's state of {names} was left out: the target has no such level or domain"
 DROPPED_AFFINE = "the affine was left out: the norm has none"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
+
+UNKNOWN_KEY = Refusal(
+    CheckpointError,
+    "state of a batch norm",
+    "be of torch's names, by level or domain or not",
+    "Load a checkpoint of a model with such a batch norm there.",
+)
+OTHER_CHANNELS = Refusal(
+    CheckpointError,
+    "state of a batch norm",
+    "have the shape [{num_features}]",
+    "Load a checkpoint of a model with such a batch norm there.",
+)
+OTHER_NUMBER_OF_LEVELS = Refusal(
+    CheckpointError,
+    "numbered levels",
+    "be as many as the {number} levels or domains of the model",
+    "Set MODEL.RETINANET.IN_FEATURES as it was in training, or give a domain_map.",
+)
 
 
 class Note(NamedTuple):
@@ -76,14 +95,11 @@ def read_state(state_dict: StateDict, num_features: int, path: str) -> NormRecor
     by_owner: dict[str, Fields] = {}
     for key, value in state_dict.items():
         owner, _, field = key.rpartition(".")
-        rule = ""
+        got = f"{key!r} {list(value.shape)}"
         if field not in AFFINE + POPULATION or "." in owner:
-            rule = "be of torch's names, by level or domain or not"
-        elif field != "num_batches_tracked" and tuple(value.shape) != (num_features,):
-            rule = f"have the shape [{num_features}]"
-        if rule:
-            got, remedy = f"{key!r} {list(value.shape)}", "Load a checkpoint of a model with such a batch norm there."
-            raise CheckpointError.of("state of a batch norm", rule, got=got, where=path, remedy=remedy)
+            raise UNKNOWN_KEY.of(got, path)
+        if field != "num_batches_tracked" and tuple(value.shape) != (num_features,):
+            raise OTHER_CHANNELS.of(got, path, num_features=num_features)
         by_owner.setdefault(owner, {})[field] = value.detach()
 
     owners = [name for name in by_owner if name]
@@ -114,25 +130,23 @@ def write_state(
         record: what is known.
         form: of the norm that will hold it.
         path: of that norm, for errors.
-        domain_map: name in `form` -> name in `record`, where they differ; "" is what is shared.
+        domain_map: name in `form` -> name in `record`, where they differ; "" is what is shared. See `restrict_map`.
 
     Raises:
         CheckpointError: numbered owners whose number is not the other side's.
-        ConfigError: domain_map names something that is on neither side.
     """
     notes: list[Note] = []
     domain_map = domain_map or {}
 
     if not domain_map:
         record, notes = _match_numbers(record, form, path)
-    _check_map(domain_map, record, form, path)
     for target, source in domain_map.items():
         notes.append(Note(MAPPED.format(target=target or "what is shared", source=source or "what is shared")))
 
     if form.owners or domain_map:
         dropped = sorted(set(record.owners) - {*form.owners, *domain_map.values()})
         if dropped:
-            text = DROPPED_OWNERS.format(names=", ".join(dropped), one=form.sources[:-1])
+            text = DROPPED_OWNERS.format(names=", ".join(dropped))
             notes.append(Note(text, keeps_outputs=False))
 
     sources = {owner: domain_map.get(owner, owner) for owner in ("", *form.owners)}
@@ -149,9 +163,7 @@ def _match_numbers(record: NormRecord, form: NormForm, path: str) -> tuple[NormR
         return record, []
 
     if len(record.owners) != len(form.owners):
-        thing, rule = f"numbered {form.sources}", f"be as many as the {len(form.owners)} {form.sources} of the model"
-        remedy = "Set MODEL.RETINANET.IN_FEATURES as it was in training, or give a domain_map."
-        raise CheckpointError.of(thing, rule, got=len(record.owners), where=path, remedy=remedy)
+        raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(form.owners))
 
     names = dict(zip(record.owners, form.owners, strict=True))
     renamed = dataclasses.replace(
@@ -161,18 +173,7 @@ def _match_numbers(record: NormRecord, form: NormForm, path: str) -> tuple[NormR
         owners=form.owners,
     )
     order = form.owners if record.is_numbered else record.owners
-    sources = form.sources if record.is_numbered else "places"
-    return renamed, [Note(NUMBERED.format(sources=sources, names=", ".join(order)))]
-
-
-def _check_map(domain_map: Mapping[str, str], record: NormRecord, form: NormForm, path: str) -> None:
-    known, targets = {"", *record.owners, *record.affines, *record.populations}, ("", *form.owners)
-
-    for target, source in domain_map.items():
-        if source not in known or target not in targets:
-            rule = f"map names of the target, {targets!r}, to names of the source, {tuple(sorted(known))!r}"
-            got, where = f"{target!r}: {source!r}", path or "copy_norm_state"
-            raise ConfigError.of("domain_map", rule, got=got, where=where, remedy="Correct the name.")
+    return renamed, [Note(NUMBERED.format(names=", ".join(order)))]
 
 
 def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
@@ -218,15 +219,13 @@ def _write_shared(
     if shared is not None:
         return dict(shared), []
 
-    one = form.sources[:-1]
     merged = [fields for owner, fields in by_owner.items() if not form.owners or owner in sources.values()]
     if not merged:
-        names = f"any {one}" if form.owners else "it"
-        return {}, [Note(rules.missing.format(names=names), keeps_outputs=False)]
+        return {}, [Note(rules.missing.format(names="it"), keeps_outputs=False)]
 
     if all(_are_equal(fields, merged[0]) for fields in merged):
-        return dict(merged[0]), [Note(rules.equal.format(sources=form.sources))] if len(by_owner) > 1 else []
-    return rules.merge(merged), [Note(rules.merged.format(sources=form.sources), keeps_outputs=False)]
+        return dict(merged[0]), [Note(rules.equal)] if len(by_owner) > 1 else []
+    return rules.merge(merged), [Note(rules.merged, keeps_outputs=False)]
 
 
 def _write_owned(
@@ -245,7 +244,7 @@ def _write_owned(
 
     notes = []
     if copied:
-        notes.append(Note(rules.copied.format(one=form.sources[:-1], sources=form.sources)))
+        notes.append(Note(rules.copied))
     missing = [owner for owner in form.owners if owner not in owned and owner not in copied]
     if missing:
         notes.append(Note(rules.missing.format(names=", ".join(missing)), keeps_outputs=False))
@@ -303,17 +302,17 @@ class _Rules:
 
 _AFFINE_RULES = _Rules(
     _average_affines,
-    copied="the shared affine was copied to every {one}; outputs are unchanged",
-    equal="the affines of the {sources} are equal and became one; outputs are unchanged",
-    merged="the affines of the {sources} were averaged into one; outputs change, fine-tune before use",
+    copied="the shared affine was copied to every level or domain; outputs are unchanged",
+    equal="the affines of the levels or domains are equal and became one; outputs are unchanged",
+    merged="the affines of the levels or domains were averaged into one; outputs change, fine-tune before use",
     missing="the source holds no affine for {names}; the initial one is kept",
 )
 _POPULATION_RULES = _Rules(
     _merge_populations,
-    copied="the shared population statistics were copied to every {one}; the {sources}' own are unknown, "
+    copied="the shared population statistics were copied to every level or domain; their own are unknown, "
     "re-estimate them with recompute_population_statistics",
-    equal="the population statistics of the {sources} are equal and became one; outputs are unchanged",
-    merged="the population statistics of the {sources} were merged into one with equal weights; their element "
-    "counts are unknown, re-estimate them with recompute_population_statistics",
+    equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
+    merged="the population statistics of the levels or domains were merged into one with equal weights; their "
+    "element counts are unknown, re-estimate them with recompute_population_statistics",
     missing="the source holds no population statistics for {names}; re-estimate them",
 )

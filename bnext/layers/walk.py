@@ -1,4 +1,4 @@
-"""The one walk over a model to its batch norms: all of them, those of bnext, or those of others.
+"""The one walk over a model to its batch norms, all of them or those of bnext, and the way into their places.
 
 Norms of any form (GroupNorm, frozen norms, detectron2's lists), each at all its places, are found by
 `bnext.layers.forms.find_forms`.
@@ -6,14 +6,14 @@ Norms of any form (GroupNorm, frozen norms, detectron2's lists), each at all its
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.layers.batch_norm import BatchNorm2d, DomainState
 
-__all__ = ["Selection", "find_bnext_norms", "find_foreign_norms", "find_norms"]
+__all__ = ["Selection", "find_bnext_norms", "find_foreign_norms", "find_norms", "replace_modules"]
 
 Selection = Callable[[str, nn.Module], bool]
 
@@ -48,3 +48,11 @@ def find_bnext_norms(model: nn.Module) -> dict[str, BatchNorm2d]:
 def find_foreign_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Path -> batch norm that is not of bnext, see `find_norms`: it knows no spec, no domains and no groups."""
     return {path: norm for path, norm in find_norms(model).items() if not isinstance(norm, BatchNorm2d)}
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put other modules into the places of some: into all of them, where one has several."""
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        if module in replacements:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, replacements[module])

@@ -22,6 +22,7 @@ from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_no
 from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_leftovers
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
+from bnext.layers.walk import replace_modules
 from bnext.surgery.convert_state import Change, ConversionReport, check_map, copy_norm_state, restrict_map
 
 __all__ = ["NewNorm", "convert_norm"]
@@ -122,9 +123,7 @@ def convert_norm(
     check_map(domain_map, mapped)
     report.changes += _find_ties(model, {norm: path for path, norm, _ in norms})
 
-    for path, norm, _ in norms:  # everything is made, so nothing stops half-way
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, new_norms[norm])
+    replace_modules(model, new_norms)  # everything is made, so nothing stops half-way
     name_norms(model)
 
     report.title = f"{len(new_norms)} norms converted:"

@@ -219,6 +219,7 @@ def copy_norm_state(
         remedy = "Copy between norms of the same place."
         raise CheckpointError.of("source", rule, got=source_form.num_features, where=where, remedy=remedy)
 
+    check_map(domain_map, restrict_map(domain_map, form, source_form.owners))
     record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
     notes += _load(state, target)
@@ -288,24 +289,20 @@ def _settle_eps(source: NormForm, form: NormForm, target: nn.Module, adopt: bool
     return [Note(text.format(source=source.eps, target=form.eps, used=used))]
 
 
-# ---- maps of domains, for a whole model
+# ---- maps of domains
 
 
 def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
-    """The part of a model's `domain_map` that concerns one norm of this form, whose source has the `known` names."""
+    """The part of a `domain_map` that concerns one norm of this form, whose source has the `known` names."""
     names, targets = {"", *known}, {"", *form.owners}
     return {target: source for target, source in (domain_map or {}).items() if source in names and target in targets}
 
 
 def check_map(domain_map: Mapping[str, str] | None, used: Iterable[str]) -> None:
-    """Every name must have concerned some norm; a misspelt one is not passed over.
-
-    Raises:
-        ConfigError: one has not.
-    """
+    """Raise ConfigError where a name has concerned no norm: a misspelt one is not passed over."""
     unused = sorted((domain_map or {}).keys() - set(used))
 
     if domain_map and unused:
-        got = f"{unused[0]!r}: {domain_map[unused[0]]!r}, which no norm of the model has"
+        got = f"{unused[0]!r}: {domain_map[unused[0]]!r}, which no norm has"
         rule, remedy = "map a name in the new norms to a name in the old ones", "Correct the name, or leave it out."
         raise ConfigError.of("domain_map", rule, got=got, remedy=remedy)

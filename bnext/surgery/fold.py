@@ -18,7 +18,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.ownership import check_statistics
-from bnext.layers.walk import find_bnext_norms
+from bnext.layers.walk import find_bnext_norms, replace_modules
 from bnext.surgery.fold_pairs import Pair, find_pairs
 
 __all__ = ["FoldReport", "fold_norms"]
@@ -102,19 +102,19 @@ def fold_norms(
     _check_inference(matches)
     _check_domain(model, domain)
 
-    folded = []
+    folded: dict[nn.Module, nn.Module] = {}
+    parameters = []
     for pair in matches:
-        weight, bias = _fold_parameters(pair, domain)
-        folded.append((pair, weight, bias, _make_folded_norm(pair, domain, allow_training)))
+        name = _choose_domain(pair, domain)
+        parameters.append(_fold_parameters(pair, name))
+        folded[pair.norm] = _make_folded_norm(pair, name, allow_training)
 
-    for pair, weight, bias, norm in folded:
+    for pair, (weight, bias) in zip(matches, parameters, strict=True):
         conv = pair.conv
         bias_is_trained = conv.weight.requires_grad if conv.bias is None else conv.bias.requires_grad
         conv.bias = nn.Parameter(bias.to(conv.weight.device, conv.weight.dtype), bias_is_trained)
         conv.weight = nn.Parameter(weight.to(conv.weight.device, conv.weight.dtype), conv.weight.requires_grad)
-        for path in pair.norm_paths:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, norm)
+    replace_modules(model, folded)
 
     return FoldReport({pair.norm_path: pair.conv_path for pair in matches}, left, domain)
 
@@ -147,30 +147,30 @@ def _check_domain(model: nn.Module, domain: str | None) -> None:
         raise ConfigError.of("domain", rule, got=repr(domain), where="fold_norms", remedy="Name one, or leave it out.")
 
 
-def _choose_domain(norm: BatchNorm2d, path: str, domain: str | None) -> str:
+def _choose_domain(pair: Pair, domain: str | None) -> str:
     """The domain to fold a norm for; "" where all share everything."""
-    if not any(answer.startswith("per_") for answer in (norm.spec.population, norm.spec.affine)):
+    norm = pair.norm
+    if not isinstance(norm, BatchNorm2d) or "per_" not in norm.spec.population + norm.spec.affine:
         return ""
 
     name = norm.domains[0] if domain is None and len(norm.domains) == 1 else domain
     if name not in norm.domains:
         rule = f"be one of {', '.join(map(repr, norm.domains))}, whose statistics or affine differ"
         remedy = f"Choose one: fold_norms(model, {norm.domains[0]!r}); a folded model serves a single one."
-        raise ConfigError.of("domain", rule, got=repr(domain), where=path, remedy=remedy)
+        raise ConfigError.of("domain", rule, got=repr(domain), where=pair.norm_path, remedy=remedy)
     return name
 
 
 # ---- one pair
 
 
-def _fold_parameters(pair: Pair, domain: str | None) -> tuple[Tensor, Tensor]:
+def _fold_parameters(pair: Pair, domain: str) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that takes its norm in; float64 on the CPU."""
     conv, norm, path = pair.conv, pair.norm, pair.norm_path
     population: Any = norm
     affine: Any = norm
     if isinstance(norm, BatchNorm2d):
-        name = _choose_domain(norm, path, domain)
-        population, affine = norm.population_state(name), norm.affine_state(name)
+        population, affine = norm.population_state(domain), norm.affine_state(domain)
     if population.running_mean is None:
         remedy = "Use a norm that keeps them, and estimate them with recompute_population_statistics."
         raise StatisticsError.of("a norm to fold", "keep population statistics", got="none", where=path, remedy=remedy)
@@ -210,16 +210,14 @@ def _along_outputs(conv: Any, scale: Tensor) -> Tensor:
     return of_groups.repeat_interleave(conv.in_channels // conv.groups, dim=0)
 
 
-def _make_folded_norm(pair: Pair, domain: str | None, allow_training: bool) -> FoldedNorm:
-    norm, path = pair.norm, pair.norm_path
-    arguments: dict[str, Any] = {}
+def _make_folded_norm(pair: Pair, domain: str, allow_training: bool) -> FoldedNorm:
+    norm = pair.norm
+    names: dict[str, Any] = {}
 
-    if isinstance(norm, BatchNorm2d):
-        name = _choose_domain(norm, path, domain)
-        is_level_norm = isinstance(norm, LevelBatchNorm2d)
-        arguments = {"domain": name, "levels": norm.domains if is_level_norm else ()}
-        if name and not is_level_norm:
-            arguments |= {"domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
+    if isinstance(norm, LevelBatchNorm2d):
+        names = {"domain": domain, "levels": norm.domains}
+    elif isinstance(norm, BatchNorm2d) and domain:
+        names = {"domain": domain, "domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
 
-    folded = FoldedNorm(pair.conv.out_channels, **arguments, allow_training=allow_training, path=path)
-    return folded.train(norm.training)
+    folded = FoldedNorm(pair.conv.out_channels, **names, allow_training=allow_training, path=pair.norm_path)
+    return folded.eval()

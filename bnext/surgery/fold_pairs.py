@@ -35,16 +35,12 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transp
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A convolution and the norm of its output, with all places of the norm in the model."""
+    """A convolution and the norm of its output, each with its first place in the model."""
 
     conv: _ConvNd
     norm: nn.Module
     conv_path: str
-    norm_paths: tuple[str, ...]
-
-    @property
-    def norm_path(self) -> str:
-        return self.norm_paths[0]
+    norm_path: str
 
 
 class _Left(Exception):
@@ -89,7 +85,7 @@ def find_pairs(model: nn.Module, named: Iterable[tuple[str, str]] = ()) -> tuple
                 conv = vouched.get(norm) or structure.find_conv(norm)
                 _check_foldable(conv, norm)
                 structure.check_convolution(conv, norm)
-                pairs.append(Pair(conv, norm, structure.convs[conv][0], tuple(paths)))
+                pairs.append(Pair(conv, norm, structure.convs[conv][0], paths[0]))
             except _Left as reason:
                 left[paths[0]] = str(reason)
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.errors import ConfigError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
-from bnext.layers.walk import Selection, find_norms
+from bnext.layers.walk import Selection, find_norms, replace_modules
 
 __all__ = ["Freezable", "freeze_norms", "say_no_norm", "unfreeze_norms"]
 
@@ -72,10 +72,7 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
         if what != "affine" and not isinstance(norm, BatchNorm2d):
             replacements[norm] = _take_over(norm, path)
 
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if module in replacements:
-            parent, _, name = path.rpartition(".")
-            setattr(model.get_submodule(parent), name, replacements[module])
+    replace_modules(model, replacements)
     for norm in norms.values():
         parts = _frozen_parts(norm) | (_freezable_parts(norm) & _PARTS[what])
         _set_frozen(replacements.get(norm, norm), parts)
