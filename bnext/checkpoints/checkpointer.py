@@ -7,30 +7,70 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import OrderedDict
+import pickle
+import re
 from collections.abc import Iterable
 from http.client import HTTPException
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
+from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import Tensor, nn
 
-from bnext.checkpoints.state_file import UNREADABLE, check_is_state, explain_unreadable
-from bnext.errors import CheckpointError, list_few
+from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.files import replace_file
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_norms
 from bnext.surgery.convert_state import convert_norm_state, list_shared_keys
 from bnext.surgery.stored_specs import collect_norm_specs, compare_norm_specs
 
-__all__ = ["Checkpointer", "check_eval_weights", "find_required_keys", "load_model"]
+__all__ = ["Checkpointer", "check_eval_weights", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
+
+NO_FILE = Refusal(
+    CheckpointError,
+    "A checkpoint",
+    "be a file",
+    "Check the path, or set MODEL.WEIGHTS to '' to start from random weights.",
+)
+NOT_REACHED = Refusal(
+    CheckpointError,
+    "A checkpoint",
+    "be reachable at its address",
+    "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
+)
+UNREADABLE = Refusal(
+    CheckpointError,
+    "A checkpoint",
+    "be a whole file with a dictionary of tensors and plain values",
+    "Copy or train it again.",
+)
+HOLDS_CODE = Refusal(
+    CheckpointError,
+    "A checkpoint",
+    "hold tensors and plain values only",
+    "If you trust the file, load it with torch.load(file, weights_only=False), and save its state dict again with "
+    "torch.save({{'model': state_dict}}, file).",
+)
+NO_STATE = Refusal(
+    CheckpointError,
+    "A checkpoint",
+    "hold a state dict, tensors by name, alone or under 'model'",
+    "Save the model's state dict again with torch.save({{'model': state_dict}}, file).",
+)
+NORM_FOR_A_FOLDED_ONE = Refusal(
+    CheckpointError,
+    "a checkpoint of a model with norms",
+    "be loaded before it is folded",
+    "Build the model anew, load, then call fold_norms.",
+)
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -105,9 +145,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         is_address = "://" in path
         if path and not is_address and not os.path.isfile(path.split("?")[0]):
-            got, where = f"{path!r}, which does not exist", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint"
-            remedy = "Check the path, or set MODEL.WEIGHTS to '' to start from random weights."
-            raise CheckpointError.of("A checkpoint", "be a file", got=got, where=where, remedy=remedy)
+            raise NO_FILE.of(f"{path!r}, which does not exist", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint")
 
         self._path, self._complete, self._replaced = path, complete, tuple(replaced)
         self.left_out: list[str] = []
@@ -119,9 +157,7 @@ class Checkpointer(DetectionCheckpointer):
         except (OSError, HTTPException, AssertionError) as error:
             if not is_address:
                 raise
-            rule, got = "be reachable at its address", f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"
-            remedy = "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>."
-            raise CheckpointError.of("A checkpoint", rule, got=got, where=path, remedy=remedy) from error
+            raise NOT_REACHED.of(_name_error(error), path) from error
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
@@ -138,12 +174,17 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
             return super()._load_file(filename)
-        except UNREADABLE as error:
-            raise explain_unreadable(filename, error) from error
+        except Exception as error:  # whatever pickle and torch raise for a file that is cut, or of another kind
+            refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if refused:
+                got = f"a {refused[1]}, which torch does not load as it may run code"
+                raise HOLDS_CODE.of(got, filename) from error
+            raise UNREADABLE.of(_name_error(error), filename) from error
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        check_is_state(checkpoint["model"], self._path)
+        self._check_is_state(checkpoint["model"])
         self._convert_ndarray_to_tensor(checkpoint["model"])
+        _strip_prefix_if_present(checkpoint["model"], "module.")
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
 
@@ -162,7 +203,7 @@ class Checkpointer(DetectionCheckpointer):
             self._warn_of_unwritten({})
             return incompatible
 
-        stored = _strip_prefix(checkpoint["model"], "module.")
+        stored = checkpoint["model"]
         self._check_folded(stored)
         converted, report = convert_norm_state(stored, self.model)
         report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
@@ -170,27 +211,33 @@ class Checkpointer(DetectionCheckpointer):
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
         self._check_fit(converted)
 
-        state = OrderedDict(converted)
-        if hasattr(stored, "_metadata"):  # torch's versions of the modules
-            state._metadata = stored._metadata  # type: ignore[attr-defined]
-        checkpoint["model"] = state
+        checkpoint["model"] = converted
         incompatible = super()._load_model(checkpoint)
-        self._warn_of_unwritten(state)
+        self._warn_of_unwritten(converted)
         return incompatible
+
+    def _check_is_state(self, state: Any) -> None:
+        """Refuse what is not tensors by name."""
+        if not isinstance(state, dict):
+            raise NO_STATE.of(f"a {type(state).__name__}", self._path)
+
+        wrong = {key: value for key, value in state.items() if not isinstance(value, (Tensor, np.ndarray))}
+        if wrong or not all(isinstance(key, str) for key in state):
+            entries = [f"{key!r} ({type(value).__name__})" for key, value in (wrong or state).items()]
+            raise NO_STATE.of(f"a dictionary with {list_few(entries)}", self._path)
 
     def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
         """Give statistics that cannot be, of norms whose statistics are replaced, the values of a new norm."""
-        for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION)):
-            path = owner.removeprefix("module.")
+        for path in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION)):
             if not any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced):
                 continue
-            statistics = _select_statistics(state, owner)
+            statistics = _select_statistics(state, path)
             try:
                 check_variances(statistics, self._path)
             except CheckpointError:
                 self.left_out.append(path)
                 for name, value in statistics.items():
-                    state[f"{owner}.{name}"] = torch.full_like(value, float(name == "running_var"))
+                    state[f"{path}.{name}"] = torch.full_like(value, float(name == "running_var"))
 
         if self.left_out:
             logging.getLogger(__name__).warning(
@@ -202,15 +249,13 @@ class Checkpointer(DetectionCheckpointer):
         for path, module in self.model.named_modules():
             statistics = _select_statistics(state, path)
             if isinstance(module, FoldedNorm) and any(value.numel() for value in statistics.values()):
-                thing, rule = "a checkpoint of a model with norms", "be loaded before it is folded"
-                where, remedy = f"{path}; {self._path}", "Build the model anew, load, then call fold_norms."
-                raise CheckpointError.of(thing, rule, got="a norm for a folded one", where=where, remedy=remedy)
+                raise NORM_FOR_A_FOLDED_ONE.of("a norm for a folded one", f"{path}; {self._path}")
 
     def _check_fit(self, state: dict[str, Tensor]) -> None:
         """Refuse a checkpoint of another model, or one that must be complete and is not."""
         entries = self.model.state_dict()
         matching = {key for key, value in state.items() if key in entries and entries[key].shape == value.shape}
-        required = find_required_keys(self.model)
+        required = _find_required_keys(self.model)
         missing = [min(names) for names in required if not names & matching]
         if len(missing) < len(required) and not (self._complete and missing):
             return
@@ -271,28 +316,14 @@ def load_model(cfg: CfgNode, weights: str) -> nn.Module:
 
 
 def check_eval_weights(path: str) -> None:
-    """Refuse an evaluation without weights.
-
-    Args:
-        path: MODEL.WEIGHTS, where no last checkpoint is evaluated instead.
-
-    Raises:
-        CheckpointError: if it is empty.
-    """
+    """Raise CheckpointError where MODEL.WEIGHTS is empty, and no last checkpoint is evaluated instead."""
     if not path:
         remedy = "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
         raise CheckpointError.of("MODEL.WEIGHTS", "name the checkpoint to evaluate", got="''", remedy=remedy)
 
 
-def find_required_keys(model: nn.Module) -> list[frozenset[str]]:
-    """All that a complete checkpoint has: each parameter and norm statistic, with all its names.
-
-    Args:
-        model: any module; a parameter that several modules share counts once.
-
-    Returns:
-        One set of state-dict keys for each; one key of a set is enough.
-    """
+def _find_required_keys(model: nn.Module) -> list[frozenset[str]]:
+    """All names of each parameter and norm statistic: a complete checkpoint has one name of each."""
     names: dict[int, set[str]] = {}
     parameters = {id(parameter) for parameter in model.parameters()}
 
@@ -309,7 +340,5 @@ def _select_statistics(state: dict[str, Tensor], owner: str) -> dict[str, Tensor
     return {name: state[prefix + name] for name in _STATISTICS if prefix + name in state}
 
 
-def _strip_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    if not state or not all(key.startswith(prefix) for key in state):
-        return state
-    return {key[len(prefix) :]: value for key, value in state.items()}
+def _name_error(error: Exception) -> str:
+    return f"{type(error).__name__}: {''.join(str(error).splitlines()[:1])}"

@@ -7,14 +7,22 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from bnext.errors import CheckpointError
+from bnext.errors import CheckpointError, Refusal
 
 __all__ = ["read_caffe_state"]
 
-StateDict = Mapping[str, Tensor]
+NEVER_TRAINED = Refusal(
+    CheckpointError, "{key}", "be above 0 and finite", "The norm was never trained: use another checkpoint."
+)
+NO_INVERSE_STD = Refusal(
+    CheckpointError,
+    "{key}",
+    "hold 1 / sqrt(var + eps), so be above 0 and at most {most:g}",
+    "Set holds_inverse_std=False if it holds variances, or the eps that it was computed with.",
+)
 
 
-def read_caffe_state(state_dict: StateDict, *, holds_inverse_std: bool, eps: float) -> dict[str, Tensor]:
+def read_caffe_state(state_dict: Mapping[str, Tensor], *, holds_inverse_std: bool, eps: float) -> dict[str, Tensor]:
     """State of norms in the conventions of Caffe, in those of torch.
 
         mean = running_mean / scale_factor;   var = running_var / scale_factor, or 1 / running_var^2 - eps
@@ -43,26 +51,21 @@ def read_caffe_state(state_dict: StateDict, *, holds_inverse_std: bool, eps: flo
     converted = {}
 
     for key, value in state_dict.items():
-        prefix, dot, field = key.rpartition(".")
-        if field == "scale_factor":
-            continue
-        converted[key] = value
+        field = key.rpartition(".")[2]
         if field in ("running_mean", "running_var"):
-            wide = value.double() / _read_scale_factor(state_dict, f"{prefix}{dot}scale_factor")
+            factor_key = key.removesuffix(field) + "scale_factor"
+            factor = float(state_dict.get(factor_key, 1.0))
+            if not 0 < factor < float("inf"):
+                raise NEVER_TRAINED.of(factor, "read_caffe_state", key=factor_key)
+
+            wide = value.double() / factor
             if holds_inverse_std and field == "running_var":
                 wide = _invert_std(wide, eps, key)
             converted[key] = wide.to(value.dtype)
+        elif field != "scale_factor":
+            converted[key] = value
 
     return converted
-
-
-def _read_scale_factor(state_dict: StateDict, key: str) -> float:
-    factor = float(state_dict[key]) if key in state_dict else 1.0
-
-    if not 0 < factor < float("inf"):
-        remedy = "The norm was never trained: use another checkpoint."
-        raise CheckpointError.of(key, "be above 0 and finite", got=factor, where="read_caffe_state", remedy=remedy)
-    return factor
 
 
 def _invert_std(inverse: Tensor, eps: float, key: str) -> Tensor:
@@ -73,8 +76,6 @@ def _invert_std(inverse: Tensor, eps: float, key: str) -> Tensor:
     if bool(wrong.any()):
         channel = int(wrong.nonzero()[0])
         most = eps**-0.5 if eps else float("inf")
-        rule = f"hold 1 / sqrt(var + eps), so be above 0 and at most {most:g}"
         where = f"channel {channel}, read_caffe_state with eps={eps}"
-        remedy = "Set holds_inverse_std=False if it holds variances, or the eps that it was computed with."
-        raise CheckpointError.of(key, rule, got=f"{float(inverse[channel]):g}", where=where, remedy=remedy)
+        raise NO_INVERSE_STD.of(f"{float(inverse[channel]):g}", where, key=key, most=most)
     return var.clamp(min=0)

@@ -6,8 +6,10 @@ All forms of `bnext.layers.forms`, both ways. Norms inside a model are replaced 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -111,7 +113,8 @@ def convert_norm_state(
             or of other channels.
         ConfigError: domain_map names what no norm has.
     """
-    converted, report = dict(state_dict), ConversionReport()
+    converted = cast(dict[str, Tensor], copy.copy(state_dict))  # with torch's versions of the modules
+    report = ConversionReport()
     used: set[str] = set()
 
     for path, norm, form in find_forms(model):

@@ -7,14 +7,30 @@ from typing import Any, Literal, get_args
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.errors import ConfigError, check_choice
+from bnext.errors import ConfigError, Refusal, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import Selection, find_norms, replace_modules
 
-__all__ = ["Freezable", "freeze_norms", "say_no_norm", "unfreeze_norms"]
+__all__ = ["NO_NORM", "Freezable", "freeze_norms", "unfreeze_norms"]
 
 Freezable = Literal["both", "statistics", "affine"]
+
+NO_NORM = Refusal(
+    ConfigError, "model", "have a batch norm with {kind}", "Choose the norm when the model is built, or leave this out."
+)
+WRAPPED = Refusal(
+    ConfigError,
+    "model",
+    "not be in DistributedDataParallel when its affine is frozen or unfrozen",
+    "Do it before it is wrapped, or use the hook FreezeNorms.",
+)
+NO_STATISTICS_TO_FREEZE = Refusal(
+    ConfigError,
+    "A norm to freeze statistics of",
+    "have some, and be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm inside of a model",
+    "Leave it out with select, or convert it with convert_norm.",
+)
 
 _PARTS: dict[str, frozenset[str]] = {
     "none": frozenset(),
@@ -95,12 +111,6 @@ def unfreeze_norms(model: nn.Module, what: Freezable = "both", select: Selection
     return tuple(changed)
 
 
-def say_no_norm(kind: str, where: str) -> ConfigError:
-    """The error of a function that finds no norm of its kind."""
-    remedy = "Choose the norm when the model is built, or leave this out."
-    return ConfigError.of("model", f"have a batch norm with {kind}", got="none", where=where, remedy=remedy)
-
-
 def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, Any]:
     check_choice("what", what, get_args(Freezable), where="freeze_norms")
 
@@ -108,12 +118,10 @@ def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, 
     if what == "affine":
         norms = {path: norm for path, norm in norms.items() if "affine" in _freezable_parts(norm)}
     if not norms:
-        raise say_no_norm("an affine" if what == "affine" else "population statistics", "freeze_norms")
+        raise NO_NORM.of("none", "freeze_norms", kind="an affine" if what == "affine" else "population statistics")
 
     if what != "statistics" and isinstance(model, DistributedDataParallel):
-        rule = "not be in DistributedDataParallel when its affine is frozen or unfrozen"
-        remedy = "Do it before it is wrapped, or use the hook FreezeNorms."
-        raise ConfigError.of("model", rule, got="one that is", where="freeze_norms", remedy=remedy)
+        raise WRAPPED.of("one that is", "freeze_norms")
     return norms
 
 
@@ -136,12 +144,7 @@ def _check_statistics(path: str, norm: Any) -> None:
 
     for obstacle, is_there in obstacles.items():
         if is_there:
-            rule = "have some, and be of bnext, or a plain nn.BatchNorm2d or nn.SyncBatchNorm inside of a model"
-            thing, remedy = (
-                "A norm to freeze statistics of",
-                "Leave it out with select, or convert it with convert_norm.",
-            )
-            raise ConfigError.of(thing, rule, got=obstacle, where=path or "model", remedy=remedy)
+            raise NO_STATISTICS_TO_FREEZE.of(obstacle, path or "model")
 
 
 def _take_over(norm: Any, path: str) -> BatchNorm2d:

@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, Refusal
 from bnext.layers.walk import find_bnext_norms, find_norms
-from bnext.surgery.freezing import say_no_norm
+from bnext.surgery.freezing import NO_NORM
 
 __all__ = [
     "RENORM_D_MAX_POINTS",
@@ -26,6 +26,15 @@ __all__ = [
 ]
 
 Points = Sequence[Sequence[float]]
+
+NO_PAIRS = Refusal(
+    ConfigError, "{name}", "be one or more (iteration, value) pairs", "Write them as [[5000, 1.0], [40000, 3.0]]."
+)
+NO_NUMBERS = Refusal(ConfigError, "{name}", "hold finite numbers", "Correct it.")
+NOT_SORTED = Refusal(
+    ConfigError, "{name}", "have iterations that increase from 0 or more", "Sort the points, one for each iteration."
+)
+OUT_OF_RANGE = Refusal(ConfigError, "{name}", "be {rule}", "Correct the value.")
 
 # The limits of Batch Renormalization over the iterations: none for 5k, then relaxed to 3 at 40k and to 5 at 25k.
 # Ioffe, *Batch Renormalization*, 2017, training of Inception-v3.
@@ -73,21 +82,17 @@ def check_points(
     """
     is_list = isinstance(points, (list, tuple)) and len(points) > 0
     if not is_list or not all(isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
-        rule, remedy = "be one or more (iteration, value) pairs", "Write them as [[5000, 1.0], [40000, 3.0]]."
-        raise ConfigError.of(name, rule, got=repr(points), where=where, remedy=remedy)
+        raise NO_PAIRS.of(repr(points), where, name=name)
 
-    for iteration, value in points:
-        if not _is_number(iteration) or not _is_number(value):
-            raise ConfigError.of(
-                name, "hold finite numbers", got=f"{[iteration, value]!r}", where=where, remedy="Correct it."
-            )
+    for point in points:
+        if not all(_is_number(number) for number in point):
+            raise NO_NUMBERS.of(repr(point), where, name=name)
         if quantity is not None:
-            _check_value(quantity, value, name, where)
+            _check_value(quantity, point[1], name, where)
 
     iterations = [iteration for iteration, _ in points]
-    if iterations[0] < 0 or any(b <= a for a, b in zip(iterations, iterations[1:], strict=False)):
-        rule, remedy = "have iterations that increase from 0 or more", "Sort the points, one for each iteration."
-        raise ConfigError.of(name, rule, got=iterations, where=where, remedy=remedy)
+    if iterations[0] < 0 or iterations != sorted(set(iterations)):
+        raise NOT_SORTED.of(iterations, where, name=name)
     return [(float(iteration), float(value)) for iteration, value in points]
 
 
@@ -97,13 +102,13 @@ def _is_number(value: object) -> bool:
 
 def _check_value(quantity: str, value: Any, name: str, where: str) -> None:
     if quantity == "momentum":
-        rule, is_right = "be above 0 and at most 1", _is_number(value) and 0 < value <= 1
+        rule, is_right = "above 0 and at most 1", _is_number(value) and 0 < value <= 1
     else:
         least = 1 if quantity == "r_max" else 0
-        rule, is_right = f"be {least} or more", _is_number(value) and value >= least
+        rule, is_right = f"{least} or more", _is_number(value) and value >= least
 
     if not is_right:
-        raise ConfigError.of(name, rule, got=repr(value), where=where, remedy="Correct the value.")
+        raise OUT_OF_RANGE.of(repr(value), where, name=name, rule=rule)
 
 
 def set_momentum(model: nn.Module, momentum: float) -> tuple[str, ...]:
@@ -123,7 +128,7 @@ def set_momentum(model: nn.Module, momentum: float) -> tuple[str, ...]:
     _check_value("momentum", momentum, "momentum", "set_momentum")
     norms = {path: norm for path, norm in find_norms(model).items() if norm.momentum is not None}
     if not norms:
-        raise say_no_norm("a moving average", "set_momentum")
+        raise NO_NORM.of("none", "set_momentum", kind="a moving average")
 
     for norm in norms.values():
         norm.momentum = momentum
@@ -152,7 +157,7 @@ def set_renorm_limits(model: nn.Module, r_max: float | None = None, d_max: float
         _check_value(name, value, name, "set_renorm_limits")
     norms = {path: norm for path, norm in find_bnext_norms(model).items() if norm.spec.training == "renorm"}
     if not norms:
-        raise say_no_norm("training='renorm'", "set_renorm_limits")
+        raise NO_NORM.of("none", "set_renorm_limits", kind="training='renorm'")
 
     for norm in norms.values():
         for name, value in limits.items():

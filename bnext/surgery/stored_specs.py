@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.convert_state import Change
@@ -51,25 +50,19 @@ def compare_norm_specs(
     for path, norm in find_bnext_norms(model).items():
         if not any(owner == path or owner.startswith(f"{path}.") for owner in owners):
             continue
-        spec = dict((stored or {}).get(path, {}))
+        before = dict((stored or {}).get(path, {}))
         if f"{path}.0" in owners and "0" not in norm.domains:
-            spec["statistics"] = "per_level"
-        changes += _compare(path, spec, norm)
+            before["statistics"] = "per_level"
 
-    return changes
+        spec, per = norm.spec, "per_level" if isinstance(norm, LevelBatchNorm2d) else "per_domain"
+        statistics = before.get("statistics")
+        if statistics is None and (per == "per_level" or spec.statistics != "shared"):
+            changes.append(Change(path, UNKNOWN_STATISTICS.format(expected=spec.statistics, per=per)))
+        elif statistics not in (None, spec.statistics):
+            changes.append(Change(path, OTHER_STATISTICS.format(stored=statistics, expected=spec.statistics)))
 
+        if before.get("eps", spec.eps) != spec.eps:
+            text = OTHER_EPS.format(stored=before["eps"], expected=spec.eps)
+            changes.append(Change(path, text, keeps_outputs=False))
 
-def _compare(path: str, stored: Mapping[str, Any], norm: BatchNorm2d) -> list[Change]:
-    spec, changes = norm.spec, []
-    has_levels = isinstance(norm, LevelBatchNorm2d)
-
-    if "statistics" in stored and stored["statistics"] != spec.statistics:
-        changes.append(Change(path, OTHER_STATISTICS.format(stored=stored["statistics"], expected=spec.statistics)))
-    elif "statistics" not in stored and (has_levels or spec.statistics != "shared"):
-        per = "per_level" if has_levels else "per_domain"
-        changes.append(Change(path, UNKNOWN_STATISTICS.format(expected=spec.statistics, per=per)))
-
-    if stored.get("eps", spec.eps) != spec.eps:
-        text = OTHER_EPS.format(stored=stored["eps"], expected=spec.eps)
-        changes.append(Change(path, text, keeps_outputs=False))
     return changes

@@ -297,8 +297,7 @@ def test_files_of_other_programs_are_refused(tmp_path, name, ending):
 @pytest.mark.parametrize("content", [["a"], 3])
 def test_pickles_that_hold_no_dictionary_are_refused(tmp_path, content):
     (tmp_path / "foreign.pkl").write_bytes(pickle.dumps(content))
-    kind = type(content).__name__
-    with pytest.raises(CheckpointError, match=rf"a {kind} \(.*foreign\.pkl"):
+    with pytest.raises(CheckpointError, match=r"with a dictionary.*foreign\.pkl"):
         Checkpointer(small()).load(str(tmp_path / "foreign.pkl"))
 
 
