@@ -119,7 +119,7 @@ def find_faults(cfg: CfgNode, request: RecomputeRequest) -> Iterator[BNextError]
     """Values of a request that do not go together."""
     datasets, domains = request.datasets, request.domains
 
-    if request.population == "per_domain" and not (domains or cfg.MODEL.BNEXT.DOMAINS.NAMES):
+    if request.population == "per_domain" and not (domains or resolve_norms(cfg).domains):
         rule = "be given the domain of each --dataset"
         yield ConfigError.of("--population per_domain", rule, got="none", remedy=_GIVE_BOTH)
 
@@ -175,9 +175,10 @@ def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) 
     Raises:
         DatasetError: a data set cannot be read.
     """
-    names, where = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), "MODEL.BNEXT.DOMAINS.NAMES"
+    norms = resolve_norms(cfg)
+    names, where = norms.domains, "MODEL.BNEXT.DOMAINS.NAMES"
 
-    if names and not request.domains and not cfg.MODEL.BNEXT.DOMAINS.FALLBACK:
+    if names and not request.domains and norms.fallback_domain is None:
         rule = "name the domain of each --dataset where norms have domains"
         yield ConfigError.of("--domain", rule, got=f"none of {names}", where=where, remedy=_GIVE_BOTH)
 

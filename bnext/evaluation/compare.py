@@ -19,6 +19,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
 
+from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
 from bnext.data.records import has_labels, load_records
 from bnext.errors import ConfigError
@@ -110,12 +111,13 @@ def compare_statistics(
 
 def check_domain(cfg: CfgNode, domain: str | None) -> None:
     """Raise ConfigError unless it is known of which domain the images are, where norms have domains."""
-    names, fallback = tuple(cfg.MODEL.BNEXT.DOMAINS.NAMES), cfg.MODEL.BNEXT.DOMAINS.FALLBACK
+    norms = resolve_norms(cfg)
+    names = norms.domains
 
     if domain is not None and domain not in names:
         rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
         raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
-    if names and domain is None and not fallback:
+    if names and domain is None and norms.fallback_domain is None:
         rule = "name the domain of the images where norms have domains"
         remedy = "Give --domain NAME, or set MODEL.BNEXT.DOMAINS.FALLBACK."
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="compare_statistics", remedy=remedy)
