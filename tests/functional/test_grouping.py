@@ -1,6 +1,5 @@
 """Which samples are normalized together: every one once, evenly, in as few groups as the size or a deal allows."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,20 +68,6 @@ def test_without_a_size_the_parts_are_the_domains(domains, shares):
     assert grouping.mini_batches == ((0,) * NUM_DOMAINS if shares else tuple(range(NUM_DOMAINS)))
 
 
-@given(st.integers(1, 30))
-def test_a_size_that_is_not_reached_is_no_size(num_samples):
-    grouping = group_samples((num_samples,), (0,), 1, True, num_samples)
-    assert set(members_of(grouping)) == {0}
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "size", "sizes"), [(5, 2, [2, 2, 1]), (7, 3, [3, 2, 2]), (6, 3, [3, 3]), (3, 1, [1, 1, 1])]
-)
-def test_examples(num_samples, size, sizes):
-    grouping = group_samples((num_samples,), (0,), 1, True, size)
-    assert [len(group) for group in members_of(grouping).values()] == sizes
-
-
 def test_no_samples_at_all():
     for size in (None, 2):
         grouping = group_samples((0, 0), (0, 1), 2, False, size)
@@ -147,11 +132,3 @@ def test_who_is_dealt_where_is_uniform_and_pairs_of_neighbours_part():
         assert float((shares - 1 / 3).abs().max()) < 0.04
     together = (deals[:, 1:] == deals[:, :-1]).double().mean(0)
     assert float((together - 3 / 11).abs().max()) < 0.04  # 4 of 12 are in a group: 3 of the other 11
-
-
-@pytest.mark.parametrize(
-    ("num_samples", "num_groups", "sizes"),
-    [([10, 1, 1, 1], 4, [4, 3, 3, 3]), ([5, 0, 0, 0], 4, [2, 1, 1, 1]), ([1, 0], 3, [1, 0, 0]), ([0, 0], 2, [0, 0])],
-)
-def test_examples_of_deals(num_samples, num_groups, sizes):
-    assert torch.cat(deal_samples(num_samples, num_groups, 0)).bincount(minlength=num_groups).tolist() == sizes

@@ -1,7 +1,5 @@
 """`normalize_parts` against the concatenation in float64: value, gradient, memory format, inputs left alone."""
 
-import collections
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +9,6 @@ from bnext.functional import group_moments, normalize_parts, part_moments
 from tests import reference, strategies
 
 EPS = 1e-5
-LevelMoments = collections.namedtuple("LevelMoments", "levels mini_batches")
 CHANNELS = 3
 
 
@@ -24,13 +21,12 @@ def make_inputs(seed, sizes, dtype=torch.float64):
     return [*features, weight, bias], [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
 
 
-def normalize_levels(features, weight, bias, eps, mini_batches):
-    """Each feature a part; what a layer does, without its state. Outputs, and moments of levels and mini-batches."""
+def normalize_levels(features, weight, bias, mini_batches):
+    """Each feature a part; what a layer does, without its state."""
     parts, owners = range(len(features)), torch.tensor(tuple(mini_batches))
     with torch.no_grad():
-        levels = part_moments(features, parts, len(features))
-        batches = group_moments(levels, owners, max(mini_batches) + 1)
-    return normalize_parts(features, parts, weight, bias, eps, batches, owners), LevelMoments(levels, batches)
+        batches = group_moments(part_moments(features, parts, len(features)), owners, max(mini_batches) + 1)
+    return normalize_parts(features, parts, weight, bias, EPS, batches, owners)
 
 
 def value_and_gradients(function, inputs, grad_outputs):
@@ -40,7 +36,7 @@ def value_and_gradients(function, inputs, grad_outputs):
 
 
 def normalized_by(mini_batches):
-    return lambda features, weight, bias: normalize_levels(features, weight, bias, EPS, mini_batches)[0]
+    return lambda features, weight, bias: normalize_levels(features, weight, bias, mini_batches)
 
 
 def reference_outputs(features, weight, bias, mini_batches):
@@ -92,22 +88,8 @@ def test_gradcheck(mini_batches):
     inputs, _ = make_inputs(0, [(2, 2, 2), (2, 1, 2), (1, 1, 3)])
     inputs = [tensor.requires_grad_() for tensor in inputs]
     assert torch.autograd.gradcheck(
-        lambda *args: tuple(normalize_levels(args[:-2], args[-2], args[-1], EPS, mini_batches)[0]), inputs
+        lambda *args: tuple(normalize_levels(args[:-2], args[-2], args[-1], mini_batches)), inputs
     )
-
-
-def test_moments_are_those_of_levels_and_mini_batches_and_carry_no_gradient():
-    inputs, _ = make_inputs(0, [(2, 3, 2), (2, 1, 2), (2, 2, 2)])
-    features = [tensor.requires_grad_() for tensor in inputs[:-2]]
-    _, moments = normalize_levels(features, inputs[-2], inputs[-1], EPS, [0, 1, 0])
-    members = [[features[0]], [features[1]], [features[2]], [features[0], features[2]], [features[1]]]
-    for index, batch in enumerate(members):
-        source, row = (moments.levels, index) if index < 3 else (moments.mini_batches, index - 3)
-        count, mean, var = reference.moments_of([feature.detach() for feature in batch])
-        assert int(source.count[row]) == count
-        torch.testing.assert_close(source.mean[row], mean)
-        torch.testing.assert_close(source.var[row], var)
-    assert not any(field.requires_grad for part in moments for field in part)
 
 
 def test_an_empty_level_changes_nothing_for_the_others():
@@ -126,7 +108,7 @@ def test_an_empty_level_changes_nothing_for_the_others():
 def test_second_derivative_is_refused_also_where_the_loss_is_linear(power, target):
     inputs, grads = make_inputs(0, [(2, 3, 2), (2, 2, 2)])
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    outputs, _ = normalize_levels(inputs[:-2], inputs[-2], inputs[-1], EPS, [0, 0])
+    outputs = normalize_levels(inputs[:-2], inputs[-2], inputs[-1], [0, 0])
     loss = sum((output.pow(power) * grad).sum() for output, grad in zip(outputs, grads, strict=True))
     gradients = torch.autograd.grad(loss, inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="normalize_parts"):
@@ -136,7 +118,7 @@ def test_second_derivative_is_refused_also_where_the_loss_is_linear(power, targe
 def test_create_graph_does_not_change_first_derivatives():
     inputs, grads = make_inputs(0, [(2, 3, 2), (2, 2, 2)])
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    outputs, _ = normalize_levels(inputs[:-2], inputs[-2], inputs[-1], EPS, [0, 0])
+    outputs = normalize_levels(inputs[:-2], inputs[-2], inputs[-1], [0, 0])
     plain = torch.autograd.grad(outputs, inputs, grads, retain_graph=True)
     with_graph = torch.autograd.grad(outputs, inputs, grads, create_graph=True)
     assert all(torch.equal(a, b) for a, b in zip(plain, with_graph, strict=True))
@@ -161,7 +143,7 @@ def test_half_types_lose_only_the_rounding_of_inputs_and_outputs(dtype):
     grads = [grad.to(dtype).float() for grad in grads]
     expected, expected_gradients = value_and_gradients(normalized_by([0, 0]), inputs, grads)
     actual, gradients = value_and_gradients(
-        lambda x, w, b: normalize_levels([t.to(dtype) for t in x], w, b, EPS, [0, 0])[0],
+        lambda x, w, b: normalize_levels([t.to(dtype) for t in x], w, b, [0, 0]),
         inputs,
         [grad.to(dtype) for grad in grads],
     )
@@ -175,7 +157,7 @@ def test_half_types_lose_only_the_rounding_of_inputs_and_outputs(dtype):
 def test_large_mean_in_float32():
     features = [torch.randn(2, CHANNELS, s, s, generator=torch.Generator().manual_seed(s)) + 1e4 for s in (32, 16)]
     weight, bias = torch.ones(2, CHANNELS), torch.zeros(2, CHANNELS)
-    outputs, _ = normalize_levels(features, weight, bias, EPS, [0, 0])
+    outputs = normalize_levels(features, weight, bias, [0, 0])
     expected = reference.concatenated_batch_norm(
         [x.double() for x in features], list(weight.double()), list(bias.double()), EPS
     )
@@ -190,7 +172,7 @@ def test_memory_format_is_kept_forward_and_backward_and_inputs_are_not_changed(m
     features = [x.contiguous(memory_format=memory_format).requires_grad_() for x in inputs[:2]]
     grads = [grad.contiguous(memory_format=memory_format) for grad in grads]
     before = [tensor.detach().clone() for tensor in [*features, *inputs[2:], *grads]]
-    outputs, _ = normalize_levels(features, inputs[2], inputs[3], EPS, [0, 0])
+    outputs = normalize_levels(features, inputs[2], inputs[3], [0, 0])
     gradients = torch.autograd.grad(outputs, features, grads)
     for tensor in [*outputs, *gradients]:
         assert tensor.is_contiguous(memory_format=memory_format)

@@ -6,8 +6,6 @@ pytest.importorskip("detectron2.modeling.meta_arch.fcos")
 
 import torch
 
-from bnext import recompute_population_statistics
-from bnext.heads import forward_statistics
 from bnext.layers import LevelBatchNorm2d
 from tests.heads.detectors import LEVELS, make_batch, make_detector, run_step
 
@@ -36,10 +34,3 @@ def test_other_norms_are_those_of_detectron2s_head(norm):
     expected = FCOSHead.forward(model.head, features)
     for actual, right in zip(model.head(features), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(actual, right, strict=True))
-
-
-def test_statistics_are_re_estimated():
-    model = make_detector("BNextFCOS", row=4)
-    report = recompute_population_statistics(model, [make_batch()], forward=forward_statistics)
-    assert len(report.estimates) == 4 * len(LEVELS)
-    assert not report.not_reached

@@ -1,5 +1,7 @@
 """Lock-step over levels: a level norm meets all levels in one call, everything else each level alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -8,7 +10,7 @@ from torch import nn
 
 from bnext import add_bnext_config
 from bnext.errors import ConfigError, StatisticsError
-from bnext.heads.lock_step import make_head_norm, name_levels, run_tower
+from bnext.heads.lock_step import make_head_norm, name_levels, run_tower, run_towers
 from bnext.layers import LevelBatchNorm2d, NormSpec
 from bnext.surgery import fold_norms
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
@@ -24,7 +26,7 @@ def test_features_are_named_in_order():
 @pytest.mark.parametrize("number", [1, 3])
 def test_another_number_of_features_is_refused(number):
     with pytest.raises(ConfigError, match=rf"got {number} features for the levels.*IN_FEATURES"):
-        name_levels(("p3", "p4"), [torch.zeros(1)] * number)
+        run_towers(SimpleNamespace(levels=("p3", "p4")), (), [torch.zeros(1)] * number)
 
 
 def test_a_spec_becomes_a_factory_and_names_stay():

@@ -36,11 +36,6 @@ def test_the_answers_of_a_node_reach_the_norms_of_its_place_alone():
     train_and_infer(model)
 
 
-def test_workers_of_a_node_win_over_the_name():
-    model = make_model("MODEL.FPN.NORM", "SyncBN", "MODEL.BNEXT.FPN.WORKERS", 1)
-    assert {norm.spec.workers for norm in norms_of(model, "FPN").values()} == {1}
-
-
 def test_every_stage_of_a_cascade():
     pairs = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
     model = make_model(*pairs, "MODEL.ROI_BOX_HEAD.NORM", "SyncBN", architecture="BNextGeneralizedRCNN")

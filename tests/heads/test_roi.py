@@ -230,10 +230,8 @@ def test_a_failed_call_leaves_nothing_behind():
 
 def test_features_that_are_of_no_known_image():
     model = make_model(*MINI_BATCH).eval()
-    with pytest.raises(StatisticsError) as error:
+    with pytest.raises(StatisticsError, match=r"got 3 features for None boxes \(roi_heads\.box_head\.conv1\.norm\)"):
         model.roi_heads.box_head(torch.randn(3, 16, 7, 7))
-    assert str(error.value).startswith("a RoI head whose norms depend on the image must get the features of its pooler")
-    assert "got 3 features for None boxes (roi_heads.box_head.conv1.norm)" in str(error.value)
     infer(model, make_batch())
     with pytest.raises(StatisticsError, match="got 3 features for"):
         model.roi_heads.box_head(torch.randn(3, 16, 7, 7))
@@ -302,12 +300,11 @@ def test_domains_without_any_roi(place):
 def test_a_wrong_number_of_domains():
     model = make_domains("ROI_MASK_HEAD")
     batch = give_proposals(make_batch(), (3, 2))
-    with use_domain(["night", "day", "day"]), pytest.raises(DomainError) as error:
+    with (
+        use_domain(["night", "day", "day"]),
+        pytest.raises(DomainError, match="use_domain .* got 3 names for 2 images"),
+    ):
         run_step(model, batch)
-    assert str(error.value) == (
-        "use_domain must name one domain per image; got 3 names for 2 images (roi_heads.mask_head.mask_fcn1.norm). "
-        "Name one domain for all of them, or one for each."
-    )
     with use_domain(["night", "day"]):
         run_step(model, batch)
 
