@@ -1,7 +1,4 @@
-"""Checkpoints that are whole on disk, that fit the model, and whose norm state is converted openly.
-
-How one form of norm state becomes another is in `bnext.surgery.convert_state`.
-"""
+"""Checkpoints that are whole on disk, that fit the model, and whose norm state is converted openly."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.files import replace_file
 from bnext.layers.folded_norm import FoldedNorm
-from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_norms
+from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_frozen_norms
 from bnext.surgery.convert_state import convert_norm_state, list_shared_keys
 from bnext.surgery.stored_specs import collect_norm_specs, compare_norm_specs
 
@@ -33,6 +30,8 @@ __all__ = ["Checkpointer", "check_eval_weights", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
+
+RE_ESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation."
 
 NO_FILE = Refusal(
     CheckpointError,
@@ -74,15 +73,10 @@ NORM_FOR_A_FOLDED_ONE = Refusal(
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, which also
+    """Detectron2's checkpointer, which also writes files whole or not at all, and converts norm state openly.
 
-    - saves atomically: an interrupted save leaves the previous files as they were;
-    - brings norm state into the form of the model and logs what it did;
-    - refuses a checkpoint of another architecture, and population variances that are negative or
-      not finite, before the model is changed, and the state of norms that the model has folded;
-    - names the norms that will normalize by population statistics which nobody wrote;
-    - repairs what has lost its population statistics, where they are to be estimated anew;
-    - brings backbones of other libraries into norms with domains too.
+    It refuses what is no checkpoint, or that of another model, before the model is changed; it names norms that will
+    normalize by statistics which nobody wrote, and repairs statistics that are to be estimated anew.
     """
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -188,20 +182,11 @@ class Checkpointer(DetectionCheckpointer):
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
 
-        shared = list_shared_keys(self.model)
-        if checkpoint.get("matching_heuristics", False) and shared.keys() != self.model.state_dict().keys():
+        if checkpoint.get("matching_heuristics", False):
             # Such names are matched by their ends, which are other ones where a level or domain owns something.
-            caffe2 = checkpoint.get("__author__") == "Caffe2"
+            shared, caffe2 = list_shared_keys(self.model), checkpoint.get("__author__") == "Caffe2"
             checkpoint["model"] = align_and_update_state_dicts(shared, checkpoint["model"], c2_conversion=caffe2)
             checkpoint["matching_heuristics"] = False
-
-        if checkpoint.get("matching_heuristics", False):  # names of another library: known only after matching
-            incompatible = super()._load_model(checkpoint)
-            missing = set(incompatible.missing_keys) | {key for key, *_ in incompatible.incorrect_shapes}
-            loaded = {key: value for key, value in self.model.state_dict().items() if key not in missing}
-            self._check_fit(loaded)
-            self._warn_of_unwritten({})
-            return incompatible
 
         stored = checkpoint["model"]
         self._check_folded(stored)
@@ -280,28 +265,25 @@ class Checkpointer(DetectionCheckpointer):
 
         Norms that are trained from scratch have them too, and rightly: nothing is said of them.
         """
-        frozen = find_unwritten_norms(self.model, only_frozen=True)
+        frozen = find_unwritten_frozen_norms(self.model)
 
         stored = []
         for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith("running_var")):
             if owner not in frozen and find_unwritten(_select_statistics(state, owner)):
                 stored.append(owner)
 
-        logger, source = logging.getLogger(__name__), self._path or "no checkpoint"
-        if frozen:
-            logger.warning(
-                "Frozen norms that do not normalize: %s (mean 0 and variance 1; %s). Load weights with statistics, or "
-                "do not freeze them.",
-                list_few(frozen),
-                source,
-            )
-        if stored:
-            logger.warning(
-                "Statistics that were never written: %s (mean 0 and variance 1; %s). Re-estimate them with "
-                "recompute_population_statistics before an evaluation.",
-                list_few(stored),
-                source,
-            )
+        for thing, paths, remedy in (
+            ("Frozen norms that do not normalize", frozen, "Load weights with statistics, or do not freeze them."),
+            ("Statistics that were never written", stored, RE_ESTIMATE),
+        ):
+            if paths:
+                logging.getLogger(__name__).warning(
+                    "%s: %s (mean 0 and variance 1; %s). %s",
+                    thing,
+                    list_few(paths),
+                    self._path or "no checkpoint",
+                    remedy,
+                )
 
 
 def load_model(cfg: CfgNode, weights: str) -> nn.Module:

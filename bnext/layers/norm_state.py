@@ -17,7 +17,7 @@ from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.forms import AFFINE, POPULATION, NormForm
 
-__all__ = ["Fields", "NormRecord", "Note", "read_norm", "read_state", "write_state"]
+__all__ = ["Fields", "NormRecord", "Note", "is_unit_affine", "read_norm", "read_state", "write_state"]
 
 Fields = dict[str, Tensor]
 StateDict = Mapping[str, Tensor]
@@ -180,7 +180,7 @@ def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm
     affines = record.affines
 
     if form.affine == "none":
-        is_unit = all(_is_unit(fields) for fields in affines.values())
+        is_unit = all(is_unit_affine(fields) for fields in affines.values())
         return {}, [Note(DROPPED_AFFINE, keeps_outputs=is_unit)] if affines else []
 
     if not affines and record.form is not None:  # of a state dict it is not known whether it was left out
@@ -264,7 +264,8 @@ def _are_equal(one: Fields, other: Fields) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[field]) for field, value in one.items())
 
 
-def _is_unit(affine: Fields) -> bool:
+def is_unit_affine(affine: Fields) -> bool:
+    """Whether every weight is 1 and every bias 0."""
     return all(bool((values == float(field == "weight")).all()) for field, values in affine.items())
 
 

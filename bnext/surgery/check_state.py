@@ -13,15 +13,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from bnext.errors import CheckpointError, list_few
+from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import NormForm, find_forms
-from bnext.layers.norm_state import Fields, NormRecord, read_norm
+from bnext.layers.norm_state import Fields, NormRecord, is_unit_affine, read_norm
 
-__all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "find_unwritten_norms"]
+__all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "find_unwritten_frozen_norms"]
 
 Kind = Literal["mean", "variance", "affine", "channels", "unwritten", "eps"]
 StateDict = Mapping[str, Tensor]
+
+NO_STATISTIC = Refusal(
+    CheckpointError,
+    "{key}",
+    "be {rule}finite",
+    "Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint.",
+)
 
 # The initial running variance is 1, or in detectron2's frozen norm 1 - 1e-5.
 _INITIAL_SLACK = 2e-5
@@ -78,23 +85,20 @@ def check_norm_state(model: nn.Module) -> list[Finding]:
     return findings
 
 
-def find_unwritten_norms(model: nn.Module, *, only_frozen: bool = False) -> list[str]:
-    """Paths of the norms, with level or domain, that have population statistics which nobody wrote.
+def find_unwritten_frozen_norms(model: nn.Module) -> list[str]:
+    """Paths of frozen norms of any form, with level or domain, whose population statistics nobody wrote.
 
-    Args:
-        model: with norms of any form.
-        only_frozen: of those alone that normalize by them in training too. One whose affine was written is left
-            out: the statistics of some old backbones are in their affine.
+    One whose affine was written is left out: the statistics of some old backbones are in their affine.
     """
     places = []
 
     for path, norm, form in find_forms(model):
         record = _read(path, norm, form)
-        if record is None or (only_frozen and not form.is_frozen):
+        if record is None or not form.is_frozen:
             continue
         for owner, statistics in record.populations.items():
             affine = record.affines.get(owner, record.affines.get("", {}))
-            if find_unwritten(statistics) and not (only_frozen and _is_written(affine)):
+            if find_unwritten(statistics) and is_unit_affine(affine):
                 places.append(f"{path}.{owner}" if owner else path)
 
     return places
@@ -117,14 +121,14 @@ def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
 
 
 def check_variances(state_dict: StateDict, where: str) -> None:
-    """Refuse state whose running variances are negative or not finite, or whose running means are not finite.
+    """Raise CheckpointError where a running variance is negative, or a statistic is not finite.
 
     Args:
         state_dict: of a model.
         where: the file that it is from, for the message.
 
-    Raises:
-        CheckpointError: names the layer, the channels and the value (facebookresearch/detectron2#2413).
+    Source:
+        facebookresearch/detectron2#2413, where such a checkpoint gave NaN.
     """
     for key, value in state_dict.items():
         name = key.rpartition(".")[2]
@@ -134,10 +138,8 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         wrong = (~torch.isfinite(value) | ((value < 0) & (name == "running_var"))).flatten()
         if bool(wrong.any()):
             channels = _list_channels(wrong)
-            rule = "be 0 or more and finite" if name == "running_var" else "be finite"
             got, place = f"{value.flatten()[channels[0]].item():g}", f"{_name_channels(channels, len(wrong))}; {where}"
-            remedy = "Normalizing with it gives NaN: re-estimate the population statistics, or use another checkpoint."
-            raise CheckpointError.of(key, rule, got=got, where=place, remedy=remedy)
+            raise NO_STATISTIC.of(got, place, key=key, rule="0 or more and " * (name == "running_var"))
 
 
 def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]:
@@ -193,10 +195,6 @@ def _check_eps(path: str, norm: nn.Module) -> Iterator[Finding]:
         expected = eps if expected is None else expected
         if eps != expected:
             yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {eps}", name)
-
-
-def _is_written(affine: Fields) -> bool:
-    return any(bool((value != float(name == "weight")).any()) for name, value in affine.items())
 
 
 def _list_channels(wrong: Tensor) -> tuple[int, ...]:

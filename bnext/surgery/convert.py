@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
 from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_leftovers
@@ -35,6 +35,36 @@ OTHER_MOMENTUM = "momentum was {source}, and is {target} now"
 TIED = "its {name} was shared with another module, and is its own now"
 UNFROZEN = "it was frozen; now its statistics follow the mini-batches of training"
 LEFT_ANSWERS = "the answers {answers} of its spec were left out"
+
+MODEL_IS_A_NORM = Refusal(
+    ConfigError, "model", "hold its norms in modules", "Make the new norm and call copy_norm_state(old, new)."
+)
+NO_LEVEL_NORM = Refusal(
+    ConfigError,
+    "model",
+    "have a level norm to convert",
+    "Build it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint into it; or say "
+    'which norms become what: convert_norm(model, {{"backbone": NormSpec(...)}}).',
+)
+NO_MATCH = Refusal(
+    ConfigError, "specs", "be of paths or globs that match a norm", "Correct the pattern, or leave it out."
+)
+SEVERAL_CHOICES = Refusal(
+    ConfigError, "a norm at several places", "become one norm", "Use patterns that match all of its places."
+)
+MORE_THAN_A_NORM = Refusal(
+    ConfigError,
+    "a norm",
+    "be nothing but a norm to be converted",
+    "Take it apart into a norm and the rest, or leave it out of the patterns.",
+)
+OTHER_INPUT = Refusal(
+    ConfigError,
+    "a norm",
+    "become one that gets {features} too",
+    "Give a NormSpec; per_level in a head of bnext, per_domain elsewhere.",
+)
+NO_NORMS = Refusal(ConfigError, "specs", "be NormSpecs, names, or classes of norms", "Give one of them.")
 
 _ABSENT = object()
 # Fields of a spec that a norm of any form has, or which the report speaks of by another name.
@@ -93,8 +123,7 @@ def convert_norm(
     _check_arguments(model, specs, changes)
     norms = [norm for norm in find_forms(model, treat_as) if not _normalizes_last(norm[1])]
     if any(not path for path, *_ in norms):
-        got, remedy = f"a {type(model).__name__} itself", "Make the new norm and call copy_norm_state(old, new)."
-        raise ConfigError.of("model", "hold its norms in modules", got=got, where="convert_norm", remedy=remedy)
+        raise MODEL_IS_A_NORM.of(f"a {type(model).__name__} itself", "convert_norm")
     choices = _choose_levels(model, norms, changes) if specs is None else _choose_by_pattern(model, norms, specs)
     norms = [norm for norm in norms if norm[0] in choices]
 
@@ -104,7 +133,9 @@ def convert_norm(
     for path, norm, form in norms:
         if norm in new_norms:
             continue
-        texts = _check_leftovers(norm, form, path, treat_as)
+        refused, texts = find_leftovers(norm, form, treat_as)
+        if refused:
+            raise MORE_THAN_A_NORM.of(f"{type(norm).__name__}: {'; '.join(refused)}", path)
         new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
 
         new_form = find_form(new_norm, treat_as)
@@ -126,8 +157,7 @@ def convert_norm(
     replace_modules(model, new_norms)  # everything is made, so nothing stops half-way
     name_norms(model)
 
-    report.title = f"{len(new_norms)} norms converted:"
-    report.nothing = f"{len(new_norms)} norms converted, and nothing was lost."
+    report.title = f"{len(new_norms)} norms converted"
     return report
 
 
@@ -171,14 +201,7 @@ def _choose_levels(model: nn.Module, norms: Norms, changes: dict[str, Any]) -> d
             choices[path] = norm.spec.replace(**changes)
 
     if not choices:
-        raise ConfigError.of(
-            "model",
-            "have a level norm to convert",
-            got=f"{type(model).__name__} without one",
-            where="convert_norm",
-            remedy="Build it with a head of bnext (MODEL.META_ARCHITECTURE BNextRetinaNet) and load the checkpoint "
-            'into it; or say which norms become what: convert_norm(model, {"backbone": NormSpec(...)}).',
-        )
+        raise NO_LEVEL_NORM.of(f"{type(model).__name__} without one", "convert_norm")
     return choices
 
 
@@ -190,8 +213,8 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
         matches = [path for path in paths if _matches(path, pattern)]
         if not matches:
             got = f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}"
-            rule, remedy = "be of paths or globs that match a norm", "Correct the pattern, or leave it out."
-            raise ConfigError.of("specs", rule, got=got, where=_name_near(pattern, paths), remedy=remedy)
+            near = difflib.get_close_matches(pattern, paths, cutoff=0.4) or paths[:3]
+            raise NO_MATCH.of(got, f"near it are {', '.join(near) or 'none'}")
         choices.update(dict.fromkeys(matches, value))
 
     places: dict[nn.Module, list[str]] = {}
@@ -200,8 +223,7 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
     for same in places.values():
         values = [choices.get(path) for path in sorted(same)]
         if any(value != values[0] for value in values):
-            got, remedy = f"{values} for {', '.join(sorted(same))}", "Use patterns that match all of its places."
-            raise ConfigError.of("a norm at several places", "become one norm", got=got, remedy=remedy)
+            raise SEVERAL_CHOICES.of(f"{values} for {', '.join(sorted(same))}")
     return choices
 
 
@@ -209,28 +231,7 @@ def _matches(path: str, pattern: str) -> bool:
     return not pattern or path == pattern or path.startswith(f"{pattern}.") or fnmatch.fnmatchcase(path, pattern)
 
 
-def _name_near(pattern: str, paths: list[str]) -> str:
-    parents = set()
-    for path in paths:
-        parts = path.split(".")
-        parents |= {".".join(parts[:depth]) for depth in range(1, len(parts))}
-
-    near = difflib.get_close_matches(pattern, [*sorted(parents), *paths], n=3, cutoff=0.4) or paths[:3]
-    return f"near it are {', '.join(near)}" if near else "the model has no norm at all"
-
-
 # ---- one new norm
-
-
-def _check_leftovers(norm: nn.Module, form: NormForm, path: str, treat_as: TreatAs | None) -> list[str]:
-    """Texts on what another norm in this place lacks; where outputs or state would be lost, it is refused."""
-    refused, notes = find_leftovers(norm, form, treat_as)
-
-    if refused:
-        got = f"{type(norm).__name__}: {'; '.join(refused)}"
-        remedy = "Take it apart into a norm and the rest, or leave it out of the patterns."
-        raise ConfigError.of("a norm", "be nothing but a norm to be converted", got=got, where=path, remedy=remedy)
-    return notes
 
 
 def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat_as: TreatAs | None) -> nn.Module:
@@ -244,17 +245,15 @@ def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat
         return build_norm(spec, levels)(form.num_features)
 
     if levels is not None or spec is not None:
-        kind = "a single feature map" if levels is None else "several levels at once"
-        remedy = "Give a NormSpec; per_level in a head of bnext, per_domain elsewhere."
-        raise ConfigError.of("a norm", f"become one that gets {kind} too", got=repr(value), where=path, remedy=remedy)
+        features = "a single feature map" if levels is None else "several levels at once"
+        raise OTHER_INPUT.of(repr(value), path, features=features)
 
     if isinstance(value, str):
         return make_named_norm(value, form.num_features) or nn.Identity()
 
     new_norm: nn.Module = value(form.num_features)  # type: ignore[operator]  # no spec: those are built above
     if find_form(new_norm, treat_as) is None:
-        rule, got = "be NormSpecs, names, or classes of norms", f"{value!r}, which makes a {type(new_norm).__name__}"
-        raise ConfigError.of("specs", rule, got=got, where=path, remedy="Give one of them.")
+        raise NO_NORMS.of(f"{value!r}, which makes a {type(new_norm).__name__}", path)
     return new_norm
 
 

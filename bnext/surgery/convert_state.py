@@ -44,12 +44,11 @@ NO_NORM = (
     "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
     "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
 )
-ADOPTED_EPS = "eps {source} of the source was taken over, in the place of {target}"
-ADOPTED_ZERO = f"{ADOPTED_EPS}; as eps is above 0 in training, it is {{used}}, too small to change a variance"
+ADOPTED_EPS = "eps {source} of the source was taken over as {used}, in the place of {target}"
 OTHER_EPS = "eps is {target}, but was {source}; outputs change, most where the variance is small"
 OTHER_INFERENCE = "in evaluation mode it was normalized by {source}, and now is by {target}; outputs change"
 ROUNDED = "state of {source} was rounded to {target}"
-# A float32 variance to which it would make a difference is none that training can tell from 0.
+# For 0, which is no eps of a spec: no variance that training can tell from 0 is changed by it.
 NO_EPS = 1e-30
 
 
@@ -67,8 +66,7 @@ class ConversionReport:
     """Changes that a conversion made, norm by norm. `str(report)` is the text to log."""
 
     changes: list[Change] = dataclasses.field(default_factory=list)
-    title: str = "Norm state of the checkpoint:"
-    nothing: str = "Norm state needed no conversion."
+    title: str = "Norm state of the checkpoint"
 
     @property
     def keeps_outputs(self) -> bool:
@@ -83,11 +81,11 @@ class ConversionReport:
         for change in self.changes:
             paths.setdefault(change.text, []).append(change.path or "the model itself")
 
-        lines = [self.title]
+        lines = [f"{self.title}:" if paths else f"{self.title}: nothing was lost."]
         for text, places in paths.items():
             count = f"{len(places)} norms ({places[0]}, ...)" if len(places) > 1 else f"1 norm ({places[0]})"
             lines.append(f"  {count}: {text}")
-        return "\n".join(lines) if paths else self.nothing
+        return "\n".join(lines)
 
 
 # ---- a state dict for a model
@@ -266,9 +264,7 @@ def _compare_inference(source: NormForm, target: NormForm) -> list[Note]:
     if source.inference == target.inference:
         return []
 
-    names = [str(form.inference[0]).replace("_", "-") for form in (source, target)]
-    if names[0] == names[1]:
-        names = [f"{names[0]} {form.inference[1:]}" for form in (source, target)]
+    names = [" ".join(map(str, form.inference)) for form in (source, target)]
     return [Note(OTHER_INFERENCE.format(source=names[0], target=names[1]), keeps_outputs=False)]
 
 
@@ -288,8 +284,7 @@ def _settle_eps(source: NormForm, form: NormForm, target: nn.Module, adopt: bool
     if isinstance(target, BatchNorm2d):
         target.spec = target.spec.replace(eps=used)
 
-    text = ADOPTED_EPS if used == source.eps else ADOPTED_ZERO
-    return [Note(text.format(source=source.eps, target=form.eps, used=used))]
+    return [Note(ADOPTED_EPS.format(source=source.eps, used=used, target=form.eps))]
 
 
 # ---- maps of domains

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import DomainState
 from bnext.layers.forms import find_kind
 from bnext.scope.model import restoring
@@ -31,6 +31,14 @@ __all__ = ["Pair", "find_pairs", "is_population_norm"]
 
 _NAME_IT = "if a convolution feeds it alone, name the pair in `pairs`"
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+NO_PAIR = Refusal(
+    ConfigError,
+    "pairs",
+    "name a convolution of the model and then its norm, and each once",
+    "Correct the paths; model.named_modules() lists them.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,17 +110,10 @@ def _read_named(model: nn.Module, structure: _Structure, named: Iterable[tuple[s
 
     for pair in named:
         conv, norm = (modules.get(path) for path in pair)
-        if conv is None or norm is None:
-            rule = f"name modules of the {type(model).__name__}"
-        elif not isinstance(conv, _ConvNd) or norm not in structure.norms:
-            rule = f"name a convolution and then its norm, not a {type(conv).__name__} and a {type(norm).__name__}"
-        elif norm in vouched or conv in vouched.values():
-            rule = "name every convolution and norm once"
-        else:
-            vouched[norm] = conv
-            continue
-        remedy = "Correct the paths; model.named_modules() lists them."
-        raise ConfigError.of("pairs", rule, got=pair, where="fold_norms", remedy=remedy)
+        is_new = norm in structure.norms and norm not in vouched and conv not in vouched.values()
+        if norm is None or not isinstance(conv, _ConvNd) or not is_new:
+            raise NO_PAIR.of(pair, "fold_norms")
+        vouched[norm] = conv
 
     return vouched
 

@@ -121,7 +121,7 @@ def test_the_last_pattern_holds_and_globs_are_paths_of_norms():
 
 @pytest.mark.parametrize(
     ("pattern", "near"),
-    [("layr1", "near it are layer1"), ("layer1.0.bn3", "near it are layer1.0.bn"), ("fc", "matches none of the 20")],
+    [("layr1", "near it are layer"), ("layer1.0.bn3", "near it are layer1.0.bn"), ("fc", "matches none of the 20")],
 )
 def test_a_pattern_without_a_norm_is_refused_and_changes_nothing(pattern, near):
     model = resnet18()
@@ -331,7 +331,7 @@ def test_layer_norms_of_the_last_dimension_are_none_of_these():
 
 
 def test_the_report_counts():
-    assert str(convert_norm(small(), {"1": NormSpec()})) == "1 norms converted, and nothing was lost."
+    assert str(convert_norm(small(), {"1": NormSpec()})) == "1 norms converted: nothing was lost."
     text = str(convert_norm(small(), {"": NormSpec(eps=1e-3)}, adopt_eps=False))
     assert text.startswith("2 norms converted:")
     assert "eps is 0.001, but was 1e-05; outputs change" in text

@@ -273,7 +273,7 @@ def test_nothing_to_convert_says_so():
     state, report = convert_norm_state(model.state_dict(), model)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     assert state.keys() == model.state_dict().keys()
-    assert str(report) == "Norm state needed no conversion."
+    assert str(report) == "Norm state of the checkpoint: nothing was lost."
     foreign, report = convert_norm_state({"stem.weight": torch.zeros(1)}, model)
     assert list(foreign) == ["stem.weight"]
     assert not report.changes
@@ -351,9 +351,7 @@ def test_mini_batches_of_other_domains_are_other_mini_batches():
     source = make("domains_DNS")
     target = randomize(BatchNorm2d(NUM_CHANNELS, source.spec.replace(domains=("day", "night"))).double())
     report = copy_norm_state(source, target)
-    assert "('per_domain', ('p3', 'p4', 'p5')), and now is by mini-batch ('per_domain', ('day', 'night'))" in str(
-        report
-    )
+    assert "('p3', 'p4', 'p5'), and now is by mini_batch per_domain ('day', 'night')" in str(report)
     assert not report.keeps_outputs
 
 
