@@ -23,8 +23,7 @@ from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.files import replace_file
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_frozen_norms
-from bnext.surgery.convert_state import convert_norm_state, list_shared_keys
-from bnext.surgery.stored_specs import collect_norm_specs, compare_norm_specs
+from bnext.surgery.convert_state import collect_norm_specs, compare_norm_specs, convert_norm_state, list_shared_keys
 
 __all__ = ["Checkpointer", "check_eval_weights", "load_model"]
 

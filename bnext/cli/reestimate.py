@@ -32,7 +32,7 @@ from bnext.evaluation.reestimate import format_report, needs_labels, recompute_s
 from bnext.files import find_local_file, is_same_file, replace_file, write_json
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
-from bnext.surgery.stored_specs import collect_norm_specs
+from bnext.surgery.convert_state import collect_norm_specs
 
 __all__ = ["POPULATIONS", "RecomputeRequest", "give_population", "recompute_checkpoint", "run_request"]
 

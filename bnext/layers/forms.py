@@ -51,7 +51,6 @@ FORWARD_OF_ITS_OWN = (
     "its forward is its own (if it computes in evaluation mode what another norm does from the same state, say so: "
     "treat_as={{{name}: nn.BatchNorm2d}})"
 )
-TRAINING_LEFT_OUT = "what {name} does otherwise than torch in training was left out"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,15 +287,11 @@ def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None =
     elif kind is None:
         refused.append(FORWARD_OF_ITS_OWN.format(name=name))
 
-    notes = []
-    if isinstance(module, TORCH_NORMS) and kind is not type(module):
-        notes.append(TRAINING_LEFT_OUT.format(name=name))
-    attributes = set() if isinstance(module, (BatchNorm2d, nn.ModuleList)) else set(vars(module)) - _TORCH_ATTRIBUTES
+    left = set() if isinstance(module, (BatchNorm2d, nn.ModuleList)) else set(vars(module)) - _TORCH_ATTRIBUTES
     if getattr(module, "process_group", None) is not None:
-        attributes.add("process_group")
-    if attributes:
-        notes.append(f"its attributes {', '.join(sorted(attributes))} were left out")
+        left.add("process_group")
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
-        notes.append("its hooks were left out")
-
-    return refused, notes
+        left.add("hooks")
+    if isinstance(module, TORCH_NORMS) and kind is not type(module):
+        left.add(f"training other than torch's ({name})")
+    return refused, [f"its {', '.join(sorted(left))} were left out"] if left else []

@@ -136,12 +136,13 @@ def write_state(
         CheckpointError: numbered owners whose number is not the other side's.
     """
     notes: list[Note] = []
-    domain_map = domain_map or {}
+    for target, source in (domain_map or {}).items():
+        notes.append(Note(MAPPED.format(target=target or "what is shared", source=source or "what is shared")))
 
     if not domain_map:
-        record, notes = _match_numbers(record, form, path)
-    for target, source in domain_map.items():
-        notes.append(Note(MAPPED.format(target=target or "what is shared", source=source or "what is shared")))
+        domain_map = _match_numbers(record, form, path)
+        names = domain_map.keys() if record.is_numbered else domain_map.values()
+        notes += [Note(NUMBERED.format(names=", ".join(names)))] if names else []
 
     if form.owners or domain_map:
         dropped = sorted(set(record.owners) - {*form.owners, *domain_map.values()})
@@ -155,25 +156,16 @@ def write_state(
     return {**affine, **population}, [*notes, *affine_notes, *population_notes]
 
 
-def _match_numbers(record: NormRecord, form: NormForm, path: str) -> tuple[NormRecord, list[Note]]:
-    """Where one side has numbers for names, the record gets the names of the form, in order."""
+def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, str]:
+    """A domain map where one side has numbers for names, which count the names of the other in their order."""
     if record.is_numbered == form.is_numbered or not record.owners or not form.owners:
-        return record, []
+        return {}
     if record.is_numbered and set(record.owners) <= set(form.owners):
-        return record, []
+        return {}
 
     if len(record.owners) != len(form.owners):
         raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(form.owners))
-
-    names = dict(zip(record.owners, form.owners, strict=True))
-    renamed = dataclasses.replace(
-        record,
-        affines={names.get(owner, owner): fields for owner, fields in record.affines.items()},
-        populations={names.get(owner, owner): fields for owner, fields in record.populations.items()},
-        owners=form.owners,
-    )
-    order = form.owners if record.is_numbered else record.owners
-    return renamed, [Note(NUMBERED.format(names=", ".join(order)))]
+    return dict(zip(form.owners, record.owners, strict=True))
 
 
 def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:

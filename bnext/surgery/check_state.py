@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -162,7 +162,10 @@ def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]
             values = f"mean 0 and variance {round(float(var[0]))} in every channel"
             yield Finding(path, "unwritten", f"population statistics were never written: {values}, {count}", owner)
 
-    yield from _check_eps(path, norm)
+    eps: set[Any] = {part.eps for part in norm.modules() if hasattr(part, "eps")}  # on its parts too, which others read
+    eps |= {norm.spec.eps} if isinstance(norm, BatchNorm2d) else set()
+    if len(eps) > 1:
+        yield Finding(path, "eps", f"eps must be the same in its spec and its parts; got {sorted(eps)}")
 
 
 def _read(path: str, norm: nn.Module, form: NormForm) -> NormRecord | None:
@@ -184,17 +187,6 @@ def _check_values(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator
         rule = "above 0 and finite" if kind == "variance" else "finite"
         text = f"{name} must be {rule}; got {value[channels[0]].item():g} ({_name_channels(channels, len(value))})"
         yield Finding(path, kind, text, owner, channels)
-
-
-def _check_eps(path: str, norm: nn.Module) -> Iterator[Finding]:
-    """One norm has one eps: on its parts too, which others read."""
-    expected = norm.spec.eps if isinstance(norm, BatchNorm2d) else getattr(norm, "eps", None)
-
-    for name, part in norm.named_modules():
-        eps = getattr(part, "eps", expected)
-        expected = eps if expected is None else expected
-        if eps != expected:
-            yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {eps}", name)
 
 
 def _list_channels(wrong: Tensor) -> tuple[int, ...]:

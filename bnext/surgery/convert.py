@@ -325,14 +325,9 @@ def _freeze_like(norm: nn.Module, new_norm: nn.Module) -> None:
         return
 
     for field in AFFINE:
-        parameters = _list_parameters(norm, field)
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            for parameter in _list_parameters(new_norm, field):
-                parameter.requires_grad_(False)
-
-
-def _list_parameters(norm: nn.Module, field: str) -> list[nn.Parameter]:
-    return [parameter for name, parameter in norm.named_parameters() if name.rpartition(".")[2] == field]
+        old, new = ([p for name, p in part.named_parameters() if name.endswith(field)] for part in (norm, new_norm))
+        for parameter in new if old and not any(parameter.requires_grad for parameter in old) else ():
+            parameter.requires_grad_(False)
 
 
 def _find_ties(model: nn.Module, replaced: Mapping[nn.Module, str]) -> list[Change]:
