@@ -20,7 +20,7 @@ from bnext.functional.moments import (
     merge_moments,
     part_moments,
     sample_moments,
-    stack_moments,
+    stack_parts,
     update_running_statistics,
 )
 from bnext.functional.normalize import normalize_parts
@@ -45,7 +45,7 @@ __all__ = [
     "part_moments",
     "sample_moments",
     "spread_of_batch",
-    "stack_moments",
+    "stack_parts",
     "standard_errors",
     "update_running_statistics",
 ]

@@ -7,7 +7,7 @@ correct digit left once the mean is a thousand standard deviations (it even turn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ __all__ = [
     "merge_moments",
     "part_moments",
     "sample_moments",
-    "stack_moments",
+    "stack_parts",
     "update_running_statistics",
 ]
 
@@ -88,7 +88,7 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
         count [P], mean and var [P, C].
     """
     if is_one_part_each(parts, num_parts):  # nothing to merge
-        return stack_moments([batch_moments(feature) for feature in features])
+        return stack_parts([batch_moments(feature) for feature in features])
 
     moments: list[Moments] = []
     indices: list[Tensor] = []
@@ -97,7 +97,7 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
             moments.append(sample_moments(feature))
             indices.append(part)
         else:
-            moments.append(stack_moments([batch_moments(feature)]))
+            moments.append(stack_parts([batch_moments(feature)]))
             indices.append(torch.full((1,), part, device=feature.device))
 
     together = Moments(*(torch.cat(fields) for fields in zip(*moments, strict=True)))
@@ -109,32 +109,31 @@ def is_one_part_each(parts: Sequence[int | Tensor], num_parts: int) -> bool:
     return all(isinstance(part, int) for part in parts) and tuple(parts) == tuple(range(num_parts))
 
 
-def stack_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of P parts in one record: count [P, ...], mean and var [P, ..., C]."""
-    return Moments(*(torch.stack(fields) for fields in zip(*parts, strict=True)))
+def stack_parts(parts: Sequence[Any]) -> Any:
+    """Records of P parts, such as Moments, as one: count [P, ...], mean and var [P, ..., C]."""
+    return type(parts[0])(*map(torch.stack, zip(*parts, strict=True)))
 
 
-def merge_moments(parts: Moments, dim: int = 0) -> Moments:
+def merge_moments(parts: Moments) -> Moments:
     """The moments of the union of parts, by Chan's formula.
 
         n = sum n_p,  mean = sum (n_p/n) mean_p,  var = sum (n_p/n) (var_p + (mean_p - mean)^2)
 
     Args:
-        parts: count [..., P, ...], mean and var [..., P, ..., C].
-        dim: the dimension of `count` that is merged away, counted from the front.
+        parts: count [P, ...], mean and var [P, ..., C].
 
     Returns:
-        Moments without that dimension. Parts with count 0 have no influence.
+        Moments without the first dimension. Parts with count 0 have no influence.
 
     Source:
         Chan, Golub, LeVeque, *Updating formulae and a pairwise algorithm for computing sample
         variances*, 1979.
     """
-    count = parts.count.sum(dim)
-    weight = (parts.count / count.unsqueeze(dim).clamp(min=1)).unsqueeze(-1)
+    count = parts.count.sum(0)
+    weight = (parts.count / count.clamp(min=1)).unsqueeze(-1)
 
-    mean = (weight * parts.mean).sum(dim)
-    var = (weight * (parts.var + (parts.mean - mean.unsqueeze(dim)).square())).sum(dim)
+    mean = (weight * parts.mean).sum(0)
+    var = (weight * (parts.var + (parts.mean - mean).square())).sum(0)
 
     return Moments(count, mean, var)
 
@@ -168,9 +167,9 @@ def enlarge_parts(parts: Moments, extra: Sequence[Moments | None]) -> Moments:
         extra: P moments, count [], mean and var [C]; None: nothing.
     """
     nothing = Moments(*(torch.zeros_like(field[0]) for field in parts))
-    added = stack_moments([nothing if moments is None else moments for moments in extra])
+    added = stack_parts([nothing if moments is None else moments for moments in extra])
     added = added._replace(count=added.count * (parts.count > 0))
-    return merge_moments(stack_moments([parts, added]))
+    return merge_moments(stack_parts([parts, added]))
 
 
 def update_running_statistics(

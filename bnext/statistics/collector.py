@@ -23,12 +23,13 @@ from bnext.functional import (
     merge_moments,
     merge_spreads,
     spread_of_batch,
+    stack_parts,
     standard_errors,
 )
 from bnext.statistics.observe import list_populations
 from bnext.statistics.report import PopulationEstimate
 
-__all__ = ["Collector", "Estimator", "make_collectors", "measure", "stack_parts"]
+__all__ = ["Collector", "Estimator", "make_collectors", "measure"]
 
 Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_average"]
 
@@ -235,11 +236,6 @@ def measure(features: Sequence[Tensor], where: str) -> Moments:
         remedy = "They are not taken in; look for what in that batch or before that layer makes them."
         raise StatisticsError.of("activations", "be finite", got="NaN or Inf", where=where, remedy=remedy)
     return moments
-
-
-def stack_parts(parts: Sequence[Any]) -> Any:
-    """Records of tensors, such as Moments, as one whose fields have a leading dimension."""
-    return type(parts[0])(*map(torch.stack, zip(*parts, strict=True)))
 
 
 def _merge_populations(every: Tensor) -> Tensor:

@@ -12,12 +12,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, merge_moments
+from bnext.functional import Moments, merge_moments, stack_parts
 from bnext.layers.walk import Selection
 from bnext.scope.model import restoring
 from bnext.scope.statistics import is_recomputing
 from bnext.statistics.arguments import check_numbers
-from bnext.statistics.collector import measure, stack_parts
+from bnext.statistics.collector import measure
 from bnext.statistics.observe import Features, list_populations, select_norms, watching
 
 __all__ = ["OnlineStatistics", "following_stream"]

@@ -13,7 +13,7 @@ from bnext.functional import (
     merge_moments,
     part_moments,
     sample_moments,
-    stack_moments,
+    stack_parts,
     update_running_statistics,
 )
 from tests import reference, strategies
@@ -32,7 +32,7 @@ def random_parts(seed: int, sizes: list[int], offset: float = 3.0, side: int = 2
         torch.randn(BATCH, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + offset
     )
     parts = [batch_moments(part) for part in data.split(sizes)]
-    return data, stack_moments(parts)
+    return data, stack_parts(parts)
 
 
 def assert_moments(actual: Moments, expected: tuple[int, torch.Tensor, torch.Tensor]) -> None:
@@ -84,22 +84,9 @@ def test_merged_variance_at_offset_ten_thousand_in_float32(seed, sizes):
     data, _ = random_parts(seed, sizes, offset=1e4, side=16)
     data = data.float()
     parts = [batch_moments(part) for part in data.split(sizes)]
-    merged = merge_moments(stack_moments(parts))
+    merged = merge_moments(stack_parts(parts))
     _, _, var = reference.moments_of([data])
     assert ((merged.var.double() - var) / var).abs().max() < 1e-4
-
-
-def test_merging_along_another_dimension():
-    parts = Moments(
-        torch.tensor([[1.0, 3.0], [2.0, 0.0]]).double(),
-        torch.randn(2, 2, 5, dtype=torch.float64),
-        torch.rand(2, 2, 5, dtype=torch.float64),
-    )
-    merged = merge_moments(parts, dim=1)
-    for row in range(2):
-        own = merge_moments(Moments(*(field[row] for field in parts)))
-        for actual, expected in zip(merged, own, strict=True):
-            torch.testing.assert_close(actual[row], expected)
 
 
 def test_only_empty_parts_merge_to_nothing():
@@ -111,7 +98,7 @@ def test_only_empty_parts_merge_to_nothing():
 
 def test_group_moments_are_those_of_the_members():
     data = [torch.randn(2, 3, side, 4, dtype=torch.float64) + side for side in (2, 3, 5)]
-    parts = stack_moments([batch_moments(part) for part in data])
+    parts = stack_parts([batch_moments(part) for part in data])
     groups = group_moments(parts, torch.tensor([0, 1, 0]), 3)
     assert_moments(Moments(*(field[0] for field in groups)), reference.moments_of([data[0], data[2]]))
     assert_moments(Moments(*(field[1] for field in groups)), reference.moments_of([data[1]]))

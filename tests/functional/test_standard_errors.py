@@ -6,14 +6,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnext.functional import Moments, Spread, batch_moments, merge_moments, merge_spreads, spread_of_batch
-from bnext.functional.standard_errors import standard_errors
+from bnext.functional import (
+    Moments,
+    Spread,
+    batch_moments,
+    merge_moments,
+    merge_spreads,
+    spread_of_batch,
+    stack_parts,
+    standard_errors,
+)
 
 CHANNELS = 3
-
-
-def stack(parts):
-    return type(parts[0])(*(torch.stack(fields) for fields in zip(*parts, strict=True)))
 
 
 def make_batches(number, seed=0, offset=0.0):
@@ -29,8 +33,8 @@ def make_batches(number, seed=0, offset=0.0):
 def measure(batches):
     """Standard errors by one merge of all."""
     moments = [batch_moments(batch) for batch in batches]
-    spread = merge_spreads(stack([spread_of_batch(own) for own in moments]))
-    return standard_errors(spread, merge_moments(stack(moments))), spread
+    spread = merge_spreads(stack_parts([spread_of_batch(own) for own in moments]))
+    return standard_errors(spread, merge_moments(stack_parts(moments))), spread
 
 
 def define(batches):
@@ -79,9 +83,9 @@ def test_the_order_and_the_parts_do_not_matter(order, cuts, offset, empty):
         parts[-1].append(spread_of_batch(batch_moments(batches[index])))
         if position in empty:
             parts[-1].append(spread_of_batch(batch_moments(torch.empty(0, CHANNELS, 2, 2).double())))
-    merged = merge_spreads(stack([merge_spreads(stack(part)) for part in parts]))
+    merged = merge_spreads(stack_parts([merge_spreads(stack_parts(part)) for part in parts]))
     assert merged.num_batches == 9
-    pooled = merge_moments(stack([batch_moments(batch) for batch in batches]))
+    pooled = merge_moments(stack_parts([batch_moments(batch) for batch in batches]))
     for error, expected in zip(standard_errors(merged, pooled), (mean_error, var_error), strict=True):
         torch.testing.assert_close(error, expected, rtol=1e-10, atol=1e-10)
     mean_of_means = [own.center + own.first[0] for own in (merged, spread)]
@@ -114,7 +118,7 @@ def test_leading_dimensions_are_merged_apart_from_channels():
     own = spread_of_batch(batch_moments(make_batches(1, offset=7.0)[0]))
     zeros = torch.zeros(CHANNELS).double()
     nothing = spread_of_batch(Moments(torch.zeros(()).double(), zeros, zeros))
-    merged = merge_spreads(stack([nothing, own]))
+    merged = merge_spreads(stack_parts([nothing, own]))
     assert isinstance(merged, Spread)
     for field, expected in zip(merged, own, strict=True):
         assert torch.equal(field, expected)
@@ -131,8 +135,8 @@ def test_the_standard_error_is_honest(sizes):
         size = sizes[k % len(sizes)]
         noise = torch.randn(size, num_channels, generator=generator, dtype=torch.float64) * 2
         moments.append(batch_moments(center[k] + noise))
-    pooled = merge_moments(stack(moments))
-    spread = merge_spreads(stack([spread_of_batch(own) for own in moments]))
+    pooled = merge_moments(stack_parts(moments))
+    spread = merge_spreads(stack_parts([spread_of_batch(own) for own in moments]))
     mean_error, var_error = standard_errors(spread, pooled)
     assert 0.62 < float((pooled.mean.abs() / mean_error).median()) < 0.72
     assert 0.60 < float(((pooled.var - 5).abs() / var_error).median()) < 0.75
@@ -146,6 +150,6 @@ def test_a_few_large_batches_are_not_many():
         shared = torch.randn(2000, generator=generator, dtype=torch.float64)
         noise = torch.randn(64 if k % 32 == 31 else 2, 2000, generator=generator, dtype=torch.float64)
         moments.append(batch_moments(shared + 2 * noise))
-    pooled = merge_moments(stack(moments))
-    mean_error, _ = standard_errors(merge_spreads(stack([spread_of_batch(own) for own in moments])), pooled)
+    pooled = merge_moments(stack_parts(moments))
+    mean_error, _ = standard_errors(merge_spreads(stack_parts([spread_of_batch(own) for own in moments])), pooled)
     assert float((pooled.mean.abs() < 2 * mean_error).double().mean()) > 0.85
