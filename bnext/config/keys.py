@@ -160,9 +160,7 @@ _SHUFFLE = (
             # or of features, and what would make that one wrong.
             Need({"WORKERS": _one_of(None, "one", 1)}, of=_FEATURES),
             Need({"NORM": _none_of("SyncBN")}, of=_FEATURES, reason="all RoIs share one mini-batch wherever they are"),
-            Need({"STATISTICS": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
-            Need({"POPULATION": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
-            Need({"AFFINE": _none_of("per_domain")}, of=_FEATURES, reason=_LOST),
+            *(Need({owned: _none_of("per_domain")}, of=_FEATURES, reason=_LOST) for owned in _OWNED),
         ),
     ),
     Key(

@@ -18,6 +18,7 @@ from bnext.functional import Groups
 from bnext.layers import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.scope.domain import get_active_domain
+from bnext.scope.model import setting
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
@@ -178,11 +179,5 @@ def mixing_images(model: nn.Module) -> Iterator[None]:
             f"population statistics in {norms[0].where}" if norms else "none", type(model).__name__
         )
 
-    before = [(owner, owner.mixes) for owner in telling.values()]
-    try:
-        for owner, _ in before:
-            owner.mixes = True
+    with setting(telling.values(), mixes=True):
         yield
-    finally:
-        for owner, mixes in before:
-            owner.mixes = mixes

@@ -54,11 +54,11 @@ def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def setting(modules: Iterable[nn.Module], **values: object) -> Iterator[None]:
+def setting(modules: Iterable[object], **values: object) -> Iterator[None]:
     """Let attributes of modules have other values in this scope.
 
     Args:
-        modules: those that have not the attribute are passed over.
+        modules: or what else has attributes; those that have not this one are passed over.
         values: attribute -> value.
 
     Example:

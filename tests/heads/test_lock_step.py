@@ -10,17 +10,10 @@ from torch import nn
 
 from bnext import add_bnext_config
 from bnext.errors import ConfigError, StatisticsError
-from bnext.heads.lock_step import make_head_norm, name_levels, run_tower, run_towers
+from bnext.heads.lock_step import make_head_norm, run_tower, run_towers
 from bnext.layers import LevelBatchNorm2d, NormSpec
 from bnext.surgery import fold_norms
 from tests.cases import LEVELS, NUM_CHANNELS, make_features, make_norm
-
-
-def test_features_are_named_in_order():
-    features = [torch.zeros(1), torch.ones(1)]
-    named = name_levels(("p4", "p3"), features)
-    assert list(named) == ["p4", "p3"]
-    assert named["p3"] is features[1]
 
 
 @pytest.mark.parametrize("number", [1, 3])

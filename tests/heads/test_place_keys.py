@@ -1,8 +1,5 @@
 """The keys of a place: they reach its norms and no others, whatever the heads and the backbone are."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
@@ -36,15 +33,6 @@ def test_the_answers_of_a_node_reach_the_norms_of_its_place_alone():
     train_and_infer(model)
 
 
-def test_every_stage_of_a_cascade():
-    pairs = ("MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True)
-    model = make_model(*pairs, "MODEL.ROI_BOX_HEAD.NORM", "SyncBN", architecture="BNextGeneralizedRCNN")
-    norms = norms_of(model, "ROI_BOX_HEAD")
-    assert list(norms) == [f"roi_heads.box_head.{stage}.conv1.norm" for stage in range(3)]
-    assert {type(norm) for norm in norms.values()} == {BatchNorm2d}
-    train_and_infer(model)
-
-
 def test_heads_of_c4_models_follow_the_backbones_keys():
     model = make_model(
         *C4, "MODEL.RESNETS.NORM", "SyncBN", "MODEL.BNEXT.RESNETS.EPS", 0.01, architecture="BNextGeneralizedRCNN"
@@ -53,13 +41,6 @@ def test_heads_of_c4_models_follow_the_backbones_keys():
     assert {path.split(".")[0] for path in norms} == {"backbone", "roi_heads"}
     assert {(type(norm), norm.eps, norm.spec.workers) for norm in norms.values()} == {(BatchNorm2d, 0.01, "all")}
     train_and_infer(model)
-
-
-def test_a_model_copies_and_pickles():
-    model = make_model(*EVERYWHERE, "MODEL.BNEXT.ROI_KEYPOINT_HEAD.NORM", "LN")
-    expected = run_step(model, make_batch())[0]
-    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert run_step(same, make_batch())[0] == expected
 
 
 def test_detectron2s_predictor_sees_the_same_model(tmp_path):
