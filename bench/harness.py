@@ -24,12 +24,12 @@ from bnext.errors import BNextError
 from bnext.files import write_json
 from bnext.tables import format_rows
 
-__all__ = ["CHANNELS", "IMAGES", "MIN_PAIRS", "Comparison", "Result", "format_results", "run", "write_figures"]
+__all__ = ["CHANNELS", "IMAGES", "NUM_PAIRS", "Comparison", "Result", "format_results", "run", "write_figures"]
 
 CHANNELS = 256
 IMAGES = {"p4": (16, CHANNELS, 50, 84)}  # one feature map of a batch
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-MIN_PAIRS = 11
+NUM_PAIRS = 11  # of runs
 TOLERANCE = 1e-9  # of float64, relative to the largest number of a tensor; sums of a million numbers differ by 1e-12
 
 Features: TypeAlias = dict[str, Tensor]
@@ -69,7 +69,6 @@ class Result:
     Args:
         name, layout, num_workers, differs: see `Comparison`.
         difference: largest relative difference of outputs, gradients and averages in float64.
-        num_pairs: of runs.
         ours_ms, other_ms: medians of forward and backward, in milliseconds.
         median, lowest, highest: of other / ours, over pairs; above 1 ours is faster.
     """
@@ -79,7 +78,6 @@ class Result:
     num_workers: int
     differs: str
     difference: float
-    num_pairs: int
     ours_ms: float
     other_ms: float
     median: float
@@ -87,36 +85,28 @@ class Result:
     highest: float
 
 
-def run(comparison: Comparison, num_pairs: int = MIN_PAIRS) -> list[Result]:
+def run(comparison: Comparison) -> list[Result]:
     """Prove the arms equal, then time them; a result for each layout.
 
-    Args:
-        comparison: the arms and their inputs.
-        num_pairs: of runs, 11 or more.
-
     Raises:
-        BNextError: there are too few pairs, or the arms differ and `comparison.differs` does not say why.
+        BNextError: the arms differ, and `comparison` does not say why.
     """
-    if num_pairs < MIN_PAIRS:
-        raise BNextError.of(
-            "runs", f"be {MIN_PAIRS} or more", got=num_pairs, where=comparison.name, remedy="A median needs them."
-        )
     if comparison.num_workers == 1:
-        return _run_here(comparison, num_pairs)
+        return _run_here(comparison)
 
     with tempfile.TemporaryDirectory() as folder:
         results = get_context("spawn").SimpleQueue()
-        arguments = comparison, num_pairs, f"file://{folder}/store", results
+        arguments = comparison, f"file://{folder}/store", results
         spawn(_run_worker, arguments, nprocs=comparison.num_workers)
         return results.get()
 
 
-def _run_worker(rank: int, comparison: Comparison, num_pairs: int, store: str, results: Any) -> None:
+def _run_worker(rank: int, comparison: Comparison, store: str, results: Any) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // comparison.num_workers))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=comparison.num_workers)
 
     torch.manual_seed(rank)
-    own_results = _run_here(comparison, num_pairs)
+    own_results = _run_here(comparison)
     if rank == 0:
         results.put(own_results)
 
@@ -124,14 +114,14 @@ def _run_worker(rank: int, comparison: Comparison, num_pairs: int, store: str, r
     dist.destroy_process_group()
 
 
-def _run_here(comparison: Comparison, num_pairs: int) -> list[Result]:
+def _run_here(comparison: Comparison) -> list[Result]:
     results = []
 
     for layout in comparison.layouts:
         features, grads = (draw_features(comparison.shapes, layout) for _ in range(2))
 
         difference = measure_difference(comparison, features, grads)
-        ours, other = _time_pairs(comparison, features, grads, num_pairs)
+        ours, other = _time_pairs(comparison, features, grads)
         ratios = [slow / fast for fast, slow in zip(ours, other, strict=True)]
 
         results.append(
@@ -141,7 +131,6 @@ def _run_here(comparison: Comparison, num_pairs: int) -> list[Result]:
                 num_workers=comparison.num_workers,
                 differs=comparison.differs,
                 difference=difference,
-                num_pairs=num_pairs,
                 ours_ms=1e3 * statistics.median(ours),
                 other_ms=1e3 * statistics.median(other),
                 median=statistics.median(ratios),
@@ -217,9 +206,7 @@ def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool
     return numbers
 
 
-def _time_pairs(
-    comparison: Comparison, features: Features, grads: Features, num_pairs: int
-) -> tuple[list[float], list[float]]:
+def _time_pairs(comparison: Comparison, features: Features, grads: Features) -> tuple[list[float], list[float]]:
     """Seconds of ours and of the other, pair by pair."""
     arms = comparison.make_ours(), comparison.make_other()
     for feature in features.values():
@@ -228,7 +215,7 @@ def _time_pairs(
         _time_step(arm, features, grads, comparison.sees_all)
 
     seconds: tuple[list[float], list[float]] = [], []
-    for index in range(num_pairs):
+    for index in range(NUM_PAIRS):
         for side in (0, 1) if index % 2 == 0 else (1, 0):
             seconds[side].append(_time_step(arms[side], features, grads, comparison.sees_all))
     return seconds
