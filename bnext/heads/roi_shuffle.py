@@ -39,10 +39,10 @@ def shuffle_heads(model: Any, norms: NormRecipe) -> None:
             continue
 
         _Teller(model.roi_heads, name, norm)
-        for other, head in find_roi_heads(model):
-            if other == name and norm.shuffle == "statistics":
+        for head in [head for other, head in find_roi_heads(model) if other == name]:
+            if norm.shuffle == "statistics":
                 _deal(head, norm)
-            elif other == name:
+            else:
                 _move_features(head, name, norm)
 
 
@@ -68,8 +68,7 @@ class _Teller:
         self._handle.remove()
 
         shuffle = self._norm.shuffle
-        is_dealt = shuffle == "statistics" and self._norm.is_batch_norm
-        group = resolve_group(self._norm.spec.workers if is_dealt else "all")
+        group = resolve_group(self._norm.spec.workers if shuffle == "statistics" else "all")
         num_workers = get_world_size(group) if group is not None else 1
         num_groups = self._norm.shuffle_groups or num_workers
         num_images = len(args[0] if args else kwargs["images"]) * num_workers
