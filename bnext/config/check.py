@@ -79,14 +79,14 @@ def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) ->
     if any(allowed.accepts(values[other]) for other, allowed in need.conditions.items()):
         return
 
-    names = need.words or " or ".join(f"{other} is {allowed.words}" for other, allowed in need.conditions.items())
+    conditions = " or ".join(f"{other} is {allowed.words}" for other, allowed in need.conditions.items())
     others = ", ".join(f"{other} is {values[other]!r}" for other in need.conditions)
-    remedy = f"Set {'one' if need.words else ' or '.join(need.conditions)} so, or remove the key"
+    remedy = f"Set {' or '.join(need.conditions)} so, or remove the key"
     raise ConfigError.of(
         name,
-        f"keep its default unless {names}",
+        f"keep its default unless {conditions}",
         got=repr(value),
-        where="config" if need.words else others,
+        where=others,
         remedy=f"{remedy}: {need.reason}." if need.reason else f"{remedy}.",
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -46,13 +45,11 @@ class Need:
     Args:
         conditions: key -> values. One of the keys must have one of its values; without a dot it is of the same node.
         of: the values in need, of those that are not the default; None: all.
-        words: the conditions, where they are too many to list.
         reason: that the keys do not say themselves.
     """
 
     conditions: Mapping[str, Values]
     of: Values | None = None
-    words: str = ""
     reason: str = ""
 
 
@@ -232,10 +229,6 @@ PLACE_KEYS = {name: _make_place_keys(name) for name in PLACES}
 
 # ---- the keys of domains, of what changes during a training, and of what is estimated and measured beside it
 
-_PER_DOMAIN = Need(
-    {f"MODEL.BNEXT.{name}.{owned}": _one_of("per_domain") for name, owned in itertools.product(PLACES, _OWNED)},
-    words="STATISTICS, POPULATION or AFFINE of a place, such as MODEL.BNEXT.RESNETS, is 'per_domain'",
-)
 _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
@@ -246,13 +239,11 @@ _DOMAINS = (
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
             "Write them as ('day', 'night').",
         ),
-        needs=(_PER_DOMAIN,),
     ),
     Key(
         "MODEL.BNEXT.DOMAINS.FALLBACK",
         "",
         "domain of samples without one, or of an unknown one; empty: that is an error",
-        needs=(_PER_DOMAIN,),
     ),
 )
 

@@ -159,6 +159,14 @@ def _name_keys(node: str) -> dict[str, str]:
 def _make_recipe(places: Iterable[str], values: Mapping[str, Any]) -> NormRecipe:
     """The recipe of places, from values by the whole names of their keys."""
     norms = {place: _make_place(place, values) for place in places}
+    has_domains = any(norm.spec.domains for norm in norms.values())
+
+    for key in ("MODEL.BNEXT.DOMAINS.NAMES", "MODEL.BNEXT.DOMAINS.FALLBACK"):
+        if values[key] and not has_domains:
+            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place is 'per_domain'"
+            remedy = "Set one so, such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
+            raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
+
     domains, fallback = values["MODEL.BNEXT.DOMAINS.NAMES"], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
     return NormRecipe(MappingProxyType(norms), tuple(domains), fallback or None)
 
