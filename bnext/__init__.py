@@ -27,7 +27,7 @@ from bnext.layers import (
     use_groups,
     virtual_samples,
 )
-from bnext.scope import carrying_record, frozen_statistics, use_domain
+from bnext.scope import frozen_statistics, use_domain
 from bnext.statistics import following_stream, recompute_population_statistics
 from bnext.surgery import (
     check_norm_state,
@@ -55,7 +55,6 @@ __all__ = [
     "StatisticsError",
     "WorkerError",
     "build_norm",
-    "carrying_record",
     "check_norm_state",
     "convert_norm",
     "convert_norm_state",

@@ -19,6 +19,7 @@ from bnext.layers import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.scope.domain import get_active_domain
 from bnext.scope.model import setting
+from bnext.scope.recomputation import is_recomputing
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["ImagesOfRois", "find_roi_heads", "mixing_images", "tell_images"]
@@ -74,7 +75,9 @@ class ImagesOfRois:
         self._num_rois = [len(of_image) for of_image in boxes]
 
     def _before_head(self, head: nn.Module, args: tuple[Any, ...]) -> None:
-        close_scopes(self)  # of a call that was broken off
+        if is_recomputing():
+            return  # the calls of the forward hold, whose images these are
+
         norms = list(find_bnext_norms(head).values())
 
         active = get_active_domain()

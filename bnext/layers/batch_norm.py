@@ -34,7 +34,7 @@ from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall, read_call
-from bnext.scope.record import is_traced
+from bnext.scope.recomputation import is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
 

@@ -150,7 +150,6 @@ class StatisticsDeal:
         if "_handles" not in vars(self):  # from a file of 0.1, where the groups of a call stayed until the next one
             self._handles = [vars(self)["_handle"], module.register_forward_hook(self._after, always_call=True)]
 
-        close_scopes(self)  # of a call that was broken off
         norms = find_bnext_norms(module).values()
         dealing = [norm for norm in norms if norm.training and norm.uses_mini_batch]
         if not dealing:

@@ -15,8 +15,9 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.spec import NormSpec
-from bnext.scope.call import NormCall, forget_calls
-from bnext.scope.record import get_record, is_traced
+from bnext.scope.call import NormCall
+from bnext.scope.recomputation import is_traced
+from bnext.scope.record import get_record
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -263,7 +264,6 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     def train(self, mode: bool = True) -> Self:
         self._checked = {}
-        forget_calls(self)
         return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

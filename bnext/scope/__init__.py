@@ -1,8 +1,7 @@
 """What a call of a norm knows besides its tensors, and a model that is put into a state for a while."""
 
-from bnext.scope.call import carrying_record
 from bnext.scope.domain import use_domain
 from bnext.scope.record import CallRecord, Scope, get_record
 from bnext.scope.statistics import frozen_statistics
 
-__all__ = ["CallRecord", "Scope", "carrying_record", "frozen_statistics", "get_record", "use_domain"]
+__all__ = ["CallRecord", "Scope", "frozen_statistics", "get_record", "use_domain"]

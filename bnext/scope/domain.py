@@ -25,8 +25,8 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
 
     Note:
         The innermost scope counts. A scope belongs to its thread. With activation checkpointing the backward pass runs
-        the network again, in the domain of its own forward, wherever the backward pass lies; forwards of several
-        domains before one backward pass need `context_fn=bnext.carrying_record`.
+        the network again, in the domain of its own forward, wherever the backward pass lies. A compiled function that
+        is checkpointed cannot know it: open the scope within the function.
 
     Example:
         >>> with use_domain("night"):

@@ -10,12 +10,12 @@ import contextlib
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from bnext.scope.call import forgetting_calls
 from bnext.seeding import seeded
 
-__all__ = ["drawing_from", "restoring", "setting"]
+__all__ = ["drawing_from", "keeping_buffers", "restoring", "setting"]
 
 
 @contextlib.contextmanager
@@ -37,20 +37,41 @@ def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
         >>> int(norm.num_batches_tracked)
         0
     """
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    attributes = [(module, dict(vars(module))) for module in model.modules()]
 
-    with forgetting_calls(model), contextlib.nullcontext() if seed is None else drawing_from(model, seed):
+    with keeping_buffers(model.modules()), contextlib.nullcontext() if seed is None else drawing_from(model, seed):
         try:
             yield
         finally:
-            for module, own, buffers in attributes:
+            for module, own in attributes:
                 vars(module).clear()
                 vars(module).update(own)
+
+
+@contextlib.contextmanager
+def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back at the end of this scope which buffers modules have, and their values, bit by bit.
+
+    Those of a lazy module that has none yet are left as they become; the modules within a module are other ones.
+    """
+    before = [(module, dict(module._buffers.items())) for module in modules]
+    buffers = [buffer for _, own in before for buffer in own.values() if buffer is not None and not is_lazy(buffer)]
+    values = [(buffer, buffer.clone()) for buffer in buffers if not _is_expanded(buffer)]
+
+    try:
+        yield
+    finally:
+        for module, own in before:
+            if isinstance(module._buffers, dict):  # a scripted module has always the same ones
                 module._buffers.clear()
-                module._buffers.update(buffers)
-            for buffer, value in values:
-                buffer.data.copy_(value)  # .data: a backward pass of the caller's may still need the buffer
+                module._buffers.update(own)
+        for buffer, value in values:
+            buffer.data.copy_(value)  # .data: a backward pass of the caller's may still need the buffer
+
+
+def _is_expanded(buffer: Tensor) -> bool:
+    """Whether elements share memory, so that torch lets nobody write to it."""
+    return any(size > 1 and stride == 0 for size, stride in zip(buffer.shape, buffer.stride(), strict=True))
 
 
 @contextlib.contextmanager

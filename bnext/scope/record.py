@@ -10,20 +10,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
 
 from bnext.functional import Groups, Moments
+from bnext.scope.recomputation import NO_GRAPH_TASK, find_graph_task, is_traced
 
-__all__ = ["CallRecord", "Scope", "close_scopes", "find_graph_task", "get_record", "is_recomputing", "is_traced"]
+__all__ = ["CallRecord", "Scope", "close_scopes", "get_record"]
 
-_GENERATOR = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
-_NO_TASK = -1  # torch's number outside of every backward pass
+_COROUTINE = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE
+_PAUSING = inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR | _COROUTINE  # flags of what may stop at a `yield`
+_MODULE_CALL = nn.Module._call_impl.__code__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,6 @@ class CallRecord:
         recorders: norm -> what takes down the moments of its call, by domain.
         specs: norm -> the `NormSpec` in force instead of its own.
         frozen: norms whose running statistics do not move.
-        is_carried: it is the record of the forward that is computed again, and whole.
     """
 
     domain: str | tuple[str, ...] | None = None
@@ -46,7 +46,6 @@ class CallRecord:
     recorders: Mapping[nn.Module, dict[str, Moments] | None] = dataclasses.field(default_factory=dict)
     specs: Mapping[nn.Module, Any] = dataclasses.field(default_factory=dict)
     frozen: frozenset[nn.Module] = frozenset()
-    is_carried: bool = False
 
     def extend(self, changes: Mapping[str, Any]) -> CallRecord:
         """The record with what an inner scope says: mappings and sets grow, a domain is replaced."""
@@ -69,23 +68,36 @@ class _Entry:
         scope: that was opened.
         changes: fields of `CallRecord`.
         task: the backward pass in which it was opened; outside of one -1.
-        frame: of the generator around whose `yield` it stands, if it does.
+        generators: in which it was opened, as they ran; their `yield` may lie in it.
         paused: generators with an open scope that were suspended when this one was opened: it is none of theirs.
+        module_call: at whose end it ends, also if that is broken off; None: at none.
         is_open: until it is closed, by whichever thread.
     """
 
     scope: Scope
     changes: Mapping[str, Any]
     task: int
-    frame: FrameType | None
+    generators: tuple[FrameType, ...]
     paused: tuple[FrameType, ...]
+    module_call: FrameType | None
     is_open: bool = True
 
     def is_visible(self, task: int) -> bool:
         """Whether code that runs now, in this backward pass, lies in the scope."""
         # A backward pass computes activations of some forward again: scopes around the backward pass are none of its.
-        is_of_task = task in (_NO_TASK, self.task)
-        return self.is_open and is_of_task and not any(_is_running(frame) for frame in self.paused)
+        is_of_task = task in (NO_GRAPH_TASK, self.task)
+        return not self.is_over and is_of_task and not any(_is_running(frame) for frame in self.paused)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it was closed, or the call of its module was broken off without closing it."""
+        return not self.is_open or not (self.module_call is None or _is_called(self.module_call))
+
+    def close(self) -> None:
+        """End it, in whichever thread."""
+        self.is_open = False
+        self.scope._entries.remove(self)
+        _stack.set(_Stack(tuple(other for other in _stack.get().entries if not other.is_over)))
 
 
 class _Stack:
@@ -131,7 +143,7 @@ class Scope:
     those of two generators, end each for itself, and each generator sees its own.
 
     Args:
-        owner: see `close_scopes`.
+        owner: what opens it in a hook of a module, whose call it lasts: see `close_scopes`. None: it is a `with` block.
         changes: fields of `CallRecord`.
     """
 
@@ -141,39 +153,44 @@ class Scope:
         self._entries: list[_Entry] = []
 
     def __enter__(self) -> None:
-        entries = _stack.get().entries
-        frames = {entry.frame: None for entry in entries if entry.frame is not None}
+        entries = tuple(entry for entry in _stack.get().entries if not entry.is_over)
+        frames = dict.fromkeys(frame for entry in entries for frame in entry.generators)
         paused = tuple(frame for frame in frames if not _is_running(frame))
+        module_call = None if self.owner is None else _find_module_call()
 
-        entry = _Entry(self, self._changes, find_graph_task(), _find_generator(), paused)
+        entry = _Entry(self, self._changes, find_graph_task(), _find_generators(), paused, module_call)
         self._entries.append(entry)
         _stack.set(_Stack((*entries, entry)))
 
     def __exit__(self, *_: object) -> None:
         here = [entry for entry in _stack.get().entries if entry.scope is self]
-        entry = (here or self._entries)[-1]
-
-        entry.is_open = False
-        self._entries.remove(entry)
-        _stack.set(_Stack(tuple(other for other in _stack.get().entries if other.is_open)))
+        (here or self._entries)[-1].close()
 
 
 def close_scopes(owner: object) -> None:
-    """Close what an owner has opened in this thread: around the calls of a module, for example, from its hooks."""
-    for entry in _stack.get().entries:
-        if entry.scope.owner is owner:
-            entry.scope.__exit__()
+    """Close what an owner has opened in the call of a module that runs now."""
+    module_call = _find_module_call()
+    for entry in reversed(_stack.get().entries):
+        if entry.scope.owner is owner and entry.module_call is module_call:
+            entry.close()
 
 
-def _find_generator() -> FrameType | None:
-    """The generator of the caller in which a scope is opened; None where that is no generator."""
-    if is_traced():
-        return None
+def _find_generators() -> tuple[FrameType, ...]:
+    """The generators and coroutines that run, the innermost first; those of a context manager of ours are none."""
+    return tuple(frame for frame in _list_frames() if frame.f_code.co_flags & _PAUSING and not _is_ours(frame))
 
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and _is_ours(frame):
+
+def _find_module_call() -> FrameType | None:
+    """The innermost call of a module that runs."""
+    return next((frame for frame in _list_frames() if frame.f_code is _MODULE_CALL), None)
+
+
+def _list_frames() -> Iterator[FrameType]:
+    """The call stack; empty where the forward is being written down."""
+    frame = None if is_traced() else sys._getframe(1)
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame if frame is not None and frame.f_code.co_flags & _GENERATOR else None
 
 
 def _is_ours(frame: FrameType) -> bool:
@@ -181,21 +198,11 @@ def _is_ours(frame: FrameType) -> bool:
     return name == "contextlib" or name.startswith("bnext.")
 
 
+def _is_called(frame: FrameType) -> bool:
+    """Whether a call is on the stack; one that has ended keeps the frame that called it, for tracebacks."""
+    return is_traced() or any(other is frame for other in _list_frames())
+
+
 def _is_running(frame: FrameType) -> bool:
     """Whether a generator's frame is being executed, and not suspended at a `yield`, or over."""
     return frame.f_back is not None
-
-
-def find_graph_task() -> int:
-    """The number of the backward pass that runs in this thread; -1: none, or the forward is being written down."""
-    return _NO_TASK if is_traced() else torch._C._current_graph_task_id()
-
-
-def is_recomputing() -> bool:
-    """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
-    return find_graph_task() != _NO_TASK
-
-
-def is_traced() -> bool:
-    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -9,10 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer
 
-from bnext.scope.record import Scope, is_recomputing, is_traced
+from bnext.scope.model import keeping_buffers
+from bnext.scope.record import Scope
 
-__all__ = ["answering", "frozen_statistics", "is_recomputing", "is_traced"]
+__all__ = ["answering", "frozen_statistics"]
 
 
 @contextlib.contextmanager
@@ -28,7 +30,8 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     Note:
         Batch norms that heed torch's `track_running_stats` do not move at all, and at the end of the scope every
         running statistic is put back bit by bit, whatever wrote to it: a subclass with a forward of its own, the
-        broadcast of DistributedDataParallel, a checkpoint. A copy that is made in the scope is not frozen.
+        broadcast of DistributedDataParallel, a checkpoint, a training of the same model in another thread. A copy that
+        is made in the scope is not frozen.
 
     Example:
         >>> import torch
@@ -40,16 +43,16 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """
     norms = frozenset(module for module in model.modules() if isinstance(module, _BatchNorm))
     holders = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
-    buffers = [buffer for module in holders for buffer in module.buffers(recurse=False)]
-    values = [buffer.clone() for buffer in buffers]
 
-    try:
-        with Scope(frozen=norms), _tracking_nothing(norms):
-            yield
-    finally:
-        for buffer, value in zip(buffers, values, strict=True):
-            # Through .data: a changed version would forbid the backward pass of what ran in the scope.
-            buffer.data.copy_(value)
+    unborn = [
+        norm for norm in norms if isinstance(norm.running_mean, UninitializedBuffer)
+    ]  # lazy ones, before their first call
+
+    with keeping_buffers(holders), Scope(frozen=norms), _tracking_nothing(norms.difference(unborn)):
+        yield
+    for norm in unborn:
+        if not isinstance(norm.running_mean, UninitializedBuffer):
+            norm.reset_running_stats()
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from bnext.errors import StatisticsError
 from bnext.functional import Moments, merge_moments, stack_parts
 from bnext.layers.walk import Selection
 from bnext.scope.model import restoring
-from bnext.scope.statistics import is_recomputing
+from bnext.scope.recomputation import is_recomputing
 from bnext.statistics.arguments import check_numbers
 from bnext.statistics.collector import measure
 from bnext.statistics.observe import Features, list_populations, select_norms, watching

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnext import BatchNorm2d, NormSpec, frozen_statistics, use_domain, use_groups
+from bnext import BatchNorm2d, NormSpec, deal_statistics, frozen_statistics, use_domain, use_groups
 from bnext.scope import CallRecord, Scope, get_record
 from bnext.scope.domain import get_active_domain
 from bnext.scope.statistics import answering
@@ -49,6 +49,103 @@ def test_a_context_manager_around_a_scope_is_seen_by_its_body():
         with at("fog"):
             assert get_active_domain() == "fog"
         assert get_active_domain() == "night"
+    assert_nothing_is_open()
+
+
+class At:
+    """A scope of somebody's own around ours."""
+
+    def __init__(self, domain):
+        self.stack, self.domain = contextlib.ExitStack(), domain
+
+    def __enter__(self):
+        self.stack.enter_context(use_domain(self.domain))
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+
+@contextlib.contextmanager
+def at(domain):
+    with use_domain(domain):
+        yield
+
+
+@pytest.mark.parametrize("scope", [use_domain, at, At])
+@pytest.mark.parametrize("around", [False, True])
+def test_generators_that_open_a_scope_by_helpers_of_their_own(scope, around):
+    def step(domain):
+        with scope(domain):
+            for _ in range(3):
+                yield get_active_domain()
+
+    with use_domain("fog") if around else contextlib.nullcontext():
+        generators = [step("day"), step("night")]
+        assert [[next(generator) for generator in generators] for _ in range(3)] == [["day", "night"]] * 3
+        assert [next(generator, None) for generator in generators] == [None, None]
+    assert_nothing_is_open()
+
+
+def test_coroutines_each_have_their_own_domain():
+    class Pause:
+        def __await__(self):
+            yield
+
+    async def step(domain, seen):
+        with use_domain(domain):
+            for _ in range(2):
+                await Pause()
+                seen.append(get_active_domain() == domain)
+
+    seen = []
+    coroutines = [step("day", seen), step("night", seen)]
+    for _ in range(2):
+        for coroutine in coroutines:
+            coroutine.send(None)
+    for coroutine in coroutines:
+        with pytest.raises(StopIteration):
+            coroutine.send(None)
+    assert seen == [True] * 4
+    assert_nothing_is_open()
+
+
+class Interrupted(nn.Module):
+    def forward(self, x):
+        raise KeyboardInterrupt
+
+
+def test_the_scope_of_a_call_that_was_interrupted_is_over():
+    """Torch runs no hook after a KeyboardInterrupt."""
+    norm = BatchNorm2d(3)
+    head = nn.Sequential(norm, Interrupted()).train()
+    deal = deal_statistics(head, 2)
+    with pytest.raises(KeyboardInterrupt):
+        head(torch.randn(4, 3, 2, 2))
+    assert_nothing_is_open()
+
+    deal.remove()
+    x = torch.randn(6, 3, 2, 2)
+    torch.testing.assert_close(norm(x), nn.BatchNorm2d(3)(x))
+
+
+def test_a_dealt_module_that_calls_itself_goes_on_in_its_own_deal():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.is_inner, self.seen = BatchNorm2d(3), False, []
+
+        def forward(self, x):
+            if not self.is_inner:
+                self.is_inner = True
+                self(x)
+            self.seen.append(get_record().groups[self.norm])
+            return self.norm(x)
+
+    module = Twice().train()
+    deal_statistics(module, 2)
+    module(torch.randn(4, 3, 2, 2))
+    inner, outer = module.seen
+    assert inner is not outer
     assert_nothing_is_open()
 
 

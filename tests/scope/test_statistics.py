@@ -1,11 +1,14 @@
 """`frozen_statistics`: forwards that are no training leave every running statistic bit by bit."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from bnext.layers import BatchNorm2d, NormSpec
 from bnext.scope import frozen_statistics, use_domain
+from bnext.scope.model import restoring
 from tests.cases import CASES, NUM_CHANNELS, make_features, make_norm, randomize
 
 
@@ -54,6 +57,7 @@ def make_models():
         "torch_sync": nn.Sequential(conv, nn.SyncBatchNorm(NUM_CHANNELS)),
         "naive_sync": nn.Sequential(conv, naive(NUM_CHANNELS)),
         "ignores_the_flag": nn.Sequential(conv, IgnoresTheFlag(NUM_CHANNELS)),
+        "assigns_anew": nn.Sequential(conv, AssignsAnew(NUM_CHANNELS)),
         "instance": nn.InstanceNorm2d(NUM_CHANNELS, track_running_stats=True),
         "own": nn.Sequential(conv, BatchNorm2d(NUM_CHANNELS), BatchNorm2d(NUM_CHANNELS, NormSpec(training="renorm"))),
     }
@@ -66,6 +70,15 @@ class IgnoresTheFlag(nn.BatchNorm2d):
         if self.training:
             self.running_mean += 0.1 * (input.mean((0, 2, 3)).detach() - self.running_mean)
             self.num_batches_tracked += 1
+        return input - self.running_mean[:, None, None]
+
+
+class AssignsAnew(nn.BatchNorm2d):
+    """Its buffer is another tensor after each call."""
+
+    def forward(self, input):
+        if self.training:
+            self.running_mean = 0.9 * self.running_mean + 0.1 * input.mean((0, 2, 3)).detach()
         return input - self.running_mean[:, None, None]
 
 
@@ -89,6 +102,28 @@ def test_an_exception_restores(name):
     assert_unmoved(model, before)
     assert flags == [getattr(m, "track_running_stats", None) for m in model.modules()]
     assert_moves(model, x)
+
+
+@pytest.mark.parametrize("scope", [frozen_statistics, restoring])
+def test_buffers_that_cannot_be_copied_are_no_obstacle(scope):
+    """Those of a lazy norm before its first call, of one that is expanded, of a scripted module."""
+    expanded = nn.BatchNorm2d(NUM_CHANNELS)
+    expanded.register_buffer("shared", torch.zeros(1).expand(NUM_CHANNELS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        scripted = torch.jit.script(nn.BatchNorm2d(NUM_CHANNELS))
+    lazy = nn.LazyBatchNorm2d()
+
+    model = nn.Sequential(expanded, scripted, nn.BatchNorm2d(NUM_CHANNELS), lazy).train()
+    before = state_of(model[:3])
+    with scope(model):
+        model[:3](torch.randn(2, NUM_CHANNELS, 2, 2))
+    assert_unmoved(model[:3], before)
+
+    with scope(nn.Sequential(lazy)):
+        lazy(torch.randn(2, NUM_CHANNELS, 2, 2))
+    assert lazy.running_mean.shape == (NUM_CHANNELS,)
+    assert scope is restoring or not lazy.running_mean.any(), "a forward that finds shapes moves nothing"
 
 
 def test_scopes_nest_and_a_norm_without_statistics_stays_so():

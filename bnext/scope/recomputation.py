@@ -1,0 +1,84 @@
+"""Torch's activation checkpoints around the code that runs: is it a forward, or is one computed again?
+
+A checkpoint is torch's own object of one call of `torch.utils.checkpoint`: the context of its autograd function, or
+the frame of the form without reentrance. It lives as long as the graph that may need it, and so do notes on it. Torch
+tells nobody which it is; it is found on the call stack.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils import checkpoint as torch_checkpoint
+
+__all__ = ["NO_GRAPH_TASK", "Checkpoint", "find_checkpoints", "find_graph_task", "is_recomputing", "is_traced"]
+
+_FORWARD = torch_checkpoint.CheckpointFunction.forward.__code__
+_BACKWARD = torch_checkpoint.CheckpointFunction.backward.__code__
+NO_GRAPH_TASK = -1  # of torch, outside of every backward pass
+_NOTES = "_bnext_notes"
+
+
+class Checkpoint(NamedTuple):
+    """One call of torch.utils.checkpoint in which code runs.
+
+    Args:
+        notes: of ours, for the time until its graph is gone.
+        is_recomputed: its function is called by a backward pass; else by the forward.
+    """
+
+    notes: dict[Any, Any]
+    is_recomputed: bool
+
+
+def find_checkpoints() -> list[Checkpoint]:
+    """Those in which this code runs, the innermost first, up to the first that is computed again."""
+    found: list[Checkpoint] = []
+    frame: FrameType | None = sys._getframe(1)
+
+    while frame is not None:
+        if frame.f_globals is vars(torch_checkpoint):
+            found += _read_frame(frame)
+            if found and found[-1].is_recomputed:
+                break
+        frame = frame.f_back
+    return found
+
+
+def _read_frame(frame: FrameType) -> list[Checkpoint]:
+    """The checkpoint that a function of torch's module runs, if it runs one."""
+    names = frame.f_locals
+    if frame.f_code is _BACKWARD:
+        return [Checkpoint(_notes_on(names["ctx"]), is_recomputed=True)]
+    if frame.f_code is _FORWARD:
+        return [Checkpoint(_notes_on(names["ctx"]), is_recomputed=False)]
+
+    if frame.f_code.co_name == "unpack_hook" and "frame" in names:
+        return [Checkpoint(_notes_on(names["frame"]), is_recomputed=True)]
+    generator = getattr(names.get("gen"), "gi_frame", None)
+    if generator is not None and "new_frame" in generator.f_locals:
+        return [Checkpoint(_notes_on(generator.f_locals["new_frame"]), is_recomputed=False)]
+    return []
+
+
+def _notes_on(checkpoint: Any) -> dict[Any, Any]:
+    notes: dict[Any, Any] = vars(checkpoint).setdefault(_NOTES, {})
+    return notes
+
+
+def find_graph_task() -> int:
+    """The number of the backward pass that runs in this thread; -1: none, or the forward is being written down."""
+    return NO_GRAPH_TASK if is_traced() else torch._C._current_graph_task_id()
+
+
+def is_recomputing() -> bool:
+    """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
+    return find_graph_task() != NO_GRAPH_TASK
+
+
+def is_traced() -> bool:
+    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
