@@ -122,7 +122,7 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
         treat_as: as `register_form`, for this call.
 
     Raises:
-        ConfigError: `treat_as` names a class that is none of those of `register_form`.
+        ConfigError: see `register_form`.
     """
     _check_bases(treat_as or {})
     forward: Callable[..., object] = type(module).forward

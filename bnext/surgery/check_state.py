@@ -39,9 +39,7 @@ class Finding:
     """One thing that is wrong with the state of one norm.
 
     Args:
-        path: of the norm in the model.
-        kind: of the fault.
-        text: the fault, with the channels.
+        path, kind, text: of the norm in the model, of the fault, and the fault itself with its channels.
         owner: the level or domain whose state it is; "" is what all share.
         channels: where it is so; empty: in all.
     """

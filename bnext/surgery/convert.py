@@ -90,7 +90,7 @@ def convert_norm(
             is the model), or a glob for the paths of norms (`"*.conv1.norm"`); of several that match, the last
             holds. A new norm is a `NormSpec`; a name, "BN", "SyncBN", "FrozenBN", "GN", "LN" or "" for none;
             or what makes a norm of a number of channels, as `torch.nn.BatchNorm2d`.
-        domain_map: name of a domain of the new norm -> name in the old one, see `copy_norm_state`.
+        domain_map: see `copy_norm_state`.
         adopt_eps: every norm keeps its eps, so that outputs stay what they were. False: the new eps.
         treat_as: class with a forward of its own -> class of torch that computes the same in evaluation mode, as
             `{MyNorm: nn.BatchNorm2d}`. The norms of torch, torchvision and detectron2 are known.
@@ -261,8 +261,6 @@ def _carry_settings(
     norm: nn.Module, form: NormForm, new_norm: nn.Module, new_form: NormForm, keeps_momentum: bool
 ) -> list[str]:
     """Device, type, mode and momentum; and texts on what is otherwise."""
-    texts = []
-
     tensor = next((value for value in norm.state_dict().values() if value.is_floating_point()), None)
     if tensor is not None:
         new_norm.to(tensor.device, tensor.dtype)
@@ -273,7 +271,7 @@ def _carry_settings(
         for part in _list_populations(new_norm):
             part.track_running_stats = False
 
-    texts += _carry_momentum(norm, new_norm, keeps_momentum)
+    texts = _carry_momentum(norm, new_norm, keeps_momentum)
     if form.is_frozen and not new_form.is_frozen and new_form.is_batch_norm:
         texts.append(UNFROZEN)
     if isinstance(norm, BatchNorm2d) and not isinstance(new_norm, BatchNorm2d):
@@ -286,7 +284,7 @@ def _list_populations(norm: nn.Module) -> list[_BatchNorm]:
 
 
 def _carry_momentum(norm: nn.Module, new_norm: nn.Module, keeps_momentum: bool) -> list[str]:
-    """Momentum None is torch's for a cumulative average. A spec has its own; a name or a class has none."""
+    """A spec has its own momentum; a name or a class has none. None is torch's for a cumulative average."""
     momentum, new_momentum = _find_momentum(norm), _find_momentum(new_norm)
     if new_momentum is _ABSENT or momentum is _ABSENT or new_momentum == momentum:
         return []

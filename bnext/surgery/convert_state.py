@@ -1,7 +1,6 @@
 """Bring the state of one norm into another, or a state dict into the form of a model, and say what was known.
 
-All forms of `bnext.layers.forms`, both ways. Norms inside a model are replaced in
-`bnext.surgery.convert`; how one layout becomes another is in `bnext.layers.norm_state`.
+Norms inside a model are replaced in `bnext.surgery.convert`; one layout becomes another in `bnext.layers.norm_state`.
 """
 
 from __future__ import annotations
@@ -112,9 +111,7 @@ def convert_norm_state(
     Args:
         state_dict: of norms of any form; it is not changed.
         model: the model that will load it.
-        domain_map: name in the model -> name in the state dict, for levels or domains whose names
-            differ, or a new one that starts from another's; "" is what all of them share. A norm that has
-            not the names keeps to its own.
+        domain_map: see `copy_norm_state`; a norm that has not the names keeps to its own.
 
     Returns:
         A new state dict, and the report of what was converted.
@@ -170,12 +167,7 @@ def _needs_conversion(stored: StateDict, norm: nn.Module, form: NormForm, domain
 def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model as it would be if no level or domain owned anything: names to match others with.
 
-    Args:
-        model: is not changed.
-
-    Returns:
-        Its state dict, where no norm has anything that is owned; otherwise without what is, and with what
-        `convert_norm_state` makes it from.
+    What is owned is not in it, but what `convert_norm_state` makes it from.
     """
     state: dict[str, Tensor] = model.state_dict()
 
@@ -256,7 +248,7 @@ def copy_norm_state(
             or a new one that starts from another's; "" is what all of them share, so that {"": "night"}
             makes a plain norm of one domain.
         adopt_eps: the target takes over the source's eps. False: a different eps is said in the report.
-        treat_as: class with a forward of its own -> class of torch that computes the same in evaluation mode.
+        treat_as: see `convert_norm`.
 
     Returns:
         What was not copied as it was; `keeps_outputs` says whether outputs in evaluation mode are equal.

@@ -125,14 +125,8 @@ def test_variances_of_a_checkpoint_are_refused_by_name(values, shown):
         check_variances(state, "model.pth")
     assert f"stem.norm.running_var must be 0 or more and finite; {shown}; model.pth)" in str(caught.value)
     check_variances({"norm.running_var": torch.zeros(2)}, "model.pth")
-
-
-@pytest.mark.parametrize(("name", "value"), [("running_mean", float("nan")), ("running_var", -1.0)])
-def test_broken_means_and_variances_of_a_checkpoint_are_refused(name, value):
-    state = nn.BatchNorm2d(3).state_dict()
-    state[name][1] = value
-    with pytest.raises(CheckpointError, match=rf"{name} .*channel 1; x.pth"):
-        check_variances(state, "x.pth")
+    with pytest.raises(CheckpointError, match=r"norm\.running_mean .*channel 1; x\.pth"):
+        check_variances({"norm.running_mean": torch.tensor([0.0, float("nan")])}, "x.pth")
 
 
 def test_statistics_that_are_zero_everywhere_say_nothing():
