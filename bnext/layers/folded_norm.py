@@ -51,9 +51,8 @@ class FoldedNorm(nn.Module):
         path: where the norm was in its model, for messages.
 
     Note:
-        It has no state. A strict `load_state_dict` refuses a folded checkpoint for a model with norms, whose statistics
-        are missing, and the reverse, where they are unexpected; for which domain a checkpoint was folded it does not
-        know.
+        It has no state, by which a strict `load_state_dict` tells folded checkpoints from others; for which domain one
+        was folded it does not know.
     """
 
     def __init__(

@@ -306,13 +306,12 @@ def _find_momentum(norm: nn.Module) -> Any:
 
 def _tell_answers(spec: NormSpec, new_norm: nn.Module) -> list[str]:
     """Answers to "which batch?" that torch's norms cannot hold."""
-    default, answers = NormSpec(), []
+    held = NormSpec(workers="all") if isinstance(new_norm, nn.SyncBatchNorm) else NormSpec()
+    answers = []
 
-    for field in dataclasses.fields(NormSpec):
-        value = getattr(spec, field.name)
-        is_held = isinstance(new_norm, nn.SyncBatchNorm) and (field.name, value) == ("workers", "all")
-        if field.name not in _CARRIED and value != getattr(default, field.name) and not is_held:
-            answers.append(f"{field.name}={value!r}")
+    for name, value in dataclasses.asdict(spec).items():
+        if name not in _CARRIED and value != getattr(held, name):
+            answers.append(f"{name}={value!r}")
 
     return [LEFT_ANSWERS.format(answers=", ".join(answers))] if answers else []
 

@@ -27,7 +27,7 @@ from bnext.layers.batch_norm import DomainState
 from bnext.layers.forms import find_kind
 from bnext.scope.model import restoring
 
-__all__ = ["Pair", "find_pairs", "is_population_norm"]
+__all__ = ["Pair", "find_pairs"]
 
 _NAME_IT = "if a convolution feeds it alone, name the pair in `pairs`"
 _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -55,11 +55,8 @@ class _Left(Exception):
     """Why a norm is not folded."""
 
 
-def is_population_norm(module: nn.Module) -> bool:
-    """Whether a module looks like a batch norm with running statistics, also like a frozen one of no class of torch.
-
-    By what it holds; whether it only normalizes by them, its class must be known for (`bnext.layers.forms`).
-    """
+def _is_population_norm(module: nn.Module) -> bool:
+    """Whether a module holds what a batch norm with running statistics does, or a frozen one of no class of torch."""
     if isinstance(module, DomainState):
         return False
 
@@ -144,12 +141,12 @@ class _Structure:
         self.model = model
         self.norms: dict[nn.Module, list[str]] = {}
         self.convs: dict[nn.Module, list[str]] = {}
-        self._calls: dict[nn.Module, _Calls | str] = {}
+        self._calls: dict[nn.Module, _Calls] = {}
 
         for path, module in model.named_modules(remove_duplicate=False):
             if isinstance(module, _ConvNd):
                 self.convs.setdefault(module, []).append(path)
-            elif path and is_population_norm(module):
+            elif path and _is_population_norm(module):
                 self.norms.setdefault(module, []).append(path)
 
     def find_conv(self, norm: nn.Module) -> _ConvNd:
@@ -177,10 +174,7 @@ class _Structure:
     def _check_takers(self, conv: _ConvNd, norm: nn.Module) -> None:
         """The output of the convolution goes to the norm alone, and its weight nowhere."""
         for owner in self._find_owners(self.convs[conv] + self.norms[norm]):
-            try:
-                takers = self._read_calls(owner).takers.get(conv, [])
-            except _Left as reason:
-                raise _Left(f"its convolution has a second place in the model: {reason}") from None
+            takers = self._read_calls(owner).takers.get(conv, [])
             if any(taker != (norm,) for taker in takers):
                 raise _Left("the output of its convolution, or its weight, is used elsewhere, too")
 
@@ -208,15 +202,8 @@ class _Structure:
 
     def _read_calls(self, owner: nn.Module) -> _Calls:
         if owner not in self._calls:
-            try:
-                self._calls[owner] = _read_calls(owner)
-            except _Left as reason:
-                self._calls[owner] = str(reason)
-
-        calls = self._calls[owner]
-        if isinstance(calls, str):
-            raise _Left(calls)
-        return calls
+            self._calls[owner] = _read_calls(owner)
+        return self._calls[owner]
 
 
 # ---- tracing one forward

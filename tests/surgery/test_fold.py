@@ -431,7 +431,7 @@ def alias():
         (lambda: Leaks(False), {"norm": "used elsewhere"}),
         (lambda: Leaks(True), {"norm": "used elsewhere"}),
         (Untraceable, {"bn1": r"the forward of Untraceable cannot be traced: .*name the pair"}),
-        (alias, {"bn1": "cannot be traced", "body.1": "second place in the model: the forward of Untraceable"}),
+        (alias, {"bn1": "cannot be traced", "body.1": "the forward of Untraceable cannot be traced"}),
         (lambda: nn.Sequential(nn.BatchNorm2d(3)), {"0": "no convolution feeds it directly"}),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), {"1": "feeds it directly, but a Linear"}),
         (lambda: nn.ModuleDict({"norm": nn.BatchNorm2d(3)}), {"norm": "cannot be traced|does not call it"}),
