@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bnext.errors import ConfigError
+from bnext.errors import check_choice
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -74,17 +74,13 @@ def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
     Raises:
         ConfigError: another name.
     """
+    check_choice("a norm", name, NORM_NAMES, where="make_named_norm")
+
     if name in NAMED_NORMS:
         return BatchNorm2d(num_channels, NAMED_NORMS[name])
     if name == "GN":
         return nn.GroupNorm(min(32, num_channels), num_channels)
-    if name == "LN":
-        return LayerNorm2d(num_channels)
-    if name == "":
-        return None
-
-    rule, remedy = f"be one of {', '.join(map(repr, NORM_NAMES))}", "Choose one of them, or give a NormSpec."
-    raise ConfigError.of("a norm", rule, got=repr(name), remedy=remedy)
+    return LayerNorm2d(num_channels) if name == "LN" else None
 
 
 def name_norms(model: nn.Module) -> None:

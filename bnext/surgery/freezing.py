@@ -137,7 +137,6 @@ def _check_statistics(path: str, norm: Any) -> None:
             f"a {type(norm).__name__}": type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm),
             "none": norm.running_mean is None,
             "the model itself": not path,
-            f"one with eps {norm.eps!r}": not norm.eps > 0,
             "one with hooks, which would be lost": any(hooks),
             "a SyncBatchNorm with a process group of its own": getattr(norm, "process_group", None) is not None,
         }

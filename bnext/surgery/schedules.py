@@ -46,11 +46,8 @@ def interpolate(points: Points, iteration: float) -> float:
     """A value that changes linearly between points, and is constant before the first and after the last.
 
     Args:
-        points: (iteration, value) pairs, the iterations increasing; see `check_points`.
+        points: see `check_points`.
         iteration: from 0.
-
-    Raises:
-        ConfigError: the points are not such pairs.
 
     Example:
         >>> interpolate([(0, 1.0), (10, 3.0)], 5)
