@@ -20,6 +20,8 @@ _FORWARD = torch_checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD = torch_checkpoint.CheckpointFunction.backward.__code__
 NO_GRAPH_TASK = -1  # of torch, outside of every backward pass
 _NOTES = "_bnext_notes"
+# Those of saved tensors, which the form without reentrance sets; what torch does not tell must be looked for.
+_find_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 
 
 class Checkpoint(NamedTuple):
@@ -37,8 +39,10 @@ class Checkpoint(NamedTuple):
 def find_checkpoints() -> list[Checkpoint]:
     """Those in which this code runs, the innermost first, up to the first that is computed again."""
     found: list[Checkpoint] = []
-    frame: FrameType | None = sys._getframe(1)
+    if torch.is_grad_enabled() and find_graph_task() == NO_GRAPH_TASK and _find_hooks(True) is None:
+        return found  # neither kind is like that; looking at the stack takes longer
 
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_globals is vars(torch_checkpoint):
             found += _read_frame(frame)
