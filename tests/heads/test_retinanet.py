@@ -13,7 +13,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as Detectron2R
 from detectron2.solver.build import get_default_optimizer_params
 from torch import nn
 
-from bnext import convert_norm_state
+from bnext import convert_norm_state, recompute_population_statistics
 from bnext.errors import StatisticsError
 from bnext.heads import forward_statistics
 from bnext.layers import LevelBatchNorm2d
@@ -52,6 +52,15 @@ def test_default_keys_are_detectron2s_own_retinanet():
     assert len(found) == len(expected) > 0
     torch.testing.assert_close(found.scores, expected.scores)
     torch.testing.assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor)
+
+
+def test_no_norm_is_detectron2s_model():
+    stock, ours = make_detector("RetinaNet", ""), make_detector("BNextRetinaNet", "", seed=1)
+    ours.load_state_dict(stock.state_dict(), strict=True)
+    expected, expected_gradients = run_step(stock, make_batch())
+    losses, gradients = run_step(ours, make_batch())
+    assert losses == expected
+    assert all(torch.equal(gradient, expected_gradients[name]) for name, gradient in gradients.items())
 
 
 @pytest.mark.parametrize("norm", ["GN", "FrozenBN"])
@@ -137,3 +146,14 @@ def test_a_detector_copies_and_keeps_its_initialization():
     torch.testing.assert_close(torch.sigmoid(score.bias), torch.full_like(score.bias, 0.01))
     convs = [m for m in model.head.modules() if isinstance(m, nn.Conv2d)]
     assert all(abs(float(conv.weight.detach().std()) - 0.01) < 2e-3 for conv in convs)
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_statistics_of_a_detector_by_the_short_forward_and_by_the_whole_one(row):
+    short, whole = make_detector(row=row), make_detector(row=row)
+    data = [make_batch(seed=seed) for seed in range(2)]
+    report = recompute_population_statistics(short, data, forward=forward_statistics)
+    recompute_population_statistics(whole, data)
+    assert not report.not_reached
+    assert len(report.estimates) == 4 * (len(LEVELS) if row == 4 else 1)
+    assert all(torch.equal(value, whole.state_dict()[name]) for name, value in short.state_dict().items())
