@@ -269,23 +269,19 @@ def _read_frozen(module: nn.Module) -> NormForm | None:
 # ---- what a form does not say
 
 
-def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None = None) -> tuple[list[str], list[str]]:
+def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None = None) -> tuple[str, list[str]]:
     """Things that another norm in the place of this one would lack.
 
     Returns:
-        What forbids a conversion, since outputs or state would be lost; and what is worth saying.
+        Why it must not be converted, since outputs or state would be lost, or ""; and what is worth saying.
     """
     name, kind = type(module).__name__, find_kind(module, treat_as)
 
     children = {child for child, _ in module.named_children()} - set(form.owners)
-    keys = set(module.state_dict()) - set(form.list_keys())
-    refused = []
-    if children:
-        refused.append(f"it holds the modules {', '.join(sorted(children))}")
-    elif keys:
-        refused.append(f"it holds {', '.join(sorted(keys))} besides a norm's state")
-    elif kind is None:
-        refused.append(FORWARD_OF_ITS_OWN.format(name=name))
+    more = children or set(module.state_dict()) - set(form.list_keys())
+    refused = FORWARD_OF_ITS_OWN.format(name=name) if kind is None else ""
+    if more:
+        refused = f"it holds {', '.join(sorted(more))} besides a norm's state"
 
     left = set() if isinstance(module, (BatchNorm2d, nn.ModuleList)) else set(vars(module)) - _TORCH_ATTRIBUTES
     if getattr(module, "process_group", None) is not None:

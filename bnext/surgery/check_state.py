@@ -136,7 +136,7 @@ def check_variances(state_dict: StateDict, where: str) -> None:
         wrong = (~torch.isfinite(value) | ((value < 0) & (name == "running_var"))).flatten()
         if bool(wrong.any()):
             channels = _list_channels(wrong)
-            got, place = f"{value.flatten()[channels[0]].item():g}", f"{_name_channels(channels, len(wrong))}; {where}"
+            got, place = f"{value.flatten()[channels[0]].item():g}", f"{_name_channels(channels)}; {where}"
             raise NO_STATISTIC.of(got, place, key=key, rule="0 or more and " * (name == "running_var"))
 
 
@@ -183,7 +183,7 @@ def _check_values(path: str, owner: str, kind: Kind, fields: Fields) -> Iterator
 
         channels = _list_channels(wrong)
         rule = "above 0 and finite" if kind == "variance" else "finite"
-        text = f"{name} must be {rule}; got {value[channels[0]].item():g} ({_name_channels(channels, len(value))})"
+        text = f"{name} must be {rule}; got {value[channels[0]].item():g} ({_name_channels(channels)})"
         yield Finding(path, kind, text, owner, channels)
 
 
@@ -191,7 +191,5 @@ def _list_channels(wrong: Tensor) -> tuple[int, ...]:
     return tuple(int(channel) for channel in wrong.nonzero().flatten())
 
 
-def _name_channels(channels: Sequence[int], num_channels: int) -> str:
-    if len(channels) == num_channels > 1:
-        return "all channels"
+def _name_channels(channels: Sequence[int]) -> str:
     return f"channel{'s' * (len(channels) > 1)} {list_few(channels, 5)}"

@@ -135,7 +135,7 @@ def convert_norm(
             continue
         refused, texts = find_leftovers(norm, form, treat_as)
         if refused:
-            raise MORE_THAN_A_NORM.of(f"{type(norm).__name__}: {'; '.join(refused)}", path)
+            raise MORE_THAN_A_NORM.of(f"{type(norm).__name__}: {refused}", path)
         new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
 
         new_form = find_form(new_norm, treat_as)

@@ -66,7 +66,7 @@ def test_classes_of_torch_torchvision_and_bnext_are_known(norm):
 def test_a_forward_of_its_own_is_vouched_for_by_its_class(norm):
     assert find_kind(norm) is None
     assert find_kind(norm, {Bounded: nn.BatchNorm2d}) is nn.BatchNorm2d
-    assert "treat_as={" in find_leftovers(norm, find_form(norm))[0][0]
+    assert "treat_as={" in find_leftovers(norm, find_form(norm))[0]
     assert not find_leftovers(norm, find_form(norm), {Bounded: nn.BatchNorm2d})[0]
 
 

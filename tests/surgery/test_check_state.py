@@ -117,7 +117,8 @@ def test_a_norm_at_two_places_is_found_once():
 
 
 @pytest.mark.parametrize(
-    ("values", "shown"), [((1, -2, 1, -3), "got -2 (channels 1, 3"), ((-1,) * 9, "got -1 (all channels")]
+    ("values", "shown"),
+    [((1, -2, 1, -3), "got -2 (channels 1, 3"), ((-1,) * 9, "got -1 (channels 0, 1, 2, 3, 4 and 4 more")],
 )
 def test_variances_of_a_checkpoint_are_refused_by_name(values, shown):
     state = {"stem.norm.running_var": torch.tensor(values, dtype=torch.float32), "other": -torch.ones(2)}

@@ -250,7 +250,7 @@ class OfOurs(BatchNorm2d):
         (WithActivation, "WithActivation: its forward is its own.*treat_as"),
         (FrozenWithActivation, "FrozenWithActivation: its forward is its own.*treat_as"),
         (OfOurs, "OfOurs: its forward is its own.*treat_as"),
-        (WithModule, "it holds the modules drop"),
+        (WithModule, "it holds drop besides"),
         (WithParameter, "it holds gate besides a norm's state"),
     ],
 )
