@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.files import replace_file
 from bnext.layers.folded_norm import FoldedNorm
-from bnext.surgery.check_state import check_variances, find_unwritten, find_unwritten_frozen_norms
+from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
 from bnext.surgery.convert_state import collect_norm_specs, compare_norm_specs, convert_norm_state, list_shared_keys
 
 __all__ = ["Checkpointer", "check_eval_weights", "load_model"]
@@ -268,7 +268,7 @@ class Checkpointer(DetectionCheckpointer):
 
         stored = []
         for owner in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith("running_var")):
-            if owner not in frozen and find_unwritten(_select_statistics(state, owner)):
+            if owner not in frozen and is_unwritten(_select_statistics(state, owner)):
                 stored.append(owner)
 
         for thing, paths, remedy in (

@@ -18,7 +18,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import NormForm, find_forms
 from bnext.layers.norm_state import Fields, NormRecord, is_unit_affine, read_norm
 
-__all__ = ["Finding", "check_norm_state", "check_variances", "find_unwritten", "find_unwritten_frozen_norms"]
+__all__ = ["Finding", "check_norm_state", "check_variances", "is_unwritten", "find_unwritten_frozen_norms"]
 
 Kind = Literal["mean", "variance", "affine", "channels", "unwritten", "eps"]
 StateDict = Mapping[str, Tensor]
@@ -96,13 +96,13 @@ def find_unwritten_frozen_norms(model: nn.Module) -> list[str]:
             continue
         for owner, statistics in record.populations.items():
             affine = record.affines.get(owner, record.affines.get("", {}))
-            if find_unwritten(statistics) and is_unit_affine(affine):
+            if is_unwritten(statistics) and is_unit_affine(affine):
                 places.append(f"{path}.{owner}" if owner else path)
 
     return places
 
 
-def find_unwritten(fields: Mapping[str, Tensor]) -> bool:
+def is_unwritten(fields: Mapping[str, Tensor]) -> bool:
     """Whether one set of population statistics says nothing.
 
     As it was made: mean 0, variance 1, and no mini-batch counted; or zero everywhere, as tools leave a norm that
@@ -154,7 +154,7 @@ def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]
         mean, var = statistics["running_mean"], statistics["running_var"]
         yield from _check_values(path, owner, "mean", {"running_mean": mean})
         yield from _check_values(path, owner, "variance", {"running_var": var})
-        if find_unwritten(statistics):
+        if is_unwritten(statistics):
             counter = statistics.get("num_batches_tracked")
             count = "no counter" if counter is None else f"{int(counter)} mini-batches"
             values = f"mean 0 and variance {round(float(var[0]))} in every channel"

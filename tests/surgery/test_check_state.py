@@ -7,7 +7,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from bnext.errors import CheckpointError
 from bnext.layers import BatchNorm2d, NormSpec
-from bnext.surgery.check_state import check_norm_state, check_variances, find_unwritten, find_unwritten_frozen_norms
+from bnext.surgery.check_state import check_norm_state, check_variances, find_unwritten_frozen_norms, is_unwritten
 from tests.surgery.norm_forms import FORMS, LAYOUTS, make
 
 CHANNEL = 2
@@ -134,4 +134,4 @@ def test_statistics_that_are_zero_everywhere_say_nothing():
     norm = nn.BatchNorm2d(3)
     norm.running_var.zero_()
     norm.num_batches_tracked.fill_(8)
-    assert find_unwritten(norm.state_dict())
+    assert is_unwritten(norm.state_dict())

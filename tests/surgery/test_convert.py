@@ -15,7 +15,7 @@ from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.layers.forms import find_forms
 from bnext.scope import use_domain
 from bnext.surgery import convert_norm, convert_norm_state
-from tests.cases import make_norm, randomize
+from tests.cases import LEVELS, make_norm, randomize
 from tests.workers import run_workers
 
 DOMAINS = ("day", "night")
@@ -353,6 +353,21 @@ def test_there_and_back_keeps_the_state(start, to):
     assert model.state_dict().keys() == before.keys()
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=1e-14, atol=1e-14)
     assert {value.dtype for value in model.state_dict().values()} == {torch.float64, torch.int64}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_level_norms_keep_mode_type_path_and_freezing(training):
+    model = make_tower(3).train(training)
+    model["norm"].path = "norm"
+    model["norm"].requires_grad_(False)
+    convert_norm(model, population="per_level", workers="all")
+    norm = model["norm"]
+    assert norm.levels == LEVELS
+    assert all(module.training == training for module in norm.modules())
+    assert norm.path == "norm"
+    assert norm.spec == NormSpec.from_table5_row(4, workers="all")
+    assert {value.dtype for value in norm.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    assert not any(parameter.requires_grad for parameter in norm.parameters())
 
 
 def test_a_model_without_level_norms_has_nothing_to_convert():

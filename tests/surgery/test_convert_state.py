@@ -93,6 +93,31 @@ def test_a_state_dict_becomes_that_of_every_norm_of_bnext(layout):
                 assert torch.equal(target["norm"].state_dict()[key], value), f"{start}, {to}, {key}: {report}"
 
 
+@pytest.mark.parametrize("to", [3, 4, 5, 6])
+@pytest.mark.parametrize("start", [3, 4, 5, 6])
+def test_every_row_loads_into_every_row(start, to):
+    source, target = Tower(row(start)), Tower(row(to, seed=2)).eval()
+    before = copy.deepcopy(source.state_dict())
+    state, report = convert_norm_state(source.state_dict(), target)
+    target.load_state_dict(state, strict=True)
+    assert all(torch.equal(value, before[key]) for key, value in source.state_dict().items())
+    assert torch.equal(target.conv.weight, source.conv.weight)
+
+    old, new = source.subnet["norm"], target.subnet["norm"]
+    loses_affine = (old.spec.affine, new.spec.affine) == ("per_level", "shared")
+    loses_population = (old.spec.population, new.spec.population) == ("per_level", "shared")
+    outputs, expected = new(make_features()), old(make_features())
+    for level in LEVELS:
+        is_same = torch.equal(outputs[level], expected[level])
+        assert (
+            is_same if not (loses_affine or loses_population) else not torch.allclose(outputs[level], expected[level])
+        )
+    assert ("averaged" in str(report)) == loses_affine
+    assert ("merged into one" in str(report)) == loses_population
+    assert {change.path for change in report.changes} <= {"subnet.norm"}
+    assert bool(report.changes) == (old.state_dict().keys() != new.state_dict().keys())
+
+
 def test_merged_populations_and_averaged_affines_are_what_they_say():
     source, target = row(6), row(1, seed=2)
     copy_norm_state(source, target)
