@@ -21,10 +21,10 @@ SMALL = DigitsRecipe(num_train=5, num_val=2)
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """DETECTRON2_DATASETS is an empty folder; afterwards the entries are where they were."""
-    with monkeypatch.context() as patch:
-        patch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-        register_datasets()
-        yield tmp_path
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    register_datasets()
+    yield tmp_path
+    monkeypatch.undo()  # what the test has set, too
     register_datasets()
 
 
