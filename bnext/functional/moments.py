@@ -30,7 +30,8 @@ __all__ = [
 class Moments(NamedTuple):
     """Count, mean and variance of some elements, per channel.
 
-    `var` divides by the count (correction 0). A count of zero goes with mean 0 and variance 0.
+    `var` divides by the count (correction 0). A count of zero goes with mean 0 and variance 0; an infinite one is that
+    of a population, which is known and not measured.
 
     Args:
         count: elements per channel, shape [...], in the floating type of `mean`.
@@ -43,7 +44,10 @@ class Moments(NamedTuple):
     var: Tensor
 
     def unbiased_var(self) -> Tensor:
-        """The variance with correction 1, shape [..., C]; 0 where fewer than two elements were seen."""
+        """The variance with correction 1, shape [..., C]; 0 where fewer than two elements were seen.
+
+        Of measured elements: an infinite count gives NaN.
+        """
         count = self.count.unsqueeze(-1)
         return self.var * (count / (count - 1).clamp(min=1))
 
