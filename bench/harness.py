@@ -188,6 +188,8 @@ def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool
         parameter.data = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter)
 
     torch.manual_seed(0)  # arms that draw draw the same
+    with torch.no_grad():  # a first step, of other features: averages know how they go on
+        _forward(arm, {name: 2 * feature + 1 for name, feature in features.items()}, sees_all)
     outputs = _forward(arm, features, sees_all)
     torch.autograd.backward(list(outputs.values()), [grads[name].double() for name in outputs])
 

@@ -1,6 +1,6 @@
 """The passes over a feature, by device: tensors in, tensors out; nothing here knows of layers, parts or workers.
 
-A device's file has the functions below, for features that are not empty; a new kernel is a file like cuda.py and its
+A device's file has the functions below, for features that are not empty; a new device is a file like cuda.py and its
 row in `_BY_DEVICE`. It may take what it does not do better from cpu.py (torch's own kernels) or formula.py.
 
 Shape letters in this folder: N samples, C channels. A vector of a pass is [C], or [N, C] where each sample has its own.

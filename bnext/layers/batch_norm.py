@@ -87,7 +87,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     Note:
         Running statistics move once per call in training, with the variance of correction 1; several groups of
-        one call are merged first. They do not move in `frozen_statistics`, while a backward pass computes
+        one call are merged first, and levels or domains with statistics of their own that share a population move it
+        one after another. They do not move in `frozen_statistics`, while a backward pass computes
         activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them.
         With renorm, or training="population", activations that are computed again use the statistics as moved; domain,
         groups and virtual samples are those of their own forward.

@@ -2,7 +2,8 @@
 
 Activation checkpointing calls a norm twice, in the forward and, on a GPU in another thread, in the backward pass, when
 other scopes may be open than in the forward. So what a call knew is noted on torch's checkpoint; a recomputation makes
-the same calls in the same order, and reads them there.
+the same calls in the same order, and reads them there. Of another library's checkpointing nothing is known: a norm for
+which a scope was ever open is refused there, unless the scope is opened within the function.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import nn
 
 from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Groups, Moments
-from bnext.scope.recomputation import Checkpoint, find_checkpoints, find_graph_task, is_recomputing, is_traced
+from bnext.scope.recomputation import NO_GRAPH_TASK, Notes, find_checkpoints, find_graph_task, is_recomputing, is_traced
 from bnext.scope.record import get_record
 
 __all__ = ["NormCall", "read_call"]
@@ -55,7 +56,8 @@ class NormCall(NamedTuple):
 
 # Fields that a scope around a checkpoint may fill, and what opens them.
 _SCOPES = {"domain": "use_domain", "groups": "use_groups", "virtual": "virtual_samples"}
-_filled: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()  # norm -> those fields that any forward filled
+# Norm -> those fields that any forward of it has filled: one that never had a scope cannot have lost one.
+_fields_ever_filled: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def read_call(norm: nn.Module, spec: Any, where: str) -> NormCall:
@@ -82,42 +84,45 @@ def read_call(norm: nn.Module, spec: Any, where: str) -> NormCall:
         return call
 
     checkpoints = find_checkpoints()
-    again = checkpoints.pop() if checkpoints and checkpoints[-1].is_recomputed else None
-    if again is not None and norm in again.notes:
+    again = next((checkpoint.notes for checkpoint in checkpoints if checkpoint.is_recomputed), None)
+    if again is not None and norm in again.calls:
         call = _recall(norm, again, where)
     elif again is not None or is_recomputing():
         call = _check_not_lost(norm, call, where)
     else:
-        _note_filled(norm, call)
+        _note_fields(norm, call)
 
-    for checkpoint in checkpoints:  # that will call it once more
-        checkpoint.notes.setdefault(norm, []).append(call)
+    for checkpoint in checkpoints:
+        if not checkpoint.is_recomputed:  # it is going to be
+            checkpoint.notes.calls.setdefault(norm, []).append(call)
     return call
 
 
-def _recall(norm: nn.Module, checkpoint: Checkpoint, where: str) -> NormCall:
+def _recall(norm: nn.Module, notes: Notes, where: str) -> NormCall:
     """The call of the forward; each backward pass over a graph that is retained makes all calls once more."""
-    calls: list[NormCall] = checkpoint.notes[norm]
+    calls: list[NormCall] = notes.calls[norm]
     task = find_graph_task()
-    number = checkpoint.notes.get((norm, task), 0)
-    checkpoint.notes[norm, task] = number + 1
+    number = notes.number_made.get((norm, task), 0)
+    notes.number_made[norm, task] = number + 1
 
-    if number >= len(calls) and is_recomputing():
+    if task == NO_GRAPH_TASK:  # somebody looks at saved tensors, as often as he likes
+        number %= len(calls)
+    if number >= len(calls):
         raise OTHER_CALLS.of(f"call {number + 1} where the forward had {len(calls)}", where)
-    return calls[number % len(calls)]._replace(recorder=None, moves=False)  # else a saved tensor is looked at
+    return calls[number]._replace(recorder=None, moves=False)
 
 
-def _note_filled(norm: nn.Module, call: NormCall) -> None:
-    filled = {field for field in _SCOPES if getattr(call, field) is not None}
+def _note_fields(norm: nn.Module, call: NormCall) -> None:
+    fields = {field for field in _SCOPES if getattr(call, field) is not None}
     if not call.spec.domains:
-        filled.discard("domain")
-    if filled:
-        _filled.setdefault(norm, set()).update(filled)
+        fields.discard("domain")
+    if fields:
+        _fields_ever_filled.setdefault(norm, set()).update(fields)
 
 
 def _check_not_lost(norm: nn.Module, call: NormCall, where: str) -> NormCall:
     """A recomputation of somebody else's knows what its function opens itself, and nothing of the scopes around it."""
-    lost = [field for field in sorted(_filled.get(norm, ())) if getattr(call, field) is None]
+    lost = [field for field in sorted(_fields_ever_filled.get(norm, ())) if getattr(call, field) is None]
     if lost:
         raise UNKNOWN_FORWARD.of(f"a call without {lost[0]}", where, words=_SCOPES[lost[0]])
     return call._replace(moves=False)

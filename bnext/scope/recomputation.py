@@ -12,9 +12,10 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
-__all__ = ["NO_GRAPH_TASK", "Checkpoint", "find_checkpoints", "find_graph_task", "is_recomputing", "is_traced"]
+__all__ = ["NO_GRAPH_TASK", "Checkpoint", "Notes", "find_checkpoints", "find_graph_task", "is_recomputing", "is_traced"]
 
 _FORWARD = torch_checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD = torch_checkpoint.CheckpointFunction.backward.__code__
@@ -24,15 +25,28 @@ _NOTES = "_bnext_notes"
 _find_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda ignores_tracing: "unknown")
 
 
+class Notes:
+    """Ours on one checkpoint, until its graph is gone.
+
+    Attributes:
+        calls: module -> what its calls in the forward knew, in their order.
+        number_made: (module, backward pass) -> how many of them that pass has made again.
+    """
+
+    def __init__(self) -> None:
+        self.calls: dict[nn.Module, list[Any]] = {}
+        self.number_made: dict[tuple[nn.Module, int], int] = {}
+
+
 class Checkpoint(NamedTuple):
     """One call of torch.utils.checkpoint in which code runs.
 
     Args:
-        notes: of ours, for the time until its graph is gone.
+        notes: of ours.
         is_recomputed: its function is called by a backward pass; else by the forward.
     """
 
-    notes: dict[Any, Any]
+    notes: Notes
     is_recomputed: bool
 
 
@@ -68,8 +82,8 @@ def _read_frame(frame: FrameType) -> list[Checkpoint]:
     return []
 
 
-def _notes_on(checkpoint: Any) -> dict[Any, Any]:
-    notes: dict[Any, Any] = vars(checkpoint).setdefault(_NOTES, {})
+def _notes_on(checkpoint: Any) -> Notes:
+    notes: Notes = vars(checkpoint).setdefault(_NOTES, Notes())
     return notes
 
 

@@ -69,8 +69,9 @@ class _Entry:
         changes: fields of `CallRecord`.
         task: the backward pass in which it was opened; outside of one -1.
         generators: in which it was opened, as they ran; their `yield` may lie in it.
-        paused: generators with an open scope that were suspended when this one was opened: it is none of theirs.
-        module_call: at whose end it ends, also if that is broken off; None: at none.
+        paused: generators with an open scope that were suspended when this one was opened; while one of them runs, the
+            code is that generator's and does not see this scope.
+        module_call: the scope ends with it at the latest; None: with its `with` block.
         is_open: until it is closed, by whichever thread.
     """
 
@@ -126,8 +127,8 @@ _stack: ContextVar[_Stack] = ContextVar("bnext_scopes", default=_NO_SCOPE)
 def get_record() -> CallRecord:
     """The record of a call that is made now.
 
-    While a backward pass computes activations again, it holds what was opened for that alone: see
-    `bnext.scope.call`.
+    While a backward pass computes activations again, it holds what was opened in that pass alone; what the forward
+    knew is in `bnext.scope.call`.
     """
     stack, task = _stack.get(), find_graph_task()
     if stack.is_whole(task):
@@ -164,7 +165,7 @@ class Scope:
 
     def __exit__(self, *_: object) -> None:
         here = [entry for entry in _stack.get().entries if entry.scope is self]
-        (here or self._entries)[-1].close()
+        (here or self._entries)[-1].close()  # not here: a thread ends what another one has opened
 
 
 def close_scopes(owner: object) -> None:

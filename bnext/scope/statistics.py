@@ -48,11 +48,13 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         norm for norm in norms if isinstance(norm.running_mean, UninitializedBuffer)
     ]  # lazy ones, before their first call
 
-    with keeping_buffers(holders), Scope(frozen=norms), _tracking_nothing(norms.difference(unborn)):
-        yield
-    for norm in unborn:
-        if not isinstance(norm.running_mean, UninitializedBuffer):
-            norm.reset_running_stats()
+    try:
+        with keeping_buffers(holders), Scope(frozen=norms), _tracking_nothing(norms.difference(unborn)):
+            yield
+    finally:
+        for norm in unborn:
+            if not isinstance(norm.running_mean, UninitializedBuffer):
+                norm.reset_running_stats()
 
 
 @contextlib.contextmanager

@@ -121,7 +121,11 @@ class Collector:
     # ---- over all workers
 
     def merge_over_workers(self) -> Collector:
-        """The same as if one worker had seen everything, equal on all. A collective."""
+        """One collector of what all workers have seen, equal on all. A collective.
+
+        Moments and means of mini-batches are as if one worker had seen everything; moving averages, whose order is each
+        worker's, are averaged.
+        """
         everyone = resolve_group("all")
         if everyone is None:
             return self
@@ -131,11 +135,12 @@ class Collector:
         message = torch.cat([field.reshape(-1) for field in fields])
         parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
         every = [part.reshape(-1, *field.shape) for part, field in zip(parts, fields, strict=True)]
-        average, former, counts = every[8:]
+        *of_both, average, former, counts = every
+        of_total, of_spread = of_both[: len(self.total)], of_both[len(self.total) :]
 
         merged = copy.copy(self)
-        merged.total = merge_moments(Moments(*every[:3]))
-        merged.spread = merge_spreads(Spread(*every[3:8]))
+        merged.total = merge_moments(Moments(*of_total))
+        merged.spread = merge_spreads(Spread(*of_spread))
         merged.former = _merge_populations(former)
         merged.num_samples, merged.num_images, merged.num_updates = (int(number) for number in counts.sum(0))
 
