@@ -136,7 +136,7 @@ class Checkpointer(DetectionCheckpointer):
             CheckpointError: if the file is missing, cannot be downloaded, is broken or no checkpoint, or does not
                 fit the model.
         """
-        is_address = "://" in path
+        is_address = bool(path) and "://" in path
         if path and not is_address and not os.path.isfile(path.split("?")[0]):
             raise NO_FILE.of(f"{path!r}, which does not exist", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint")
 

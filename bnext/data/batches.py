@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
-from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
 from bnext.data.records import Record, has_labels, load_records
 from bnext.distributed.groups import count_cores
-from bnext.errors import ConfigError, DatasetError
+from bnext.errors import BNextError, ConfigError, DatasetError
 from bnext.seeding import Purpose, derive_seed
 
 __all__ = [
@@ -53,7 +53,9 @@ class CheckedMapper:
     def __call__(self, record: Record) -> Record | None:
         try:
             return self._mapper(record)
-        except (OSError, SizeMismatchError, KeyError, TypeError, ValueError) as error:
+        except BNextError:
+            raise
+        except Exception as error:  # whatever a reader of images raises
             name = record.get("file_name") or f"image_id {record.get('image_id')}"
 
             raise DatasetError.of(

@@ -128,7 +128,7 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
     forward: Callable[..., object] = type(module).forward
 
     for kind, base in {**_REGISTERED, **(treat_as or {})}.items():
-        if forward is kind.forward:
+        if forward is kind.forward and isinstance(module, kind):
             return base
 
     known = (*_TORCH_CLASSES, *_BNEXT_CLASSES, *_find_torchvision("ops.misc.FrozenBatchNorm2d"))
@@ -144,6 +144,9 @@ def _find_torchvision(path: str) -> tuple[Any, ...]:
 
 def _check_bases(treat_as: TreatAs) -> None:
     bases = (*_TORCH_CLASSES, *_find_torchvision("ops.misc.FrozenBatchNorm2d"), nn.ModuleList)
+    if not isinstance(treat_as, Mapping):
+        remedy = "Write {MyNorm: nn.BatchNorm2d}."
+        raise ConfigError.of("treat_as", "be a dict, class to class", got=type(treat_as).__name__, remedy=remedy)
     for kind, base in treat_as.items():
         if not (isinstance(kind, type) and isinstance(base, type) and issubclass(base, bases)):
             rule = f"map classes to one of {', '.join(known.__name__ for known in bases)}"
@@ -165,6 +168,10 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     if isinstance(module, nn.ModuleList):
         return _read_numbered(module)
 
+    frozen = _read_frozen(module)  # of whatever class, and whatever it is treated as
+    if frozen is not None:
+        return frozen
+
     if issubclass(kind, TORCH_NORMS):
         inference: tuple[object, ...] = ("population",) if norm.running_mean is not None else ("mini_batch", "shared")
         affine, population = _layout(norm.weight), _layout(norm.running_mean)
@@ -177,7 +184,7 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     if issubclass(kind, nn.LayerNorm) and len(norm.normalized_shape) == 1:
         return NormForm(norm.normalized_shape[0], _layout(norm.weight), "none", norm.eps, inference=("layer",))
 
-    return _read_frozen(module)
+    return None
 
 
 def find_forms(model: nn.Module, treat_as: TreatAs | None = None) -> list[tuple[str, nn.Module, NormForm]]:
@@ -269,8 +276,15 @@ def _read_frozen(module: nn.Module) -> NormForm | None:
 # ---- what a form does not say
 
 
-def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None = None) -> tuple[str, list[str]]:
+def find_leftovers(
+    module: nn.Module, form: NormForm, treat_as: TreatAs | None = None, *, is_removed: bool = False
+) -> tuple[str, list[str]]:
     """Things that another norm in the place of this one would lack.
+
+    Args:
+        module, form: the norm.
+        treat_as: see `register_form`.
+        is_removed: nothing is to stand in its place, so what it computes does not matter.
 
     Returns:
         Why it must not be converted, since outputs or state would be lost, or ""; and what is worth saying.
@@ -279,7 +293,7 @@ def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None =
 
     children = {child for child, _ in module.named_children()} - set(form.owners)
     more = children or set(module.state_dict()) - set(form.list_keys())
-    refused = FORWARD_OF_ITS_OWN.format(name=name) if kind is None else ""
+    refused = FORWARD_OF_ITS_OWN.format(name=name) if kind is None and not is_removed else ""
     if more:
         refused = f"it holds {', '.join(sorted(more))} besides a norm's state"
 
@@ -290,4 +304,4 @@ def find_leftovers(module: nn.Module, form: NormForm, treat_as: TreatAs | None =
         left.add("hooks")
     if isinstance(module, TORCH_NORMS) and kind is not type(module):
         left.add(f"training other than torch's ({name})")
-    return refused, [f"its {', '.join(sorted(left))} were left out"] if left else []
+    return refused, [f"left out: its {', '.join(sorted(left))}"] if left else []

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from bnext.seeding import seeded
 
-__all__ = ["drawing_from", "keeping_buffers", "restoring", "setting"]
+__all__ = ["drawing_from", "keeping_buffers", "keeping_modes", "restoring", "setting"]
 
 
 @contextlib.contextmanager
@@ -49,6 +49,18 @@ def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Put the mode of every module, training or evaluation, back at the end of this scope."""
+    modes = {module: module.training for module in model.modules()}
+
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
 def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back at the end of this scope which buffers modules have, and their values, bit by bit.
 
@@ -61,12 +73,18 @@ def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, own in before:
-            if isinstance(module._buffers, dict):  # a scripted module has always the same ones
-                module._buffers.clear()
-                module._buffers.update(own)
         for buffer, value in values:
             buffer.data.copy_(value)  # .data: a backward pass of the caller's may still need the buffer
+        for module, own in before:
+            if isinstance(module._buffers, dict):  # a scripted module has always the same ones
+                moved = {name: _move_as(own[name], now) for name, now in module._buffers.items() if name in own}
+                module._buffers.clear()
+                module._buffers.update({**own, **moved})
+
+
+def _move_as(buffer: Tensor | None, now: Tensor | None) -> Tensor | None:
+    """The buffer; in the type and on the device of what stands there now, if the model was moved meanwhile."""
+    return buffer if buffer is None or now is None or is_lazy(buffer) else buffer.to(now)
 
 
 def _is_expanded(buffer: Tensor) -> bool:

@@ -14,7 +14,7 @@ from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, merge_moments, stack_parts
 from bnext.layers.walk import Selection
-from bnext.scope.model import restoring
+from bnext.scope.model import keeping_buffers, keeping_modes
 from bnext.scope.recomputation import is_recomputing
 from bnext.statistics.arguments import check_numbers
 from bnext.statistics.collector import measure
@@ -85,7 +85,8 @@ def following_stream(
     norms = select_norms(model, layers)
     following = OnlineStatistics(norms, momentum, source_samples)
     with (
-        restoring(model),
+        keeping_modes(model),
+        keeping_buffers(part for norm in norms.values() for part in norm.modules()),
         model.register_forward_pre_hook(following._begin),
         model.register_forward_hook(following._end, always_call=True),
         watching(norms, following._follow),

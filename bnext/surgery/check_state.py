@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -160,10 +160,12 @@ def _check_norm(path: str, norm: nn.Module, form: NormForm) -> Iterator[Finding]
             values = f"mean 0 and variance {round(float(var[0]))} in every channel"
             yield Finding(path, "unwritten", f"population statistics were never written: {values}, {count}", owner)
 
-    eps: set[Any] = {part.eps for part in norm.modules() if hasattr(part, "eps")}  # on its parts too, which others read
-    eps |= {norm.spec.eps} if isinstance(norm, BatchNorm2d) else set()
-    if len(eps) > 1:
-        yield Finding(path, "eps", f"eps must be the same in its spec and its parts; got {sorted(eps)}")
+    expected = norm.spec.eps if isinstance(norm, BatchNorm2d) else getattr(norm, "eps", None)
+    for name, part in norm.named_modules():  # on its parts too, which others read
+        own = getattr(part, "eps", expected)
+        expected = own if expected is None else expected
+        if own != expected:
+            yield Finding(path, "eps", f"eps must be {expected}, as its spec or its other parts say; got {own}", name)
 
 
 def _read(path: str, norm: nn.Module, form: NormForm) -> NormRecord | None:

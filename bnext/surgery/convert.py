@@ -133,7 +133,7 @@ def convert_norm(
     for path, norm, form in norms:
         if norm in new_norms:
             continue
-        refused, texts = find_leftovers(norm, form, treat_as)
+        refused, texts = find_leftovers(norm, form, treat_as, is_removed=choices[path] == "")
         if refused:
             raise MORE_THAN_A_NORM.of(f"{type(norm).__name__}: {refused}", path)
         new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
@@ -205,6 +205,11 @@ def _choose_levels(model: nn.Module, norms: Norms, changes: dict[str, Any]) -> d
     return choices
 
 
+def _list_holders(path: str) -> list[str]:
+    names = path.split(".")
+    return [".".join(names[:number]) for number in range(1, len(names))]
+
+
 def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNorm]) -> dict[str, NewNorm]:
     """Path -> new norm, for the norms that a pattern matches."""
     choices: dict[str, NewNorm] = {}
@@ -213,8 +218,11 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
         matches = [path for path in paths if _matches(path, pattern)]
         if not matches:
             got = f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}"
-            near = difflib.get_close_matches(pattern, paths, cutoff=0.4) or paths[:3]
-            raise NO_MATCH.of(got, f"near it are {', '.join(near) or 'none'}")
+            candidates = dict.fromkeys(paths)  # and the modules that hold them, which are patterns, too
+            for path in paths:
+                candidates.update(dict.fromkeys(_list_holders(path)))
+            near = difflib.get_close_matches(pattern, candidates, cutoff=0.4) or paths[:3]
+            raise NO_MATCH.of(got, f"near it are {', '.join(near)}" if near else "the model has no norm at all")
         choices.update(dict.fromkeys(matches, value))
 
     places: dict[nn.Module, list[str]] = {}

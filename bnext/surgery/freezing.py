@@ -17,7 +17,10 @@ __all__ = ["NO_NORM", "Freezable", "freeze_norms", "unfreeze_norms"]
 Freezable = Literal["both", "statistics", "affine"]
 
 NO_NORM = Refusal(
-    ConfigError, "model", "have a batch norm with {kind}", "Choose the norm when the model is built, or leave this out."
+    ConfigError,
+    "model",
+    "have a batch norm with {kind}",
+    "Choose the norm when the model is built, select others, or leave this out.",
 )
 WRAPPED = Refusal(
     ConfigError,
@@ -118,7 +121,8 @@ def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, 
     if what == "affine":
         norms = {path: norm for path, norm in norms.items() if "affine" in _freezable_parts(norm)}
     if not norms:
-        raise NO_NORM.of("none", "freeze_norms", kind="an affine" if what == "affine" else "population statistics")
+        part = "an affine" if what == "affine" else "population statistics"
+        raise NO_NORM.of("none", "freeze_norms", kind=f"{part} that is selected")
 
     if what != "statistics" and isinstance(model, DistributedDataParallel):
         raise WRAPPED.of("one that is", "freeze_norms")
@@ -138,6 +142,7 @@ def _check_statistics(path: str, norm: Any) -> None:
             "none": norm.running_mean is None,
             "the model itself": not path,
             "one with hooks, which would be lost": any(hooks),
+            f"one with eps {norm.eps!r}": not norm.eps > 0,
             "a SyncBatchNorm with a process group of its own": getattr(norm, "process_group", None) is not None,
         }
 

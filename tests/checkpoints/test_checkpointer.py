@@ -342,3 +342,7 @@ def test_an_evaluation_needs_weights():
     check_eval_weights("model.pth")
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS"):
         check_eval_weights("")
+
+
+def test_no_path_is_no_checkpoint_as_in_detectron2(tmp_path):
+    assert Checkpointer(nn.Linear(2, 2), str(tmp_path)).load(None) == {}

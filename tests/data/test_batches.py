@@ -156,3 +156,20 @@ def test_workers_share_each_batch_and_none_is_without(digits, tmp_path, monkeypa
     assert [[len(batch) for batch in batches] for batches in shuffled] == [[6], [5]]  # the twelfth image is left out
     assert [[len(batch) for batch in batches] for batches in validation] == [[6, 1], [5]]
     assert sorted(validation[0][0] + validation[1][0]) == alone[0]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyError, AssertionError, NotImplementedError, AttributeError, SyntaxError])
+def test_whatever_a_mapper_raises_names_the_image(error):
+    def fail(record):
+        raise error("broken")
+
+    with pytest.raises(DatasetError, match="a.png"):
+        CheckedMapper(fail)({"file_name": "a.png"})
+
+
+def test_a_refusal_of_a_mapper_is_its_own():
+    def refuse(record):
+        raise ConfigError("key must be 1; got 2. Set it to 1.")
+
+    with pytest.raises(ConfigError, match="^key must be 1"):
+        CheckedMapper(refuse)({"file_name": "a.png"})

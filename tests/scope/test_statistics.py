@@ -177,3 +177,14 @@ def test_domains_within_a_frozen_scope():
     with frozen_statistics(norm), use_domain(["day", "night"]):
         norm(torch.randn(2, NUM_CHANNELS, 2, 2))
     assert_unmoved(norm, before)
+
+
+@pytest.mark.parametrize("scope", [frozen_statistics, restoring])
+def test_a_model_that_is_moved_in_the_scope_stays_whole(scope):
+    model = nn.Sequential(nn.Conv2d(3, NUM_CHANNELS, 1), nn.BatchNorm2d(NUM_CHANNELS)).train()
+    with scope(model):
+        model.double()
+        model(torch.randn(2, 3, 4, 4).double())
+    assert {value.dtype for value in model.state_dict().values() if value.is_floating_point()} == {torch.float64}
+    assert not model[1].running_mean.any()
+    model.eval()(torch.randn(2, 3, 4, 4).double())

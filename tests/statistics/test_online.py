@@ -247,3 +247,14 @@ def test_a_checkpointed_part_is_taken_in_once(use_reentrant):
         checkpoint(other, x, use_reentrant=use_reentrant).square().sum().backward()
         torch.testing.assert_close(read(other.bn), read(plain.bn), **EXACT)
     torch.testing.assert_close(x.grad, expected, **EXACT)
+
+
+def test_what_the_caller_sets_on_the_model_meanwhile_stays():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    with following_stream(model):
+        model.threshold = 0.3
+        model.register_buffer("gallery", torch.ones(5))
+        model(torch.randn(2, 3, 4, 4))
+        model.train()
+    assert (model.threshold, len(model.gallery), model.training) == (0.3, 5, False)
+    assert not model[1].running_mean.any()

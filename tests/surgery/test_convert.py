@@ -283,7 +283,7 @@ def test_hooks_attributes_and_process_groups_are_said():
     model[0].register_forward_hook(lambda *_: None)
     model[0].budget = 3
     text = str(convert_norm(model, {"": NormSpec()}))
-    assert "its budget, hooks were left out" in text
+    assert "left out: its budget, hooks" in text
     assert "its process_group were left out" in text
 
 
@@ -406,3 +406,56 @@ def test_parameters_that_come_apart_are_reported():
     report = convert_norm(model, {"": NormSpec()})
     told = {(change.path, change.text) for change in report.changes}
     assert told == {(path, "its weight was shared with another module, and is its own now") for path in ("0", "1")}
+
+
+class MaskrcnnBenchmarkFrozenBatchNorm(nn.Module):
+    """As the class of that name: four buffers, no eps, a forward of its own."""
+
+    def __init__(self, num_features):
+        super().__init__()
+        for name, value in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.5), ("running_var", 2.0)):
+            self.register_buffer(name, torch.full((num_features,), value))
+
+    def forward(self, x):
+        scale = self.weight * self.running_var.rsqrt()
+        return x * scale.view(1, -1, 1, 1) + (self.bias - self.running_mean * scale).view(1, -1, 1, 1)
+
+
+def test_a_frozen_norm_stays_one_whatever_it_is_treated_as():
+    x = torch.randn(2, 3, 4, 4)
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), MaskrcnnBenchmarkFrozenBatchNorm(3)).eval()
+    expected = model(x)
+    with pytest.raises(ConfigError, match="treat_as"):
+        convert_norm(model, {"": NormSpec()})
+    report = convert_norm(model, {"": NormSpec()}, treat_as={MaskrcnnBenchmarkFrozenBatchNorm: nn.BatchNorm2d})
+    assert "it was frozen" in str(report)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_norm_is_removed_whatever_it_computes():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), MaskrcnnBenchmarkFrozenBatchNorm(3))
+    convert_norm(model, {"1": ""})
+    assert "0.weight" in model.state_dict()
+    assert len(model.state_dict()) == 2
+
+
+@pytest.mark.parametrize("treat_as", [[nn.BatchNorm2d], {nn.BatchNorm2d: nn.Conv2d}])
+def test_what_treat_as_must_be(treat_as):
+    with pytest.raises(ConfigError, match="treat_as must"):
+        convert_norm(small(), {"": NormSpec()}, treat_as=treat_as)
+
+
+def test_treat_as_is_for_the_class_that_it_names():
+    class Plain(nn.BatchNorm2d):
+        pass
+
+    convert_norm(small(), {"": NormSpec()}, treat_as={Plain: nn.GroupNorm})
+
+
+def test_a_misspelt_pattern_gets_the_module_that_is_near():
+    model = nn.Sequential()
+    model.add_module("layer1", nn.Sequential(nn.BatchNorm2d(3)))
+    with pytest.raises(ConfigError, match="near it are layer1"):
+        convert_norm(model, {"layr1": "BN"})
+    with pytest.raises(ConfigError, match="no norm at all"):
+        convert_norm(nn.Sequential(nn.ReLU()), {"layr1": "BN"})

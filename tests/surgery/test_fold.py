@@ -605,3 +605,20 @@ def test_folded_models_compile():
     x = torch.randn(1, 3, 5, 5)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), model(x))
+
+
+class SameConv(nn.Conv2d):
+    """Pads as its input needs, which no trace can follow."""
+
+    def forward(self, input):
+        if input.shape[-1] % 2:
+            input = nn.functional.pad(input, (1, 0, 1, 0))
+        return super().forward(input)
+
+
+def test_a_convolution_that_cannot_be_traced_is_folded_where_the_caller_vouches():
+    model, x = randomize(nn.Sequential(SameConv(3, 4, 3), nn.BatchNorm2d(4)).double()), torch.randn(2, 3, 7, 7).double()
+    expected = model(x)
+    assert "cannot be traced" in fold_norms(model).left["1"]
+    assert not fold_norms(model, pairs=[("0", "1")]).left
+    torch.testing.assert_close(model(x), expected)

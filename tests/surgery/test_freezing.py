@@ -200,3 +200,9 @@ def test_a_frozen_affine_keeps_no_gradient_for_the_optimizer():
     optimizer.step()
     assert torch.equal(model[1].bias, before[0])
     assert not torch.equal(model[0].bias, before[1])
+
+
+def test_a_norm_without_eps_is_refused_by_its_path():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=0.0))
+    with pytest.raises(ConfigError, match=r"eps 0\.0 \(1\)"):
+        freeze_norms(model)
