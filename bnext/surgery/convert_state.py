@@ -78,7 +78,7 @@ class ConversionReport:
     """Changes that a conversion made, norm by norm. `str(report)` is the text to log."""
 
     changes: list[Change] = dataclasses.field(default_factory=list)
-    title: str = "Norm state of the checkpoint"
+    title: str = "Norm state"
 
     @property
     def keeps_outputs(self) -> bool:
@@ -122,7 +122,7 @@ def convert_norm_state(
         ConfigError: domain_map names what no norm has.
     """
     converted = cast(dict[str, Tensor], copy.copy(state_dict))  # with torch's versions of the modules
-    report = ConversionReport()
+    report = ConversionReport(title="Norm state of the checkpoint")
     used: set[str] = set()
 
     for path, norm, form in find_forms(model):

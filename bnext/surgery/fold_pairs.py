@@ -106,6 +106,8 @@ def _read_named(model: nn.Module, structure: _Structure, named: Iterable[tuple[s
     vouched: dict[nn.Module, _ConvNd] = {}
 
     for pair in named:
+        if isinstance(pair, str) or len(pair) != 2:
+            raise NO_PAIR.of(pair, "fold_norms")
         conv, norm = (modules.get(path) for path in pair)
         is_new = norm in structure.norms and norm not in vouched and conv not in vouched.values()
         if norm is None or not isinstance(conv, _ConvNd) or not is_new:

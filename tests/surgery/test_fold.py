@@ -534,6 +534,8 @@ def test_named_pairs():
         [("conv", "bn1")],
         [("bn1", "conv1")],
         [("conv1", "bn1"), ("conv1", "bn1")],
+        [("conv1", "bn1", "relu")],
+        ["ab"],
     ],
 )
 def test_wrong_named_pairs_are_refused(pairs):
