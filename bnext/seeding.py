@@ -19,7 +19,7 @@ __all__ = ["Purpose", "derive_seed", "seed_everything", "seeded"]
 
 
 class Purpose(enum.IntEnum):
-    """What a seed is for, so that no two purposes draw the same numbers. A new one takes a new number."""
+    """The purpose of a seed, so that no two purposes draw the same numbers. A new one takes a new number."""
 
     SHUFFLE = 1
     AUGMENT = 2

@@ -238,13 +238,16 @@ def write_wheel(sources: dict[str, bytes], folder: Path) -> Path:
     metadata += ["Summary: Detectron2 without its C++ extension, for current libraries", "Requires-Python: >=3.10"]
     metadata += [f"Requires-Dist: {requirement}" for requirement in REQUIRES]
     metadata += ["", f"Repackaged from {NAME} {VERSION}; changed files: {changed}", ""]
+
     generator = f"Generator: {GENERATOR} ({patch_digest()})"
     wheel_tags = ["Wheel-Version: 1.0", generator, "Root-Is-Purelib: true", "Tag: py3-none-any", ""]
+
     files = {path: data for path, data in sources.items() if path != "LICENSE"}
     files[f"{DIST_INFO}/LICENSE"] = sources["LICENSE"]
     files[f"{DIST_INFO}/METADATA"] = "\n".join(metadata).encode()
     files[f"{DIST_INFO}/WHEEL"] = "\n".join(wheel_tags).encode()
     files[f"{DIST_INFO}/RECORD"] = _record(files).encode()
+
     wheel = folder / f"detectron2-{VERSION}-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as archive:
         for path, data in files.items():
@@ -282,6 +285,7 @@ def main() -> int:
     if installed and not is_outdated_build():
         print(f"detectron2 is installed already ({installed}); it is left alone.")
         return 0
+
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -292,6 +296,7 @@ def main() -> int:
     except (InstallError, OSError) as error:
         print(f"install_detectron2: {error}", file=sys.stderr)
         return 1
+
     print(f"detectron2 {VERSION} is installed ({len(PATCHES)} fixes applied).")
     return 0
 

@@ -27,15 +27,18 @@ PRECISE_BN = "TEST.BNEXT.PRECISE_BN"
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+
     add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
     add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
     add("--population", help=f"whose statistics the output has: {', '.join(POPULATIONS)} (default: as the config says)")
     add("--dataset", action="append", default=[], metavar="NAME", help="instead of DATASETS.TRAIN; needs no labels")
     add("--domain", action="append", default=[], metavar="NAME", help="of each --dataset, for statistics per domain")
+
     add("--num-samples", type=int, metavar="N", help="images that are enough")
     add("--tolerance", type=float, metavar="T", help="stop at this standard error, such as 0.01")
     add("--estimator", help=f"one of {', '.join(get_args(Estimator))}")
     add("--source-samples", type=float, default=0, metavar="N", help="images that the old statistics count for")
+
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--resume", action="store_true", help=argparse.SUPPRESS)
     add("--overwrite", action="store_true", help="replace an output that exists")

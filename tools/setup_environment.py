@@ -88,17 +88,21 @@ def install_packages() -> None:
     """Everything from constraints.txt, detectron2, and bnext itself, editable."""
     MARK.write_text("unfinished")
     pinned = ("install", "-c", str(ROOT / "constraints.txt"))
+
     # The build tool is pinned as well: packages without a wheel are built with the installed one.
     print("Set-up 1/3: the build tool", flush=True)
     run_pip(*pinned, "setuptools", python=PYTHON)
+
     print("Set-up 2/3: detectron2", flush=True)  # before the large ones: its archive may be refused
     installer = [str(PYTHON), str(ROOT / "tools" / "install_detectron2.py")]
     process = subprocess.run(installer, stderr=subprocess.PIPE, text=True, close_fds=False)
     if process.returncode:
         raise InstallError(process.stderr.strip().removeprefix("install_detectron2: "))
+
     print("Set-up 3/3: torch and the other pinned packages (about 3 GB to download)", flush=True)
     local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[digits,detectron2,dev]")
     run_pip(*pinned, *local, python=PYTHON, show=sys.stdout.isatty())
+
     process = subprocess.run([PYTHON, "-W", "ignore", "-c", CHECK], capture_output=True, text=True)
     if process.returncode:
         reason = process.stderr.strip().splitlines()[-1]

@@ -1,4 +1,4 @@
-"""What a command line asks for: each tool parses and calls one function of this room."""
+"""Commands: each tool parses and calls one function of this room."""
 
 import bnext.config  # noqa: F401  first, as it says how to get detectron2
 from bnext.cli.run_command import run_command

@@ -54,7 +54,7 @@ _DONE = "recomputed_statistics"  # the output's key for what was done
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecomputeRequest:
-    """What is wanted of a checkpoint.
+    """The request: what is wanted of a checkpoint.
 
     Args:
         output: the file to write, *.pth; a report is written beside it, *.json.
@@ -328,7 +328,7 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
 
 
 def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
-    """What was broken is not to be written with the values of a new norm."""
+    """Refuse to write what was broken with the values of a new norm."""
     for estimate in report.not_reached:
         if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
             thing, rule = "statistics that are not finite in MODEL.WEIGHTS", "be reached by the images"

@@ -53,7 +53,7 @@ class CheckedMapper:
     def __call__(self, record: Record) -> Record | None:
         try:
             return self._mapper(record)
-        except BNextError:
+        except (BNextError, MemoryError):
             raise
         except Exception as error:  # whatever a reader of images raises
             name = record.get("file_name") or f"image_id {record.get('image_id')}"
@@ -63,7 +63,7 @@ class CheckedMapper:
                 "be readable and as its record says",
                 got=f"{type(error).__name__}: {error}",
                 where=str(name),
-                remedy="Restore the file, or correct or remove its record.",
+                remedy="Restore the file, correct or remove its record, or mend the mapper where that is your own.",
             ) from error
 
 

@@ -90,7 +90,7 @@ class DigitsRecipe:
 
 @dataclass(frozen=True)
 class Sources:
-    """What one split is made from: digits (N, 8, 8) with ink 0..1, labels (N,), pieces of photographs."""
+    """The material of one split: digits (N, 8, 8) with ink 0..1, labels (N,), pieces of photographs."""
 
     digits: np.ndarray
     labels: np.ndarray

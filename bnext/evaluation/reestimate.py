@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -26,6 +26,7 @@ from bnext.layers.walk import Selection
 from bnext.scope.model import drawing_from
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
+from bnext.statistics.data_pass import Forward
 from bnext.statistics.observe import select_norms
 from bnext.tables import format_rows
 
@@ -36,8 +37,6 @@ __all__ = [
     "recompute_statistics",
     "repair_checkpoint",
 ]
-
-Forward = Callable[[nn.Module, Any], object]
 
 
 def is_level_norm(path: str, module: nn.Module) -> bool:

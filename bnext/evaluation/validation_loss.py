@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -22,10 +22,10 @@ from bnext.scope import frozen_statistics
 from bnext.scope.model import restoring
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.arguments import check_data
+from bnext.statistics.data_pass import Forward
 
 __all__ = ["Statistics", "compute_validation_loss", "find_device"]
 
-Forward = Callable[[nn.Module, Any], object]
 Statistics = Literal["population", "mini_batch"]
 _WHERE = "compute_validation_loss"
 

@@ -1,4 +1,4 @@
-"""Which samples belong to which normalization batch: by domain, by size, by a random deal, and by groups from outside.
+"""The normalization batch of each sample: by domain, by size, by a random deal, and by groups from outside.
 
 Plain Python on numbers of samples; the values of no tensor are looked at, and none is waited for.
 """

@@ -24,7 +24,7 @@ from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import find_forms
-from bnext.layers.walk import find_foreign_norms
+from bnext.layers.walk import find_foreign_norms, replace_modules
 from bnext.surgery import convert_norm
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
@@ -130,6 +130,7 @@ def add_norms(convs: Sequence[Conv2d], norm: HeadNorm, levels: Sequence[str] | N
 def _replace_norms(model: nn.Module, roots: Sequence[str], place: PlaceNorm) -> None:
     """Batch norms of torch become ours, and stand-ins what they stand for; FrozenBN stays."""
     specs = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for path, norm, _ in find_forms(model):
         if not any(path.startswith(f"{root}.") for root in roots):
             continue
@@ -137,11 +138,11 @@ def _replace_norms(model: nn.Module, roots: Sequence[str], place: PlaceNorm) -> 
         if place.name in ("GN", "LN") and isinstance(norm, (NaiveSyncBatchNorm, FrozenBatchNorm2d)):
             new_norm = get_norm(make_head_norm(place.name, None), norm.num_features)
             new_norm.requires_grad_(isinstance(norm, NaiveSyncBatchNorm))  # FREEZE_AT has frozen a stand-in
-            parent, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, new_norm)
+            replacements[norm] = new_norm
         elif type(norm) in NAMES_OF_CLASSES:
             specs[path] = _make_spec(norm, place)
 
+    replace_modules(model, replacements)
     if specs:
         convert_norm(model, specs, adopt_eps=False)
 

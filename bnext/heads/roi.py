@@ -1,4 +1,4 @@
-"""Which RoI is of which image: box, mask and keypoint heads get the RoIs of all images in one batch.
+"""The image of each RoI: box, mask and keypoint heads get the RoIs of all images in one batch.
 
 Known from the instances of the call, or from the pooler, which get them image by image. With it mini-batch statistics
 at inference are those of one image, whichever images are evaluated together; and RoIs have the domain of their image.
@@ -153,7 +153,7 @@ def tell_images(model: Any) -> None:
 
 
 def _find_owner(head: nn.Module) -> ImagesOfRois | None:
-    """What is attached to a head, also to the copy of one."""
+    """The `ImagesOfRois` of a head, also of the copy of one."""
     owners = [getattr(hook, "__self__", None) for hook in head._forward_pre_hooks.values()]
     return next((owner for owner in owners if isinstance(owner, ImagesOfRois)), None)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
 from detectron2.modeling import GeneralizedRCNN
@@ -13,10 +13,10 @@ from torch import nn
 from bnext.errors import check_choice
 from bnext.layers.walk import find_norms
 from bnext.scope.model import setting
+from bnext.statistics.data_pass import Forward
 
 __all__ = ["RoiChoice", "choose_forward", "forward_sampled_rois", "forward_statistics"]
 
-Forward = Callable[[nn.Module, Any], object]
 RoiChoice = Literal["sampled", "top_scored"]
 
 

@@ -87,7 +87,7 @@ def draw_seed() -> int:
 
 
 class Draw(NamedTuple):
-    """What the workers of a deal know of one another.
+    """The numbers that the workers of a deal have of one another.
 
     Args:
         num_samples: of each worker.
@@ -121,7 +121,7 @@ class Draw(NamedTuple):
 
 
 class StatisticsDeal:
-    """What `deal_statistics` has attached to a module; `remove()` takes it away.
+    """The deal that `deal_statistics` has attached to a module; `remove()` takes it away.
 
     Attributes:
         num_groups: as given.

@@ -166,7 +166,7 @@ def _is_count(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Rule:
-    """What the answers of a spec must keep to, each alone or together.
+    """A rule that the answers of a spec must keep to, each alone or together.
 
     Args:
         name: of the field that the error names.

@@ -1,4 +1,4 @@
-"""What a call of a norm knows besides its tensors, and a model that is put into a state for a while."""
+"""The record of what a call of a norm knows besides its tensors, and a model that is put into a state for a while."""
 
 from bnext.scope.domain import use_domain
 from bnext.scope.record import CallRecord, Scope, get_record

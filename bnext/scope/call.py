@@ -37,7 +37,7 @@ OTHER_CALLS = Refusal(
 
 
 class NormCall(NamedTuple):
-    """What one call of one norm knows besides its tensors.
+    """One call of one norm: what it knows besides its tensors.
 
     Args:
         spec: the `NormSpec` in force.

@@ -51,7 +51,7 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoints() -> list[Checkpoint]:
-    """Those in which this code runs, the innermost first, up to the first that is computed again."""
+    """The checkpoints in which this code runs, the innermost first, up to the first that is computed again."""
     found: list[Checkpoint] = []
     if torch.is_grad_enabled() and find_graph_task() == NO_GRAPH_TASK and _find_hooks(True) is None:
         return found  # neither kind is like that; looking at the stack takes longer

@@ -29,7 +29,7 @@ _MODULE_CALL = nn.Module._call_impl.__code__
 
 @dataclasses.dataclass(frozen=True)
 class CallRecord:
-    """What a call of a norm knows besides its tensors.
+    """The record: what a call of a norm knows besides its tensors.
 
     Args:
         domain: of all samples, or of each sample; None: nobody has said.

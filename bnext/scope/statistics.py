@@ -43,10 +43,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """
     norms = frozenset(module for module in model.modules() if isinstance(module, _BatchNorm))
     holders = [module for module in model.modules() if isinstance(getattr(module, "running_mean", None), Tensor)]
-
-    unborn = [
-        norm for norm in norms if isinstance(norm.running_mean, UninitializedBuffer)
-    ]  # lazy ones, before their first call
+    unborn = [norm for norm in norms if isinstance(norm.running_mean, UninitializedBuffer)]  # lazy ones
 
     try:
         with keeping_buffers(holders), Scope(frozen=norms), _tracking_nothing(norms.difference(unborn)):

@@ -35,7 +35,7 @@ Estimator = Literal["pooled", "mean_of_batches", "layer_by_layer", "moving_avera
 
 
 class Collector:
-    """What one set of population statistics is to describe, as far as this worker has seen it.
+    """The elements that one set of population statistics is to describe, as far as this worker has seen it.
 
     Args:
         path: of the norm in its model.

@@ -92,7 +92,7 @@ class DataPass:
         return rounds
 
     def _drawing(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """What a batch draws, such as the RoIs of an R-CNN, is the same in every pass."""
+        """Random numbers of a batch, such as those for the RoIs of an R-CNN: the same in every pass."""
         if self.seed is None:
             return contextlib.nullcontext()
         return drawing_from(self.model, derive_seed(self.seed, number))

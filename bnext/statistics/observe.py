@@ -1,4 +1,4 @@
-"""Which norms of a model have statistics to estimate, and what reaches them in a forward.
+"""The norms of a model that have statistics to estimate, and what reaches them in a forward.
 
 A set of running statistics goes by the module that holds it, its state: the norm, or what one of its levels or domains
 owns.

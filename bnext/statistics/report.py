@@ -1,4 +1,4 @@
-"""What became of every set of population statistics in a re-estimation."""
+"""The report of a re-estimation: what became of every set of population statistics."""
 
 from __future__ import annotations
 

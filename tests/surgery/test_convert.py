@@ -449,7 +449,9 @@ def test_treat_as_is_for_the_class_that_it_names():
     class Plain(nn.BatchNorm2d):
         pass
 
-    convert_norm(small(), {"": NormSpec()}, treat_as={Plain: nn.GroupNorm})
+    model, expected = small(), small()
+    report = convert_norm(model, {"": NormSpec()}, treat_as={Plain: nn.GroupNorm})
+    assert str(report) == str(convert_norm(expected, {"": NormSpec()}))
 
 
 def test_a_misspelt_pattern_gets_the_module_that_is_near():
