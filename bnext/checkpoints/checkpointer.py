@@ -20,12 +20,12 @@ from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import Tensor, nn
 
 from bnext.errors import CheckpointError, Refusal, list_few
-from bnext.files import replace_file
+from bnext.files import find_local_file, replace_file
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
 from bnext.surgery.convert_state import collect_norm_specs, compare_norm_specs, convert_norm_state, list_shared_keys
 
-__all__ = ["Checkpointer", "check_eval_weights", "load_model"]
+__all__ = ["Checkpointer", "check_eval_weights", "find_missing_weights", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
@@ -301,6 +301,16 @@ def check_eval_weights(path: str) -> None:
     if not path:
         remedy = "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
         raise CheckpointError.of("MODEL.WEIGHTS", "name the checkpoint to evaluate", got="''", remedy=remedy)
+
+
+def find_missing_weights(path: str, remedy: str = "Correct the path.") -> CheckpointError | None:
+    """The error for MODEL.WEIGHTS that names a file of this machine which does not exist; None: it does not."""
+    file = find_local_file(path)
+    if not file or os.path.isfile(file):
+        return None
+
+    got = f"{path!r}, which does not exist"
+    return CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, where="config", remedy=remedy)
 
 
 def _find_required_keys(model: nn.Module) -> list[frozenset[str]]:

@@ -14,7 +14,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import Checkpointer
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
@@ -62,7 +62,7 @@ def run_comparison(
         remedy = "Choose another, or give --overwrite."
         raise ConfigError.of("--output", rule, got=repr(str(existing[0])), remedy=remedy)
 
-    check_run(cfg, build_parser().parse_args(["--eval-only", "--num-gpus", str(num_workers)]))
+    check_run(cfg, num_workers, eval_only=True)
     if not cfg.DATASETS.TRAIN:
         rule, remedy = "name at least one data set", "Name one in the config."
         raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)

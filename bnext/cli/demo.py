@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnext.checkpoints import load_model
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.config import load_config
 from bnext.data.catalog import ensure_digits
 from bnext.engine import train
@@ -45,7 +45,7 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
     configs = {}
     for name, config_file in (("trained", trained), ("re-estimated", repaired)):
         configs[name] = load_config(config_file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
-    check_run(configs["trained"], build_parser().parse_args([]))
+    check_run(configs["trained"])
     set_up_logging(output)
     for cfg in configs.values():
         prepare_folder(cfg)

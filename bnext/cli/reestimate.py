@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
+from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights, find_missing_weights
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches, read_domain
@@ -29,7 +29,7 @@ from bnext.engine.launch import count_workers, launch
 from bnext.engine.population import count_batches
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
-from bnext.files import find_local_file, is_same_file, replace_file, write_json
+from bnext.files import is_same_file, replace_file, write_json
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
 from bnext.surgery.convert_state import collect_norm_specs
@@ -142,10 +142,9 @@ def find_faults(cfg: CfgNode, request: RecomputeRequest) -> Iterator[BNextError]
 def find_file_faults(weights: str, request: RecomputeRequest) -> Iterator[BNextError]:
     """The input is to be there and to stay, the output to be one that can be written."""
     check_eval_weights(weights)
-    file = find_local_file(weights)
-    if file is not None and not os.path.isfile(file):
-        got = f"{weights!r}, which does not exist"
-        yield CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, remedy="Correct the path.")
+    missing = find_missing_weights(weights)
+    if missing is not None:
+        yield missing
 
     output, folder = request.output, Path(request.output).parent
     if Path(output).suffix != ".pth":

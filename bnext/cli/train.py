@@ -16,12 +16,12 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
-from bnext.checkpoints.checkpointer import check_eval_weights
+from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.data.check_coco import check_datasets
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.trainer import evaluate, train
-from bnext.errors import CheckpointError, ConfigError, LaunchError
+from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
 from bnext.files import find_local_file
 
@@ -46,8 +46,24 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         BNextError: what is wrong, before training starts wherever it can be known.
     """
-    check_run(cfg, args)
-    launch(run_worker, *_request(args), args=(cfg, args), device=cfg.MODEL.DEVICE)
+    check_run(
+        cfg,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        eval_only=args.eval_only,
+        resume=args.resume,
+    )
+    launch(
+        run_worker,
+        args.num_gpus,
+        args.num_machines,
+        args.machine_rank,
+        args.dist_url,
+        args=(cfg, args),
+        device=cfg.MODEL.DEVICE,
+    )
 
 
 def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -71,23 +87,33 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     train(cfg, resume=args.resume)
 
 
-def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def check_run(
+    cfg: CfgNode,
+    num_gpus: int = 1,
+    *,
+    num_machines: int = 1,
+    machine_rank: int = 0,
+    dist_url: str = "auto",
+    eval_only: bool = False,
+    resume: bool = False,
+) -> None:
     """Find what would stop the run: workers, batch size, data sets, weights, output directory; the quick checks first.
 
     Args:
-        cfg, args: see `run`.
+        cfg: from `load_config`.
+        num_gpus, num_machines, machine_rank, dist_url, eval_only, resume: options of Detectron2's command line.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, LaunchError: what is wrong.
     """
-    num_workers = count_workers(*_request(args), device=cfg.MODEL.DEVICE)
+    num_workers = count_workers(num_gpus, num_machines, machine_rank, dist_url, device=cfg.MODEL.DEVICE)
 
-    which = "TEST" if args.eval_only else "TRAIN"
+    which = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[which]:
         raise ConfigError.of(
             f"DATASETS.{which}", "name at least one data set", got="none", remedy="Name one in the config."
         )
-    if not args.eval_only:
+    if not eval_only:
         # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
     for name in cfg.DATASETS.TEST:
@@ -95,16 +121,12 @@ def check_run(cfg: CfgNode, args: argparse.Namespace) -> None:
             check_evaluator(name)
 
     num_classes = _count_classes(cfg)
-    if not args.eval_only:
+    if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
 
-    _check_weights(cfg, args)
+    _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)
-
-
-def _request(args: argparse.Namespace) -> tuple[int, int, int, str]:
-    return args.num_gpus, args.num_machines, args.machine_rank, args.dist_url
 
 
 def _count_classes(cfg: CfgNode) -> int | None:
@@ -114,23 +136,17 @@ def _count_classes(cfg: CfgNode) -> int | None:
     return int(cfg.MODEL.ROI_HEADS.NUM_CLASSES) if architecture.endswith("RCNN") else None
 
 
-def _check_weights(cfg: CfgNode, args: argparse.Namespace) -> None:
-    address = cfg.MODEL.WEIGHTS
-    if args.resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
+    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         return  # they are not read
 
-    if args.eval_only:
-        check_eval_weights(address)
-
-    file = find_local_file(address)
-    if file and not os.path.isfile(file):
-        raise CheckpointError.of(
-            "MODEL.WEIGHTS",
-            "name a file",
-            got=f"{address!r}, which does not exist",
-            where="config",
-            remedy="Correct the path, or set it to ''.",
-        )
+    if eval_only:
+        check_eval_weights(cfg.MODEL.WEIGHTS)
+        missing = find_missing_weights(cfg.MODEL.WEIGHTS)
+    else:
+        missing = find_missing_weights(cfg.MODEL.WEIGHTS, "Correct the path, or set it to ''.")
+    if missing is not None:
+        raise missing
 
 
 def _check_output(folder: str) -> None:

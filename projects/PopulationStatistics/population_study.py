@@ -20,7 +20,7 @@ from population_tables import MOVING_AVERAGE, draw_results, format_tables
 from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.config.recipe import read_place
 from bnext.data.batches import build_validation_batches
 from bnext.data.check_coco import check_datasets
@@ -80,7 +80,7 @@ def load_rows(
             configs[row] = load_row(config_files[sizes[0]], output, row, opts)
 
     check_rows(configs)
-    check_run(first, build_parser().parse_args([]))
+    check_run(first)
     check_datasets(first.DATASETS.TRAIN)
     _check_samples(first, samples)
     return configs

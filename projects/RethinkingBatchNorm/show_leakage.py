@@ -15,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from bnext.cli.run_command import run_command
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.config.load import load_config
 from bnext.errors import ConfigError
 from bnext.evaluation.leakage import show_leakage
@@ -47,7 +47,7 @@ def show(args: argparse.Namespace) -> None:
         if title in models:
             raise ConfigError.of("--model", "have a title of its own", got=f"{title!r} twice", remedy="Rename one.")
         cfg = load_config(file, [*args.opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", args.output])
-        check_run(cfg, build_parser().parse_args(["--eval-only"]))
+        check_run(cfg, eval_only=True)
         models[title] = (cfg, weights)
     show_leakage(models, args.output, args.images_per_batch)
 

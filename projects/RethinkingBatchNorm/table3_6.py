@@ -13,7 +13,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.config.recipe import read_place
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers
@@ -116,7 +116,7 @@ def load_rows(
         _check_images(row, cfg, num_workers)
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, num_workers)
     check_rows(configs)
-    check_run(next(iter(configs.values())), build_parser().parse_args(["--num-gpus", str(num_workers)]))
+    check_run(next(iter(configs.values())), num_workers)
     return configs
 
 

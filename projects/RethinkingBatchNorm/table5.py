@@ -12,7 +12,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from bnext.cli.train import build_parser, check_run
+from bnext.cli.train import check_run
 from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.evaluation.reestimate import is_level_norm
@@ -57,7 +57,7 @@ def load_rows(
             remedy = "Correct MODEL.RETINANET.NORM and MODEL.BNEXT.RETINANET."
             raise ConfigError.of(thing, rule, got=str(spec), where=config_files[row], remedy=remedy)
     check_rows(configs)
-    check_run(next(iter(configs.values())), build_parser().parse_args(["--num-gpus", str(num_workers)]))
+    check_run(next(iter(configs.values())), num_workers)
     return configs
 
 
