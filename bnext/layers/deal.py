@@ -20,10 +20,14 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.groups import find_grouping_norms
 from bnext.layers.spec import Workers
 from bnext.layers.walk import find_bnext_norms, find_foreign_norms
+from bnext.notices import tell_once
 from bnext.scope.record import Scope, close_scopes
 
 __all__ = ["Draw", "StatisticsDeal", "deal_statistics", "draw_seed", "join_gradients"]
 
+log = logging.getLogger(__name__)
+
+ONE_GROUP = "Statistics are not dealt (%s): there is one group, as one worker shares them (workers=%r). %s"
 OTHER_FORMS = Refusal(
     ConfigError, "samples", "be dealt in the same form on all workers", "Build the model alike on every worker."
 )
@@ -132,7 +136,6 @@ class StatisticsDeal:
 
     def __init__(self, module: nn.Module, num_groups: int | None) -> None:
         self.num_groups = num_groups
-        self._has_told = False
         self._handles = [
             module.register_forward_pre_hook(self._before),
             module.register_forward_hook(self._after, always_call=True),
@@ -175,15 +178,7 @@ class StatisticsDeal:
         return (join_gradients(feature, draw.needs_gradient, where), *args[1:])
 
     def _tell_one_group(self, norm: BatchNorm2d, workers: Workers) -> None:
-        if not self._has_told:
-            self._has_told = True
-            logging.getLogger(__name__).warning(
-                "Statistics are not dealt (%s): there is one group, as one worker shares them (workers=%r). %s This is "
-                "said once.",
-                norm.where,
-                workers,
-                self.remedy,
-            )
+        tell_once(log, self, ONE_GROUP, norm.where, workers, self.remedy)
 
 
 def join_gradients(feature: Tensor, needs_gradient: list[int], where: str) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from torch import Tensor
 
 from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Grouping, Moments, count_elements
+from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 __all__ = ["may_have_single_elements", "replace_single_elements"]
 
+log = logging.getLogger(__name__)
+
+ALONE = "A mini-batch of a single element per channel was normalized by the population statistics (%s)."
 SINGLE_ELEMENT = Refusal(
     StatisticsError,
     "a mini-batch",
@@ -75,7 +78,7 @@ def replace_single_elements(
         name = part_names[part]
 
         _check_is_allowed(norm, name, call)
-        _tell_once(norm, name)
+        tell_once(log, norm, ALONE, norm.name_place(name))
         norm.check_populations([name])
         population = norm.stack_populations([name])
         count[batch], mean[batch], var[batch] = (field[0] for field in population)
@@ -91,18 +94,4 @@ def _check_is_allowed(norm: BatchNorm2d, name: str, call: NormCall) -> None:
     answer = "single_element='population'" if has_population else "population='shared'"
     raise SINGLE_ELEMENT.of(
         1, norm.name_place(name), evaluation="training" if norm.training else "evaluation", fewer=fewer, answer=answer
-    )
-
-
-_told: WeakSet[BatchNorm2d] = WeakSet()
-
-
-def _tell_once(norm: BatchNorm2d, name: str) -> None:
-    if norm in _told:
-        return
-    _told.add(norm)
-    logging.getLogger(__name__).warning(
-        "A mini-batch of a single element per channel was normalized by the population statistics (%s). This is said "
-        "once.",
-        norm.name_place(name),
     )

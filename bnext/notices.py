@@ -1,0 +1,37 @@
+"""What the program says of its own accord, once for each thing that it is about."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+__all__ = ["tell_once"]
+
+_told_names: set[tuple[str, Hashable]] = set()
+_told_objects: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
+
+
+def tell_once(logger: logging.Logger, thing: object, message: str, *args: object) -> None:
+    """Log a warning unless the same was said of the same thing in this process.
+
+    Args:
+        logger: of the module that speaks.
+        thing: a layer or another object, which is not kept alive; or a string or a tuple, which is compared by value.
+        message: of logging's form, a whole sentence; "This is said once." follows it.
+        args: for the message.
+
+    Example:
+        >>> tell_once(logging.getLogger("bnext"), "digits_val", "%s has crowds.", "digits_val")
+        >>> tell_once(logging.getLogger("bnext"), "digits_val", "%s has crowds.", "digits_val")  # says nothing
+    """
+    if isinstance(thing, (str, tuple)):
+        was_told = (message, thing) in _told_names
+        _told_names.add((message, thing))
+    else:
+        messages = _told_objects.setdefault(thing, set())
+        was_told = message in messages
+        messages.add(message)
+
+    if not was_told:
+        logger.warning(f"{message} This is said once.", *args)

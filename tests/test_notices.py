@@ -1,0 +1,32 @@
+"""Notices that are said once."""
+
+import logging
+
+from torch import nn
+
+from bnext.notices import tell_once
+
+log = logging.getLogger("bnext.tests.notices")
+
+
+def test_the_same_notice_of_the_same_thing_is_said_once(caplog):
+    for name in ("one", "one", "other"):
+        tell_once(log, name, "%s is empty.", name)
+    tell_once(log, "one", "%s is full.", "one")
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "one is empty. This is said once.",
+        "other is empty. This is said once.",
+        "one is full. This is said once.",
+    ]
+
+
+def test_objects_are_told_apart_by_identity_and_may_die(caplog):
+    first, second = nn.ReLU(), nn.ReLU()
+    for layer in (first, second, first):
+        tell_once(log, layer, "A layer.")
+    assert len(caplog.records) == 2
+
+    del first, layer
+    tell_once(log, nn.ReLU(), "A layer.")
+    assert len(caplog.records) == 3
