@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 __all__ = ["BAD", "Attempt", "Outcome", "Report", "Verdict", "run_all"]
 
-MEMORY = 12 * 2**30  # bytes of addresses of one attempt
+MEMORY = 3 * 2**30  # bytes that an attempt may take, besides the addresses that are taken before it starts
 SECONDS = 120.0
 
 
@@ -159,7 +159,8 @@ def _run_in_child(attempt: Attempt, work: Path, answer: Path) -> None:
         log = os.open(answer.with_name("log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        limit = _count_addresses() + MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         os.chdir(work)
 
         try:
@@ -172,6 +173,11 @@ def _run_in_child(attempt: Attempt, work: Path, answer: Path) -> None:
     finally:
         sys.stdout.flush()
         os._exit(0)
+
+
+def _count_addresses() -> int:
+    """Bytes of addresses of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(error: BaseException) -> str:

@@ -198,5 +198,3 @@ def _train_with_norm(place: str, norm: str, has_row: bool, folder: Path) -> Outc
     if is_known and (run.is_refused or run.raised):
         return Outcome(Verdict.BLAMED if run.is_refused else Verdict.TRACEBACK, run.error or run.raised)
     return use.judge(run, folder / "output", (norm or "NORM", place), must_be_told=not is_known)
-
-
