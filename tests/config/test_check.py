@@ -268,7 +268,7 @@ def test_a_config_is_dumped_and_read_again(tmp_path):
 def test_another_type_and_an_unknown_key_are_refused_on_merging():
     with pytest.raises(ConfigError, match=r"MODEL\.BNEXT\.RETINANET\.STATISTIC\b"):
         load_config("", [f"{RETINANET}.STATISTIC", "shared"])
-    with pytest.raises(ConfigError, match=r"Type mismatch.*SHUFFLE_GROUPS"):
+    with pytest.raises(ConfigError, match=r"SHUFFLE_GROUPS must be a whole number"):
         load_config("", [f"{BOX}.SHUFFLE_GROUPS", "2.5"])
     with pytest.raises(ConfigError, match=r"MODEL\.BNEXT\.FPN\.SHUFFLE"):
         load_config("", [f"{FPN}.SHUFFLE", "statistics"])
