@@ -9,9 +9,12 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from bnext.config.keys import KEYS, Key, Need
+from bnext.config.norm_names import check_norm_name
+from bnext.config.places import PLACES
 from bnext.errors import ConfigError
 from bnext.notices import tell_once
 from bnext.surgery.schedules import check_points
+from bnext.text import suggest
 
 __all__ = ["check_keys", "check_values", "flatten", "leave_out_unused"]
 
@@ -37,6 +40,9 @@ def check_keys(values: Mapping[str, Any]) -> None:
             remedy="Call bnext.add_bnext_config(cfg) after get_cfg() and before merge_from_file.",
         )
 
+    for name, place in PLACES.items():
+        if place.has_norm_of_ours:
+            check_norm_name(name, values[place.norm])
     check_values([key for key in KEYS.values() if ".BNEXT." in key.name], values)
     _check_iterations(values)
     _check_num_iter(values)
@@ -67,7 +73,8 @@ def check_values(keys: Iterable[Key], values: Mapping[str, Any]) -> None:
         value = values[key.name]
         if key.values is not None and not key.values.accepts(value):
             rule = f"be {key.values.words}"
-            raise ConfigError.of(key.name, rule, got=repr(value), where="config", remedy=key.values.remedy)
+            remedy = suggest(value, key.values.names, key.values.remedy)
+            raise ConfigError.of(key.name, rule, got=repr(value), where="config", remedy=remedy)
 
         if value != key.default:
             for need in key.needs:

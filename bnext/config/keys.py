@@ -30,12 +30,14 @@ class Values:
     Args:
         words: the set, as it follows "must be".
         accepts: whether a value is in it.
-        remedy: for any other value.
+        remedy: for any other value that is near none of the names.
+        names: those of the values that are words.
     """
 
     words: str
     accepts: Callable[[Any], bool]
     remedy: str = "Choose one of them."
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,10 @@ class Key:
 
 def _one_of(*values: Any) -> Values:
     names = ", ".join(repr(value) for value in values)
-    return Values(names if len(values) == 1 else f"one of {names}", lambda value: value in values)
+    words = names if len(values) == 1 else f"one of {names}"
+    return Values(
+        words, lambda value: value in values, names=tuple(value for value in values if isinstance(value, str))
+    )
 
 
 def _none_of(*values: Any) -> Values:

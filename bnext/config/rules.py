@@ -50,7 +50,7 @@ def _between(low: float, high: float = math.inf) -> Values:
 
 
 def _word(*words: str) -> Values:
-    return Values(f"one of {', '.join(map(repr, words))}", lambda value: value in words)
+    return Values(f"one of {', '.join(map(repr, words))}", lambda value: value in words, names=words)
 
 
 def _list_of(item: Values, *lengths: int) -> Values:
@@ -222,7 +222,8 @@ def check_detectron2_keys(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         rule = _find_rule(name)
         if rule is not None and not rule.accepts(value):
-            raise ConfigError.of(name, f"be {rule.words}", got=repr(value), where="config", remedy=rule.remedy)
+            remedy = suggest(value, rule.names, rule.remedy)
+            raise ConfigError.of(name, f"be {rule.words}", got=repr(value), where="config", remedy=remedy)
         _check_plain(name, value)
 
     _check_registered(values)
