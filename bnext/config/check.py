@@ -82,7 +82,7 @@ def check_values(keys: Iterable[Key], values: Mapping[str, Any]) -> None:
                     raise _refuse(key.name, value, need, values)
 
 
-def leave_out_unused(keys: Iterable[Key], values: Mapping[str, Any]) -> dict[str, Any]:
+def leave_out_unused(keys: Iterable[Key], values: Mapping[str, Any], says_so: bool = True) -> dict[str, Any]:
     """The same values, but the defaults for keys that the norm of their place has no use for, which is said once.
 
     So a config runs with whatever norm a command line gives it.
@@ -90,6 +90,7 @@ def leave_out_unused(keys: Iterable[Key], values: Mapping[str, Any]) -> dict[str
     Args:
         keys: rows of the table, checked by `check_values`.
         values: whole name -> value.
+        says_so: False: nothing is said yet.
     """
     used = dict(values)
     reasons: dict[str, list[str]] = {}
@@ -104,7 +105,7 @@ def leave_out_unused(keys: Iterable[Key], values: Mapping[str, Any]) -> dict[str
             others = " and ".join(f"{other} is {values[other]!r}" for other in list(unmet[0].conditions)[:1])
             reasons.setdefault(others, []).append(key.name)
 
-    for reason, names in reasons.items():
+    for reason, names in reasons.items() if says_so else ():
         verb = "has" if len(names) == 1 else "have"
         tell_once(log, (reason, *names), "%s %s no effect, as %s.", ", ".join(names), verb, reason)
     return used

@@ -40,7 +40,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     _merge(cfg, config_file, opts)
 
     check_detectron2_keys(flatten(cfg))
-    resolve_norms(cfg)
+    resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
     check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
 
     _choose_device(cfg)

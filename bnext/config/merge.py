@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 
 from bnext.config.check import flatten
 from bnext.config.read import BASE, NO_KEYS
-from bnext.errors import ConfigError, Refusal
+from bnext.errors import ConfigError, Refusal, list_few
 from bnext.text import find_near, suggest
 
 __all__ = ["merge_pairs", "merge_values"]
@@ -58,7 +58,7 @@ def _merge_section(
             raise _NO_NAME.of(repr(key), where, place=prefix.rstrip(".") or "the file")
         name = f"{prefix}{key}"
         if key not in defaults:
-            raise _refuse_unknown(name, known, where)
+            raise _refuse_unknown(name, known, where, value)
 
         default = defaults[key]
         if not isinstance(default, CfgNode):
@@ -101,8 +101,12 @@ def merge_pairs(cfg: CfgNode, pairs: Sequence[Any], defaults: CfgNode) -> None:
         node[key] = _convert(name, value, default[key], where)
 
 
-def _refuse_unknown(name: Any, known: Sequence[str], where: str) -> Exception:
+def _refuse_unknown(name: Any, known: Sequence[str], where: str, value: Any = None) -> Exception:
     """The error for a key that nobody knows, with keys of the same name in other sections, or of a near one."""
+    if isinstance(value, Mapping):
+        sections = dict.fromkeys(key.rpartition(".")[0] for key in known)
+        remedy = suggest(name, sections, "Correct it, or remove it.", most=1)
+        return _UNKNOWN.of(f"{name!r} with {list_few(value)}", where, key=name, remedy=remedy)
     if str(name).rpartition(".")[2] == BASE:
         remedy = f"{BASE} stands at the top of a file, outside of all sections."
         return _UNKNOWN.of(f"{BASE} in another place", where, key=name, remedy=remedy)
@@ -115,9 +119,7 @@ def _refuse_unknown(name: Any, known: Sequence[str], where: str) -> Exception:
         words = find_near(key, dict.fromkeys(last.values()), cutoff=0.75)
         near = find_near(name, [other for other in known if last[other] in words], cutoff=0.0)
 
-    remedy = suggest(name, (), "Correct it, or remove it.")
-    if near:
-        remedy = f"Did you mean {' or '.join(near)}?"
+    remedy = f"Did you mean {' or '.join(near)}?" if near else "Correct it, or remove it."
     return _UNKNOWN.of(f"{str(name)!r}, which is none", where, key=name, remedy=remedy)
 
 
@@ -209,5 +211,5 @@ def _list_leaves(value: Any) -> list[Any]:
 
 def _show(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "a section"
+        return f"a section with {list_few(value)}"
     return "null" if value is None else f"{value!r}, of type {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import os
 import stat
@@ -128,6 +129,8 @@ def _read_bytes(path: str, thing: str, where: str) -> bytes:
 
 
 def _parse(text: bytes, where: str) -> dict[str, Any]:
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # which detectron2's log of the file cannot read
+        raise _NO_YAML.of("text in UTF-16", thing=where, line="the encoding: save it as UTF-8")
     try:
         values = yaml.load(text, Loader=_Loader)
     except _UnreadableError as error:

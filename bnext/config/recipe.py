@@ -120,8 +120,12 @@ class NormRecipe:
         return _make_recipe([place for place in PLACES if place in nodes], values, leave_out_unused(checked, values))
 
 
-def resolve_norms(cfg: CfgNode) -> NormRecipe:
+def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
     """The norms of a config, all of whose keys of bnext are checked.
+
+    Args:
+        cfg: a whole config.
+        says_unused: whether keys that a norm has no use for are logged, once in this process.
 
     Raises:
         ConfigError: a key has a value outside its set, would have no effect, or contradicts another; the error names
@@ -135,7 +139,7 @@ def resolve_norms(cfg: CfgNode) -> NormRecipe:
         is_on = not place.switch or values[place.switch]
         if values["MODEL.META_ARCHITECTURE"] in place.architectures and is_on:
             present.append(name)
-    return _make_recipe(present, values, leave_out_unused(_PLACE_ROWS, values))
+    return _make_recipe(present, values, leave_out_unused(_PLACE_ROWS, values, says_unused))
 
 
 def read_place(cfg: CfgNode, place: str) -> PlaceNorm:

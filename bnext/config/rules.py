@@ -266,7 +266,7 @@ def _check_architecture(name: str) -> None:
 
 def _check_registered(values: Mapping[str, Any]) -> None:
     """Refuse a part that nobody has registered, of those that the architecture builds."""
-    architecture = values["MODEL.META_ARCHITECTURE"]
+    architecture = f"BNext{values['MODEL.META_ARCHITECTURE'].removeprefix('BNext')}"  # which have the same parts
     if architecture not in PLACES["FPN"].architectures:
         return  # which parts it builds is its own affair
 

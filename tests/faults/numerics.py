@@ -187,7 +187,9 @@ def _judge_numbers(
         for name, gradient in gradients.items():
             error = _distance(gradient, slow[name]) / _size(slow[name], 1 / max(given.scale, 3e-3))
             if error > 20 * tolerance:
-                return Outcome(Verdict.WRONG, f"gradients of {name} differ by {error:.1e}, more than {20 * tolerance:.1e}")
+                return Outcome(
+                    Verdict.WRONG, f"gradients of {name} differ by {error:.1e}, more than {20 * tolerance:.1e}"
+                )
 
     for owner, values in actual_populations(case, norm, populations).items():
         mean, var, number = populations[owner]
@@ -213,7 +215,9 @@ def _condition(case: Case, features: dict[str, Tensor], training: bool) -> float
     return condition
 
 
-def _differentiate(outputs: dict[str, Tensor], leaves: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def _differentiate(
+    outputs: dict[str, Tensor], leaves: dict[str, Tensor], weights: dict[str, Tensor]
+) -> dict[str, Tensor]:
     loss = sum((x.double() * weights[name].double()).sum() for name, x in outputs.items())
     gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), gradients, strict=True)
