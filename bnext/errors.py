@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from bnext.text import flatten_text, suggest
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -28,6 +30,8 @@ __all__ = [
     "check_choice",
     "list_few",
 ]
+
+_MOST_OF_A_VALUE = 1000  # characters: a value may be a whole file
 
 
 class BNextError(ValueError):
@@ -48,9 +52,9 @@ class BNextError(ValueError):
             >>> print(ConfigError.of("row", "be 1 to 6", got=7, where="Table 5", remedy="Choose one of them."))
             row must be 1 to 6; got 7 (Table 5). Choose one of them.
         """
-        value = got if isinstance(got, str) else repr(got)
+        value = flatten_text(got if isinstance(got, str) else repr(got), most=_MOST_OF_A_VALUE)
         place = f" ({where})" if where else ""
-        return cls(f"{thing} must {rule}; got {value}{place}. {remedy}")
+        return cls(flatten_text(f"{thing} must {rule}; got {value}{place}. {remedy}"))
 
 
 class ConfigError(BNextError):
@@ -115,7 +119,8 @@ def check_choice(name: str, value: object, allowed: Sequence[object], where: str
     """Raise ConfigError unless `value` is one of `allowed`."""
     if value not in allowed:
         choices = ", ".join(repr(choice) for choice in allowed)
-        raise ConfigError.of(name, f"be one of {choices}", got=repr(value), where=where, remedy="Choose one of them.")
+        remedy = suggest(value, [choice for choice in allowed if isinstance(choice, str)])
+        raise ConfigError.of(name, f"be one of {choices}", got=repr(value), where=where, remedy=remedy)
 
 
 def list_few(values: Iterable[object], most: int = 3) -> str:

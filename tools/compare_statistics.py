@@ -16,6 +16,7 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+from bnext.cli.arguments import parse_arguments
 from bnext.cli.compare import find_kept_results, run_comparison
 from bnext.cli.run_command import load_config_to_reestimate, run_command
 from bnext.repair.kinds import KINDS
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse_arguments(build_parser(), argv, intermixed=True)
     return run_command(lambda: compare(args), find_kept_results(args.output))
 
 
@@ -48,7 +49,7 @@ def compare(args: argparse.Namespace) -> None:
     kinds = list(itertools.takewhile(lambda word: "." not in word, given))
     opts = [*args.opts, *given[len(kinds) :], "OUTPUT_DIR", args.output]  # pairs may follow --kinds
     if args.target_dataset:
-        opts += ["DATASETS.TEST", f"('{args.target_dataset}',)"]
+        opts += ["DATASETS.TEST", repr((args.target_dataset,))]
     if not kinds:
         kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
 

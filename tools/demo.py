@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bnext.cli.arguments import parse_arguments
 from bnext.cli.demo import run_demo
 from bnext.cli.run_command import run_command
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for the results (default: %(default)s)")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override the config")
-    args = parser.parse_args(argv)
+    args = parse_arguments(parser, argv)
     trained, repaired = CONFIGS / "retinanet_R_18_FPN_BN.yaml", CONFIGS / "retinanet_R_18_FPN.yaml"
     return run_command(lambda: run_demo(str(trained), str(repaired), args.output, args.opts))
 

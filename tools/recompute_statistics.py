@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+from bnext.cli.arguments import parse_arguments
 from bnext.cli.reestimate import POPULATIONS, RecomputeRequest, run_request
 from bnext.cli.run_command import load_config_to_reestimate, run_command
 from bnext.errors import ConfigError
@@ -48,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
-    args = build_parser().parse_intermixed_args(argv)
+    args = parse_arguments(build_parser(), argv, intermixed=True)
     return run_command(lambda: recompute(args), lambda: "nothing is written")
 
 

@@ -19,6 +19,7 @@ from detectron2.modeling import build_model
 from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import Tensor, nn
 
+from bnext.config.blame import building_from_config
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.files import find_local_file, replace_file
 from bnext.layers.folded_norm import FoldedNorm
@@ -291,7 +292,8 @@ def load_model(cfg: CfgNode, weights: str) -> nn.Module:
     Raises:
         CheckpointError: see `Checkpointer.load`; the checkpoint must be complete.
     """
-    model = build_model(cfg)
+    with building_from_config():
+        model = build_model(cfg)
     Checkpointer(model).load(weights, checkpointables=[], complete=True)
     return model.eval()
 

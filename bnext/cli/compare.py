@@ -15,6 +15,7 @@ from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import check_run
+from bnext.config.blame import building_from_config
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
@@ -82,7 +83,8 @@ def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, d
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
 
-    model = build_model(cfg)
+    with building_from_config():
+        model = build_model(cfg)
     checkpointer = Checkpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=find_replaceable(model))
 

@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights, find_missing_weights
+from bnext.config.blame import building_from_config
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches, read_domain
@@ -274,7 +275,8 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
     """
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
-    model = build_model(cfg)
+    with building_from_config():
+        model = build_model(cfg)
     checkpointer = Checkpointer(model)
     begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
     others = _load(checkpointer, cfg.MODEL.WEIGHTS, () if begins_with_them else tuple(find_replaceable(model)))

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 
 from bnext.config.load import load_config
 from bnext.errors import BNextError
+from bnext.text import flatten_text
 
 __all__ = ["load_config_to_reestimate", "run_command"]
 
@@ -31,7 +32,7 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
         text = str(error)
         if "Original Traceback" in text:  # of a process that loads images; torch puts all of it into the message
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {flatten_text(text)}", file=sys.stderr)
         return 2
 
     except KeyboardInterrupt:

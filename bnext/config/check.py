@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from bnext.config.keys import KEYS, Key, Need
+from bnext.config.norm_names import check_norm_name
+from bnext.config.places import PLACES
 from bnext.errors import ConfigError
+from bnext.notices import tell_once
 from bnext.surgery.schedules import check_points
+from bnext.text import suggest
 
-__all__ = ["check_keys", "check_values", "flatten"]
+__all__ = ["check_keys", "check_values", "flatten", "leave_out_unused"]
+
+log = logging.getLogger(__name__)
 
 
 def check_keys(values: Mapping[str, Any]) -> None:
@@ -33,6 +40,9 @@ def check_keys(values: Mapping[str, Any]) -> None:
             remedy="Call bnext.add_bnext_config(cfg) after get_cfg() and before merge_from_file.",
         )
 
+    for name, place in PLACES.items():
+        if place.has_norm_of_ours:
+            check_norm_name(name, values[place.norm])
     check_values([key for key in KEYS.values() if ".BNEXT." in key.name], values)
     _check_iterations(values)
     _check_num_iter(values)
@@ -63,26 +73,59 @@ def check_values(keys: Iterable[Key], values: Mapping[str, Any]) -> None:
         value = values[key.name]
         if key.values is not None and not key.values.accepts(value):
             rule = f"be {key.values.words}"
-            raise ConfigError.of(key.name, rule, got=repr(value), where="config", remedy=key.values.remedy)
+            remedy = suggest(value, key.values.names, key.values.remedy)
+            raise ConfigError.of(key.name, rule, got=repr(value), where="config", remedy=remedy)
 
         if value != key.default:
             for need in key.needs:
-                _check_need(key.name, value, need, values)
+                if not need.is_said and not _is_met(need, value, values):
+                    raise _refuse(key.name, value, need, values)
 
 
-def _check_need(name: str, value: Any, need: Need, values: Mapping[str, Any]) -> None:
-    """Refuse a value of a key whose need is not met."""
+def leave_out_unused(keys: Iterable[Key], values: Mapping[str, Any], says_so: bool = True) -> dict[str, Any]:
+    """The same values, but the defaults for keys that the norm of their place has no use for, which is said once.
+
+    So a config runs with whatever norm a command line gives it.
+
+    Args:
+        keys: rows of the table, checked by `check_values`.
+        values: whole name -> value.
+        says_so: False: nothing is said yet.
+    """
+    used = dict(values)
+    reasons: dict[str, list[str]] = {}
+
+    for key in keys:
+        value = values[key.name]
+        if value == key.default:
+            continue
+        unmet = [need for need in key.needs if need.is_said and not _is_met(need, value, values)]
+        if unmet:
+            used[key.name] = key.default
+            others = " and ".join(f"{other} is {values[other]!r}" for other in list(unmet[0].conditions)[:1])
+            reasons.setdefault(others, []).append(key.name)
+
+    for reason, names in reasons.items() if says_so else ():
+        verb = "has" if len(names) == 1 else "have"
+        tell_once(log, (reason, *names), "%s %s no effect, as %s.", ", ".join(names), verb, reason)
+    return used
+
+
+def _is_met(need: Need, value: Any, values: Mapping[str, Any]) -> bool:
+    """Whether a value has what it needs, as far as that is known."""
     is_known = need.conditions.keys() <= values.keys()
     is_in_need = need.of is None or need.of.accepts(value)
     if not is_known or not is_in_need:
-        return
-    if any(allowed.accepts(values[other]) for other, allowed in need.conditions.items()):
-        return
+        return True
+    return any(allowed.accepts(values[other]) for other, allowed in need.conditions.items())
 
+
+def _refuse(name: str, value: Any, need: Need, values: Mapping[str, Any]) -> ConfigError:
+    """The error for a value of a key whose need is not met."""
     conditions = " or ".join(f"{other} is {allowed.words}" for other, allowed in need.conditions.items())
     others = ", ".join(f"{other} is {values[other]!r}" for other in need.conditions)
     remedy = f"Set {' or '.join(need.conditions)} so, or remove the key"
-    raise ConfigError.of(
+    return ConfigError.of(
         name,
         f"keep its default unless {conditions}",
         got=repr(value),

@@ -30,12 +30,14 @@ class Values:
     Args:
         words: the set, as it follows "must be".
         accepts: whether a value is in it.
-        remedy: for any other value.
+        remedy: for any other value that is near none of the names.
+        names: those of the values that are words.
     """
 
     words: str
     accepts: Callable[[Any], bool]
     remedy: str = "Choose one of them."
+    names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +48,14 @@ class Need:
         conditions: key -> values. One of the keys must have one of its values; without a dot it is of the same node.
         of: the values in need, of those that are not the default; None: all.
         reason: that the keys do not say themselves.
+        is_said: whether the key, without them, is left out and said, where others are refused: so that one config runs
+            with every norm.
     """
 
     conditions: Mapping[str, Values]
     of: Values | None = None
     reason: str = ""
+    is_said: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,10 @@ class Key:
 
 def _one_of(*values: Any) -> Values:
     names = ", ".join(repr(value) for value in values)
-    return Values(names if len(values) == 1 else f"one of {names}", lambda value: value in values)
+    words = names if len(values) == 1 else f"one of {names}"
+    return Values(
+        words, lambda value: value in values, names=tuple(value for value in values if isinstance(value, str))
+    )
 
 
 def _none_of(*values: Any) -> Values:
@@ -123,6 +131,7 @@ _ANSWERS = (
         "NORMALIZATION_BATCH_SIZE",
         "at most so many samples of a worker are normalized together (Ghost BN); 0: its whole batch",
         default=0,
+        needs=(Need({"NORM": _none_of("SyncBN"), "WORKERS": _one_of("one", 1)}, is_said=True),),
     ),
     _answer("WORKERS", "who shares a mini-batch; None: as the norm's name says", default=None, values=_WORKERS),
     _answer("TRAINING", "what normalizes in training; `renorm` is in between"),
@@ -156,7 +165,7 @@ _SHUFFLE = (
             Need({"WORKERS": _none_of("one", 1), "SHUFFLE_GROUPS": _SEVERAL_GROUPS}, of=_one_of("statistics")),
             # or of features, and what would make that one wrong.
             Need({"WORKERS": _one_of(None, "one", 1)}, of=_FEATURES),
-            Need({"NORM": _none_of("SyncBN")}, of=_FEATURES, reason="all RoIs share one mini-batch wherever they are"),
+            Need({"NORM": _none_of("SyncBN")}, of=_FEATURES, is_said=True),  # all RoIs share one mini-batch
             *(Need({owned: _none_of("per_domain")}, of=_FEATURES, reason=_LOST) for owned in _OWNED),
         ),
     ),
@@ -217,7 +226,7 @@ def _find_place_needs(row: Key, name: str) -> list[Need]:
         if name == "RESNETS":
             conditions["MODEL.BACKBONE.NAME"] = _none_of(*RESNET_BACKBONES)
         # What couples RoIs whose features move is seen when the head is built.
-        needs.append(Need(conditions, of=_none_of("features")))
+        needs.append(Need(conditions, of=_none_of("features"), is_said=True))
 
     if row.name in _OWNED and place.levels:
         needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-import yaml
 from detectron2.config import CfgNode, get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY
+from detectron2.config.compat import downgrade_config, guess_version, upgrade_config
 
 from bnext.config.check import check_values, flatten
 from bnext.config.keys import KEYS, add_bnext_config
+from bnext.config.merge import merge_pairs, merge_values
+from bnext.config.read import read_file
 from bnext.config.recipe import resolve_norms
+from bnext.config.rules import check_detectron2_keys
 from bnext.errors import ConfigError, LaunchError
 
 __all__ = ["load_config"]
-
-# What yacs and detectron2 raise for a file or a pair that has not the form of a config.
-_MALFORMED = (AssertionError, AttributeError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -40,8 +39,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     add_bnext_config(cfg)
     _merge(cfg, config_file, opts)
 
-    _check_architecture(cfg.MODEL.META_ARCHITECTURE)
-    resolve_norms(cfg)
+    check_detectron2_keys(flatten(cfg))
+    resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
     check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
 
     _choose_device(cfg)
@@ -50,71 +49,36 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
 
 
 def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
-    options = [word for word in opts[::2] if word.startswith("--")]
+    options = [str(word) for word in opts[::2] if str(word).startswith("--")]
     if options:
         got = f"{options[0]} among them"
         raise ConfigError.of(
-            "Options", "come before the KEY VALUE pairs", got=got, where=" ".join(opts), remedy="Move it."
+            "Options", "come before the KEY VALUE pairs", got=got, where=" ".join(map(str, opts)), remedy="Move it."
         )
 
     defaults = cfg.clone()
-    try:
-        if config_file:
-            cfg.merge_from_file(config_file)
-            _check_complete(cfg, defaults)
-    except (*_MALFORMED, OSError, yaml.YAMLError) as error:
-        raise ConfigError.of(
-            "--config-file",
-            "be a YAML file with keys of Detectron2 and bnext",
-            got=_describe(error),
-            where=config_file,
-            remedy="Correct the path or the key.",
-        ) from error
-
-    try:
-        cfg.merge_from_list(list(opts))
-        _check_complete(cfg, defaults)
-    except _MALFORMED as error:
-        raise ConfigError.of(
-            "KEY VALUE pairs",
-            "name keys of Detectron2 and bnext, with values of their type",
-            got=_describe(error),
-            where=" ".join(opts),
-            remedy="Correct the pair.",
-        ) from error
+    if config_file:
+        values = read_file(config_file)
+        version = _find_version(values, cfg.VERSION, config_file)
+        if version == cfg.VERSION:
+            merge_values(cfg, values, defaults, config_file)
+        else:
+            old = downgrade_config(cfg, to_version=version)
+            merge_values(old, values, old.clone(), config_file)
+            cfg.update(upgrade_config(old))
+    merge_pairs(cfg, opts, defaults)
 
 
-def _check_complete(cfg: CfgNode, defaults: CfgNode) -> None:
-    """Numbers have a value, and sections their keys: yacs lets None replace both."""
-    values = flatten(cfg)
-    for name, default in flatten(defaults).items():
-        if name not in values or (values[name] is None and isinstance(default, (int, float))):
-            raise ValueError(f"no value for {name}")
+def _find_version(values: Mapping[str, Any], latest: int, where: str) -> int:
+    """The version of detectron2's keys in a file, which it may not say."""
+    if "VERSION" not in values:
+        return guess_version({key: value for key, value in values.items() if isinstance(value, Mapping)}, where)
 
-
-def _check_architecture(name: str) -> None:
-    known = [registered for registered, _ in META_ARCH_REGISTRY]
-    if name in known:
-        return
-
-    close = difflib.get_close_matches(str(name), known) or sorted(known)
-    raise ConfigError.of(
-        "MODEL.META_ARCHITECTURE",
-        "name a registered architecture",
-        got=repr(name),
-        where="config",
-        remedy=f"Did you mean {' or '.join(close)}? One of your own must be imported first.",
-    )
-
-
-def _describe(error: Exception) -> str:
-    """The first line of a message of yacs, with the key, which it names at the end of a whole section."""
-    text = str(error.args[0] if error.args else error)
-    line = text.splitlines()[0] if text else type(error).__name__
-    key = text.rpartition("for config key: ")[2] if "for config key: " in text else ""
-    if key not in line:
-        line = f"another type for {key}"
-    return f"no mapping of names to values ({line})" if isinstance(error, (AttributeError, TypeError)) else line
+    version = values["VERSION"]
+    if type(version) is not int or not 1 <= version <= latest:
+        remedy = f"Write {latest}, or remove the key."
+        raise ConfigError.of("VERSION", f"be 1 to {latest}", got=repr(version), where=where, remedy=remedy)
+    return version
 
 
 def _choose_device(cfg: CfgNode) -> None:

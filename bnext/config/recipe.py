@@ -13,14 +13,17 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from bnext.config.check import check_keys, check_values, flatten
+from bnext.config.check import check_keys, check_values, flatten, leave_out_unused
 from bnext.config.keys import KEYS, PLACE_KEYS
+from bnext.config.norm_names import check_norm_name
 from bnext.config.places import BATCH_NORMS, PLACES
 from bnext.errors import ConfigError, check_choice
-from bnext.layers.build import NAMED_NORMS, NORM_NAMES
+from bnext.layers.build import NAMED_NORMS
 from bnext.layers.spec import NormSpec
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
+
+_PLACE_ROWS = tuple(key for keys in PLACE_KEYS.values() for key in keys)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +117,15 @@ class NormRecipe:
             checked += [KEYS[name] for name in names.values() if name in KEYS]
 
         check_values(checked, values)
-        return _make_recipe([place for place in PLACES if place in nodes], values)
+        return _make_recipe([place for place in PLACES if place in nodes], values, leave_out_unused(checked, values))
 
 
-def resolve_norms(cfg: CfgNode) -> NormRecipe:
+def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
     """The norms of a config, all of whose keys of bnext are checked.
+
+    Args:
+        cfg: a whole config.
+        says_unused: whether keys that a norm has no use for are logged, once in this process.
 
     Raises:
         ConfigError: a key has a value outside its set, would have no effect, or contradicts another; the error names
@@ -132,7 +139,7 @@ def resolve_norms(cfg: CfgNode) -> NormRecipe:
         is_on = not place.switch or values[place.switch]
         if values["MODEL.META_ARCHITECTURE"] in place.architectures and is_on:
             present.append(name)
-    return _make_recipe(present, values)
+    return _make_recipe(present, values, leave_out_unused(_PLACE_ROWS, values, says_unused))
 
 
 def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
@@ -142,7 +149,7 @@ def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
         cfg: a whole config.
         place: one of `PLACES`, whether the model has it or not.
     """
-    return _make_place(place, flatten(cfg))
+    return _make_place(place, leave_out_unused(_PLACE_ROWS, flatten(cfg)))
 
 
 def _name_keys(node: str) -> dict[str, str]:
@@ -156,17 +163,20 @@ def _name_keys(node: str) -> dict[str, str]:
     return names
 
 
-def _make_recipe(places: Iterable[str], values: Mapping[str, Any]) -> NormRecipe:
-    """The recipe of places, from values by the whole names of their keys."""
-    norms = {place: _make_place(place, values) for place in places}
+def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping[str, Any]) -> NormRecipe:
+    """The recipe of places, from values by the whole names of their keys, and from those that have an effect."""
+    norms = {place: _make_place(place, used) for place in places}
     has_domains = any(norm.spec.domains for norm in norms.values())
+    had_domains = any(values[name] == "per_domain" for name in values if used[name] != values[name])
 
     for key in ("MODEL.BNEXT.DOMAINS.NAMES", "MODEL.BNEXT.DOMAINS.FALLBACK"):
-        if values[key] and not has_domains:
+        if values[key] and not has_domains and not had_domains:
             rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place is 'per_domain'"
             remedy = "Set one so, such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
             raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
 
+    if not has_domains:
+        return NormRecipe(MappingProxyType(norms))
     domains, fallback = values["MODEL.BNEXT.DOMAINS.NAMES"], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
     return NormRecipe(MappingProxyType(norms), tuple(domains), fallback or None)
 
@@ -174,7 +184,7 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any]) -> NormRecipe
 def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
     place = PLACES[name]
     norm = values[place.norm]
-    check_choice(place.norm, norm, NORM_NAMES, where="config")
+    check_norm_name(name, norm)
 
     answers: dict[str, Any] = {}
     changed = []

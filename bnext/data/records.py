@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 
 from bnext.errors import DatasetError
+from bnext.text import find_near
 
 __all__ = ["Record", "check_registered", "has_labels", "load_records", "load_train_records"]
 
@@ -21,7 +21,7 @@ def check_registered(name: str) -> None:
     if name in DatasetCatalog:
         return
 
-    near = difflib.get_close_matches(name, DatasetCatalog.list(), n=3, cutoff=0.5)
+    near = find_near(name, DatasetCatalog.list(), cutoff=0.5)
     raise DatasetError.of(
         "A data set",
         "be registered",

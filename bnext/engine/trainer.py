@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
+from bnext.config.blame import building_from_config
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.engine import hooks
@@ -42,7 +43,7 @@ from bnext.engine.resume import (
 )
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
-from bnext.errors import BNextError, CheckpointError, ConfigError
+from bnext.errors import CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.seeding import Purpose, derive_seed, seeded
 
@@ -263,17 +264,8 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     Raises:
         BNextError: whatever is wrong with config, data or checkpoint, before the first iteration.
     """
-    try:
+    with building_from_config():
         trainer = Trainer(cfg)
-    except BNextError:
-        raise
-    except (KeyError, ValueError, AssertionError, IndexError, ZeroDivisionError) as error:
-        raise ConfigError.of(
-            "The config",
-            "describe a model and a schedule that detectron2 can build",
-            got=error,
-            remedy="Correct the key that it speaks of.",
-        ) from error
 
     trainer.resume_or_load(resume=resume)
     return trainer.train()
@@ -292,7 +284,8 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
     Raises:
         CheckpointError: if the weights do not cover the model.
     """
-    model = Trainer.build_model(cfg)
+    with building_from_config():
+        model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
 
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from bnext.files import replace_file
 from bnext.repair.kinds import KINDS
 from bnext.tables import format_rows
+from bnext.text import escape_math
 
 __all__ = ["describe_reading", "draw_comparison", "describe_rows", "format_comparison"]
 
@@ -134,7 +135,7 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     else:
         left = figure.subplots()
     _draw_aps(left, results["rows"])
-    left.set_xlabel(f"COCO AP on {results['dataset']}")
+    left.set_xlabel(f"COCO AP on {escape_math(results['dataset'])}")
 
     replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
     return Path(path)

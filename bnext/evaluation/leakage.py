@@ -30,6 +30,7 @@ from bnext.layers.walk import find_bnext_norms
 from bnext.scope.statistics import answering
 from bnext.seeding import seeded
 from bnext.tables import format_rows
+from bnext.text import escape_math
 
 __all__ = ["WAYS", "draw_leakage", "evaluate_leakage", "format_leakage", "show_leakage", "use_inference"]
 
@@ -132,7 +133,7 @@ def draw_leakage(results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
         aps = [ways[way]["bbox"]["AP"] for ways in results.values()]
         axes.bar_label(axes.bar(places, aps, width, label=WAYS[way]), fmt="%.1f", fontsize=8)
 
-    axes.set_xticks(range(len(results)), list(results))
+    axes.set_xticks(range(len(results)), [escape_math(title) for title in results])
     axes.set_ylabel("box AP")
     axes.margins(y=0.12)
     figure.legend(loc="outside upper center", fontsize=8)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog, detection_utils
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
@@ -18,6 +18,7 @@ from torch import nn
 
 from bnext.files import replace_file
 from bnext.scope.model import restoring
+from bnext.text import escape_math
 
 __all__ = ["draw_detections"]
 
@@ -52,8 +53,11 @@ def draw_detections(cfg: CfgNode, models: Mapping[str, nn.Module], path: str | o
 
 
 def _start_drawing(record: dict[str, Any], dataset: str) -> Visualizer:
+    """A picture to draw on, with the names of classes as they are spelled: detectron2's text is matplotlib's."""
     image = detection_utils.read_image(record["file_name"], format="RGB")
-    return Visualizer(image, MetadataCatalog.get(dataset), scale=_SCALE)
+    known = MetadataCatalog.get(dataset).as_dict()
+    known["thing_classes"] = [escape_math(name) for name in known.get("thing_classes", [])]
+    return Visualizer(image, Metadata(**known), scale=_SCALE)
 
 
 def _draw_truth(record: dict[str, Any], dataset: str) -> np.ndarray:
@@ -78,7 +82,7 @@ def _save_grid(rows: Mapping[str, Sequence[np.ndarray]], path: Path) -> Path:
     axes = figure.subplots(len(rows), num_columns, squeeze=False)
 
     for (title, images), line in zip(rows.items(), axes, strict=True):
-        line[0].set_ylabel(title, fontsize=13)
+        line[0].set_ylabel(escape_math(title), fontsize=13)
         for axis, image in zip(line, images, strict=True):
             axis.imshow(image)
             axis.set_xticks([])

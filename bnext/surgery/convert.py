@@ -7,7 +7,6 @@ the old one; all into their places. How state goes from one norm to another is i
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import replace_modules
 from bnext.surgery.convert_state import Change, ConversionReport, check_map, copy_norm_state, restrict_map
+from bnext.text import find_near
 
 __all__ = ["NewNorm", "convert_norm"]
 
@@ -221,7 +221,7 @@ def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNo
             candidates = dict.fromkeys(paths)  # and the modules that hold them, which are patterns, too
             for path in paths:
                 candidates.update(dict.fromkeys(_list_holders(path)))
-            near = difflib.get_close_matches(pattern, candidates, cutoff=0.4) or paths[:3]
+            near = find_near(pattern, candidates, cutoff=0.4) or paths[:3]
             raise NO_MATCH.of(got, f"near it are {', '.join(near)}" if near else "the model has no norm at all")
         choices.update(dict.fromkeys(matches, value))
 

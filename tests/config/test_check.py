@@ -91,7 +91,6 @@ LACKING = [
     ({f"{FPN}.R_MAX": 2.0}, f"{FPN}.R_MAX", "TRAINING"),
     ({f"{FPN}.D_MAX": 2.0, f"{FPN}.TRAINING": "population"}, f"{FPN}.D_MAX", "TRAINING"),
     ({f"{FPN}.MOMENTUM": 0.3, f"{FPN}.AVERAGE": "cumulative"}, f"{FPN}.MOMENTUM", "AVERAGE"),
-    ({f"{FPN}.EPS": 0.1, "MODEL.FPN.NORM": "GN"}, f"{FPN}.EPS", "MODEL.FPN.NORM"),
     ({f"{RETINANET}.FROZEN": "both"}, f"{RETINANET}.FROZEN", "MODEL.META_ARCHITECTURE"),
     ({f"{BOX}.SHUFFLE_GROUPS": 4}, f"{BOX}.SHUFFLE_GROUPS", "SHUFFLE"),
     ({f"{BOX}.SHUFFLE_GROUPS": 4, **FEATURES}, f"{BOX}.SHUFFLE_GROUPS", "SHUFFLE"),
@@ -107,7 +106,6 @@ LACKING = [
     ),
     *(({f"{BOX}.WORKERS": workers, **STATISTICS}, f"{BOX}.SHUFFLE", "SHUFFLE_GROUPS") for workers in ("one", 1)),
     *(({f"{BOX}.WORKERS": workers, **FEATURES}, f"{BOX}.SHUFFLE", "WORKERS") for workers in ("all", "node", 2)),
-    ({"MODEL.ROI_BOX_HEAD.NORM": "SyncBN", **FEATURES}, f"{BOX}.SHUFFLE", "MODEL.ROI_BOX_HEAD.NORM"),
     *(
         ({f"{BOX}.{key}": "per_domain", **DOMAINS, **FEATURES}, f"{BOX}.SHUFFLE", key)
         for key in ("STATISTICS", "POPULATION", "AFFINE")
@@ -144,19 +142,51 @@ def test_a_key_without_what_gives_it_an_effect_is_refused(changes, name, other):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("norm", ["", "GN", "LN", "FrozenBN"])
-def test_keys_of_a_place_without_batch_norm(place, norm):
-    cfg = make_whole(architecture_of(place), {PLACES[place].norm: norm, f"MODEL.BNEXT.{place}.EPS": 0.1})
-    text = refusal(cfg)
-    assert text.startswith(f"MODEL.BNEXT.{place}.EPS must keep its default unless {PLACES[place].norm} is one of 'BN'")
-    assert f"{PLACES[place].norm} is {norm!r}" in text
+def test_keys_that_another_norm_has_no_use_for_are_said_and_left_out(place, norm, caplog, monkeypatch):
+    """A config is to run with whatever norm the command line gives it."""
+    monkeypatch.setattr("bnext.notices._told_names", set())
+    key, name = PLACES[place].norm, f"MODEL.BNEXT.{place}"
+    changes = {f"{name}.EPS": 0.1, f"{name}.AFFINE": "none"}
+    cfg = make_whole(architecture_of(place), {key: norm, **changes})
+
+    resolved = resolve_norms(cfg).places[place]
+    assert (resolved.name, resolved.changed) == (norm, ())
+    assert resolved == resolve_norms(make_whole(architecture_of(place), {key: norm})).places[place]
+    assert len(caplog.messages) == 1, "said once, however often the config is read"
+    for words in (f"{name}.EPS", f"{name}.AFFINE", f"{key} is {norm!r}"):
+        assert words in caplog.messages[0]
+
+    resolved = resolve_norms(make_whole(architecture_of(place), {key: "BN", **changes})).places[place]
+    assert set(resolved.changed) == {"EPS", "AFFINE"}
+
+
+@pytest.mark.parametrize(("key", "value"), [("NORMALIZATION_BATCH_SIZE", 2), ("SHUFFLE", "features")])
+def test_groups_inside_a_mini_batch_of_all_workers_are_said_and_left_out(key, value, caplog, monkeypatch):
+    """Ghost BN in a file, SyncBN from the command line; a worker count that the file asks for itself stays refused."""
+    monkeypatch.setattr("bnext.notices._told_names", set())
+    changes = {f"{BOX}.{key}": value, "MODEL.ROI_BOX_HEAD.NORM": "SyncBN"}
+    place = resolve_norms(make_whole(changes=changes)).places["ROI_BOX_HEAD"]
+    assert place == resolve_norms(make_whole(changes={"MODEL.ROI_BOX_HEAD.NORM": "SyncBN"})).places["ROI_BOX_HEAD"]
+    assert f"{BOX}.{key} has no effect" in caplog.text
+
+    assert BOX in refusal(make_whole(changes={f"{BOX}.{key}": value, f"{BOX}.WORKERS": "all"}))
+
+
+def test_domains_are_left_out_with_the_norm_that_had_some(caplog, monkeypatch):
+    monkeypatch.setattr("bnext.notices._told_names", set())
+    changes = {**DOMAINS, "MODEL.BNEXT.RESNETS.POPULATION": "per_domain"}
+    norms = resolve_norms(make_whole(changes={**changes, "MODEL.RESNETS.NORM": "GN"}))
+    assert (norms.domains, norms.places["RESNETS"].spec.domains) == ((), ())
+    assert "MODEL.BNEXT.RESNETS.POPULATION has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("place", RCNN_ONLY)
 def test_a_shuffle_of_a_head_without_batch_norm(place):
     """Of features it is seen when the head is built: see tests/heads/test_roi_shuffle.py."""
     key = f"MODEL.BNEXT.{place}.SHUFFLE"
-    assert refusal(make_whole(changes={PLACES[place].norm: "GN", key: "statistics"})).startswith(key)
-    resolve_norms(make_whole(changes={PLACES[place].norm: "GN", key: "features"}))
+    for form, left in (("statistics", "none"), ("features", "features")):
+        norms = resolve_norms(make_whole(changes={PLACES[place].norm: "GN", key: form}))
+        assert norms.places[place].shuffle == left
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -187,11 +217,31 @@ def test_a_choice_between_levels_needs_several(key):
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("norm", ["nnSyncBN", "batchnorm"])
-def test_a_norm_that_is_unknown_or_would_be_shared_silently(place, norm):
+@pytest.mark.parametrize(
+    ("norm", "remedy"),
+    [
+        ("nnSyncBN", "Write SyncBN"),
+        ("naiveSyncBN", "Write SyncBN"),
+        ("NaiveSyncBN", "Write SyncBN"),
+        ("syncbn", "Write SyncBN"),
+        ("batchnorm", "Write BN"),
+        ("FrozenBatchNorm2d", "Write FrozenBN"),
+        ("none", "Write ''"),
+        ("GhostBN", "Write BN, and set MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE"),
+        ("IN", "Choose one of them"),
+    ],
+)
+def test_a_norm_that_is_unknown_says_what_to_write(place, norm, remedy):
     text = refusal(make_whole(architecture_of(place), {PLACES[place].norm: norm}))
     assert text.startswith(f"{PLACES[place].norm} must be one of ")
     assert f"got {norm!r}" in text
+    assert remedy.format(place=place) in text
+
+
+def test_a_norm_by_the_name_of_a_way_names_its_key_where_the_place_has_it():
+    assert f"{RETINANET}.POPULATION" in refusal(make_cfg(changes={"MODEL.RETINANET.NORM": "CycleBN"}))
+    assert "POPULATION" not in refusal(make_whole(changes={"MODEL.FPN.NORM": "CycleBN"}))
+    assert f"{BOX}.SHUFFLE" in refusal(make_whole(changes={"MODEL.ROI_BOX_HEAD.NORM": "ShuffleBN"}))
 
 
 @pytest.mark.parametrize(
@@ -208,11 +258,6 @@ def test_a_norm_that_is_unknown_or_would_be_shared_silently(place, norm):
 def test_answers_that_no_norm_can_give_name_the_place(changes, answer):
     changes = {f"MODEL.BNEXT.SEM_SEG_HEAD.{key}": value for key, value in changes.items()}
     assert refusal(make_whole(changes=changes)).startswith(f"MODEL.BNEXT.SEM_SEG_HEAD: {answer} must ")
-
-
-def test_ghost_batch_norm_by_the_name_of_sync_bn_is_a_contradiction():
-    cfg = make_whole(changes={"MODEL.FPN.NORM": "SyncBN", f"{FPN}.NORMALIZATION_BATCH_SIZE": 2})
-    assert refusal(cfg).startswith("MODEL.BNEXT.FPN: normalization_batch_size must be None")
 
 
 def test_rois_of_a_re_estimation_need_an_r_cnn_of_bnext():
@@ -268,7 +313,7 @@ def test_a_config_is_dumped_and_read_again(tmp_path):
 def test_another_type_and_an_unknown_key_are_refused_on_merging():
     with pytest.raises(ConfigError, match=r"MODEL\.BNEXT\.RETINANET\.STATISTIC\b"):
         load_config("", [f"{RETINANET}.STATISTIC", "shared"])
-    with pytest.raises(ConfigError, match=r"Type mismatch.*SHUFFLE_GROUPS"):
+    with pytest.raises(ConfigError, match=r"SHUFFLE_GROUPS must be a whole number"):
         load_config("", [f"{BOX}.SHUFFLE_GROUPS", "2.5"])
     with pytest.raises(ConfigError, match=r"MODEL\.BNEXT\.FPN\.SHUFFLE"):
         load_config("", [f"{FPN}.SHUFFLE", "statistics"])

@@ -13,7 +13,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.config import load_config
-from bnext.errors import ConfigError, LaunchError
+from bnext.errors import LaunchError
 from tests import tiny
 from tests.detector_fixtures import digits  # noqa: F401  the fixture
 
@@ -46,35 +46,6 @@ def test_unknown_keys_and_values_are_refused(refuse, tmp_path):
     assert "wrong.yaml" in refuse("--config-file", path)
     assert "absent.yaml" in refuse("--config-file", tmp_path / "absent.yaml")
     assert "SOLVER.OPTIMIZER" in refuse("SOLVER.OPTIMIZER", "LION")
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("", "no mapping"),
-        ("- MODEL", "no mapping"),
-        ("word", "no mapping"),
-        ("_BASE_: 3", "no mapping"),
-        ("_BASE_: wrong.yaml", "recursion"),
-        ("MODEL:", "no mapping"),
-        ("SOLVER:", "another type for SOLVER "),
-        ("SOLVER: {MAX_ITER: }", "no value for SOLVER.MAX_ITER"),
-        ("3: x", "no mapping"),
-        ("MODEL: {3: x}", "no mapping"),
-        ("SOLVER: 3", "SOLVER"),
-    ],
-)
-def test_files_that_are_no_config_are_refused(tmp_path, text, reason):
-    path = tmp_path / "wrong.yaml"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"{reason}.*wrong\.yaml"):
-        load_config(str(path))
-
-
-@pytest.mark.parametrize("pair", [("SOLVER.MAX_ITER.X", "1"), ("MODEL", "None"), ("SOLVER.MAX_ITER", "None")])
-def test_pairs_that_have_not_the_form_of_a_config_are_refused(pair):
-    with pytest.raises(ConfigError, match=" ".join(pair)):
-        load_config("", pair)
 
 
 def test_unknown_architectures_and_devices_are_refused(refuse):
@@ -165,3 +136,20 @@ def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp
 
 def test_options_among_the_pairs_are_named(refuse):
     assert "Options must come before" in refuse("SOLVER.MAX_ITER", 2, "--eval-only", 1)
+
+
+@pytest.mark.parametrize(
+    ("option", "meant"), [("--eval_only", "--eval-only"), ("--resume-from", "--resume"), ("--num-gpu=2", None)]
+)
+def test_an_unknown_option_is_told_with_the_one_that_was_meant(option, meant, capsys, tmp_path):
+    """An abbreviation is none."""
+    if meant is None:
+        assert train_net.main([option, "--config-file", str(tmp_path / "absent.yaml")]) == 2
+        assert "absent.yaml" in capsys.readouterr().err
+        return
+    with pytest.raises(SystemExit) as exit:
+        train_net.main([option, "x"])
+    line = capsys.readouterr().err
+    assert (exit.value.code, line.count("\n")) == (2, 1)
+    assert option in line
+    assert f"Did you mean {meant}?" in line

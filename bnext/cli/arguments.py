@@ -1,0 +1,43 @@
+"""Options of a command line: an unknown one is told in a line, with the one that may have been meant."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from bnext.errors import ConfigError
+from bnext.text import find_near
+
+__all__ = ["parse_arguments"]
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, intermixed: bool = False
+) -> argparse.Namespace:
+    """The values of a command line; where it is wrong, one line on the standard error stream and exit status 2.
+
+    Args:
+        parser: knows the options.
+        argv: words; None: those of this process.
+        intermixed: whether options may stand among KEY VALUE pairs.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    known = [option for action in parser._actions for option in action.option_strings]
+
+    for word in words:
+        option = word.split("=")[0]
+        if not option.startswith("--") or option == "--":
+            continue
+        if not any(name.startswith(option) for name in known):  # argparse takes an abbreviation
+            _refuse(option, known)
+    return parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
+
+
+def _refuse(option: str, known: Sequence[str]) -> NoReturn:
+    near = [name for name in known if option.startswith(f"{name}-")] or find_near(option, known, most=1)
+    remedy = f"Did you mean {near[0]}?" if near else "See --help."
+    error = ConfigError.of("An option", "be one that the command has", got=option, remedy=remedy)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
