@@ -19,6 +19,7 @@ from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
 
 __all__ = [
+    "MERGED_POPULATION",
     "Fields",
     "NormRecord",
     "Note",
@@ -44,6 +45,11 @@ DROPPED_OWNERS = "the source's state of {names} was left out: the target has no 
 DROPPED_AFFINE = "the affine was left out: the norm has none"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
+MERGED_POPULATION = (
+    "the population statistics of the levels or domains were merged into one with equal weights, which is right "
+    "for none of them; load them into norms that have their own (in a config POPULATION of the norm's node of "
+    "MODEL.BNEXT, 'per_level' or 'per_domain'), or re-estimate them with recompute_population_statistics"
+)
 
 UNKNOWN_KEY = Refusal(
     CheckpointError,
@@ -354,8 +360,6 @@ _POPULATION_RULES = _Rules(
     copied="the shared population statistics were copied to every level or domain; their own are unknown, "
     "re-estimate them with recompute_population_statistics",
     equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
-    merged="the population statistics of the levels or domains were merged into one with equal weights, which is right "
-    "for none of them; load them into norms that have their own (in a config POPULATION of the norm's node of "
-    "MODEL.BNEXT, 'per_level' or 'per_domain'), or re-estimate them with recompute_population_statistics",
+    merged=MERGED_POPULATION,
     missing="the source holds no population statistics for {names}; re-estimate them",
 )
