@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import os
-import pickle
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import align_and_update_state_dicts
@@ -19,18 +18,36 @@ from detectron2.modeling import build_model
 from fvcore.common.checkpoint import _strip_prefix_if_present
 from torch import Tensor, nn
 
+from bnext.checkpoints.fit import (
+    check_folded,
+    check_is_state,
+    check_keys,
+    check_values,
+    find_bias_of_folded_norms,
+    to_tensors,
+)
+from bnext.checkpoints.last import find_last_checkpoint
+from bnext.checkpoints.reading import read_checkpoint
 from bnext.config.blame import building_from_config
-from bnext.errors import CheckpointError, Refusal, list_few
+from bnext.errors import BNextError, CheckpointError, Refusal, list_few
 from bnext.files import find_local_file, replace_file
-from bnext.layers.folded_norm import FoldedNorm
+from bnext.layers.loading import reporting_conversions
+from bnext.layers.norm_state import MERGED_POPULATION
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
-from bnext.surgery.convert_state import collect_norm_specs, compare_norm_specs, convert_norm_state, list_shared_keys
+from bnext.surgery.convert_state import (
+    ConversionReport,
+    collect_norm_specs,
+    compare_norm_specs,
+    convert_norm_state,
+    list_shared_keys,
+)
 
 __all__ = ["Checkpointer", "check_eval_weights", "find_missing_weights", "load_model"]
 
 _POPULATION = ("running_mean", "running_var")
 _STATISTICS = (*_POPULATION, "num_batches_tracked")
 
+RE_ESTIMATED = "recomputed_statistics"  # says of itself what was done to its statistics
 RE_ESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation."
 
 NO_FILE = Refusal(
@@ -45,30 +62,24 @@ NOT_REACHED = Refusal(
     "be reachable at its address",
     "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
 )
-UNREADABLE = Refusal(
+NO_TRAINING = Refusal(
     CheckpointError,
-    "A checkpoint",
-    "be a whole file with a dictionary of tensors and plain values",
-    "Copy or train it again.",
+    "A checkpoint to resume from",
+    "hold the state of its training",
+    "It has weights alone: to start a training from them give MODEL.WEIGHTS <file> and another OUTPUT_DIR, without "
+    "--resume.",
 )
-HOLDS_CODE = Refusal(
+OTHER_STATE = Refusal(
     CheckpointError,
-    "A checkpoint",
-    "hold tensors and plain values only",
-    "If you trust the file, load it with torch.load(file, weights_only=False), and save its state dict again with "
-    "torch.save({{'model': state_dict}}, file).",
+    "{name!r} in a checkpoint",
+    "be the state of what loads it",
+    "Use the config of the training that wrote it, or start another with MODEL.WEIGHTS <file> and another OUTPUT_DIR.",
 )
-NO_STATE = Refusal(
+OTHER_POPULATION = Refusal(
     CheckpointError,
-    "A checkpoint",
-    "hold a state dict, tensors by name, alone or under 'model'",
-    "Save the model's state dict again with torch.save({{'model': state_dict}}, file).",
-)
-NORM_FOR_A_FOLDED_ONE = Refusal(
-    CheckpointError,
-    "a checkpoint of a model with norms",
-    "be loaded before it is folded",
-    "Build the model anew, load, then call fold_norms.",
+    "The config",
+    "have the population statistics that were estimated for the checkpoint",
+    "Set the keys that the file says it needs: {keys}.",
 )
 
 
@@ -78,6 +89,8 @@ class Checkpointer(DetectionCheckpointer):
     It refuses what is no checkpoint, or that of another model, before the model is changed; it names norms that will
     normalize by statistics which nobody wrote, and repairs statistics that are to be estimated anew.
     """
+
+    _is_resumed = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write model and states to `name`.pth in the save directory, whole or not at all.
@@ -120,7 +133,7 @@ class Checkpointer(DetectionCheckpointer):
         complete: bool = False,
         replaced: Iterable[str] = (),
     ) -> dict[str, Any]:
-        """Load a checkpoint into the model and the states.
+        """Load a checkpoint into the model and the states: all of it, or nothing.
 
         Args:
             path: file or URL; empty: nothing is loaded.
@@ -135,19 +148,25 @@ class Checkpointer(DetectionCheckpointer):
 
         Raises:
             CheckpointError: if the file is missing, cannot be downloaded, is broken or no checkpoint, or does not
-                fit the model.
+                fit the model. Model and states are then as they were.
         """
         is_address = bool(path) and "://" in path
-        if path and not is_address and not os.path.isfile(path.split("?")[0]):
-            raise NO_FILE.of(f"{path!r}, which does not exist", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint")
+        if path and not is_address:
+            _check_is_file(path)
 
         self._path, self._complete, self._replaced = path, complete, tuple(replaced)
         self.left_out: list[str] = []
         if not path:
             self._warn_of_unwritten({})
 
+        names = list(self.checkpointables) if checkpointables is None else checkpointables
         try:
-            return super().load(path, checkpointables)
+            with _unchanged_by_errors(self.model, {name: self.checkpointables[name] for name in names}):
+                rest: dict[str, Any] = super().load(path, checkpointables=[])
+                for name in names:
+                    if name in rest:
+                        self._load_state(name, rest.pop(name))
+                return rest
         except (OSError, HTTPException, AssertionError) as error:
             if not is_address:
                 raise
@@ -157,30 +176,52 @@ class Checkpointer(DetectionCheckpointer):
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
 
         Raises:
-            CheckpointError: see `load`; what is resumed must be complete.
+            CheckpointError: see `load` and `get_checkpoint_file`; what is resumed must be complete, with every state.
         """
-        if resume and self.has_checkpoint():
-            return self.load(self.get_checkpoint_file(), complete=True)
-        return self.load(path, checkpointables=[])
+        if not (resume and self.has_checkpoint()):
+            return self.load(path, checkpointables=[])
 
-    # ---- steps of a load, which fvcore calls
+        self._is_resumed = True
+        try:
+            return self.load(self.get_checkpoint_file(), complete=True)
+        finally:
+            self._is_resumed = False
+
+    def has_checkpoint(self) -> bool:
+        """Whether the save directory names a last checkpoint.
+
+        Raises:
+            CheckpointError: see `get_checkpoint_file`.
+        """
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The last checkpoint of the save directory; "" where none is named.
+
+        Raises:
+            CheckpointError: `last_checkpoint` does not name a file of its folder.
+        """
+        if "://" in self.save_dir:
+            return super().get_checkpoint_file() if super().has_checkpoint() else ""
+        return find_last_checkpoint(self.save_dir)
+
+    # ---- steps of a load, of which fvcore calls the first two
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        try:
-            return super()._load_file(filename)
-        except Exception as error:  # whatever pickle and torch raise for a file that is cut, or of another kind
-            refused = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-            if refused:
-                got = f"a {refused[1]}, which torch does not load as it may run code"
-                raise HOLDS_CODE.of(got, filename) from error
-            raise UNREADABLE.of(_name_error(error), filename) from error
+        checkpoint = read_checkpoint(filename, self._path)
+        check_is_state(checkpoint["model"], self._path)
+
+        absent = [name for name in self.checkpointables if name not in checkpoint]
+        if self._is_resumed and absent:
+            raise NO_TRAINING.of(f"no {list_few([repr(name) for name in absent])}", self._path)
+        return checkpoint
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        self._check_is_state(checkpoint["model"])
-        self._convert_ndarray_to_tensor(checkpoint["model"])
+        to_tensors(checkpoint["model"], self._path)
         _strip_prefix_if_present(checkpoint["model"], "module.")
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
+        metadata = getattr(checkpoint["model"], "_metadata", {})
 
         if checkpoint.get("matching_heuristics", False):
             # Such names are matched by their ends, which are other ones where a level or domain owns something.
@@ -189,27 +230,48 @@ class Checkpointer(DetectionCheckpointer):
             checkpoint["matching_heuristics"] = False
 
         stored = checkpoint["model"]
-        self._check_folded(stored)
+        check_folded(stored, metadata, self.model, self._path)
         converted, report = convert_norm_state(stored, self.model)
+        self._check_population(report, checkpoint)
         report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
-        self._check_fit(converted)
+
+        check_keys(converted, self.model, self._path, complete=self._complete)
+        check_values(converted, self.model, self._path)
+        self._warn_of_folded(converted)
 
         checkpoint["model"] = converted
-        incompatible = super()._load_model(checkpoint)
+        with reporting_conversions():
+            incompatible = super()._load_model(checkpoint)
         self._warn_of_unwritten(converted)
         return incompatible
 
-    def _check_is_state(self, state: Any) -> None:
-        """Refuse what is not tensors by name."""
-        if not isinstance(state, dict):
-            raise NO_STATE.of(f"a {type(state).__name__}", self._path)
+    def _load_state(self, name: str, state: Any) -> None:
+        try:
+            self.checkpointables[name].load_state_dict(state)
+        except BNextError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise OTHER_STATE.of(_name_error(error), self._path, name=name) from error
 
-        wrong = {key: value for key, value in state.items() if not isinstance(value, (Tensor, np.ndarray))}
-        if wrong or not all(isinstance(key, str) for key in state):
-            entries = [f"{key!r} ({type(value).__name__})" for key, value in (wrong or state).items()]
-            raise NO_STATE.of(f"a dictionary with {list_few(entries)}", self._path)
+    def _check_population(self, report: ConversionReport, checkpoint: dict[str, Any]) -> None:
+        """Refuse a file whose statistics were estimated for a config with other owners of them: it says which."""
+        done = checkpoint.get(RE_ESTIMATED)
+        keys = done.get("keys") if isinstance(done, dict) else None
+        if not isinstance(keys, dict):
+            return
+
+        merged = [change.path for change in report.changes if change.text == MERGED_POPULATION]
+        kept = [path for path in merged if path not in self._replaced]
+        if not kept:
+            return
+
+        pairs = ", ".join(f"{key} {value!r}" for key, value in keys.items())
+        refused = OTHER_POPULATION.of(f"one set for all in {list_few(kept)}", self._path, keys=pairs)
+        if self._complete:
+            raise refused
+        logging.getLogger(__name__).warning("%s", refused)
 
     def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
         """Give statistics that cannot be, of norms whose statistics are replaced, the values of a new norm."""
@@ -229,36 +291,15 @@ class Checkpointer(DetectionCheckpointer):
                 "Statistics that are not finite, to be estimated anew: %s (%s).", list_few(self.left_out), self._path
             )
 
-    def _check_folded(self, state: dict[str, Tensor]) -> None:
-        """Refuse the state of a norm that the model has folded: fvcore would leave it out, and the norm be lost."""
-        for path, module in self.model.named_modules():
-            statistics = _select_statistics(state, path)
-            if isinstance(module, FoldedNorm) and any(value.numel() for value in statistics.values()):
-                raise NORM_FOR_A_FOLDED_ONE.of("a norm for a folded one", f"{path}; {self._path}")
-
-    def _check_fit(self, state: dict[str, Tensor]) -> None:
-        """Refuse a checkpoint of another model, or one that must be complete and is not."""
-        entries = self.model.state_dict()
-        matching = {key for key, value in state.items() if key in entries and entries[key].shape == value.shape}
-        required = _find_required_keys(self.model)
-        missing = [min(names) for names in required if not names & matching]
-        if len(missing) < len(required) and not (self._complete and missing):
-            return
-
-        mismatched = []
-        for key, value in state.items():
-            if key in entries and key not in matching:
-                mismatched.append(f"{key} {tuple(value.shape)} instead of {tuple(entries[key].shape)}")
-        lists = {
-            "Missing": [key for key in missing if key not in state],
-            "Unexpected": [key for key in state if key not in entries],
-            "Of another shape": mismatched,
-        }
-        faults = " ".join(f"{title}: {list_few(keys) or 'none'}." for title, keys in lists.items())
-        rule = "have every parameter and norm statistic" if self._complete else "share some parameter"
-        got = f"{len(required) - len(missing)} of {len(required)}"
-        remedy = f"{faults} Use the config that the checkpoint was trained with, or another checkpoint."
-        raise CheckpointError.of("The checkpoint", f"{rule} of the model", got=got, where=self._path, remedy=remedy)
+    def _warn_of_folded(self, state: dict[str, Tensor]) -> None:
+        biases = find_bias_of_folded_norms(state, self.model)
+        if biases:
+            logging.getLogger(__name__).warning(
+                "The checkpoint seems to be of a folded model: it has %s for convolutions without, and norms are "
+                "missing in it (%s). Load the checkpoint that it was folded from.",
+                list_few(biases),
+                self._path,
+            )
 
     def _warn_of_unwritten(self, state: dict[str, Tensor]) -> None:
         """Say which frozen norms, and which norms of a checkpoint, have no statistics but the initial ones.
@@ -315,16 +356,39 @@ def find_missing_weights(path: str, remedy: str = "Correct the path.") -> Checkp
     return CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, where="config", remedy=remedy)
 
 
-def _find_required_keys(model: nn.Module) -> list[frozenset[str]]:
-    """All names of each parameter and norm statistic: a complete checkpoint has one name of each."""
-    names: dict[int, set[str]] = {}
-    parameters = {id(parameter) for parameter in model.parameters()}
+def _check_is_file(path: str) -> None:
+    file = path.split("?")[0]
+    if os.path.isfile(file):
+        return
 
+    got = "which does not exist"
+    if os.path.isdir(file):
+        got = "which is a folder"
+    elif os.path.islink(file):
+        got = "which is a link to nothing"
+    elif os.path.exists(file):
+        got = "which is a device or a pipe"
+    raise NO_FILE.of(f"{path!r}, {got}", "MODEL.WEIGHTS, or OUTPUT_DIR/last_checkpoint")
+
+
+@contextlib.contextmanager
+def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterator[None]:
+    """Give a model and states back what they held, where something goes wrong."""
+    tensors = {}
     for key, value in model.state_dict(keep_vars=True).items():
-        if id(value) in parameters or key.rpartition(".")[2] in _POPULATION:
-            names.setdefault(id(value), set()).add(key)
+        if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
+            tensors[key] = (value, value.detach().clone())
+    before = {name: copy.deepcopy(state.state_dict()) for name, state in states.items()}
 
-    return [frozenset(keys) for keys in names.values()]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for value, held in tensors.values():
+                value.copy_(held)
+        for name, state in states.items():
+            state.load_state_dict(before[name])
+        raise
 
 
 def _select_statistics(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:

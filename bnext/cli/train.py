@@ -17,9 +17,11 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
+from bnext.checkpoints.last import find_last_checkpoint
 from bnext.data.check_coco import check_datasets
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
+from bnext.engine.resume import check_output_files
 from bnext.engine.trainer import evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
@@ -127,6 +129,7 @@ def check_run(
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)
+    check_output_files(cfg.OUTPUT_DIR, training=not eval_only)
 
 
 def _count_classes(cfg: CfgNode) -> int | None:
@@ -137,7 +140,7 @@ def _count_classes(cfg: CfgNode) -> int | None:
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
-    if resume and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
+    if resume and find_last_checkpoint(cfg.OUTPUT_DIR):
         return  # they are not read
 
     if eval_only:

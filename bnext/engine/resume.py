@@ -1,21 +1,32 @@
-"""All that a checkpoint holds of a training beside weights and optimizer: a resume is exact, or says why not."""
+"""All that a checkpoint holds of a training beside weights and optimizer: a resume is exact, or says why not.
+
+And the folder that a training writes into, which may hold the files of an earlier one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
+import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
-from bnext.errors import CheckpointError
+from bnext.errors import CheckpointError, LaunchError, Refusal
+from bnext.files import find_local_file
 
 __all__ = [
+    "check_output_files",
+    "check_training_state",
     "collect_training",
     "compare_training",
+    "drop_half_line",
     "expect_same_optimizer",
     "read_normalizers",
     "read_training_keys",
@@ -23,6 +34,24 @@ __all__ = [
 ]
 
 _LOGGER = logging.getLogger(__name__)
+
+WRONG_STATE = Refusal(
+    CheckpointError,
+    "{thing} in a checkpoint to resume from",
+    "be {rule}",
+    "Resume from an earlier checkpoint, by its name in OUTPUT_DIR/last_checkpoint, or start another training with "
+    "MODEL.WEIGHTS <file> and another OUTPUT_DIR.",
+)
+NO_PLACE = Refusal(
+    LaunchError,
+    "{name} in OUTPUT_DIR",
+    "be a {kind} that can be written to",
+    "Move it away, or give another folder: OUTPUT_DIR <folder>.",
+)
+
+# Written by a training or an evaluation, and by a training alone; the last two are replaced, and not written to.
+_FILES = ("log.txt", "config.yaml")
+_FILES_OF_A_TRAINING = ("metrics.json", "last_checkpoint", "model_final.pth")
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}
@@ -90,6 +119,113 @@ def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
 
 def _as_lists(value: Any) -> Any:
     return [_as_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---- the folder
+
+
+def check_output_files(folder: str, *, training: bool = True) -> None:
+    """Refuse a folder in which something stands in the place of a file that is to be written.
+
+    Args:
+        folder: OUTPUT_DIR; one of another storage is passed over.
+        training: whether a training writes into it, or an evaluation.
+
+    Raises:
+        LaunchError: what is in the way.
+    """
+    if find_local_file(folder) is None:
+        return
+
+    for name in _FILES + _FILES_OF_A_TRAINING * training:
+        path = os.path.join(folder, name)
+        is_right = os.path.isfile(path) and (name in _FILES_OF_A_TRAINING[1:] or os.access(path, os.W_OK))
+        if os.path.lexists(path) and not is_right:
+            raise NO_PLACE.of(_name_kind(path), folder, name=name, kind="file")
+
+    path = os.path.join(folder, "inference")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise NO_PLACE.of(_name_kind(path), folder, name="inference", kind="folder")
+
+
+def _name_kind(path: str) -> str:
+    for kind, is_it in (("a folder", os.path.isdir), ("a file", os.path.isfile), ("a link to nothing", os.path.islink)):
+        if is_it(path):
+            return kind if os.access(path, os.W_OK) or kind == "a link to nothing" else f"{kind} that is read-only"
+    return "a pipe or a device"
+
+
+def drop_half_line(path: str) -> None:
+    """Take the last line out of a file of JSON lines, if the process that wrote it was ended within it."""
+    if not os.path.isfile(path):
+        return
+
+    with open(path, "r+b") as file:
+        content = file.read()
+        whole, _, last = content.rpartition(b"\n")
+        if not last:
+            return
+        try:
+            json.loads(last)
+            file.write(b"\n")
+        except ValueError:
+            file.truncate(len(whole) + bool(whole))
+
+
+# ---- the state
+
+
+def check_training_state(state: Any, where: str) -> None:
+    """Refuse the state of a trainer that no training has written.
+
+    Args:
+        state: the trainer's state dict in the checkpoint.
+        where: the folder of the checkpoint.
+
+    Raises:
+        CheckpointError: it has no iteration, or optimizer, seed or workers that cannot be.
+    """
+    if not isinstance(state, dict):
+        raise WRONG_STATE.of(f"a {type(state).__name__}", where, thing="'trainer'", rule="a dictionary")
+    if not _is_count(state.get("iteration")):
+        rule = "a number of 0 or more"
+        raise WRONG_STATE.of(repr(state.get("iteration")), where, thing="'iteration'", rule=rule)
+
+    training = state.get("bnext", {"seed": 0, "total_batch_size": 1, "workers": [{}]})
+    is_dictionary = isinstance(training, dict) and {"seed", "total_batch_size", "workers"} <= training.keys()
+    if not is_dictionary or not _is_count(training["seed"]) or not _are_normalizers(training["workers"]):
+        rule = "a dictionary of seed, batch size and workers"
+        raise WRONG_STATE.of(f"{training!r:.60}", where, thing="'bnext'", rule=rule)
+
+    for name, value in _list_tensors(state.get("_trainer", {}), "_trainer"):
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise WRONG_STATE.of("NaN or Inf", where, thing=name, rule="finite")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_normalizers(workers: object) -> bool:
+    """Whether it is what `collect_training` holds of the workers."""
+    if not isinstance(workers, list) or not workers or not all(isinstance(worker, dict) for worker in workers):
+        return False
+    values: list[Any] = []
+    for worker in workers:
+        values += worker.values()
+    return all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+
+
+def _list_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its name."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _list_tensors(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _list_tensors(item, f"{name}.{index}")
 
 
 @contextlib.contextmanager

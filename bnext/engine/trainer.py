@@ -35,8 +35,11 @@ from bnext.engine.optimizer import build_optimizer
 from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
 from bnext.engine.progress_bar import ProgressBar
 from bnext.engine.resume import (
+    check_output_files,
+    check_training_state,
     collect_training,
     compare_training,
+    drop_half_line,
     expect_same_optimizer,
     read_normalizers,
     write_normalizers,
@@ -139,6 +142,7 @@ class Trainer(DefaultTrainer):
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
         folder = self.cfg.OUTPUT_DIR
         PathManager.mkdirs(folder)
+        drop_half_line(f"{folder}/metrics.json")
         return [
             CommonMetricPrinter(self.max_iter),
             JSONWriter(f"{folder}/metrics.json"),
@@ -239,6 +243,7 @@ class Trainer(DefaultTrainer):
         return {**state, "bnext": collect_training(self.cfg, self.seed, workers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_training_state(state_dict, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}")
         with expect_same_optimizer(self.cfg, state_dict):
             super(DefaultTrainer, self).load_state_dict(state_dict)
             if "_trainer" in state_dict:
@@ -264,6 +269,7 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     Raises:
         BNextError: whatever is wrong with config, data or checkpoint, before the first iteration.
     """
+    check_output_files(cfg.OUTPUT_DIR)
     with building_from_config():
         trainer = Trainer(cfg)
 
@@ -284,6 +290,7 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
     Raises:
         CheckpointError: if the weights do not cover the model.
     """
+    check_output_files(cfg.OUTPUT_DIR)
     with building_from_config():
         model = Trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)

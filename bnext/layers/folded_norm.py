@@ -6,14 +6,14 @@ Folding itself is in `bnext.surgery.fold`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from bnext.errors import DomainError, Refusal, StatisticsError
+from bnext.errors import CheckpointError, DomainError, Refusal, StatisticsError
 from bnext.scope.domain import get_active_domain
 
-__all__ = ["FoldedNorm"]
+__all__ = ["FOLDED_FOR_A_NORM", "FoldedNorm", "is_marked_as_folded", "refuse_folded_state"]
 
 Features = TypeVar("Features", Tensor, Mapping[str, Tensor])
 
@@ -36,6 +36,36 @@ OTHER_DOMAIN = Refusal(
     "be {domain!r}, which was folded",
     "Fold a copy of the model for every domain, or use the model that is not folded.",
 )
+NORM_FOR_A_FOLDED_ONE = Refusal(
+    CheckpointError,
+    "a checkpoint of a model with norms",
+    "be loaded before it is folded",
+    "Build the model anew, load, then call fold_norms.",
+)
+FOLDED_FOR_A_NORM = Refusal(
+    CheckpointError,
+    "a checkpoint of a folded model",
+    "be loaded into a folded model",
+    "Load the checkpoint that it was folded from, or, in code, call fold_norms on the model before it loads this one.",
+)
+# In the metadata of a state dict, which torch keeps beside it: the module itself has no state.
+_MARK = "folded"
+
+
+def is_marked_as_folded(metadata: Mapping[str, Any]) -> bool:
+    """Whether a module's metadata in a state dict are those of a folded norm."""
+    return bool(metadata.get(_MARK))
+
+
+def refuse_folded_state(path: str, prefix: str, metadata: Mapping[str, Any], error_msgs: list[str]) -> None:
+    """A step of a norm's load: refuse the state of a model in which it was folded.
+
+    Args:
+        path: of the norm.
+        prefix, metadata, error_msgs: see `torch.nn.Module._load_from_state_dict`.
+    """
+    if is_marked_as_folded(metadata):
+        error_msgs.append(str(FOLDED_FOR_A_NORM.of("a folded norm for one that is not", prefix[:-1] or path)))
 
 
 class FoldedNorm(nn.Module):
@@ -51,8 +81,8 @@ class FoldedNorm(nn.Module):
         path: where the norm was in its model, for messages.
 
     Note:
-        It has no state, by which a strict `load_state_dict` tells folded checkpoints from others; for which domain one
-        was folded it does not know.
+        It has no state, by which a strict `load_state_dict` tells folded checkpoints from others, and a mark in the
+        metadata of a state dict, by which every one does; for which domain one was folded it does not know.
     """
 
     def __init__(
@@ -75,6 +105,31 @@ class FoldedNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_features}, domain={self.domain!r}" if self.domain else str(self.num_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", {}).get(prefix[:-1])
+        if metadata is not None:
+            metadata[_MARK] = True
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+        try:
+            self.check_is_folded(state_dict, prefix, prefix[:-1] or self.path)
+        except CheckpointError as error:
+            error_msgs = args[-1]
+            error_msgs.append(str(error))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @staticmethod
+    def check_is_folded(state_dict: Mapping[str, Tensor], prefix: str, where: str) -> None:
+        """Raise CheckpointError where a state dict has the norm that was folded: it would be applied twice, or lost.
+
+        Statistics of no channels are no norm: checkpoints of folded models had them once.
+        """
+        for key, value in state_dict.items():
+            is_statistic = key.startswith(prefix) and key.endswith(("running_mean", "running_var"))
+            if is_statistic and value.numel():
+                raise NORM_FOR_A_FOLDED_ONE.of("a norm for a folded one", where)
 
     def forward(self, input: Features) -> Features:
         """The input: one feature map, or level name -> feature map.

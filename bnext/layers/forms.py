@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import LayerNorm2d
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.norm_form import AFFINE, POPULATION, Layout, NormForm, form_of_spec
 
 __all__ = [
     "AFFINE",
@@ -33,9 +34,6 @@ __all__ = [
     "register_form",
 ]
 
-AFFINE = ("weight", "bias")
-POPULATION = ("running_mean", "running_var", "num_batches_tracked")
-Layout = Literal["shared", "owned", "none"]
 TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 
 TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -51,49 +49,6 @@ FORWARD_OF_ITS_OWN = (
     "its forward is its own (if it computes in evaluation mode what another norm does from the same state, say so: "
     "treat_as={{{name}: nn.BatchNorm2d}})"
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class NormForm:
-    """The layout of one norm's state.
-
-    Args:
-        num_features: channels C.
-        affine, population: on the norm itself ("shared"), one for each of `owners`, or "none".
-        owners: names of what owns something: levels or domains; numbers, if `is_numbered`.
-        is_numbered: the owners have numbers for names, whose meaning is their order.
-        has_counter: num_batches_tracked is kept.
-        eps: added to the variance.
-        inference: what normalizes in evaluation mode; norms for which this is equal, and affine,
-            population and eps as well, have equal outputs.
-        is_frozen: population statistics normalize in training too.
-    """
-
-    num_features: int
-    affine: Layout
-    population: Layout
-    eps: float
-    owners: tuple[str, ...] = ()
-    is_numbered: bool = False
-    has_counter: bool = True
-    inference: tuple[object, ...] = ("population",)
-    is_frozen: bool = False
-
-    @property
-    def is_batch_norm(self) -> bool:
-        """Whether it normalizes by a batch or by the population, and not each sample alone."""
-        return self.inference[0] in ("population", "mini_batch")
-
-    def list_keys(self) -> list[str]:
-        """The keys of its state dict."""
-        population = POPULATION if self.has_counter else POPULATION[:2]
-        keys = []
-
-        for layout, fields in ((self.affine, AFFINE), (self.population, population)):
-            for owner in {"shared": ("",), "owned": self.owners, "none": ()}[layout]:
-                keys += [f"{owner}.{field}" if owner else field for field in fields]
-
-        return keys
 
 
 # ---- classes whose forward is known
@@ -163,7 +118,7 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     norm: Any = module
 
     if isinstance(module, BatchNorm2d):
-        return _read_bnext(module)
+        return form_of_spec(module.spec, module.num_features, module.domains, module.eps)
 
     if isinstance(module, nn.ModuleList):
         return _read_numbered(module)
@@ -208,26 +163,6 @@ def find_forms(model: nn.Module, treat_as: TreatAs | None = None) -> list[tuple[
 
 def _layout(value: Tensor | None) -> Layout:
     return "none" if value is None else "shared"
-
-
-def _read_bnext(module: BatchNorm2d) -> NormForm:
-    spec = module.spec
-    layouts: dict[str, Layout] = {"shared": "shared", "none": "none", "per_level": "owned", "per_domain": "owned"}
-
-    inference: tuple[object, ...] = ("population",)
-    if spec.inference == "mini_batch":
-        inference = ("mini_batch", spec.statistics)
-        inference += (module.domains,) if spec.statistics != "shared" else ()
-
-    return NormForm(
-        num_features=module.num_features,
-        affine=layouts[spec.affine],
-        population=layouts[spec.population],
-        eps=module.eps,
-        owners=tuple(module.domains),
-        inference=inference,
-        is_frozen=spec.has_frozen_statistics,
-    )
 
 
 def _read_numbered(module: nn.ModuleList) -> NormForm | None:

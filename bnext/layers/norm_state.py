@@ -1,7 +1,8 @@
 """One layout of a norm's entries into another: read from any form into one record, written from it to any.
 
 With a record in the middle, n forms need n readers and n writers. What a form cannot hold, or a
-source does not know, is said in a `Note`. Which forms there are is in `bnext.layers.forms`.
+source does not know, is said in a `Note`. Which forms there are is in `bnext.layers.forms`; a norm's own load,
+whoever calls it, is in `bnext.layers.loading`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,28 @@ from torch import Tensor, nn
 
 from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
-from bnext.layers.forms import AFFINE, POPULATION, NormForm
+from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
 
-__all__ = ["Fields", "NormRecord", "Note", "is_unit_affine", "read_norm", "read_state", "write_state"]
+__all__ = [
+    "MERGED_POPULATION",
+    "Fields",
+    "NormRecord",
+    "Note",
+    "convert_state",
+    "is_in_place_of_a_norm",
+    "is_unit_affine",
+    "read_norm",
+    "read_state",
+    "write_state",
+]
 
 Fields = dict[str, Tensor]
 StateDict = Mapping[str, Tensor]
 
+NO_NORM = (
+    "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
+    "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
+)
 NUMBERED = "numbered levels were read in the order {names}"
 MAPPED = "{target} was taken from {source}, as domain_map says"
 UNIT_AFFINE = "the source has no affine, so weight 1 and bias 0 were set; outputs are unchanged"
@@ -29,6 +45,11 @@ DROPPED_OWNERS = "the source's state of {names} was left out: the target has no 
 DROPPED_AFFINE = "the affine was left out: the norm has none"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
+MERGED_POPULATION = (
+    "the population statistics of the levels or domains were merged into one with equal weights, which is right "
+    "for none of them; load them into norms that have their own (in a config POPULATION of the norm's node of "
+    "MODEL.BNEXT, 'per_level' or 'per_domain'), or re-estimate them with recompute_population_statistics"
+)
 
 UNKNOWN_KEY = Refusal(
     CheckpointError,
@@ -72,6 +93,31 @@ class NormRecord:
     owners: tuple[str, ...] = ()
     is_numbered: bool = False
     form: NormForm | None = None
+
+
+def convert_state(
+    state: StateDict, form: NormForm, path: str = "", domain_map: Mapping[str, str] | None = None
+) -> tuple[Fields, list[Note]]:
+    """The state of one norm, of any form, as a norm of another holds it; and what was done to get there.
+
+    Args:
+        state: by the keys within the norm.
+        form: of the norm that will load it.
+        path, domain_map: see `write_state`.
+
+    Raises:
+        CheckpointError: see `read_state` and `write_state`.
+    """
+    if is_in_place_of_a_norm(state):
+        return {}, [Note(NO_NORM, keeps_outputs=False)]
+
+    record = read_state(state, form.num_features, path)
+    return write_state(record, form, path, domain_map)
+
+
+def is_in_place_of_a_norm(state: StateDict) -> bool:
+    """Whether state at a norm's path is that of a convolution."""
+    return any(value.dim() > 1 for value in state.values())
 
 
 # ---- reading
@@ -253,12 +299,21 @@ def _flatten(by_owner: Mapping[str, Fields]) -> Fields:
 
 
 def _are_equal(one: Fields, other: Fields) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[field]) for field, value in one.items())
+    if one.keys() != other.keys() or not (_have_values(one) and _have_values(other)):
+        return False
+    return all(torch.equal(value, other[field]) for field, value in one.items())
 
 
 def is_unit_affine(affine: Fields) -> bool:
     """Whether every weight is 1 and every bias 0."""
+    if not _have_values(affine):
+        return False
     return all(bool((values == float(field == "weight")).all()) for field, values in affine.items())
+
+
+def _have_values(fields: Fields) -> bool:
+    """Whether tensors have values: on the meta device they have shapes alone."""
+    return not any(value.is_meta for value in fields.values())
 
 
 # ---- merging what several own
@@ -305,7 +360,6 @@ _POPULATION_RULES = _Rules(
     copied="the shared population statistics were copied to every level or domain; their own are unknown, "
     "re-estimate them with recompute_population_statistics",
     equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
-    merged="the population statistics of the levels or domains were merged into one with equal weights; their "
-    "element counts are unknown, re-estimate them with recompute_population_statistics",
+    merged=MERGED_POPULATION,
     missing="the source holds no population statistics for {names}; re-estimate them",
 )

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, update_running_statistics
+from bnext.layers.folded_norm import refuse_folded_state
+from bnext.layers.loading import convert_in_place
+from bnext.layers.norm_form import form_of_spec
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall
 from bnext.scope.recomputation import is_traced
@@ -266,9 +269,24 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self._checked = {}
         return super().train(mode)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         self._checked = {}
-        super()._load_from_state_dict(*args, **kwargs)
+        refuse_folded_state(self.where, prefix, local_metadata, error_msgs)
+
+        form = form_of_spec(self._spec, self.num_features, self.domains, self.eps)
+        convert_in_place(state_dict, prefix, form, missing_keys, error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def check_feature(self, feature: Tensor, name: str = "") -> None:
         """Rank, channels, device and type of an input."""

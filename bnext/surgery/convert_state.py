@@ -26,7 +26,7 @@ from bnext.layers.forms import (
     find_kind,
 )
 from bnext.layers.level_norm import LevelBatchNorm2d
-from bnext.layers.norm_state import Fields, Note, read_norm, read_state, write_state
+from bnext.layers.norm_state import Fields, Note, convert_state, read_norm, write_state
 from bnext.layers.walk import find_bnext_norms
 
 __all__ = [
@@ -43,10 +43,6 @@ __all__ = [
 
 StateDict = Mapping[str, Tensor]
 
-NO_NORM = (
-    "the checkpoint has a convolution in the place of the norm: its head is laid out otherwise (no norm, or another "
-    "number of convolutions); the norm keeps its state, and convolutions of the same name may not be the same layer"
-)
 ADOPTED_EPS = "eps {source} of the source was taken over as {used}, in the place of {target}"
 OTHER_EPS = "eps is {target}, but was {source}; outputs change, most where the variance is small"
 OTHER_INFERENCE = "in evaluation mode it was normalized by {source}, and now is by {target}; outputs change"
@@ -106,7 +102,10 @@ class ConversionReport:
 def convert_norm_state(
     state_dict: StateDict, model: nn.Module, *, domain_map: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Tensor], ConversionReport]:
-    """A state dict in the form that the norms of a model expect.
+    """A state dict in the form that the norms of a model expect, and a report.
+
+    The norms of bnext do the same themselves where a state dict is loaded as it is; norms of others, a `domain_map`
+    and a report of all norms are for this function.
 
     Args:
         state_dict: of norms of any form; it is not changed.
@@ -133,19 +132,19 @@ def convert_norm_state(
         for key in stored:
             del converted[prefix + key]
 
-        if any(value.dim() > 1 for value in stored.values()):
-            report.changes.append(Change(path, NO_NORM, keeps_outputs=False))
-            continue
-
-        record = read_state(stored, form.num_features, path)
-        norm_map = restrict_map(domain_map, form, record.owners)
+        norm_map = restrict_map(domain_map, form, _list_owners(stored))
         used |= norm_map.keys()
-        state, notes = write_state(record, form, path, norm_map)
+        state, notes = convert_state(stored, form, path, norm_map)
         converted.update({prefix + key: value for key, value in state.items()})
         report.changes += [Change(path, *note) for note in notes]
 
     check_map(domain_map, used)
     return converted, report
+
+
+def _list_owners(stored: StateDict) -> set[str]:
+    """Levels or domains that own something in the state of one norm."""
+    return {key.rpartition(".")[0] for key in stored} - {""}
 
 
 def _needs_conversion(stored: StateDict, norm: nn.Module, form: NormForm, domain_map: Mapping[str, str] | None) -> bool:
