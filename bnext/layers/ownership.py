@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, update_running_statistics
+from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
+from bnext.layers.counts import counts_of
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall
 from bnext.scope.recomputation import is_traced
@@ -254,11 +255,25 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         tracked = state.num_batches_tracked
         momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(moments.mean.dtype)
         mean, var = update_running_statistics(state.running_mean, state.running_var, moments, momentum)
+        self.replace_statistics(state, mean, var, moments.count >= 2)
 
-        # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
-        state.running_mean.data.copy_(mean)
-        state.running_var.data.copy_(var)
-        tracked.add_((moments.count >= 2).to(tracked.dtype))
+    @torch.no_grad()
+    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor, has_variance: Tensor | None = None) -> None:
+        """New running statistics take the place of the old, unless an overflow spoils them: then the old ones stay.
+
+        Args:
+            state: whose they are, a `population_state`.
+            mean, var: [C].
+            has_variance: whether the mini-batch counts, [] of bool; None: it does.
+        """
+        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
+        state.running_mean.copy_(mean)
+        state.running_var.copy_(var)
+
+        if state.num_batches_tracked is not None:
+            is_counted = is_finite if has_variance is None else is_finite & has_variance
+            state.num_batches_tracked.add_(is_counted)
+        counts_of(state).count_mini_batch(is_finite)
 
     # ---- checks
 
