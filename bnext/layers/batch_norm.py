@@ -161,7 +161,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
         indices = {index for domain in domains for index in ((domain,) if isinstance(domain, int) else domain)}
-        self.check_populations([names[index] for index in indices])
+        used_names = [names[index] for index in indices]
+        self.check_kept_statistics(used_names)
+        self.check_populations(used_names)
 
         if all(isinstance(domain, int) for domain in domains):
             used: list[int] = domains  # type: ignore[assignment]

@@ -15,6 +15,7 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
 from bnext.layers.counts import counts_of
+from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall
 from bnext.scope.recomputation import is_traced
@@ -54,7 +55,7 @@ Affine = tuple[Tensor | None, Tensor | None]
 _STATE = ("population", "affine", "domains")
 
 
-class DomainState(nn.BatchNorm2d):
+class DomainState(KeptBatchNorm2d):
     """State of one level or domain of a norm: its affine, its running statistics, or both. It is never called.
 
     A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
@@ -66,7 +67,7 @@ class DomainState(nn.BatchNorm2d):
         raise RuntimeError("DomainState must not be called; it holds one domain's part of a batch norm.")
 
 
-class OwnedBatchNorm2d(nn.BatchNorm2d):
+class OwnedBatchNorm2d(KeptBatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
 
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
@@ -87,6 +88,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self._checked: dict[str, tuple[int, int]] = {}  # name -> versions of mean and variance when they were right
 
         self._add_domain_states()
+        self._keep_statistics(is_in_use=False)
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
@@ -109,10 +111,21 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     @spec.setter
     def spec(self, spec: NormSpec) -> None:
-        for name in _STATE if self._spec is not None else ():
+        is_built = self._spec is not None
+        for name in _STATE if is_built else ():
             if getattr(spec, name) != getattr(self._spec, name):
                 raise OTHER_STATE.of(repr(getattr(spec, name)), self.where, name=name, built=getattr(self._spec, name))
         self._spec = spec
+        if is_built:
+            self._keep_statistics(is_in_use=True)
+
+    def _keep_statistics(self, is_in_use: bool) -> None:
+        for holder in (self, *self._list_states()):
+            holder.keep_statistics(self._spec.has_frozen_statistics, is_in_use)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_statistics(is_in_use=True)  # as files of before do not say
 
     @property
     def where(self) -> str:
@@ -276,6 +289,12 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         counts_of(state).count_mini_batch(is_finite)
 
     # ---- checks
+
+    def check_kept_statistics(self, names: Sequence[str]) -> None:
+        """Frozen statistics are those of the freeze, see `KeptBatchNorm2d.check_kept`."""
+        for name in dict.fromkeys(names) if self._spec.has_frozen_statistics else ():
+            state: Any = self.population_state(name)
+            state.check_kept(self.name_place(name))
 
     def train(self, mode: bool = True) -> Self:
         self._checked = {}
