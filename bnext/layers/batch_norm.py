@@ -120,6 +120,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
         domains = self.find_domains(call.domain, input.shape[0])
+        self.count_domains(call, input.shape[0])
         return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
 
     @property

@@ -5,7 +5,9 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
-from bnext.layers.counts import counts_of
+from bnext.layers.counts import counts_of, is_ordinary
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.spec import NormSpec
+from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 from bnext.scope.recomputation import is_traced
 from bnext.scope.record import get_record
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
+
+log = logging.getLogger(__name__)
 
 NO_DOMAIN_NAME = Refusal(
     ConfigError,
@@ -41,6 +46,11 @@ OTHER_STATE = Refusal(
 NOT_ONE_PER_SAMPLE = Refusal(
     DomainError, "use_domain", "name one domain per sample", "Name one domain for all of them, or one for each."
 )
+NAME_THE_DOMAIN = (
+    "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
+    "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+)
+FALLBACK = "%s are taken for the fallback domain %r (first in %s), and share its statistics and affine."
 BROKEN_STATISTICS = Refusal(
     StatisticsError,
     "running statistics",
@@ -223,11 +233,26 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         known = name if name in self.domains else self._spec.fallback_domain
         if known is None:
             subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(
-                f"{subject} in {self.where}, which has the domains {self.domains}. Wrap the call in "
-                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
-            )
+            raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {NAME_THE_DOMAIN}")
         return self.domains.index(known)
+
+    def count_domains(self, call: NormCall, num_samples: int) -> None:
+        """Count the samples of each domain in training, and those that were taken for the fallback domain."""
+        if not self.domains or not call.moves or not is_ordinary():
+            return
+
+        active: Mapping[str | None, int]
+        active = Counter(call.domain) if isinstance(call.domain, tuple) else {call.domain: num_samples}
+        counts = counts_of(self)
+        for name, number in active.items():
+            is_known = name in self.domains
+            taken = name if is_known else self._spec.fallback_domain
+            if self.training and taken is not None:
+                counts.domains[taken] += number
+            if not is_known and number:
+                counts.fallbacks[name] += number
+                subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+                tell_once(log, (subject, str(taken)), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
 
