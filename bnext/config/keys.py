@@ -242,7 +242,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; see `bnext.use_domain`",
+        "names of the domains, in every place where something is `per_domain`; code names that of an image, see "
+        "`bnext.use_domain`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
@@ -252,7 +253,7 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.FALLBACK",
         "",
-        "domain of samples without one, or of an unknown one; empty: that is an error",
+        "domain that samples without one, or of an unknown one, are taken for, which is said; empty: that is an error",
     ),
 )
 

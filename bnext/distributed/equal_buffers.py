@@ -54,6 +54,11 @@ def equalize_buffers(model: nn.Module) -> dict[str, float]:
         if difference != 0:  # also where it is NaN
             differences[name] = difference
             buffer.copy_(_merge_buffer(name, stacks))
+
+    for module in model.modules() if differences else ():
+        note = getattr(module, "note_statistics", None)  # of a norm whose frozen statistics are watched
+        if note is not None:
+            note()
     return differences
 
 

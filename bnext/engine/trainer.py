@@ -30,6 +30,7 @@ from bnext.config.blame import building_from_config
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.engine import hooks
+from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
@@ -119,6 +120,7 @@ class Trainer(DefaultTrainer):
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
         cfg, model = self.cfg, unwrap_model(self.model)
+        tell_counts, *last = build_norm_counts(model, _LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD) or [None]
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
@@ -127,16 +129,17 @@ class Trainer(DefaultTrainer):
             hooks.RememberMetrics(),
             *build_estimates(cfg, model),
             *build_norm_schedules(cfg, model),
+            tell_counts,
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
         ]
         if not comm.is_main_process():
-            return shared
+            return [*shared, *last]
 
         writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
-        return [*shared, writers, ProgressBar() if ProgressBar.is_wanted() else None]
+        return [*shared, writers, ProgressBar() if ProgressBar.is_wanted() else None, *last]
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""

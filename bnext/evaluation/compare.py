@@ -119,7 +119,7 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
         raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
     if names and domain is None and norms.fallback_domain is None:
         rule = "name the domain of the images where norms have domains"
-        remedy = "Give --domain NAME, or set MODEL.BNEXT.DOMAINS.FALLBACK."
+        remedy = "Give --domain NAME, the domain of the images."
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="compare_statistics", remedy=remedy)
 
 

@@ -21,6 +21,7 @@ from bnext.functional.moments import (
     part_moments,
     sample_moments,
     stack_parts,
+    take_finite,
     update_running_statistics,
 )
 from bnext.functional.normalize import normalize_parts

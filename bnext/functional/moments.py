@@ -23,6 +23,7 @@ __all__ = [
     "part_moments",
     "sample_moments",
     "stack_parts",
+    "take_finite",
     "update_running_statistics",
 ]
 
@@ -199,3 +200,19 @@ def update_running_statistics(
     mean = torch.lerp(running_mean.to(dtype), moments.mean.to(dtype), weight)
     var = torch.lerp(running_var.to(dtype), moments.unbiased_var().to(dtype), weight)
     return mean.to(running_mean.dtype), var.to(running_var.dtype)
+
+
+def take_finite(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """New running statistics; the old ones where a single number of the new is inf or NaN. The device decides.
+
+    An overflow, whose step AMP's scaler skips, would stay in a moving average for ever.
+
+    Args:
+        old, new: running mean and variance, [C] each.
+
+    Returns:
+        Mean and variance, [C] each; and whether they are the new ones, [] of bool.
+    """
+    largest = torch.linalg.vector_norm(torch.cat(list(new)), float("inf"))  # NaN, where there is one
+    is_finite = largest < float("inf")
+    return [torch.where(is_finite, value, before) for before, value in zip(old, new, strict=True)], is_finite

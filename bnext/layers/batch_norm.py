@@ -89,7 +89,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         Running statistics move once per call in training, with the variance of correction 1; several groups of
         one call are merged first, and levels or domains with statistics of their own that share a population move it
         one after another. They do not move in `frozen_statistics`, while a backward pass computes
-        activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them.
+        activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them; nor
+        for one with inf or NaN, such as an overflow, which `bnext.layers.counts` counts.
         With renorm, or training="population", activations that are computed again use the statistics as moved; domain,
         groups and virtual samples are those of their own forward.
         `spec` may be replaced during training (`layer.spec = layer.spec.replace(training="renorm")`) in what says
@@ -119,6 +120,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
         domains = self.find_domains(call.domain, input.shape[0])
+        self.count_domains(call, input.shape[0])
         return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
 
     @property
@@ -160,7 +162,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
         indices = {index for domain in domains for index in ((domain,) if isinstance(domain, int) else domain)}
-        self.check_populations([names[index] for index in indices])
+        used_names = [names[index] for index in indices]
+        self.check_kept_statistics(used_names)
+        self.check_populations(used_names)
 
         if all(isinstance(domain, int) for domain in domains):
             used: list[int] = domains  # type: ignore[assignment]
@@ -237,12 +241,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         state = self.population_state(name)
-        mean, var = state.running_mean, state.running_var
-        if self.is_moving(name, call):
-            state.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        elif mean is not None:  # copies to be thrown away: a recomputation must save as many tensors as the forward
-            mean, var = mean.clone(), var.clone()  # type: ignore[union-attr]
-        return F.batch_norm(feature, mean, var, *affine, True, self.momentum or 0.0, self.eps)
+        # Torch's kernel moves copies. They are made in a recomputation, too, which saves as many tensors as the forward.
+        buffers = (state.running_mean, state.running_var)
+        mean, var = (None if buffer is None else buffer.clone() for buffer in buffers)
+        output = F.batch_norm(feature, mean, var, *affine, True, self.momentum or 0.0, self.eps)
+
+        if mean is not None and var is not None and self.is_moving(name, call):
+            self.replace_statistics(state, mean, var)
+        return output
 
     @torch.no_grad()
     def _collect_moments(

@@ -5,7 +5,9 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, update_running_statistics
+from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
+from bnext.layers.counts import counts_of, is_ordinary
 from bnext.layers.folded_norm import refuse_folded_state
+from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import form_of_spec
 from bnext.layers.spec import NormSpec
+from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 from bnext.scope.recomputation import is_traced
 from bnext.scope.record import get_record
@@ -26,6 +31,8 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
+
+log = logging.getLogger(__name__)
 
 NO_DOMAIN_NAME = Refusal(
     ConfigError,
@@ -42,6 +49,11 @@ OTHER_STATE = Refusal(
 NOT_ONE_PER_SAMPLE = Refusal(
     DomainError, "use_domain", "name one domain per sample", "Name one domain for all of them, or one for each."
 )
+NAME_THE_DOMAIN = (
+    "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
+    "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+)
+FALLBACK = "%s are taken for the fallback domain %r (first in %s), and share its statistics and affine."
 BROKEN_STATISTICS = Refusal(
     StatisticsError,
     "running statistics",
@@ -56,7 +68,7 @@ Affine = tuple[Tensor | None, Tensor | None]
 _STATE = ("population", "affine", "domains")
 
 
-class DomainState(nn.BatchNorm2d):
+class DomainState(KeptBatchNorm2d):
     """State of one level or domain of a norm: its affine, its running statistics, or both. It is never called.
 
     A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
@@ -68,7 +80,7 @@ class DomainState(nn.BatchNorm2d):
         raise RuntimeError("DomainState must not be called; it holds one domain's part of a batch norm.")
 
 
-class OwnedBatchNorm2d(nn.BatchNorm2d):
+class OwnedBatchNorm2d(KeptBatchNorm2d):
     """State of a batch norm by its spec; see `BatchNorm2d`."""
 
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
@@ -89,6 +101,7 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         self._checked: dict[str, tuple[int, int]] = {}  # name -> versions of mean and variance when they were right
 
         self._add_domain_states()
+        self._keep_statistics(is_in_use=False)
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
@@ -111,10 +124,21 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
 
     @spec.setter
     def spec(self, spec: NormSpec) -> None:
-        for name in _STATE if self._spec is not None else ():
+        is_built = self._spec is not None
+        for name in _STATE if is_built else ():
             if getattr(spec, name) != getattr(self._spec, name):
                 raise OTHER_STATE.of(repr(getattr(spec, name)), self.where, name=name, built=getattr(self._spec, name))
         self._spec = spec
+        if is_built:
+            self._keep_statistics(is_in_use=True)
+
+    def _keep_statistics(self, is_in_use: bool) -> None:
+        for holder in (self, *self._list_states()):
+            holder.keep_statistics(self._spec.has_frozen_statistics, is_in_use)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._keep_statistics(is_in_use=True)  # as files of before do not say
 
     @property
     def where(self) -> str:
@@ -212,11 +236,26 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         known = name if name in self.domains else self._spec.fallback_domain
         if known is None:
             subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(
-                f"{subject} in {self.where}, which has the domains {self.domains}. Wrap the call in "
-                f"`with use_domain(...)`, or set fallback_domain (in a config MODEL.BNEXT.DOMAINS.FALLBACK)."
-            )
+            raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {NAME_THE_DOMAIN}")
         return self.domains.index(known)
+
+    def count_domains(self, call: NormCall, num_samples: int) -> None:
+        """Count the samples of each domain in training, and those that were taken for the fallback domain."""
+        if not self.domains or not call.moves or not is_ordinary():
+            return
+
+        active: Mapping[str | None, int]
+        active = Counter(call.domain) if isinstance(call.domain, tuple) else {call.domain: num_samples}
+        counts = counts_of(self)
+        for name, number in active.items():
+            is_known = name in self.domains
+            taken = name if is_known else self._spec.fallback_domain
+            if self.training and taken is not None:
+                counts.domains[taken] += number
+            if not is_known and number:
+                counts.fallbacks[name] += number
+                subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+                tell_once(log, (subject, str(taken)), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
 
@@ -257,13 +296,33 @@ class OwnedBatchNorm2d(nn.BatchNorm2d):
         tracked = state.num_batches_tracked
         momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(moments.mean.dtype)
         mean, var = update_running_statistics(state.running_mean, state.running_var, moments, momentum)
+        self.replace_statistics(state, mean, var, moments.count >= 2)
 
-        # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
-        state.running_mean.data.copy_(mean)
-        state.running_var.data.copy_(var)
-        tracked.add_((moments.count >= 2).to(tracked.dtype))
+    @torch.no_grad()
+    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor, has_variance: Tensor | None = None) -> None:
+        """New running statistics take the place of the old, unless an overflow spoils them: then the old ones stay.
+
+        Args:
+            state: whose they are, a `population_state`.
+            mean, var: [C].
+            has_variance: whether the mini-batch counts, [] of bool; None: it does.
+        """
+        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
+        state.running_mean.copy_(mean)
+        state.running_var.copy_(var)
+
+        if state.num_batches_tracked is not None:
+            is_counted = is_finite if has_variance is None else is_finite & has_variance
+            state.num_batches_tracked.add_(is_counted)
+        counts_of(state).count_mini_batch(is_finite)
 
     # ---- checks
+
+    def check_kept_statistics(self, names: Sequence[str]) -> None:
+        """Frozen statistics are those of the freeze, see `KeptBatchNorm2d.check_kept`."""
+        for name in dict.fromkeys(names) if self._spec.has_frozen_statistics else ():
+            state: Any = self.population_state(name)
+            state.check_kept(self.name_place(name))
 
     def train(self, mode: bool = True) -> Self:
         self._checked = {}

@@ -17,6 +17,8 @@ from bnext.seeding import seeded
 
 __all__ = ["drawing_from", "keeping_buffers", "keeping_modes", "restoring", "setting"]
 
+_NOTE = "_note"  # of a norm of bnext, of the buffers that it keeps while they are frozen
+
 
 @contextlib.contextmanager
 def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
@@ -67,6 +69,7 @@ def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
     Those of a lazy module that has none yet are left as they become; the modules within a module are other ones.
     """
     before = [(module, dict(module._buffers.items())) for module in modules]
+    notes = [(module, vars(module)[_NOTE]) for module, _ in before if _NOTE in vars(module)]
     buffers = [buffer for _, own in before for buffer in own.values() if buffer is not None and not is_lazy(buffer)]
     values = [(buffer, buffer.clone()) for buffer in buffers if not _is_expanded(buffer)]
 
@@ -80,6 +83,8 @@ def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 moved = {name: _move_as(own[name], now) for name, now in module._buffers.items() if name in own}
                 module._buffers.clear()
                 module._buffers.update({**own, **moved})
+        for module, note in notes:
+            setattr(module, _NOTE, note)
 
 
 def _move_as(buffer: Tensor | None, now: Tensor | None) -> Tensor | None:

@@ -26,6 +26,7 @@ from bnext.functional import (
     stack_parts,
     standard_errors,
 )
+from bnext.layers.kept import note_statistics
 from bnext.statistics.observe import list_populations
 from bnext.statistics.report import PopulationEstimate
 
@@ -215,6 +216,7 @@ class Collector:
         self.state.running_var.copy_(new[1])
         if self.state.num_batches_tracked is not None:
             self.state.num_batches_tracked.fill_(num_batches)
+        note_statistics(self.state)
 
 
 def make_collectors(norms: Mapping[str, _BatchNorm], momentum: float | None = None) -> dict[Any, Collector]:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
 from bnext.functional import Moments, merge_moments, stack_parts
+from bnext.layers.kept import note_statistics
 from bnext.layers.walk import Selection
 from bnext.scope.model import keeping_buffers, keeping_modes
 from bnext.scope.recomputation import is_recomputing
@@ -164,3 +165,4 @@ def _read(state: Any) -> Tensor:
 def _write(state: Any, values: Tensor) -> None:
     state.running_mean.copy_(values[0])
     state.running_var.copy_(values[1])
+    note_statistics(state)

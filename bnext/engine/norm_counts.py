@@ -1,0 +1,174 @@
+"""Hooks that say what norms have counted in a training: mini-batches left out of statistics, and domains.
+
+`TellNormCounts` comes before checkpoints are written, as its counts are in them; `RequireDomains` is the last hook, as
+it ends a training with an error when all is saved, evaluated and written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+from torch import nn
+
+from bnext.distributed import unwrap_model
+from bnext.engine.hooks import is_due
+from bnext.errors import DomainError, Refusal, list_few
+from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.counts import count_skipped, counts_of
+from bnext.layers.walk import find_bnext_norms
+
+__all__ = ["RequireDomains", "TellNormCounts", "build_norm_counts"]
+
+METRIC = "bnext/num_skipped_statistics"
+SKIPPED = (
+    "%d mini-batches with inf or NaN were left out of running statistics so far, of %s. Mixed precision may begin so, "
+    "until its loss scale is found; if the metric %s goes on growing, look for the first of these norms. This is said "
+    "once."
+)
+TAKEN_TOGETHER = (
+    "The norms have the domains %s, and a training does not take the domain of an image from its data set: unless "
+    "code of yours opens `use_domain`, all images are trained as the fallback domain %r, whichever set they are of. "
+    "A domain that no sample had is an error at the end of the training."
+)
+FALLBACK = "%d samples of the training were taken for the fallback domain %r, as counted by %s: %s."
+NEVER_ACTIVE = Refusal(
+    DomainError,
+    "every domain of a norm",
+    "have samples in a training",
+    "Checkpoints and evaluation are done, but what belongs to {domains} is as it was before. A config alone cannot say "
+    "of which domain an image is: open `use_domain` in code of yours, or set STATISTICS, POPULATION and AFFINE of the "
+    "places to 'shared' and MODEL.BNEXT.DOMAINS.NAMES to ().",
+)
+
+
+class TellNormCounts(HookBase):
+    """Put the number of mini-batches that were left out into the metrics, and count the samples of each domain.
+
+    Args:
+        model: whose norms of bnext count.
+        periods: iterations between metrics, and between checkpoints, which hold the domains' counts.
+
+    Attributes:
+        domains: domain -> samples in this training, over all workers; those of before a resume, too.
+
+    Note:
+        A collective, every period. The number is that of norms and mini-batches on each worker, summed up; of a norm
+        that all workers share each of them counts.
+    """
+
+    def __init__(self, model: nn.Module, *periods: int) -> None:
+        self._norms = find_bnext_norms(model)
+        self._periods = periods
+        self._before: dict[BatchNorm2d, Counter[str]] = {}
+        self._loaded: Counter[str] = Counter()
+        self._has_told = False
+        self.domains: Counter[str] = Counter()
+
+    @property
+    def with_domains(self) -> dict[str, BatchNorm2d]:
+        """Path -> norm that has domains, other than levels."""
+        return {path: norm for path, norm in self._norms.items() if norm.spec.domains}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"domains": dict(self.domains)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._loaded = Counter(state["domains"])
+
+    def before_train(self) -> None:
+        norms = self.with_domains
+        self._before = {norm: counts_of(norm).domains.copy() for norm in norms.values()}
+        self._skipped_before = count_skipped(self._norms.values())
+
+        fallback = next((norm.spec for norm in norms.values() if norm.spec.fallback_domain is not None), None)
+        if fallback is not None:
+            names = list_few(fallback.domains)
+            logging.getLogger(__name__).warning(TAKEN_TOGETHER, names, fallback.fallback_domain)
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        if not any(is_due(trainer.iter, period, trainer.max_iter) for period in self._periods):
+            return
+
+        now = count_skipped(self._norms.values())
+        skipped = [number - before for number, before in zip(now, self._skipped_before, strict=True)]
+        workers = comm.all_gather((skipped, self._count_domains()))
+
+        by_norm = [sum(numbers) for numbers in zip(*(numbers for numbers, _ in workers), strict=True)]
+        trainer.storage.put_scalar(METRIC, sum(by_norm), smoothing_hint=False)
+        self._tell_skipped(by_norm)
+
+        self.domains = self._loaded.copy()
+        for _, domains in workers:
+            self.domains.update(domains)
+
+    def _count_domains(self) -> Counter[str]:
+        """Samples of this worker: the most that a norm saw, as norms of RoIs see more than there are images."""
+        seen: Counter[str] = Counter()
+        for norm, before in self._before.items():
+            seen |= counts_of(norm).domains - before
+        return seen
+
+    def _tell_skipped(self, by_norm: list[int]) -> None:
+        if self._has_told or not any(by_norm):
+            return
+
+        paths = [path or "the model" for path, number in zip(self._norms, by_norm, strict=True) if number]
+        logging.getLogger(__name__).warning(SKIPPED, sum(by_norm), list_few(paths), METRIC)
+        self._has_told = True
+
+
+class RequireDomains(HookBase):
+    """End a training with an error if a domain of its norms had no sample; say how many the fallback domain got.
+
+    Args:
+        counts: a hook of the same trainer.
+
+    Raises:
+        DomainError: after the training; names the domains.
+
+    Note:
+        Nothing is known, nor refused, of a model that torch.compile calls.
+    """
+
+    def __init__(self, counts: TellNormCounts) -> None:
+        self._counts = counts
+
+    def after_train(self) -> None:
+        trainer, seen = self.trainer, self._counts.domains
+        if trainer.iter < trainer.max_iter:  # it has failed
+            return
+
+        norms = self._counts.with_domains
+        self._tell_fallback(norms)
+
+        names = dict.fromkeys(name for norm in norms.values() for name in norm.spec.domains)
+        missing = [name for name in names if not seen[name]]
+        if missing and any(seen.values()):
+            counted = ", ".join(f"{number} of {name!r}" for name, number in seen.items() if number)
+            domains = list_few(map(repr, missing))
+            raise NEVER_ACTIVE.of(f"none of {domains}", f"samples: {counted}", domains=domains)
+
+    def _tell_fallback(self, norms: dict[str, BatchNorm2d]) -> None:
+        for path, norm in norms.items():
+            fallbacks = counts_of(norm).fallbacks
+            if not any(fallbacks.values()):
+                continue
+
+            kinds = [f"{n} {'without a domain' if name is None else f'of {name!r}'}" for name, n in fallbacks.items()]
+            arguments = sum(fallbacks.values()), norm.spec.fallback_domain, path or "the model", list_few(kinds)
+            logging.getLogger(__name__).warning(FALLBACK, *arguments)
+            return  # the others saw the same images
+
+
+def build_norm_counts(model: nn.Module, *periods: int) -> list[HookBase]:
+    """`TellNormCounts` and `RequireDomains` of a model; nothing for one without norms of bnext."""
+    model = unwrap_model(model)
+    if not find_bnext_norms(model):
+        return []
+    counts = TellNormCounts(model, *periods)
+    return [counts, RequireDomains(counts)]

@@ -1,0 +1,102 @@
+"""How often norms did something that no state dict holds: mini-batches left out, domains seen, fallbacks taken.
+
+They count from the start of the process, or since a norm was copied. What is written down for a compiler or a
+transform of torch, or computed on fake tensors, is not counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _python_dispatch
+
+from bnext.scope.recomputation import is_traced
+
+__all__ = ["NormCounts", "count_skipped", "counts_of", "is_ordinary"]
+
+
+class NormCounts:
+    """The counts of one norm, or of what one of its levels or domains owns.
+
+    Attributes:
+        num_mini_batches: that came to move running statistics.
+        num_taken: that did, [] on their device; the others had inf or NaN. None: there was none yet.
+        domains: domain -> samples in training, where the norm has domains.
+        fallbacks: domain that was active, or None -> samples that were taken for the fallback domain, in any mode.
+    """
+
+    def __init__(self) -> None:
+        self.num_mini_batches = 0
+        self.num_taken: Tensor | None = None
+        self.domains: Counter[str] = Counter()
+        self.fallbacks: Counter[str | None] = Counter()
+
+    def count_mini_batch(self, is_taken: Tensor) -> None:
+        """Count one; nothing is read from the device."""
+        if not is_ordinary() or is_taken.is_meta:
+            return
+
+        if self.num_taken is None:
+            with torch.inference_mode(False):  # it is added to outside of that mode, too
+                self.num_taken = torch.zeros((), dtype=torch.int64, device=is_taken.device)
+        elif self.num_taken.device != is_taken.device:
+            self.num_taken = self.num_taken.to(is_taken.device)
+        self.num_taken.add_(is_taken)
+        self.num_mini_batches += 1
+
+
+_counts: WeakKeyDictionary[nn.Module, NormCounts] = WeakKeyDictionary()
+_ELSEWHERE = NormCounts()  # of what a compiler writes down, which counts nothing
+
+
+def counts_of(module: nn.Module) -> NormCounts:
+    """The counts of a norm or of a part of it."""
+    if is_traced():
+        return _ELSEWHERE
+    counts = _counts.get(module)
+    if counts is None:
+        counts = _counts.setdefault(module, NormCounts())
+    return counts
+
+
+def is_ordinary() -> bool:
+    """Whether tensors of this call are numbers: no compiler, transform or mode of torch stands between."""
+    if is_traced():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is None and not _python_dispatch._get_current_dispatch_mode()
+
+
+def count_skipped(norms: Iterable[Any]) -> list[int]:
+    """For each norm how many mini-batches were left out of its running statistics. It waits for the device, once.
+
+    Args:
+        norms: `BatchNorm2d`s of bnext.
+    """
+    counts: list[NormCounts] = []
+    owners: list[int] = []
+    norms = list(norms)
+    for index, norm in enumerate(norms):
+        for _, state in norm.populations():
+            counts.append(counts_of(state))
+            owners.append(index)
+
+    taken = _read([count.num_taken for count in counts])
+    skipped = [0] * len(norms)
+    for owner, count, number in zip(owners, counts, taken, strict=True):
+        skipped[owner] += count.num_mini_batches - number
+    return skipped
+
+
+def _read(numbers: list[Tensor | None]) -> list[int]:
+    present = [number for number in numbers if number is not None]
+    if not present:
+        return [0] * len(numbers)
+
+    device = present[0].device
+    values = iter(torch.stack([number.to(device) for number in present]).tolist())
+    return [0 if number is None else int(next(values)) for number in numbers]
