@@ -12,6 +12,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from bnext.dispatch import is_under_mode
+
 __all__ = ["Grouping", "Groups", "count_elements", "deal_samples", "divide_parts", "group_samples", "make_index"]
 
 Arguments = ParamSpec("Arguments")
@@ -19,12 +21,15 @@ Result = TypeVar("Result")
 
 
 def _remembered(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function with its last results: the same few arguments come again and again. A compiler gets it plain."""
+    """The function with its last results: the same few arguments come again and again.
+
+    Under a mode or a transform it is called anew: what is made there serves there alone. A compiler gets it plain.
+    """
     cached = lru_cache(256)(function)
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_under_mode():
             return function(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 
@@ -145,7 +150,10 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
 
 @_remembered
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device."""
+    """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device.
+
+    Do not write to it: it is kept for the next call.
+    """
     with torch.inference_mode(False):  # it may serve in a graph later
         return torch.tensor(values, dtype=torch.long, device=device)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bnext import kernels
+from bnext.dispatch import is_transformed
 from bnext.functional.moments import Moments, is_one_part_each
 
 __all__ = ["normalize_parts"]
@@ -43,7 +44,8 @@ def normalize_parts(
         eps: added to the variance, above 0.
         statistics: of the mini-batches, count [B], mean and var [B, C], over all workers, as made from these very
             features: gradients flow through them as if they had been computed here. A count of infinity says
-            that the statistics are constants, as population statistics are.
+            that the statistics are constants, as population statistics are. In a transform of `torch.func`, or in
+            forward-mode differentiation, they carry their own derivatives.
         mini_batches: [P], for each part its mini-batch; None: every part is one.
         reduce: sums over the workers that share the mini-batches; None: this worker alone.
 
@@ -53,11 +55,17 @@ def normalize_parts(
     Note:
         Accumulates in float32 or wider. One `reduce` of [2, B, C] backward: every worker must make the call,
         also with empty features. Gradients of `weight` and `bias` are those of this worker's loss terms:
-        summing over workers is DDP's work. A second derivative is refused.
+        summing over workers is DDP's work. A second derivative is refused outside of transforms, as `reduce` is in
+        them.
     """
     mean, rstd = statistics.mean, (statistics.var + eps).rsqrt()
     if mini_batches is not None:
         mean, rstd = mean[mini_batches], rstd[mini_batches]
+
+    if is_transformed():
+        scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
+        pairs = zip(features, parts, strict=True)
+        return [kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs]
 
     vectors = weight, bias, mean, rstd, statistics.count
     return list(_NormalizeParts.apply(*vectors, mini_batches, parts, reduce, *features))
@@ -168,5 +176,6 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "normalize_parts must be differentiated once; got a second derivative. "
-            "Compute gradients of gradients with a plain batch norm, or on population statistics, one domain at a time."
+            "Compute gradients of gradients with torch.func (grad of grad, hessian, jvp of grad), with a plain batch norm, "
+            "or on population statistics, one domain at a time."
         )

@@ -13,6 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from bnext.dispatch import has_numbers, is_transformed
 from bnext.kernels import cpu, cuda, formula
 from bnext.kernels.formula import accumulation_dtype
 
@@ -25,12 +26,18 @@ __all__ = [
     "scale_and_shift",
 ]
 
-_BY_DEVICE = {"cpu": cpu, "cuda": cuda}  # a device without a row gets the CPU's: right everywhere
+_BY_DEVICE = {"cpu": cpu, "cuda": cuda, "meta": formula}  # a device without a row gets the CPU's: right everywhere
 
 
 def _choose(feature: Tensor) -> ModuleType:
-    """The passes for a feature; a compiler gets the formula, which it makes fast itself."""
-    return formula if torch.compiler.is_compiling() else _BY_DEVICE.get(feature.device.type, cpu)
+    """The passes for a feature.
+
+    A compiler gets the formula, which it makes fast itself, a transform, as it is to differentiate or to batch it, and
+    a feature without numbers, since torch's kernels have no form for shapes alone.
+    """
+    if torch.compiler.is_compiling() or is_transformed() or not has_numbers(feature):
+        return formula
+    return _BY_DEVICE.get(feature.device.type, cpu)
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:

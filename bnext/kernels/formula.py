@@ -1,15 +1,22 @@
-"""The passes as they are defined, in two to four readings: for a compiler, and where torch has no kernel."""
+"""The passes as they are defined, in two to four readings: for a compiler, for a transform of `torch.func`, for shapes
+without numbers, and where torch has no kernel.
+
+The first two passes can be differentiated, forward, backward and again, and batched by `torch.func.vmap`.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bnext.dispatch import is_transformed
+
 __all__ = [
     "accumulation_dtype",
     "backward_sums",
     "feature_gradient",
     "feature_statistics",
+    "has_exact_batch_norm",
     "sample_statistics",
     "scale_and_shift",
 ]
@@ -18,6 +25,11 @@ __all__ = [
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics of half types are kept in float32, of float32 and float64 in their own type."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def has_exact_batch_norm(feature: Tensor) -> bool:
+    """Always: it is asked where no number is computed."""
+    return True
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,12 +46,18 @@ def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
 
 def _statistics(feature: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
     mean = feature.mean(dims, keepdim=True, dtype=accumulation_dtype(feature.dtype))
-    return mean, (feature - mean).square_().mean(dims)
+    centered = feature - mean
+    squares = centered.square() if is_transformed() else centered.square_()
+    return mean, squares.mean(dims)
 
 
 def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """scale * (x - mean) + shift, in the type of the feature."""
     centered = feature - along_channels(mean, feature)
+    if is_transformed():
+        normalized = centered * along_channels(scale, feature) + along_channels(shift, feature)
+        return normalized.to(feature.dtype)
+
     normalized = centered.mul_(along_channels(scale, feature)).add_(along_channels(shift, feature))
     return normalized.to(feature.dtype)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnext.dispatch import is_transformed
 from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.functional import (
@@ -56,6 +57,12 @@ SIZE_BESIDE_GROUPS = Refusal(
     "normalization_batch_size",
     "be None where samples have groups",
     "Choose the number of groups instead.",
+)
+WORKERS_IN_TRANSFORM = Refusal(
+    StatisticsError,
+    "workers",
+    "be 'one' in a transform of torch.func, which cannot wait for other workers",
+    "Set workers='one' for this call, or differentiate with backward().",
 )
 REACHED_TWICE = Refusal(
     StatisticsError, "virtual samples", "reach a norm once", "Use LevelBatchNorm2d where several features share a norm."
@@ -129,6 +136,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return self._is_by_mini_batch(self.spec)
 
     def _is_by_mini_batch(self, spec: NormSpec) -> bool:
+        if not self.has_population:
+            return True
         if self.training:
             return spec.training != "population" and not spec.has_frozen_statistics
         return spec.inference == "mini_batch"
@@ -214,7 +223,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             statistics = replace_single_elements(self, statistics, moments, grouping, part_names, call)
 
         weight, bias = self.stack_affines(part_names, moments.mean)
-        if self.training and spec.training == "renorm":
+        if self.training and spec.training == "renorm" and self.has_population:
             weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
 
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
@@ -241,16 +250,18 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         state = self.population_state(name)
-        # Torch's kernel moves copies. They are made in a recomputation, too, which saves as many tensors as the forward.
+        # Torch's kernel moves copies, which a recomputation makes as well, so that it saves as many tensors.
         buffers = (state.running_mean, state.running_var)
         mean, var = (None if buffer is None else buffer.clone() for buffer in buffers)
-        output = F.batch_norm(feature, mean, var, *affine, True, self.momentum or 0.0, self.eps)
+        is_moving = mean is not None and var is not None and self.is_moving(name, call)
+        if is_moving:
+            self.check_can_move(state.running_mean, feature)  # type: ignore[arg-type]
 
-        if mean is not None and var is not None and self.is_moving(name, call):
-            self.replace_statistics(state, mean, var)
+        output = F.batch_norm(feature, mean, var, *affine, True, self.momentum or 0.0, self.eps)
+        if is_moving:
+            self.replace_statistics(state, mean, var)  # type: ignore[arg-type]
         return output
 
-    @torch.no_grad()
     def _collect_moments(
         self,
         features: list[Tensor],
@@ -261,14 +272,20 @@ class BatchNorm2d(OwnedBatchNorm2d):
         call: NormCall,
     ) -> tuple[Moments, Grouping]:
         """Moments of the parts over all workers of the group; and what the parts are."""
+        if group is not None and is_transformed():
+            raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
+
         counts = tuple(len(feature) for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), call.spec.statistics == "shared", size)
         if call.groups is not None and call.recorder is None:
             self._check_groups(call.groups, counts, size)
             grouping = divide_parts(grouping, call.groups)
 
+        # They get their gradient in `normalize_parts`; a transform is to differentiate them itself.
         parts = _to_parts(grouping.parts, features[0].device)
-        moments = merge_moments_over_workers(part_moments(features, parts, len(grouping.domains)), group, self.where)
+        with torch.set_grad_enabled(is_transformed() and torch.is_grad_enabled()):
+            moments = part_moments(features, parts, len(grouping.domains))
+            moments = merge_moments_over_workers(moments, group, self.where)
         if call.recorder is not None:
             self._record(call.recorder, moments, names)
         return moments, grouping
@@ -300,7 +317,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """Batch Renormalization as an affine: weight r, bias + weight d; r and d are constants to the gradient."""
         self.check_populations(part_names)
         population = self.stack_populations(part_names)
-        mean, var = statistics.mean, statistics.var
+        mean, var = statistics.mean.detach(), statistics.var.detach()
         if owners is not None:
             mean, var = mean[owners], var[owners]
 

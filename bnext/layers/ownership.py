@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from bnext.dispatch import has_numbers, is_exporting, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
@@ -60,12 +61,50 @@ BROKEN_STATISTICS = Refusal(
     "be finite and the variance not negative",
     "Re-estimate them with recompute_population_statistics{remedy}.",
 )
+NO_STATISTICS = Refusal(
+    StatisticsError,
+    "running statistics",
+    "be there for all levels and domains, or for none, which are then normalized by their mini-batches",
+    "Set running_mean and running_var to None in every module of the norm, or in none.",
+)
+CAPTURED_STATISTICS = Refusal(
+    StatisticsError,
+    "running statistics",
+    "be arguments of a function that torch.func transforms while they move",
+    "Hand the buffers in with torch.func.functional_call(model, (parameters, buffers), ...), call model.eval(), or let "
+    "torch.func.replace_all_batch_norm_modules_(model) take them away.",
+)
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
 
 # Answers of a spec that say which state there is.
 _STATE = ("population", "affine", "domains")
+
+
+class _Verdict(NamedTuple):
+    """Running statistics that were right, and all that shows that they are the same still.
+
+    Args:
+        tensors: mean and variance themselves: a new tensor may have the address and the version of an old one.
+        memory: aliases of theirs, which keep their memory from being given to others: somebody may set `.data`.
+        versions: of both.
+    """
+
+    tensors: tuple[Tensor, Tensor]
+    memory: tuple[Tensor, Tensor]
+    versions: tuple[int, int]
+
+    @classmethod
+    def of(cls, mean: Tensor, var: Tensor) -> _Verdict:
+        return cls((mean, var), (mean.detach(), var.detach()), (mean._version, var._version))
+
+    def is_of(self, mean: Tensor, var: Tensor) -> bool:
+        """Whether it is of these tensors, whatever was written to them since."""
+        for now, then, memory in zip((mean, var), self.tensors, self.memory, strict=True):
+            if now is not then or now.untyped_storage()._cdata != memory.untyped_storage()._cdata:
+                return False
+        return True
 
 
 class DomainState(KeptBatchNorm2d):
@@ -98,7 +137,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
         self.domains = tuple(domains)
-        self._checked: dict[str, tuple[int, int]] = {}  # name -> versions of mean and variance when they were right
+        self._checked: dict[str, _Verdict] = {}  # by name of the level or domain
 
         self._add_domain_states()
         self._keep_statistics(is_in_use=False)
@@ -109,7 +148,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _add_domain_states(self) -> None:
         for name in self.domains:
             is_name = isinstance(name, str) and name and "." not in name
-            if not is_name or self.domains.count(name) > 1 or hasattr(self, name):
+            is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
+            if is_taken or self.domains.count(name) > 1:
                 raise NO_DOMAIN_NAME.of(repr(self.domains), f"{type(self).__name__}, {name!r}")
 
         has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
@@ -156,6 +196,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     # ---- state
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, which have other tensors."""
+        return {**vars(self), "_checked": {}}
+
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
         for state in self._list_states():
@@ -165,6 +209,14 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         super().reset_parameters()
         for state in self._list_states():
             state.reset_parameters()
+
+    @property
+    def has_population(self) -> bool:
+        """Whether running statistics are kept, and nobody took all of them away, as test-time adaptation does.
+
+        Without them mini-batches normalize in every mode, as in torch's norm.
+        """
+        return any(state.running_mean is not None for _, state in self.populations())
 
     def _list_states(self) -> list[DomainState]:
         return [module for module in self.children() if isinstance(module, DomainState)]
@@ -263,7 +315,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         """Whether a call moves the running statistics of a level or domain."""
         if not (self.training and call.moves) or call.spec.has_frozen_statistics or call.spec.population == "none":
             return False
-        return self.population_state(name).track_running_stats
+        state = self.population_state(name)
+        return state.track_running_stats and state.running_mean is not None
 
     @torch.no_grad()
     def move_populations(
@@ -307,14 +360,24 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             mean, var: [C].
             has_variance: whether the mini-batch counts, [] of bool; None: it does.
         """
-        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
-        state.running_mean.copy_(mean)
-        state.running_var.copy_(var)
+        self.check_can_move(state.running_mean, mean)
+        buffers = (state.running_mean, state.running_var)
+        values, is_finite = take_finite(buffers, (mean, var))
+
+        for buffer, value in zip(buffers, values, strict=True):
+            # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
+            target = buffer if is_transformed() or is_exporting() else buffer.data  # which those lose, or refuse
+            target.copy_(value)
 
         if state.num_batches_tracked is not None:
             is_counted = is_finite if has_variance is None else is_finite & has_variance
             state.num_batches_tracked.add_(is_counted)
         counts_of(state).count_mini_batch(is_finite)
+
+    def check_can_move(self, buffer: Tensor, by: Tensor) -> None:
+        """A transform of torch.func lets nobody write to tensors from outside of it."""
+        if not is_traced() and is_wrapped(by) and not is_wrapped(buffer):
+            raise CAPTURED_STATISTICS.of("those of the norm itself", self.where)
 
     # ---- checks
 
@@ -382,7 +445,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def check_populations(self, names: Sequence[str]) -> None:
         """Finite, and no negative variance.
 
-        It waits for the device, so it is done once after a change of mode, a load, or, at inference, somebody's write.
+        It waits for the device, so it is done once after a change of mode, a load, for other tensors than those that
+        were looked at, and, at inference, after somebody's write. Of statistics without numbers nothing is asked.
         """
         if is_traced():
             return
@@ -390,12 +454,21 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         for name in set(names):
             state: Any = self.population_state(name)
             mean, var = state.running_mean, state.running_var
-            versions = (0, 0) if mean.is_inference() else (mean._version, var._version)
-            if self._checked.get(name) == versions or (self.training and name in self._checked):
-                continue  # in training not at every write: DistributedDataParallel may broadcast buffers in each step
+            if mean is None or var is None:
+                raise NO_STATISTICS.of("None", self.name_place(name))
+            if not (has_numbers(mean) and has_numbers(var)) or self._is_checked(name, mean, var):
+                continue
 
             check_statistics(mean, var, self.name_place(name), "; look for the batch that spoiled them")
-            self._checked[name] = versions
+            if not (is_under_mode() or mean.is_inference() or var.is_inference()):  # those of inference have no version
+                self._checked[name] = _Verdict.of(mean, var)
+
+    def _is_checked(self, name: str, mean: Tensor, var: Tensor) -> bool:
+        """In training a write does not count: DistributedDataParallel may broadcast buffers in each step."""
+        verdict = self._checked.get(name)
+        if verdict is None or not verdict.is_of(mean, var):
+            return False
+        return self.training or verdict.versions == (mean._version, var._version)
 
 
 def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from bnext.errors import Refusal, StatisticsError
@@ -71,7 +72,7 @@ def replace_single_elements(
     if not alone:
         return statistics
 
-    count, mean, var = (field.clone() for field in statistics)
+    mini_batches = [list(field.unbind()) for field in statistics]
     for batch in alone:
         parts = [part for part, owner in enumerate(grouping.mini_batches) if owner == batch]
         part = next(part for part in parts if moments.count[part] == 1)
@@ -81,12 +82,13 @@ def replace_single_elements(
         tell_once(log, norm, ALONE, norm.name_place(name))
         norm.check_populations([name])
         population = norm.stack_populations([name])
-        count[batch], mean[batch], var[batch] = (field[0] for field in population)
-    return Moments(count, mean, var)
+        for values, field in zip(mini_batches, population, strict=True):
+            values[batch] = field[0]
+    return Moments(*map(torch.stack, mini_batches))
 
 
 def _check_is_allowed(norm: BatchNorm2d, name: str, call: NormCall) -> None:
-    has_population = call.spec.population != "none"
+    has_population = norm.has_population
     if has_population and not (norm.training and call.spec.single_element == "error"):
         return
 

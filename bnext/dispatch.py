@@ -1,0 +1,70 @@
+"""What torch does with a call besides computing it: modes that watch or replace it, transforms, numbers left out.
+
+A mode (FakeTensorMode, make_fx, FlopCounterMode, torch.device as a context ...) gets every call of a thread in its
+hands. A transform (`torch.func`, forward-mode differentiation) calls a function with tensors that stand for others. A
+tensor without numbers has a shape alone. The one place where torch is asked for them, mostly by private names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+__all__ = ["has_numbers", "is_exporting", "is_transformed", "is_under_mode", "is_wrapped"]
+
+_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+
+
+def is_under_mode() -> bool:
+    """Whether a mode or a transform has calls of this thread in its hands: what they make must not outlive it."""
+    if torch._C._len_torch_dispatch_stack() or is_transformed():  # type: ignore[attr-defined]
+        return True
+    if not torch._C._len_torch_function_stack():
+        return False
+
+    # torch.device and set_default_device give a device to those that name none, and do nothing else.
+    modes = torch.overrides._get_current_function_mode_stack()
+    return not all(isinstance(mode, DeviceContext) for mode in modes)
+
+
+def is_transformed() -> bool:
+    """Whether this code runs in a transform of `torch.func`, or in forward-mode differentiation.
+
+    A compiler has transforms of its own: under it, the answer is no.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return _functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a transform of `torch.func` has put a tensor of its own in the place of this one."""
+    return bool(_functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether somebody may look at the numbers of a tensor.
+
+    Not of one on the meta device, of a fake one, of one that stands for several (`torch.func.vmap`), or while make_fx
+    writes down what is computed from it.
+    """
+    if tensor.is_meta or torch._C._get_dispatch_mode(_PROXY) is not None:  # type: ignore[attr-defined]
+        return False
+
+    while is_wrapped(tensor):
+        if _functorch.is_batchedtensor(tensor):
+            return False
+        tensor = _functorch.get_unwrapped(tensor)
+    return type(tensor) in (Tensor, torch.nn.Parameter) or not is_fake(tensor)
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` writes this forward down."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return bool(ask()) if ask is not None else False
