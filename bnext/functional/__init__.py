@@ -21,6 +21,7 @@ from bnext.functional.moments import (
     part_moments,
     sample_moments,
     stack_parts,
+    sum_groups,
     update_running_statistics,
 )
 from bnext.functional.normalize import normalize_parts
@@ -47,5 +48,6 @@ __all__ = [
     "spread_of_batch",
     "stack_parts",
     "standard_errors",
+    "sum_groups",
     "update_running_statistics",
 ]

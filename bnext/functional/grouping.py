@@ -12,6 +12,8 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from bnext.tracing import is_traced
+
 __all__ = ["Grouping", "Groups", "count_elements", "deal_samples", "divide_parts", "group_samples", "make_index"]
 
 Arguments = ParamSpec("Arguments")
@@ -19,12 +21,12 @@ Result = TypeVar("Result")
 
 
 def _remembered(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """The function with its last results: the same few arguments come again and again. A compiler gets it plain."""
+    """The function with its last results: the same few arguments come again and again. What is traced gets it plain."""
     cached = lru_cache(256)(function)
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling():
+        if is_traced():
             return function(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bnext.kernels import cpu, cuda, formula
 from bnext.kernels.formula import accumulation_dtype
+from bnext.tracing import is_traced
 
 __all__ = [
     "backward_sums",
@@ -29,8 +30,8 @@ _BY_DEVICE = {"cpu": cpu, "cuda": cuda}  # a device without a row gets the CPU's
 
 
 def _choose(feature: Tensor) -> ModuleType:
-    """The passes for a feature; a compiler gets the formula, which it makes fast itself."""
-    return formula if torch.compiler.is_compiling() else _BY_DEVICE.get(feature.device.type, cpu)
+    """The passes for a feature; a compiler or exporter gets the formula, which other runtimes have and make fast."""
+    return formula if is_traced() else _BY_DEVICE.get(feature.device.type, cpu)
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:

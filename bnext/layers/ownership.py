@@ -16,8 +16,8 @@ from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, update_running_statistics
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall
-from bnext.scope.recomputation import is_traced
 from bnext.scope.record import get_record
+from bnext.tracing import is_traced
 
 if TYPE_CHECKING:
     from typing_extensions import Self

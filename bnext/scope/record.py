@@ -18,7 +18,8 @@ from typing import Any
 from torch import nn
 
 from bnext.functional import Groups, Moments
-from bnext.scope.recomputation import NO_GRAPH_TASK, find_graph_task, is_traced
+from bnext.scope.recomputation import NO_GRAPH_TASK, find_graph_task
+from bnext.tracing import is_traced
 
 __all__ = ["CallRecord", "Scope", "close_scopes", "get_record"]
 
