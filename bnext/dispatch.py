@@ -1,12 +1,14 @@
-"""What torch does with a call besides computing it: modes that watch or replace it, transforms, numbers left out.
+"""What torch does with a call besides computing it: modes that watch or replace it, transforms, traces.
 
 A mode (FakeTensorMode, make_fx, FlopCounterMode, torch.device as a context ...) gets every call of a thread in its
 hands. A transform (`torch.func`, forward-mode differentiation) calls a function with tensors that stand for others. A
-tensor without numbers has a shape alone. The one place where torch is asked for them, mostly by private names.
+trace writes a forward down, to be run later and elsewhere. A tensor without numbers has a shape alone. The one place
+where torch is asked for them, mostly by private names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +17,17 @@ from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-__all__ = ["has_numbers", "is_exporting", "is_transformed", "is_under_mode", "is_wrapped"]
+__all__ = [
+    "has_numbers",
+    "is_exported",
+    "is_exported_to_onnx",
+    "is_traced",
+    "is_transformed",
+    "is_under_mode",
+    "is_wrapped",
+]
 
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.4 does not tell
 _functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
 _PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
 
@@ -64,7 +75,26 @@ def has_numbers(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter) or not is_fake(tensor)
 
 
-def is_exporting() -> bool:
-    """Whether `torch.export` writes this forward down."""
-    ask = getattr(torch.compiler, "is_exporting", None)
-    return bool(ask()) if ask is not None else False
+# ---- forwards that are written down
+
+
+def is_traced() -> bool:
+    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_exported() -> bool:
+    """Whether it is written down as operators that run without us: by torch.export, torch.jit.trace, or to ONNX.
+
+    Of what Python does on the way nothing is left: no autograd function of ours, no error, and no choice between
+    kernels. torch.compile keeps all of it.
+    """
+    return _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+
+
+def is_exported_to_onnx() -> bool:
+    """Whether it is written down for an ONNX file, which holds no statistics that move.
+
+    In torch's strict export the answer is no; its exporter to ONNX comes to that only if the other one fails.
+    """
+    return is_exported() and torch.onnx.is_in_onnx_export()

@@ -21,6 +21,7 @@ from bnext.functional.moments import (
     part_moments,
     sample_moments,
     stack_parts,
+    sum_groups,
     take_finite,
     update_running_statistics,
 )
@@ -48,5 +49,7 @@ __all__ = [
     "spread_of_batch",
     "stack_parts",
     "standard_errors",
+    "sum_groups",
+    "take_finite",
     "update_running_statistics",
 ]

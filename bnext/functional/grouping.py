@@ -12,7 +12,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnext.dispatch import is_under_mode
+from bnext.dispatch import is_traced, is_under_mode
 
 __all__ = ["Grouping", "Groups", "count_elements", "deal_samples", "divide_parts", "group_samples", "make_index"]
 
@@ -23,13 +23,13 @@ Result = TypeVar("Result")
 def _remembered(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """The function with its last results: the same few arguments come again and again.
 
-    Under a mode or a transform it is called anew: what is made there serves there alone. A compiler gets it plain.
+    Under a mode or a transform it is called anew: what is made there serves there alone. What is traced gets it plain.
     """
     cached = lru_cache(256)(function)
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if torch.compiler.is_compiling() or is_under_mode():
+        if is_traced() or is_under_mode():
             return function(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bnext import kernels
+from bnext.dispatch import is_exported
 
 __all__ = [
     "Moments",
@@ -23,6 +24,7 @@ __all__ = [
     "part_moments",
     "sample_moments",
     "stack_parts",
+    "sum_groups",
     "take_finite",
     "update_running_statistics",
 ]
@@ -154,14 +156,32 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     Returns:
         count [G], mean and var [G, C]; a union without parts has count 0.
     """
-    zeros = parts.mean.new_zeros(num_groups, parts.mean.shape[1])
-    count = parts.count.new_zeros(num_groups).index_add(0, groups, parts.count)
+    count = sum_groups(parts.count, groups, num_groups)
     weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
 
-    mean = zeros.index_add(0, groups, weight * parts.mean)
-    var = zeros.index_add(0, groups, weight * (parts.var + (parts.mean - mean[groups]).square()))
+    mean = sum_groups(weight * parts.mean, groups, num_groups)
+    var = sum_groups(weight * (parts.var + (parts.mean - mean[groups]).square()), groups, num_groups)
 
     return Moments(count, mean, var)
+
+
+def sum_groups(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """Sums of the rows of each group.
+
+    Args:
+        values: [P, ...], finite.
+        groups: [P], the group of each row, 0 to G - 1.
+        num_groups: G.
+
+    Returns:
+        [G, ...]; 0 for a group without rows.
+    """
+    if not is_exported():
+        return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups, values)
+
+    # Not index_add: of rows with the same index ONNX may keep one.
+    members = (groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)).to(values.dtype)
+    return members @ values
 
 
 def enlarge_parts(parts: Moments, extra: Sequence[Moments | None]) -> Moments:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnext import kernels
-from bnext.dispatch import is_transformed
+from bnext.dispatch import is_exported, is_transformed
 from bnext.functional.moments import Moments, is_one_part_each
 
 __all__ = ["normalize_parts"]
@@ -44,8 +44,8 @@ def normalize_parts(
         eps: added to the variance, above 0.
         statistics: of the mini-batches, count [B], mean and var [B, C], over all workers, as made from these very
             features: gradients flow through them as if they had been computed here. A count of infinity says
-            that the statistics are constants, as population statistics are. In a transform of `torch.func`, or in
-            forward-mode differentiation, they carry their own derivatives.
+            that the statistics are constants, as population statistics are. In a transform of `torch.func`, in
+            forward-mode differentiation and in an export they carry their own derivatives.
         mini_batches: [P], for each part its mini-batch; None: every part is one.
         reduce: sums over the workers that share the mini-batches; None: this worker alone.
 
@@ -62,13 +62,19 @@ def normalize_parts(
     if mini_batches is not None:
         mean, rstd = mean[mini_batches], rstd[mini_batches]
 
-    if is_transformed():
-        scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-        pairs = zip(features, parts, strict=True)
-        return [kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs]
+    if is_transformed() or is_exported():  # the operators that are left differentiate themselves
+        return _scale_and_shift(weight, bias, mean, rstd, parts, features)
 
     vectors = weight, bias, mean, rstd, statistics.count
     return list(_NormalizeParts.apply(*vectors, mini_batches, parts, reduce, *features))
+
+
+def _scale_and_shift(
+    weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, parts: Sequence[Part], features: Sequence[Tensor]
+) -> list[Tensor]:
+    scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
+    pairs = zip(features, parts, strict=True)
+    return [kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs]
 
 
 class _NormalizeParts(torch.autograd.Function):
@@ -90,9 +96,7 @@ class _NormalizeParts(torch.autograd.Function):
         ctx.save_for_backward(weight, mean, rstd, count, mini_batches, *features)
         ctx.parts, ctx.reduce = parts, reduce
 
-        scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-        pairs = zip(features, parts, strict=True)
-        return tuple(kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs)
+        return tuple(_scale_and_shift(weight, bias, mean, rstd, parts, features))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -176,6 +180,6 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         raise RuntimeError(
             "normalize_parts must be differentiated once; got a second derivative. "
-            "Compute gradients of gradients with torch.func (grad of grad, hessian, jvp of grad), with a plain batch norm, "
-            "or on population statistics, one domain at a time."
+            "Compute gradients of gradients with torch.func (grad of grad, hessian, jvp of grad), with a plain "
+            "batch norm, or on population statistics, one domain at a time."
         )

@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bnext.dispatch import has_numbers, is_transformed
+from bnext.dispatch import has_numbers, is_traced, is_transformed
 from bnext.kernels import cpu, cuda, formula
 from bnext.kernels.formula import accumulation_dtype
 
@@ -32,10 +32,10 @@ _BY_DEVICE = {"cpu": cpu, "cuda": cuda, "meta": formula}  # a device without a r
 def _choose(feature: Tensor) -> ModuleType:
     """The passes for a feature.
 
-    A compiler gets the formula, which it makes fast itself, a transform, as it is to differentiate or to batch it, and
-    a feature without numbers, since torch's kernels have no form for shapes alone.
+    What is traced gets the formula, which a compiler makes fast itself and other runtimes have; a transform, as it is
+    to differentiate or to batch it; and a feature without numbers, since torch's kernels have no form for shapes alone.
     """
-    if torch.compiler.is_compiling() or is_transformed() or not has_numbers(feature):
+    if is_traced() or is_transformed() or not has_numbers(feature):
         return formula
     return _BY_DEVICE.get(feature.device.type, cpu)
 

@@ -7,6 +7,7 @@ domains from `use_domain`. Whose the state is, is in ownership.py.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnext.dispatch import is_transformed
+from bnext.dispatch import is_exported, is_exported_to_onnx, is_traced, is_transformed
 from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.functional import (
@@ -32,13 +33,19 @@ from bnext.functional import (
 )
 from bnext.kernels import has_exact_batch_norm
 from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2d
-from bnext.layers.single_element import may_have_single_elements, replace_single_elements
+from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
-from bnext.scope.recomputation import is_traced
 
 __all__ = ["BatchNorm2d", "DomainState"]
 
+log = logging.getLogger(__name__)
+
+TRAINING_TO_ONNX = (
+    "A model in training mode is exported to ONNX: the file normalizes by its mini-batches, and holds no statistics "
+    "that move (%s). Call model.eval() first for a file that normalizes as the model does at inference."
+)
 NO_SPEC = Refusal(ConfigError, "spec", "be a NormSpec", "For a norm by name use make_named_norm.")
 NO_LEVELS = Refusal(
     ConfigError,
@@ -209,6 +216,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
             affines = self.list_affines(names, used)
             return [self._normalize_plainly(x, names[d], affines[d], call) for x, d in zip(features, used, strict=True)]
 
+        if self.training and is_exported_to_onnx():
+            tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
         own, grouping = self._collect_moments(features, domains, names, size, group, call)
         part_names = [names[domain] for domain in grouping.domains]
         virtual = call.virtual
@@ -219,7 +228,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if grouping.mini_batches != tuple(range(len(part_names))):
             owners = make_index(grouping.mini_batches, device)
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
-        if may_have_single_elements(features, grouping, group is not None):
+        if is_exported():
+            statistics = select_single_elements(self, statistics, moments, grouping, part_names, call)
+        elif may_have_single_elements(features, grouping, group is not None):
             statistics = replace_single_elements(self, statistics, moments, grouping, part_names, call)
 
         weight, bias = self.stack_affines(part_names, moments.mean)
@@ -236,6 +247,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
         if any(value is not None for value in (call.groups, call.virtual, call.recorder)) or self.momentum is None:
             return False
+        if is_exported() and (not self.training or is_exported_to_onnx()):
+            return False  # ONNX gets the kernel's training mode as evaluation, and a size of one element may come later
         if self.training and call.spec.training == "renorm":
             return False
         if len(features) > 1 and call.spec.statistics == "shared":
@@ -249,6 +262,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return True
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
+        if not self.training:
+            return F.batch_norm(feature, None, None, *affine, True, 0.0, self.eps)
+
         state = self.population_state(name)
         # Torch's kernel moves copies, which a recomputation makes as well, so that it saves as many tensors.
         buffers = (state.running_mean, state.running_var)
@@ -275,7 +291,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if group is not None and is_transformed():
             raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
 
-        counts = tuple(len(feature) for feature in features)
+        counts = tuple(feature.shape[0] for feature in features)
         grouping = group_samples(counts, tuple(domains), len(names), call.spec.statistics == "shared", size)
         if call.groups is not None and call.recorder is None:
             self._check_groups(call.groups, counts, size)
@@ -283,7 +299,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         # They get their gradient in `normalize_parts`; a transform is to differentiate them itself.
         parts = _to_parts(grouping.parts, features[0].device)
-        with torch.set_grad_enabled(is_transformed() and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (is_transformed() or is_exported())):
             moments = part_moments(features, parts, len(grouping.domains))
             moments = merge_moments_over_workers(moments, group, self.where)
         if call.recorder is not None:

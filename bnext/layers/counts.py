@@ -13,9 +13,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _python_dispatch
 
-from bnext.scope.recomputation import is_traced
+from bnext.dispatch import is_traced, is_under_mode
 
 __all__ = ["NormCounts", "count_skipped", "counts_of", "is_ordinary"]
 
@@ -66,9 +65,7 @@ def counts_of(module: nn.Module) -> NormCounts:
 
 def is_ordinary() -> bool:
     """Whether tensors of this call are numbers: no compiler, transform or mode of torch stands between."""
-    if is_traced():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is None and not _python_dispatch._get_current_dispatch_mode()
+    return not is_traced() and not is_under_mode()
 
 
 def count_skipped(norms: Iterable[Any]) -> list[int]:

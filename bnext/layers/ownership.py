@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bnext.dispatch import has_numbers, is_exporting, is_transformed, is_under_mode, is_wrapped
+from bnext.dispatch import has_numbers, is_exported, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
@@ -25,7 +25,6 @@ from bnext.layers.norm_form import form_of_spec
 from bnext.layers.spec import NormSpec
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
-from bnext.scope.recomputation import is_traced
 from bnext.scope.record import get_record
 
 if TYPE_CHECKING:
@@ -366,7 +365,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         for buffer, value in zip(buffers, values, strict=True):
             # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
-            target = buffer if is_transformed() or is_exporting() else buffer.data  # which those lose, or refuse
+            target = buffer if is_transformed() or is_exported() else buffer.data  # which those lose, or refuse
             target.copy_(value)
 
         if state.num_batches_tracked is not None:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from bnext.errors import Refusal, StatisticsError
-from bnext.functional import Grouping, Moments, count_elements
+from bnext.functional import Grouping, Moments, count_elements, make_index, sum_groups
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 
 if TYPE_CHECKING:
     from bnext.layers.batch_norm import BatchNorm2d
 
-__all__ = ["may_have_single_elements", "replace_single_elements"]
+__all__ = ["may_have_single_elements", "replace_single_elements", "select_single_elements"]
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,33 @@ def replace_single_elements(
         for values, field in zip(mini_batches, population, strict=True):
             values[batch] = field[0]
     return Moments(*map(torch.stack, mini_batches))
+
+
+def select_single_elements(
+    norm: BatchNorm2d,
+    statistics: Moments,
+    moments: Moments,
+    grouping: Grouping,
+    part_names: Sequence[str],
+    call: NormCall,
+) -> Moments:
+    """`replace_single_elements` as operators that choose when they run: an export does not know the sizes.
+
+    Nothing is refused: a mini-batch of one element without a population comes out as the bias.
+    """
+    if call.spec.population == "none":
+        return statistics
+
+    _, mean, var = norm.stack_populations(part_names)
+    num_batches = max(grouping.mini_batches) + 1
+    if num_batches < len(part_names):  # the part that has the element is taken
+        has_one = (moments.count == 1).to(mean.dtype).unsqueeze(1)
+        owners = make_index(grouping.mini_batches, mean.device)
+        mean, var = (sum_groups(has_one * field, owners, num_batches) for field in (mean, var))
+
+    is_alone = (statistics.count == 1).unsqueeze(1)
+    mean, var = torch.where(is_alone, mean, statistics.mean), torch.where(is_alone, var, statistics.var)
+    return Moments(statistics.count, mean, var)
 
 
 def _check_is_allowed(norm: BatchNorm2d, name: str, call: NormCall) -> None:

@@ -15,9 +15,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from bnext.dispatch import is_exported_to_onnx, is_traced
 from bnext.errors import Refusal, StatisticsError
 from bnext.functional import Groups, Moments
-from bnext.scope.recomputation import NO_GRAPH_TASK, Notes, find_checkpoints, find_graph_task, is_recomputing, is_traced
+from bnext.scope.recomputation import NO_GRAPH_TASK, Notes, find_checkpoints, find_graph_task, is_recomputing
 from bnext.scope.record import get_record
 
 __all__ = ["NormCall", "read_call"]
@@ -80,7 +81,9 @@ def read_call(norm: nn.Module, spec: Any, where: str) -> NormCall:
         recorder=record.recorders.get(norm),
         moves=norm not in record.frozen,
     )
-    if is_traced() or torch.is_inference_mode_enabled():
+    if is_traced():
+        return call._replace(moves=call.moves and not is_exported_to_onnx())
+    if torch.is_inference_mode_enabled():
         return call
 
     checkpoints = find_checkpoints()

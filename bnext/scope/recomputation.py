@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.utils import checkpoint as torch_checkpoint
 
-__all__ = ["NO_GRAPH_TASK", "Checkpoint", "Notes", "find_checkpoints", "find_graph_task", "is_recomputing", "is_traced"]
+from bnext.dispatch import is_traced
+
+__all__ = ["NO_GRAPH_TASK", "Checkpoint", "Notes", "find_checkpoints", "find_graph_task", "is_recomputing"]
 
 _FORWARD = torch_checkpoint.CheckpointFunction.forward.__code__
 _BACKWARD = torch_checkpoint.CheckpointFunction.backward.__code__
@@ -95,8 +97,3 @@ def find_graph_task() -> int:
 def is_recomputing() -> bool:
     """Whether this forward runs within a backward pass: activation checkpointing computes activations again."""
     return find_graph_task() != NO_GRAPH_TASK
-
-
-def is_traced() -> bool:
-    """Whether this forward is being written down, by torch.compile, torch.export or torch.jit.trace."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
+from bnext.dispatch import is_traced
 from bnext.functional import Groups, Moments
-from bnext.scope.recomputation import NO_GRAPH_TASK, find_graph_task, is_traced
+from bnext.scope.recomputation import NO_GRAPH_TASK, find_graph_task
 
 __all__ = ["CallRecord", "Scope", "close_scopes", "get_record"]
 
