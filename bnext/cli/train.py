@@ -18,6 +18,7 @@ from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.data.check_coco import check_datasets
+from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.trainer import evaluate, train
@@ -68,6 +69,9 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Train or evaluate in one worker. See `run` for the arguments."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # several workers are fresh processes
+        check_registered(name)
+
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
     if args.eval_only:
@@ -122,8 +126,8 @@ def check_run(
 
     num_classes = _count_classes(cfg)
     if not eval_only:
-        check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes)
-    check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
+        check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
+    check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)

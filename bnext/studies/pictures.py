@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
+from bnext.data.mapping import build_mapper
+from bnext.data.read_image import read_image
 from bnext.files import replace_file
 from bnext.scope.model import restoring
 
@@ -52,7 +54,7 @@ def draw_detections(cfg: CfgNode, models: Mapping[str, nn.Module], path: str | o
 
 
 def _start_drawing(record: dict[str, Any], dataset: str) -> Visualizer:
-    image = detection_utils.read_image(record["file_name"], format="RGB")
+    image = read_image(record["file_name"], "RGB", (record.get("width"), record.get("height")))
     return Visualizer(image, MetadataCatalog.get(dataset), scale=_SCALE)
 
 
@@ -66,7 +68,7 @@ def _draw_truth(record: dict[str, Any], dataset: str) -> np.ndarray:
 
 @torch.no_grad()
 def _detect(cfg: CfgNode, model: nn.Module, record: dict[str, Any]) -> Instances:
-    image = DatasetMapper(cfg, is_train=False)(dict(record))
+    image = build_mapper(cfg, False)(record)
     with restoring(model):
         return model.eval()([image])[0]["instances"].to("cpu")
 
