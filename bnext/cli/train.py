@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -25,6 +26,7 @@ from bnext.engine.trainer import evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
 from bnext.files import find_local_file
+from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["build_parser", "check_run", "run"]
 
@@ -47,33 +49,42 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         BNextError: what is wrong, before training starts wherever it can be known.
     """
-    check_run(
-        cfg,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        eval_only=args.eval_only,
-        resume=args.resume,
-    )
+    with holding_notices() as notices:
+        check_run(
+            cfg,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            eval_only=args.eval_only,
+            resume=args.resume,
+        )
     launch(
         run_worker,
         args.num_gpus,
         args.num_machines,
         args.machine_rank,
         args.dist_url,
-        args=(cfg, args),
+        args=(cfg, args, notices),
         device=cfg.MODEL.DEVICE,
     )
 
 
-def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Train or evaluate in one worker. See `run` for the arguments."""
+def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice] = ()) -> None:
+    """Train or evaluate in one worker.
+
+    Args:
+        cfg, args: see `run`.
+        notices: of the checks, which are said here, where there is a log.txt.
+    """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # several workers are fresh processes
         check_registered(name)
 
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    if comm.is_main_process():
+        log_notices(notices)
+
     if args.eval_only:
         evaluate(cfg, resume=args.resume)
         return

@@ -9,6 +9,7 @@ for each task; its objects and pictures are checked in `check_objects` and `chec
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
@@ -131,7 +132,8 @@ def check_datasets(
 
         if json_file and metadata.get("evaluator_type") in EVALUATORS:
             dataset = RegisteredSet(name, json_file, image_root, check_images, task)
-            _report(dataset, _check_file(dataset))
+            with _without_collection():
+                _report(dataset, _check_file(dataset))
         if not is_coco_entry(name) and not _is_of_detectron2(name):
             dataset = RegisteredSet(name, "", "", check_images, task)
             _report(dataset, check_records(name, task, check_images=check_images))
@@ -226,12 +228,17 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
 
 
 def _load_json(path: str) -> Any:
-    """Parse without garbage collection: nothing of the file is garbage, and COCO's takes half the time."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """A block without garbage collection: nothing of a file is garbage, and COCO's takes half the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        yield
     finally:
         if collecting:
             gc.enable()
@@ -246,6 +253,9 @@ def _list_pictures(content: Content) -> Pictures:
 def _check_contents(content: Content, task: Task) -> Iterator[Fault | Notice]:
     """Pictures and objects of a file whose entries are whole."""
     pictures = _list_pictures(content)
+    unknown = np.flatnonzero(np.isnan(pictures.sizes).any(axis=1)).tolist()
+    if unknown:
+        yield Fault("The width and height of images", "be numbers", f"NaN in {pictures.file_names[unknown[0]]}")
     yield from check_sizes(pictures, task)
 
     annotations = content.get("annotations", [])
@@ -365,8 +375,8 @@ def _find_unknown_categories(content: Content, json_file: str) -> Iterator[Fault
     categories = {category["id"] for category in content["categories"]}
     others = {each["category_id"] for each in content.get("annotations", [])} - categories
     if others:
-        rule = f"be one of the {len(categories)} categories ({list_few(sorted(categories))})"
-        yield Fault("The category_id of annotations", rule, list_few(sorted(others)))
+        rule = f"be one of the {len(categories)} categories ({list_few(map(repr, sorted(categories)))})"
+        yield Fault("The category_id of annotations", rule, list_few(sorted(map(repr, others))))
 
 
 FILE_RULES: tuple[Callable[[Any, str], Iterator[Fault]], ...] = (

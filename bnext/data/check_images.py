@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -42,8 +41,8 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     """What is wrong with the sizes and names in the records."""
     given = ~np.isnan(pictures.sizes)
     is_odd = given & ~((pictures.sizes >= 1) & (pictures.sizes == np.floor(pictures.sizes)))
-    odd = np.flatnonzero(is_odd.any(axis=1))
-    if len(odd):
+    odd = np.flatnonzero(is_odd.any(axis=1)).tolist()
+    if odd:
         first = pictures.sizes[odd[0]]
         names = list_few([pictures.file_names[index] for index in odd])
         yield Fault(
@@ -55,8 +54,8 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
 
     if task.max_side is not None:
         short, long = pictures.sizes.min(axis=1), pictures.sizes.max(axis=1)
-        thin = np.flatnonzero(short * task.max_side / long < 0.5)
-        if len(thin):
+        thin = np.flatnonzero(short * task.max_side / long < 0.5).tolist()
+        if thin:
             names = list_few([pictures.file_names[index] for index in thin])
             width, height = pictures.sizes[thin[0]]
             yield Fault(
@@ -107,9 +106,13 @@ def check_files(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
             num_read += 1
             read_image(path, task.image_format)
 
-        if not _fits(pictures.sizes[index], header.shown):
-            is_as_stored = _fits(pictures.sizes[index], header.stored)
-            (turned if is_as_stored else other).append(index)
+        size = pictures.sizes[index]
+        if not _fits(size, header.shown):
+            header = read_header(path, thorough=True)
+        if not _fits(size, header.shown):
+            (turned if _fits(size, header.stored) else other).append(index)
+        if len(other) == MOST_READ:
+            break
 
     if other:
         yield _name_other_sizes(pictures, other, len(seen))
@@ -127,7 +130,8 @@ def _fits(said: np.ndarray, size: tuple[int, int]) -> bool:
 
 
 def _name_other_sizes(pictures: Pictures, other: Sequence[int], number: int) -> Fault:
-    shown = [read_header(os.path.join(pictures.root, pictures.file_names[index])).shown for index in other]
+    paths = [os.path.join(pictures.root, pictures.file_names[index]) for index in other]
+    shown = [read_header(path, thorough=True).shown for path in paths]
     are_swapped = all(_fits(pictures.sizes[index], size[::-1]) for index, size in zip(other, shown, strict=True))
 
     words = "with width and height exchanged" if are_swapped else "of another size"
@@ -143,7 +147,7 @@ def _name_other_sizes(pictures: Pictures, other: Sequence[int], number: int) -> 
     )
 
 
-def _list_missing(root: str, file_names: Sequence[Any]) -> list[str]:
+def _list_missing(root: str, file_names: Sequence[str]) -> list[str]:
     """Compare with one listing per folder: quicker than asking for each of a hundred thousand files."""
     listed: dict[str, set[str]] = {}
     missing = []
@@ -158,5 +162,5 @@ def _list_missing(root: str, file_names: Sequence[Any]) -> list[str]:
             except (OSError, ValueError):
                 listed[folder] = set()
         if base not in listed[folder]:
-            missing.append(str(file_name))
+            missing.append(file_name or "''")
     return missing

@@ -158,7 +158,7 @@ def check_objects(objects: Objects, task: Task) -> Iterator[Fault | Notice]:
         for rule in MASK_RULES:
             yield from rule(objects, is_crowd, segmentations, task)
     if task.num_keypoints is not None and task.is_labelled:
-        yield from _find_odd_keypoints(objects, is_crowd, task.num_keypoints)
+        yield from _find_odd_keypoints(objects, is_crowd, task)
 
 
 def read_boxes(boxes: Sequence[Any], ids: Sequence[Any]) -> np.ndarray | Fault:
@@ -200,7 +200,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _shorten(value: object, most: int = 60) -> str:
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -234,7 +234,7 @@ def _find_odd_crowd(objects: Objects, task: Task) -> Iterator[Fault]:
 def _find_negative_boxes(
     objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
 ) -> Iterator[Fault]:
-    negative = _list((objects.boxes[:, 2:] < 0).any(axis=1))
+    negative = _list(objects.boxes[:, 2:].min(axis=1) < 0)
     if negative:
         box = [float(value) for value in objects.boxes[negative[0]]]
         yield Fault(
@@ -250,7 +250,9 @@ def _find_normalized_boxes(
     objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
 ) -> Iterator[Fault | Notice]:
     x, y, width, height = objects.boxes.T
-    is_within_pixel = (width > 0) & (height > 0) & (x >= 0) & (y >= 0) & (x + width <= 1.01) & (y + height <= 1.01)
+    is_within_pixel: np.ndarray = (
+        (width > 0) & (height > 0) & (x >= 0) & (y >= 0) & (x + width <= 1.01) & (y + height <= 1.01)
+    )
     is_within_pixel &= (objects.sizes[objects.pictures] > 2).all(axis=1)
     within = _list(is_within_pixel)
 
@@ -306,7 +308,7 @@ def _find_boxes_elsewhere(
 def _find_lost_boxes(
     objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
 ) -> Iterator[Fault | Notice]:
-    is_flat = (objects.boxes[:, 2:] == 0).any(axis=1)
+    is_flat = objects.boxes[:, 2:].min(axis=1) == 0
     is_outside = ~_overlap_pictures(objects)
 
     flat, dropped = _list(is_flat), _list(segmentations.is_dropped)
@@ -352,21 +354,19 @@ def build_segmentations(objects: Objects) -> Generator[Fault, None, Segmentation
     runs: list[int] = []
 
     for index, value in enumerate(objects.segmentations):
-        if not _is_list(value) and not value:
+        if not isinstance(value, np.ndarray) and not value:
             is_missing[index] = True
         elif isinstance(value, dict):
             runs.append(index)
-            if not _are_runs(value):
+            if not _are_runs(value.get("counts"), value.get("size")):
                 yield _name_odd_runs(objects, index)
-        elif not _is_list(value) or not all(_is_list(polygon) for polygon in value):
+        elif not isinstance(value, list) or not all(map(_is_list, value)):
             yield Fault(
                 "The segmentation of annotations",
                 "be a list of polygons, each a list of x, y, x, y, ..., or run lengths",
                 f"{_shorten(value)} in annotation {objects.name([index])}",
                 remedy="Write [[x, y, x, y, ...]], also for a single polygon.",
             )
-        elif len(value) == 0:
-            is_missing[index] = True
         else:
             kept = [polygon for polygon in value if len(polygon) >= 6 and len(polygon) % 2 == 0]
             polygons += kept
@@ -376,21 +376,17 @@ def build_segmentations(objects: Objects) -> Generator[Fault, None, Segmentation
     return Segmentations(is_missing, is_dropped, polygons, np.array(owners, dtype=np.int64), runs)
 
 
-def _are_runs(value: dict[str, Any]) -> bool:
-    """Whether the reader can take it for run lengths; whether they are right, it does not ask."""
-    counts, size = value.get("counts"), value.get("size")
-    if (
-        not _is_list(size)
-        or len(size) != 2
-        or not all(isinstance(side, (int, np.integer)) and side > 0 for side in size)
-    ):
+def _are_runs(counts: Any, size: Any) -> bool:
+    """Whether the reader can take them for run lengths; whether they are right, it does not ask."""
+    if not _is_list(size) or len(size) != 2 or not all(_is_count(side) and side > 0 for side in size):
         return False
     if _is_list(counts):
-        return (
-            all(isinstance(count, (int, np.integer)) and count >= 0 for count in counts)
-            and sum(counts) == size[0] * size[1]
-        )
+        return all(map(_is_count, counts)) and bool(sum(counts) == size[0] * size[1])
     return isinstance(counts, (str, bytes))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and bool(value >= 0)
 
 
 def _name_odd_runs(objects: Objects, index: int) -> Fault:

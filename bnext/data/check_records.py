@@ -141,7 +141,7 @@ def _find_missing_keys(annotations: Sequence[Any], ids: Sequence[str]) -> Iterat
 def _find_odd_modes(annotations: Sequence[dict[str, Any]], ids: Sequence[str]) -> Iterator[Fault]:
     for annotation, name in zip(annotations, ids, strict=True):
         mode = annotation["bbox_mode"]
-        if not isinstance(mode, int) or mode not in (*_MODES, _ROTATED):
+        if not isinstance(mode, (int, np.integer)) or mode not in (*_MODES, _ROTATED):
             yield Fault(
                 "The bbox_mode of annotations",
                 "be BoxMode.XYXY_ABS, XYWH_ABS or XYWHA_ABS, of boxes in pixels",
@@ -158,11 +158,11 @@ def _find_odd_categories(
     number = task.num_classes if classes is None else len(classes)
     said = "NUM_CLASSES of the model" if classes is None else "`thing_classes` in the set's metadata"
 
-    if classes is not None and task.num_classes is not None and number > task.num_classes:
+    if classes is not None and task.num_classes is not None and len(classes) > task.num_classes:
         yield Fault(
             "The thing_classes",
             f"be at most the {task.num_classes} classes of the model",
-            str(number),
+            str(len(classes)),
             remedy="Set MODEL.*.NUM_CLASSES of the head in use to the number of classes.",
         )
 

@@ -9,6 +9,7 @@ of `ImageMapper` inside of `CheckedMapper`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -18,13 +19,21 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
+from bnext.data.check_objects import FAR
 from bnext.data.read_image import read_image, refuse_endless_file
 from bnext.data.records import Record
-from bnext.errors import BNextError, DatasetError
+from bnext.errors import BNextError, DatasetError, Refusal
 
 __all__ = ["CheckedMapper", "ImageMapper", "Mapper", "build_mapper"]
 
 Mapper = Callable[[Record], Record | None]
+
+_OTHER_MASK = Refusal(
+    DatasetError,
+    "A segmentation",
+    "lie on its picture of height {height} and width {width}",
+    "Correct or remove it.",
+)
 
 
 class ImageMapper(DatasetMapper):
@@ -57,8 +66,26 @@ class ImageMapper(DatasetMapper):
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:
+            if self.use_instance_mask:
+                _check_masks(record, image.shape[:2])
             self._transform_annotations(record, transforms, shape)
         return record
+
+
+def _check_masks(record: Record, shape: tuple[int, int]) -> None:
+    """Refuse masks that would be stretched, or that take memory without end, also of sets that nobody checked."""
+    farthest = FAR * max(shape)
+
+    for annotation in record["annotations"]:
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict) and tuple(mask["size"]) != shape:
+            got = f"run lengths of height and width {tuple(mask['size'])}"
+            raise _OTHER_MASK.of(got, record["file_name"], height=shape[0], width=shape[1])
+
+        for polygon in mask if isinstance(mask, list) else ():
+            if len(polygon) and not -farthest <= min(polygon) <= max(polygon) <= farthest or math.isnan(sum(polygon)):
+                got = f"corners from {min(polygon):g} to {max(polygon):g}"
+                raise _OTHER_MASK.of(got, record["file_name"], height=shape[0], width=shape[1])
 
 
 def _to_tensor(array: np.ndarray) -> torch.Tensor:

@@ -96,14 +96,19 @@ def read_image(path: str | os.PathLike[str], image_format: str | None, size: Siz
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
-def read_header(path: str) -> Header:
+def read_header(path: str, *, thorough: bool = False) -> Header:
     """What a picture says of itself; see `read_image` for the errors.
+
+    Args:
+        path: see `read_image`.
+        thorough: look for EXIF data behind the pixels of a PNG, too, for which Pillow decodes them.
 
     Note:
         A few reads of the disk: the beginning of the file, and its last bytes.
     """
     with _naming(path), _open(path) as file, Image.open(file) as image:
-        turn = _find_turn(image)
+        has_late_data = image.format == "PNG" and "exif" not in image.info
+        turn = _find_turn(image) if thorough or not has_late_data else None
         width, height = image.size
         shown = (height, width) if turn in _SWAPPING else (width, height)
 
@@ -159,6 +164,7 @@ def _open(path: str) -> Any:
         mode = os.stat(path).st_mode
         if not stat.S_ISREG(mode):
             raise _refuse(path, _name_kind(mode))
+        return open(path, "rb")
     return PathManager.open(path, "rb")
 
 

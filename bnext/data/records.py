@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from torch.utils.data import Dataset
 
-from bnext.errors import DatasetError, Refusal
+from bnext.errors import BNextError, DatasetError, Refusal
 
 __all__ = [
     "Record",
@@ -142,7 +142,7 @@ def _refuse_unreadable(name: str) -> None:
         check_records_are_dicts(name, records)
 
 
-def _name_error(names: Sequence[str], error: Exception) -> DatasetError:
+def _name_error(names: Sequence[str], error: Exception) -> BNextError:
     """What hinders sets that can be read, each by itself."""
     got = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return _UNFIT.of(got, names=", ".join(repr(name) for name in names))
