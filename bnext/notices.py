@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Iterator
 from weakref import WeakKeyDictionary
 
-__all__ = ["tell_once"]
+__all__ = ["HeldNotice", "holding_notices", "log_notices", "tell_once"]
+
+HeldNotice = tuple[str, int, str]  # logger, level, message
 
 _told_names: set[tuple[str, Hashable]] = set()
 _told_objects: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
@@ -35,3 +38,33 @@ def tell_once(logger: logging.Logger, thing: object, message: str, *args: object
 
     if not was_told:
         logger.warning(f"{message} This is said once.", *args)
+
+
+@contextlib.contextmanager
+def holding_notices() -> Iterator[list[HeldNotice]]:
+    """Keep back what bnext logs in the block, for `log_notices` to say where there is a file to log to.
+
+    Yields:
+        (logger, level, message) of each; picklable. After an exception they are said at once.
+    """
+    held: list[HeldNotice] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: held.append((record.name, record.levelno, record.getMessage()))  # type: ignore[method-assign]
+
+    logger = logging.getLogger("bnext")
+    handlers, propagates = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    failed = True
+    try:
+        yield held
+        failed = False
+    finally:
+        logger.handlers, logger.propagate = handlers, propagates
+        if failed:
+            log_notices(held)
+
+
+def log_notices(held: Iterable[HeldNotice]) -> None:
+    """Say what `holding_notices` kept back."""
+    for name, level, message in held:
+        logging.getLogger(name).log(level, "%s", message)

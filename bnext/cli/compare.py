@@ -67,7 +67,7 @@ def run_comparison(
     if not cfg.DATASETS.TRAIN:
         rule, remedy = "name at least one data set", "Name one in the config."
         raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)
-    check_datasets(cfg.DATASETS.TRAIN)
+    check_datasets(cfg.DATASETS.TRAIN, cfg=cfg)
     if domain_dataset is not None:
         load_records(domain_dataset, cfg)
 

@@ -192,7 +192,7 @@ def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) 
         yield ConfigError.of("DATASETS.TRAIN", "name at least one data set", got="none", remedy=remedy)
 
     if not request.datasets:
-        check_datasets(cfg.DATASETS.TRAIN)
+        check_datasets(cfg.DATASETS.TRAIN, cfg=cfg)
     for name in request.datasets:
         number = len(load_records(name, cfg))
         if number < num_workers:

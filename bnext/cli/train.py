@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -19,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.checkpoints.last import find_last_checkpoint
 from bnext.data.check_coco import check_datasets
+from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.resume import check_output_files
@@ -26,6 +28,7 @@ from bnext.engine.trainer import evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
 from bnext.files import find_local_file
+from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["build_parser", "check_run", "run"]
 
@@ -48,30 +51,42 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         BNextError: what is wrong, before training starts wherever it can be known.
     """
-    check_run(
-        cfg,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        eval_only=args.eval_only,
-        resume=args.resume,
-    )
+    with holding_notices() as notices:
+        check_run(
+            cfg,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            eval_only=args.eval_only,
+            resume=args.resume,
+        )
     launch(
         run_worker,
         args.num_gpus,
         args.num_machines,
         args.machine_rank,
         args.dist_url,
-        args=(cfg, args),
+        args=(cfg, args, notices),
         device=cfg.MODEL.DEVICE,
     )
 
 
-def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Train or evaluate in one worker. See `run` for the arguments."""
+def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice] = ()) -> None:
+    """Train or evaluate in one worker.
+
+    Args:
+        cfg, args: see `run`.
+        notices: of the checks, which are said here, where there is a log.txt.
+    """
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # several workers are fresh processes
+        check_registered(name)
+
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    if comm.is_main_process():
+        log_notices(notices)
+
     if args.eval_only:
         evaluate(cfg, resume=args.resume)
         return
@@ -124,8 +139,8 @@ def check_run(
 
     num_classes = _count_classes(cfg)
     if not eval_only:
-        check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes)
-    check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
+        check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
+    check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)

@@ -8,24 +8,24 @@ The batches here go once through data sets, for a detector that is not trained; 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, MapDataset
+from detectron2.data import DatasetFromList, MapDataset
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
 from bnext.distributed.groups import count_cores
-from bnext.errors import BNextError, ConfigError, DatasetError
+from bnext.errors import ConfigError
 from bnext.seeding import Purpose, derive_seed
 
 __all__ = [
-    "CheckedMapper",
     "build_evaluation_batches",
     "build_shuffled_batches",
     "build_validation_batches",
@@ -35,36 +35,6 @@ __all__ = [
 ]
 
 _DOMAIN = "bnext_domain"  # in a record: the domain of its image
-
-
-class CheckedMapper:
-    """A mapper; an image or record that it cannot read is a fault of the data set.
-
-    Args:
-        mapper: turns a record into the model's input, e.g. `DatasetMapper(cfg, True)`.
-
-    Raises:
-        DatasetError: on a call, names the image.
-    """
-
-    def __init__(self, mapper: Callable[[Record], Record | None]) -> None:
-        self._mapper = mapper
-
-    def __call__(self, record: Record) -> Record | None:
-        try:
-            return self._mapper(record)
-        except (BNextError, MemoryError):
-            raise
-        except Exception as error:  # whatever a reader of images raises
-            name = record.get("file_name") or f"image_id {record.get('image_id')}"
-
-            raise DatasetError.of(
-                "An image",
-                "be readable and as its record says",
-                got=f"{type(error).__name__}: {error}",
-                where=str(name),
-                remedy="Restore the file, correct or remove its record, or mend the mapper where that is your own.",
-            ) from error
 
 
 def limit_loader_workers(wanted: int) -> int:
@@ -98,11 +68,11 @@ def _load_records(
 ) -> DataLoader[Any]:
     """A loader of records as the test sees them, with the labels of a training where they are wanted."""
     if labelled:
-        mapper = DatasetMapper(cfg, True, augmentations=build_augmentation(cfg, False))
+        mapper = build_mapper(cfg, True, augmentations=build_augmentation(cfg, False))
     else:
-        mapper = DatasetMapper(cfg, False)
+        mapper = build_mapper(cfg, False)
 
-    dataset = MapDataset(DatasetFromList(records, copy=False), CheckedMapper(mapper))
+    dataset = MapDataset(DatasetFromList(records, copy=False), mapper)
     return load_batches(dataset, batches, limit_loader_workers(cfg.DATALOADER.NUM_WORKERS))
 
 

@@ -18,7 +18,7 @@ from bnext.data.digits import CLASSES, FOLDER, has_digits, prepare_digits
 from bnext.data.digits_images import SPLITS
 from bnext.data.records import Record
 
-__all__ = ["datasets_root", "ensure_digits", "register_datasets"]
+__all__ = ["datasets_root", "ensure_digits", "is_coco_entry", "register_datasets"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def register_datasets() -> None:
             evaluator_type="coco",
             thing_classes=list(CLASSES),
         )
+
+
+def is_coco_entry(name: str) -> bool:
+    """Whether a registered set is one of ours: its records are what its annotation file says."""
+    return isinstance(DatasetCatalog[name], _CocoSet)
 
 
 def ensure_digits(*, progress: bool = True) -> Path:

@@ -1,50 +1,49 @@
-"""Checks COCO-format data sets before training starts: what is missing, broken or contradicts itself.
+"""Checks data sets before training starts: what is missing, broken, contradicts itself or does not fit the model.
 
-A rule is a function that gives the faults it finds, and a row of one of two tables: FILE_RULES look at the whole
-annotation file, which is read once per process; SET_RULES at the set as it is registered and will be used, and at the
-summary of its file. Pictures are looked for in a listing of their folder, not opened.
+    COCO file  --FILE_RULES-->  Summary  --SET_RULES-->  the set as it is registered and will be used
+    records of a function       (check_records)
+
+A rule is a function that gives the faults it finds, and a row of a table. An annotation file is read once per process
+for each task; its objects and pictures are checked in `check_objects` and `check_images`, as those of records are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import logging
-import math
 import os
+import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from detectron2.data import MetadataCatalog
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
+from bnext.data.catalog import is_coco_entry
+from bnext.data.check_images import Pictures, check_files, check_sizes
+from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
+from bnext.data.check_records import check_records
 from bnext.data.digits import FOLDER
 from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
+from bnext.notices import tell_once
 
 __all__ = ["check_datasets"]
 
 EVALUATORS = ("coco", "coco_panoptic_seg")  # other kinds (LVIS, Cityscapes) have formats of their own
 FILE = "The annotation file"
 Content = dict[str, list[dict[str, Any]]]  # of an annotation file: images, annotations, categories
-ENTRIES: dict[str, dict[str, type | tuple[type, ...]]] = {
-    "images": {"id": (int, str), "file_name": str, "height": (int, float), "width": (int, float)},
-    "annotations": {"id": (int, str), "image_id": (int, str), "category_id": int, "bbox": list},
-    "categories": {"id": int, "name": str},
+ENTRIES: dict[str, dict[str, tuple[type, ...]]] = {
+    "images": {"id": (int, str), "file_name": (str,), "height": (int, float), "width": (int, float)},
+    "annotations": {"id": (int, str), "image_id": (int, str), "category_id": (int, str), "bbox": (list,)},
+    "categories": {"id": (int, str), "name": (str,)},
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """A rule that a data set breaks, in the words of an error's message."""
-
-    thing: str
-    rule: str
-    got: str
-    where: str = ""  # "": the annotation file
-    remedy: str = ""  # "": get the set again
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,20 @@ class Summary:
     """Contents of an annotation file that is consistent in itself, as far as they are needed later."""
 
     categories: tuple[str, ...]
-    file_names: tuple[str, ...]
+    pictures: Pictures  # without their folder
     num_annotations: int | None  # None: the file has no list of annotations, as those of test sets
-    num_boxes: int  # annotations that can be trained on: no crowd, a box with an area
+    notices: tuple[Notice, ...]
 
 
 @dataclass(frozen=True)
-class CocoSet:
+class RegisteredSet:
     """A set as it is registered and will be used."""
 
     name: str
-    json_file: str
+    json_file: str  # "": there is none
     image_root: str
-    num_classes: int | None
     check_images: bool
-    training: bool
+    task: Task
 
     def error(self, fault: Fault) -> DatasetError:
         return DatasetError.of(
@@ -77,9 +75,18 @@ class CocoSet:
             remedy=fault.remedy or self._remedy(),
         )
 
-    def _remedy(self) -> str:
-        folder = os.path.dirname(os.path.dirname(self.json_file))
+    def tell(self, notice: Notice) -> None:
+        """Say it once for the set and its file."""
+        words = f"{notice.count} of {notice.total} {notice.things} of data set '{self.name}' {notice.words}"
+        place = f" ({self.json_file})" if self.json_file else ""
+        text = f"{words}{place}."
+        tell_once(logging.getLogger(__name__), (self.name, text), "%s", text)
 
+    def _remedy(self) -> str:
+        if not self.json_file:
+            return "Correct the function that the set was registered with, or what it reads."
+
+        folder = os.path.dirname(os.path.dirname(self.json_file))
         if self.name.startswith("digits_") and os.path.basename(folder) == FOLDER:
             root = os.path.dirname(folder) or "."
             overwrite = " --overwrite" if os.path.lexists(folder) else ""
@@ -91,103 +98,188 @@ class CocoSet:
 
 
 def check_datasets(
-    names: Sequence[str], *, num_classes: int | None = None, check_images: bool = True, training: bool = True
+    names: Sequence[str],
+    *,
+    num_classes: int | None = None,
+    check_images: bool = True,
+    training: bool = True,
+    cfg: CfgNode | None = None,
 ) -> None:
-    """Check that registered COCO-format sets are there, whole, and fit the model.
+    """Check that registered sets are there, whole, and fit the model.
 
     Args:
-        names: names of registered sets; those without COCO annotations are passed over.
+        names: names of registered sets; those of formats that are neither COCO's nor a function of the user's that
+            returns records are passed over.
         num_classes: classes that the model's head predicts; None leaves the number of categories unchecked.
-        check_images: look for every image file as well.
+        check_images: look for every image file as well, and into the headers of up to 5,000 of them.
         training: the sets are trained on, so at least one annotation has to be left after Detectron2's filtering.
+        cfg: says what the model learns from annotations (MODEL.MASK_ON, INPUT.MASK_FORMAT, MODEL.KEYPOINT_ON,
+            TEST.BNEXT.VALIDATION_LOSS) and how images are resized; None: boxes.
 
     Raises:
         DatasetError: names the set, the file and the remedy.
 
     Note:
-        Boxes without area are no error (COCO 2017 has one): Detectron2 leaves them out, and they are logged.
+        What Detectron2 leaves out or cuts off is counted and said once for each set.
         One worker is enough to check. COCO 2017's training set takes about as long as parsing its 450 MB of JSON.
     """
+    task = Task.of(cfg, num_classes=num_classes, is_training=training)
+
     for name in names:
         check_registered(name)
         metadata = MetadataCatalog.get(name)
-        json_file, image_root = metadata.get("json_file"), metadata.get("image_root")
-        if not json_file or metadata.get("evaluator_type") not in EVALUATORS:
-            continue
+        json_file, image_root = str(metadata.get("json_file") or ""), str(metadata.get("image_root") or "")
 
-        dataset = CocoSet(name, str(json_file), str(image_root or ""), num_classes, check_images, training)
-        summary = _summarize_file(dataset)
-        for rule in SET_RULES:
-            for fault in rule(dataset, summary):
-                raise dataset.error(fault)
+        if json_file and metadata.get("evaluator_type") in EVALUATORS:
+            dataset = RegisteredSet(name, json_file, image_root, check_images, task)
+            with _without_collection():
+                _report(dataset, _check_file(dataset))
+        if not is_coco_entry(name) and not _is_of_detectron2(name):
+            dataset = RegisteredSet(name, "", "", check_images, task)
+            _report(dataset, check_records(name, task, check_images=check_images))
+        if task.num_keypoints is not None and training:
+            _report(dataset, _find_lack_of_keypoint_names(name, task))
 
 
-_summaries: dict[tuple[str, int, int], Summary] = {}  # by path, time and size of the annotation file
+def _report(dataset: RegisteredSet, findings: Iterator[Fault | Notice]) -> None:
+    """Raise the first fault, so that a rule may rely on those before; say the notices before it."""
+    for finding in findings:
+        if isinstance(finding, Fault):
+            raise dataset.error(finding)
+        dataset.tell(finding)
 
 
-def _summarize_file(dataset: CocoSet) -> Summary:
+def _is_of_detectron2(name: str) -> bool:
+    """Whether Detectron2's own functions registered it: what they give is what its files say."""
+    module = getattr(DatasetCatalog[name], "__module__", None) or ""
+    return module.startswith("detectron2.")
+
+
+def _find_lack_of_keypoint_names(name: str, task: Task) -> Iterator[Fault]:
+    metadata = MetadataCatalog.get(name)
+    names = metadata.get("keypoint_names")
+
+    if names is None or len(names) != task.num_keypoints or metadata.get("keypoint_flip_map") is None:
+        yield Fault(
+            "The metadata",
+            f"have keypoint_names of {task.num_keypoints} keypoints, and keypoint_flip_map",
+            "none of them" if names is None else f"{len(names)} names",
+            where="MODEL.KEYPOINT_ON is True",
+            remedy=f"Set them where the set is registered: `MetadataCatalog.get({name!r}).set(keypoint_names=[...], "
+            "keypoint_flip_map=[(left, right), ...])`, and MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS to their number.",
+        )
+
+
+# ---- COCO's annotation files
+
+
+def _check_file(dataset: RegisteredSet) -> Iterator[Fault | Notice]:
+    summary = yield from _summarize_file(dataset)
+    for rule in SET_RULES:
+        yield from rule(dataset, summary)
+
+
+_summaries: dict[tuple[str, int, int, Task], Summary] = {}  # by path, time and size of the annotation file, and task
+
+
+def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     """The summary of an annotation file that keeps all rules, made once until the file changes."""
     path = PathManager.get_local_path(dataset.json_file)
     try:
         status = os.stat(path)
-        key = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
+        key = (os.path.abspath(path), status.st_mtime_ns, status.st_size, replace(dataset.task, num_classes=None))
         if key in _summaries:
             return _summaries[key]
+
+        if not stat.S_ISREG(status.st_mode):
+            yield Fault(FILE, "be readable", "no regular file")
         content = _load_json(path)
     except FileNotFoundError:
-        raise dataset.error(Fault(FILE, "exist", "no such file")) from None
+        yield Fault(FILE, "exist", "no such file")
     except json.JSONDecodeError as error:
         place = f"{error.msg} at line {error.lineno} column {error.colno}, character {error.pos} of {len(error.doc)}"
-        raise dataset.error(Fault(FILE, "be whole JSON", place)) from None
+        is_marked = error.doc.startswith("\ufeff")
+        remedy = "Save it as UTF-8 without a byte order mark, which detectron2 cannot read." if is_marked else ""
+        yield Fault(FILE, "be whole JSON", place, remedy=remedy)
     except UnicodeDecodeError as error:
-        raise dataset.error(Fault(FILE, "be JSON in UTF-8", f"another byte at {error.start}")) from None
+        yield Fault(FILE, "be JSON in UTF-8", f"another byte at {error.start}")
     except OSError as error:
-        raise dataset.error(Fault(FILE, "be readable", error.strerror or str(error))) from None
+        yield Fault(FILE, "be readable", error.strerror or str(error))
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, a thousand brackets
+        yield Fault(FILE, "be JSON that can be read", f"{type(error).__name__}: {error}")
 
+    notices: list[Notice] = []
     for rule in FILE_RULES:
-        for fault in rule(content, dataset.json_file):
-            raise dataset.error(fault)
+        yield from rule(content, dataset.json_file)
+    for finding in _check_contents(content, dataset.task):
+        if isinstance(finding, Fault):
+            yield finding
+        else:
+            notices.append(finding)
 
-    _summaries[key] = _summarize(dataset, content)
+    categories = {category["id"]: category["name"] for category in content["categories"]}
+    _summaries[key] = Summary(
+        categories=tuple(categories[key] for key in sorted(categories)),
+        pictures=_list_pictures(content),
+        num_annotations=len(content["annotations"]) if "annotations" in content else None,
+        notices=tuple(notices),
+    )
     return _summaries[key]
 
 
 def _load_json(path: str) -> Any:
-    """Parse without garbage collection: nothing of the file is garbage, and COCO's takes half the time."""
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
+
+
+@contextlib.contextmanager
+def _without_collection() -> Iterator[None]:
+    """A block without garbage collection: nothing of a file is garbage, and COCO's takes half the time."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        yield
     finally:
         if collecting:
             gc.enable()
 
 
-def _summarize(dataset: CocoSet, content: Content) -> Summary:
+def _list_pictures(content: Content) -> Pictures:
+    images = content["images"]
+    sizes = np.array([(image["width"], image["height"]) for image in images], dtype=np.float64)
+    return Pictures("", tuple(image["file_name"] for image in images), sizes)
+
+
+def _check_contents(content: Content, task: Task) -> Iterator[Fault | Notice]:
+    """Pictures and objects of a file whose entries are whole."""
+    pictures = _list_pictures(content)
+    unknown = np.flatnonzero(np.isnan(pictures.sizes).any(axis=1)).tolist()
+    if unknown:
+        yield Fault("The width and height of images", "be numbers", f"NaN in {pictures.file_names[unknown[0]]}")
+    yield from check_sizes(pictures, task)
+
     annotations = content.get("annotations", [])
-    categories = {category["id"]: category["name"] for category in content["categories"]}
+    if not annotations:
+        return
 
-    flat, num_boxes = [], 0
-    for annotation in annotations:
-        *_, width, height = annotation["bbox"]
-        if width <= 0 or height <= 0:
-            flat.append(annotation["id"])
-        elif not annotation.get("iscrowd"):
-            num_boxes += 1
+    ids = [annotation["id"] for annotation in annotations]
+    boxes = read_boxes([annotation["bbox"] for annotation in annotations], ids)
+    if isinstance(boxes, Fault):
+        yield boxes
+        return
 
-    if flat:
-        logging.getLogger(__name__).warning(
-            f"{len(flat)} of {len(annotations)} boxes of data set '{dataset.name}' have no area and are left out "
-            f"by Detectron2: annotation ids {list_few(flat)} ({dataset.json_file})."
-        )
-
-    return Summary(
-        categories=tuple(categories[key] for key in sorted(categories)),
-        file_names=tuple(image["file_name"] for image in content["images"]),
-        num_annotations=len(annotations) if "annotations" in content else None,
-        num_boxes=num_boxes,
+    places = {image["id"]: index for index, image in enumerate(content["images"])}
+    objects = Objects(
+        ids=ids,
+        pictures=np.array([places[annotation["image_id"]] for annotation in annotations]),
+        sizes=pictures.sizes,
+        boxes=boxes,
+        is_xywh=True,
+        iscrowd=[annotation.get("iscrowd", 0) for annotation in annotations],
+        segmentations=[annotation.get("segmentation") for annotation in annotations],
+        keypoints=[annotation.get("keypoints") for annotation in annotations],
     )
+    yield from check_objects(objects, task)
 
 
 # The rules of a file: called as rule(content, json_file), in this order, each relying on those before.
@@ -218,10 +310,22 @@ def _find_empty_list(content: Content, json_file: str) -> Iterator[Fault]:
 def _find_invalid_entry(content: Content, json_file: str) -> Iterator[Fault]:
     for key, fields in ENTRIES.items():
         for name, kinds in fields.items():
-            for index, entry in enumerate(content.get(key, [])):
-                if not isinstance(entry.get(name), kinds):
-                    got = f"{entry.get(name, 'none')!r} in entry {index}"
-                    yield Fault(f"Every entry of '{key}'", f"have a valid '{name}'", got)
+            values = [entry.get(name) for entry in content.get(key, [])]
+            if set(map(type, values)) <= set(kinds):
+                continue
+
+            index = next(index for index, value in enumerate(values) if type(value) not in kinds)
+            got = f"{content[key][index].get(name, 'none')!r} in entry {index}"
+            yield Fault(f"Every entry of '{key}'", f"have a valid '{name}'", got)
+
+
+def _find_mixed_ids(content: Content, json_file: str) -> Iterator[Fault]:
+    """Detectron2 sorts them, and 1 is not "1"."""
+    for key in ("images", "categories"):
+        by_kind = {type(entry["id"]): entry["id"] for entry in content[key]}
+        if len(by_kind) > 1:
+            got = " and ".join(repr(value) for value in by_kind.values())
+            yield Fault(f"The ids of '{key}'", "be all numbers, or all words", got)
 
 
 def _find_repeated_ids(content: Content, json_file: str) -> Iterator[Fault]:
@@ -229,10 +333,35 @@ def _find_repeated_ids(content: Content, json_file: str) -> Iterator[Fault]:
         if key == "annotations" and "minival" in json_file:  # COCO 2014's are known to repeat ids
             continue
 
-        counts = Counter(entry["id"] for entry in content.get(key, []))
-        repeated = [number for number, count in counts.items() if count > 1]
-        if repeated:
+        ids = [entry["id"] for entry in content.get(key, [])]
+        if len(set(ids)) < len(ids):
+            repeated = [number for number, count in Counter(ids).items() if count > 1]
             yield Fault(f"The ids of '{key}'", "be unique", f"{list_few(repeated)} more than once")
+
+
+def _find_repeated_names(content: Content, json_file: str) -> Iterator[Fault]:
+    counts = Counter(category["name"] for category in content["categories"])
+    repeated = [repr(name) for name, count in counts.items() if count > 1]
+    if repeated:
+        yield Fault(
+            "The names of categories",
+            "be unique",
+            f"{list_few(repeated)} more than once",
+            remedy="Rename or merge them: results by class, and the classes of two sets, are told by their names.",
+        )
+
+
+def _find_ignored(content: Content, json_file: str) -> Iterator[Fault]:
+    """Detectron2's reader asserts that there is none, whoever reads."""
+    annotations = content.get("annotations", [])
+    ignored = [each["id"] for each in annotations if "ignore" in each and each["ignore"] != 0]
+    if ignored:
+        yield Fault(
+            "The annotations",
+            "not be marked by 'ignore', which detectron2 refuses to read",
+            f"{len(ignored)} of {len(annotations)} with a value other than 0: ids {list_few(ignored)}",
+            remedy="Remove the key; mark what is to be neither learned nor counted by iscrowd: 1, or remove it.",
+        )
 
 
 def _find_unknown_images(content: Content, json_file: str) -> Iterator[Fault]:
@@ -246,16 +375,8 @@ def _find_unknown_categories(content: Content, json_file: str) -> Iterator[Fault
     categories = {category["id"] for category in content["categories"]}
     others = {each["category_id"] for each in content.get("annotations", [])} - categories
     if others:
-        rule = f"be one of the {len(categories)} categories ({list_few(sorted(categories))})"
-        yield Fault("The category_id of annotations", rule, list_few(sorted(others)))
-
-
-def _find_invalid_box(content: Content, json_file: str) -> Iterator[Fault]:
-    for annotation in content.get("annotations", []):
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(number, (int, float)) and math.isfinite(number) for number in box):
-            got = f"{box} in annotation {annotation['id']}"
-            yield Fault("The bbox of annotations", "be four finite numbers", got)
+        rule = f"be one of the {len(categories)} categories ({list_few(map(repr, sorted(categories)))})"
+        yield Fault("The category_id of annotations", rule, list_few(sorted(map(repr, others))))
 
 
 FILE_RULES: tuple[Callable[[Any, str], Iterator[Fault]], ...] = (
@@ -263,28 +384,31 @@ FILE_RULES: tuple[Callable[[Any, str], Iterator[Fault]], ...] = (
     _find_other_lists,
     _find_empty_list,
     _find_invalid_entry,
+    _find_mixed_ids,
     _find_repeated_ids,
+    _find_repeated_names,
     _find_unknown_images,
     _find_unknown_categories,
-    _find_invalid_box,
+    _find_ignored,
 )
 
 
 # The rules of a set: called as rule(dataset, summary), in this order.
 
 
-def _find_surplus_categories(dataset: CocoSet, summary: Summary) -> Iterator[Fault]:
+def _find_surplus_categories(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault]:
     number = len(summary.categories)
-    if dataset.num_classes is not None and number > dataset.num_classes:
+    num_classes = dataset.task.num_classes
+    if num_classes is not None and number > num_classes:
         yield Fault(
             "The categories",
-            f"be at most the {dataset.num_classes} classes of the model",
+            f"be at most the {num_classes} classes of the model",
             str(number),
             remedy="Set MODEL.*.NUM_CLASSES of the head in use to the number of categories.",
         )
 
 
-def _find_other_classes(dataset: CocoSet, summary: Summary) -> Iterator[Fault]:
+def _find_other_classes(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault]:
     known = MetadataCatalog.get(dataset.name).get("thing_classes")
     if known is None or tuple(known) == summary.categories:
         return
@@ -299,45 +423,25 @@ def _find_other_classes(dataset: CocoSet, summary: Summary) -> Iterator[Fault]:
     )
 
 
-def _find_lack_of_annotations(dataset: CocoSet, summary: Summary) -> Iterator[Fault]:
-    if summary.num_annotations == 0 or (dataset.training and summary.num_annotations is None):
+def _find_lack_of_annotations(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault]:
+    if summary.num_annotations == 0 or (dataset.task.is_training and summary.num_annotations is None):
         yield Fault("The annotations", "not be empty", "none")
 
-    if dataset.training and summary.num_boxes == 0:
-        got = f"{summary.num_annotations}, all of them crowds or without area"
-        yield Fault("The annotations", "leave something to train on", got)
+
+def _repeat_notices(dataset: RegisteredSet, summary: Summary) -> Iterator[Notice]:
+    yield from summary.notices
 
 
-def _find_missing_images(dataset: CocoSet, summary: Summary) -> Iterator[Fault]:
-    if not dataset.check_images or "://" in dataset.image_root:
-        return
-
-    missing = _list_missing(dataset.image_root, summary.file_names)
-    if missing:
-        got = f"{len(missing)} of {len(summary.file_names)} missing: {list_few(missing)}"
-        yield Fault("The image files", "exist", got, where=dataset.image_root)
+def _look_at_pictures(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault | Notice]:
+    if dataset.check_images and "://" not in dataset.image_root:
+        pictures = replace(summary.pictures, root=dataset.image_root)
+        yield from check_files(pictures, dataset.task)
 
 
-def _list_missing(root: str, file_names: Iterable[str]) -> list[str]:
-    """Compare with one listing per folder: quicker than asking for each of a hundred thousand files."""
-    listed: dict[str, set[str]] = {}
-    missing = []
-
-    for file_name in file_names:
-        folder, base = os.path.split(os.path.join(root, file_name))
-        if folder not in listed:
-            try:
-                listed[folder] = set(os.listdir(folder or "."))
-            except OSError:
-                listed[folder] = set()
-        if base not in listed[folder]:
-            missing.append(file_name)
-    return missing
-
-
-SET_RULES: tuple[Callable[[CocoSet, Summary], Iterator[Fault]], ...] = (
+SET_RULES: tuple[Callable[[RegisteredSet, Summary], Iterator[Fault | Notice]], ...] = (
     _find_surplus_categories,
     _find_other_classes,
     _find_lack_of_annotations,
-    _find_missing_images,
+    _repeat_notices,
+    _look_at_pictures,
 )

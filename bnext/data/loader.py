@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, DatasetMapper, build_detection_train_loader
+from detectron2.data import DatasetFromList, build_detection_train_loader
 from detectron2.utils import comm
 from torch.utils.data import Dataset
 
-from bnext.data.batches import CheckedMapper, limit_loader_workers, load_batches
+from bnext.data.batches import limit_loader_workers, load_batches
+from bnext.data.mapping import CheckedMapper, Mapper, build_mapper
 from bnext.data.records import Record, load_train_records
 from bnext.data.samplers import BatchSampler, Sample, build_sampler
 from bnext.errors import DatasetError
@@ -25,11 +26,17 @@ from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
 
-Mapper = Callable[[Record], Record | None]
 _MAX_REPLACEMENTS = 100
 
 
-class MappedDataset(Dataset[Record]):
+class Mapped(NamedTuple):
+    """A mapped record, and the files of the records before it in whose place it stands."""
+
+    record: Record
+    refused: tuple[str, ...]
+
+
+class MappedDataset(Dataset[Mapped]):
     """Records of a data set, mapped with random numbers that depend on the place in the stream only.
 
     Args:
@@ -43,28 +50,32 @@ class MappedDataset(Dataset[Record]):
 
     def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
         self.records = records
-        self.mapper = CheckedMapper(mapper)
+        self.mapper = mapper if isinstance(mapper, CheckedMapper) else CheckedMapper(mapper)
         self.seed = seed
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, sample: Sample) -> Record:
+    def __getitem__(self, sample: Sample) -> Mapped:
         position, index = sample
+        refused: list[str] = []
         others = np.random.default_rng(derive_seed(self.seed, Purpose.REPLACE, position))
 
         with seeded(derive_seed(self.seed, Purpose.AUGMENT, position)):
             for _ in range(_MAX_REPLACEMENTS):
-                mapped = self.mapper(self.records[index])
+                record = self.records[index]
+                mapped = self.mapper(record)
                 if mapped is not None:
-                    return mapped
+                    return Mapped(mapped, tuple(refused))
+
+                refused.append(str(record.get("file_name", f"record {index}")))
                 index = int(others.integers(len(self.records)))
 
         raise DatasetError.of(
             "The mapper",
             "accept some image",
             got=f"None for {_MAX_REPLACEMENTS} images in a row",
-            where=f"the last one: record {index}",
+            where=f"the last one: {refused[-1]}",
             remedy="Check the augmentations and the annotations of DATASETS.TRAIN.",
         )
 
@@ -74,12 +85,13 @@ class TrainLoader:
 
     Args:
         records: Detectron2's records, e.g. from `load_train_records`.
-        mapper: turns a record into the model's input, e.g. `DatasetMapper(cfg, True)`.
+        mapper: turns a record into the model's input, e.g. `ImageMapper(cfg, True)`.
         sampler: says which records, and from which seed their augmentations are drawn.
         num_loader_workers: processes that load; has no influence on what comes out.
 
     Note:
-        `sampler.seed` and `sampler.start_iteration` may be changed until the first batch is taken.
+        `sampler.seed` and `sampler.start_iteration` may be changed until the first batch is taken. Images in whose
+        place others are taken, as the mapper refused them, are counted; the 1st, the 10th, the 100th ... are said.
     """
 
     def __init__(
@@ -93,7 +105,26 @@ class TrainLoader:
     def __iter__(self) -> Iterator[list[Record]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
         dataset = MappedDataset(self._records, self._mapper, self.sampler.seed)
-        yield from load_batches(dataset, self.sampler, self._num_loader_workers)
+        num_refused, num_images = 0, 0
+
+        for batch in load_batches(dataset, self.sampler, self._num_loader_workers):
+            for mapped in batch:
+                num_images += 1
+                for file in mapped.refused:
+                    num_refused += 1
+                    _say_refused(file, num_refused, num_images)
+            yield [mapped.record for mapped in batch]
+
+
+def _say_refused(file: str, num_refused: int, num_images: int) -> None:
+    if str(num_refused).strip("0") == "1":  # 1, 10, 100, ...
+        logging.getLogger(__name__).warning(
+            "The mapper has refused %d image(s) so far, while %d were trained on: random others take their places. "
+            "The last one was %s.",
+            num_refused,
+            num_images,
+            file,
+        )
 
 
 def share_seed(seed: int) -> int:
@@ -113,7 +144,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Any:
 
     Args:
         cfg: DATASETS.TRAIN, DATALOADER.*, INPUT.*, SOLVER.IMS_PER_BATCH and SEED are read.
-        mapper: instead of Detectron2's `DatasetMapper(cfg, True)`.
+        mapper: instead of `ImageMapper(cfg, True)`.
 
     Returns:
         A `TrainLoader`; for a DATALOADER.SAMPLER_TRAIN other than "TrainingSampler" Detectron2's own
@@ -123,15 +154,17 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Any:
         ConfigError: if SOLVER.IMS_PER_BATCH is not a multiple of the number of workers.
         DatasetError: if no image is left to train on.
     """
+    mapper = CheckedMapper(mapper) if mapper is not None else build_mapper(cfg, True)
+    records = load_train_records(cfg)
+
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         logging.getLogger(__name__).warning(
             "DATALOADER.SAMPLER_TRAIN %s starts over after a resume: a resumed training then sees other images "
             "than an uninterrupted one. TrainingSampler resumes exactly.",
             cfg.DATALOADER.SAMPLER_TRAIN,
         )
-        return build_detection_train_loader(cfg, mapper=mapper)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
 
-    records = load_train_records(cfg)
     sampler = build_sampler(cfg, records, share_seed(cfg.SEED))
     num_loader_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
-    return TrainLoader(records, mapper or DatasetMapper(cfg, True), sampler, num_loader_workers)
+    return TrainLoader(records, mapper, sampler, num_loader_workers)

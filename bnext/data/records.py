@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from torch.utils.data import Dataset
 
-from bnext.errors import DatasetError
+from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.text import find_near
 
-__all__ = ["Record", "check_registered", "has_labels", "load_records", "load_train_records"]
+__all__ = [
+    "Record",
+    "check_records_are_dicts",
+    "check_registered",
+    "has_labels",
+    "load_records",
+    "load_train_records",
+    "read_registered",
+]
 
 Record = dict[str, Any]
+
+_UNKNOWN = Refusal(
+    DatasetError,
+    "A data set",
+    "be registered",
+    "Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it.",
+)
+_UNKNOWN_IN_WORKER = Refusal(
+    DatasetError,
+    "A data set",
+    "be registered in every worker, each of which is a fresh process that imports the program's modules",
+    "Register it at the top level of the program's module, or of one that it imports: not inside of a function, nor "
+    "under `if __name__ == '__main__':`, where only the call that starts the training belongs.",
+)
+_UNREADABLE = Refusal(
+    DatasetError,
+    "Data set {name!r}",
+    "be readable",
+    "Correct its files, or the function that it was registered with, which raises this.",
+)
+_EMPTY = Refusal(
+    DatasetError,
+    "Data set {name!r}",
+    "have an image",
+    "Correct its files, or the function that it was registered with.",
+)
+_NO_DICTS = Refusal(
+    DatasetError,
+    "Data set {name!r}",
+    "be a list of records, a dict for each image",
+    "Correct the function that it was registered with.",
+)
+_UNFIT = Refusal(
+    DatasetError,
+    "The records of {names}",
+    "be in detectron2's format, the same for all sets of a training, with proposals where the model wants them",
+    "Correct what it speaks of: the records, `thing_classes` of the sets' metadata, or DATASETS.PROPOSAL_FILES_*.",
+)
+_NOTHING_LEFT = Refusal(
+    DatasetError,
+    "DATASETS.TRAIN",
+    "have at least one image with an object to train on",
+    "Add annotations that are no crowds (with a keypoint model: with enough visible keypoints), or set "
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on images without objects.",
+)
 
 
 def check_registered(name: str) -> None:
@@ -21,14 +76,11 @@ def check_registered(name: str) -> None:
     if name in DatasetCatalog:
         return
 
+    if multiprocessing.parent_process() is not None:  # a worker: a fresh process, which ran no `main()`
+        raise _UNKNOWN_IN_WORKER.of("a registration that this worker has not run", where=repr(name))
+
     near = find_near(name, DatasetCatalog.list(), cutoff=0.5)
-    raise DatasetError.of(
-        "A data set",
-        "be registered",
-        got=f"'{name}', which is not",
-        where=f"nearest: {', '.join(near)}" if near else "no name is near",
-        remedy="Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it.",
-    )
+    raise _UNKNOWN.of(f"'{name}', which is not", f"nearest: {', '.join(near)}" if near else "no name is near")
 
 
 def load_records(name: str, cfg: CfgNode) -> list[Record]:
@@ -47,22 +99,53 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
     try:
         records = list(get_detection_dataset_dicts([name], filter_empty=False, proposal_files=proposals))
     except Exception as error:  # whatever the function that was registered raises
-        raise DatasetError.of(
-            f"Data set {name!r}",
-            "be readable and have an image",
-            got=f"{type(error).__name__}: {error}",
-            remedy="Correct its files, or what it was registered with.",
-        ) from error
+        _refuse_unreadable(name)
+        raise _name_error([name], error) from error
 
+    check_records_are_dicts(name, records)
+    return records
+
+
+def read_registered(name: str) -> Any:
+    """What the function gives that a data set was registered with: mostly a list of records.
+
+    Args:
+        name: of a registered data set.
+
+    Raises:
+        DatasetError: it raises, or gives nothing.
+    """
+    check_registered(name)
+    try:
+        records = DatasetCatalog.get(name)
+        number = len(records)
+    except Exception as error:  # whatever the function raises
+        got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise _UNREADABLE.of(got, name=name) from error
+
+    if not number:
+        raise _EMPTY.of("none", name=name)
+    return records
+
+
+def check_records_are_dicts(name: str, records: Sequence[Any]) -> None:
+    """Raise DatasetError unless all records of a set are dictionaries."""
     kinds = {type(record).__name__ for record in records if not isinstance(record, dict)}
     if kinds:
-        raise DatasetError.of(
-            f"Data set {name!r}",
-            "be a list of records, a dict for each image",
-            got=f"entries of type {', '.join(sorted(kinds))}",
-            remedy="Correct the function that it was registered with.",
-        )
-    return records
+        raise _NO_DICTS.of(f"entries of type {', '.join(sorted(kinds))}", name=name)
+
+
+def _refuse_unreadable(name: str) -> None:
+    """Raise DatasetError if the fault is the set's own: its function raises, or gives something else than records."""
+    records = read_registered(name)
+    if not isinstance(records, Dataset):
+        check_records_are_dicts(name, records)
+
+
+def _name_error(names: Sequence[str], error: Exception) -> BNextError:
+    """What hinders sets that can be read, each by itself."""
+    got = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return _UNFIT.of(got, names=", ".join(repr(name) for name in names))
 
 
 def _find_proposals(name: str, cfg: CfgNode) -> list[str]:
@@ -80,26 +163,27 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
             model wants are read.
 
     Raises:
-        DatasetError: no image is left.
+        DatasetError: a set is unknown or cannot be read, sets do not fit one another, or no image is left.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
+    names = list(cfg.DATASETS.TRAIN)
+    for name in names:
+        check_registered(name)
 
     try:
         return get_detection_dataset_dicts(
-            cfg.DATASETS.TRAIN,
+            names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=keypoints,
             proposal_files=proposals,
         )
-    except AssertionError as error:  # how Detectron2 says that nothing is left
-        raise DatasetError.of(
-            "DATASETS.TRAIN",
-            "have at least one usable image",
-            got="none",
-            where=str(error or list(cfg.DATASETS.TRAIN)),
-            remedy="Check the annotations, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False.",
-        ) from error
+    except Exception as error:
+        for name in names:
+            _refuse_unreadable(name)
+        if isinstance(error, AssertionError) and "No valid data" in str(error):
+            raise _NOTHING_LEFT.of("none", where=", ".join(names)) from error
+        raise _name_error(names, error) from error
 
 
 def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:

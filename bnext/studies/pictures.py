@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, Metadata, MetadataCatalog, detection_utils
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib.figure import Figure
 from torch import nn
 
+from bnext.data.mapping import build_mapper
+from bnext.data.read_image import read_image
 from bnext.files import replace_file
 from bnext.scope.model import restoring
 from bnext.text import escape_math
@@ -54,7 +56,7 @@ def draw_detections(cfg: CfgNode, models: Mapping[str, nn.Module], path: str | o
 
 def _start_drawing(record: dict[str, Any], dataset: str) -> Visualizer:
     """A picture to draw on, with the names of classes as they are spelled: detectron2's text is matplotlib's."""
-    image = detection_utils.read_image(record["file_name"], format="RGB")
+    image = read_image(record["file_name"], "RGB", (record.get("width"), record.get("height")))
     known = MetadataCatalog.get(dataset).as_dict()
     known["thing_classes"] = [escape_math(name) for name in known.get("thing_classes", [])]
     return Visualizer(image, Metadata(**known), scale=_SCALE)
@@ -70,7 +72,7 @@ def _draw_truth(record: dict[str, Any], dataset: str) -> np.ndarray:
 
 @torch.no_grad()
 def _detect(cfg: CfgNode, model: nn.Module, record: dict[str, Any]) -> Instances:
-    image = DatasetMapper(cfg, is_train=False)(dict(record))
+    image = build_mapper(cfg, False)(record)
     with restoring(model):
         return model.eval()([image])[0]["instances"].to("cpu")
 

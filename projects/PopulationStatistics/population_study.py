@@ -81,7 +81,7 @@ def load_rows(
 
     check_rows(configs)
     check_run(first)
-    check_datasets(first.DATASETS.TRAIN)
+    check_datasets(first.DATASETS.TRAIN, cfg=first)
     _check_samples(first, samples)
     return configs
 

@@ -8,13 +8,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from bnext.data.batches import (
-    CheckedMapper,
     build_evaluation_batches,
     build_shuffled_batches,
     build_validation_batches,
     limit_loader_workers,
     read_domain,
 )
+from bnext.data.mapping import CheckedMapper
 from bnext.data.records import load_records
 from bnext.errors import ConfigError, DatasetError
 from tests import tiny

@@ -1,0 +1,139 @@
+"""Mappers: a record becomes the model's input, or an error that names its picture.
+
+    record  --ImageMapper-->  record with "image" and, for a training, "instances"
+
+All batches of bnext, of a training as of everything else, are mapped here; a mapper of the user's own takes the place
+of `ImageMapper` inside of `CheckedMapper`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, detection_utils
+from detectron2.data import transforms as T
+
+from bnext.data.check_objects import FAR
+from bnext.data.read_image import read_image, refuse_endless_file
+from bnext.data.records import Record
+from bnext.errors import BNextError, DatasetError, Refusal
+
+__all__ = ["CheckedMapper", "ImageMapper", "Mapper", "build_mapper"]
+
+Mapper = Callable[[Record], Record | None]
+
+_OTHER_MASK = Refusal(
+    DatasetError,
+    "A segmentation",
+    "lie on its picture of height {height} and width {width}",
+    "Correct or remove it.",
+)
+
+
+class ImageMapper(DatasetMapper):
+    """Detectron2's mapper with the reader of `read_image`, from the same config and with the same results.
+
+    Raises:
+        DatasetError: on a call, see `read_image`.
+    """
+
+    def __call__(self, dataset_dict: Record) -> Record:
+        record = copy.deepcopy(dataset_dict)
+        image = read_image(record["file_name"], self.image_format, (record.get("width"), record.get("height")))
+        record.setdefault("width", image.shape[1])
+        record.setdefault("height", image.shape[0])
+
+        labels = None
+        if "sem_seg_file_name" in record:
+            labels = read_image(record.pop("sem_seg_file_name"), "L")[:, :, 0]
+
+        inputs = T.AugInput(image, sem_seg=labels)
+        transforms = self.augmentations(inputs)
+        shape = inputs.image.shape[:2]
+
+        record["image"] = _to_tensor(inputs.image.transpose(2, 0, 1))
+        if inputs.sem_seg is not None:
+            record["sem_seg"] = _to_tensor(inputs.sem_seg).long()
+        if self.proposal_topk is not None:
+            detection_utils.transform_proposals(record, shape, transforms, proposal_topk=self.proposal_topk)
+
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            if self.use_instance_mask:
+                _check_masks(record, image.shape[:2])
+            self._transform_annotations(record, transforms, shape)
+        return record
+
+
+def _check_masks(record: Record, shape: tuple[int, int]) -> None:
+    """Refuse masks that would be stretched, or that take memory without end, also of sets that nobody checked."""
+    farthest = FAR * max(shape)
+
+    for annotation in record["annotations"]:
+        mask = annotation.get("segmentation")
+        if isinstance(mask, dict) and tuple(mask["size"]) != shape:
+            got = f"run lengths of height and width {tuple(mask['size'])}"
+            raise _OTHER_MASK.of(got, record["file_name"], height=shape[0], width=shape[1])
+
+        for polygon in mask if isinstance(mask, list) else ():
+            if len(polygon) and not -farthest <= min(polygon) <= max(polygon) <= farthest or math.isnan(sum(polygon)):
+                got = f"corners from {min(polygon):g} to {max(polygon):g}"
+                raise _OTHER_MASK.of(got, record["file_name"], height=shape[0], width=shape[1])
+
+
+def _to_tensor(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.array(array, order="C"))  # a copy: Pillow's pixels cannot be written to
+
+
+class CheckedMapper:
+    """A mapper; an image or record that it cannot read is a fault of the data set.
+
+    Args:
+        mapper: turns a record into the model's input, e.g. `ImageMapper(cfg, True)`.
+
+    Raises:
+        DatasetError: on a call, names the image.
+    """
+
+    def __init__(self, mapper: Mapper) -> None:
+        self._mapper = mapper
+
+    def __call__(self, record: Record) -> Record | None:
+        name = record.get("file_name")
+        if not isinstance(self._mapper, ImageMapper):
+            refuse_endless_file(name)
+
+        try:
+            return self._mapper(record)
+        except (BNextError, MemoryError):
+            raise
+        except Exception as error:  # whatever a mapper raises
+            place = str(name) if name else f"image_id {record.get('image_id')}"
+            if "width" in record and "height" in record:
+                place += f", {record['width']} x {record['height']}"
+
+            raise DatasetError.of(
+                "An image",
+                "be readable and as its record says",
+                got=f"{type(error).__name__}: {' '.join(str(error).split())}",
+                where=place,
+                remedy="Restore the file, correct or remove its record, or mend the mapper where that is your own.",
+            ) from error
+
+
+def build_mapper(cfg: CfgNode, is_train: bool, **options: Any) -> CheckedMapper:
+    """The mapper of a config.
+
+    Args:
+        cfg: INPUT.* and the kinds of labels that the model wants are read.
+        is_train: whether labels are given.
+        options: of Detectron2's DatasetMapper, in place of the config's.
+    """
+    return CheckedMapper(ImageMapper(cfg, is_train, **options))
