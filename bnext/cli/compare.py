@@ -16,6 +16,7 @@ from detectron2.utils.logger import setup_logger
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import check_run
 from bnext.data.check_coco import check_datasets
+from bnext.data.classes import check_classes
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.errors import ConfigError, LaunchError, check_choice
@@ -67,6 +68,7 @@ def run_comparison(
         rule, remedy = "name at least one data set", "Name one in the config."
         raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)
     check_datasets(cfg.DATASETS.TRAIN)
+    check_classes(cfg, is_new=False)
     if domain_dataset is not None:
         load_records(domain_dataset, cfg)
 

@@ -25,6 +25,7 @@ from bnext.data.records import has_labels, load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics
+from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.validation_loss import Statistics, compute_validation_loss
 from bnext.repair.compare import FAILURES, can_go_on, compare_kinds, failing_alone
 from bnext.repair.kinds import KINDS, Kind, count_images_as_trained, find_obstacle, normalizing_evaluation_by_mini_batch
@@ -71,6 +72,7 @@ def compare_statistics(
     """
     check_domain(cfg, domain)
     name = _find_dataset(cfg)
+    rehearse(cfg, build=build_evaluator)
     about: dict[str, Any] = {"dataset": name, "domain": domain}
 
     data = {"training": None, "test": name, "domain": domain_dataset}
