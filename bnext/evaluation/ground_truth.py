@@ -157,7 +157,7 @@ def mend(name: str, content: Content, *, keypoints: int | None = None) -> None:
     if mended:
         words = "; ".join(f"{rule} ({number} of {len(annotations)} annotations)" for rule, number in mended.items())
         message = "The evaluation on data set '%s' mends its copy of the annotations: %s. The file stays as it is."
-        tell_once(logging.getLogger(__name__), name, message, name, words)
+        tell_once(logging.getLogger(__name__), (name, words), message, name, words)
 
 
 def _refuse_invalid(name: str, annotations: Iterable[Annotation]) -> None:

@@ -334,8 +334,10 @@ def _choose_images(test_set: _TestSet) -> list[Any]:
 
     full = [number for number, objects in test_set.objects.items() if objects]
     empty = [number for number, objects in test_set.objects.items() if not objects]
+    num_empty = min(len(empty), most // 10)
+
     chosen = []
-    for numbers, share in ((full, most - most // 10), (empty, most // 10)):
+    for numbers, share in ((full, most - num_empty), (empty, num_empty)):
         places = np.linspace(0, len(numbers) - 1, min(share, len(numbers))).round().astype(int)
         chosen += [numbers[place] for place in places]
     return chosen
@@ -408,7 +410,7 @@ def _say_shortfalls(test_set: _TestSet, sample: Sequence[Any], aps: dict[str, fl
     words = "; ".join(causes) or "no cause is known, and every AP on the set is to be doubted"
     for task, ap in short.items():
         message = "No detector can reach more than %s AP %.1f on data set '%s': %s."
-        tell_once(logging.getLogger(__name__), (test_set.name, task), message, task, ap, test_set.name, words)
+        tell_once(logging.getLogger(__name__), (test_set.name, task, words), message, task, ap, test_set.name, words)
 
 
 def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, float]) -> list[str]:
