@@ -156,10 +156,14 @@ def _rehearse_set(cfg: CfgNode, name: str, build: Callable[..., DatasetEvaluator
                 raise
             log.warning("The evaluation of data set '%s' is not tried: %s", name, error)
             return
-        if test_set is None:
-            return
 
         evaluator = _share_failure(name, lambda: build(_redirect(cfg, folder), name, folder))
+        if test_set is None or not any(test_set.objects.values()):
+            message = "Data set '%s' has no object that counts in its evaluation: its AP will not be a number."
+            if test_set is not None:
+                tell_once(log, name, message, name)
+            return
+
         is_known = isinstance(evaluator, detectron2.evaluation.COCOEvaluator)
         sample = _choose_images(test_set)
         if not is_known and len(sample) < len(test_set.records):
@@ -257,11 +261,6 @@ def _read_set(cfg: CfgNode, name: str) -> _TestSet | None:
         if annotation["category_id"] not in classes:
             unknown[names.get(annotation["category_id"], repr(annotation["category_id"]))] = None
     check_known(name, trained or (), unknown)
-
-    if not any(objects.values()):
-        message = "Data set '%s' has no object that counts in its evaluation: its AP will not be a number."
-        tell_once(logging.getLogger(__name__), name, message, name)
-        return None
 
     test_set = _TestSet(
         name=name,
