@@ -47,14 +47,16 @@ def compare(args: argparse.Namespace) -> None:
     """Load the config and hand over what is asked."""
     given = args.kinds or []
     kinds = list(itertools.takewhile(lambda word: "." not in word, given))
-    opts = [*args.opts, *given[len(kinds) :], "OUTPUT_DIR", args.output]  # pairs may follow --kinds
+    pairs = [*args.opts, *given[len(kinds) :]]  # which may follow --kinds
+    opts = [*pairs, "OUTPUT_DIR", args.output]
     if args.target_dataset:
         opts += ["DATASETS.TEST", repr((args.target_dataset,))]
     if not kinds:
         kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
 
     cfg = load_config_to_reestimate(args.config_file, opts)
-    run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset)
+    command = ["--config-file", args.config_file, *pairs]
+    run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset, command)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,13 @@ from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
 from bnext.data.check_coco import check_datasets
+from bnext.data.classes import check_classes
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.errors import ConfigError, LaunchError, check_choice
 from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
+from bnext.evaluation.verdict import judge_rows
 from bnext.files import write_json
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
@@ -36,6 +38,7 @@ def run_comparison(
     overwrite: bool = False,
     domain: str | None = None,
     domain_dataset: str | None = None,
+    command: Sequence[str] = (),
 ) -> None:
     """Check everything, start the workers, compare, and write OUTPUT_DIR/statistics.json and statistics.png.
 
@@ -46,6 +49,7 @@ def run_comparison(
         overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
         domain: of all images, where norms have domains.
         domain_dataset: see `compare_statistics`.
+        command: options of the command line that name the config and override it, for the advice that is given.
 
     Raises:
         BNextError: what is wrong.
@@ -68,17 +72,21 @@ def run_comparison(
         rule, remedy = "name at least one data set", "Name one in the config."
         raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)
     check_datasets(cfg.DATASETS.TRAIN, cfg=cfg)
+    check_classes(cfg, is_new=False)
     if domain_dataset is not None:
         load_records(domain_dataset, cfg)
 
-    launch(_compare_and_write, num_workers, args=(cfg, tuple(kinds), domain, domain_dataset), device=cfg.MODEL.DEVICE)
+    arguments = (cfg, tuple(kinds), domain, domain_dataset, tuple(command))
+    launch(_compare_and_write, num_workers, args=arguments, device=cfg.MODEL.DEVICE)
 
 
 def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
     return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
 
 
-def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None) -> None:
+def _compare_and_write(
+    cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
+) -> None:
     """In every worker."""
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
@@ -99,7 +107,14 @@ def _compare_and_write(cfg: CfgNode, kinds: Sequence[str], domain: str | None, d
     )
 
     if comm.is_main_process():
-        results["words"] = {**describe_rows(results["rows"]), "reading": describe_reading(results["reading"])}
+        results["command"] = list(command)
+        verdict = judge_rows(results)
+        results["verdict"] = {"winner": verdict.winner, "gain": verdict.gain}
+        results["words"] = {
+            **describe_rows(results),
+            "reading": describe_reading(results),
+            "verdict": verdict.words,
+        }
         _write(cfg, results, with_plot=True)
         file, plot = _outputs(cfg)
         print(f"\n{format_comparison(results)}\n\n{file}\n{plot}", flush=True)
@@ -111,7 +126,7 @@ def _write(cfg: CfgNode, results: Mapping[str, Any], with_plot: bool = False) ->
 
     file, plot = _outputs(cfg)
     try:
-        write_json(file, {"weights": cfg.MODEL.WEIGHTS, **results})
+        write_json(file, results)
         if with_plot:
             draw_comparison(results, plot)
     except OSError as error:

@@ -20,13 +20,15 @@ from detectron2.utils.logger import setup_logger
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.checkpoints.last import find_last_checkpoint
 from bnext.data.check_coco import check_datasets
+from bnext.data.classes import check_classes, count_classes
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.resume import check_output_files
 from bnext.engine.trainer import evaluate, train
 from bnext.errors import ConfigError, LaunchError
-from bnext.evaluation.coco import check_evaluator
+from bnext.evaluation.coco import build_evaluator, check_evaluator
+from bnext.evaluation.rehearsal import rehearse
 from bnext.files import find_local_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
@@ -114,7 +116,7 @@ def check_run(
     eval_only: bool = False,
     resume: bool = False,
 ) -> None:
-    """Find what would stop the run: workers, batch size, data sets, weights, output directory; the quick checks first.
+    """Find what would stop the run; quick checks first, and last the evaluation tried with ground truth.
 
     Args:
         cfg: from `load_config`.
@@ -137,21 +139,16 @@ def check_run(
         if name in DatasetCatalog:  # else check_datasets says so
             check_evaluator(name)
 
-    num_classes = _count_classes(cfg)
+    _, num_classes = count_classes(cfg) or ("", None)
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
+        check_classes(cfg, is_new=not resume)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)
     check_output_files(cfg.OUTPUT_DIR, training=not eval_only)
-
-
-def _count_classes(cfg: CfgNode) -> int | None:
-    architecture = cfg.MODEL.META_ARCHITECTURE
-    if architecture.endswith(("RetinaNet", "FCOS")):
-        return int(cfg.MODEL.RETINANET.NUM_CLASSES)
-    return int(cfg.MODEL.ROI_HEADS.NUM_CLASSES) if architecture.endswith("RCNN") else None
+    rehearse(cfg, build=build_evaluator)
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:

@@ -19,6 +19,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from bnext.data.classes import relabel_records
 from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
 from bnext.distributed.groups import count_cores
@@ -128,6 +129,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader[Any]:
             remedy="Use fewer workers, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0.",
         )
 
+    records = relabel_records(cfg, name, records)
     size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
     starts = range(0, len(records), size)[: number or None]
     batches = [range(start, min(start + size, len(records))) for start in starts]

@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.blame import building_from_config
+from bnext.data.classes import check_classes
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.engine import hooks
@@ -49,6 +50,7 @@ from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
+from bnext.evaluation.rehearsal import rehearse
 from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -210,6 +212,9 @@ class Trainer(DefaultTrainer):
 
         Returns:
             The results of the last evaluation (`evaluate_model`).
+
+        Raises:
+            ConfigError, DatasetError: see `check_classes` and `rehearse`, before the first iteration.
         """
         if self.start_iter >= self.max_iter:
             logging.getLogger(__name__).info(
@@ -219,6 +224,9 @@ class Trainer(DefaultTrainer):
             )
             return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
 
+        check_classes(self.cfg, is_new=self.start_iter == 0)
+        if type(self).test.__func__ is Trainer.test.__func__:  # else a subclass evaluates in a way of its own
+            rehearse(self.cfg, build=self.build_evaluator)
         super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
 
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():

@@ -1,12 +1,12 @@
 """Evaluation on cfg.DATASETS.TEST with COCO's metrics.
 
-`evaluate_model` works on a model in memory and is for own loops as well as for the trainer.
+`evaluate_model` works on a model in memory and is for own loops as well as for the trainer. Every evaluator is tried
+before it is believed: see `bnext.evaluation.rehearsal`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging
 import math
@@ -18,14 +18,17 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data.samplers import InferenceSampler
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator, inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from torch import nn
 
 from bnext.data.batches import build_evaluation_batches
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
+from bnext.evaluation.coco_evaluator import COCOEvaluator
+from bnext.evaluation.rehearsal import rehearse
 from bnext.files import write_json
+from bnext.notices import tell_once
 from bnext.scope.model import setting
 
 __all__ = [
@@ -52,7 +55,8 @@ def check_evaluator(dataset_name: str) -> None:
     if kind != "coco":
         thing = "DATASETS.TEST"
         rule = "name data sets with COCO evaluation"
-        remedy = "Register it with detectron2's register_coco_instances, or override Trainer.build_evaluator."
+        remedy = "Register it with detectron2's register_coco_instances, set its metadata's evaluator_type to 'coco' "
+        remedy += "where its records hold boxes, or override Trainer.build_evaluator."
         raise ConfigError.of(thing, rule, got=repr(dataset_name), where=f"evaluator_type {kind!r}", remedy=remedy)
 
 
@@ -60,18 +64,16 @@ def build_evaluator(cfg: CfgNode, dataset_name: str, output_folder: str | None =
     """The evaluator of a data set.
 
     Args:
-        cfg: OUTPUT_DIR is read.
+        cfg: OUTPUT_DIR is read, and what `COCOEvaluator` reads.
         dataset_name: a registered data set in COCO's format.
         output_folder: for the detections; None: OUTPUT_DIR/inference.
 
     Raises:
         ConfigError: see `check_evaluator`.
+        DatasetError: see `COCOEvaluator`.
     """
     check_evaluator(dataset_name)
-
-    has_fast = importlib.util.find_spec("detectron2._C") is not None
-    folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
-    return COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=has_fast)
+    return COCOEvaluator(cfg, dataset_name, output_folder or os.path.join(cfg.OUTPUT_DIR, "inference"))
 
 
 def evaluate_model(
@@ -93,9 +95,14 @@ def evaluate_model(
         {"bbox": {"AP": ..., ...}, ...} on the main process, with AP from 0 to 100; with several data
         sets one such dictionary for each, by name. Empty dictionaries on the other workers.
 
+    Raises:
+        DatasetError: see `rehearse`, which tries an evaluator before it is used for the first time.
+
     Note:
         A collective: every worker evaluates its share of the images.
     """
+    rehearse(cfg, build=build)
+
     results: OrderedDict[str, Any] = OrderedDict()
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     names = list(cfg.DATASETS.TEST)
@@ -125,6 +132,11 @@ def evaluate_with(
         What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
     """
     records = load_records(name, cfg)
+    if isinstance(evaluator, COCOEvaluator):
+        evaluator.image_ids = [record["image_id"] for record in records]
+        if len(records) < evaluator.num_listed:
+            message = "Data set '%s' has %d of the %d images of its annotation file: it is evaluated on these."
+            tell_once(logging.getLogger(__name__), name, message, name, len(records), evaluator.num_listed)
     loader = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
 
     # The modes of all modules, which inference_on_dataset makes equal, and leaves in evaluation mode when it fails.

@@ -21,10 +21,11 @@ from torch import nn
 
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
-from bnext.data.records import has_labels, load_records
+from bnext.data.records import Record, has_labels, load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics
+from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.validation_loss import Statistics, compute_validation_loss
 from bnext.repair.compare import FAILURES, can_go_on, compare_kinds, failing_alone
 from bnext.repair.kinds import KINDS, Kind, count_images_as_trained, find_obstacle, normalizing_evaluation_by_mini_batch
@@ -59,8 +60,9 @@ def compare_statistics(
         on_kind: called with what is measured so far after each kind, on every worker.
 
     Returns:
-        {"dataset", "domain", and what `bnext.repair.compare_kinds` returns, with {"bbox/AP": ...} for each kind, empty
-        on other workers than the first; "reading": see `read_three_ways`}.
+        {"weights", "dataset", "num_objects", "domain", "domain_dataset", "places" that have batch norms, and what
+        `bnext.repair.compare_kinds` returns, with {"bbox/AP": ...} for each kind, empty on other workers than the
+        first; "reading": see `read_three_ways`}.
 
     Raises:
         ConfigError: an unknown kind; none applies; not one labelled data set; a domain is missing or unknown.
@@ -71,7 +73,15 @@ def compare_statistics(
     """
     check_domain(cfg, domain)
     name = _find_dataset(cfg)
-    about: dict[str, Any] = {"dataset": name, "domain": domain}
+    rehearse(cfg, build=build_evaluator)
+    about: dict[str, Any] = {
+        "weights": cfg.MODEL.WEIGHTS,
+        "dataset": name,
+        "num_objects": _count_objects(load_records(name, cfg)),
+        "domain": domain,
+        "domain_dataset": domain_dataset,
+        "places": [place for place, norm in resolve_norms(cfg).places.items() if norm.is_batch_norm],
+    }
 
     data = {"training": None, "test": name, "domain": domain_dataset}
     obstacles = {}
@@ -119,7 +129,7 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
         raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
     if names and domain is None and norms.fallback_domain is None:
         rule = "name the domain of the images where norms have domains"
-        remedy = "Give --domain NAME, the domain of the images."
+        remedy = "Give --domain NAME; in Python, compare_statistics(..., domain=NAME)."
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="compare_statistics", remedy=remedy)
 
 
@@ -134,6 +144,11 @@ def _find_dataset(cfg: CfgNode) -> str:
         remedy = "For statistics alone use recompute_statistics, which needs no labels."
         raise ConfigError.of("DATASETS.TEST", rule, got=got, where="compare_statistics", remedy=remedy)
     return name
+
+
+def _count_objects(records: Sequence[Record]) -> int:
+    """Objects that count in COCO's metrics."""
+    return sum(not each.get("iscrowd") for record in records for each in record.get("annotations", ()))
 
 
 def _count_images(cfg: CfgNode) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from bnext.evaluation.verdict import NAMES, TOO_LOW, find_noise, judge_losses, judge_rows
 from bnext.files import replace_file
 from bnext.repair.kinds import KINDS
 from bnext.tables import format_rows
@@ -17,15 +17,12 @@ from bnext.text import escape_math
 
 __all__ = ["describe_reading", "draw_comparison", "describe_rows", "format_comparison"]
 
-_NOISE = 0.5  # AP that mean nothing
-_TOO_LOW = 1.0  # an AP below says nothing at all
-_NAMES = {"bbox/AP": "box AP", "segm/AP": "mask AP"}
 
-
-def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """For each kind of statistics what its difference to those of the file means."""
-    key = next((key for key in _NAMES if all(row.get(key) is not None for row in rows.values())), None)
-    if key is None or "moving_average" not in rows or max(row[key] for row in rows.values()) < _TOO_LOW:
+def describe_rows(results: Mapping[str, Any]) -> dict[str, str]:
+    """For each kind of statistics what its difference to those of the file means; see `judge_rows` for the verdict."""
+    rows, noise = results["rows"], find_noise(results)
+    key = next((key for key in NAMES if all(row.get(key) is not None for row in rows.values())), None)
+    if key is None or "moving_average" not in rows or max(row[key] for row in rows.values()) < TOO_LOW:
         return {}
 
     words = {}
@@ -33,7 +30,7 @@ def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
         if kind == "moving_average":
             continue
         change = row[key] - rows["moving_average"][key]
-        if abs(change) < _NOISE:
+        if abs(change) < noise:
             words[kind] = KINDS[kind].equal.format(f"{change:+.1f}")
         elif change > 0:
             words[kind] = KINDS[kind].better.format(f"{change:+.1f}")
@@ -42,8 +39,9 @@ def describe_rows(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     return words
 
 
-def describe_reading(reading: Mapping[str, Any]) -> str:
+def describe_reading(results: Mapping[str, Any]) -> str:
     """The three losses in words; see `read_three_ways`."""
+    reading = results["reading"]
     if "not_applicable" in reading:
         return f"Three-way reading: does not apply, as {reading['not_applicable']}."
 
@@ -59,26 +57,13 @@ def describe_reading(reading: Mapping[str, Any]) -> str:
     rows = []
     for words, part, way in parts:
         rows.append([words, f"{way['loss']:.3f}", part, *(_show(way.get(key)) for key in keys)])
-    table = format_rows(rows, ["three-way reading", "loss", "part", *(_NAMES[key] for key in keys)])
+    table = format_rows(rows, ["three-way reading", "loss", "part", *(NAMES[key] for key in keys)])
 
-    return f"{table}\nIn words: {_judge(fit, gap, inconsistency)}."
-
-
-def _judge(fit: float, gap: float, inconsistency: float) -> str:
-    if not math.isfinite(fit + gap + inconsistency):
-        return "a loss is not finite; the activations of some layer have diverged with these statistics"
-    if inconsistency <= 0.05 * abs(fit):
-        return "the population statistics describe what the norms see; what is lost is lost to new images"
-
-    share = 100 * inconsistency / (max(gap, 0) + inconsistency)
-    return (
-        f"{share:.0f} % of the loss that validation images add to that of training images is no lack of "
-        f"generalization, but comes from other statistics at test than in training: re-estimate them"
-    )
+    return f"{table}\nIn words: {judge_losses(fit, gap, inconsistency, results)}."
 
 
 def format_comparison(results: Mapping[str, Any]) -> str:
-    """The table "Same checkpoint, which statistics?", what does not apply, and both in words."""
+    """The table "Same checkpoint, which statistics?", what does not apply, both in words, and the verdict."""
     rows = results["rows"]
     keys = _find_keys(rows.values())
     first = next(iter(rows))
@@ -93,25 +78,23 @@ def format_comparison(results: Mapping[str, Any]) -> str:
         lines.append(line)
     headers = ["same checkpoint, which statistics?"]
     for key in keys:
-        headers += [_NAMES[key], "change"]
+        headers += [NAMES[key], "change"]
 
     notes = []
     for kind, reason in results["not_applicable"].items():
         notes.append(f"{KINDS[kind].words}: does not apply, as {reason}.")
-    words = describe_rows(rows)
-    for sentence in words.values():
+    for sentence in describe_rows(results).values():
         notes.append(f"{sentence[0].upper()}{sentence[1:]}.")
-    if len(rows) > 1 and "moving_average" in rows and not words:
-        notes.append("Every AP is too low to tell the statistics apart; the losses may.")
 
-    parts = [format_rows(lines, headers), "\n".join(notes), describe_reading(results["reading"])]
+    parts = [format_rows(lines, headers), "\n".join(notes), describe_reading(results)]
+    parts.append(f"Verdict: {judge_rows(results).words}")
     return "\n\n".join(part for part in parts if part)
 
 
 def _find_keys(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """The metrics that some row has."""
     present = set().union(*rows)
-    return [key for key in _NAMES if key in present]
+    return [key for key in NAMES if key in present]
 
 
 def _show(value: float | None) -> str:
@@ -151,7 +134,7 @@ def _draw_aps(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
         places = [row + (index - (len(keys) - 1) / 2) * height for row in range(len(rows))]
         lengths = [ap or 0.0 for ap in aps]
         longest = max(longest, *lengths)
-        bars = axes.barh(places, lengths, height, label=_NAMES[key])
+        bars = axes.barh(places, lengths, height, label=NAMES[key])
         axes.bar_label(bars, _label_bars(aps), padding=3)
 
     axes.set_yticks(range(len(rows)), [KINDS[kind].words.replace(": as", ":\nas") for kind in rows])

@@ -22,6 +22,7 @@ from bnext.checkpoints.checkpointer import load_model
 from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with
+from bnext.evaluation.rehearsal import rehearse
 from bnext.files import replace_file, write_json
 from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
@@ -86,6 +87,8 @@ def evaluate_leakage(cfg: CfgNode, model: nn.Module, images_per_batch: int = 8) 
     if images_per_batch < 2:
         rule = "be 2 or more, so that RoIs can be mixed"
         raise ConfigError.of("images_per_batch", rule, got=images_per_batch, where="evaluate_leakage", remedy="Use 8.")
+
+    rehearse(cfg, build=build_evaluator)
 
     name, results = cfg.DATASETS.TEST[0], {}
     for way in WAYS:

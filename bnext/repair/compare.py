@@ -107,7 +107,9 @@ def compare_kinds(
     if not results["rows"]:
         first = applicable[0].name
         got = f"{first}: {not_applicable[first]}"
-        raise StatisticsError.of("kinds", "hold one that can be evaluated", got=got, remedy="Choose others.")
+        raise StatisticsError.of(
+            "kinds", "hold one that can be evaluated", got=got, remedy="Mend that first, or choose others."
+        )
     return results
 
 

@@ -118,7 +118,7 @@ _ROWS = (
         "precise, pooled",
         "training",
         better="precise statistics are worth {0} AP: the moving average does not fit",
-        worse="precise statistics cost {0} AP: the images that they are of are others than those of the training",
+        worse="precise statistics cost {0} AP: the moving average fits better",
         equal="precise statistics change nothing ({0} AP): the moving average fits",
     ),
     Kind(
@@ -136,8 +136,7 @@ _ROWS = (
         "mini_batch",
         better="each image's own statistics are worth {0} AP: the population statistics do not describe what the norms "
         "see",
-        worse="each image's own statistics cost {0} AP: one image has too few elements, or training has seen more "
-        "together",
+        worse="each image's own statistics cost {0} AP: those of one image are no substitute",
         equal="each image's own statistics change nothing ({0} AP)",
     ),
     Kind(
@@ -145,7 +144,7 @@ _ROWS = (
         "mini-batch at inference: as many images as in training",
         "mini_batch",
         better="normalizing as in training is worth {0} AP: training and test are inconsistent",
-        worse="normalizing as in training costs {0} AP: mini-batches are noise to a model that is consistent",
+        worse="normalizing as in training costs {0} AP: mini-batches add noise, population statistics lose nothing",
         equal="normalizing as in training changes nothing ({0} AP): training and test are consistent",
         is_as_trained=True,
         obstacle=_find_unequal_counts,
@@ -154,8 +153,8 @@ _ROWS = (
         "per_level",
         "re-estimated per level",
         "training",
-        better="statistics of each level are worth {0} AP: levels differ, and training has normalized each by its own",
-        worse="statistics of each level cost {0} AP: training has normalized them together",
+        better="statistics of each level are worth {0} AP: levels differ from one another",
+        worse="statistics of each level cost {0} AP: the model wants those of all levels together",
         equal="statistics of each level change nothing ({0} AP)",
         population="per_level",
         obstacle=_find_no_levels,
@@ -166,17 +165,16 @@ _ROWS = (
         "domain",
         better="statistics of the domain's own images are worth {0} AP: its features are not those of all training "
         "images",
-        worse="statistics of the domain's own images cost {0} AP: there are too few of them, or training has mixed "
-        "domains",
-        equal="statistics of the domain's own images change nothing ({0} AP): all domains look alike to the norms",
+        worse="statistics of the domain's own images cost {0} AP: those of the file fit better",
+        equal="statistics of the domain's own images change nothing ({0} AP)",
     ),
     Kind(
         "adaptive",
         "adaptive: of the test images",
         "test",
         better="statistics of the test images are worth {0} AP: their domain is another, or the file's do not fit",
-        worse="statistics of the test images cost {0} AP: there are too few of them, or their objects differ",
-        equal="statistics of the test images change nothing ({0} AP): their domain is that of the training",
+        worse="statistics of the test images cost {0} AP: those of the file fit better",
+        equal="statistics of the test images change nothing ({0} AP)",
     ),
 )
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _ROWS}

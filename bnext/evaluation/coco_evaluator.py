@@ -1,0 +1,147 @@
+"""The evaluator of sets with COCO's metrics: what detectors predict, and the ground truth that it is compared with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import detectron2.evaluation
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+
+from bnext.data.classes import check_known, find_trained_classes, match_classes
+from bnext.data.records import load_records
+from bnext.evaluation.ground_truth import convert_records, mend, name_categories
+from bnext.notices import tell_once
+
+__all__ = ["COCOEvaluator"]
+
+
+class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
+    """Detectron2's evaluator on ground truth that pycocotools reads right, with categories that are found by name.
+
+    The class indices of a model are those of its training set. They become the categories of the same names, however
+    the evaluated set numbers them; detections of classes that it does not list do not count, as on any image whose
+    objects of a class are not annotated. The ground truth is a mended copy, see `bnext.evaluation.ground_truth`.
+
+    Args:
+        cfg: DATASETS.TRAIN, the head's NUM_CLASSES, and of a keypoint model TEST.KEYPOINT_OKS_SIGMAS are read.
+        dataset_name: a registered set with a file in COCO's format, or a function that gives Detectron2's records,
+            which are converted each time anew.
+        output_dir: for the detections.
+
+    Raises:
+        DatasetError: an annotation cannot be evaluated, or is of a class that the training does not have.
+    """
+
+    def __init__(self, cfg: CfgNode, dataset_name: str, output_dir: str) -> None:
+        self.image_ids: list[Any] | None = None  # of the images that the set has, where its file may list more
+        self._name = dataset_name
+        has_fast = importlib.util.find_spec("detectron2._C") is not None
+        options: dict[str, Any] = {"output_dir": output_dir, "use_fast_impl": has_fast}
+        if cfg.MODEL.KEYPOINT_ON:
+            options["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
+
+        # Under a name of its own: the set's metadata stay as they are.
+        alias = f"{dataset_name} as it is evaluated"
+        MetadataCatalog.pop(alias, None)
+        try:
+            with _provide_file(cfg, dataset_name) as json_file:
+                MetadataCatalog.get(alias).json_file = json_file
+                super().__init__(alias, **options)
+        finally:
+            MetadataCatalog.pop(alias, None)
+
+        content = self._coco_api.dataset
+        mend(
+            dataset_name,
+            content,
+            keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS if cfg.MODEL.KEYPOINT_ON else None,
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
+
+        names = name_categories(dataset_name, content)
+        self._metadata.thing_classes = list(names.values())
+        self._metadata.thing_dataset_id_to_contiguous_id = {number: index for index, number in enumerate(names)}
+        self._places = _find_places(cfg, dataset_name, names, content)
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        super().process(inputs, [self._translate(output) for output in outputs])
+
+    def _translate(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The output with the set's class indices, without detections of classes that it does not list."""
+        if "instances" not in output:
+            return output
+
+        instances = output["instances"].to("cpu")
+        classes, number = instances.pred_classes, len(self._places)
+        if len(classes) and int(classes.max()) >= number:
+            message = "The model detects class %d, but its training has %d: detections of the surplus do not count."
+            tell_once(logging.getLogger(__name__), self._name, message, int(classes.max()), number)
+
+        places = torch.cat([self._places, self._places.new_full((1,), -1)])[classes.clamp(max=number)]
+        if torch.equal(places, classes):
+            return {**output, "instances": instances}
+        listed = instances[places >= 0]
+        listed.pred_classes = places[places >= 0]
+        return {**output, "instances": listed}
+
+    def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
+        if img_ids is None and self.image_ids is not None and len(set(self.image_ids)) < self.num_listed:
+            img_ids = self.image_ids
+        return super().evaluate(img_ids=img_ids)
+
+    @property
+    def num_listed(self) -> int:
+        """Images in the annotation file."""
+        return len(self._coco_api.imgs)
+
+
+@contextlib.contextmanager
+def _provide_file(cfg: CfgNode, name: str) -> Iterator[str]:
+    """The annotation file of a set; of one that has none a temporary one, so that no older one is taken for it."""
+    json_file = MetadataCatalog.get(name).get("json_file")
+    if json_file:
+        yield str(json_file)
+        return
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "annotations.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(convert_records(name, load_records(name, cfg)), file, default=_decode)
+        yield path
+
+
+def _decode(value: Any) -> Any:
+    """Values that JSON does not know: NumPy's numbers and arrays, and the bytes of run lengths."""
+    return value.decode("ascii") if isinstance(value, bytes) else value.tolist()
+
+
+def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Mapping[str, Any]) -> torch.Tensor:
+    """For each class index of the model that of the set; -1: the set does not list the class."""
+    trained = find_trained_classes(cfg)
+    if trained is None:
+        return torch.arange(len(names))
+
+    matches = dict(zip(names, match_classes(trained, list(names.values())), strict=True))
+    unknown = {number: names[number] for number, match in matches.items() if match is None}
+    annotated = {annotation["category_id"] for annotation in content.get("annotations", ())}
+    check_known(name, trained, [each for number, each in unknown.items() if number in annotated])
+
+    places = torch.full((len(trained),), -1)
+    for index, match in enumerate(matches.values()):
+        if match is not None:
+            places[match] = index
+    if not torch.equal(places, torch.arange(len(trained))):
+        message = "The categories of data set '%s' are not numbered as in training: they are found by their names."
+        tell_once(logging.getLogger(__name__), name, message, name)
+    return places

@@ -1,0 +1,331 @@
+"""A perfect detector has AP 100 on sets as exporters write them, or is told before any training why it cannot."""
+
+import copy
+import json
+
+import detectron2.evaluation
+import numpy as np
+import pytest
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.structures import BoxMode
+
+from bnext.data.classes import check_classes, match_classes
+from bnext.errors import BNextError, ConfigError, DatasetError
+from bnext.evaluation import build_evaluator
+from bnext.evaluation.rehearsal import rehearse
+from tests import tiny
+from tests.evaluation.own_sets import NAMES, SIDE, detect, edit, evaluate_perfect, load, make_set, registered
+
+VAL = make_set(2)
+pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+
+
+def renumber(content, numbers, names=NAMES):
+    """The same objects under other ids, and perhaps names, of their categories."""
+    content = copy.deepcopy(content)
+    content["categories"] = [{"id": numbers[index], "name": name} for index, name in enumerate(names)]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = numbers[annotation["category_id"] - 1]
+    return content
+
+
+def keep(content, is_kept):
+    content = copy.deepcopy(content)
+    content["annotations"] = [each for each in content["annotations"] if is_kept(each)]
+    return content
+
+
+def add_image_ids(content, name):
+    content = copy.deepcopy(content)
+    for image in content["images"]:
+        image["id"] = name(image["id"])
+    return edit(content, image_id=lambda number, each: name(each["image_id"]))
+
+
+def list_part(content):
+    """Categories that occur alone, as some exporters list them."""
+    content = keep(content, lambda each: each["category_id"] != 1)
+    return {**content, "categories": content["categories"][1:]}
+
+
+RIGHT = {
+    "whole": VAL,
+    "no area": edit(VAL, area=None),
+    "null area": edit(VAL, area=lambda number, each: None),
+    "an area of 0": edit(VAL, area=0),
+    "negative areas": edit(VAL, area=-5),
+    "an area in words": edit(VAL, area="16"),
+    "an endless area": edit(VAL, area=float("inf")),
+    "no iscrowd": edit(VAL, iscrowd=None),
+    "null iscrowd": edit(VAL, iscrowd=lambda number, each: None),
+    "iscrowd is a bool": edit(VAL, iscrowd=False),
+    "crowds": edit(VAL, iscrowd=lambda number, each: int(number % 3 == 0)),
+    "ids from 0": edit(VAL, id=lambda number, each: number),
+    "ids are words": edit(VAL, id=lambda number, each: f"box {number}"),
+    "ids are numbers as words": edit(VAL, id=lambda number, each: str(number)),
+    "image ids are words": add_image_ids(VAL, lambda number: f"image {number}"),
+    "image ids from 0": add_image_ids(VAL, lambda number: number - 1),
+    "categories with gaps": renumber(VAL, (0, 17, 90)),
+    "categories numbered otherwise": renumber(VAL, (3, 1, 2)),
+    "names in other letters": renumber(VAL, (2, 3, 1), ("Cat", "DOG ", "owl")),
+    "a part of the categories": list_part(VAL),
+    "a category more, without objects": {**VAL, "categories": [{"id": 9, "name": "none"}, *VAL["categories"]]},
+    "images without objects": keep(VAL, lambda each: each["image_id"] > 2),
+}
+
+
+@pytest.mark.parametrize("content", RIGHT.values(), ids=RIGHT)
+def test_a_perfect_detector_has_ap_100(tmp_path, bnext_log, content):
+    with registered(tmp_path, val=content):
+        cfg = load(tmp_path)
+        rehearse(cfg, build=build_evaluator)
+        results = evaluate_perfect(build_evaluator(cfg, "own_val"), content)["bbox"]
+
+    assert results["AP"] == pytest.approx(100)
+    assert results["APs"] == pytest.approx(100), "squares of less than 32 pixels are small"
+    assert not np.isfinite(results["APl"])
+    assert "No detector can reach" not in bnext_log.text
+    assert "bbox AP 100.0" in bnext_log.text
+
+
+def test_ids_that_repeat_are_other_objects(tmp_path):
+    content = edit(VAL, id=7)  # in COCO's minival of 2014, which detectron2 reads
+    with registered(tmp_path, val=content):
+        assert evaluate_perfect(build_evaluator(load(tmp_path), "own_val"), content)["bbox"]["AP"] == pytest.approx(100)
+
+
+def test_the_file_stays_and_what_is_mended_is_said_once(tmp_path, bnext_log):
+    with registered(tmp_path, val=edit(VAL, area=lambda number, each: each["area"] if number % 2 else None)):
+        before = (tmp_path / "val.json").read_bytes()
+        for _ in range(2):
+            build_evaluator(load(tmp_path), "own_val")
+        assert (tmp_path / "val.json").read_bytes() == before
+    assert len({id(record) for record in bnext_log.records if "(6 of 12" in record.getMessage()}) == 1
+
+
+def test_a_set_that_is_a_part_of_its_file_is_evaluated_on_its_images(tmp_path):
+    with registered(tmp_path, val=VAL):
+        evaluator = build_evaluator(load(tmp_path), "own_val")
+        evaluator.image_ids = [1, 2]
+        assert evaluate_perfect(evaluator, {**VAL, "images": VAL["images"][:2]})["bbox"]["AP"] == pytest.approx(100)
+        evaluator.image_ids = None
+        assert evaluate_perfect(evaluator, {**VAL, "images": VAL["images"][:2]})["bbox"]["AP"] < 90
+
+
+def test_classes_that_the_set_does_not_list_or_the_training_does_not_know_do_not_count(tmp_path):
+    content = list_part(VAL)
+    with registered(tmp_path, val=content):
+        evaluator = build_evaluator(load(tmp_path), "own_val")
+        evaluator.reset()
+        for image in content["images"]:
+            output = detect(content, image["id"])
+            others = detect(content, image["id"])["instances"]
+            others.pred_classes[:] = 0 if image["id"] % 2 else 8
+            evaluator.process(
+                [{"image_id": image["id"]}], [{"instances": type(others).cat([others, output["instances"]])}]
+            )
+        assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+
+
+# ---- sets that are functions
+
+
+def as_records(content, change=lambda number, record: None):
+    """Detectron2's records of a set."""
+    records = []
+    for number, image in enumerate(content["images"]):
+        record = {"image_id": image["id"], "file_name": image["file_name"], "height": SIDE, "width": SIDE}
+        record["annotations"] = []
+        for each in content["annotations"]:
+            if each["image_id"] == image["id"]:
+                x, y, w, h = each["bbox"]
+                box, mode = np.array([x, y, x + w, y + h], dtype=np.float32), BoxMode.XYXY_ABS
+                record["annotations"].append({"bbox": box, "bbox_mode": mode, "category_id": each["category_id"] - 1})
+        change(number, record)
+        records.append(record)
+    return records
+
+
+def test_a_set_without_a_file_is_converted_each_time_anew(tmp_path):
+    content = copy.deepcopy(VAL)
+    with registered(tmp_path, val=lambda: as_records(content)):
+        cfg = load(tmp_path)
+        for _ in range(2):
+            rehearse(cfg, build=build_evaluator)
+            assert evaluate_perfect(build_evaluator(cfg, "own_val"), content)["bbox"]["AP"] == pytest.approx(100)
+            assert MetadataCatalog.get("own_val").get("json_file") is None
+            for annotation in content["annotations"]:
+                annotation["bbox"][0] -= 2  # the labels are corrected between two evaluations
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda number, record: record.pop("image_id"),
+        lambda number, record: record.update(image_id=1),
+        lambda number, record: record.update(image_id=str(number) if number else 0),
+        lambda number, record: record["annotations"][0].update(bbox=[1, 2, 3, 4, 30], bbox_mode=BoxMode.XYWHA_ABS),
+    ],
+    ids=["no image_id", "one image_id", "numbers and words", "a rotated box"],
+)
+def test_records_that_cannot_be_evaluated_are_named(tmp_path, change):
+    records = as_records(VAL, change)
+    with registered(tmp_path, val=lambda: records), pytest.raises(DatasetError, match="own_val"):
+        rehearse(load(tmp_path), build=build_evaluator)
+
+
+def test_a_detectron2_evaluator_that_is_tried_leaves_no_file_behind(tmp_path):
+    with registered(tmp_path, val=lambda: as_records(VAL)):
+        rehearse(load(tmp_path), build=build_detectron2s)
+        assert MetadataCatalog.get("own_val").get("json_file") is None
+
+
+# ---- what cannot be mended
+
+
+def set_first(**values):
+    content = copy.deepcopy(VAL)
+    content["annotations"][0].update(values)
+    return content
+
+
+WRONG = {
+    "other names": (renumber(VAL, (1, 2, 3), ("car", "bus", "van")), "car", ()),
+    "another name": (renumber(VAL, (1, 2, 3), ("cat", "dog", "eagle")), "eagle", ()),
+    "iscrowd in words": (set_first(iscrowd="0"), "iscrowd", ()),
+    "boxes only": (edit(VAL, segmentation=None), "MASK_ON", ("MODEL.MASK_ON", True)),
+    "one without a mask": (set_first(segmentation=[]), "ids 1", ("MODEL.MASK_ON", True)),
+    "a polygon of two corners": (set_first(segmentation=[[1, 1, 9, 9]]), "ids 1", ("MODEL.MASK_ON", True)),
+}
+
+
+@pytest.mark.parametrize(("content", "culprit", "opts"), WRONG.values(), ids=WRONG)
+def test_a_cause_that_cannot_be_mended_is_named(tmp_path, content, culprit, opts):
+    with registered(tmp_path, val=content), pytest.raises(DatasetError, match="own_val") as caught:
+        rehearse(load(tmp_path, *opts, config=tiny.RCNN), build=build_evaluator)
+    assert culprit in str(caught.value)
+
+
+def test_images_that_the_file_does_not_list_are_named(tmp_path):
+    with registered(tmp_path, val=lambda: as_records(VAL)):
+        part = {**VAL, "images": VAL["images"][:2]}
+        (tmp_path / "part.json").write_text(json.dumps(keep(part, lambda each: each["image_id"] < 3)))
+        MetadataCatalog.get("own_val").json_file = str(tmp_path / "part.json")
+        with pytest.raises(DatasetError, match="image_id 3, 4, which the file does not list"):
+            rehearse(load(tmp_path), build=build_evaluator)
+
+
+# ---- masks and keypoints
+
+
+def test_masks_are_tried(tmp_path, bnext_log):
+    with registered(tmp_path, val=VAL):
+        rehearse(load(tmp_path, "MODEL.MASK_ON", True, config=tiny.RCNN), build=build_evaluator)
+    assert "bbox AP 100.0, segm AP 100.0" in bnext_log.text
+
+
+def test_keypoints_are_tried_and_their_number_and_sigmas_are_compared(tmp_path, bnext_log):
+    sigmas = ("TEST.KEYPOINT_OKS_SIGMAS", "[0.1, 0.1, 0.1]")
+    on = ("MODEL.KEYPOINT_ON", True, "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS")
+    content = edit(VAL, num_keypoints=None)
+    content["annotations"][0].update(keypoints=[0] * 9)  # none is visible
+    content["annotations"][1].pop("keypoints")
+
+    with registered(tmp_path, val=content):
+        rehearse(load(tmp_path, *on, 3, *sigmas, config=tiny.RCNN), build=build_evaluator)
+        for opts in ((*on, 3), (*on, 5, *sigmas), (*on, 5, "TEST.KEYPOINT_OKS_SIGMAS", "[1., 1., 1., 1., 1.]")):
+            with pytest.raises(DatasetError, match="own_val"):
+                rehearse(load(tmp_path, *opts, config=tiny.RCNN), build=build_evaluator)
+    assert "bbox AP 100.0, segm AP 100.0, keypoints AP 100.0" in bnext_log.text
+
+
+# ---- what no detector can reach
+
+
+def test_the_ap_that_can_be_reached_is_said(tmp_path, bnext_log):
+    many = edit(make_set(3, num_images=2, num_objects=9), category_id=1)
+    with registered(tmp_path, val=many):
+        rehearse(load(tmp_path, "TEST.DETECTIONS_PER_IMAGE", 6), build=build_evaluator)
+    assert "bbox AP 66.3 on data set 'own_val': 2 images have more objects than the 6" in bnext_log.text
+
+    dense = edit(make_set(3, num_images=1, num_objects=110), category_id=1)
+    with registered(tmp_path, val=dense):
+        rehearse(load(tmp_path, "TEST.DETECTIONS_PER_IMAGE", 200), build=build_evaluator)
+    assert "100 of a category" in bnext_log.text
+
+    outside = edit(VAL, bbox=lambda number, each: [50, 50, 40, 40])
+    with registered(tmp_path, val=outside):
+        rehearse(load(tmp_path), build=build_evaluator)
+    assert "12 boxes have no area or reach out" in bnext_log.text
+
+
+@pytest.mark.parametrize("edited", [edit(VAL, iscrowd=1), {**VAL, "annotations": []}], ids=["crowds", "none"])
+def test_a_set_without_objects_has_no_ap_and_that_is_said(tmp_path, bnext_log, edited):
+    with registered(tmp_path, val=edited):
+        rehearse(load(tmp_path), build=build_evaluator)
+    assert "bbox AP" not in bnext_log.text  # and that there is none is said, unless it was before
+
+
+def test_a_set_without_annotations_is_passed_over(tmp_path):
+    with registered(tmp_path, val={key: VAL[key] for key in ("images", "categories")}):
+        rehearse(load(tmp_path), build=build_evaluator)
+
+
+def test_a_part_of_a_large_set_is_tried(tmp_path, bnext_log):
+    with registered(tmp_path, val=make_set(2, num_images=600, num_objects=1)):
+        rehearse(load(tmp_path), build=build_evaluator)
+    assert "bbox AP 100.0 (500 of 600 images" in bnext_log.text
+
+
+# ---- evaluators of others
+
+
+def build_detectron2s(cfg, name, folder):
+    return detectron2.evaluation.COCOEvaluator(name, output_dir=folder)
+
+
+class Foreign(DatasetEvaluator):
+    def reset(self):
+        pass
+
+    def process(self, inputs, outputs):
+        raise KeyError("sem_seg")
+
+
+def test_evaluators_of_others_are_tried_as_far_as_they_can_be(tmp_path, bnext_log):
+    with registered(tmp_path, val=edit(VAL, id=lambda number, each: number)):
+        rehearse(load(tmp_path), build=build_detectron2s)
+        assert "no cause is known" in bnext_log.text
+        rehearse(load(tmp_path), build=lambda cfg, name, folder: Foreign())
+        assert "cannot be tried with ground truth" in bnext_log.text
+
+    for content in (renumber(VAL, (3, 1, 2)), edit(VAL, area=None)):
+        with registered(tmp_path, val=content), pytest.raises(DatasetError, match="own_val"):
+            rehearse(load(tmp_path), build=build_detectron2s)
+
+
+# ---- the same classes in training and test
+
+
+def test_names_are_matched_one_by_one():
+    assert match_classes(NAMES, NAMES) == [0, 1, 2]
+    assert match_classes(("a", "a", "b"), ("a", "a", "b")) == [0, 1, 2], "as they are, if they are equal"
+    assert match_classes(("a", "a", "b"), ("b", "a")) == [2, None], "two of one name cannot be told apart"
+    assert match_classes(("Cat", "cat"), ("cat", "CAT")) == [1, None]
+
+
+@pytest.mark.parametrize(("number", "kind"), [(10, ConfigError), (2, BNextError)])
+def test_the_number_of_classes_is_the_trainings(tmp_path, number, kind):
+    with registered(tmp_path, val=VAL):
+        cfg = load(tmp_path, "MODEL.RETINANET.NUM_CLASSES", number)
+        with pytest.raises(kind, match="NUM_CLASSES must be 3"):
+            check_classes(cfg)
+        check_classes(cfg, is_new=False)
+
+
+def test_training_sets_have_the_same_classes(tmp_path):
+    with registered(tmp_path, val=VAL, other=renumber(VAL, (3, 1, 2))):
+        with pytest.raises(ConfigError, match="own_other"):
+            check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_other')"))
+        check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_val')"))
