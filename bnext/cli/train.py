@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -20,12 +21,17 @@ from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weig
 from bnext.data.check_coco import check_datasets
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
-from bnext.engine.trainer import evaluate, train
+from bnext.engine.output import holding_output
+from bnext.engine.streams import guard_log_files
+from bnext.engine.trainer import check_same_config, evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import check_evaluator
-from bnext.files import find_local_file
+from bnext.files import check_can_write, explain_os_error, find_local_file
 
 __all__ = ["build_parser", "check_run", "run"]
+
+_FILES = ("config.yaml", "metrics.json", "last_checkpoint", "model_final.pth")
+_BYTES_TRIED = 1 << 16  # a full disk still makes empty files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -55,25 +61,46 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
         eval_only=args.eval_only,
         resume=args.resume,
     )
-    launch(
-        run_worker,
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        args=(cfg, args),
-        device=cfg.MODEL.DEVICE,
-    )
+    try:
+        launch(
+            run_worker,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            args=(cfg, args),
+            device=cfg.MODEL.DEVICE,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("" if args.eval_only else _describe_kept(cfg.OUTPUT_DIR)) from None
+
+
+def _describe_kept(folder: str) -> str:
+    if os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return f"--resume goes on from the last checkpoint in {folder}"
+    return f"there is no checkpoint in {folder} yet"
 
 
 def run_worker(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Train or evaluate in one worker. See `run` for the arguments."""
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    check_same_config(cfg)
     if args.eval_only:
+        _set_up(cfg, args)
         evaluate(cfg, resume=args.resume)
         return
 
+    with holding_output(cfg.OUTPUT_DIR):
+        _set_up(cfg, args)
+        _train(cfg, args)
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace) -> None:
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    guard_log_files()
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
@@ -126,7 +153,7 @@ def check_run(
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
-    _check_output(cfg.OUTPUT_DIR)
+    _check_output(cfg.OUTPUT_DIR, () if eval_only else _FILES)
 
 
 def _count_classes(cfg: CfgNode) -> int | None:
@@ -149,14 +176,23 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
         raise missing
 
 
-def _check_output(folder: str) -> None:
+def _check_output(folder: str, files: Sequence[str]) -> None:
+    """The folder takes files, also that of evaluations, and nothing in it stands in the way of those that are written.
+
+    Args:
+        folder: OUTPUT_DIR.
+        files: of a training, in it.
+    """
     if find_local_file(folder) is None:
         return
 
+    inference = os.path.join(folder, "inference")
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for place in (folder, inference):
+            if place == folder or os.path.lexists(place):
+                with tempfile.TemporaryFile(dir=place) as file:
+                    file.write(bytes(_BYTES_TRIED))
     except OSError as error:
         raise LaunchError.of(
             "OUTPUT_DIR",
@@ -165,3 +201,11 @@ def _check_output(folder: str) -> None:
             where=error.strerror or str(error),
             remedy="Give another one: OUTPUT_DIR <folder>.",
         ) from error
+
+    names = ["log.txt", *files, os.path.join("inference", "results.json")]
+    try:
+        for name in names:
+            check_can_write(os.path.join(folder, name))
+    except OSError as error:
+        refusal = explain_os_error(error)
+        raise error if refusal is None else refusal from error
