@@ -13,7 +13,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
-from bnext.errors import LaunchError
+from bnext.errors import LaunchError, is_interrupted
 
 __all__ = [
     "check_can_write",
@@ -86,6 +86,8 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         with contextlib.suppress(OSError):
             os.remove(partial)
 
+        if is_interrupted(error):
+            raise KeyboardInterrupt from error
         reason = fault[0] if fault else error
         if isinstance(reason, OSError) and reason.filename in (None, partial) and isinstance(error, Exception):
             raise OSError(reason.errno, reason.strerror, path) from error

@@ -12,7 +12,7 @@ from detectron2.config import CfgNode
 
 from bnext.config.load import load_config
 from bnext.engine.streams import guard_streams
-from bnext.errors import BNextError
+from bnext.errors import BNextError, is_interrupted
 from bnext.files import explain_os_error
 
 __all__ = ["load_config_to_reestimate", "run_command"]
@@ -34,12 +34,13 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
         with _taking_interrupts():
             command()
 
-    except KeyboardInterrupt as interrupt:
-        kept = say_kept() if say_kept is not None else str(interrupt)
-        print(f"interrupted; {kept}." if kept else "interrupted.", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interrupted(error):
+            own_words = str(error) if isinstance(error, KeyboardInterrupt) else ""
+            kept = say_kept() if say_kept is not None else own_words
+            print(f"interrupted; {kept}." if kept else "interrupted.", file=sys.stderr)
+            return 130
 
-    except Exception as error:
         refusal = error if isinstance(error, BNextError) else explain_os_error(error)
         if refusal is None:
             raise

@@ -31,7 +31,7 @@ from bnext.distributed.groups import count_cores
 from bnext.engine.interrupts import GRACE_SECONDS, end_with_parent, holding_back_interrupts, take_interrupts_once
 from bnext.engine.rendezvous import check_address, is_loopback, meet
 from bnext.engine.streams import guard_streams
-from bnext.errors import BNextError, LaunchError, Refusal
+from bnext.errors import BNextError, LaunchError, Refusal, is_interrupted
 from bnext.files import explain_os_error, write_json
 
 __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
@@ -288,11 +288,12 @@ def record_failure(folder: str, rank: int, error: BaseException) -> None:
     if path.exists():
         return
     error = explain_os_error(error) or error
+    kind = KeyboardInterrupt if is_interrupted(error) else type(error)
 
     record = {
         "time": time.time(),
         "rank": rank,
-        "kind": type(error).__name__,
+        "kind": kind.__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
