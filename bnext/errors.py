@@ -28,6 +28,7 @@ __all__ = [
     "StatisticsError",
     "WorkerError",
     "check_choice",
+    "is_interrupted",
     "list_few",
 ]
 
@@ -121,6 +122,15 @@ def check_choice(name: str, value: object, allowed: Sequence[object], where: str
         choices = ", ".join(repr(choice) for choice in allowed)
         remedy = suggest(value, [choice for choice in allowed if isinstance(choice, str)])
         raise ConfigError.of(name, f"be one of {choices}", got=repr(value), where=where, remedy=remedy)
+
+
+def is_interrupted(error: BaseException | None) -> bool:
+    """Whether an error only followed from Ctrl-C, which other code, such as torch.save, hides behind its own."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def list_few(values: Iterable[object], most: int = 3) -> str:

@@ -16,6 +16,8 @@ import itertools
 import sys
 from collections.abc import Sequence
 
+import start  # noqa: F401  before all that takes time
+
 from bnext.cli.arguments import parse_arguments
 from bnext.cli.compare import find_kept_results, run_comparison
 from bnext.cli.run_command import load_config_to_reestimate, run_command

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import start  # noqa: F401  before all that takes time
+
 from bnext.cli.arguments import parse_arguments
 from bnext.cli.demo import run_demo
 from bnext.cli.run_command import run_command
@@ -22,7 +24,7 @@ CONFIGS = Path(__file__).parents[1] / "configs/Digits-Detection"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="output/demo", help="folder for the results (default: %(default)s)")
     parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that override the config")

@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
+import start  # noqa: F401  before all that takes time
+
 from bnext.cli.arguments import parse_arguments
 from bnext.cli.reestimate import POPULATIONS, RecomputeRequest, run_request
 from bnext.cli.run_command import load_config_to_reestimate, run_command

@@ -13,6 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import start  # noqa: F401  before all that takes time
+
 from bnext.cli.arguments import parse_arguments
 from bnext.cli.run_command import run_command
 from bnext.cli.train import build_parser, run
@@ -20,7 +22,7 @@ from bnext.config import load_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    """Run the command line; the exit status is 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C."""
     args = parse_arguments(build_parser(), argv)
     return run_command(lambda: run(load_config(args.config_file, args.opts), args))
 

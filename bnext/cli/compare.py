@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from bnext.data.check_coco import check_datasets
 from bnext.data.classes import check_classes
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
+from bnext.engine.output import holding_output
 from bnext.errors import ConfigError, LaunchError, check_choice
 from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
@@ -61,12 +63,7 @@ def run_comparison(
         check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
     check_domain(cfg, domain)
 
-    existing = [path for path in _outputs(cfg) if path.exists()]
-    if existing and not overwrite:
-        rule = "be a folder without an earlier comparison"
-        remedy = "Choose another, or give --overwrite."
-        raise ConfigError.of("--output", rule, got=repr(str(existing[0])), remedy=remedy)
-
+    _check_outputs(cfg, overwrite)
     check_run(cfg, num_workers, eval_only=True)
     if not cfg.DATASETS.TRAIN:
         rule, remedy = "name at least one data set", "Name one in the config."
@@ -76,8 +73,19 @@ def run_comparison(
     if domain_dataset is not None:
         load_records(domain_dataset, cfg)
 
-    arguments = (cfg, tuple(kinds), domain, domain_dataset, tuple(command))
+    arguments = (cfg, tuple(kinds), overwrite, domain, domain_dataset, tuple(command))
     launch(_compare_and_write, num_workers, args=arguments, device=cfg.MODEL.DEVICE)
+
+
+def _check_outputs(cfg: CfgNode, overwrite: bool) -> None:
+    """What an earlier comparison wrote is kept, unless it is to be replaced; no folder stands in the way."""
+    for path in _outputs(cfg):
+        if path.is_dir() or (os.path.lexists(path) and not overwrite):
+            rule = "be a folder without an earlier comparison"
+            remedy = "Choose another, or give --overwrite."
+            if path.is_dir():
+                rule, remedy = f"be a folder in which {path.name} can be written", "Move that folder away."
+            raise ConfigError.of("--output", rule, got=repr(str(path)), remedy=remedy)
 
 
 def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
@@ -85,9 +93,22 @@ def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
 
 
 def _compare_and_write(
-    cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
+    cfg: CfgNode,
+    kinds: Sequence[str],
+    overwrite: bool,
+    domain: str | None,
+    domain_dataset: str | None,
+    command: Sequence[str],
 ) -> None:
     """In every worker."""
+    with holding_output(cfg.OUTPUT_DIR, "--output"):
+        _check_outputs(cfg, overwrite)  # another run may have ended since the first look
+        _compare(cfg, kinds, domain, domain_dataset, command)
+
+
+def _compare(
+    cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
+) -> None:
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
 

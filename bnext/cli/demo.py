@@ -7,11 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from detectron2.config import CfgNode
+
 from bnext.checkpoints import load_model
 from bnext.cli.train import check_run
 from bnext.config import load_config
 from bnext.data.catalog import ensure_digits
 from bnext.engine import train
+from bnext.engine.output import holding_output
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
@@ -46,6 +49,11 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
     for name, config_file in (("trained", trained), ("re-estimated", repaired)):
         configs[name] = load_config(config_file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
     check_run(configs["trained"])
+    with holding_output(output, "--output"):
+        _run(configs, output)
+
+
+def _run(configs: Mapping[str, CfgNode], output: str) -> None:
     set_up_logging(output)
     for cfg in configs.values():
         prepare_folder(cfg)

@@ -27,6 +27,7 @@ from bnext.data.batches import build_shuffled_batches, read_domain
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
+from bnext.engine.output import holding_output
 from bnext.engine.population import count_batches
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
@@ -100,12 +101,7 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         cfg = give_population(cfg, request.population, request.domains)
     _raise_first(find_data_faults(cfg, request, size))
 
-    try:
-        launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
-    except KeyboardInterrupt:
-        for path in (request.output, request.report):  # of workers that were ended while they wrote
-            Path(f"{path}.partial").unlink(missing_ok=True)
-        raise
+    launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
 
 
 # ---- what is refused
@@ -159,8 +155,12 @@ def find_file_faults(weights: str, request: RecomputeRequest) -> Iterator[BNextE
     if is_same_file(output, weights):
         rule = "be another file than MODEL.WEIGHTS, which is never changed"
         yield ConfigError.of("--output", rule, got=f"{output!r} for both", remedy="Choose another name.")
+    yield from find_output_faults(request)
 
-    for path in (output, request.report):
+
+def find_output_faults(request: RecomputeRequest) -> Iterator[BNextError]:
+    """Files that are there are kept, unless they are to be replaced."""
+    for path in (request.output, request.report):
         if os.path.isdir(path) or (os.path.lexists(path) and not request.overwrite):
             remedy = "Choose another name, or give --overwrite."
             yield ConfigError.of("--output", "not exist, nor the report beside it", got=repr(path), remedy=remedy)
@@ -275,8 +275,16 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
     """
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
         setup_logger(distributed_rank=comm.get_rank(), name="bnext")
+
+    with holding_output(request.output, "--output", is_folder=False):
+        _raise_first(find_output_faults(request))  # another run may have ended since the first look
+        return _recompute(cfg, request)
+
+
+def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     with building_from_config():
         model = build_model(cfg)
+
     checkpointer = Checkpointer(model)
     begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
     others = _load(checkpointer, cfg.MODEL.WEIGHTS, () if begins_with_them else tuple(find_replaceable(model)))

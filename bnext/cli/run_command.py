@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 from detectron2.config import CfgNode
 
 from bnext.config.load import load_config
-from bnext.errors import BNextError
+from bnext.engine.streams import guard_streams
+from bnext.errors import BNextError, is_interrupted
+from bnext.files import explain_os_error
 from bnext.text import flatten_text
 
 __all__ = ["load_config_to_reestimate", "run_command"]
@@ -19,29 +24,53 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
 
     Args:
         command: does it.
-        say_kept: tells after Ctrl-C what there is of the results; None: Ctrl-C is not caught.
+        say_kept: tells after Ctrl-C what there is of the results; None: what the interrupt itself says, if anything.
 
     Returns:
         0; 2 after a mistake that the user can mend, whose message is one line on the standard error stream; 130 after
         Ctrl-C, with such a line, too.
     """
+    guard_streams()
     try:
-        command()
+        with _taking_interrupts():
+            command()
 
-    except BNextError as error:
-        text = str(error)
+    except (Exception, KeyboardInterrupt) as error:
+        if is_interrupted(error):
+            own_words = str(error) if isinstance(error, KeyboardInterrupt) else ""
+            kept = say_kept() if say_kept is not None else own_words
+            print(f"interrupted; {kept}." if kept else "interrupted.", file=sys.stderr)
+            return 130
+
+        refusal = error if isinstance(error, BNextError) else explain_os_error(error)
+        if refusal is None:
+            raise
+        text = str(refusal)
         if "Original Traceback" in text:  # of a process that loads images; torch puts all of it into the message
             text = text.rstrip().splitlines()[-1].partition(": ")[2]
         print(f"error: {flatten_text(text)}", file=sys.stderr)
         return 2
 
-    except KeyboardInterrupt:
-        if say_kept is None:
-            raise
-        print(f"interrupted; {say_kept()}.", file=sys.stderr)
-        return 130
-
     return 0
+
+
+@contextlib.contextmanager
+def _taking_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt within the block, and only once: nothing disturbs what is put in order."""
+    before = signal.getsignal(signal.SIGINT)
+    if before in (signal.SIG_IGN, None) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def load_config_to_reestimate(file: str, opts: Sequence[str]) -> CfgNode:

@@ -24,8 +24,10 @@ from bnext.data.classes import check_classes, count_classes
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
+from bnext.engine.output import holding_output
 from bnext.engine.resume import check_output_files
-from bnext.engine.trainer import evaluate, train
+from bnext.engine.streams import guard_log_files
+from bnext.engine.trainer import check_same_config, evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.rehearsal import rehearse
@@ -33,6 +35,8 @@ from bnext.files import find_local_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["build_parser", "check_run", "run"]
+
+_BYTES_TRIED = 1 << 16  # a full disk still makes empty files
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,15 +67,24 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
             eval_only=args.eval_only,
             resume=args.resume,
         )
-    launch(
-        run_worker,
-        args.num_gpus,
-        args.num_machines,
-        args.machine_rank,
-        args.dist_url,
-        args=(cfg, args, notices),
-        device=cfg.MODEL.DEVICE,
-    )
+    try:
+        launch(
+            run_worker,
+            args.num_gpus,
+            args.num_machines,
+            args.machine_rank,
+            args.dist_url,
+            args=(cfg, args, notices),
+            device=cfg.MODEL.DEVICE,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("" if args.eval_only else _describe_kept(cfg.OUTPUT_DIR)) from None
+
+
+def _describe_kept(folder: str) -> str:
+    if os.path.isfile(os.path.join(folder, "last_checkpoint")):
+        return f"--resume goes on from the last checkpoint in {folder}"
+    return f"there is no checkpoint in {folder} yet"
 
 
 def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice] = ()) -> None:
@@ -83,16 +96,27 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNot
     """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # several workers are fresh processes
         check_registered(name)
-
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
-    if comm.is_main_process():
-        log_notices(notices)
+    check_same_config(cfg)
 
     if args.eval_only:
+        _set_up(cfg, args, notices)
         evaluate(cfg, resume=args.resume)
         return
 
+    with holding_output(cfg.OUTPUT_DIR):
+        _set_up(cfg, args, notices)
+        _train(cfg, args)
+
+
+def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
+    default_setup(cfg, args)
+    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    guard_log_files()
+    if comm.is_main_process():
+        log_notices(notices)
+
+
+def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
     if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
@@ -165,13 +189,17 @@ def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:
 
 
 def _check_output(folder: str) -> None:
+    """OUTPUT_DIR takes files, also those of evaluations."""
     if find_local_file(folder) is None:
         return
 
+    inference = os.path.join(folder, "inference")
     try:
         os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for place in (folder, inference):
+            if place == folder or os.path.isdir(place):
+                with tempfile.TemporaryFile(dir=place) as file:
+                    file.write(bytes(_BYTES_TRIED))
     except OSError as error:
         raise LaunchError.of(
             "OUTPUT_DIR",

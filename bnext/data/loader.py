@@ -102,6 +102,11 @@ class TrainLoader:
         self._mapper = mapper
         self._num_loader_workers = num_loader_workers
 
+    @property
+    def num_images(self) -> int:
+        """Records of the data sets."""
+        return len(self._records)
+
     def __iter__(self) -> Iterator[list[Record]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
         dataset = MappedDataset(self._records, self._mapper, self.sampler.seed)

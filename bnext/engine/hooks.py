@@ -8,6 +8,7 @@ then it is evaluated, so that what is saved is what was evaluated.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 
 from detectron2.engine import HookBase
@@ -16,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
 from bnext.distributed.equal_buffers import equalize_buffers
+from bnext.files import naming_file
 from bnext.seeding import Purpose, derive_seed, seed_everything
 
 __all__ = [
@@ -124,6 +126,21 @@ class PeriodicWriter(d2_hooks.PeriodicWriter):
 
     def before_train(self) -> None:
         self._writers = self._build()
+
+    def after_step(self) -> None:
+        if is_due(self.trainer.iter, self._period, self.trainer.max_iter):
+            for writer in self._writers:
+                self._write(writer)
+
+    def after_train(self) -> None:
+        for writer in self._writers:
+            self._write(writer)
+            writer.close()
+
+    def _write(self, writer: EventWriter) -> None:
+        file = getattr(getattr(writer, "_file_handle", None), "name", None)
+        with naming_file(file or os.path.join(self.trainer.cfg.OUTPUT_DIR, "events.*")):
+            writer.write()
 
 
 class RememberMetrics(HookBase):

@@ -1,49 +1,63 @@
 """Starting the workers of a training: on GPUs with NCCL, on CPU cores with gloo, or under torchrun.
 
 Detectron2's `launch` needs CUDA in some of its versions, and leaves the process group to the
-interpreter's exit. Here the group is ended explicitly, and when a worker fails the others are
-ended and its own message is the one that is reported.
+interpreter's exit. Here the group is ended explicitly, when a worker fails the others are ended and
+its own message is the one that is reported, and no worker outlives the process that started it.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
+import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
 import bnext.errors
 from bnext.distributed.groups import count_cores
-from bnext.errors import BNextError, LaunchError
-from bnext.files import write_json
+from bnext.engine.interrupts import GRACE_SECONDS, end_with_parent, holding_back_interrupts, take_interrupts_once
+from bnext.engine.rendezvous import check_address, is_loopback, meet
+from bnext.engine.streams import guard_streams
+from bnext.errors import BNextError, LaunchError, Refusal, is_interrupted
+from bnext.files import explain_os_error, write_json
 
 __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+# What the backends say where the other end of a connection is gone.
+_LOST_PARTNER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "ncclRemoteError")
+
+LOST_PARTNER = Refusal(
+    bnext.errors.WorkerError,
+    "every worker",
+    "go on to the end",
+    "Look for the first error of the other workers, on the other machines, too.",
+)
 
 
 class _World(NamedTuple):
-    """Where the workers find one another, and how many they are."""
+    """Where the workers find one another, how many they are, and who started this machine's."""
 
     url: str
     size: int
     workers_per_machine: int
     timeout: timedelta
     uses_gpus: bool
+    launcher: int
 
 
 def launch(
@@ -64,15 +78,16 @@ def launch(
             the machine has none. 0 means one worker.
         num_machines: machines that take part, each of which calls `launch`.
         machine_rank: this machine, in [0, num_machines).
-        dist_url: where the workers meet, e.g. "tcp://10.0.0.1:29500"; "auto" takes a free port of
-            this machine.
+        dist_url: where the workers meet, e.g. "tcp://10.0.0.1:29500"; "auto" for those of one machine.
         args: positional arguments of `main`, picklable.
         timeout: how long a collective waits for the others.
         device: of the model (MODEL.DEVICE); with "cpu" the workers are CPU workers on any machine.
 
     Raises:
-        LaunchError: if the machine has not that many GPUs or cores, or a worker was ended by a signal.
+        LaunchError: if the machine has not that many GPUs or cores, the machines do not find one another, or a worker
+            was ended by a signal.
         BNextError: as raised in a worker.
+        KeyboardInterrupt: after Ctrl-C; all workers have ended.
         RuntimeError: if a worker failed otherwise; its traceback is the message.
 
     Note:
@@ -87,18 +102,17 @@ def launch(
 
     if _is_torchrun():
         rank, _, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
-        with _process_group(_World("env://", size, local_size, timeout, uses_gpus), rank, local_rank):
+        world = _World("env://", size, local_size, timeout, uses_gpus, os.getppid())
+        end_with_parent(world.launcher)
+        with _process_group(world, rank, local_rank):
             main(*args)
         return
 
-    if dist_url == "auto":
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.bind(("127.0.0.1", 0))  # a free port
-            dist_url = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
-    num_workers = size // num_machines
-    world = _World(dist_url, size, num_workers, timeout, uses_gpus)
-
     with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
+        if dist_url == "auto":
+            dist_url = f"file://{folder}/store"  # a free port could be taken until the workers come to it
+        num_workers = size // num_machines
+        world = _World(dist_url, size, num_workers, timeout, uses_gpus, os.getpid())
         _spawn(main, args, world, machine_rank * num_workers, folder)
 
 
@@ -137,6 +151,8 @@ def count_workers(
     for option, value, is_right, rule, remedy in requests:
         if not is_right:
             raise LaunchError.of(option, rule, got=value, remedy=remedy)
+    if dist_url != "auto":
+        check_address(dist_url)
 
     num_workers = max(num_workers_per_machine, 1)
     _check_devices(num_workers, device, "--num-gpus")
@@ -166,25 +182,62 @@ def _check_devices(num_workers: int, device: str, option: str) -> None:
 
 
 def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str) -> None:
-    context = start_processes(
-        _worker, (main, args, world, first_rank, folder), world.workers_per_machine, join=False, start_method="spawn"
-    )
+    resource_tracker.ensure_running()  # it would lift the block below
+    context: ProcessContext | None = None
 
     try:
+        with holding_back_interrupts():
+            arguments = (main, args, world, first_rank, folder)
+            context = start_processes(_worker, arguments, world.workers_per_machine, join=False, start_method="spawn")
         while not context.join():
             pass
     except ProcessExitedException as error:
         raise explain_failure(folder, error) from None
     except ProcessRaisedException as error:
         raise explain_failure(folder, None) from error
+    except KeyboardInterrupt:
+        if context is not None:
+            _interrupt(context.processes, folder)
+        raise
     finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.terminate()
-            process.join()
+        if context is not None:
+            _end(context.processes)
+
+    if any(Path(folder).glob("*.json")):  # torch takes a worker that was interrupted for one that is done
+        raise explain_failure(folder, None)
 
 
-def explain_failure(folder: str, ended: ProcessExitedException | None) -> Exception:
+def _interrupt(processes: Sequence[Any], folder: str) -> None:
+    """Let workers put things in order; those that only import have nothing to."""
+    for local_rank, process in enumerate(processes):
+        if _ready_file(folder, local_rank).exists():
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
+        else:
+            process.terminate()
+
+    until = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.terminate()
+    for process in processes:
+        process.join(5)
+        if process.is_alive():
+            process.kill()
+        process.join()
+
+
+def _ready_file(folder: str, local_rank: int) -> Path:
+    """Present once a worker has imported all and takes interrupts."""
+    return Path(folder, f"{local_rank}.ready")
+
+
+def explain_failure(folder: str, ended: ProcessExitedException | None) -> BaseException:
     """The error to raise for the workers: of the failure that came first, as the others only lost their partner.
 
     Args:
@@ -199,7 +252,9 @@ def explain_failure(folder: str, ended: ProcessExitedException | None) -> Except
         worker = f"Worker {ended.error_index}"
         return LaunchError.of(worker, "run to its end", got=cause, where=reason, remedy="See log.txt.")
 
-    first = min(records, key=lambda record: record["time"])
+    first = min(records, key=lambda record: (record["kind"] == "WorkerError", record["time"]))
+    if first["kind"] == "KeyboardInterrupt":
+        return KeyboardInterrupt()
     kind = getattr(bnext.errors, first["kind"], None)
     if isinstance(kind, type) and issubclass(kind, BNextError):
         return kind(first["message"])
@@ -210,11 +265,16 @@ def _worker(
     local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str
 ) -> None:
     rank = first_rank + local_rank
+    end_with_parent(world.launcher)
 
-    if world.size == world.workers_per_machine and sys.platform.startswith("linux"):
+    is_here = world.size == world.workers_per_machine or is_loopback(world.url)
+    if is_here and sys.platform.startswith("linux"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine: the name of the host need not resolve
 
     try:
+        take_interrupts_once()
+        guard_streams()
+        _ready_file(folder, local_rank).touch()
         with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)
     except BaseException as error:
@@ -227,15 +287,18 @@ def record_failure(folder: str, rank: int, error: BaseException) -> None:
     path = Path(folder, f"{rank}.json")
     if path.exists():
         return
+    error = explain_os_error(error) or error
+    kind = KeyboardInterrupt if is_interrupted(error) else type(error)
 
     record = {
         "time": time.time(),
         "rank": rank,
-        "kind": type(error).__name__,
+        "kind": kind.__name__,
         "message": str(error),
         "traceback": "".join(traceback.format_exception(type(error), error, error.__traceback__)),
     }
-    write_json(path, record)
+    with suppress(OSError):  # the disk of temporary files is full, or the parent has gone with its folder
+        write_json(path, record)
 
 
 @contextmanager
@@ -248,9 +311,8 @@ def _process_group(
     else:
         torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
 
-    arguments: dict[str, Any] = {} if world.url == "env://" else {"world_size": world.size, "rank": rank}
     backend = "nccl" if world.uses_gpus else "gloo"
-    dist.init_process_group(backend, init_method=world.url, timeout=world.timeout, **arguments)
+    dist.init_process_group(backend, timeout=world.timeout, **_join(world, rank))
 
     try:
         _make_local_group(world, rank)
@@ -258,14 +320,39 @@ def _process_group(
         yield
         comm.synchronize()  # nobody leaves while another still talks to it
     except BaseException as error:
-        on_error(error)  # before the group ends: its end makes the others fail too
+        explained = _explain_lost_partner(error, rank) or error
+        on_error(explained)  # before the group ends: its end makes the others fail too
         if not world.uses_gpus:
             _end_groups()
         # Ending NCCL's group waits for the others, who may sit in a collective that waits for this worker: it is
         # left to the end of this process, upon which the parent (or torchrun) ends the others.
-        raise
+        if explained is error:
+            raise
+        raise explained from error
 
     _end_groups()
+
+
+def _join(world: _World, rank: int) -> dict[str, Any]:
+    """Arguments of `init_process_group` by which the workers find one another."""
+    if world.url == "env://":
+        return {"init_method": world.url}
+
+    numbers = {"world_size": world.size, "rank": rank}
+    if world.url.startswith("tcp://"):
+        store = meet(world.url, rank, world.size, world.workers_per_machine, world.timeout)
+        return {"store": store, **numbers}
+    return {"init_method": world.url, **numbers}
+
+
+def _explain_lost_partner(error: BaseException, rank: int) -> BaseException | None:
+    """One line for what a backend says when another worker has gone; None for any other error."""
+    if not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError):
+        return None
+    text = str(error)
+    if not any(words in text for words in _LOST_PARTNER):
+        return None
+    return LOST_PARTNER.of(f"the loss of another on worker {rank}", next(iter(text.strip().splitlines()), ""))
 
 
 def _make_local_group(world: _World, rank: int) -> None:

@@ -11,6 +11,7 @@ import inspect
 import logging
 import weakref
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,13 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.blame import building_from_config
+from bnext.config.check import flatten
 from bnext.data.classes import check_classes
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
+from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
 from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
+from bnext.engine.output import holding_output
 from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
 from bnext.engine.progress_bar import ProgressBar
 from bnext.engine.resume import (
@@ -48,14 +52,16 @@ from bnext.engine.resume import (
 )
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
-from bnext.errors import CheckpointError, ConfigError
+from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
+from bnext.files import explain_os_error
 from bnext.seeding import Purpose, derive_seed, seeded
 
-__all__ = ["Trainer", "evaluate", "train"]
+__all__ = ["Trainer", "check_same_config", "evaluate", "train"]
 
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
+_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS")  # keys that may differ; weights are compared
 
 
 class Trainer(DefaultTrainer):
@@ -88,6 +94,7 @@ class Trainer(DefaultTrainer):
             if not logging.getLogger(name).isEnabledFor(logging.INFO):
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
 
+        check_same_config(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
@@ -97,6 +104,12 @@ class Trainer(DefaultTrainer):
             model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
+
+        described: dict[str, object] = {**describe_parameters(model)}
+        if isinstance(loader, TrainLoader):
+            described["images of DATASETS.TRAIN"] = loader.num_images
+        remedy = "Use the same code, versions and data on every machine."
+        check_agreement("the models and the data", described, remedy)
 
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
@@ -195,6 +208,9 @@ class Trainer(DefaultTrainer):
             )
 
         self.checkpointer.resume_or_load(self.cfg.MODEL.WEIGHTS, resume=resume)
+        if comm.get_world_size() > 1:
+            values = describe_values(unwrap_model(self.model))
+            check_agreement("the weights that were loaded", values, "Copy the same file to every machine.")
         if path:
             self.start_iter = self.iter + 1
         elif resume:
@@ -227,7 +243,9 @@ class Trainer(DefaultTrainer):
         check_classes(self.cfg, is_new=self.start_iter == 0)
         if type(self).test.__func__ is Trainer.test.__func__:  # else a subclass evaluates in a way of its own
             rehearse(self.cfg, build=self.build_evaluator)
-        super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+
+        with holding_output(self.cfg.OUTPUT_DIR), _logging_refusals_in_one_line():
+            super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
 
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)
@@ -265,6 +283,36 @@ class Trainer(DefaultTrainer):
             self.seed = training["seed"]
             workers = training["workers"]
             write_normalizers(unwrap_model(self.model), workers[comm.get_rank() % len(workers)])
+
+
+@contextlib.contextmanager
+def _logging_refusals_in_one_line() -> Iterator[None]:
+    """Detectron2's loop logs whatever ends it with a traceback, also what a person can mend."""
+
+    def shorten(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        refusal = error if isinstance(error, BNextError) else explain_os_error(error) if error else None
+        if refusal is not None:
+            record.exc_info = None
+            record.msg, record.args = "The training ends: %s", (str(refusal),)
+        return True
+
+    logger = logging.getLogger("detectron2.engine.train_loop")
+    logger.addFilter(shorten)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shorten)
+
+
+def check_same_config(cfg: CfgNode) -> None:
+    """Raise on every worker where the workers have different configs. A collective.
+
+    Raises:
+        LaunchError: names the keys and the workers.
+    """
+    values = {key: value for key, value in flatten(cfg).items() if key not in _OF_A_MACHINE}
+    check_agreement("the configs", values, "Give the same config and the same options on every machine.")
 
 
 def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:

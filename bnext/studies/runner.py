@@ -21,6 +21,8 @@ from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints import load_model
 from bnext.config.load import load_config
+from bnext.engine.output import holding_output
+from bnext.engine.streams import guard_log_files
 from bnext.engine.trainer import train
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import evaluate_model, flatten_metrics
@@ -107,6 +109,19 @@ def run_study(
         Runs in every worker. results.json is {"rows": {row: metrics}, "seconds": {step: s}} and is
         written anew, whole, after every row.
     """
+    with holding_output(output, "--output"):
+        _run_rows(configs, output, run_row, describe, show, tasks, resume)
+
+
+def _run_rows(
+    configs: Mapping[Row, CfgNode],
+    output: str,
+    run_row: RunRow[Row],
+    describe: Callable[[Row], str],
+    show: Callable[[Mapping[str, Any]], str],
+    tasks: Sequence[str],
+    resume: bool,
+) -> None:
     file = Path(output, "results.json")
     is_main = comm.is_main_process()
     results: dict[str, Any] = {"rows": {}, "seconds": {}}
@@ -198,6 +213,7 @@ def set_up_logging(output: str) -> None:
         for handler in setup_logger(output, distributed_rank=comm.get_rank(), name=name).handlers:
             if type(handler) is logging.StreamHandler and _is_worth_showing not in handler.filters:
                 handler.addFilter(_is_worth_showing)
+    guard_log_files()
 
 
 def _is_worth_showing(record: logging.LogRecord) -> bool:

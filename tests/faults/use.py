@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def run_tool(name: str, argv: Sequence[str]) -> Run:
 
 
 def _load_tool(name: str):
+    sys.path.insert(0, str(tiny.ROOT / "tools"))
     spec = importlib.util.spec_from_file_location(name, tiny.ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -1,0 +1,55 @@
+"""The first import of every tool: a quiet Ctrl-C while the others are imported, and text in UTF-8 in every locale.
+
+It acts where a file of this folder is run, and in the workers that such a run starts. Standard library only.
+"""
+
+from __future__ import annotations
+
+import locale
+import multiprocessing.process
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+
+def is_run() -> bool:
+    """Whether this process runs a tool of this folder."""
+    return Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+
+
+def use_utf8() -> None:
+    """Start again in Python's UTF-8 mode where the locale cannot express every file name and message."""
+    encoding = locale.getpreferredencoding(False).replace("-", "").replace("_", "").lower()
+    if encoding != "utf8" and "PYTHONUTF8" not in os.environ:
+        os.environ["PYTHONUTF8"] = "1"  # for the workers as well
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def end_on_interrupt(number: int, frame: object) -> None:
+    """One line and the status of Ctrl-C; `run_command` puts its own way in the place of this one."""
+    os.write(2, b"interrupted.\n")
+    os._exit(130)
+
+
+def end_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End this worker, which has nothing to put in order yet, when the process that started it has died."""
+    parent.join()
+    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN):
+        os._exit(1)  # later bnext.engine.interrupts does it
+
+
+def start() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+        return
+
+    use_utf8()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_on_interrupt)
+
+
+if is_run():
+    start()
