@@ -22,7 +22,6 @@ from bnext.checkpoints import load_model
 from bnext.errors import BNextError
 from bnext.layers import TABLE5_ROWS
 from tests import tiny
-from tests.faults import use
 from tests.faults.attempt import Attempt, Outcome, Verdict
 from tests.faults.trained import make_trained, tiny_data
 
@@ -218,15 +217,29 @@ EDITS = (
     Edit("the model twice nested", lambda c, k: {"model": {"model": c["model"]}}),
     Edit("a list of entries", lambda c, k: {"model": list(c["model"].items())}),
     Edit("numbers as names", lambda c, k: {"model": dict(enumerate(c["model"].values()))}),
-    Edit("half precision", lambda c, k: _map(lambda name, x: (name, x.half() if x.ndim == 4 else x))(c, k), is_meant=True),
-    Edit("float64", lambda c, k: _map(lambda name, x: (name, x.double() if x.is_floating_point() else x))(c, k), is_meant=True),
+    Edit(
+        "half precision", lambda c, k: _map(lambda name, x: (name, x.half() if x.ndim == 4 else x))(c, k), is_meant=True
+    ),
+    Edit(
+        "float64",
+        lambda c, k: _map(lambda name, x: (name, x.double() if x.is_floating_point() else x))(c, k),
+        is_meant=True,
+    ),
     Edit("prefix module.", lambda c, k: _map(lambda name, x: (f"module.{name}", x))(c, k), is_meant=True),
     Edit("bare", lambda c, k: c["model"], is_meant=True),
     Edit("under state_dict", lambda c, k: {"state_dict": c["model"]}),
-    Edit("parameters", lambda c, k: _map(lambda name, x: (name, torch.nn.Parameter(x) if x.is_floating_point() else x))(c, k), is_meant=True),
+    Edit(
+        "parameters",
+        lambda c, k: _map(lambda name, x: (name, torch.nn.Parameter(x) if x.is_floating_point() else x))(c, k),
+        is_meant=True,
+    ),
     Edit("an entry more", lambda c, k: {**c, "model": {**c["model"], "extra.weight": torch.ones(3)}}, is_meant=True),
-    Edit("counters missing", lambda c, k: {**c, "model": {n: x for n, x in c["model"].items() if "tracked" not in n}}, is_meant=True),
-)  # fmt: skip
+    Edit(
+        "counters missing",
+        lambda c, k: {**c, "model": {n: x for n, x in c["model"].items() if "tracked" not in n}},
+        is_meant=True,
+    ),
+)
 
 
 def _edit_content(draw: Draw, turn: int) -> Attempt:
@@ -268,7 +281,12 @@ FILES: tuple[tuple[str, str, Callable[[Path], object], bool], ...] = (
     ("missing", "w.pth", lambda file: None, False),
     ("a page of the web", "w.pth", lambda file: file.write_text("<!DOCTYPE html><html>404</html>"), False),
     ("JSON", "w.pth", lambda file: file.write_text(json.dumps({"model": {}})), False),
-    ("a pointer of Git LFS", "w.pth", lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"), False),
+    (
+        "a pointer of Git LFS",
+        "w.pth",
+        lambda file: file.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        False,
+    ),
     ("packed", "w.pth", lambda file: file.write_bytes(gzip.compress(_weights().read_bytes())), False),
     ("code", "w.pth", lambda file: torch.save({"model": _Code()}, file), False),
     ("code in a pickle", "w.pkl", lambda file: file.write_bytes(pickle.dumps({"model": _Code()})), False),
@@ -282,7 +300,7 @@ FILES: tuple[tuple[str, str, Callable[[Path], object], bool], ...] = (
     ("unreadable name", "w\n.pth", lambda file: file.write_bytes(b"x"), False),
     ("the old form", "w.pth", _legacy, True),
     ("the old form, torn", "w.pth", _torn_legacy, False),
-)  # fmt: skip
+)
 
 
 def _replace_file(draw: Draw, turn: int) -> Attempt:

@@ -21,13 +21,59 @@ __all__ = ["make_attempts"]
 
 NORMS = ("BN", "SyncBN", "GN", "LN", "FrozenBN", "naiveSyncBN", "nnSyncBN", "CycleBN", "", "GhostBN", "bn", "BatchNorm")
 # Keys that a small training reads; bnext's own keys are added.
-SECTIONS = ("SOLVER.", "INPUT.", "DATASETS.", "DATALOADER.", "MODEL.RETINANET.", "MODEL.RESNETS.", "MODEL.FPN.",
-            "MODEL.BACKBONE.", "MODEL.ANCHOR_GENERATOR.", "MODEL.PIXEL", "TEST.", "MODEL.WEIGHTS", "MODEL.DEVICE",
-            "MODEL.META_ARCHITECTURE", "SEED", "VIS_PERIOD", "CUDNN_BENCHMARK")  # fmt: skip
+SECTIONS = (
+    "SOLVER.",
+    "INPUT.",
+    "DATASETS.",
+    "DATALOADER.",
+    "MODEL.RETINANET.",
+    "MODEL.RESNETS.",
+    "MODEL.FPN.",
+    "MODEL.BACKBONE.",
+    "MODEL.ANCHOR_GENERATOR.",
+    "MODEL.PIXEL",
+    "TEST.",
+    "MODEL.WEIGHTS",
+    "MODEL.DEVICE",
+    "MODEL.META_ARCHITECTURE",
+    "SEED",
+    "VIS_PERIOD",
+    "CUDNN_BENCHMARK",
+)
 VALUES = (
-    None, "", "x", "None", -1, 0, 1, 2, 3.7, 1e9, 10**30, 1e-30, float("nan"), float("inf"), True, False, [], {}, (),
-    [[]], [0], [-1], [1e9], ["x"], [None], {"x": 1}, "ü$^", "%s {}", "../x", "1e3", "[", "nan",
-)  # fmt: skip
+    None,
+    "",
+    "x",
+    "None",
+    -1,
+    0,
+    1,
+    2,
+    3.7,
+    1e9,
+    10**30,
+    1e-30,
+    float("nan"),
+    float("inf"),
+    True,
+    False,
+    [],
+    {},
+    (),
+    [[]],
+    [0],
+    [-1],
+    [1e9],
+    ["x"],
+    [None],
+    {"x": 1},
+    "ü$^",
+    "%s {}",
+    "../x",
+    "1e3",
+    "[",
+    "nan",
+)
 LONG = ("SOLVER.MAX_ITER",)  # a large value is a long training, as asked for
 
 
@@ -89,10 +135,18 @@ def _damage_key(draw: np.random.Generator, keys: dict[str, object]) -> Attempt:
     key = str(_pick(draw, keys))
     section, _, name = key.rpartition(".")
     at = int(draw.integers(len(name)))
-    wrong = _pick(draw, (
-        f"{section}.{name[:at]}{name[at + 1 :]}", f"{section}.{name[:at]}X{name[at:]}", f"{section}.{name.lower()}",
-        f"{section}X.{name}", f"{name}", f"{key}.X", f"{section} .{name}",
-    ))  # fmt: skip
+    wrong = _pick(
+        draw,
+        (
+            f"{section}.{name[:at]}{name[at + 1 :]}",
+            f"{section}.{name[:at]}X{name[at:]}",
+            f"{section}.{name.lower()}",
+            f"{section}X.{name}",
+            f"{name}",
+            f"{key}.X",
+            f"{section} .{name}",
+        ),
+    )
     wrong = str(wrong).lstrip(".")
     if wrong in keys:
         wrong = f"{wrong}_X"
@@ -107,7 +161,8 @@ def _train_with_key(key: str, value: object, is_in_file: bool, folder: Path) -> 
         run = use.train(folder / "output", config=_write_config(folder, key, value))
     else:
         run = use.train(folder / "output", key, value)
-    return use.judge(run, folder / "output", (key, key.rpartition(".")[2]), must_be_told=True)
+    parts = key.split(".")
+    return use.judge(run, folder / "output", (key, parts[-1], ".".join(parts[:-1])), must_be_told=True)
 
 
 # ---- files
@@ -149,17 +204,21 @@ FILE_FAULTS = (
     FileFault("base is a list", _text("_BASE_: [a.yaml, b.yaml]\n"), ("_BASE_", "a.yaml")),
     FileFault("base is a folder", _text("_BASE_: '.'\n"), ("_BASE_", "'.'", "/work")),
     FileFault("a python tag", _text(BASE + f"OUTPUT_DIR: {TAG}\n"), ("tag", "python")),
-    FileFault("a tuple's tag", _text(BASE + "INPUT: {MIN_SIZE_TRAIN: !!python/tuple [48, 64]}\n"), ("tag", "python", "tuple")),
+    FileFault(
+        "a tuple's tag", _text(BASE + "INPUT: {MIN_SIZE_TRAIN: !!python/tuple [48, 64]}\n"), ("tag", "python", "tuple")
+    ),
     FileFault("an unknown tag", _text(BASE + "SEED: !seed 3\n"), ("!seed",)),
     FileFault("an unknown alias", _text(BASE + "SEED: *seed\n"), ("seed",)),
     FileFault("a link loop", lambda file: file.symlink_to(file)),
-    FileFault("another version", _text(BASE + "VERSION: 9\n"), ("VERSION", "version")),
+    FileFault("another version", _text(BASE + "VERSION: 9\n"), ("VERSION", "version", "v9")),
     FileFault("UTF-16", _text(BASE + "SEED: 3\n", "utf-16"), is_wrong=False),
     FileFault("a byte order mark", _text(BASE + "SEED: 3\n", "utf-8-sig"), is_wrong=False),
     FileFault("CRLF", _text((BASE + "SEED: 3\n").replace("\n", "\r\n")), is_wrong=False),
-    FileFault("a comment alone", _text("# nothing\n"), ("MODEL.WEIGHTS", "NUM_CLASSES", "coco", "DATASETS"), is_wrong=False),
+    FileFault(
+        "a comment alone", _text("# nothing\n"), ("MODEL.WEIGHTS", "NUM_CLASSES", "coco", "DATASETS"), is_wrong=False
+    ),
     FileFault("deep aliases", _text(BASE + "SEED: &a 3\nVIS_PERIOD: *a\n"), is_wrong=False),
-)  # fmt: skip
+)
 
 
 def _damage_file(draw: np.random.Generator, keys: dict[str, object]) -> Attempt:

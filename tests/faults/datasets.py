@@ -225,7 +225,9 @@ FAULTS = (
     Fault("categories reversed", lambda content, draw: content["categories"].reverse()),
     Fault("boxes as corners", _every("bbox", _corners), must_be_told=True),
     Fault("one box as corners", _some("bbox", _corners), changes_truth=True),
-    Fault("normalized boxes", _every("bbox", _box(lambda x, y, w, h: [x / 64, y / 64, w / 64, h / 64])), must_be_told=True),
+    Fault(
+        "normalized boxes", _every("bbox", _box(lambda x, y, w, h: [x / 64, y / 64, w / 64, h / 64])), must_be_told=True
+    ),
     Fault("negative width", _some("bbox", _box(lambda x, y, w, h: [x + w, y, -w, h])), must_be_told=True),
     Fault("zero width", _some("bbox", _box(lambda x, y, w, h: [x, y, 0, h]))),
     Fault("beside the picture", _some("bbox", [900, 900, 20, 20]), must_be_told=True),
@@ -245,7 +247,11 @@ FAULTS = (
     Fault("without the list of annotations", _without("annotations"), must_be_told=True),
     Fault("no categories", _empty("categories"), must_be_told=True),
     Fault("without info", _without("info")),
-    Fault("size swapped", lambda content, draw: [image.update(width=128) for image in content["images"]], must_be_told=True),
+    Fault(
+        "size swapped",
+        lambda content, draw: [image.update(width=128) for image in content["images"]],
+        must_be_told=True,
+    ),
     Fault("width -1", _some("width", -1, of="images"), must_be_told=True),
     Fault("height in words", _some("height", "64", of="images"), must_be_told=True),
     Fault("no height", _every("height", DROP, of="images"), must_be_told=True),
@@ -264,8 +270,18 @@ FAULTS = (
     Fault("an odd number", _some("segmentation", [[1, 1, 9, 9, 5, 2, 3]]), mask=True, must_be_told=True),
     Fault("NaN in a polygon", _some("segmentation", [[1, 1, NAN, 9, 5, 2]]), mask=True, must_be_told=True),
     Fault("a far polygon", _some("segmentation", [[1, 1, 3e7, 9, 5, 3e7]]), mask=True, must_be_told=True),
-    Fault("a mask of another size", _some("segmentation", {"size": [9, 9], "counts": [40, 20, 21]}), mask=True, must_be_told=True),
-    Fault("a mask of words", _some("segmentation", {"size": [64, 64], "counts": "not a mask"}), mask=True, must_be_told=True),
+    Fault(
+        "a mask of another size",
+        _some("segmentation", {"size": [9, 9], "counts": [40, 20, 21]}),
+        mask=True,
+        must_be_told=True,
+    ),
+    Fault(
+        "a mask of words",
+        _some("segmentation", {"size": [64, 64], "counts": "not a mask"}),
+        mask=True,
+        must_be_told=True,
+    ),
     Fault("a mask as a number", _some("segmentation", 7), mask=True, must_be_told=True),
     Fault("grey picture", damage=_paint("L")),
     Fault("with alpha", damage=_paint("RGBA")),
@@ -283,7 +299,7 @@ FAULTS = (
     Fault("a pipe as picture", damage=_replaced(os.mkfifo), must_be_told=True),
     Fault("a link loop", damage=_replaced(lambda path: path.symlink_to(path)), must_be_told=True),
     Fault("a dangling link", damage=_replaced(lambda path: path.symlink_to("gone")), must_be_told=True),
-)  # fmt: skip
+)
 
 
 def make_attempts(count: int, seed: int) -> list[Attempt]:

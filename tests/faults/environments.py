@@ -87,11 +87,15 @@ PLACES = (
     Place("few open files", prepare=_limit(resource.RLIMIT_NOFILE, 64)),
     Place("small files", prepare=_limit(resource.RLIMIT_FSIZE, 100_000), must_work=False),
     Place("nice and no hangup", shell="nohup nice {command}"),
-    Place("interrupted while it imports", shell="timeout -s INT 2 {command}", must_work=False, statuses=(0, 2, 124, 130)),
-    Place("interrupted while it trains", shell="timeout -s INT 6 {command}", must_work=False, statuses=(0, 2, 124, 130)),
+    Place(
+        "interrupted while it imports", shell="timeout -s INT 2 {command}", must_work=False, statuses=(0, 2, 124, 130)
+    ),
+    Place(
+        "interrupted while it trains", shell="timeout -s INT 6 {command}", must_work=False, statuses=(0, 2, 124, 130)
+    ),
     Place("ended while it trains", shell="timeout -s TERM 6 {command}", must_work=False, statuses=(0, 2, 124, 143)),
     Place("the folder is gone", shell="d=$(mktemp -d) && cd $d && rmdir $d && {command}"),
-)  # fmt: skip
+)
 
 
 def make_attempts(count: int, seed: int) -> list[Attempt]:

@@ -40,6 +40,19 @@ def _as_folder(name: str) -> Callable[[Path], object]:
     return damage
 
 
+def _as_file(name: str) -> Callable[[Path], object]:
+    def damage(output: Path) -> None:
+        shutil.rmtree(output / name)
+        (output / name).write_bytes(b"x")
+
+    return damage
+
+
+def _as_loop(output: Path) -> None:
+    (output / SAVED).unlink()
+    (output / SAVED).symlink_to(SAVED)
+
+
 def _cut(name: str, share: float) -> Callable[[Path], object]:
     def damage(output: Path) -> None:
         content = (output / name).read_bytes()
@@ -95,11 +108,11 @@ FAULTS: tuple[tuple[str, Callable[[Path], object], bool], ...] = (
     ("log.txt is a folder", _as_folder("log.txt"), False),
     ("config.yaml is binary", _write("config.yaml", bytes(range(256))), True),
     ("config.yaml is a folder", _as_folder("config.yaml"), False),
-    ("inference is a file", lambda output: (shutil.rmtree(output / "inference"), _write("inference", b"x")(output)), False),
+    ("inference is a file", _as_file("inference"), False),
     ("a half beside", _write(f"{SAVED}.partial", b"half"), True),
     ("read-only", lambda output: os.chmod(output, 0o500), True),  # root may write all the same
-    ("the last file is a link loop", lambda output: (_remove(SAVED)(output), (output / SAVED).symlink_to(SAVED)), False),
-)  # fmt: skip
+    ("the checkpoint is a link loop", _as_loop, False),
+)
 
 
 def make_attempts(count: int, seed: int) -> list[Attempt]:
