@@ -201,7 +201,7 @@ EDITS = (
     Edit("8-bit numbers", _put(lambda x: (x * 100).to(torch.int8)), "weight"),
     Edit("another shape", _put(lambda x: x[..., :1].clone()), "conv1.weight"),
     Edit("a channel more", _put(lambda x: torch.cat([x, x[:1]])), "norm.weight"),
-    Edit("transposed", _put(lambda x: x.transpose(0, -1).clone()), "lateral1.weight"),
+    Edit("transposed", _put(lambda x: x.transpose(0, -1).clone()), "lateral3.weight"),
     Edit("a scalar", _put(lambda x: x.flatten()[0].clone()), "bias"),
     Edit("no elements", _put(lambda x: x[:0].clone()), "weight"),
     Edit("None", _put(lambda x: None), "weight"),
@@ -312,7 +312,7 @@ def _load_file(name: str, write: Callable[[Path], object], is_meant: bool, folde
     file = folder / name
     write(file)
 
-    outcome = _load(file, _right_outputs(), is_meant=is_meant, words=(name, "w.p", repr(name)))
+    outcome = _load(file, _right_outputs(), is_meant=is_meant, words=(name, "w.p", repr(name).strip("'")))
     if (folder / "ran").exists():
         return Outcome(Verdict.WRONG, "the file has run a program")
     return outcome if "weights_only=False" not in outcome.text else Outcome(Verdict.BLAMED, outcome.text)
