@@ -7,7 +7,7 @@ checked by whoever builds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
