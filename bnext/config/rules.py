@@ -76,7 +76,7 @@ def _of_levels(item: Values) -> Values:
 
 def _not_empty(values: Values) -> Values:
     return Values(
-        f"{values.words}, and not empty", lambda value: len(value) > 0 and values.accepts(value), values.remedy
+        f"{values.words}, and not empty", lambda value: values.accepts(value) and len(value) > 0, values.remedy
     )
 
 
