@@ -54,7 +54,8 @@ class BNextError(ValueError):
             row must be 1 to 6; got 7 (Table 5). Choose one of them.
         """
         value = flatten_text(got if isinstance(got, str) else repr(got), most=_MOST_OF_A_VALUE)
-        place = f" ({where})" if where else ""
+        thing, place = flatten_text(thing, most=_MOST_OF_A_VALUE), flatten_text(where, most=_MOST_OF_A_VALUE)
+        place = f" ({place})" if place else ""
         return cls(flatten_text(f"{thing} must {rule}; got {value}{place}. {remedy}"))
 
 

@@ -26,7 +26,7 @@ def building_from_config() -> Iterator[None]:
     except BNextError:
         raise
     except (AssertionError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][1:]
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)][2:]  # below the `with`
         modules = [str(frame.f_globals.get("__name__", "")) for frame in frames]
         roots = [module.partition(".")[0] for module in modules]
         if not roots or roots[-1] not in _OF_DETECTRON2 or not set(roots) <= set(_ITS_CALLERS):

@@ -131,7 +131,8 @@ def _convert(name: str, value: Any, default: Any, where: str) -> Any:
     is_text = isinstance(default, str)
     if isinstance(value, str):
         literal = _read_literal(value)
-        value = literal if not is_text or literal is None or isinstance(literal, str) else value
+        is_number = type(literal) in (int, float)  # which a folder may be called
+        value = value if is_text and is_number else literal
 
     if value is None and default is not None:
         raise _NULL.of("null", where, key=name, form=_FORMS[type(default)])
@@ -140,8 +141,7 @@ def _convert(name: str, value: Any, default: Any, where: str) -> Any:
             raise _TYPE.of(_show(value), where, key=name, kind="a number, a word or a list", form="one of them")
         return value
 
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if type(default) is float and is_number:
+    if type(default) is float and type(value) in (int, float):
         return _to_float(name, value, where)
     if type(default) is int and isinstance(value, float) and value.is_integer() and abs(value) < _MOST_DIGITS:
         return int(value)  # such as 1e5

@@ -7,7 +7,7 @@ checked by whoever builds it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY
@@ -54,23 +54,29 @@ def _word(*words: str) -> Values:
 
 
 def _list_of(item: Values, *lengths: int) -> Values:
-    """Lists, and lists of lists, of items that are in a set."""
+    number = f" of {' or '.join(map(str, lengths))}" if lengths else ""
 
     def accepts(value: Any) -> bool:
-        if not isinstance(value, (list, tuple)) or (lengths and len(value) not in lengths):
-            return False
-        return all(item.accepts(one) or (isinstance(one, (list, tuple)) and accepts_all(one)) for one in value)
+        is_list = isinstance(value, (list, tuple)) and (not lengths or len(value) in lengths)
+        return is_list and all(item.accepts(one) for one in value)
 
-    def accepts_all(value: Sequence[Any]) -> bool:
-        return len(value) > 0 and all(item.accepts(one) for one in value)
-
-    number = f" of {' or '.join(map(str, lengths))}" if lengths else ""
     return Values(f"a list{number}, each {item.words}", accepts, "Correct the list.")
+
+
+def _of_levels(item: Values) -> Values:
+    """A list for all levels, or one of each."""
+    flat = _not_empty(_list_of(item))
+    nested = _not_empty(_list_of(flat))
+    return Values(
+        f"{flat.words}, or a list of such lists",
+        lambda value: isinstance(value, (list, tuple)) and (flat.accepts(value) or nested.accepts(value)),
+        flat.remedy,
+    )
 
 
 def _not_empty(values: Values) -> Values:
     return Values(
-        f"{values.words}, and not empty", lambda value: len(value) > 0 and values.accepts(value), values.remedy
+        f"{values.words}, and not empty", lambda value: values.accepts(value) and len(value) > 0, values.remedy
     )
 
 
@@ -119,12 +125,14 @@ _RULES: dict[str, Values] = {
     "FPN.FUSE_TYPE": _word("sum", "avg"),
     "NUM_CLASSES": _CLASSES,
     "NUM_KEYPOINTS": _count(1, 10_000),
-    "ANCHOR_GENERATOR.SIZES": _not_empty(_list_of(_between(0))),
-    "ANCHOR_GENERATOR.ASPECT_RATIOS": _not_empty(_list_of(_between(0))),
+    "ANCHOR_GENERATOR.SIZES": _of_levels(_between(0)),
+    "ANCHOR_GENERATOR.ASPECT_RATIOS": _of_levels(_between(0)),
     "ANCHOR_GENERATOR.OFFSET": Values("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
     "PROPOSAL_GENERATOR.MIN_SIZE": _number(0),
     "IOU_THRESHOLDS": _ascending(_list_of(_SHARE)),
     "IOU_LABELS": _list_of(Values("-1, 0 or 1", lambda value: value in (-1, 0, 1))),
+    "BBOX_REG_WEIGHTS": _list_of(_between(0), 4, 5),  # 5 of rotated boxes
+    "ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": _not_empty(_list_of(_list_of(_between(0), 4, 5))),
     "ROI_BOX_CASCADE_HEAD.IOUS": _not_empty(_list_of(_SHARE)),
     "BATCH_SIZE_PER_IMAGE": _count(1, 1_000_000),
     "POSITIVE_FRACTION": _SHARE,
@@ -180,6 +188,8 @@ _RULES: dict[str, Values] = {
     "SOLVER.IMS_PER_BATCH": _count(1, 100_000, "16 is usual; it is the number of images of a step, over all workers."),
     "SOLVER.REFERENCE_WORLD_SIZE": _count(0, 100_000, "0 scales nothing."),
     "SOLVER.BNEXT.VIRTUAL_IMAGES": _count(0, 100_000, "0 is for none."),
+    "BBOX_REG_LOSS_TYPE": _word("smooth_l1", "giou", "diou", "ciou"),
+    "CLIP_GRADIENTS.CLIP_TYPE": _word("value", "norm"),
     "CLIP_GRADIENTS.CLIP_VALUE": _between(0),
     "CLIP_GRADIENTS.NORM_TYPE": Values("a number above 0, or inf", lambda value: value > 0),
     "TEST.EVAL_PERIOD": _PERIOD,

@@ -273,8 +273,8 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_training_state(state_dict, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}")
+        super(DefaultTrainer, self).load_state_dict(state_dict)  # of hooks, too, whose faults are their own
         with expect_same_optimizer(self.cfg, state_dict):
-            super(DefaultTrainer, self).load_state_dict(state_dict)
             if "_trainer" in state_dict:
                 self._trainer.load_state_dict(state_dict["_trainer"])
 

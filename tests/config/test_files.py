@@ -1,13 +1,17 @@
 """Every config file is plain YAML, is accepted, and builds its model."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 
 from bnext.config import load_config, resolve_norms
+from bnext.config.places import PLACES
+from bnext.errors import ConfigError
 from bnext.layers import LevelBatchNorm2d, NormSpec
 from bnext.layers.walk import find_bnext_norms
 
@@ -60,6 +64,41 @@ def test_config_is_safe_yaml_and_builds(path):
         assert found == ({asked} if isinstance(asked, NormSpec) else set())
     if path.stem.startswith("table5_row"):
         assert {norm.spec.table5_row for norm in norms} == {int(path.stem[-1])}
+
+
+NORMS = ("BN", "SyncBN", "GN", "LN", "FrozenBN", "")
+
+
+def sweep(path):
+    """The config with each norm in each of its places: (place, norm, config)."""
+    for place in resolve_norms(load_config(str(ROOT / path))).places:
+        for norm in NORMS:
+            yield place, norm, load_config(str(ROOT / path), [PLACES[place].norm, norm, "MODEL.DEVICE", "meta"])
+
+
+# With keys of a place that some norm has no use for.
+CHANGED = ("retinanet_R_18_FPN_BN", "faster_rcnn_R_50_FPN_1x_GhostBN", "table3_6_shuffle_2", "table5_row6")
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.stem in CHANGED and "coco" not in path.parts], ids=str
+)
+def test_every_norm_of_the_command_line_is_taken(path):
+    for place, norm, cfg in sweep(path):
+        recipe = resolve_norms(cfg).places[place]
+        assert recipe.name == norm
+        assert recipe.is_batch_norm or recipe.changed == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "3x" not in path.stem], ids=str)
+def test_every_norm_of_the_command_line_builds_in_every_config(path):
+    """But a norm in a box head that has linear layers alone, which says so."""
+    for place, norm, cfg in sweep(path):
+        has_norm = place != "ROI_BOX_HEAD" or cfg.MODEL.ROI_BOX_HEAD.NUM_CONV > 0
+        expected = contextlib.nullcontext() if has_norm or not norm else pytest.raises(ConfigError, match="NUM_CONV")
+        with expected, torch.device("meta"):
+            build_model(cfg)
 
 
 def test_coco_study_has_the_papers_schedule():

@@ -214,9 +214,7 @@ FILE_FAULTS = (
     FileFault("UTF-16", _text(BASE + "SEED: 3\n", "utf-16"), is_wrong=False),
     FileFault("a byte order mark", _text(BASE + "SEED: 3\n", "utf-8-sig"), is_wrong=False),
     FileFault("CRLF", _text((BASE + "SEED: 3\n").replace("\n", "\r\n")), is_wrong=False),
-    FileFault(
-        "a comment alone", _text("# nothing\n"), ("MODEL.WEIGHTS", "NUM_CLASSES", "coco", "DATASETS"), is_wrong=False
-    ),
+    FileFault("a comment alone", _text("# nothing\n"), ("config.yaml", "empty"), is_wrong=False),
     FileFault("deep aliases", _text(BASE + "SEED: &a 3\nVIS_PERIOD: *a\n"), is_wrong=False),
 )
 
