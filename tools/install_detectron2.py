@@ -96,6 +96,16 @@ PATCHES: tuple[tuple[str, str, str], ...] = (
         'pkg_resources.resource_filename(\n        "detectron2.model_zoo", os.path.join("configs", config_path)\n    )',
         'os.path.join(\n        str(importlib.resources.files("detectron2.model_zoo")), "configs", config_path\n    )',
     ),
+    # Caffe2 and its proto files are gone: what needs them is left out, and tracing can be imported.
+    (
+        "export/__init__.py",
+        "from .api import *\n",
+        "try:\n"
+        "    from .api import *\n"
+        "except ModuleNotFoundError as error:  # of Caffe2, whose exporters are then not to be had\n"
+        '    if (error.name or "").partition(".")[0] != "caffe2":\n'
+        "        raise\n",
+    ),
     # Python deprecates Logger.warn.
     ("data/datasets/coco.py", "logger.warn(", "logger.warning("),
     ("engine/defaults.py", "logger.warn(", "logger.warning("),

@@ -1,20 +1,24 @@
-"""A folded head computes what it did, and leaves for other runtimes as convolutions alone."""
+"""A folded head computes what it did, and leaves for other runtimes as convolutions alone; detectors are traced."""
 
 import copy
 import io
+import warnings
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import GeneralizedRCNN
 
 from bnext.errors import ConfigError
 from bnext.heads import RetinaNetHead
 from bnext.heads.lock_step import run_tower
 from bnext.layers import TABLE5_ROWS, NormSpec
+from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.fold import fold_norms
 from tests.cases import randomize
+from tests.heads.detectors import make_detector, make_model
 
 LEVELS = ("p3", "p4", "p5")
 TOLERANCE = 1e-5  # relative to the largest output
@@ -120,3 +124,73 @@ def test_onnx(folded_head, dynamic_shapes):
         features = make_features(num_samples, side)
         inputs = {name: feature.numpy() for name, feature in zip(names, features, strict=True)}
         assert_close(session.run(None, inputs), run(folded_head, features))
+
+
+BY_MINI_BATCH = {
+    "ROI_BOX_HEAD": ["MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE", "mini_batch"],
+    "ROI_MASK_HEAD": ["MODEL.ROI_MASK_HEAD.NORM", "BN", "MODEL.BNEXT.ROI_MASK_HEAD.INFERENCE", "mini_batch"],
+}
+FASTER = {"architecture": "BNextGeneralizedRCNN"}
+WITHOUT_MASKS = ["MODEL.MASK_ON", False, "MODEL.KEYPOINT_ON", False]
+
+
+def make_retinanet():
+    model = make_detector(row=1)
+    model.test_score_thresh = 0.0
+    for path, norm in find_bnext_norms(model.head).items():
+        norm.spec = norm.spec.replace(inference="mini_batch" if path.startswith("cls") else "population")
+    return model
+
+
+def make_faster_rcnn():
+    return make_model(*BY_MINI_BATCH["ROI_BOX_HEAD"], *WITHOUT_MASKS, **FASTER)
+
+
+def make_mask_rcnn():
+    pairs = [*BY_MINI_BATCH["ROI_BOX_HEAD"], *BY_MINI_BATCH["ROI_MASK_HEAD"], "MODEL.KEYPOINT_ON", False]
+    return make_model(*pairs, "MODEL.RESNETS.NORM", "BN", **FASTER)
+
+
+def make_folded_mask_rcnn():
+    pairs = ["MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN", "MODEL.KEYPOINT_ON", False]
+    model = make_model(*pairs, "MODEL.RESNETS.NORM", "BN", **FASTER).eval()
+    assert not fold_norms(model).left
+    return model
+
+
+def find_instances(model, inputs):
+    """As detectron2's own tool does for a trace: masks are not pasted into pictures."""
+    if isinstance(model, GeneralizedRCNN):
+        return model.inference(inputs, do_postprocess=False)
+    return [result["instances"] for result in model(inputs)]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        make_retinanet,
+        pytest.param(make_faster_rcnn, marks=pytest.mark.slow),
+        pytest.param(make_mask_rcnn, marks=pytest.mark.slow),
+        pytest.param(make_folded_mask_rcnn, marks=pytest.mark.slow),
+    ],
+)
+def test_a_traced_detector_finds_the_same_in_pictures_of_another_size(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scripted functions, and sizes that a trace takes for numbers
+        try:
+            from detectron2.export import TracingAdapter
+        except ModuleNotFoundError:
+            pytest.skip("detectron2.export needs Caffe2 here")
+
+        model = make().eval()
+        pictures = [{"image": torch.rand(3, *size) * 255} for size in ((96, 64), (64, 128))]
+        adapter = TracingAdapter(model, pictures[:1], find_instances)
+        with torch.no_grad():
+            traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+            (instances,) = adapter.outputs_schema(traced(pictures[1]["image"]))
+            (expected,) = find_instances(model, pictures[1:])
+
+    assert len(expected) > 0
+    torch.testing.assert_close(instances.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-4, atol=1e-3)
+    for name in expected.get_fields().keys() - {"pred_boxes"}:
+        torch.testing.assert_close(instances.get(name), expected.get(name), rtol=1e-4, atol=1e-5)

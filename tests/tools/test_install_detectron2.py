@@ -192,6 +192,11 @@ class TestRepairs:
         with pytest.raises(RuntimeError, match="not available in Model Zoo"):
             model_zoo.get_config_file("no/such.yaml")
 
+    def test_tracing_can_be_imported_without_caffe2(self):
+        script = "from detectron2.export import TracingAdapter, scripting_with_instances"
+        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert process.returncode == 0, process.stderr
+
     def test_operators_of_the_extension_fail_where_they_are_called(self):
         import torch
         from detectron2.layers import DeformConv, ROIAlignRotated
