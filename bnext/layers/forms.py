@@ -118,7 +118,7 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     norm: Any = module
 
     if isinstance(module, BatchNorm2d):
-        return form_of_spec(module.spec, module.num_features, module.domains, module.eps)
+        return form_of_spec(module.spec, module.num_features, module.domains, module.eps, module.has_bias)
 
     if isinstance(module, nn.ModuleList):
         return _read_numbered(module)
@@ -127,17 +127,20 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     if frozen is not None:
         return frozen
 
+    has_bias = getattr(norm, "weight", None) is None or norm.bias is not None
     if issubclass(kind, TORCH_NORMS):
         inference: tuple[object, ...] = ("population",) if norm.running_mean is not None else ("mini_batch", "shared")
         affine, population = _layout(norm.weight), _layout(norm.running_mean)
-        return NormForm(norm.num_features, affine, population, norm.eps, inference=inference)
+        return NormForm(norm.num_features, affine, population, norm.eps, inference=inference, has_bias=has_bias)
 
     if issubclass(kind, nn.GroupNorm):
         inference = ("group", norm.num_groups)
-        return NormForm(norm.num_channels, _layout(norm.weight), "none", norm.eps, inference=inference)
+        affine = _layout(norm.weight)
+        return NormForm(norm.num_channels, affine, "none", norm.eps, inference=inference, has_bias=has_bias)
 
     if issubclass(kind, nn.LayerNorm) and len(norm.normalized_shape) == 1:
-        return NormForm(norm.normalized_shape[0], _layout(norm.weight), "none", norm.eps, inference=("layer",))
+        (num_channels,), affine = norm.normalized_shape, _layout(norm.weight)
+        return NormForm(num_channels, affine, "none", norm.eps, inference=("layer",), has_bias=has_bias)
 
     return None
 

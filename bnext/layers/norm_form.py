@@ -35,6 +35,7 @@ class NormForm:
         inference: what normalizes in evaluation mode; norms for which this is equal, and affine,
             population and eps as well, have equal outputs.
         is_frozen: population statistics normalize in training too.
+        has_bias: an affine is scale and shift; False: scale alone.
     """
 
     num_features: int
@@ -46,6 +47,7 @@ class NormForm:
     has_counter: bool = True
     inference: tuple[object, ...] = ("population",)
     is_frozen: bool = False
+    has_bias: bool = True
 
     @property
     def is_batch_norm(self) -> bool:
@@ -54,17 +56,20 @@ class NormForm:
 
     def list_keys(self) -> list[str]:
         """The keys of its state dict."""
+        affine = AFFINE if self.has_bias else AFFINE[:1]
         population = POPULATION if self.has_counter else POPULATION[:2]
         keys = []
 
-        for layout, fields in ((self.affine, AFFINE), (self.population, population)):
+        for layout, fields in ((self.affine, affine), (self.population, population)):
             for owner in {"shared": ("",), "owned": self.owners, "none": ()}[layout]:
                 keys += [f"{owner}.{field}" if owner else field for field in fields]
 
         return keys
 
 
-def form_of_spec(spec: NormSpec, num_features: int, domains: Sequence[str], eps: float) -> NormForm:
+def form_of_spec(
+    spec: NormSpec, num_features: int, domains: Sequence[str], eps: float, has_bias: bool = True
+) -> NormForm:
     """The form of a norm of bnext.
 
     Args:
@@ -72,6 +77,7 @@ def form_of_spec(spec: NormSpec, num_features: int, domains: Sequence[str], eps:
         num_features: its channels C.
         domains: names of its levels or domains.
         eps: added to its variance.
+        has_bias: see `NormForm`.
     """
     inference: tuple[object, ...] = ("population",)
     if spec.inference == "mini_batch":
@@ -86,4 +92,5 @@ def form_of_spec(spec: NormSpec, num_features: int, domains: Sequence[str], eps:
         owners=tuple(domains),
         inference=inference,
         is_frozen=spec.has_frozen_statistics,
+        has_bias=has_bias,
     )

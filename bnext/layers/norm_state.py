@@ -43,6 +43,8 @@ MAPPED = "{target} was taken from {source}, as domain_map says"
 UNIT_AFFINE = "the source has no affine, so weight 1 and bias 0 were set; outputs are unchanged"
 DROPPED_OWNERS = "the source's state of {names} was left out: the target has no such level or domain"
 DROPPED_AFFINE = "the affine was left out: the norm has none"
+DROPPED_BIAS = "the bias was left out: the norm has none"
+ZERO_BIAS = "the source has no bias, so 0 was set; outputs are unchanged"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
 MERGED_POPULATION = (
@@ -198,8 +200,9 @@ def write_state(
 
     sources = {owner: domain_map.get(owner, owner) for owner in ("", *form.owners)}
     affine, affine_notes = _write_affine(record, sources, form)
+    affine, bias_notes = _settle_bias(affine, form, is_known=record.form is not None)
     population, population_notes = _write_population(record, sources, form)
-    return {**affine, **population}, [*notes, *affine_notes, *population_notes]
+    return {**affine, **population}, [*notes, *affine_notes, *bias_notes, *population_notes]
 
 
 def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, str]:
@@ -222,12 +225,28 @@ def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm
         return {}, [Note(DROPPED_AFFINE, keeps_outputs=is_unit)] if affines else []
 
     if not affines and record.form is not None:  # of a state dict it is not known whether it was left out
-        unit = {"weight": torch.ones(form.num_features), "bias": torch.zeros(form.num_features)}
+        unit = {"weight": torch.ones(form.num_features)}
+        if form.has_bias:
+            unit["bias"] = torch.zeros(form.num_features)
         owners = [""] if form.affine == "shared" else form.owners
         return _flatten(dict.fromkeys(owners, unit)), [Note(UNIT_AFFINE)]
 
     write = _write_shared if form.affine == "shared" else _write_owned
     return write(affines, sources, form, _AFFINE_RULES)
+
+
+def _settle_bias(affine: Fields, form: NormForm, is_known: bool) -> tuple[Fields, list[Note]]:
+    """An affine with a bias where the form has one, if it `is_known` that the source was without."""
+    weights, biases = ({key for key in affine if key.rpartition(".")[2] == field} for field in AFFINE)
+
+    if not form.has_bias:
+        is_zero = not any(bool(affine[key].any()) for key in biases)
+        kept = {key: affine[key] for key in weights}
+        return kept, [Note(DROPPED_BIAS, keeps_outputs=is_zero)] if biases else []
+
+    missing = {f"{key.removesuffix('weight')}bias": affine[key] for key in weights if is_known}
+    missing = {key: torch.zeros_like(weight) for key, weight in missing.items() if key not in biases}
+    return {**affine, **missing}, [Note(ZERO_BIAS)] if missing else []
 
 
 def _write_population(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:

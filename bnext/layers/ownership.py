@@ -236,16 +236,25 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         elif self._spec.population == "shared":
             yield self.domains, self
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether its affine, if it has one, is scale and shift; one that was converted may be a scale alone."""
+        holders = [self, *self._list_states()]
+        return all(holder.weight is None or holder.bias is not None for holder in holders)
+
     def stack_affines(self, names: Sequence[str], like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias for each name, [P, C]; `like` gives type and device where there is no affine."""
+        """Weight and bias for each name, [P, C]; `like` gives type and device where there is none."""
         size = (len(names), self.num_features)
         if self._spec.affine == "none":
             return like.new_ones(size), like.new_zeros(size)
+
+        has_bias = self.has_bias
         if self._spec.affine == "shared":
-            return self.weight.expand(size), self.bias.expand(size)
+            return self.weight.expand(size), self.bias.expand(size) if has_bias else like.new_zeros(size)
 
         states = [self.affine_state(name) for name in names]
-        return torch.stack([state.weight for state in states]), torch.stack([state.bias for state in states])
+        bias = torch.stack([state.bias for state in states]) if has_bias else like.new_zeros(size)
+        return torch.stack([state.weight for state in states]), bias
 
     def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[Affine]:
         """Weight and bias for each name, of which `used` are needed.
@@ -403,7 +412,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self._checked = {}
         refuse_folded_state(self.where, prefix, local_metadata, error_msgs)
 
-        form = form_of_spec(self._spec, self.num_features, self.domains, self.eps)
+        form = form_of_spec(self._spec, self.num_features, self.domains, self.eps, self.has_bias)
         convert_in_place(state_dict, prefix, form, missing_keys, error_msgs)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
-from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_leftovers
+from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_kind, find_leftovers
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import replace_modules
@@ -138,6 +138,8 @@ def convert_norm(
             raise MORE_THAN_A_NORM.of(f"{type(norm).__name__}: {refused}", path)
         new_norm = new_norms[norm] = _make_norm(norm, form, choices[path], path, treat_as)
 
+        if not form.has_bias:
+            _remove_bias(new_norm)
         new_form = find_form(new_norm, treat_as)
         if new_form is None:
             report.changes.append(Change(path, REMOVED, keeps_outputs=False))
@@ -263,6 +265,16 @@ def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat
     if find_form(new_norm, treat_as) is None:
         raise NO_NORMS.of(f"{value!r}, which makes a {type(new_norm).__name__}", path)
     return new_norm
+
+
+def _remove_bias(new_norm: nn.Module) -> None:
+    """A scale alone, as the norm before had it; a class with a forward of its own may need its bias, which is 0."""
+    if find_kind(new_norm) is not type(new_norm):
+        return
+
+    for part in new_norm.modules():
+        if part._parameters.get("bias") is not None:
+            part.register_parameter("bias", None)
 
 
 def _carry_settings(

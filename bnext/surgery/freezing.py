@@ -160,6 +160,8 @@ def _take_over(norm: Any, path: str) -> BatchNorm2d:
         eps=norm.eps,
     )
     taken = BatchNorm2d(norm.num_features, spec)
+    if norm.bias is None:  # with a weight: a scale alone
+        taken.register_parameter("bias", None)
 
     for name, value in (*norm.named_parameters(recurse=False), *norm.named_buffers(recurse=False)):
         setattr(taken, name, value)
