@@ -8,6 +8,7 @@ head needs besides is in `bnext.heads.lock_step`.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,17 +19,26 @@ from torch import nn
 
 from bnext.config.places import PLACES
 from bnext.config.recipe import NormRecipe, PlaceNorm
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, list_few
 from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import find_forms
 from bnext.layers.walk import find_foreign_norms, replace_modules
+from bnext.notices import tell_once
 from bnext.surgery import convert_norm
 
 __all__ = ["add_norms", "give_norms", "make_buildable"]
 
+log = logging.getLogger(__name__)
+
+FROZEN_NORMS = (
+    "%d of %d norms of %s are frozen (FrozenBatchNorm2d: %s) and heed no key, %s neither: they have one set of "
+    "statistics for all domains, that of their weights. Set MODEL.BACKBONE.FREEZE_AT 0 to give them what the others "
+    "have."
+)
+OWNERS = ("statistics", "population", "affine")
 # In the place of "GN" and "LN", which 0.6 has not or cannot try: no backbone has norms of this class unasked.
 STAND_IN = "naiveSyncBN"
 # Where the parts of a place are; the FPN's are all of the backbone but its bottom-up network.
@@ -94,6 +104,7 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
             _replace_norms(model, list(parts), norm)
 
         _check_present(model, norm, parts)
+        _tell_frozen(model, norm, parts)
         if PLACES[name].sees_rois and norm.spec.inference == "mini_batch":
             _check_same_inference(norm, parts)
 
@@ -189,6 +200,24 @@ def _check_present(model: nn.Module, norm: PlaceNorm, parts: dict[str, nn.Module
         where=type(model).__name__,
         remedy=f"{remedy}, or remove the key.",
     )
+
+
+def _tell_frozen(model: nn.Module, place: PlaceNorm, parts: dict[str, nn.Module]) -> None:
+    """Say which norms of a place are frozen, where its keys ask for domains or for mini-batches at inference."""
+    answers = vars(place.spec)
+    asked = [name.upper() for name in OWNERS if answers[name] == "per_domain"]
+    if place.spec.inference == "mini_batch":
+        asked.append("INFERENCE")
+
+    paths: dict[str, bool] = {}
+    for root, part in parts.items() if asked else ():
+        for path, norm, _ in find_forms(part):
+            paths[f"{root}.{path}"] = isinstance(norm, FrozenBatchNorm2d)
+
+    frozen = [path for path, is_frozen in paths.items() if is_frozen]
+    if frozen:
+        keys = f"MODEL.BNEXT.{place.place}.{', '.join(asked)}"
+        tell_once(log, model, FROZEN_NORMS, len(frozen), len(paths), place.place, list_few(frozen), keys)
 
 
 def _check_same_inference(norm: PlaceNorm, parts: dict[str, nn.Module]) -> None:

@@ -90,6 +90,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         spec: which statistics, whose population, whose affine, over which workers. Statistics, population
             or affine "per_domain" take the domain of the samples from `use_domain`.
         levels: for `LevelBatchNorm2d`.
+        device, dtype: of its state, as torch's.
 
     Attributes:
         momentum: of the moving average; None: cumulative. May be changed during training, as torch's.
@@ -115,13 +116,21 @@ class BatchNorm2d(OwnedBatchNorm2d):
         Ioffe and Szegedy, *Batch Normalization*, 2015, and the sources of `NormSpec`.
     """
 
-    def __init__(self, num_features: int, spec: NormSpec | None = None, *, levels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        spec: NormSpec | None = None,
+        *,
+        levels: Sequence[str] = (),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         spec = NormSpec() if spec is None else spec
         if not isinstance(spec, NormSpec):
             raise NO_SPEC.of(repr(spec), "BatchNorm2d")
         if spec.owner == "per_level" and not levels:
             raise NO_LEVELS.of(spec, "BatchNorm2d")
-        super().__init__(num_features, spec, tuple(levels) or spec.domains)
+        super().__init__(num_features, spec, tuple(levels) or spec.domains, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize [N, C, H, W]; the result has the same shape, type and memory format.

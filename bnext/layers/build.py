@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,8 +26,10 @@ NAMED_NORMS: dict[str, NormSpec] = {
 NORM_NAMES = (*NAMED_NORMS, "GN", "LN", "")
 
 
-def build_norm(spec: NormSpec, levels: Sequence[str] | None = None) -> Callable[[int], BatchNorm2d]:
+def build_norm(spec: NormSpec, levels: Sequence[str] | None = None) -> Callable[..., BatchNorm2d]:
     """A factory of norms, as detectron2's `get_norm` takes it: number of channels -> layer.
+
+    It takes torch's `device` and `dtype` as well, which other libraries give.
 
     Args:
         spec: the norm.
@@ -37,8 +41,13 @@ def build_norm(spec: NormSpec, levels: Sequence[str] | None = None) -> Callable[
     """
     names = None if levels is None else tuple(levels)
 
-    def make_norm(num_features: int) -> BatchNorm2d:
-        return BatchNorm2d(num_features, spec) if names is None else LevelBatchNorm2d(num_features, names, spec)
+    def make_norm(
+        num_features: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> BatchNorm2d:
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        if names is None:
+            return BatchNorm2d(num_features, spec, **place)
+        return LevelBatchNorm2d(num_features, names, spec, **place)
 
     return make_norm
 
@@ -51,8 +60,15 @@ class LayerNorm2d(nn.LayerNorm):
         2020s*, 2022.
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
-        super().__init__(num_channels, eps=eps)
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-6,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(num_channels, eps=eps, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         last = F.layer_norm(input.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -60,13 +76,20 @@ class LayerNorm2d(nn.LayerNorm):
         return output.contiguous() if input.is_contiguous() else output
 
 
-def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
+def make_named_norm(
+    name: str,
+    num_channels: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module | None:
     """A norm of one feature map by detectron2's name of it.
 
     Args:
         name: "BN", "SyncBN", "FrozenBN", "GN" (32 groups, or one per channel where there are fewer), "LN",
             or "" for none.
         num_channels: C.
+        device, dtype: of its state, as torch's.
 
     Returns:
         The layer; None for "".
@@ -76,11 +99,12 @@ def make_named_norm(name: str, num_channels: int) -> nn.Module | None:
     """
     check_choice("a norm", name, NORM_NAMES, where="make_named_norm")
 
+    place: dict[str, Any] = {"device": device, "dtype": dtype}
     if name in NAMED_NORMS:
-        return BatchNorm2d(num_channels, NAMED_NORMS[name])
+        return BatchNorm2d(num_channels, NAMED_NORMS[name], **place)
     if name == "GN":
-        return nn.GroupNorm(min(32, num_channels), num_channels)
-    return LayerNorm2d(num_channels) if name == "LN" else None
+        return nn.GroupNorm(min(32, num_channels), num_channels, **place)
+    return LayerNorm2d(num_channels, **place) if name == "LN" else None
 
 
 def name_norms(model: nn.Module) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
@@ -29,8 +31,10 @@ __all__ = [
     "TreatAs",
     "find_form",
     "find_forms",
+    "find_other_norms",
     "find_kind",
     "find_leftovers",
+    "find_state_forms",
     "register_form",
 ]
 
@@ -49,6 +53,15 @@ FORWARD_OF_ITS_OWN = (
     "its forward is its own (if it computes in evaluation mode what another norm does from the same state, say so: "
     "treat_as={{{name}: nn.BatchNorm2d}})"
 )
+
+
+# Norms that no form describes: why, and what to do about it.
+NOT_YET = "it has no channels yet (run the model on one batch first)"
+OTHER_DIMENSIONS = (
+    "it takes other features than [N, C, H, W] (put a BatchNorm2d in its place, and reshape its features: [N, C] to "
+    "[N, C, 1, 1], [N, C, D, H, W] to [N, C, D, H W])"
+)
+EACH_SAMPLE_ALONE = "it normalizes each sample alone: there is no batch to choose"
 
 
 # ---- classes whose forward is known
@@ -127,7 +140,7 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     if frozen is not None:
         return frozen
 
-    has_bias = getattr(norm, "weight", None) is None or norm.bias is not None
+    has_bias = getattr(norm, "weight", None) is None or getattr(norm, "bias", None) is not None
     if issubclass(kind, TORCH_NORMS):
         inference: tuple[object, ...] = ("population",) if norm.running_mean is not None else ("mini_batch", "shared")
         affine, population = _layout(norm.weight), _layout(norm.running_mean)
@@ -162,6 +175,52 @@ def find_forms(model: nn.Module, treat_as: TreatAs | None = None) -> list[tuple[
             norms.append((path, module, form))
 
     return norms
+
+
+def find_other_norms(model: nn.Module, treat_as: TreatAs | None = None) -> dict[str, tuple[nn.Module, str]]:
+    """Path -> norm, and why it has no form: those that `find_forms` passes over. One at several places comes once."""
+    known = [path for path, *_ in find_forms(model, treat_as)]
+    others: dict[str, tuple[nn.Module, str]] = {}
+
+    for path, module in model.named_modules():
+        reason = _explain_no_form(module)
+        is_part = any(not norm or path == norm or path.startswith(f"{norm}.") for norm in known)
+        if reason and not is_part:
+            others[path] = (module, reason)
+
+    return others
+
+
+def _explain_no_form(module: nn.Module) -> str:
+    """Why a norm has no form; "" for a module that is no norm."""
+    name = type(module).__name__
+    samples_alone = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm, getattr(nn, "RMSNorm", nn.LayerNorm))
+
+    if isinstance(module, _NormBase) and isinstance(module, LazyModuleMixin):
+        return NOT_YET
+    if isinstance(module, _BatchNorm):
+        return OTHER_DIMENSIONS
+    if isinstance(module, (_NormBase, *samples_alone)):
+        return EACH_SAMPLE_ALONE
+
+    statistics = [getattr(module, field, None) for field in ("running_mean", "running_var")]
+    is_norm = all(isinstance(value, Tensor) for value in statistics)
+    return FORWARD_OF_ITS_OWN.format(name=name) if is_norm else ""
+
+
+def find_state_forms(model: nn.Module) -> list[tuple[str, nn.Module, NormForm]]:
+    """`find_forms`, and norms of torch for features of other dimensions: their state is laid out alike."""
+    norms = find_forms(model)
+
+    for path, (module, _) in find_other_norms(model).items():
+        norm: Any = module
+        if isinstance(module, _NormBase) and not isinstance(module, LazyModuleMixin):
+            affine, population = _layout(norm.weight), _layout(norm.running_mean)
+            form = NormForm(norm.num_features, affine, population, norm.eps, has_bias=norm.bias is not None)
+            norms.append((path, module, form))
+
+    places = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
+    return sorted(norms, key=lambda norm: places[norm[0]])
 
 
 def _layout(value: Tensor | None) -> Layout:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from bnext.distributed import resolve_group
@@ -52,6 +53,7 @@ class LevelBatchNorm2d(BatchNorm2d):
         levels: names of the levels, for example ("p3", "p4", "p5", "p6", "p7"); in this order a
             running average that all levels share takes in their moments.
         spec: which statistics, whose population, whose affine, over which workers.
+        device, dtype: of its state, as torch's.
 
     Raises:
         ConfigError: no levels, a name twice, or a name that is an attribute of the layer.
@@ -64,7 +66,15 @@ class LevelBatchNorm2d(BatchNorm2d):
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, section 5.3 and Table 5.
     """
 
-    def __init__(self, num_features: int, levels: Sequence[str], spec: NormSpec | None = None) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        levels: Sequence[str],
+        spec: NormSpec | None = None,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         spec = NormSpec() if spec is None else spec
         if not levels:
             rule, got, remedy = "name at least one level", "none", "Name the features."
@@ -76,7 +86,7 @@ class LevelBatchNorm2d(BatchNorm2d):
             rule, remedy = "not be per_domain in a norm over levels", "Use per_level: its domains are the levels."
             raise ConfigError.of("spec", rule, got=spec, where="LevelBatchNorm2d", remedy=remedy)
 
-        super().__init__(num_features, spec, levels=levels)
+        super().__init__(num_features, spec, levels=levels, device=device, dtype=dtype)
 
     @property
     def levels(self) -> tuple[str, ...]:

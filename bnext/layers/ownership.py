@@ -124,13 +124,23 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
     _spec: NormSpec = None  # type: ignore[assignment]  # until it is built
 
-    def __init__(self, num_features: int, spec: NormSpec, domains: Sequence[str]) -> None:
+    def __init__(
+        self,
+        num_features: int,
+        spec: NormSpec,
+        domains: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(
             num_features,
             eps=spec.eps,
             momentum=None if spec.average == "cumulative" else spec.momentum,
             affine=spec.affine == "shared",
             track_running_stats=spec.population == "shared",
+            device=device,
+            dtype=dtype,
         )
         self.spec = spec
         self.r_max, self.d_max = spec.r_max, spec.d_max
@@ -138,13 +148,13 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.domains = tuple(domains)
         self._checked: dict[str, _Verdict] = {}  # by name of the level or domain
 
-        self._add_domain_states()
+        self._add_domain_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
-    def _add_domain_states(self) -> None:
+    def _add_domain_states(self, place: dict[str, Any]) -> None:
         for name in self.domains:
             is_name = isinstance(name, str) and name and "." not in name
             is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
@@ -153,7 +163,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
         for name in self.domains if has_affine or has_population else ():
-            state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population)
+            state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population, **place)
             self.add_module(name, state)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.forms import NormForm, find_forms
+from bnext.layers.forms import NormForm, find_forms, find_state_forms
 from bnext.layers.norm_state import Fields, NormRecord, is_unit_affine, read_norm
 
 __all__ = ["Finding", "check_norm_state", "check_variances", "is_unwritten", "find_unwritten_frozen_norms"]
@@ -62,7 +62,7 @@ def check_norm_state(model: nn.Module) -> list[Finding]:
     norm has, population statistics written at least once, and eps everywhere that of the spec.
 
     Args:
-        model: with norms of any form, see `bnext.layers.forms`; it is not changed.
+        model: with norms of any form, see `bnext.layers.forms`, and of torch for other dimensions; it is not changed.
 
     Returns:
         Nothing where all is well.
@@ -75,7 +75,7 @@ def check_norm_state(model: nn.Module) -> list[Finding]:
     findings: list[Finding] = []
     seen: set[nn.Module] = set()
 
-    for path, norm, form in find_forms(model):
+    for path, norm, form in find_state_forms(model):
         if norm not in seen:
             seen.add(norm)
             findings += _check_norm(path, norm, form)

@@ -18,7 +18,17 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
-from bnext.layers.forms import AFFINE, NormForm, TreatAs, find_form, find_forms, find_kind, find_leftovers
+from bnext.layers.forms import (
+    AFFINE,
+    EACH_SAMPLE_ALONE,
+    NormForm,
+    TreatAs,
+    find_form,
+    find_forms,
+    find_kind,
+    find_leftovers,
+    find_other_norms,
+)
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import replace_modules
@@ -48,6 +58,12 @@ NO_LEVEL_NORM = Refusal(
 )
 NO_MATCH = Refusal(
     ConfigError, "specs", "be of paths or globs that match a norm", "Correct the pattern, or leave it out."
+)
+NO_FORM = Refusal(
+    ConfigError,
+    "specs",
+    "be of norms that can be converted",
+    "Leave the pattern out, or make of the norm what can be.",
 )
 SEVERAL_CHOICES = Refusal(
     ConfigError, "a norm at several places", "become one norm", "Use patterns that match all of its places."
@@ -97,8 +113,8 @@ def convert_norm(
         changes: fields of `NormSpec`, for every level norm.
 
     Returns:
-        What could be carried over and what could not; `keeps_outputs` says whether the outputs of every norm in
-        evaluation mode are what they were.
+        What could be carried over and what could not, and which norms were left as they were; `keeps_outputs` says
+        whether the outputs of every norm in evaluation mode are what they were.
 
     Raises:
         ConfigError: a pattern without a norm; an answer that is not allowed; a norm that holds or computes more
@@ -121,13 +137,24 @@ def convert_norm(
         huggingface/pytorch-image-models#1254.
     """
     _check_arguments(model, specs, changes)
-    norms = [norm for norm in find_forms(model, treat_as) if not _normalizes_last(norm[1])]
+    forms, norms = find_forms(model, treat_as), []
+    others = {path: reason for path, (_, reason) in find_other_norms(model, treat_as).items()}
+    for path, norm, form in forms:
+        if _normalizes_last(norm):
+            others[path] = EACH_SAMPLE_ALONE
+        else:
+            norms.append((path, norm, form))
     if any(not path for path, *_ in norms):
         raise MODEL_IS_A_NORM.of(f"a {type(model).__name__} itself", "convert_norm")
-    choices = _choose_levels(model, norms, changes) if specs is None else _choose_by_pattern(model, norms, specs)
+    report = ConversionReport()
+    if specs is None:
+        choices = _choose_levels(model, norms, changes)
+    else:
+        choices = _choose_by_pattern(model, norms, specs, others)
+        asked = {path: reason for path, reason in others.items() if any(_matches(path, pattern) for pattern in specs)}
+        report.left = {path: f"{type(model.get_submodule(path)).__name__}: {why}" for path, why in asked.items()}
     norms = [norm for norm in norms if norm[0] in choices]
 
-    report = ConversionReport()
     new_norms: dict[nn.Module, nn.Module] = {}
     mapped: set[str] = set()
     for path, norm, form in norms:
@@ -212,13 +239,17 @@ def _list_holders(path: str) -> list[str]:
     return [".".join(names[:number]) for number in range(1, len(names))]
 
 
-def _choose_by_pattern(model: nn.Module, norms: Norms, specs: Mapping[str, NewNorm]) -> dict[str, NewNorm]:
-    """Path -> new norm, for the norms that a pattern matches."""
+def _choose_by_pattern(
+    model: nn.Module, norms: Norms, specs: Mapping[str, NewNorm], others: Mapping[str, str]
+) -> dict[str, NewNorm]:
+    """Path -> new norm, for the norms that a pattern matches; `others` cannot be converted: path -> why."""
     choices: dict[str, NewNorm] = {}
     paths = [path for path, *_ in norms]
     for pattern, value in specs.items():
         matches = [path for path in paths if _matches(path, pattern)]
         if not matches:
+            for path in (path for path in others if _matches(path, pattern)):
+                raise NO_FORM.of(f"{pattern!r}, {type(model.get_submodule(path)).__name__}: {others[path]}", path)
             got = f"{pattern!r}, which matches none of the {len(paths)} norms of {type(model).__name__}"
             candidates = dict.fromkeys(paths)  # and the modules that hold them, which are patterns, too
             for path in paths:

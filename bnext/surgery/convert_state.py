@@ -71,10 +71,17 @@ class Change:
 
 @dataclasses.dataclass
 class ConversionReport:
-    """Changes that a conversion made, norm by norm. `str(report)` is the text to log."""
+    """Changes that a conversion made, norm by norm. `str(report)` is the text to log.
+
+    Attributes:
+        changes: what was done.
+        title: first words of the text.
+        left: path of each norm that was asked for and stays what it was -> why.
+    """
 
     changes: list[Change] = dataclasses.field(default_factory=list)
     title: str = "Norm state"
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def keeps_outputs(self) -> bool:
@@ -88,6 +95,8 @@ class ConversionReport:
         paths: dict[str, list[str]] = {}
         for change in self.changes:
             paths.setdefault(change.text, []).append(change.path or "the model itself")
+        for path, reason in self.left.items():
+            paths.setdefault(f"left as it was: {reason}", []).append(path)
 
         lines = [f"{self.title}:" if paths else f"{self.title}: nothing was lost."]
         for text, places in paths.items():

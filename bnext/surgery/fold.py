@@ -7,15 +7,17 @@ Which convolution that is, is found in `bnext.surgery.fold_pairs`; what stays in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from bnext.errors import ConfigError, StatisticsError, list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.folded_norm import FoldedNorm
+from bnext.layers.forms import find_forms, find_other_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.ownership import check_statistics
 from bnext.layers.walk import find_bnext_norms, replace_modules
@@ -32,11 +34,13 @@ class FoldReport:
         folded: path of each norm that was folded -> path of its convolution.
         left: path of each norm that was not -> why.
         domain: the level or domain that was folded; None: none was chosen.
+        others: path of each norm that is no batch norm, and stays -> its class.
     """
 
     folded: dict[str, str]
     left: dict[str, str]
     domain: str | None = None
+    others: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __str__(self) -> str:
         chosen = f" for {self.domain!r}" if self.domain is not None else ""
@@ -46,6 +50,10 @@ class FoldReport:
         for path, reason in self.left.items():
             paths.setdefault(reason, []).append(path)
         lines += [f"  {list_few(places)}: {reason}" for reason, places in paths.items()]
+
+        if self.others:
+            classes = ", ".join(sorted(set(self.others.values())))
+            lines.append(f"  {list_few(self.others)}: no batch norms, so there is nothing to fold ({classes})")
         return "\n".join(lines)
 
 
@@ -98,6 +106,7 @@ def fold_norms(
         model: Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.8, and You et al., *Efficient
         ConvBN Blocks for Transfer Learning and Beyond*, 2024.
     """
+    _check_complete(model)
     matches, left = find_pairs(model, pairs)
     _check_inference(matches)
     _check_domain(model, domain)
@@ -116,10 +125,26 @@ def fold_norms(
         conv.weight = nn.Parameter(weight.to(conv.weight.device, conv.weight.dtype), conv.weight.requires_grad)
     replace_modules(model, folded)
 
-    return FoldReport({pair.norm_path: pair.conv_path for pair in matches}, left, domain)
+    folded_paths = {pair.norm_path: pair.conv_path for pair in matches}
+    return FoldReport(folded_paths, left, domain, _find_others(model, left))
+
+
+def _find_others(model: nn.Module, left: Mapping[str, str]) -> dict[str, str]:
+    """Path -> class of the norms that are not by batch or population."""
+    norms = {path: norm for path, norm, form in find_forms(model) if not form.is_batch_norm}
+    norms |= {path: norm for path, (norm, _) in find_other_norms(model).items() if path not in left}
+    return {path: type(norm).__name__ for path, norm in norms.items()}
 
 
 # ---- checks
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Refuse lazy modules, which have neither channels nor weights yet."""
+    for path, module in model.named_modules():
+        if isinstance(module, LazyModuleMixin):
+            remedy = "Run the model on one batch first, in evaluation mode."
+            raise ConfigError.of("model", "have all its weights", got=type(module).__name__, where=path, remedy=remedy)
 
 
 def _check_inference(pairs: list[Pair]) -> None:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from bnext.errors import ConfigError, Refusal, check_choice
+from bnext.errors import ConfigError, Refusal, check_choice, list_few
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.forms import find_other_norms
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import Selection, find_norms, replace_modules
+from bnext.notices import tell_once
 
 __all__ = ["NO_NORM", "Freezable", "freeze_norms", "unfreeze_norms"]
 
 Freezable = Literal["both", "statistics", "affine"]
 
+log = logging.getLogger(__name__)
+
+STILL_MOVING = (
+    "%d norms with statistics were not frozen: %s. Put them into evaluation mode in every training step, or a "
+    "BatchNorm2d in their place."
+)
 NO_NORM = Refusal(
     ConfigError,
     "model",
@@ -82,6 +92,7 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
     if what != "affine":
         for path, norm in norms.items():
             _check_statistics(path, norm)
+        _tell_moving(model, select)
 
     changed = []
     replacements: dict[nn.Module, BatchNorm2d] = {}
@@ -127,6 +138,18 @@ def _select(model: nn.Module, what: str, select: Selection | None) -> dict[str, 
     if what != "statistics" and isinstance(model, DistributedDataParallel):
         raise WRAPPED.of("one that is", "freeze_norms")
     return norms
+
+
+def _tell_moving(model: nn.Module, select: Selection | None) -> None:
+    """Say which norms keep statistics that go on moving in training, as they are no batch norms of torch or of ours."""
+    moving = []
+    for path, (norm, _) in find_other_norms(model).items():
+        has_statistics = isinstance(getattr(norm, "running_mean", None), Tensor) and not isinstance(norm, _BatchNorm)
+        if has_statistics and (select is None or select(path, norm)):
+            moving.append(f"{path} ({type(norm).__name__})")
+
+    if moving:
+        tell_once(log, model, STILL_MOVING, len(moving), list_few(moving))
 
 
 # ---- statistics of torch's norms, which bnext's take over
