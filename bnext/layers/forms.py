@@ -55,6 +55,12 @@ FORWARD_OF_ITS_OWN = (
 )
 
 
+WITH_ACTIVATION = (
+    "{activation} is a part of it and would be lost (build the model with a norm and an activation of their own; or put "
+    "nn.Sequential(new_norm, norm.drop, norm.act) in its place, with new_norm from copy_norm_state, and treat_as "
+    "there)"
+)
+
 # Norms that no form describes: why, and what to do about it.
 NOT_YET = "it has no channels yet (run the model on one batch first)"
 OTHER_DIMENSIONS = (
@@ -99,9 +105,23 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
         if forward is kind.forward and isinstance(module, kind):
             return base
 
+    if _has_activation(module) and _find_activation(module) == "":
+        return nn.SyncBatchNorm if isinstance(module, nn.SyncBatchNorm) else nn.BatchNorm2d
+
     known = (*_TORCH_CLASSES, *_BNEXT_CLASSES, *_find_torchvision("ops.misc.FrozenBatchNorm2d"))
     known += _find_torchvision("models.convnext.LayerNorm2d")
     return type(module) if any(forward is kind.forward for kind in known) else None
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """Whether it is a norm with drop-out and activation behind it in one module, as timm's BatchNormAct2d."""
+    return isinstance(module, TORCH_NORMS) and {name for name, _ in module.named_children()} == {"drop", "act"}
+
+
+def _find_activation(module: nn.Module) -> str:
+    """What such a norm does besides, as "ReLU"; "" if nothing."""
+    names = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Identity)]
+    return " and ".join(names)
 
 
 def _find_torchvision(path: str) -> tuple[Any, ...]:
@@ -288,9 +308,13 @@ def find_leftovers(
     """
     name, kind = type(module).__name__, find_kind(module, treat_as)
 
+    has_activation = _has_activation(module)
     children = {child for child, _ in module.named_children()} - set(form.owners)
-    more = children or set(module.state_dict()) - set(form.list_keys())
+    more = set(module.state_dict()) - set(form.list_keys())
+    more |= set() if has_activation else children
     refused = FORWARD_OF_ITS_OWN.format(name=name) if kind is None and not is_removed else ""
+    if has_activation and _find_activation(module):
+        refused = WITH_ACTIVATION.format(activation=_find_activation(module))
     if more:
         refused = f"it holds {', '.join(sorted(more))} besides a norm's state"
 
@@ -299,6 +323,6 @@ def find_leftovers(
         left.add("process_group")
     if any(getattr(module, hooks, None) for hooks in _HOOKS):
         left.add("hooks")
-    if isinstance(module, TORCH_NORMS) and kind is not type(module):
+    if isinstance(module, TORCH_NORMS) and kind is not type(module) and not has_activation:
         left.add(f"training other than torch's ({name})")
     return refused, [f"left out: its {', '.join(sorted(left))}"] if left else []
