@@ -33,6 +33,7 @@ from bnext.functional import (
 )
 from bnext.kernels import has_exact_batch_norm
 from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2d
+from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
 from bnext.notices import tell_once
@@ -116,6 +117,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         Ioffe and Szegedy, *Batch Normalization*, 2015, and the sources of `NormSpec`.
     """
 
+    _last_call: Call | None = NO_CALL
+
     def __init__(
         self,
         num_features: int,
@@ -144,6 +147,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         call = read_call(self, self._spec, self.where)
         domains = self.find_domains(call.domain, input.shape[0])
         self.count_domains(call, input.shape[0])
+        if self._last_call is not None and self.training:
+            self._last_call = watch_call(self, input, self._last_call)
         return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
 
     @property

@@ -56,9 +56,8 @@ FORWARD_OF_ITS_OWN = (
 
 
 WITH_ACTIVATION = (
-    "{activation} is a part of it and would be lost (build the model with a norm and an activation of their own; or put "
-    "nn.Sequential(new_norm, norm.drop, norm.act) in its place, with new_norm from copy_norm_state, and treat_as "
-    "there)"
+    "{activation} is a part of it and would be lost (build the model with a norm and an activation of their own, or "
+    "put nn.Sequential(nn.BatchNorm2d(...), norm.drop, norm.act) in its place, with the norm's state)"
 )
 
 # Norms that no form describes: why, and what to do about it.
