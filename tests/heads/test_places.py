@@ -128,3 +128,17 @@ def test_head_of_retinanet_with_layer_norm():
     model = make_detector("BNextRetinaNet", "LN")
     assert sum(isinstance(norm, LayerNorm2d) for norm in model.head.modules()) == 4
     train_and_infer(model)
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2])
+def test_norms_that_freeze_at_leaves_without_domains_are_told(freeze_at, caplog):
+    answers = [
+        pair for key in ("STATISTICS", "POPULATION", "AFFINE") for pair in (f"MODEL.BNEXT.RESNETS.{key}", "per_domain")
+    ]
+    domains = ["MODEL.BNEXT.DOMAINS.NAMES", ("day", "night"), "MODEL.BACKBONE.FREEZE_AT", freeze_at]
+    model = make_model("MODEL.RESNETS.NORM", "BN", *answers, *domains)
+    num_frozen = sum(isinstance(norm, FrozenBatchNorm2d) for norm in norms_of(model, "RESNETS").values())
+    assert (num_frozen > 0) == (freeze_at > 0)
+    told = [record.getMessage() for record in caplog.records if "FREEZE_AT" in record.getMessage()]
+    assert len(told) == (freeze_at > 0)
+    assert all(f"{num_frozen} of " in text and "RESNETS" in text for text in told)

@@ -1,5 +1,7 @@
 """Norms by detectron2's names: what each is, and that it is the field's."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,17 @@ def test_norms_learn_their_paths():
 def test_ln_keeps_the_memory_format(memory_format):
     images = make_images(6).float().contiguous(memory_format=memory_format)
     assert make_named_norm("LN", 6)(images).stride() == images.stride()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        build_norm(NormSpec()),
+        build_norm(NormSpec.from_table5_row(6), ("p3", "p4")),
+        *(partial(make_named_norm, name) for name in ("SyncBN", "FrozenBN", "GN", "LN")),
+    ],
+)
+def test_factories_take_device_and_type(make):
+    norm = make(4, device="meta", dtype=torch.float64)
+    state = {name: value for name, value in norm.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert {(value.device.type, value.dtype) for value in state.values()} == {("meta", torch.float64)}
