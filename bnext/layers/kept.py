@@ -168,11 +168,13 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
         self._is_looked_at = False
         return super().train(mode)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         is_frozen = self._is_frozen
         self._is_frozen = False
         try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         finally:
             self._is_frozen = is_frozen
 
