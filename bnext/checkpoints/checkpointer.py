@@ -31,8 +31,10 @@ from bnext.checkpoints.reading import read_checkpoint
 from bnext.config.blame import building_from_config
 from bnext.errors import BNextError, CheckpointError, Refusal, list_few
 from bnext.files import find_local_file, replace_file
+from bnext.layers.counts import count_skipped, tell_skipped
 from bnext.layers.loading import reporting_conversions
 from bnext.layers.norm_state import MERGED_POPULATION
+from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
 from bnext.surgery.convert_state import (
     ConversionReport,
@@ -102,6 +104,8 @@ class Checkpointer(DetectionCheckpointer):
         if not self.save_dir or not self.save_to_disk:
             return
 
+        norms = find_bnext_norms(self.model)
+        tell_skipped(self.model, dict(zip(norms, count_skipped(norms.values()), strict=True)))
         specs = collect_norm_specs(self.model)  # the keys alone do not tell row 1 from 3, or 2 from 4
         if specs:
             kwargs["norm_specs"] = specs

@@ -18,23 +18,18 @@ from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
 from bnext.errors import DomainError, Refusal, list_few
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.counts import count_skipped, counts_of
+from bnext.layers.counts import count_skipped, counts_of, tell_skipped
 from bnext.layers.walk import find_bnext_norms
 
 __all__ = ["RequireDomains", "TellNormCounts", "build_norm_counts"]
 
 METRIC = "bnext/num_skipped_statistics"
-SKIPPED = (
-    "%d mini-batches with inf or NaN were left out of running statistics so far, of %s. Mixed precision may begin so, "
-    "until its loss scale is found; if the metric %s goes on growing, look for the first of these norms. This is said "
-    "once."
-)
 TAKEN_TOGETHER = (
     "The norms have the domains %s, and a training does not take the domain of an image from its data set: unless "
     "code of yours opens `use_domain`, all images are trained as the fallback domain %r, whichever set they are of. "
     "A domain that no sample had is an error at the end of the training."
 )
-FALLBACK = "%d samples of the training were taken for the fallback domain %r, as counted by %s: %s."
+FALLBACK = "%d samples were taken for the fallback domain %r in training and evaluation, as counted by %s: %s."
 NEVER_ACTIVE = Refusal(
     DomainError,
     "every domain of a norm",
@@ -61,11 +56,11 @@ class TellNormCounts(HookBase):
     """
 
     def __init__(self, model: nn.Module, *periods: int) -> None:
+        self._model = model
         self._norms = find_bnext_norms(model)
         self._periods = periods
         self._before: dict[BatchNorm2d, Counter[str]] = {}
         self._loaded: Counter[str] = Counter()
-        self._has_told = False
         self.domains: Counter[str] = Counter()
 
     @property
@@ -100,7 +95,7 @@ class TellNormCounts(HookBase):
 
         by_norm = [sum(numbers) for numbers in zip(*(numbers for numbers, _ in workers), strict=True)]
         trainer.storage.put_scalar(METRIC, sum(by_norm), smoothing_hint=False)
-        self._tell_skipped(by_norm)
+        tell_skipped(self._model, dict(zip(self._norms, by_norm, strict=True)))
 
         self.domains = self._loaded.copy()
         for _, domains in workers:
@@ -112,14 +107,6 @@ class TellNormCounts(HookBase):
         for norm, before in self._before.items():
             seen |= counts_of(norm).domains - before
         return seen
-
-    def _tell_skipped(self, by_norm: list[int]) -> None:
-        if self._has_told or not any(by_norm):
-            return
-
-        paths = [path or "the model" for path, number in zip(self._norms, by_norm, strict=True) if number]
-        logging.getLogger(__name__).warning(SKIPPED, sum(by_norm), list_few(paths), METRIC)
-        self._has_told = True
 
 
 class RequireDomains(HookBase):

@@ -241,7 +241,8 @@ class Trainer(DefaultTrainer):
             return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
 
         check_classes(self.cfg, is_new=self.start_iter == 0)
-        if type(self).test.__func__ is Trainer.test.__func__:  # else a subclass evaluates in a way of its own
+        test, ours = (getattr(kind.test, "__func__", None) for kind in (type(self), Trainer))
+        if test is not None and test is ours:  # else a subclass evaluates in a way of its own
             rehearse(self.cfg, build=self.build_evaluator)
 
         with holding_output(self.cfg.OUTPUT_DIR), _logging_refusals_in_one_line():

@@ -157,7 +157,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return self._is_by_mini_batch(self.spec)
 
     def _is_by_mini_batch(self, spec: NormSpec) -> bool:
-        if not self.has_population:
+        if not self.has_population and not spec.has_frozen_statistics:  # what was frozen and is gone is missed
             return True
         if self.training:
             return spec.training != "population" and not spec.has_frozen_statistics

@@ -6,8 +6,9 @@ transform of torch, or computed on fake tensors, is not counted.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -15,8 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from bnext.dispatch import is_traced, is_under_mode
+from bnext.errors import list_few
+from bnext.notices import tell_once
 
-__all__ = ["NormCounts", "count_skipped", "counts_of", "is_ordinary"]
+__all__ = ["NormCounts", "count_skipped", "counts_of", "is_ordinary", "tell_skipped"]
+
+SKIPPED = (
+    "%d mini-batches with inf or NaN were left out of running statistics so far, of %s. A training in mixed precision "
+    "may begin so, until its loss scale is found; if their number goes on growing, look for the first of these norms."
+)
 
 
 class NormCounts:
@@ -87,6 +95,18 @@ def count_skipped(norms: Iterable[Any]) -> list[int]:
     for owner, count, number in zip(owners, counts, taken, strict=True):
         skipped[owner] += count.num_mini_batches - number
     return skipped
+
+
+def tell_skipped(model: nn.Module, skipped: Mapping[str, int]) -> None:
+    """Say once of a model how many mini-batches were left out, if any were.
+
+    Args:
+        model: that the norms are of.
+        skipped: path of a norm -> their number.
+    """
+    numbers = {path or "the norm": number for path, number in skipped.items() if number}
+    if numbers:
+        tell_once(logging.getLogger(__name__), model, SKIPPED, sum(numbers.values()), list_few(numbers))
 
 
 def _read(numbers: list[Tensor | None]) -> list[int]:

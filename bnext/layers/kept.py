@@ -153,24 +153,28 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
             super().reset_parameters()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        is_replaced = name in _POPULATION and isinstance(value, Tensor) and value is not self._buffers.get(name)
-        if not is_replaced or not self._is_kept_from(f"an assignment to {name}"):
+        if not self._is_replaced(name, value) or not self._is_kept_from(f"an assignment to {name}"):
             super().__setattr__(name, value)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        is_replaced = name in _POPULATION and tensor is not None
-        if not is_replaced or not self._is_kept_from(f"an assignment to {name}"):
+        if not self._is_replaced(name, tensor) or not self._is_kept_from(f"an assignment to {name}"):
             super().register_buffer(name, tensor, persistent)
+
+    def _is_replaced(self, name: str, value: Any) -> bool:
+        """Whether a statistic is to become another tensor; `norm.running_mean *= 0` assigns the same one."""
+        return name in _POPULATION and isinstance(value, Tensor) and value is not self._buffers.get(name)
 
     def train(self, mode: bool = True) -> Any:
         self._is_looked_at = False
         return super().train(mode)
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
         is_frozen = self._is_frozen
         self._is_frozen = False
         try:
-            super()._load_from_state_dict(state_dict, prefix, *args)
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
         finally:
             self._is_frozen = is_frozen
 

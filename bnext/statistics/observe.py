@@ -49,7 +49,7 @@ def select_norms(model: nn.Module, layers: Selection | None = None) -> dict[str,
 
     if not norms:
         rule = "have a batch norm with running statistics that is selected"
-        remedy = "Frozen norms and GroupNorm have nothing to re-estimate."
+        remedy = "Frozen statistics are re-estimated after unfreeze_norms(model); GroupNorm has none."
         raise StatisticsError.of("model", rule, got="none", where=type(model).__name__, remedy=remedy)
     return norms
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from bnext.errors import DomainError
 from bnext.layers import BatchNorm2d, NormSpec
-from bnext.scope import use_domain
+from bnext.layers.counts import counts_of
+from bnext.scope import frozen_statistics, use_domain
 from tests import strategies
 from tests.cases import DOMAINS, NUM_CHANNELS, randomize
 
@@ -138,7 +139,7 @@ def test_no_call_is_counted():
 def test_no_or_an_unknown_domain_is_an_error_that_names_the_layer(training):
     norm = build(OWN).train(training)
     norm.path = "backbone.stem.norm"
-    rest = r"in backbone.stem.norm, which has the domains \('day', 'night', 'fog'\). Wrap the call .*FALLBACK"
+    rest = r"in backbone.stem.norm, which has the domains \('day', 'night', 'fog'\). Wrap the call in `with use_domain"
     with pytest.raises(DomainError, match=f"No domain is active {rest}"):
         norm(draw(0))
     for names in ("rain", ["day"] * 5 + ["rain"]):
@@ -160,6 +161,33 @@ def test_the_fallback_is_taken_for_none_and_for_the_unknown():
         expected = named(draw(0))
     torch.testing.assert_close(norm(draw(0)), expected, **EXACT)
     torch.testing.assert_close(dict(norm.state_dict()), dict(named.state_dict()), **EXACT)
+
+
+def test_no_message_offers_a_fallback_which_would_train_all_as_one():
+    with pytest.raises(DomainError) as refusal:
+        build(OWN)(draw(0))
+    assert "FALLBACK" not in str(refusal.value).upper()
+
+
+def test_a_fallback_that_is_taken_is_counted_and_said_once(caplog):
+    norm = build(OWN.replace(domains=("day", "mist"), fallback_domain="mist"))
+    norm.path = "stem.norm"
+    with use_domain(["day", "rain", "mist", "day", "snow", "rain"]):
+        norm(draw(0)), norm(draw(0))
+    norm.eval()(draw(0))
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 3
+    assert all(words in message for words, message in zip(("'rain'", "'snow'", "without"), said, strict=True))
+    assert all("'mist'" in message and "stem.norm" in message for message in said)
+    assert counts_of(norm).fallbacks == {"rain": 4, "snow": 2, None: 6}
+    assert counts_of(norm).domains == {"day": 4, "mist": 8}, "in training"
+
+
+def test_what_is_no_training_is_not_counted():
+    norm = build(OWN)
+    with use_domain("day"), frozen_statistics(norm):
+        norm(draw(0))
+    assert not counts_of(norm).domains
 
 
 def test_a_norm_without_domains_does_not_ask_for_one():
