@@ -184,7 +184,7 @@ _RULES: dict[str, Values] = {
     "SOLVER.WARMUP_FACTOR": _number(0),
     "SOLVER.WARMUP_ITERS": _count(0, 2**63 - 1),
     "SOLVER.WARMUP_METHOD": _word("linear", "constant"),
-    "SOLVER.CHECKPOINT_PERIOD": _count(1, 2**63 - 1, "For the last one alone, set it to SOLVER.MAX_ITER."),
+    "SOLVER.CHECKPOINT_PERIOD": _count(0, 2**63 - 1, "0 saves the last one alone."),
     "SOLVER.IMS_PER_BATCH": _count(1, 100_000, "16 is usual; it is the number of images of a step, over all workers."),
     "SOLVER.REFERENCE_WORLD_SIZE": _count(0, 100_000, "0 scales nothing."),
     "SOLVER.BNEXT.VIRTUAL_IMAGES": _count(0, 100_000, "0 is for none."),
