@@ -22,6 +22,7 @@ from bnext.checkpoints.fit import (
     check_folded,
     check_is_state,
     check_keys,
+    check_norm_kinds,
     check_values,
     find_bias_of_folded_norms,
     to_tensors,
@@ -219,6 +220,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         to_tensors(checkpoint["model"], self._path)
         _strip_prefix_if_present(checkpoint["model"], "module.")
+        check_norm_kinds(checkpoint["model"], self.model, self._path)
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
         metadata = getattr(checkpoint["model"], "_metadata", {})
@@ -378,7 +380,10 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
     for key, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
             tensors[key] = (value, value.detach().clone())
-    before = {name: copy.deepcopy(state.state_dict()) for name, state in states.items()}
+    before = {}
+    for name, state in states.items():
+        with contextlib.suppress(AttributeError):  # a trainer's hooks may have no state before the training
+            before[name] = copy.deepcopy(state.state_dict())
 
     try:
         yield
@@ -386,8 +391,8 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
         with torch.no_grad():
             for value, held in tensors.values():
                 value.copy_(held)
-        for name, state in states.items():
-            state.load_state_dict(before[name])
+        for name, state in before.items():
+            states[name].load_state_dict(state)
         raise
 
 

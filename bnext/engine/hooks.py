@@ -156,9 +156,11 @@ class RememberMetrics(HookBase):
         self._loaded: dict[str, list[tuple[float, int]]] = {}
 
     def state_dict(self) -> dict[str, list[tuple[float, int]]]:
-        storage = self.trainer.storage
-        state = {}
+        storage = getattr(self.trainer, "storage", None)
+        if storage is None:  # before the training
+            return self._loaded
 
+        state = {}
         for name, is_smoothed in storage.smoothing_hints().items():
             if is_smoothed and not name.endswith("time"):
                 latest = storage.history(name).values()[-self.window :]
