@@ -251,6 +251,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_state(self, name: str, state: Any) -> None:
         try:
+            if not isinstance(state, dict) or (not state and self.checkpointables[name].state_dict()):
+                raise TypeError(f"{state!r:.40} is no state")
             self.checkpointables[name].load_state_dict(state)
         except BNextError:
             raise

@@ -57,7 +57,6 @@ WRONG = {
     "no values": ("0.bias", torch.ones(4, device="meta")),
     "statistics of complex numbers": ("1.running_var", torch.ones(4, dtype=torch.complex64)),
     "statistics of integers": ("1.running_var", torch.ones(4, dtype=torch.int32)),
-    "quantized": ("1.running_var", torch.quantize_per_tensor(torch.ones(4), 1.0, 0, torch.quint8)),
     "sparse": ("0.bias", torch.ones(4).to_sparse()),
     "statistics": ("1.running_mean", torch.tensor([0, torch.nan, 0, 0])),
     "a buffer": ("scale", torch.tensor([1.0, torch.nan])),
