@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -62,6 +63,12 @@ NOT_REACHED = Refusal(
     "A checkpoint",
     "be reachable at its address",
     "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
+)
+OTHER_QUERY = Refusal(
+    CheckpointError,
+    "The query of a checkpoint's path",
+    "be ?matching_heuristics=True",
+    "Leave out what follows '?'.",
 )
 NO_TRAINING = Refusal(
     CheckpointError,
@@ -160,18 +167,19 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             self._warn_of_unwritten({})
 
-        names = list(self.checkpointables) if checkpointables is None else checkpointables
-        try:
-            with _unchanged_by_errors(self.model, {name: self.checkpointables[name] for name in names}):
+        self._states = list(self.checkpointables) if checkpointables is None else checkpointables
+        with contextlib.ExitStack() as self._undo:
+            try:
                 rest: dict[str, Any] = super().load(path, checkpointables=[])
-                for name in names:
-                    if name in rest:
-                        self._load_state(name, rest.pop(name))
-                return rest
-        except (OSError, HTTPException, AssertionError) as error:
-            if not is_address:
-                raise
-            raise NOT_REACHED.of(_name_error(error), path) from error
+            except (OSError, HTTPException, AssertionError) as error:
+                if not is_address:
+                    raise
+                raise NOT_REACHED.of(_name_error(error), path) from error
+
+            for name in self._states:
+                if name in rest:
+                    self._load_state(name, rest.pop(name))
+        return rest
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
@@ -212,6 +220,14 @@ class Checkpointer(DetectionCheckpointer):
         checkpoint = read_checkpoint(filename, self._path)
         check_is_state(checkpoint["model"], self._path)
 
+        # Newer ones than 0.6 take a query off the path, and give it to the reader of the file.
+        address = getattr(self, "_parsed_url_during_load", None)
+        queries = parse_qs(address.query) if address is not None else {}
+        if queries.pop("matching_heuristics", None) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if queries:
+            raise OTHER_QUERY.of(repr(address.query), self._path)
+
         absent = [name for name in self.checkpointables if name not in checkpoint]
         if self._is_resumed and absent:
             raise NO_TRAINING.of(f"no {list_few([repr(name) for name in absent])}", self._path)
@@ -235,13 +251,16 @@ class Checkpointer(DetectionCheckpointer):
         check_folded(stored, metadata, self.model, self._path)
         converted, report = convert_norm_state(stored, self.model)
         self._check_population(report, checkpoint)
-        report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
+        report.changes += compare_norm_specs(_read_specs(checkpoint), stored, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
 
         check_keys(converted, self.model, self._path, complete=self._complete)
         check_values(converted, self.model, self._path)
         self._warn_of_folded(converted)
+
+        states = {name: self.checkpointables[name] for name in self._states if name in checkpoint}
+        self._undo.enter_context(_unchanged_by_errors(self.model, states))
 
         checkpoint["model"] = converted
         with reporting_conversions():
@@ -358,6 +377,13 @@ def find_missing_weights(path: str, remedy: str = "Correct the path.") -> Checkp
 
     got = f"{path!r}, which does not exist"
     return CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, where="config", remedy=remedy)
+
+
+def _read_specs(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The specs of its norms that a checkpoint holds, which are taken out; None: it has none."""
+    specs = checkpoint.pop("norm_specs", None)
+    is_right = isinstance(specs, dict) and all(isinstance(spec, dict) for spec in specs.values())
+    return specs if is_right else None
 
 
 def _check_is_file(path: str) -> None:
