@@ -33,6 +33,7 @@ from bnext.checkpoints.reading import read_checkpoint
 from bnext.config.blame import building_from_config
 from bnext.errors import BNextError, CheckpointError, Refusal, list_few
 from bnext.files import find_local_file, replace_file
+from bnext.layers.kept import note_statistics
 from bnext.layers.loading import reporting_conversions
 from bnext.layers.norm_state import MERGED_POPULATION
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
@@ -419,6 +420,8 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
         with torch.no_grad():
             for value, held in tensors.values():
                 value.copy_(held)
+        for module in model.modules():
+            note_statistics(module)
         for name, state in before.items():
             states[name].load_state_dict(state)
         raise

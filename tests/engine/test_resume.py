@@ -15,7 +15,8 @@ from tests import tiny
 
 GOOD = {
     "iteration": 3,
-    "_trainer": {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}},
+    "hooks": {"LRScheduler": {"last_epoch": 3}},
+    "_trainer": {"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": []}},
     "bnext": {"seed": 1, "total_batch_size": 2, "workers": [{"head": 100.0}]},
 }
 
@@ -64,16 +65,20 @@ WRONG = {
     "iteration": {key: value for key, value in GOOD.items() if key != "iteration"},
     "'bnext'": {**GOOD, "bnext": {"seed": 1}},
     "workers": {**GOOD, "bnext": {**GOOD["bnext"], "workers": []}},
-    "NaN": {**GOOD, "_trainer": {"optimizer": {"state": {0: {"momentum_buffer": torch.tensor([torch.nan])}}}}},
+    "NaN": {**GOOD, "_trainer": {"optimizer": {"state": [torch.tensor([torch.nan])], "param_groups": []}}},
+    "'optimizer'": {**GOOD, "_trainer": {"optimizer": {}}},
+    "optimizer": {key: value for key, value in GOOD.items() if key != "_trainer"},
+    "'LRScheduler'": {**GOOD, "hooks": {}},
+    "LRScheduler": {**GOOD, "hooks": None},
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_state_that_no_training_wrote_is_refused(name):
-    check_training_state(GOOD, "here")
+    check_training_state(GOOD, "here", ["LRScheduler"])
     check_training_state({"iteration": 3}, "of detectron2")
     with pytest.raises(CheckpointError, match=rf"{name}.*\(here\)"):
-        check_training_state(WRONG[name], "here")
+        check_training_state(WRONG[name], "here", ["LRScheduler"])
 
 
 def test_a_training_does_not_resume_from_weights_alone(finished, tmp_path):
