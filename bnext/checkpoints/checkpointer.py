@@ -222,12 +222,12 @@ class Checkpointer(DetectionCheckpointer):
         check_is_state(checkpoint["model"], self._path)
 
         # Newer ones than 0.6 take a query off the path, and give it to the reader of the file.
-        address = getattr(self, "_parsed_url_during_load", None)
-        queries = parse_qs(address.query) if address is not None else {}
+        query = getattr(getattr(self, "_parsed_url_during_load", None), "query", "")
+        queries = parse_qs(query)
         if queries.pop("matching_heuristics", None) == ["True"]:
             checkpoint["matching_heuristics"] = True
         if queries:
-            raise OTHER_QUERY.of(repr(address.query), self._path)
+            raise OTHER_QUERY.of(repr(query), self._path)
 
         absent = [name for name in self.checkpointables if name not in checkpoint]
         if self._is_resumed and absent:
