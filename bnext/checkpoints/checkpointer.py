@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any
+from urllib.parse import parse_qs
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
@@ -22,6 +23,7 @@ from bnext.checkpoints.fit import (
     check_folded,
     check_is_state,
     check_keys,
+    check_norm_kinds,
     check_values,
     find_bias_of_folded_norms,
     to_tensors,
@@ -32,6 +34,7 @@ from bnext.config.blame import building_from_config
 from bnext.errors import BNextError, CheckpointError, Refusal, list_few
 from bnext.files import find_local_file, replace_file
 from bnext.layers.counts import count_skipped, tell_skipped
+from bnext.layers.kept import note_statistics
 from bnext.layers.loading import reporting_conversions
 from bnext.layers.norm_state import MERGED_POPULATION
 from bnext.layers.walk import find_bnext_norms
@@ -63,6 +66,12 @@ NOT_REACHED = Refusal(
     "A checkpoint",
     "be reachable at its address",
     "Check the address and the network, or download the file by hand and give MODEL.WEIGHTS <file>.",
+)
+OTHER_QUERY = Refusal(
+    CheckpointError,
+    "The query of a checkpoint's path",
+    "be ?matching_heuristics=True",
+    "Leave out what follows '?'.",
 )
 NO_TRAINING = Refusal(
     CheckpointError,
@@ -163,18 +172,19 @@ class Checkpointer(DetectionCheckpointer):
         if not path:
             self._warn_of_unwritten({})
 
-        names = list(self.checkpointables) if checkpointables is None else checkpointables
-        try:
-            with _unchanged_by_errors(self.model, {name: self.checkpointables[name] for name in names}):
+        self._states = list(self.checkpointables) if checkpointables is None else checkpointables
+        with contextlib.ExitStack() as self._undo:
+            try:
                 rest: dict[str, Any] = super().load(path, checkpointables=[])
-                for name in names:
-                    if name in rest:
-                        self._load_state(name, rest.pop(name))
-                return rest
-        except (OSError, HTTPException, AssertionError) as error:
-            if not is_address:
-                raise
-            raise NOT_REACHED.of(_name_error(error), path) from error
+            except (OSError, HTTPException, AssertionError) as error:
+                if not is_address:
+                    raise
+                raise NOT_REACHED.of(_name_error(error), path) from error
+
+            for name in self._states:
+                if name in rest:
+                    self._load_state(name, rest.pop(name))
+        return rest
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Go on from the last checkpoint if `resume` and there is one, else load the weights of `path`.
@@ -215,6 +225,14 @@ class Checkpointer(DetectionCheckpointer):
         checkpoint = read_checkpoint(filename, self._path)
         check_is_state(checkpoint["model"], self._path)
 
+        # Newer ones than 0.6 take a query off the path, and give it to the reader of the file.
+        query = getattr(getattr(self, "_parsed_url_during_load", None), "query", "")
+        queries = parse_qs(query)
+        if queries.pop("matching_heuristics", None) == ["True"]:
+            checkpoint["matching_heuristics"] = True
+        if queries:
+            raise OTHER_QUERY.of(repr(query), self._path)
+
         absent = [name for name in self.checkpointables if name not in checkpoint]
         if self._is_resumed and absent:
             raise NO_TRAINING.of(f"no {list_few([repr(name) for name in absent])}", self._path)
@@ -223,6 +241,7 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         to_tensors(checkpoint["model"], self._path)
         _strip_prefix_if_present(checkpoint["model"], "module.")
+        check_norm_kinds(checkpoint["model"], self.model, self._path)
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)
         metadata = getattr(checkpoint["model"], "_metadata", {})
@@ -237,13 +256,16 @@ class Checkpointer(DetectionCheckpointer):
         check_folded(stored, metadata, self.model, self._path)
         converted, report = convert_norm_state(stored, self.model)
         self._check_population(report, checkpoint)
-        report.changes += compare_norm_specs(checkpoint.pop("norm_specs", None), stored, self.model)
+        report.changes += compare_norm_specs(_read_specs(checkpoint), stored, self.model)
         if report.changes:
             logging.getLogger(__name__).warning("%s (%s)", report, self._path)
 
         check_keys(converted, self.model, self._path, complete=self._complete)
         check_values(converted, self.model, self._path)
         self._warn_of_folded(converted)
+
+        states = {name: self.checkpointables[name] for name in self._states if name in checkpoint}
+        self._undo.enter_context(_unchanged_by_errors(self.model, states))
 
         checkpoint["model"] = converted
         with reporting_conversions():
@@ -253,6 +275,8 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_state(self, name: str, state: Any) -> None:
         try:
+            if not isinstance(state, dict) or (not state and self.checkpointables[name].state_dict()):
+                raise TypeError(f"{state!r:.40} is no state")
             self.checkpointables[name].load_state_dict(state)
         except BNextError:
             raise
@@ -360,6 +384,13 @@ def find_missing_weights(path: str, remedy: str = "Correct the path.") -> Checkp
     return CheckpointError.of("MODEL.WEIGHTS", "name a file", got=got, where="config", remedy=remedy)
 
 
+def _read_specs(checkpoint: dict[str, Any]) -> dict[str, dict[str, Any]] | None:
+    """The specs of its norms that a checkpoint holds, which are taken out; None: it has none."""
+    specs = checkpoint.pop("norm_specs", None)
+    is_right = isinstance(specs, dict) and all(isinstance(spec, dict) for spec in specs.values())
+    return specs if is_right else None
+
+
 def _check_is_file(path: str) -> None:
     file = path.split("?")[0]
     if os.path.isfile(file):
@@ -382,7 +413,10 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
     for key, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, Tensor) and not nn.parameter.is_lazy(value):
             tensors[key] = (value, value.detach().clone())
-    before = {name: copy.deepcopy(state.state_dict()) for name, state in states.items()}
+    before = {}
+    for name, state in states.items():
+        with contextlib.suppress(AttributeError):  # a trainer's hooks may have no state before the training
+            before[name] = copy.deepcopy(state.state_dict())
 
     try:
         yield
@@ -390,8 +424,10 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
         with torch.no_grad():
             for value, held in tensors.values():
                 value.copy_(held)
-        for name, state in states.items():
-            state.load_state_dict(before[name])
+        for module in model.modules():
+            note_statistics(module)
+        for name, state in before.items():
+            states[name].load_state_dict(state)
         raise
 
 

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from bnext.checkpoints.reading import NO_STATE
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.layers.folded_norm import FOLDED_FOR_A_NORM, FoldedNorm, is_marked_as_folded
-from bnext.layers.forms import find_forms
+from bnext.layers.forms import AFFINE, POPULATION, find_forms
 
-__all__ = ["check_folded", "check_is_state", "check_keys", "check_values", "find_bias_of_folded_norms", "to_tensors"]
+__all__ = [
+    "check_folded",
+    "check_is_state",
+    "check_keys",
+    "check_norm_kinds",
+    "check_values",
+    "find_bias_of_folded_norms",
+    "to_tensors",
+]
 
 StateDict = Mapping[str, Tensor]
 
@@ -42,7 +50,6 @@ NO_NORMS = Refusal(
     "the model before it loads this one; else use the config that the checkpoint was trained with.",
 )
 
-_POPULATION = ("running_mean", "running_var")
 _WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
 _NUMBERS = "fiuc?b"
 # First parts of keys that tell who named them, and what makes them detectron2's.
@@ -84,6 +91,22 @@ def to_tensors(state: dict[str, Any], where: str) -> None:
 
 
 # ---- values
+
+
+def check_norm_kinds(state: StateDict, model: nn.Module, where: str) -> None:
+    """Refuse statistics and affines of norms with which nothing can be computed: they are converted before they load.
+
+    Args:
+        state: of norms of any form.
+        model: loads it.
+        where: the file.
+    """
+    paths = tuple(f"{path}." if path else "" for path, _, _ in find_forms(model))
+    for key, value in state.items():
+        field = key.rpartition(".")[2]
+        if field in POPULATION or (field in AFFINE and key.startswith(paths)):
+            counter = torch.empty((), dtype=torch.int64)
+            _check_kind(key, value, counter if field == POPULATION[2] else torch.empty(()), where)
 
 
 def check_values(state: StateDict, model: nn.Module, where: str) -> None:
@@ -235,7 +258,7 @@ def _find_required_keys(model: nn.Module) -> list[frozenset[str]]:
     parameters = {id(parameter) for parameter in model.parameters()}
 
     for key, value in model.state_dict(keep_vars=True).items():
-        if id(value) in parameters or key.rpartition(".")[2] in _POPULATION:
+        if id(value) in parameters or key.rpartition(".")[2] in POPULATION[:2]:
             names.setdefault(id(value), set()).add(key)
 
     return [frozenset(keys) for keys in names.values()]

@@ -40,12 +40,12 @@ def find_last_checkpoint(folder: str) -> str:
     except OSError as error:
         raise _refuse(folder, f"{type(error).__name__}: {error.strerror}") from error
 
-    path = os.path.normpath(os.path.join(folder, name))
+    path = os.path.join(folder, name)
     if not name:
         raise _refuse(folder, "an empty file")
     if not name.isprintable():
         raise _refuse(folder, f"other bytes than a name, {name[:20]!r}")
-    if os.path.isabs(name) or not path.startswith(os.path.join(os.path.normpath(folder), "")):
+    if os.path.isabs(name) or os.path.normpath(name).split(os.sep)[0] == os.pardir:
         raise _refuse(folder, f"{name!r}, which is not in it")
     if not os.path.isfile(path):
         raise _refuse(folder, f"{name!r}, which does not exist" if not os.path.exists(path) else f"{name!r}, no file")

@@ -204,6 +204,9 @@ def _load_tensors(stream: BinaryIO, file: str, remedy: str) -> Any:
     except (OSError, MemoryError):
         raise
     except Exception as error:  # whatever pickle and torch raise for a file that is cut, or of another kind
+        if "allocate memory" in str(error):
+            raise MemoryError(str(error)) from error
+
         # Of torch's own words only a name is passed on: they advise to load the file without any care.
         refused = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+\.\w+)'>", str(error))
         if refused and isinstance(error, pickle.UnpicklingError):

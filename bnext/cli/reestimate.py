@@ -19,7 +19,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights, find_missing_weights
+from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eval_weights, find_missing_weights
 from bnext.config.blame import building_from_config
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
@@ -51,7 +51,6 @@ _LEFT_OUT = (
     "__author__",
 )
 _GIVE_BOTH = "Give --dataset and --domain for each."
-_DONE = "recomputed_statistics"  # the output's key for what was done
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,7 +296,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     if comm.is_main_process():
         done = _describe(cfg, request, report)
         others = {key: value for key, value in others.items() if key not in _LEFT_OUT}
-        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, _DONE: done}
+        data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, RE_ESTIMATED: done}
         _write(request, data, {**done, "report": report.as_dict()})
         print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
     comm.synchronize()

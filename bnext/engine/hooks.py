@@ -157,7 +157,7 @@ class RememberMetrics(HookBase):
 
     def state_dict(self) -> dict[str, list[tuple[float, int]]]:
         storage = getattr(self.trainer, "storage", None)
-        if storage is None:  # before a training
+        if storage is None:  # before the training
             return self._loaded
 
         state = {}

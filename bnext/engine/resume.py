@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -175,12 +175,13 @@ def drop_half_line(path: str) -> None:
 # ---- the state
 
 
-def check_training_state(state: Any, where: str) -> None:
+def check_training_state(state: Any, where: str, hooks: Sequence[str] = ()) -> None:
     """Refuse the state of a trainer that no training has written.
 
     Args:
         state: the trainer's state dict in the checkpoint.
         where: the folder of the checkpoint.
+        hooks: those whose state a training cannot do without.
 
     Raises:
         CheckpointError: it has no iteration, or optimizer, seed or workers that cannot be.
@@ -196,6 +197,15 @@ def check_training_state(state: Any, where: str) -> None:
     if not is_dictionary or not _is_count(training["seed"]) or not _are_normalizers(training["workers"]):
         rule = "a dictionary of seed, batch size and workers"
         raise WRONG_STATE.of(f"{training!r:.60}", where, thing="'bnext'", rule=rule)
+
+    inner, hook_states = state.get("_trainer"), state.get("hooks") or {}
+    if "bnext" in state or inner is not None:  # detectron2 0.6 writes none, of which `compare_training` tells
+        optimizer = inner.get("optimizer") if isinstance(inner, dict) else None
+        if not isinstance(optimizer, dict) or "param_groups" not in optimizer:
+            raise WRONG_STATE.of(f"{optimizer!r:.60}", where, thing="'optimizer'", rule="the state of one")
+    for name in hooks:
+        if not isinstance(hook_states, dict) or not isinstance(hook_states.get(name), dict):
+            raise WRONG_STATE.of("none", where, thing=f"'{name}'", rule="the state of one")
 
     for name, value in _list_tensors(state.get("_trainer", {}), "_trainer"):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):

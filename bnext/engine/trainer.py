@@ -273,7 +273,8 @@ class Trainer(DefaultTrainer):
         return {**state, "bnext": collect_training(self.cfg, self.seed, workers)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_training_state(state_dict, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}")
+        schedulers = [type(hook).__qualname__ for hook in self._hooks if isinstance(hook, d2_hooks.LRScheduler)]
+        check_training_state(state_dict, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}", schedulers)
         super(DefaultTrainer, self).load_state_dict(state_dict)  # of hooks, too, whose faults are their own
         with expect_same_optimizer(self.cfg, state_dict):
             if "_trainer" in state_dict:

@@ -87,7 +87,9 @@ def convert_in_place(
 
 def _is_of_a_norm(key: str, value: object) -> bool:
     owner, _, field = key.rpartition(".")
-    return isinstance(value, Tensor) and field in AFFINE + POPULATION and "." not in owner
+    if not isinstance(value, Tensor) or field not in AFFINE + POPULATION or "." in owner:
+        return False
+    return value.is_floating_point() or field == "num_batches_tracked"
 
 
 def _tell(path: str, notes: list[Note], missing_keys: list[str]) -> None:

@@ -409,24 +409,14 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self._checked = {}
         return super().train(mode)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        local_metadata, _, missing_keys, _, error_msgs = args
         self._checked = {}
         refuse_folded_state(self.where, prefix, local_metadata, error_msgs)
 
         form = form_of_spec(self._spec, self.num_features, self.domains, self.eps, self.has_bias)
-        convert_in_place(state_dict, prefix, form, missing_keys, error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        convert_in_place(cast(dict[str, Tensor], state_dict), prefix, form, missing_keys, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def check_feature(self, feature: Tensor, name: str = "") -> None:
         """Rank, channels, device and type of an input."""

@@ -1,9 +1,7 @@
 """Checkpoints: whole files, the right architecture, sane statistics, converted norms."""
 
-import argparse
 import copy
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,7 +24,8 @@ def small(channels=4):
 
 
 def save(model, path, **changes):
-    state = {**model.state_dict(), **changes}
+    state = model.state_dict()  # with torch's metadata of the modules
+    state.update(changes)
     torch.save({"model": state}, path)
     return str(path)
 
@@ -96,15 +95,6 @@ def test_variances_that_cannot_be_are_refused(tmp_path, value, shown):
     path = save(small(), tmp_path / "bad.pth", **{"1.running_var": torch.tensor([1.0, 1.0, value, 1.0])})
     with pytest.raises(CheckpointError, match=rf"1\.running_var .*{shown} .*bad\.pth"):
         Checkpointer(small()).load(path)
-
-
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", "half", pickle.dumps(["a"]), pickle.dumps(3)])
-@pytest.mark.parametrize("ending", ["pth", "pkl"])
-def test_a_broken_file_is_refused(tmp_path, content, ending):
-    path = Path(save(small(), tmp_path / f"broken.{ending}"))
-    path.write_bytes(path.read_bytes()[:700] if content == "half" else content)
-    with pytest.raises(CheckpointError, match=rf"whole file.*broken\.{ending}"):
-        Checkpointer(small()).load(str(path))
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -197,8 +187,9 @@ def test_folded_and_unfolded_checkpoints_are_told_apart(tmp_path, bias):
     before = {key: value.clone() for key, value in plain.state_dict().items()}
     with pytest.raises(CheckpointError, match=r"before it is folded.*\(1;"):
         Checkpointer(folded).load(paths[0])
-    with pytest.raises(CheckpointError, match=r"Missing: 1\."):
-        Checkpointer(plain).load(paths[1], complete=True)
+    for complete in (False, True):
+        with pytest.raises(CheckpointError, match=r"folded norms for 1 \(.*folded\.pth"):
+            Checkpointer(plain).load(paths[1], complete=complete)
     assert all(torch.equal(value, before[key]) for key, value in plain.state_dict().items())
     Checkpointer(folded).load(paths[1], complete=True)
 
@@ -266,39 +257,6 @@ def test_numbered_levels_are_per_level_whatever_they_become(tmp_path, bnext_log)
     model = nn.Sequential(LevelBatchNorm2d(4, ("p3", "p4"), NormSpec.from_table5_row(6)))
     Checkpointer(model).load(save(cycle, tmp_path / "cycle.pth"), complete=True)
     assert not any("does not say whether" in message for message in bnext_log.messages)
-
-
-FOREIGN = {
-    "state_dict and epoch": (
-        {"state_dict": small().state_dict(), "epoch": 3},
-        "'state_dict' (OrderedDict), 'epoch' (int)",
-    ),
-    "list as model": ({"model": [torch.ones(2)]}, "got a list"),
-    "nothing but numbers": ({"epoch": 3}, "a dictionary with 'epoch' (int)"),
-    "numbered": ({"model": {0: torch.ones(2)}}, "a dictionary with 0 (Tensor)"),
-}
-
-
-@pytest.mark.parametrize("ending", ["pth", "pkl"])
-@pytest.mark.parametrize("name", FOREIGN)
-def test_files_of_other_programs_are_refused(tmp_path, name, ending):
-    content, found = FOREIGN[name]
-    path = tmp_path / f"foreign.{ending}"
-    if ending == "pth":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps({**content, "__author__": "someone"} if "model" in content else content))
-    with pytest.raises(CheckpointError) as caught:
-        Checkpointer(small()).load(str(path))
-    assert found in str(caught.value)
-    assert "must hold a state dict" in str(caught.value)
-    assert "torch.save({'model': state_dict}, file)" in str(caught.value)
-
-
-def test_a_file_that_torch_refuses_has_a_remedy(tmp_path):
-    torch.save({"model": small().state_dict(), "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
-    with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*args\.pth.*weights_only=False"):
-        Checkpointer(small()).load(str(tmp_path / "args.pth"))
 
 
 class Elsewhere(NativePathHandler):

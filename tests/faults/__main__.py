@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "configs": (400, "damaged or misused configs, trained"),
     "checkpoints": (150, "damaged or foreign weights, loaded"),
     "datasets": (197, "faulty data sets, trained and evaluated"),
-    "folders": (34, "damaged output folders, resumed"),
+    "folders": (35, "damaged output folders, resumed"),
     "environments": (43, "odd environments, whole processes"),
     "numerics": (2000, "norms and inputs against float64"),
     "kills": (60, "killed at a step of a save, resumed"),
