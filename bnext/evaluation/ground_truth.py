@@ -167,7 +167,8 @@ def _refuse_invalid(name: str, annotations: Iterable[Annotation]) -> None:
         if culprits:
             key = rule.split()[0]
             shown = list_few(f"{each.get(key)!r} in annotation {each.get('id')!r}" for each in culprits)
-            raise _INVALID.of(shown, "COCO's evaluation", name=name, rule=rule)
+            where = MetadataCatalog.get(name).get("json_file") or "registered as a function"
+            raise _INVALID.of(shown, str(where), name=name, rule=rule)
 
 
 def _is_number(value: Any) -> bool:

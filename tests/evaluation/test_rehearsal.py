@@ -10,24 +10,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
 
-from bnext.data.classes import check_classes, match_classes
-from bnext.errors import BNextError, ConfigError, DatasetError
+from bnext.errors import DatasetError
 from bnext.evaluation import build_evaluator
 from bnext.evaluation.rehearsal import rehearse
 from tests import tiny
-from tests.evaluation.own_sets import NAMES, SIDE, detect, edit, evaluate_perfect, load, make_set, registered
+from tests.evaluation.own_sets import SIDE, detect, edit, evaluate_perfect, load, make_set, registered, renumber
 
 VAL = make_set(2)
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-
-
-def renumber(content, numbers, names=NAMES):
-    """The same objects under other ids, and perhaps names, of their categories."""
-    content = copy.deepcopy(content)
-    content["categories"] = [{"id": numbers[index], "name": name} for index, name in enumerate(names)]
-    for annotation in content["annotations"]:
-        annotation["category_id"] = numbers[annotation["category_id"] - 1]
-    return content
 
 
 def keep(content, is_kept):
@@ -305,29 +295,3 @@ def test_evaluators_of_others_are_tried_as_far_as_they_can_be(tmp_path, bnext_lo
     for content in (renumber(VAL, (3, 1, 2)), edit(VAL, area=None)):
         with registered(tmp_path, val=content), pytest.raises(DatasetError, match="own_val"):
             rehearse(load(tmp_path), build=build_detectron2s)
-
-
-# ---- the same classes in training and test
-
-
-def test_names_are_matched_one_by_one():
-    assert match_classes(NAMES, NAMES) == [0, 1, 2]
-    assert match_classes(("a", "a", "b"), ("a", "a", "b")) == [0, 1, 2], "as they are, if they are equal"
-    assert match_classes(("a", "a", "b"), ("b", "a")) == [2, None], "two of one name cannot be told apart"
-    assert match_classes(("Cat", "cat"), ("cat", "CAT")) == [1, None]
-
-
-@pytest.mark.parametrize(("number", "kind"), [(10, ConfigError), (2, BNextError)])
-def test_the_number_of_classes_is_the_trainings(tmp_path, number, kind):
-    with registered(tmp_path, val=VAL):
-        cfg = load(tmp_path, "MODEL.RETINANET.NUM_CLASSES", number)
-        with pytest.raises(kind, match="NUM_CLASSES must be 3"):
-            check_classes(cfg)
-        check_classes(cfg, is_new=False)
-
-
-def test_training_sets_have_the_same_classes(tmp_path):
-    with registered(tmp_path, val=VAL, other=renumber(VAL, (3, 1, 2))):
-        with pytest.raises(ConfigError, match="own_other"):
-            check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_other')"))
-        check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_val')"))
