@@ -420,9 +420,9 @@ def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, flo
         if len(objects) > test_set.limit:
             crowded.setdefault(f"{test_set.limit} that the model gives (TEST.DETECTIONS_PER_IMAGE)", []).append(number)
         most = max(Counter(each["category_id"] for each in objects).values(), default=0)
-        for limit in sorted({_METRIC_LIMITS[task] for task in tasks}):
-            if most > limit:
-                crowded.setdefault(f"{limit} of a category that COCO's metric takes", []).append(number)
+        for taken in sorted({_METRIC_LIMITS[task] for task in tasks}):
+            if most > taken:
+                crowded.setdefault(f"{taken} of a category that COCO's metric takes", []).append(number)
         outside += sum(_reaches_outside(each["bbox"], record) for each in objects)
 
     causes = []
