@@ -7,11 +7,17 @@ import detectron2.evaluation
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
+from detectron2.engine.hooks import CallbackHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
+from PIL import Image
 
+from bnext.cli.train import check_run
+from bnext.engine import Trainer
 from bnext.errors import DatasetError
-from bnext.evaluation import build_evaluator
+from bnext.evaluation import build_evaluator, evaluate_model
+from bnext.evaluation.compare import compare_statistics
+from bnext.evaluation.leakage import evaluate_leakage
 from bnext.evaluation.rehearsal import rehearse
 from tests import tiny
 from tests.evaluation.own_sets import SIDE, detect, edit, evaluate_perfect, load, make_set, registered, renumber
@@ -197,6 +203,45 @@ def test_a_cause_that_cannot_be_mended_is_named(tmp_path, content, culprit, opts
     with registered(tmp_path, val=content), pytest.raises(DatasetError, match="own_val") as caught:
         rehearse(load(tmp_path, *opts, config=tiny.RCNN), build=build_evaluator)
     assert culprit in str(caught.value)
+
+
+def test_every_evaluation_is_tried_before_the_model_is_asked(tmp_path):
+    for number in range(1, 5):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
+
+    with registered(tmp_path, val=WRONG["another name"][0]):
+        cfg = load(tmp_path)
+        trainer = Trainer(cfg)
+        for attempt in (
+            lambda: check_run(cfg),
+            trainer.train,
+            lambda: evaluate_model(cfg, None),
+            lambda: compare_statistics(cfg, None),
+            lambda: evaluate_leakage(cfg, None),
+            lambda: build_evaluator(cfg, "own_val"),
+        ):
+            with pytest.raises(DatasetError, match="eagle"):
+                attempt()
+    assert not (tmp_path / "inference").exists()
+
+
+class Evaluating(Trainer):
+    """Evaluates in a way of its own."""
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return {}
+
+
+def test_a_trainer_that_evaluates_in_a_way_of_its_own_is_not_tried(tmp_path):
+    def begin(trainer):
+        raise RuntimeError("it begins")
+
+    with registered(tmp_path, val=WRONG["another name"][0]):
+        trainer = Evaluating(load(tmp_path))
+        trainer.register_hooks([CallbackHook(before_train=begin)])
+        with pytest.raises(RuntimeError, match="it begins"):
+            trainer.train()
 
 
 def test_images_that_the_file_does_not_list_are_named(tmp_path):
