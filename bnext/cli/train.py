@@ -94,7 +94,8 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNot
         cfg, args: see `run`.
         notices: of the checks, which are said here, where there is a log.txt.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):  # several workers are fresh processes
+    trained = () if args.eval_only else cfg.DATASETS.TRAIN
+    for name in (*trained, *cfg.DATASETS.TEST):  # several workers are fresh processes
         check_registered(name)
     check_same_config(cfg)
 

@@ -129,12 +129,23 @@ def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader[Any]:
             remedy="Use fewer workers, or set TEST.BNEXT.VALIDATION_LOSS.PERIOD to 0.",
         )
 
-    records = relabel_records(cfg, name, records)
+    records = [_drop_null_crowds(record) for record in relabel_records(cfg, name, records)]
     size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
     starts = range(0, len(records), size)[: number or None]
     batches = [range(start, min(start + size, len(records))) for start in starts]
 
     return _load_records(cfg, records, _take_shares(batches), labelled=True)
+
+
+def _drop_null_crowds(record: Record) -> Record:
+    """The record without `iscrowd` that is null: Detectron2 takes it for a crowd, the evaluation for an object."""
+    if all(each.get("iscrowd", 0) is not None for each in record.get("annotations", ())):
+        return record
+
+    annotations = []
+    for each in record["annotations"]:
+        annotations.append({key: value for key, value in each.items() if key != "iscrowd" or value is not None})
+    return {**record, "annotations": annotations}
 
 
 def build_shuffled_batches(

@@ -130,6 +130,10 @@ def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Map
     """For each class index of the model that of the set; -1: the set does not list the class."""
     trained = find_trained_classes(cfg)
     if trained is None:
+        message = (
+            "DATASETS.TRAIN does not tell the names of the model's classes: those of data set '%s' are taken for them."
+        )
+        tell_once(logging.getLogger(__name__), name, message, name)
         return torch.arange(len(names))
 
     matches = dict(zip(names, match_classes(trained, list(names.values())), strict=True))

@@ -22,7 +22,7 @@ from torch import nn
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
 from bnext.data.records import Record, has_labels, load_records
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, DatasetError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.rehearsal import rehearse
@@ -281,7 +281,7 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
     name = cfg.DATASETS.TRAIN[0]
     try:
         evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", "training_images"))
-    except ConfigError:
+    except (ConfigError, DatasetError):
         return {}
 
     records = load_records(name, cfg)[:number]

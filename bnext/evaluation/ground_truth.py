@@ -69,7 +69,8 @@ def convert_records(name: str, records: Iterable[Record]) -> Content:
         remedy = f"Write MetadataCatalog.get({name!r}).thing_classes = [...] where it is registered."
         raise DatasetError.of(f"Data set {name!r}", "name its thing_classes", got="none", remedy=remedy)
 
-    images, annotations = [], []
+    images: list[Content] = []
+    annotations: list[Annotation] = []
     for record in records:
         try:
             number = record["image_id"]
@@ -167,7 +168,8 @@ def _refuse_invalid(name: str, annotations: Iterable[Annotation]) -> None:
         if culprits:
             key = rule.split()[0]
             shown = list_few(f"{each.get(key)!r} in annotation {each.get('id')!r}" for each in culprits)
-            raise _INVALID.of(shown, "COCO's evaluation", name=name, rule=rule)
+            where = MetadataCatalog.get(name).get("json_file") or "registered as a function"
+            raise _INVALID.of(shown, str(where), name=name, rule=rule)
 
 
 def _is_number(value: Any) -> bool:
@@ -193,7 +195,8 @@ def _set_crowd(annotation: Annotation) -> bool:
 
 def _set_area(annotation: Annotation) -> bool:
     """An area that is none becomes that of the mask or, without one, of the box; it decides on the size class alone."""
-    area, (_, _, width, height) = annotation.get("area"), annotation["bbox"]
+    area: Any = annotation.get("area")
+    _, _, width, height = annotation["bbox"]
     is_area = _is_number(area) and not isinstance(area, bool) and 0 <= area <= _LARGEST_AREA
     if is_area and (area > 0 or width * height <= 0):
         return False

@@ -35,8 +35,7 @@ from bnext.notices import tell_once
 
 __all__ = ["rehearse"]
 
-_MOST_IMAGES = 500  # that are tried of a set; half a second for each hundred of COCO's
-_MOST_MASKS = 200  # the same, where masks are drawn
+_MOST_IMAGES = 250  # that are tried of a set: of COCO's, which takes longer to read than to evaluate on so many
 _WHOLE = 99.95  # what rounds to 100.0
 _METRIC_LIMITS = {"bbox": 100, "segm": 100, "keypoints": 20}  # detections of an image and category that COCO takes
 _Value = TypeVar("_Value")
@@ -327,16 +326,15 @@ def _has_mask(annotation: dict[str, Any]) -> bool:
 
 def _choose_images(test_set: _TestSet) -> list[Any]:
     """Ids of images in equal distances: most with objects, and some without."""
-    most = _MOST_MASKS if test_set.has_masks else _MOST_IMAGES
-    if len(test_set.records) <= most:
+    if len(test_set.records) <= _MOST_IMAGES:
         return list(test_set.records)
 
     full = [number for number, objects in test_set.objects.items() if objects]
     empty = [number for number, objects in test_set.objects.items() if not objects]
-    num_empty = min(len(empty), most // 10)
+    num_empty = min(len(empty), _MOST_IMAGES // 10)
 
     chosen = []
-    for numbers, share in ((full, most - num_empty), (empty, num_empty)):
+    for numbers, share in ((full, _MOST_IMAGES - num_empty), (empty, num_empty)):
         places = np.linspace(0, len(numbers) - 1, min(share, len(numbers))).round().astype(int)
         chosen += [numbers[place] for place in places]
     return chosen
@@ -422,16 +420,16 @@ def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, flo
         if len(objects) > test_set.limit:
             crowded.setdefault(f"{test_set.limit} that the model gives (TEST.DETECTIONS_PER_IMAGE)", []).append(number)
         most = max(Counter(each["category_id"] for each in objects).values(), default=0)
-        for limit in sorted({_METRIC_LIMITS[task] for task in tasks}):
-            if most > limit:
-                crowded.setdefault(f"{limit} of a category that COCO's metric takes", []).append(number)
+        for taken in sorted({_METRIC_LIMITS[task] for task in tasks}):
+            if most > taken:
+                crowded.setdefault(f"{taken} of a category that COCO's metric takes", []).append(number)
         outside += sum(_reaches_outside(each["bbox"], record) for each in objects)
 
     causes = []
     for limit, numbers in crowded.items():
-        causes.append(f"{len(numbers)} images have more objects than the {limit}: ids {list_few(numbers)}")
+        causes.append(f"images with more objects than the {limit}: {len(numbers)}, ids {list_few(numbers)}")
     if outside:
-        causes.append(f"{outside} boxes have no area or reach out of their picture")
+        causes.append(f"boxes without area or that reach out of their picture: {outside}")
     return causes
 
 

@@ -1,5 +1,6 @@
 """Batches that go once through data sets: which images come together, in which order, on which worker."""
 
+import copy
 import json
 
 import pytest
@@ -70,6 +71,22 @@ def test_validation_batches_are_all_of_the_set_in_order_and_without_random_augme
 
     cfg = tiny.load(tmp_path, *ON, "SOLVER.IMS_PER_BATCH", 2, "TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES", 1)
     assert list_files(build_validation_batches(cfg, "digits_val")) == [names[:2]]
+
+
+def test_a_validation_loss_counts_objects_whose_iscrowd_is_null(digits, tmp_path):
+    records = copy.deepcopy(DatasetCatalog.get("digits_val"))
+    numbers = [len(record["annotations"]) for record in records]
+    for record in records:
+        for annotation in record["annotations"]:
+            annotation["iscrowd"] = None
+
+    DatasetCatalog.register("digits_null", lambda: records)
+    try:
+        batches = list(build_validation_batches(tiny.load(tmp_path), "digits_null"))
+    finally:
+        DatasetCatalog.remove("digits_null")
+    assert [len(record["instances"]) for batch in batches for record in batch] == numbers
+    assert all(each["iscrowd"] is None for each in records[0]["annotations"])
 
 
 @pytest.fixture(params=["no key", "a COCO file"])

@@ -100,3 +100,12 @@ def edit(content, **changes):
             else:
                 annotation[key] = value(number, annotation) if callable(value) else value
     return content
+
+
+def renumber(content, numbers, names=NAMES):
+    """The same objects under other ids, and perhaps names, of their categories."""
+    content = copy.deepcopy(content)
+    content["categories"] = [{"id": numbers[index], "name": name} for index, name in enumerate(names)]
+    for annotation in content["annotations"]:
+        annotation["category_id"] = numbers[annotation["category_id"] - 1]
+    return content

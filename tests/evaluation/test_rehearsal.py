@@ -7,27 +7,23 @@ import detectron2.evaluation
 import numpy as np
 import pytest
 from detectron2.data import MetadataCatalog
+from detectron2.engine.hooks import CallbackHook
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import BoxMode
+from PIL import Image
 
-from bnext.data.classes import check_classes, match_classes
-from bnext.errors import BNextError, ConfigError, DatasetError
-from bnext.evaluation import build_evaluator
+from bnext.cli.train import check_run
+from bnext.engine import Trainer
+from bnext.errors import DatasetError
+from bnext.evaluation import build_evaluator, evaluate_model
+from bnext.evaluation.compare import compare_statistics
+from bnext.evaluation.leakage import evaluate_leakage
 from bnext.evaluation.rehearsal import rehearse
 from tests import tiny
-from tests.evaluation.own_sets import NAMES, SIDE, detect, edit, evaluate_perfect, load, make_set, registered
+from tests.evaluation.own_sets import SIDE, detect, edit, evaluate_perfect, load, make_set, registered, renumber
 
 VAL = make_set(2)
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-
-
-def renumber(content, numbers, names=NAMES):
-    """The same objects under other ids, and perhaps names, of their categories."""
-    content = copy.deepcopy(content)
-    content["categories"] = [{"id": numbers[index], "name": name} for index, name in enumerate(names)]
-    for annotation in content["annotations"]:
-        annotation["category_id"] = numbers[annotation["category_id"] - 1]
-    return content
 
 
 def keep(content, is_kept):
@@ -67,6 +63,8 @@ RIGHT = {
     "image ids are words": add_image_ids(VAL, lambda number: f"image {number}"),
     "image ids from 0": add_image_ids(VAL, lambda number: number - 1),
     "categories with gaps": renumber(VAL, (0, 17, 90)),
+    "categories with long numbers": renumber(VAL, (2**70, 2**40, 2**62)),
+    "images with long numbers": add_image_ids(VAL, lambda number: 2**70 + number),
     "categories numbered otherwise": renumber(VAL, (3, 1, 2)),
     "names in other letters": renumber(VAL, (2, 3, 1), ("Cat", "DOG ", "owl")),
     "a part of the categories": list_part(VAL),
@@ -207,6 +205,45 @@ def test_a_cause_that_cannot_be_mended_is_named(tmp_path, content, culprit, opts
     assert culprit in str(caught.value)
 
 
+def test_every_evaluation_is_tried_before_the_model_is_asked(tmp_path):
+    for number in range(1, 5):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
+
+    with registered(tmp_path, val=WRONG["another name"][0]):
+        cfg = load(tmp_path)
+        trainer = Trainer(cfg)
+        for attempt in (
+            lambda: check_run(cfg),
+            trainer.train,
+            lambda: evaluate_model(cfg, None),
+            lambda: compare_statistics(cfg, None),
+            lambda: evaluate_leakage(cfg, None),
+            lambda: build_evaluator(cfg, "own_val"),
+        ):
+            with pytest.raises(DatasetError, match="eagle"):
+                attempt()
+    assert not (tmp_path / "inference").exists()
+
+
+class Evaluating(Trainer):
+    """Evaluates in a way of its own."""
+
+    @classmethod
+    def test(cls, cfg, model, evaluators=None):
+        return {}
+
+
+def test_a_trainer_that_evaluates_in_a_way_of_its_own_is_not_tried(tmp_path):
+    def begin(trainer):
+        raise RuntimeError("it begins")
+
+    with registered(tmp_path, val=WRONG["another name"][0]):
+        trainer = Evaluating(load(tmp_path))
+        trainer.register_hooks([CallbackHook(before_train=begin)])
+        with pytest.raises(RuntimeError, match="it begins"):
+            trainer.train()
+
+
 def test_images_that_the_file_does_not_list_are_named(tmp_path):
     with registered(tmp_path, val=lambda: as_records(VAL)):
         part = {**VAL, "images": VAL["images"][:2]}
@@ -247,7 +284,7 @@ def test_the_ap_that_can_be_reached_is_said(tmp_path, bnext_log):
     many = edit(make_set(3, num_images=2, num_objects=9), category_id=1)
     with registered(tmp_path, val=many):
         rehearse(load(tmp_path, "TEST.DETECTIONS_PER_IMAGE", 6), build=build_evaluator)
-    assert "bbox AP 66.3 on data set 'own_val': 2 images have more objects than the 6" in bnext_log.text
+    assert "bbox AP 66.3 on data set 'own_val': images with more objects than the 6" in bnext_log.text
 
     dense = edit(make_set(3, num_images=1, num_objects=110), category_id=1)
     with registered(tmp_path, val=dense):
@@ -257,7 +294,7 @@ def test_the_ap_that_can_be_reached_is_said(tmp_path, bnext_log):
     outside = edit(VAL, bbox=lambda number, each: [50, 50, 40, 40])
     with registered(tmp_path, val=outside):
         rehearse(load(tmp_path), build=build_evaluator)
-    assert "12 boxes have no area or reach out" in bnext_log.text
+    assert "reach out of their picture: 12" in bnext_log.text
 
 
 @pytest.mark.parametrize("edited", [edit(VAL, iscrowd=1), {**VAL, "annotations": []}], ids=["crowds", "none"])
@@ -273,9 +310,9 @@ def test_a_set_without_annotations_is_passed_over(tmp_path):
 
 
 def test_a_part_of_a_large_set_is_tried(tmp_path, bnext_log):
-    with registered(tmp_path, val=make_set(2, num_images=600, num_objects=1)):
+    with registered(tmp_path, val=make_set(2, num_images=300, num_objects=1)):
         rehearse(load(tmp_path), build=build_evaluator)
-    assert "bbox AP 100.0 (500 of 600 images" in bnext_log.text
+    assert "bbox AP 100.0 (250 of 300 images" in bnext_log.text
 
 
 # ---- evaluators of others
@@ -303,29 +340,3 @@ def test_evaluators_of_others_are_tried_as_far_as_they_can_be(tmp_path, bnext_lo
     for content in (renumber(VAL, (3, 1, 2)), edit(VAL, area=None)):
         with registered(tmp_path, val=content), pytest.raises(DatasetError, match="own_val"):
             rehearse(load(tmp_path), build=build_detectron2s)
-
-
-# ---- the same classes in training and test
-
-
-def test_names_are_matched_one_by_one():
-    assert match_classes(NAMES, NAMES) == [0, 1, 2]
-    assert match_classes(("a", "a", "b"), ("a", "a", "b")) == [0, 1, 2], "as they are, if they are equal"
-    assert match_classes(("a", "a", "b"), ("b", "a")) == [2, None], "two of one name cannot be told apart"
-    assert match_classes(("Cat", "cat"), ("cat", "CAT")) == [1, None]
-
-
-@pytest.mark.parametrize(("number", "kind"), [(10, ConfigError), (2, BNextError)])
-def test_the_number_of_classes_is_the_trainings(tmp_path, number, kind):
-    with registered(tmp_path, val=VAL):
-        cfg = load(tmp_path, "MODEL.RETINANET.NUM_CLASSES", number)
-        with pytest.raises(kind, match="NUM_CLASSES must be 3"):
-            check_classes(cfg)
-        check_classes(cfg, is_new=False)
-
-
-def test_training_sets_have_the_same_classes(tmp_path):
-    with registered(tmp_path, val=VAL, other=renumber(VAL, (3, 1, 2))):
-        with pytest.raises(ConfigError, match="own_other"):
-            check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_other')"))
-        check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_val')"))
