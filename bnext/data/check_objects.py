@@ -248,8 +248,8 @@ def _find_negative_boxes(
         yield Fault(
             "The boxes",
             "have a width and a height of 0 or more",
-            f"{len(negative)} of {len(objects)} of negative size: annotations {objects.name(negative)}",
-            where=f"the first is x, y, width, height = {box}",
+            f"{len(negative)} of {len(objects)} of negative size: annotations {objects.name(negative)}; the first is "
+            f"x, y, width, height = {box}",
             remedy="Write the upper left corner first, in the order that the box's mode asks for.",
         )
 
