@@ -565,7 +565,12 @@ def _find_unreadable_keypoints(objects: Objects) -> Iterator[Fault]:
     given = [index for index, value in enumerate(objects.keypoints) if _is_list(value) or value]
     lists = [objects.keypoints[index] for index in given]
     if all(map(_is_list, lists)) and set(map(type, chain.from_iterable(lists))) <= {int, float}:
-        return
+        try:
+            np.fromiter(chain.from_iterable(lists), dtype=np.float64)
+        except OverflowError:  # a whole number beyond the range of floats
+            pass
+        else:
+            return
 
     for index, value in zip(given, lists, strict=True):
         if not _is_list(value) or not all(map(_is_number, value)):

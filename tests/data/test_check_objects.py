@@ -188,6 +188,7 @@ def test_crowds_need_no_keypoints():
 
 def test_keypoints_that_the_reader_cannot_read_are_refused_for_boxes_too():
     assert "annotation 2" in find(make(keypoints={1: [1, 2, "a"]}), BOX)[0].got
+    assert "annotation 2" in find(make(keypoints={1: [1, 10**400, 2]}), BOX)[0].got
     assert find(make(keypoints={1: []}), BOX) == (None, [])
 
 
