@@ -424,9 +424,14 @@ def _find_other_classes(dataset: RegisteredSet, summary: Summary) -> Iterator[Fa
     )
 
 
-def _find_lack_of_annotations(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault]:
+def _find_lack_of_annotations(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault | Notice]:
     if summary.num_annotations == 0 or (dataset.task.is_training and summary.num_annotations is None):
         yield Fault("The annotations", "not be empty", "none")
+
+    if summary.num_annotations is None:
+        number = len(summary.pictures.file_names)
+        words = "have no annotations, as the file has no list of them: detections are written, but no AP is computed"
+        yield Notice(number, number, "images", words)
 
 
 def _repeat_notices(dataset: RegisteredSet, summary: Summary) -> Iterator[Notice]:

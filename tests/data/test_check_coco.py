@@ -229,9 +229,11 @@ def test_a_broken_picture_is_named(folder: Path) -> None:
     check_datasets(["own"], check_images=False)
 
 
-def test_annotations_may_be_absent_from_a_test_set_only(folder: Path) -> None:
+def test_annotations_may_be_absent_from_a_test_set_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     edit(folder, lambda c: c.pop("annotations"))
-    check_datasets(["own"], training=False)
+    with caplog.at_level(logging.WARNING, logger="bnext.data.check_coco"):
+        check_datasets(["own"], training=False)
+    assert "6 of 6 images of data set 'own' have no annotations" in caplog.text
     edit(folder, lambda c: c.update(annotations=[]))
     with pytest.raises(DatasetError, match="must not be empty"):
         check_datasets(["own"], training=False)
