@@ -2,9 +2,10 @@
 
 import logging
 
+import pytest
 from torch import nn
 
-from bnext.notices import tell_once
+from bnext.notices import holding_notices, log_notices, tell_once
 
 log = logging.getLogger("bnext.tests.notices")
 
@@ -30,3 +31,22 @@ def test_objects_are_told_apart_by_identity_and_may_die(caplog):
     del first, layer
     tell_once(log, nn.ReLU(), "A layer.")
     assert len(caplog.records) == 3
+
+
+def test_notices_that_are_held_are_said_later_and_after_an_exception_at_once(caplog):
+    with holding_notices() as held:
+        log.warning("100%% of %s", "boxes")
+        assert not caplog.records
+    assert held == [("bnext.tests.notices", logging.WARNING, "100% of boxes")]
+
+    log_notices(held)
+    with pytest.raises(KeyError):
+        say_and_fail()
+
+    assert [record.getMessage() for record in caplog.records] == ["100% of boxes", "before"]
+
+
+def say_and_fail():
+    with holding_notices():
+        log.warning("before")
+        raise KeyError

@@ -1,1 +1,1 @@
-"""Data sets: the embedded digits set, the catalog entries, the check before training, samplers, loaders."""
+"""Data sets: the digits set, the catalog, the reader of pictures, checks before training, samplers, loaders."""

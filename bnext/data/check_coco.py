@@ -26,7 +26,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.catalog import is_coco_entry
-from bnext.data.check_images import Pictures, check_files, check_sizes
+from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
 from bnext.data.digits import FOLDER
@@ -246,7 +246,7 @@ def _without_collection() -> Iterator[None]:
 
 def _list_pictures(content: Content) -> Pictures:
     images = content["images"]
-    sizes = np.array([(image["width"], image["height"]) for image in images], dtype=np.float64)
+    sizes = np.array([(read_side(image["width"]), read_side(image["height"])) for image in images])
     return Pictures("", tuple(image["file_name"] for image in images), sizes)
 
 
@@ -275,6 +275,7 @@ def _check_contents(content: Content, task: Task) -> Iterator[Fault | Notice]:
         sizes=pictures.sizes,
         boxes=boxes,
         is_xywh=True,
+        is_filtered=True,
         iscrowd=[annotation.get("iscrowd", 0) for annotation in annotations],
         segmentations=[annotation.get("segmentation") for annotation in annotations],
         keypoints=[annotation.get("keypoints") for annotation in annotations],
@@ -423,9 +424,14 @@ def _find_other_classes(dataset: RegisteredSet, summary: Summary) -> Iterator[Fa
     )
 
 
-def _find_lack_of_annotations(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault]:
+def _find_lack_of_annotations(dataset: RegisteredSet, summary: Summary) -> Iterator[Fault | Notice]:
     if summary.num_annotations == 0 or (dataset.task.is_training and summary.num_annotations is None):
         yield Fault("The annotations", "not be empty", "none")
+
+    if summary.num_annotations is None:
+        number = len(summary.pictures.file_names)
+        words = "have no annotations, as the file has no list of them: detections are written, but no AP is computed"
+        yield Notice(number, number, "images", words)
 
 
 def _repeat_notices(dataset: RegisteredSet, summary: Summary) -> Iterator[Notice]:

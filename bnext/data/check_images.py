@@ -7,18 +7,20 @@ them, evenly spread. The guarded reader (`read_image`) names whatever is wrong w
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bnext.data.check_objects import Fault, Notice, Task
-from bnext.data.read_image import read_header, read_image
+from bnext.data.read_image import read_header, read_image, show_path
 from bnext.errors import list_few
 
-__all__ = ["Pictures", "check_files", "check_sizes"]
+__all__ = ["Pictures", "check_files", "check_sizes", "read_side"]
 
 MOST_HEADERS = 5000
+MOST_PIXELS = 10**6  # in a row or column
 MOST_READ = 100  # of the pictures that only reading tells more of
 
 
@@ -37,14 +39,24 @@ class Pictures:
     sizes: np.ndarray
 
 
+def read_side(value: float) -> float:
+    """A width or height as a float, also a whole number beyond their range."""
+    try:
+        return float(value)
+    except OverflowError:
+        return np.inf
+
+
 def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     """What is wrong with the sizes and names in the records."""
     given = ~np.isnan(pictures.sizes)
-    is_odd = given & ~((pictures.sizes >= 1) & (pictures.sizes == np.floor(pictures.sizes)))
+    is_odd = given & ~(
+        (pictures.sizes >= 1) & (pictures.sizes < MOST_PIXELS) & (pictures.sizes == np.floor(pictures.sizes))
+    )
     odd = np.flatnonzero(is_odd.any(axis=1)).tolist()
     if odd:
         first = pictures.sizes[odd[0]]
-        names = list_few([pictures.file_names[index] for index in odd])
+        names = _name(pictures, odd)
         yield Fault(
             "The width and height of images",
             "be whole numbers of 1 or more",
@@ -56,7 +68,7 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
         short, long = pictures.sizes.min(axis=1), pictures.sizes.max(axis=1)
         thin = np.flatnonzero(short * task.max_side / long < 0.5).tolist()
         if thin:
-            names = list_few([pictures.file_names[index] for index in thin])
+            names = _name(pictures, thin)
             width, height = pictures.sizes[thin[0]]
             yield Fault(
                 "The images",
@@ -65,15 +77,14 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
                 remedy="Cut or pad these pictures, or remove them from the set.",
             )
 
-    repeated = len(pictures.file_names) - len(set(pictures.file_names))
+    counts = Counter(pictures.file_names) if len(set(pictures.file_names)) < len(pictures.file_names) else Counter()
+    repeated = {show_path(name): count for name, count in counts.items() if count > 1}
     if repeated:
-        counted: set[str] = set()
-        again = [name for name in pictures.file_names if name in counted or counted.add(name)]  # type: ignore[func-returns-value]
         words = (
-            f"are of a picture that an earlier record has, too: {list_few(dict.fromkeys(again))}; each is trained on "
-            "with the objects of one record only, and all others as background"
+            f"are of a picture that an earlier record has, too: {list_few(repeated)}; each is trained on with the "
+            "objects of one record only, and all others as background"
         )
-        yield Notice(repeated, len(pictures.file_names), "records", words)
+        yield Notice(sum(repeated.values()) - len(repeated), len(pictures.file_names), "records", words)
 
 
 def check_files(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
@@ -117,12 +128,16 @@ def check_files(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     if other:
         yield _name_other_sizes(pictures, other, len(seen))
     if turned:
-        names = list_few([pictures.file_names[index] for index in turned])
+        names = _name(pictures, turned)
         words = (
             f"are to be shown turned by their EXIF data, but have the size as stored in their records: {names}; they "
             "are read as stored, as their boxes were drawn, and detectron2's own reader would refuse them"
         )
         yield Notice(len(turned), len(seen), "pictures", words)
+
+
+def _name(pictures: Pictures, indices: Sequence[int]) -> str:
+    return list_few([show_path(pictures.file_names[index]) for index in indices])
 
 
 def _fits(said: np.ndarray, size: tuple[int, int]) -> bool:
@@ -137,11 +152,11 @@ def _name_other_sizes(pictures: Pictures, other: Sequence[int], number: int) -> 
     words = "with width and height exchanged" if are_swapped else "of another size"
     remedy = "Exchange the two in the records." if are_swapped else "Restore the pictures that were annotated."
     said = " x ".join(f"{side:g}" for side in pictures.sizes[other[0]])
-    name, (width, height) = pictures.file_names[other[0]], shown[0]
+    name, (width, height) = _name(pictures, other[:1]), shown[0]
     return Fault(
         "The pictures",
         "have the width and height of their records",
-        f"{len(other)} of {number} {words}: {list_few([pictures.file_names[index] for index in other])}",
+        f"{len(other)} of {number} {words}: {_name(pictures, other)}",
         where=f"{name} is {width} x {height}, its record says {said}",
         remedy=f"{remedy} Where the records are wrong, see that boxes were drawn on the pictures as they are.",
     )
@@ -162,5 +177,5 @@ def _list_missing(root: str, file_names: Sequence[str]) -> list[str]:
             except (OSError, ValueError):
                 listed[folder] = set()
         if base not in listed[folder]:
-            missing.append(file_name or "''")
+            missing.append(show_path(file_name) or "''")
     return missing

@@ -22,9 +22,10 @@ from bnext.errors import list_few
 
 __all__ = ["Fault", "Notice", "Objects", "Task", "build_segmentations", "check_objects", "read_boxes"]
 
+MOST = 1e9  # pixels: what is more overflows
 FAR = 10  # sides of the picture beyond which a polygon's corner is no slip of an annotator's hand
-MANY = 0.25  # share of a set's boxes from which on they are taken for written in another way
-FEW = 5  # boxes that are too few to say so of a set
+MANY = 0.15  # share of a set's boxes that reach far out of their pictures, from which on corners were meant
+FEW = 3  # boxes at least that do
 
 BOX_RULE = "be four finite numbers: x, y, width and height in pixels"
 RLE_RULE = 'be run lengths {"counts": ..., "size": [height, width]} of their whole picture'
@@ -120,6 +121,7 @@ class Objects:
         sizes: [P, 2], width and height.
         boxes: [N, 4], x, y, width and height in pixels; NaN where a box is of another kind (rotated).
         is_xywh: whether they are written so, too.
+        is_filtered: whether Detectron2's reader of COCO files reads them, which drops objects with broken polygons.
         iscrowd: N values as they were written.
         segmentations, keypoints: N values as they were written; None: there is none.
     """
@@ -129,6 +131,7 @@ class Objects:
     sizes: np.ndarray
     boxes: np.ndarray
     is_xywh: bool
+    is_filtered: bool
     iscrowd: list[Any]
     segmentations: list[Any]
     keypoints: list[Any]
@@ -157,6 +160,7 @@ def check_objects(objects: Objects, task: Task) -> Iterator[Fault | Notice]:
     if task.mask_format is not None:
         for rule in MASK_RULES:
             yield from rule(objects, is_crowd, segmentations, task)
+    yield from _find_unreadable_keypoints(objects)
     if task.num_keypoints is not None and task.is_labelled:
         yield from _find_odd_keypoints(objects, is_crowd, task)
 
@@ -165,10 +169,14 @@ def read_boxes(boxes: Sequence[Any], ids: Sequence[Any]) -> np.ndarray | Fault:
     """[N, 4] of boxes as they were written; the fault of the first that is none."""
     if not _are_numbers(boxes, 4):
         for box, name in zip(boxes, ids, strict=True):
-            if _measure(box) != 4 or not all(_is_number(value) for value in box):
+            if _measure(box) != 4 or not all(map(_is_number, box)):
                 return Fault("The bbox of annotations", BOX_RULE, f"{_shorten(box)} in annotation {name}")
 
-    return np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    odd = np.flatnonzero(np.abs(array).max(axis=1, initial=0) > MOST).tolist()
+    if odd:
+        return Fault("The bbox of annotations", BOX_RULE, f"{_shorten(boxes[odd[0]])} in annotation {ids[odd[0]]}")
+    return array
 
 
 def _are_numbers(lists: Sequence[Any], length: int) -> bool:
@@ -240,8 +248,8 @@ def _find_negative_boxes(
         yield Fault(
             "The boxes",
             "have a width and a height of 0 or more",
-            f"{len(negative)} of {len(objects)} of negative size: annotations {objects.name(negative)}",
-            where=f"the first is x, y, width, height = {box}",
+            f"{len(negative)} of {len(objects)} of negative size: annotations {objects.name(negative)}; the first is "
+            f"x, y, width, height = {box}",
             remedy="Write the upper left corner first, in the order that the box's mode asks for.",
         )
 
@@ -274,25 +282,24 @@ def _find_boxes_elsewhere(
     x, y, width, height = objects.boxes.T
     pictures = objects.sizes[objects.pictures]
     x_end, y_end = x + width, y + height
-    slack_x, slack_y = np.maximum(1, 0.01 * pictures.T)
+    beyond_x, beyond_y = np.maximum(-x, x_end - pictures[:, 0]), np.maximum(-y, y_end - pictures[:, 1])
 
     is_outside = (x >= pictures[:, 0]) | (y >= pictures[:, 1]) | (x_end <= 0) | (y_end <= 0)
     is_outside &= (width > 0) & (height > 0)
-    is_beyond = (
-        (x < -slack_x) | (y < -slack_y) | (x_end > pictures[:, 0] + slack_x) | (y_end > pictures[:, 1] + slack_y)
-    )
+    is_beyond = (beyond_x > np.maximum(1, 0.01 * pictures[:, 0])) | (beyond_y > np.maximum(1, 0.01 * pictures[:, 1]))
     is_beyond &= ~is_outside
 
-    are_corners = (x >= -slack_x) & (width >= x) & (width <= pictures[:, 0] + slack_x)
-    are_corners &= (y >= -slack_y) & (height >= y) & (height <= pictures[:, 1] + slack_y)
+    is_far = (beyond_x > 0.05 * pictures[:, 0]) | (beyond_y > 0.05 * pictures[:, 1])
+    are_corners = (x > -1) & (width >= x) & (width < pictures[:, 0] + 1)
+    are_corners &= (y > -1) & (height >= y) & (height < pictures[:, 1] + 1)
 
-    num_wrong = int(is_beyond.sum() + is_outside.sum())
-    if objects.is_xywh and are_corners.mean() >= 0.99 and num_wrong >= max(FEW, MANY * len(objects)):
+    far = _list(is_far)
+    if objects.is_xywh and are_corners.mean() >= 0.99 and len(far) >= max(FEW, MANY * len(objects)):
         yield Fault(
             "The boxes",
             "be x, y, width and height",
-            f"x1, y1, x2, y2, as it seems: so all would lie in their pictures, of which {num_wrong} of {len(objects)} "
-            f"reach out: annotations {objects.name(_list(is_beyond | is_outside))}",
+            f"x1, y1, x2, y2, as it seems: so all would lie in their pictures, of which {len(far)} of {len(objects)} "
+            f"reach far out: annotations {objects.name(far)}",
             remedy="Subtract x1 from x2 and y1 from y2.",
         )
 
@@ -368,7 +375,7 @@ def build_segmentations(objects: Objects) -> Generator[Fault, None, Segmentation
                 remedy="Write [[x, y, x, y, ...]], also for a single polygon.",
             )
         else:
-            kept = [polygon for polygon in value if len(polygon) >= 6 and len(polygon) % 2 == 0]
+            kept = [polygon for polygon in value if _has_corners(polygon)] if objects.is_filtered else value
             polygons += kept
             owners += [index] * len(kept)
             is_dropped[index] = not kept
@@ -383,6 +390,10 @@ def _are_runs(counts: Any, size: Any) -> bool:
     if _is_list(counts):
         return all(map(_is_count, counts)) and bool(sum(counts) == size[0] * size[1])
     return isinstance(counts, (str, bytes))
+
+
+def _has_corners(polygon: Sequence[Any]) -> bool:
+    return len(polygon) >= 6 and len(polygon) % 2 == 0
 
 
 def _is_count(value: Any) -> bool:
@@ -411,6 +422,20 @@ def _find_missing_masks(
             "have a segmentation where masks are trained on",
             f"none in {len(missing)} of {len(objects)}: annotations {objects.name(missing)}",
             remedy=_name_way_out("Add the masks, or train on boxes alone: MODEL.MASK_ON False", task),
+        )
+
+
+def _find_short_polygons(
+    objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
+) -> Iterator[Fault]:
+    pairs = zip(segmentations.polygons, segmentations.owners.tolist(), strict=True)
+    short = [owner for polygon, owner in pairs if not _has_corners(polygon)]
+    if short:
+        yield Fault(
+            "The polygons of annotations",
+            "be x and y of three corners or more",
+            f"{len(short)} with fewer, or half of one: annotations {objects.name(short)}",
+            remedy="Correct or remove them.",
         )
 
 
@@ -521,6 +546,7 @@ def _find_odd_polygons(
 
 MASK_RULES: tuple[Callable[..., Iterator[Fault | Notice]], ...] = (
     _find_missing_masks,
+    _find_short_polygons,
     _find_runs_for_polygons,
     _find_odd_runs,
     _find_odd_polygons,
@@ -532,6 +558,24 @@ def _name_way_out(remedy: str, task: Task) -> str:
 
 
 # ---- keypoints
+
+
+def _find_unreadable_keypoints(objects: Objects) -> Iterator[Fault]:
+    """Detectron2's reader adds to them, whatever is trained on."""
+    given = [index for index, value in enumerate(objects.keypoints) if _is_list(value) or value]
+    lists = [objects.keypoints[index] for index in given]
+    if all(map(_is_list, lists)) and set(map(type, chain.from_iterable(lists))) <= {int, float}:
+        try:
+            np.fromiter(chain.from_iterable(lists), dtype=np.float64)
+        except OverflowError:  # a whole number beyond the range of floats
+            pass
+        else:
+            return
+
+    for index, value in zip(given, lists, strict=True):
+        if not _is_list(value) or not all(map(_is_number, value)):
+            got = f"{_shorten(value)} in annotation {objects.name([index])}"
+            yield Fault("The keypoints of annotations", "be a list of numbers", got)
 
 
 def _find_odd_keypoints(objects: Objects, is_crowd: np.ndarray, task: Task) -> Iterator[Fault]:

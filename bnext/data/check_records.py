@@ -13,7 +13,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 
-from bnext.data.check_images import Pictures, check_files, check_sizes
+from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.records import Record, check_records_are_dicts, read_registered
 from bnext.errors import list_few
@@ -48,8 +48,12 @@ def check_records(name: str, task: Task, *, check_images: bool) -> Iterator[Faul
     if len(objects):
         yield from check_objects(objects, task)
 
-    has_files = all("file_name" in record for record in records)  # else a mapper of the user's own reads the pictures
-    if check_images and has_files:
+    without = [index for index, record in enumerate(records) if "file_name" not in record]
+    if without and len(without) < len(records):  # else a mapper of the user's own reads the pictures
+        got = f"none in {len(without)} of {len(records)}: {list_few([_name(records, index) for index in without])}"
+        yield Fault("The records", "have a file_name", got)
+
+    if check_images and not without:
         yield from check_files(pictures, task)
 
 
@@ -83,7 +87,7 @@ def _read_pictures(records: Sequence[Record]) -> Any:
                 got = f"{key} {value!r} in {_name(records, index)}"
                 yield Fault("The width and height of records", "be numbers", got)
                 continue
-            sizes[index, place] = value
+            sizes[index, place] = read_side(value)  # type: ignore[arg-type]
 
     return Pictures("", tuple(_name(records, index) for index in range(len(records))), sizes)
 
@@ -115,6 +119,7 @@ def _read_objects(name: str, records: Sequence[Record], pictures: Pictures, task
         sizes=pictures.sizes,
         boxes=boxes,
         is_xywh=bool((modes == BoxMode.XYWH_ABS).all()),
+        is_filtered=False,
         iscrowd=[annotation.get("iscrowd", 0) for annotation in annotations],
         segmentations=[annotation.get("segmentation") for annotation in annotations],
         keypoints=[annotation.get("keypoints") for annotation in annotations],

@@ -68,6 +68,8 @@ class ImageMapper(DatasetMapper):
         elif "annotations" in record:
             if self.use_instance_mask:
                 _check_masks(record, image.shape[:2])
+            for annotation in record["annotations"]:
+                annotation["bbox"] = list(annotation["bbox"])  # BoxMode takes arrays for tables of boxes
             self._transform_annotations(record, transforms, shape)
         return record
 

@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 
 from bnext.errors import BNextError, DatasetError
 
-__all__ = ["Header", "read_header", "read_image", "refuse_endless_file"]
+__all__ = ["Header", "read_header", "read_image", "refuse_endless_file", "show_path"]
 
 Size = tuple[float | None, float | None]  # width and height; None: nothing is said of it
 
@@ -150,10 +150,10 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def _refuse(path: str, got: str) -> DatasetError:
-    return DatasetError.of("A picture", "be a whole image file", got=got, where=_show(path), remedy=_RESTORE)
+    return DatasetError.of("A picture", "be a whole image file", got=got, where=show_path(path), remedy=_RESTORE)
 
 
-def _show(path: str) -> str:
+def show_path(path: str) -> str:
     """The path in one line, whatever is in it."""
     return path if path.isprintable() else repr(path)
 
@@ -223,7 +223,7 @@ def _check_size(path: str, image: Image.Image, size: Size) -> None:
         "A picture",
         f"have the width and height of its record, {size[0]} x {size[1]}",
         got=f"{width} x {height}",
-        where=_show(path),
+        where=show_path(path),
         remedy="Restore the picture that was annotated, or write its width and height, and boxes of its pixels, into "
         "the record.",
     )
@@ -243,7 +243,7 @@ def _check_values(path: str, values: np.ndarray) -> None:
         "A picture",
         "have values that fit into 8 bits, 0 to 255",
         got=f"{kind} of {bits} bits, {low:g} to {high:g}",
-        where=_show(path),
+        where=show_path(path),
         remedy="Write the pictures of the set with 8 bits for each channel, all scaled by one factor (255 for the "
         "largest value that there can be); else they would be white or black.",
     )

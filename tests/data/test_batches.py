@@ -15,9 +15,8 @@ from bnext.data.batches import (
     limit_loader_workers,
     read_domain,
 )
-from bnext.data.mapping import CheckedMapper
 from bnext.data.records import load_records
-from bnext.errors import ConfigError, DatasetError
+from bnext.errors import ConfigError
 from tests import tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -143,17 +142,6 @@ def test_loaders_leave_the_global_random_numbers_alone(digits, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("error", [OSError("truncated"), KeyError("file_name"), ValueError("no polygon")])
-def test_an_image_that_cannot_be_read_is_named(error):
-    def fail(record):
-        raise error
-
-    with pytest.raises(DatasetError, match=rf"{type(error).__name__}.*\(a\.png\)"):
-        CheckedMapper(fail)({"file_name": "a.png"})
-    with pytest.raises(DatasetError, match=r"\(image_id 7\)"):
-        CheckedMapper(fail)({"image_id": 7})
-
-
 def test_loading_processes_share_the_cores(monkeypatch):
     monkeypatch.setattr("bnext.data.batches.count_cores", lambda: 8)
     monkeypatch.setattr("bnext.data.batches.comm.get_local_size", lambda: 3)
@@ -173,20 +161,3 @@ def test_workers_share_each_batch_and_none_is_without(digits, tmp_path, monkeypa
     assert [[len(batch) for batch in batches] for batches in shuffled] == [[6], [5]]  # the twelfth image is left out
     assert [[len(batch) for batch in batches] for batches in validation] == [[6, 1], [5]]
     assert sorted(validation[0][0] + validation[1][0]) == alone[0]
-
-
-@pytest.mark.parametrize("error", [OSError, KeyError, AssertionError, NotImplementedError, AttributeError, SyntaxError])
-def test_whatever_a_mapper_raises_names_the_image(error):
-    def fail(record):
-        raise error("broken")
-
-    with pytest.raises(DatasetError, match="a.png"):
-        CheckedMapper(fail)({"file_name": "a.png"})
-
-
-def test_a_refusal_of_a_mapper_is_its_own():
-    def refuse(record):
-        raise ConfigError("key must be 1; got 2. Set it to 1.")
-
-    with pytest.raises(ConfigError, match="^key must be 1"):
-        CheckedMapper(refuse)({"file_name": "a.png"})

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 import bnext.data.check_coco
+from bnext.config import add_bnext_config
 from bnext.data.catalog import register_datasets
 from bnext.data.check_coco import check_datasets
 from bnext.data.digits import prepare_digits
@@ -120,6 +122,15 @@ def test_annotations_that_cannot_be_read(folder: Path) -> None:
         (lambda c: c["annotations"][1].update(image_id=[1]), r"'image_id'; got \[1\] in entry 1"),
         (lambda c: c["annotations"][3].update(image_id=777), "image of the file.*ids 4 "),
         (lambda c: c["annotations"][0].update(category_id=11), "category_id.*got 11 "),
+        (lambda c: c["annotations"][0].update(category_id="1"), "category_id.*got '1' "),
+        (lambda c: c["annotations"][0].update(ignore=1), "'ignore'.*ids 1 "),
+        (lambda c: c["categories"][1].update(name="0"), "'0' more than once"),
+        (lambda c: c["images"][0].update(id="1"), "all numbers, or all words|image of the file"),
+        (lambda c: c["images"][0].update(width=float("nan")), "width.*NaN in 000001.png"),
+        (lambda c: c["images"][0].update(width=10**400), "width and height.*inf"),
+        (lambda c: c["images"][0].update(width=-1), "width and height"),
+        (lambda c: c["annotations"][0].update(bbox=[5, 5, -3, 9]), "negative size"),
+        (lambda c: c["annotations"][0].update(iscrowd="0"), "iscrowd.*'0' in 1 of"),
         (lambda c: c["categories"].pop(c["annotations"][0]["category_id"] - 1), "one of the 9 categories"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"bbox.*got \[1, 2, 3\] in annotation 1"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3, float("nan")]), "bbox"),
@@ -146,9 +157,83 @@ def test_a_file_that_is_no_object(folder: Path) -> None:
         check_datasets(["own"])
 
 
-def test_annotations_may_be_absent_from_a_test_set_only(folder: Path) -> None:
-    edit(folder, lambda c: c.pop("annotations"))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("\ufeff{}", "without a byte order mark"), ("[" * 100_000, "RecursionError"), (f"[{'9' * 5000}]", "ValueError")],
+)
+def test_json_that_cannot_be_parsed(folder: Path, text: str, message: str) -> None:
+    (folder / "annotations" / "instances_train.json").write_text(text)
+    with pytest.raises(DatasetError, match=message):
+        check_datasets(["own"])
+
+
+def test_a_pipe_is_not_waited_for(folder: Path) -> None:
+    path = folder / "annotations" / "instances_train.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DatasetError, match="no regular file"):
+        check_datasets(["own"])
+
+
+def test_ids_may_be_words(folder: Path) -> None:
+    def name(content: dict) -> None:
+        for image in content["images"]:
+            image["id"] = f"image {image['id']}"
+        for category in content["categories"]:
+            category["id"] = str(category["id"])
+        for annotation in content["annotations"]:
+            annotation["image_id"] = f"image {annotation['image_id']}"
+            annotation["category_id"] = str(annotation["category_id"])
+
+    edit(folder, name)
+    check_datasets(["own"])
+
+
+def test_what_the_evaluators_copy_mends_is_not_refused_in_a_test_set(folder: Path) -> None:
+    def spoil(content: dict) -> None:
+        for number, annotation in enumerate(content["annotations"]):
+            annotation.pop("area") if number % 2 else annotation.update(area=None, iscrowd=None)
+
+    edit(folder, spoil)
     check_datasets(["own"], training=False)
+    with pytest.raises(DatasetError, match="iscrowd.*got None"):
+        check_datasets(["own"])
+
+
+def test_notices_are_said_once_for_each_set(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder, lambda c: c["annotations"][2].update(bbox=[100, 3, 60, 9]))
+    with caplog.at_level(logging.WARNING, logger="bnext.data.check_coco"):
+        for name in ("own", "own", "digits_train"):
+            check_datasets([name])
+    said = [record.getMessage() for record in caplog.records if "reach beyond" in record.getMessage()]
+    assert len(said) == 2
+    assert "annotations 3 " in said[0]
+
+
+def test_keypoints_need_names_in_the_metadata(folder: Path) -> None:
+    cfg = get_cfg()
+    add_bnext_config(cfg)
+    cfg.MODEL.KEYPOINT_ON, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = True, 2
+    edit(folder, lambda c: [a.update(keypoints=[1, 2, 2, 3, 4, 2]) for a in c["annotations"]])
+    with pytest.raises(DatasetError, match="keypoint_names"):
+        check_datasets(["own"], cfg=cfg)
+    MetadataCatalog.get("own").set(keypoint_names=["a", "b"], keypoint_flip_map=[("a", "b")])
+    check_datasets(["own"], cfg=cfg)
+
+
+def test_a_broken_picture_is_named(folder: Path) -> None:
+    path = folder / "train" / "000002.png"
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(DatasetError, match=re.escape(str(path))):
+        check_datasets(["own"])
+    check_datasets(["own"], check_images=False)
+
+
+def test_annotations_may_be_absent_from_a_test_set_only(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(folder, lambda c: c.pop("annotations"))
+    with caplog.at_level(logging.WARNING, logger="bnext.data.check_coco"):
+        check_datasets(["own"], training=False)
+    assert "6 of 6 images of data set 'own' have no annotations" in caplog.text
     edit(folder, lambda c: c.update(annotations=[]))
     with pytest.raises(DatasetError, match="must not be empty"):
         check_datasets(["own"], training=False)

@@ -143,3 +143,16 @@ def test_a_set_without_annotations_is_an_error(cfg):
             build_train_loader(cfg)
     finally:
         DatasetCatalog.remove("bnext_test_empty")
+
+
+def pick_odd(record):
+    return augment(record) if record["index"] % 2 else None
+
+
+@pytest.mark.parametrize("num_loader_workers", [0, 2])
+def test_images_that_a_mapper_refuses_are_counted_and_said(caplog, num_loader_workers):
+    batches(5, mapper=pick_odd, num_loader_workers=num_loader_workers)
+    said = [record.getMessage() for record in caplog.records if "refused" in record.getMessage()]
+    assert len(said) == 2
+    assert all(f"refused {number} image(s)" in text for number, text in zip((1, 10), said, strict=True))
+    assert "record " in said[0]

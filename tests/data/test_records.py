@@ -2,10 +2,10 @@
 
 import pytest
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.data import records
-from bnext.data.records import load_records
+from bnext.data.records import check_registered, load_records, load_train_records
 from bnext.errors import DatasetError
 
 RECORDS = [{"file_name": "a.png", "image_id": 1}]
@@ -36,6 +36,42 @@ def test_a_set_that_gives_no_records_is_refused(register, load, message):
     register("bnext_test_odd", load)
     with pytest.raises(DatasetError, match=f"'bnext_test_odd'.*{message}"):
         load_records("bnext_test_odd", get_cfg())
+
+
+def raise_key_error():
+    raise KeyError("label\nmap")
+
+
+@pytest.mark.parametrize("load", [lambda cfg: load_records(cfg.DATASETS.TRAIN[0], cfg), load_train_records])
+def test_a_set_whose_function_raises_is_named_with_what_it_raises(register, load):
+    register("bnext_test_odd", raise_key_error)
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("bnext_test_odd",)
+    with pytest.raises(DatasetError, match=r"'bnext_test_odd' must be readable; got KeyError.*the function"):
+        load(cfg)
+
+
+def test_sets_whose_classes_differ_are_not_said_to_be_empty(register):
+    cfg = get_cfg()
+    cfg.DATASETS.TRAIN = ("bnext_test_cats", "bnext_test_dogs")
+    for name in cfg.DATASETS.TRAIN:
+        register(name, lambda: [{**RECORDS[0], "annotations": [{"category_id": 0}]}])
+        MetadataCatalog.get(name).thing_classes = [name]
+
+    try:
+        with pytest.raises(
+            DatasetError, match=r"'bnext_test_cats', 'bnext_test_dogs'.*the same for all.*thing_classes"
+        ):
+            load_train_records(cfg)
+    finally:
+        for name in cfg.DATASETS.TRAIN:
+            MetadataCatalog.remove(name)
+
+
+def test_a_worker_is_told_where_to_register(monkeypatch):
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "the launcher")
+    with pytest.raises(DatasetError, match=r"'bnext_test_odd'.*top level.*__main__"):
+        check_registered("bnext_test_odd")
 
 
 def test_a_name_that_is_not_registered_is_refused():

@@ -244,7 +244,7 @@ FAULTS = (
     Fault("an annotation twice", _double("annotations"), must_be_told=True),
     Fault("no images", _empty("images"), must_be_told=True),
     Fault("no annotations", _empty("annotations"), must_be_told=True),
-    Fault("without the list of annotations", _without("annotations"), must_be_told=True),
+    Fault("without the list of annotations", _without("annotations"), must_be_told=True, changes_truth=True),
     Fault("no categories", _empty("categories"), must_be_told=True),
     Fault("without info", _without("info")),
     Fault(

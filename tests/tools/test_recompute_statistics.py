@@ -5,8 +5,8 @@ import json
 import pytest
 import recompute_statistics
 import torch
-from detectron2.data import DatasetMapper
 
+from bnext.data.mapping import ImageMapper
 from bnext.engine.launch import count_cores
 from tests import tiny
 from tests.tools.conftest import QUICK
@@ -68,14 +68,14 @@ def test_output_is_not_the_input_and_not_replaced(command, weights, tmp_path, ca
 
 
 def test_an_interruption_leaves_nothing(command, tmp_path, monkeypatch, capsys):
-    load, numbers = DatasetMapper.__call__, iter(range(12))
+    load, numbers = ImageMapper.__call__, iter(range(12))
 
     def interrupt(mapper, record):
         if next(numbers) == 5:
             raise KeyboardInterrupt
         return load(mapper, record)
 
-    monkeypatch.setattr(DatasetMapper, "__call__", interrupt)
+    monkeypatch.setattr(ImageMapper, "__call__", interrupt)
     assert command("--dataset", "digits_train", "SOLVER.IMS_PER_BATCH", "2") == 130
     assert "interrupted; nothing is written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
