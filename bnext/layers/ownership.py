@@ -270,7 +270,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         return self._find_owned(name) if value is None else value
 
     def _check_tool(self, tool: str, answers: Sequence[str], remedy: str) -> None:
-        got = [f"{key}={getattr(self._spec, key)!r}" for key in answers if getattr(self._spec, key) != getattr(NormSpec, key)]
+        got = [
+            f"{key}={getattr(self._spec, key)!r}"
+            for key in answers
+            if getattr(self._spec, key) != getattr(NormSpec, key)
+        ]
         if self.domains:
             got.append(f"levels or domains {self.domains}")
         if got:

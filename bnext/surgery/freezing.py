@@ -13,7 +13,7 @@ from bnext.errors import ConfigError, Refusal, check_choice, list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import find_other_norms
 from bnext.layers.spec import NormSpec
-from bnext.layers.walk import Selection, find_norms, replace_modules
+from bnext.layers.walk import Selection, check_is_whole, find_norms, replace_modules
 from bnext.notices import tell_once
 
 __all__ = ["NO_NORM", "Freezable", "freeze_norms", "unfreeze_norms"]
@@ -102,6 +102,8 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
         if what != "affine" and not isinstance(norm, BatchNorm2d):
             replacements[norm] = _take_over(norm, path)
 
+    if replacements:
+        check_is_whole(model, "freeze_norms")
     replace_modules(model, replacements)
     for norm in norms.values():
         parts = _frozen_parts(norm) | (_freezable_parts(norm) & _PARTS[what])
