@@ -1,8 +1,8 @@
 """Fields under torch's names that each level or domain of a norm owns, as other people's code meets them on the norm.
 
-Such code takes a norm for torch's: it fills `weight` at the start of a training, sets `running_mean` anew, or reads both
-to fold the norm, freeze it or rebuild it as another. The first two mean every level or domain; for the third no single
-tensor would be right.
+Such code takes a norm for torch's: it fills `weight` at the start of a training, sets `running_mean` anew, or reads
+both to fold the norm, freeze it or rebuild it as another. The first two mean every level or domain; for the third no
+single tensor would be right.
 """
 
 from __future__ import annotations

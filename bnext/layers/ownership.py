@@ -5,6 +5,7 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
+import inspect
 import logging
 import sys
 from collections import Counter
@@ -102,7 +103,10 @@ _FIELDS = {
 # lost with it; and what does the same right. Those of other people are refused where a field has several owners.
 _IN_TRAINING = ("normalization_batch_size", "training", "inference", "frozen")
 _TOOLS = {
-    nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__: (_IN_TRAINING, "convert_norm(model, ...), with a spec"),
+    inspect.unwrap(nn.SyncBatchNorm.convert_sync_batchnorm).__code__: (
+        _IN_TRAINING,
+        "convert_norm(model, ...), with a spec",
+    ),
     fusion.fuse_conv_bn_eval.__code__: (("inference",), "fold_norms(model)"),
 }
 
@@ -283,7 +287,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _find_owned(self, name: str) -> OwnedField | None:
         if self._spec is None or not getattr(self._spec, _FIELDS[name]).startswith("per_"):
             return None
-        tensors = {domain: getattr(self._modules.get(domain), name, None) for domain in self.domains}
+        tensors: dict[str, Any] = {domain: getattr(self._modules.get(domain), name, None) for domain in self.domains}
         if any(tensor is None for tensor in tensors.values()):  # it is being built, or they were taken away
             return None
         return OwnedField(self.where, name, tensors, like=tensors[self.domains[0]])

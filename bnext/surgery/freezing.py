@@ -90,6 +90,8 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
     """
     norms = _select(model, what, select)
     if what != "affine":
+        if not all(isinstance(norm, BatchNorm2d) for norm in norms.values()):  # which are replaced
+            check_is_whole(model, "freeze_norms")
         for path, norm in norms.items():
             _check_statistics(path, norm)
         _tell_moving(model, select)
@@ -102,8 +104,6 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
         if what != "affine" and not isinstance(norm, BatchNorm2d):
             replacements[norm] = _take_over(norm, path)
 
-    if replacements:
-        check_is_whole(model, "freeze_norms")
     replace_modules(model, replacements)
     for norm in norms.values():
         parts = _frozen_parts(norm) | (_freezable_parts(norm) & _PARTS[what])
