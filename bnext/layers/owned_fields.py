@@ -7,11 +7,12 @@ single tensor would be right.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partialmethod
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnext.errors import BNextError, Refusal, StatisticsError
 
@@ -28,7 +29,17 @@ NO_SINGLE_FIELD = Refusal(
     "recompute_population_statistics to estimate it; or read norm.{first}.{name}.",
 )
 
+_ASSIGNMENTS = (nn.Module.__setattr__.__code__, nn.Module.register_buffer.__code__)
 _DESCRIPTION = ("shape", "dtype", "device", "ndim", "requires_grad", "is_cuda", "is_meta", "size", "dim", "numel")
+
+
+class _Protocol:
+    """`__torch_function__` for whoever calls torch with a field; none for a module that would hold it as a buffer."""
+
+    def __get__(self, field: OwnedField | None, kind: type[OwnedField]) -> Callable[..., Any]:
+        if field is not None and sys._getframe(1).f_code in _ASSIGNMENTS:
+            raise field._refuse()
+        return kind._answer
 
 
 class OwnedField:
@@ -79,10 +90,10 @@ class OwnedField:
         for tensor in self._tensors.values():
             tensor.requires_grad = bool(value)
 
+    __torch_function__ = _Protocol()
+
     @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def _answer(cls, function: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(function, "__name__", "")
         field = next(value for value in (*args, *kwargs.values()) if isinstance(value, cls))
 
