@@ -145,8 +145,10 @@ class DomainState(KeptBatchNorm2d):
     heeds_record = True
     _is_part = False
 
-    def __init__(self, num_features: int, eps: float, momentum: float | None, affine: bool, population: bool) -> None:
-        super().__init__(num_features, eps, momentum, affine, population)
+    def __init__(
+        self, num_features: int, eps: float, momentum: float | None, affine: bool, population: bool, **place: Any
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, population, **place)
         self._is_part = not (affine and population)
 
     def __getattr__(self, name: str) -> Any:
