@@ -123,7 +123,7 @@ def test_an_average_over_weights_gets_the_statistics_of_its_epoch(row):
 
 @pytest.mark.parametrize(
     "spec",
-    [NormSpec(), NormSpec(frozen="both"), NormSpec(training="renorm"), OWN_POPULATION, NormSpec(training="population")],
+    [NormSpec(), NormSpec(training="renorm"), OWN_POPULATION, NormSpec(training="population")],
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_without_statistics_the_mini_batch_normalizes_in_every_mode(spec, training):
