@@ -28,13 +28,13 @@ __all__ = [
 ]
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.4 does not tell
-_functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
-_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY  # type: ignore[attr-defined]
+_functorch: Any = torch._C._functorch
+_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_under_mode() -> bool:
     """Whether a mode or a transform has calls of this thread in its hands: what they make must not outlive it."""
-    if torch._C._len_torch_dispatch_stack() or is_transformed():  # type: ignore[attr-defined]
+    if torch._C._len_torch_dispatch_stack() or is_transformed():
         return True
     if not torch._C._len_torch_function_stack():
         return False
@@ -65,7 +65,7 @@ def has_numbers(tensor: Tensor) -> bool:
     Not of one on the meta device, of a fake one, of one that stands for several (`torch.func.vmap`), or while make_fx
     writes down what is computed from it.
     """
-    if tensor.is_meta or torch._C._get_dispatch_mode(_PROXY) is not None:  # type: ignore[attr-defined]
+    if tensor.is_meta or torch._C._get_dispatch_mode(_PROXY) is not None:
         return False
 
     while is_wrapped(tensor):

@@ -109,6 +109,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         for one with inf or NaN, such as an overflow, which `bnext.layers.counts` counts.
         With renorm, or training="population", activations that are computed again use the statistics as moved; domain,
         groups and virtual samples are those of their own forward.
+        Transforms of `torch.func` and forward-mode differentiation go through every norm, also twice. Statistics that
+        move are handed in there, as torch's norm asks for, too: `functional_call(model, (parameters, buffers), x)`.
+        Refused are several workers in a transform, and a second derivative outside of one where torch's own kernel
+        does not do it all. Code that takes the norm for torch's fills, resets or takes away what levels or domains own
+        under the norm's fields (see `OwnedField`); without running statistics the mini-batch normalizes.
         `spec` may be replaced during training (`layer.spec = layer.spec.replace(training="renorm")`) in what says
         what normalizes and over which samples; momentum and limits are attributes, `freeze_norms` freezes.
         With several workers every worker calls one collective forward and one backward, also with an empty input.

@@ -5,13 +5,16 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import fusion
 
 from bnext.dispatch import has_numbers, is_exported, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
@@ -22,6 +25,7 @@ from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import form_of_spec
+from bnext.layers.owned_fields import OwnedField
 from bnext.layers.spec import NormSpec
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -73,12 +77,38 @@ CAPTURED_STATISTICS = Refusal(
     "Hand the buffers in with torch.func.functional_call(model, (parameters, buffers), ...), call model.eval(), or let "
     "torch.func.replace_all_batch_norm_modules_(model) take them away.",
 )
+OTHER_ANSWERS = Refusal(
+    StatisticsError,
+    "a norm that {tool} takes for torch's",
+    "have torch's answers",
+    "Use {remedy}.",
+)
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
 
 # Answers of a spec that say which state there is.
 _STATE = ("population", "affine", "domains")
+
+# Field under torch's name -> the answer that says who owns it.
+_FIELDS = {
+    "weight": "affine",
+    "bias": "affine",
+    "running_mean": "population",
+    "running_var": "population",
+    "num_batches_tracked": "population",
+}
+
+# Functions of torch that read the fields of a norm and put something else into its place; the answers that would be
+# lost with it; and what does the same right. Those of other people are refused where a field has several owners.
+_IN_TRAINING = ("normalization_batch_size", "training", "inference", "frozen")
+_TOOLS = {
+    inspect.unwrap(nn.SyncBatchNorm.convert_sync_batchnorm).__code__: (
+        _IN_TRAINING,
+        "convert_norm(model, ...), with a spec",
+    ),
+    fusion.fuse_conv_bn_eval.__code__: (("inference",), "fold_norms(model)"),
+}
 
 
 class _Verdict(NamedTuple):
@@ -113,6 +143,30 @@ class DomainState(KeptBatchNorm2d):
     """
 
     heeds_record = True
+    _is_part = False
+
+    def __init__(
+        self, num_features: int, eps: float, momentum: float | None, affine: bool, population: bool, **place: Any
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, population, **place)
+        self._is_part = not (affine and population)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that the norm, or nobody, owns: whoever fills the fields of every BatchNorm2d fills nothing here."""
+        value = super().__getattr__(name)
+        if value is not None or not self._is_part or name not in _FIELDS or torch.compiler.is_compiling():
+            return value
+        if self._owns(name):
+            return None
+        like = next(tensor for tensor in (*self._parameters.values(), *self._buffers.values()) if tensor is not None)
+        return OwnedField("a level or domain of a norm", name, {}, like)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not self._is_part or name not in _FIELDS or self._owns(name):
+            super().__setattr__(name, value)
+
+    def _owns(self, name: str) -> bool:
+        return self.affine == (_FIELDS[name] == "affine")
 
     def forward(self, input: Tensor) -> Tensor:
         raise RuntimeError("DomainState must not be called; it holds one domain's part of a batch norm.")
@@ -150,6 +204,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         self._add_domain_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
+        self.affine = spec.affine != "none"
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
@@ -208,6 +263,47 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def __getstate__(self) -> dict[str, Any]:
         """For copies, which have other tensors."""
         return {**vars(self), "_checked": {}}
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that levels or domains own: see `OwnedField`; whoever takes the norm for torch's gets no None."""
+        value = super().__getattr__(name)
+        if name not in _FIELDS or torch.compiler.is_compiling():
+            return value
+
+        tool = sys._getframe(1).f_code
+        if name in ("bias", "running_mean") and tool in _TOOLS:
+            self._check_tool(tool.co_name, *_TOOLS[tool])
+        return self._find_owned(name) if value is None else value
+
+    def _check_tool(self, tool: str, answers: Sequence[str], remedy: str) -> None:
+        got = [
+            f"{key}={getattr(self._spec, key)!r}"
+            for key in answers
+            if getattr(self._spec, key) != getattr(NormSpec, key)
+        ]
+        if self.domains:
+            got.append(f"levels or domains {self.domains}")
+        if got:
+            raise OTHER_ANSWERS.of(", ".join(got), self.where, tool=tool, remedy=remedy)
+
+    def _find_owned(self, name: str) -> OwnedField | None:
+        if self._spec is None or not getattr(self._spec, _FIELDS[name]).startswith("per_"):
+            return None
+        tensors: dict[str, Any] = {domain: getattr(self._modules.get(domain), name, None) for domain in self.domains}
+        if any(tensor is None for tensor in tensors.values()):  # it is being built, or they were taken away
+            return None
+        return OwnedField(self.where, name, tensors, like=tensors[self.domains[0]])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A field that levels or domains own is set for all of them."""
+        is_owned = name in _FIELDS and self._spec is not None and getattr(self._spec, _FIELDS[name]).startswith("per_")
+        if not is_owned or name not in {**self._parameters, **self._buffers}:
+            super().__setattr__(name, value)
+            return
+
+        for state in self._list_states() if not isinstance(value, OwnedField) else ():
+            one = value.detach().clone() if isinstance(value, Tensor) else value
+            setattr(state, name, nn.Parameter(one, value.requires_grad) if isinstance(value, nn.Parameter) else one)
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -445,7 +541,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _find_tensor(self) -> Tensor | None:
         """A parameter or a buffer, which says type and device; None: there is none."""
         for module in (self, *self._list_states()):
-            for tensor in (module.weight, module.running_mean):
+            for tensor in (module._parameters.get("weight"), module._buffers.get("running_mean")):
                 if tensor is not None:
                     return tensor
         return None

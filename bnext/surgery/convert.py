@@ -31,7 +31,7 @@ from bnext.layers.forms import (
 )
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
-from bnext.layers.walk import replace_modules
+from bnext.layers.walk import check_is_whole, replace_modules
 from bnext.surgery.convert_state import Change, ConversionReport, check_map, copy_norm_state, restrict_map
 from bnext.text import find_near
 
@@ -118,7 +118,8 @@ def convert_norm(
 
     Raises:
         ConfigError: a pattern without a norm; an answer that is not allowed; a norm that holds or computes more
-            than its state, which would be lost; a model that is itself a norm. The model is then as it was.
+            than its state, which would be lost; a model that is itself a norm, or is sharded. The model is then as it
+            was.
 
     Note:
         Device, type, mode and whether the affine is trained are carried over. The parameters are new ones:
@@ -137,6 +138,7 @@ def convert_norm(
         huggingface/pytorch-image-models#1254.
     """
     _check_arguments(model, specs, changes)
+    check_is_whole(model, "convert_norm")
     forms, norms = find_forms(model, treat_as), []
     others = {path: reason for path, (_, reason) in find_other_norms(model, treat_as).items()}
     for path, norm, form in forms:

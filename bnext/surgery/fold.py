@@ -20,7 +20,7 @@ from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.forms import find_forms, find_other_norms
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.ownership import check_statistics
-from bnext.layers.walk import find_bnext_norms, replace_modules
+from bnext.layers.walk import check_is_whole, find_bnext_norms, replace_modules
 from bnext.surgery.fold_pairs import Pair, find_pairs
 
 __all__ = ["FoldReport", "fold_norms"]
@@ -106,6 +106,7 @@ def fold_norms(
         model: Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, appendix A.8, and You et al., *Efficient
         ConvBN Blocks for Transfer Learning and Beyond*, 2024.
     """
+    check_is_whole(model, "fold_norms")
     _check_complete(model)
     matches, left = find_pairs(model, pairs)
     _check_inference(matches)

@@ -13,7 +13,7 @@ from bnext.errors import ConfigError, Refusal, check_choice, list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import find_other_norms
 from bnext.layers.spec import NormSpec
-from bnext.layers.walk import Selection, find_norms, replace_modules
+from bnext.layers.walk import Selection, check_is_whole, find_norms, replace_modules
 from bnext.notices import tell_once
 
 __all__ = ["NO_NORM", "Freezable", "freeze_norms", "unfreeze_norms"]
@@ -90,6 +90,8 @@ def freeze_norms(model: nn.Module, what: Freezable = "both", select: Selection |
     """
     norms = _select(model, what, select)
     if what != "affine":
+        if not all(isinstance(norm, BatchNorm2d) for norm in norms.values()):  # which are replaced
+            check_is_whole(model, "freeze_norms")
         for path, norm in norms.items():
             _check_statistics(path, norm)
         _tell_moving(model, select)

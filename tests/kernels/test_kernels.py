@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from bnext import kernels
 from bnext.kernels import cpu, cuda, formula
@@ -86,10 +87,15 @@ def test_an_empty_feature_has_zeros(shape):
 
 def test_the_device_chooses_the_file_and_a_compiler_gets_the_formula(monkeypatch):
     assert kernels._choose(torch.ones(1)) is cpu
-    assert kernels._choose(torch.ones(1, device="meta")) is cpu
-    monkeypatch.setitem(kernels._BY_DEVICE, "meta", cuda)
-    assert kernels._choose(torch.ones(1, device="meta")) is cuda
-    assert kernels.has_exact_batch_norm(torch.ones(2, 3, 1, 1, device="meta"))
+    assert kernels._choose(torch.ones(1, device="meta")) is formula
+    monkeypatch.setitem(kernels._BY_DEVICE, "cpu", cuda)
+    assert kernels._choose(torch.ones(1)) is cuda
+    assert kernels.has_exact_batch_norm(torch.ones(2, 3, 1, 1))
+    monkeypatch.delitem(kernels._BY_DEVICE, "cpu")
+    assert kernels._choose(torch.ones(1)) is cpu
+    with FakeTensorMode():
+        assert kernels._choose(torch.ones(1)) is formula
+    assert torch.func.vmap(lambda x: x * (kernels._choose(x) is formula))(torch.ones(1)).all()
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert kernels._choose(torch.ones(1)) is formula
 
