@@ -109,9 +109,12 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNot
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    rank = comm.get_rank()
+    for name in ({"name": "fvcore"}, {}, {"name": "bnext"}):  # as default_setup does, which then logs a lot
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, **name)
     guard_log_files()
+
+    default_setup(cfg, args)
     if comm.is_main_process():
         log_notices(notices)
 
