@@ -1,4 +1,4 @@
-"""Detectron2's own configs, read without its model_zoo: that of main needs pkg_resources, which setuptools 82 dropped."""
+"""Detectron2's own configs, without its model_zoo: that of main needs pkg_resources, which setuptools 82 dropped."""
 
 from pathlib import Path
 

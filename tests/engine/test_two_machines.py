@@ -15,10 +15,10 @@ from tests import tiny
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(650),
     pytest.mark.skipif(count_cores() < 2 or torch.cuda.is_available(), reason="two workers need two cores, no GPUs"),
 ]
-SECONDS = 180
+SECONDS = 300
 
 
 @pytest.fixture

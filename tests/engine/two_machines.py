@@ -17,7 +17,7 @@ from tests import tiny
 
 def work(folder, machine, opts):
     tiny.register(Path(folder, "datasets"))
-    cfg = tiny.load(Path(folder, "out"), "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 2, *opts)
+    cfg = tiny.load(Path(folder, "out"), "DATASETS.TEST", "()", "SOLVER.IMS_PER_BATCH", 8, "SOLVER.MAX_ITER", 2, *opts)
     Path(folder, f"{machine}-{os.getpid()}.started").touch()
     train(cfg)
     Path(folder, f"{comm.get_rank()}.trained").touch()
