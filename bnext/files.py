@@ -142,6 +142,9 @@ def explain_os_error(error: BaseException) -> LaunchError | None:
         remedy = "Give the container more (--shm-size), or use DATALOADER.NUM_WORKERS 0."
         return LaunchError.of("the shared memory", "have room for batches", got=_first_line(error), remedy=remedy)
 
+    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):  # of torch.save in other code
+        return LaunchError.of("the disk", "take what is saved", got=_first_line(error), remedy=_FREE_SPACE)
+
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in _REMEDIES):
         return None
     if isinstance(error, (ConnectionError, TimeoutError)):
