@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from bnext.files import (
-    check_can_write,
     explain_os_error,
     find_local_file,
     is_same_file,
@@ -120,9 +119,6 @@ def test_a_folder_in_the_place_of_a_file_is_seen_before_anything_is_written(tmp_
     with pytest.raises(IsADirectoryError) as caught:
         replace_file(tmp_path, lambda file: pytest.fail("it was begun"))
     assert caught.value.filename == str(tmp_path)
-    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
-        check_can_write(tmp_path)
-    check_can_write(tmp_path / "absent")
 
 
 def test_errors_of_the_disk_are_lines_and_bugs_are_none(tmp_path):
