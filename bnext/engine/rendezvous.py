@@ -91,7 +91,17 @@ def meet(url: str, rank: int, size: int, workers_per_machine: int, timeout: time
             in time. All of those who have come are told.
     """
     store = _open_store(url, rank, timeout)
+    try:
+        return _meet(store, url, rank, size, workers_per_machine, timeout)
+    except LaunchError:
+        if rank == 0:
+            time.sleep(5 * _POLL_SECONDS)  # the store ends with this worker: the others read it before
+        raise
+    except dist.DistError as error:
+        raise NO_STORE.of(f"the loss of worker 0: {next(iter(str(error).splitlines()), '')}", url) from error
 
+
+def _meet(store: Store, url: str, rank: int, size: int, workers_per_machine: int, timeout: timedelta) -> Store:
     own_size = f"{size} workers, {workers_per_machine} on each machine"
     first_size = store.compare_set("bnext/size", "", own_size).decode()
     if first_size != own_size:
