@@ -138,9 +138,14 @@ def explain_os_error(error: BaseException) -> LaunchError | None:
     Args:
         error: an OSError with a file or of a disk, or torch's error for shared memory that is full.
     """
+    if is_interrupted(error):
+        return None
     if isinstance(error, RuntimeError) and ("shared memory" in str(error) or "torch_shm" in str(error)):
         remedy = "Give the container more (--shm-size), or use DATALOADER.NUM_WORKERS 0."
         return LaunchError.of("the shared memory", "have room for batches", got=_first_line(error), remedy=remedy)
+
+    if isinstance(error, RuntimeError) and "unexpected pos" in str(error):  # of torch.save in other code
+        return LaunchError.of("the disk", "take what is saved", got=_first_line(error), remedy=_FREE_SPACE)
 
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in _REMEDIES):
         return None

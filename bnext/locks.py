@@ -35,7 +35,7 @@ HELD = Refusal(
     "Wait for that run, end it, or choose another {thing}.",
 )
 
-_depths: dict[str, int] = {}  # of the locks of this process: it may ask for one that it holds
+_depths: dict[tuple[int, str], int] = {}  # of the locks of a process (a fork has none): it may ask for its own again
 
 
 @contextlib.contextmanager
@@ -55,12 +55,13 @@ def holding(path: str | os.PathLike[str], thing: str) -> Iterator[None]:
         locks nothing is held, which is said once.
     """
     path = os.path.realpath(path)
-    if path in _depths:
-        _depths[path] += 1
+    key = (os.getpid(), path)
+    if key in _depths:
+        _depths[key] += 1
         try:
             yield
         finally:
-            _depths[path] -= 1
+            _depths[key] -= 1
         return
 
     folder, name = os.path.split(path)
@@ -70,12 +71,12 @@ def holding(path: str | os.PathLike[str], thing: str) -> Iterator[None]:
         yield
         return
 
-    _depths[path] = 1
+    _depths[key] = 1
     try:
         remove_partials(path)
         yield
     finally:
-        del _depths[path]
+        del _depths[key]
         with contextlib.suppress(OSError):
             os.unlink(lock)  # while it is held: who opened it before sees that it is another file now
         os.close(descriptor)

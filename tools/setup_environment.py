@@ -3,7 +3,8 @@
 The file `.venv/.setup` says what the environment is: "unfinished" from before the first package until
 everything is installed and was imported once, then a digest of what went in. So an environment that
 an interrupted set-up left behind is made anew, one made from older files is updated in place, and
-one that is up to date costs no network access. Standard library only.
+one that is up to date costs no network access. `.venv` gets its name with that file in it, and loses
+it as a whole, so that no interruption leaves one that seems to be somebody else's. Standard library only.
 
 Usage: python tools/setup_environment.py
 """
@@ -14,6 +15,7 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 MARK = VENV / ".setup"
 INPUTS = ("constraints.txt", "pyproject.toml", "tools/install_detectron2.py", "tools/setup_environment.py")
+LEFTOVER = "-setup-"  # in the names of folders that are on their way to or from being the environment
 DISK_GB = 8  # 6.2 for the environment, the rest for pip to unpack in
 CHECK = "import torch, torchvision, cv2, detectron2.engine, detectron2.utils.visualizer"
 
@@ -40,7 +43,7 @@ def describe_inputs() -> str:
 
 def find_state() -> str:
     """One of "absent", "foreign" (not made here), "unusable", "outdated" and "ready"."""
-    if not VENV.exists():
+    if not VENV.exists() or (VENV.is_dir() and not any(VENV.iterdir())):
         return "absent"
     if not MARK.exists():
         return "foreign"
@@ -72,10 +75,21 @@ def check_machine() -> None:
         raise InstallError(f"The disk of {ROOT} must have {DISK_GB} GB free; got {free:.1f} GB. Free some space.")
 
 
+def remove_environment() -> None:
+    """Remove what there is, and what an interrupted removal or beginning has left."""
+    if VENV.exists():
+        VENV.rename(VENV.with_name(f"{VENV.name}{LEFTOVER}old-{secrets.token_hex(4)}"))
+    for leftover in VENV.parent.glob(f"{VENV.name}{LEFTOVER}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
 def create_environment() -> None:
-    """An empty environment, marked as unfinished before anything is in it."""
-    VENV.mkdir()
-    MARK.write_text("unfinished")
+    """An empty environment, marked as unfinished before it has its name."""
+    new = VENV.with_name(f"{VENV.name}{LEFTOVER}new-{secrets.token_hex(4)}")
+    new.mkdir()
+    (new / MARK.name).write_text("unfinished")
+    new.rename(VENV)
+
     # The interpreter may be that of the environment just removed, so its base makes the new one.
     base = getattr(sys, "_base_executable", None) or sys.executable
     process = subprocess.run([base, "-m", "venv", str(VENV)], capture_output=True, text=True)
@@ -119,7 +133,7 @@ def set_up() -> None:
     todo = "it is brought up to date" if state == "outdated" else "it is made anew"
     print(f"The environment {VENV} is {state}; {todo}.", flush=True)
     if state != "outdated":
-        shutil.rmtree(VENV, ignore_errors=True)
+        remove_environment()
         check_machine()
         create_environment()
     install_packages()

@@ -22,7 +22,7 @@ def is_run() -> bool:
 def use_utf8() -> None:
     """Start again in Python's UTF-8 mode where the locale cannot express every file name and message."""
     encoding = locale.getpreferredencoding(False).replace("-", "").replace("_", "").lower()
-    if encoding != "utf8" and "PYTHONUTF8" not in os.environ:
+    if encoding != "utf8" and os.environ.get("PYTHONUTF8") != "1":
         os.environ["PYTHONUTF8"] = "1"  # for the workers as well
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 

@@ -5,6 +5,7 @@ The input is only read. The output loads where the input does, and says of itsel
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -31,7 +32,8 @@ from bnext.engine.output import holding_output
 from bnext.engine.population import count_batches
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
-from bnext.files import is_same_file, replace_file, write_json
+from bnext.files import is_same_file, remove_partials, replace_file, write_json
+from bnext.locks import holding
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
 from bnext.surgery.convert_state import collect_norm_specs
@@ -100,7 +102,13 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         cfg = give_population(cfg, request.population, request.domains)
     _raise_first(find_data_faults(cfg, request, size))
 
-    launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
+    try:
+        launch(recompute_checkpoint, num_workers, args=(cfg, request), device=cfg.MODEL.DEVICE)
+    except KeyboardInterrupt:
+        # Of workers that were ended while they wrote; not of another run, which holds the output.
+        with contextlib.suppress(BNextError, OSError), holding(request.output, "--output"):
+            remove_partials(request.report)
+        raise
 
 
 # ---- what is refused

@@ -31,7 +31,7 @@ from bnext.engine.trainer import check_same_config, evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.rehearsal import rehearse
-from bnext.files import find_local_file
+from bnext.files import find_local_file, naming_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["build_parser", "check_run", "run"]
@@ -110,9 +110,13 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNot
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
-    default_setup(cfg, args)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="bnext")
+    rank = comm.get_rank()
+    for name in ({"name": "fvcore"}, {}, {"name": "bnext"}):  # as default_setup does, which then logs a lot
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, **name)
     guard_log_files()
+
+    with naming_file(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+        default_setup(cfg, args)
     if comm.is_main_process():
         log_notices(notices)
 

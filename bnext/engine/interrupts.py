@@ -52,7 +52,7 @@ def end_with_parent(parent: int) -> None:
 
 def _watch(parent: int) -> None:
     while os.getppid() == parent:
-        time.sleep(1)
+        time.sleep(0.5)
 
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(GRACE_SECONDS)

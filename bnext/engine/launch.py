@@ -38,6 +38,7 @@ __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_TORCHRUN_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
 # What the backends say where the other end of a connection is gone.
 _LOST_PARTNER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "ncclRemoteError")
 
@@ -46,6 +47,18 @@ LOST_PARTNER = Refusal(
     "every worker",
     "go on to the end",
     "Look for the first error of the other workers, on the other machines, too.",
+)
+BAD_TORCHRUN = Refusal(
+    LaunchError,
+    "the launcher's variables RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT",
+    "be those of torchrun",
+    "Start with torchrun, or unset RANK for one machine without it.",
+)
+NOT_JOINED = Refusal(
+    LaunchError,
+    "the workers",
+    "find one another",
+    "Start all of them anew, with an address and a free port of the first machine that all can reach.",
 )
 
 
@@ -101,7 +114,7 @@ def launch(
         return
 
     if _is_torchrun():
-        rank, _, local_rank, local_size = (int(os.environ[name]) for name in _TORCHRUN)
+        rank, _, local_rank, local_size = _read_torchrun()
         world = _World("env://", size, local_size, timeout, uses_gpus, os.getppid())
         end_with_parent(world.launcher)
         with _process_group(world, rank, local_rank):
@@ -135,9 +148,10 @@ def count_workers(
         LaunchError: if the numbers make no sense, or this machine has not that many GPUs or cores.
     """
     if _is_torchrun():
+        _, size, _, local_size = _read_torchrun()
         if _count_gpus(device):
-            _check_devices(int(os.environ["LOCAL_WORLD_SIZE"]), device, "--nproc-per-node")
-        return int(os.environ["WORLD_SIZE"])
+            _check_devices(local_size, device, "--nproc-per-node")
+        return size
 
     is_ranked = 0 <= machine_rank < num_machines
     has_address = num_machines == 1 or dist_url != "auto"
@@ -161,6 +175,22 @@ def count_workers(
 
 def _is_torchrun() -> bool:
     return all(name in os.environ for name in _TORCHRUN)
+
+
+def _read_torchrun() -> tuple[int, int, int, int]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE of the environment."""
+    words = {name: os.environ[name] for name in _TORCHRUN}
+    lacking = [name for name in _TORCHRUN_ADDRESS if name not in os.environ]
+    try:
+        rank, size, local_rank, local_size = (int(word) for word in words.values())
+    except ValueError:
+        raise BAD_TORCHRUN.of(str(words)) from None
+
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise BAD_TORCHRUN.of(str(words))
+    if size > 1 and lacking:
+        raise BAD_TORCHRUN.of(f"no {' and '.join(lacking)}")
+    return rank, size, local_rank, local_size
 
 
 def _count_gpus(device: str) -> int:
@@ -311,8 +341,11 @@ def _process_group(
     else:
         torch.set_num_threads(max(1, count_cores() // world.workers_per_machine))
 
-    backend = "nccl" if world.uses_gpus else "gloo"
-    dist.init_process_group(backend, timeout=world.timeout, **_join(world, rank))
+    backend, arguments = "nccl" if world.uses_gpus else "gloo", _join(world, rank)
+    try:
+        dist.init_process_group(backend, timeout=world.timeout, **arguments)
+    except (dist.DistNetworkError, dist.DistStoreError, ValueError) as error:
+        raise NOT_JOINED.of(next(iter(str(error).splitlines()), ""), f"worker {rank}, {world.url}") from error
 
     try:
         _make_local_group(world, rank)

@@ -7,11 +7,15 @@ import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from bnext.errors import LaunchError, Refusal, list_few
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 __all__ = ["check_address", "is_loopback", "meet"]
 
@@ -69,7 +73,7 @@ def is_loopback(url: str) -> bool:
     return host == "localhost" or host.startswith("127.") or host == "::1"
 
 
-def meet(url: str, rank: int, size: int, workers_per_machine: int, timeout: timedelta) -> dist.Store:
+def meet(url: str, rank: int, size: int, workers_per_machine: int, timeout: timedelta) -> Store:
     """Wait until all workers have come to an address.
 
     Args:
@@ -87,7 +91,17 @@ def meet(url: str, rank: int, size: int, workers_per_machine: int, timeout: time
             in time. All of those who have come are told.
     """
     store = _open_store(url, rank, timeout)
+    try:
+        return _meet(store, url, rank, size, workers_per_machine, timeout)
+    except LaunchError:
+        if rank == 0:
+            time.sleep(5 * _POLL_SECONDS)  # the store ends with this worker: the others read it before
+        raise
+    except dist.DistError as error:
+        raise NO_STORE.of(f"the loss of worker 0: {next(iter(str(error).splitlines()), '')}", url) from error
 
+
+def _meet(store: Store, url: str, rank: int, size: int, workers_per_machine: int, timeout: timedelta) -> Store:
     own_size = f"{size} workers, {workers_per_machine} on each machine"
     first_size = store.compare_set("bnext/size", "", own_size).decode()
     if first_size != own_size:
@@ -107,16 +121,16 @@ def meet(url: str, rank: int, size: int, workers_per_machine: int, timeout: time
     if missing:
         error = NOT_ALL_CAME.of(f"no {missing}", url, minutes=timeout.total_seconds() / 60)
         _refuse(store, error)
-    return dist.PrefixStore("bnext/world", store)
+    return dist.PrefixStore("bnext/world", store)  # type: ignore[attr-defined]  # torch's stubs lack both
 
 
-def _refuse(store: dist.Store, error: Exception) -> None:
+def _refuse(store: Store, error: Exception) -> None:
     """Raise an error here, and in all who wait."""
     store.set("bnext/fault", str(error))
     raise error
 
 
-def _open_store(url: str, rank: int, timeout: timedelta) -> dist.Store:
+def _open_store(url: str, rank: int, timeout: timedelta) -> Store:
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or 0
 
@@ -126,7 +140,9 @@ def _open_store(url: str, rank: int, timeout: timedelta) -> dist.Store:
             raise NO_STORE.of(reason, url)
 
     try:
-        store = dist.TCPStore(host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout)
+        store: Store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, port, is_master=rank == 0, wait_for_workers=False, timeout=timeout
+        )
     except (RuntimeError, ValueError, OSError) as error:
         if rank == 0 and ("EADDRINUSE" in str(error) or "already in use" in str(error)):
             raise PORT_IN_USE.of("one that is in use", url) from error

@@ -89,8 +89,8 @@ def guard_log_files() -> None:
     for name in _LOGGERS:
         for handler in logging.getLogger(name).handlers:
             stream = getattr(handler, "stream", None)
-            path = getattr(stream, "name", None)  # a stream in memory has none
-            if isinstance(stream, io.TextIOWrapper) and isinstance(path, str) and os.path.isfile(path):
+            path = getattr(stream, "name", None)  # a number or "<stdout>" for what is no log file
+            if isinstance(stream, io.TextIOWrapper) and isinstance(path, str) and not path.startswith("<"):
                 stream.reconfigure(errors="backslashreplace")
                 handler.handleError = _FaultOfLog(handler)  # type: ignore[method-assign]
 

@@ -27,7 +27,7 @@ from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco_evaluator import COCOEvaluator
 from bnext.evaluation.rehearsal import rehearse
-from bnext.files import write_json
+from bnext.files import naming_file, write_json
 from bnext.notices import tell_once
 from bnext.scope.model import setting
 
@@ -110,7 +110,8 @@ def evaluate_model(
     for name in names:
         # One folder each, as every evaluator writes the same file names.
         evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name))
-        results[name] = evaluate_with(cfg, model, name, evaluator)
+        with naming_file(folder):
+            results[name] = evaluate_with(cfg, model, name, evaluator)
 
     if comm.is_main_process() and names:
         write_json(os.path.join(folder, "results.json"), results)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from bnext.cli.run_command import run_command
 from bnext.cli.train import check_run
 from bnext.config.load import load_config
+from bnext.engine.output import holding_output
 from bnext.errors import ConfigError
 from bnext.evaluation.leakage import show_leakage
 
@@ -49,7 +50,8 @@ def show(args: argparse.Namespace) -> None:
         cfg = load_config(file, [*args.opts, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", args.output])
         check_run(cfg, eval_only=True)
         models[title] = (cfg, weights)
-    show_leakage(models, args.output, args.images_per_batch)
+    with holding_output(args.output, "--output"):
+        show_leakage(models, args.output, args.images_per_batch)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What is refused of a re-estimation, and what is repaired: then nothing is written."""
 
 import os
+import resource
+import signal
 
 import pytest
 import torch
@@ -201,9 +203,16 @@ def test_a_data_set_counts_once_for_a_domain(weights, tmp_path):
 @pytest.mark.parametrize("file", ["out.pth", "out.json"])
 def test_without_room_for_both_files_there_is_none(tmp_path, file):
     """Also for a few bytes, which wait in a buffer."""
-    os.symlink("/dev/full", tmp_path / f"{file}.partial")
-    with pytest.raises(LaunchError, match=r"--output must be on a disk with room.*No space left.*nothing is written"):
-        _write(RecomputeRequest(output=str(tmp_path / "out.pth")), {}, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    described = {"long": "x" * 20_000} if file == "out.json" else {}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000 if described else 10, before[1]))
+    try:
+        with pytest.raises(LaunchError, match=r"--output must be on a disk with room.*too large.*nothing is written"):
+            _write(RecomputeRequest(output=str(tmp_path / "out.pth")), {}, described)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     assert not list(tmp_path.iterdir())
 
 
@@ -211,11 +220,11 @@ def test_what_ended_workers_have_half_written_is_removed(weights, tmp_path, monk
     """Workers are ended by a signal, which no `finally` of theirs sees."""
 
     def start(main, number, args, device):
-        for name in ("out.pth.partial", "out.json.partial", "other.pth.partial"):
+        for name in ("out.pth.1-0.partial", "out.json.1-0.partial", "other.pth.1-0.partial"):
             (tmp_path / name).write_text("half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bnext.cli.reestimate.launch", start)
     with pytest.raises(KeyboardInterrupt):
         run(load(weights), RecomputeRequest(output=str(tmp_path / "out.pth")))
-    assert [path.name for path in tmp_path.iterdir()] == ["other.pth.partial"]
+    assert [path.name for path in tmp_path.iterdir()] == ["other.pth.1-0.partial"]

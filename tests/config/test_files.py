@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from detectron2 import model_zoo
 from detectron2.modeling import build_model
 
 from bnext.config import load_config, resolve_norms
@@ -14,6 +13,7 @@ from bnext.config.places import PLACES
 from bnext.errors import ConfigError
 from bnext.layers import LevelBatchNorm2d, NormSpec
 from bnext.layers.walk import find_bnext_norms
+from tests.stock import load_stock_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
@@ -37,7 +37,7 @@ def test_there_are_configs():
 def test_a_two_stage_recipe_is_detectron2s_but_for_its_norms(ours):
     """Its namesake without the norm; convolutions of the box head come with their norm."""
     stem = ours.stem.removesuffix("_SyncBN").removesuffix("_GhostBN")
-    cfg, stock = load_config(str(ROOT / ours)), model_zoo.get_config(f"{ours.parent.name}/{stem}.yaml")
+    cfg, stock = load_config(str(ROOT / ours)), load_stock_config(f"{ours.parent.name}/{stem}.yaml")
     for section in ("INPUT", "DATASETS", "DATALOADER"):
         assert cfg[section] == stock[section]
     assert {key for key, value in stock.SOLVER.items() if cfg.SOLVER[key] != value} == set()

@@ -8,7 +8,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from bnext.distributed.groups import count_cores
 from bnext.engine.launch import count_workers, explain_failure, launch, record_failure
-from bnext.errors import LaunchError
+from bnext.errors import LaunchError, WorkerError
 
 needs_two_cores = pytest.mark.skipif(count_cores() < 2, reason="two workers need two cores")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -57,6 +57,8 @@ def test_workers_of_a_cpu_model_use_gloo_beside_gpus(monkeypatch):
 def test_the_world_of_torchrun_counts(monkeypatch):
     for name, value in {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
     assert count_workers(1, 0, device="cpu") == 8
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -64,6 +66,16 @@ def test_the_world_of_torchrun_counts(monkeypatch):
         count_workers(1)
     monkeypatch.delenv("LOCAL_RANK")
     assert count_workers(1, 3, 2, "tcp://127.0.0.1:1") == 3
+
+
+@pytest.mark.parametrize("change", [{"RANK": "a"}, {"WORLD_SIZE": "1"}, {"LOCAL_RANK": "2"}, {"MASTER_PORT": None}])
+def test_a_world_that_is_not_torchruns_is_refused(monkeypatch, change):
+    world = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", **change}.items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    (name,) = change
+    with pytest.raises(LaunchError, match=name):
+        count_workers(1, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -97,6 +109,22 @@ def test_the_first_failure_is_the_one_reported(tmp_path):
     assert isinstance(reported, RuntimeError)
     assert str(reported).startswith("Worker 1 failed:\nTraceback")
     assert "KeyError: 'a bug'" in str(reported)
+
+
+def test_an_interrupt_of_a_worker_is_one_of_the_command(tmp_path):
+    """Also where torch.save hides it; the others only lost their partner."""
+    hidden = fail_as(RuntimeError, "unexpected pos 704 vs 598")
+    hidden.__context__ = KeyboardInterrupt()
+    record_failure(str(tmp_path), 1, hidden)
+    record_failure(str(tmp_path), 0, fail_as(WorkerError, "worker 1 has gone"))
+    assert isinstance(explain_failure(str(tmp_path), None), KeyboardInterrupt)
+
+
+def test_a_full_disk_of_a_worker_is_one_line(tmp_path):
+    record_failure(str(tmp_path), 1, OSError(28, "No space left on device", "out/a.pth"))
+    reported = explain_failure(str(tmp_path), None)
+    assert isinstance(reported, LaunchError)
+    assert "'out/a.pth'" in str(reported)
 
 
 def test_a_worker_ended_by_a_signal_is_named(tmp_path):

@@ -1,7 +1,6 @@
 """The heads in LazyConfigs, in the place of detectron2's."""
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.layers import ShapeSpec
@@ -10,10 +9,11 @@ from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, build_norm
 from bnext.config import NormRecipe
 from bnext.heads import FCOSHead, RetinaNetHead, RPNHead, give_norms
 from tests.heads.detectors import LEVELS, make_batch, run_step
+from tests.stock import load_stock_config
 
 
 def make_model(name, head):
-    model = model_zoo.get_config(f"common/models/{name}.py").model
+    model = load_stock_config(f"common/models/{name}.py").model
     model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "BN"
     model.head._target_ = head
     model.head.levels = LEVELS
@@ -44,7 +44,7 @@ def test_fcos():
 
 def test_mask_rcnn_with_norms_by_spec_at_every_place():
     """`norm=L(build_norm)(spec=...)` wherever detectron2's LazyConfigs take a norm."""
-    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model = load_stock_config("common/models/mask_rcnn_fpn.py").model
     norm = L(build_norm)(spec=L(NormSpec)(workers="all", momentum=0.2))
     bottom_up, box_head = model.backbone.bottom_up, model.roi_heads.box_head
     model.backbone.norm = bottom_up.stem.norm = bottom_up.stages.norm = norm
@@ -72,7 +72,7 @@ def test_mask_rcnn_with_norms_by_spec_at_every_place():
 
 def test_a_recipe_of_plain_values_gives_a_built_model_its_norms():
     """The keys of MODEL.BNEXT, without a CfgNode; detectron2 builds the model with norms of the same names."""
-    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model = load_stock_config("common/models/mask_rcnn_fpn.py").model
     model.backbone.bottom_up.stem.norm = model.backbone.bottom_up.stages.norm = "BN"
     model.backbone.norm = "SyncBN"
     nodes = {"RESNETS": {"NORM": "BN", "EPS": 0.01}, "FPN": {"NORM": "SyncBN", "MOMENTUM": 0.2}}

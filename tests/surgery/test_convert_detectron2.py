@@ -7,7 +7,6 @@ import pytest
 pytest.importorskip("detectron2")
 
 import torch
-from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import instantiate
 from detectron2.layers import FrozenBatchNorm2d, NaiveSyncBatchNorm, ShapeSpec
@@ -18,6 +17,7 @@ from bnext.layers.forms import find_forms
 from bnext.scope import use_domain
 from bnext.surgery import convert_norm
 from tests.cases import randomize
+from tests.stock import load_stock_config
 
 DOMAINS = ("day", "night")
 SEPARATE = {"statistics": "per_domain", "population": "per_domain", "affine": "per_domain", "domains": DOMAINS}
@@ -25,7 +25,7 @@ SEPARATE = {"statistics": "per_domain", "population": "per_domain", "affine": "p
 
 def build(norm):
     """Mask R-CNN on a ResNet-18-FPN with 16 channels, and norms in all its parts."""
-    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model = load_stock_config("common/models/mask_rcnn_fpn.py").model
     bottom_up, heads = model.backbone.bottom_up, model.roi_heads
     bottom_up.stages.depth = 18
     del bottom_up.stages.stride_in_1x1

@@ -168,3 +168,82 @@ def test_everything_that_is_installed_is_pinned():
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+( ; python_version (<|>=) \"3\.11\")?", line) for line in lines)
     pinned = {line.split("==")[0] for line in lines}
     assert {re.split("[<>=]", name)[0] for name in [*wanted, "setuptools"]} <= pinned
+
+
+class TestKilled:
+    """At any step, by whatever cannot be caught: the next set-up begins anew, and never takes it for somebody's."""
+
+    @pytest.mark.parametrize("state", ["absent", "unusable", "outdated"])
+    def test_at_every_step(self, whole, monkeypatch, state):
+        for number in range(20):
+            self.bring_into(whole, state)
+            if not self.is_killed(monkeypatch, number):
+                break
+            assert setup.find_state() in ("absent", "unusable", state), f"killed at step {number}"
+        else:
+            pytest.fail("the set-up has more steps than this test kills it at")
+
+        assert number >= 4
+        assert setup.find_state() == "ready"
+        leftovers = [path for path in whole.parent.glob(".venv*") if path != whole]
+        assert leftovers == [] or state == "outdated"
+
+    def bring_into(self, venv, state):
+        shutil.rmtree(venv, ignore_errors=True)
+        if state != "absent":
+            (venv / "bin").mkdir(parents=True)
+            (venv / "bin" / "python").symlink_to(sys.executable)
+            (venv / "lib" / "python{}.{}".format(*sys.version_info)).mkdir(parents=True)
+            setup.MARK.write_text("unfinished" if state == "unusable" else f"older {setup.ROOT}")
+
+    def is_killed(self, monkeypatch, number):
+        """Whether a set-up that dies at its step of this number has so many."""
+        steps = []
+
+        def count(step, *is_half_done):
+            def stepping(*arguments, **options):
+                steps.append(step)
+                if len(steps) > number:
+                    for half in is_half_done:
+                        half(*arguments)
+                    raise Killed
+                return step(*arguments, **options)
+
+            return stepping
+
+        with monkeypatch.context() as patch:
+            for name in ("rename", "mkdir", "write_text"):
+                patch.setattr(Path, name, count(getattr(Path, name)))
+            patch.setattr(setup.shutil, "rmtree", count(shutil.rmtree, remove_mark))
+            patch.setattr(setup, "run_pip", count(lambda *arguments, **options: None))
+            done = subprocess.CompletedProcess([], 0, "", "")
+            patch.setattr(setup.subprocess, "run", count(lambda *arguments, **options: done))
+            patch.setattr(setup, "check_machine", lambda: None)
+            try:
+                setup.set_up()
+            except Killed:
+                return True
+
+        self.complete()
+        return False
+
+    def complete(self):
+        """What the packages' installation would have left."""
+        (setup.VENV / "bin").mkdir(exist_ok=True)
+        setup.PYTHON.unlink(missing_ok=True)
+        setup.PYTHON.symlink_to(sys.executable)
+        (setup.VENV / "lib" / "python{}.{}".format(*sys.version_info)).mkdir(parents=True, exist_ok=True)
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL."""
+
+
+def remove_mark(folder, **options):
+    Path(folder, ".setup").unlink(missing_ok=True)
+
+
+def test_an_empty_folder_is_nobodys_environment(whole):
+    shutil.rmtree(whole)
+    whole.mkdir()
+    assert setup.find_state() == "absent"
