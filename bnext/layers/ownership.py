@@ -512,7 +512,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         form = form_of_spec(self._spec, self.num_features, self.domains, self.eps, self.has_bias)
         convert_in_place(cast(dict[str, Tensor], state_dict), prefix, form, missing_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(cast(dict[str, Tensor], state_dict), prefix, *args)
 
     def check_feature(self, feature: Tensor, name: str = "") -> None:
         """Rank, channels, device and type of an input."""
