@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bnext.dispatch import has_numbers, is_traced, is_transformed
+from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_transformed
 from bnext.kernels import cpu, cuda, formula
 from bnext.kernels.formula import accumulation_dtype
 
@@ -35,9 +35,16 @@ def _choose(feature: Tensor) -> ModuleType:
     What is traced gets the formula, which a compiler makes fast itself and other runtimes have; a transform, as it is
     to differentiate or to batch it; and a feature without numbers, since torch's kernels have no form for shapes alone.
     """
-    if is_traced() or is_transformed() or not has_numbers(feature):
-        return formula
-    return _BY_DEVICE.get(feature.device.type, cpu)
+    if _is_traced_for_inference(feature) or not (is_traced() or is_transformed() or not has_numbers(feature)):
+        return _BY_DEVICE.get(feature.device.type, cpu)
+    return formula
+
+
+def _is_traced_for_inference(feature: Tensor) -> bool:
+    """Whether torch.jit.trace notes kernels that the same machine runs again, which are right for other sizes, too."""
+    if not torch.jit.is_tracing() or is_exported_to_onnx() or torch.is_grad_enabled():  # type: ignore[attr-defined]
+        return False
+    return feature.device.type == "cpu" and cpu.has_exact_batch_norm(feature)
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:

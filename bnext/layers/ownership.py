@@ -296,14 +296,26 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A field that levels or domains own is set for all of them."""
-        is_owned = name in _FIELDS and self._spec is not None and getattr(self._spec, _FIELDS[name]).startswith("per_")
-        if not is_owned or name not in {**self._parameters, **self._buffers}:
+        if not self._is_owned(name):
             super().__setattr__(name, value)
             return
 
         for state in self._list_states() if not isinstance(value, OwnedField) else ():
             one = value.detach().clone() if isinstance(value, Tensor) else value
             setattr(state, name, nn.Parameter(one, value.requires_grad) if isinstance(value, nn.Parameter) else one)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
+        """A field that levels or domains own is set for all of them, as by an assignment."""
+        if isinstance(tensor, Tensor) and self._is_owned(name):
+            setattr(self, name, tensor)
+        else:
+            super().register_buffer(name, tensor, persistent)
+
+    def _is_owned(self, name: str) -> bool:
+        """Whether a field of the norm is one that its levels or domains own."""
+        if name not in _FIELDS or self._spec is None or name not in {**self._parameters, **self._buffers}:
+            return False
+        return str(getattr(self._spec, _FIELDS[name])).startswith("per_")
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()

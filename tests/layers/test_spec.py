@@ -61,7 +61,7 @@ def test_unknown_answer_names_field_value_and_choices(field, choices, value):
     with pytest.raises(ConfigError) as error:
         NormSpec(**{field: value})
     listed = ", ".join(repr(choice) for choice in choices)
-    assert str(error.value) == f"{field} must be one of {listed}; got {value!r} (NormSpec). Choose one of them."
+    assert str(error.value).startswith(f"{field} must be one of {listed}; got {value!r} (NormSpec). ")
 
 
 @pytest.mark.parametrize(
