@@ -29,19 +29,24 @@ __all__ = [
 _BY_DEVICE = {"cpu": cpu, "cuda": cuda, "meta": formula}  # a device without a row gets the CPU's: right everywhere
 
 
-def _choose(feature: Tensor) -> ModuleType:
+def _choose(feature: Tensor, *, fits_any_size: bool = False) -> ModuleType:
     """The passes for a feature.
 
     What is traced gets the formula, which a compiler makes fast itself and other runtimes have; a transform, as it is
     to differentiate or to batch it; and a feature without numbers, since torch's kernels have no form for shapes alone.
+
+    Args:
+        feature: whose device counts.
+        fits_any_size: whether the CPU's pass, noted for one size, is right for others.
     """
-    if _is_traced_for_inference(feature) or not (is_traced() or is_transformed() or not has_numbers(feature)):
+    is_kept = fits_any_size and _is_traced_for_inference(feature)
+    if is_kept or not (is_traced() or is_transformed() or not has_numbers(feature)):
         return _BY_DEVICE.get(feature.device.type, cpu)
     return formula
 
 
 def _is_traced_for_inference(feature: Tensor) -> bool:
-    """Whether torch.jit.trace notes kernels that the same machine runs again, which are right for other sizes, too."""
+    """Whether torch.jit.trace notes kernels that a CPU runs again."""
     if not torch.jit.is_tracing() or is_exported_to_onnx() or torch.is_grad_enabled():  # type: ignore[attr-defined]
         return False
     return feature.device.type == "cpu" and cpu.has_exact_batch_norm(feature)
@@ -58,7 +63,7 @@ def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """
     if feature.numel() == 0:
         return _zeros(feature, feature.shape[1]), _zeros(feature, feature.shape[1])
-    return _choose(feature).feature_statistics(feature)
+    return _choose(feature, fits_any_size=True).feature_statistics(feature)
 
 
 def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +93,7 @@ def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor)
     """
     if feature.numel() == 0:
         return feature.clone()
-    return _choose(feature).scale_and_shift(feature, mean, scale, shift)
+    return _choose(feature, fits_any_size=mean.dim() == 1).scale_and_shift(feature, mean, scale, shift)
 
 
 def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
