@@ -167,6 +167,7 @@ _RULES: dict[str, Values] = {
     "CROP.TYPE": _word("relative_range", "relative", "absolute", "absolute_range"),
     "CROP.SIZE": _list_of(_between(0), 2),
     "INPUT.MASK_FORMAT": _word("polygon", "bitmask"),
+    "INPUT.FORMAT": _word("BGR", "RGB", "L", "YUV-BT.601", "HSV", "LAB", "YCbCr"),
     "DATASETS.TRAIN": _NAMES,
     "DATASETS.TEST": _NAMES,
     "DATALOADER.NUM_WORKERS": _count(0, 1024, "0 loads in the training's own process; 2 to 8 are usual."),

@@ -10,7 +10,7 @@ import torch
 from bnext.cli.train import build_parser, run_worker
 from bnext.data.catalog import register_datasets
 from bnext.engine import Trainer, evaluate, train
-from bnext.errors import CheckpointError, ConfigError, DatasetError
+from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
 from tests import tiny
 
 
@@ -206,3 +206,9 @@ def test_a_new_training_that_ends_early_is_not_resumed_as_the_old_one(digits, tm
     with pytest.raises(CheckpointError):
         run_worker(tiny.load(tmp_path, "MODEL.WEIGHTS", "/nonexistent.pth"), build_parser().parse_args([]))
     assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_a_group_of_a_single_value_is_a_mistake_of_the_config(digits, tmp_path):
+    channels = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RETINANET.NORM", "GN", "SOLVER.IMS_PER_BATCH", 1)
+    with pytest.raises(StatisticsError, match="INPUT.MIN_SIZE_TRAIN"):
+        train(tiny.load(tmp_path, *channels, *tiny.NO_LEVELS, "INPUT.MIN_SIZE_TRAIN", "(48,)"))
