@@ -1,12 +1,10 @@
 """A config from a file and from pairs: read safely, and whatever is wrong with it told in one line that names it."""
 
 import os
-from pathlib import Path
 
 import pytest
 import train_net
 import yaml
-from detectron2 import model_zoo
 
 from bnext.cli.train import check_run
 from bnext.config import load_config
@@ -14,6 +12,7 @@ from bnext.errors import BNextError, ConfigError
 from tests import tiny
 from tests.config.damaged import draw_damaged
 from tests.detector_fixtures import digits  # noqa: F401  the fixture
+from tests.stock import FOLDER
 
 BASE = f"_BASE_: '{tiny.CONFIG}'\n"
 
@@ -75,7 +74,7 @@ def test_a_tag_runs_nothing_and_says_how_to_write_the_value(text, is_base, tmp_p
 
 
 def test_detectron2s_own_base_that_needs_a_tag_names_ours(tmp_path):
-    base = Path(model_zoo.get_config_file("Base-RetinaNet.yaml"))
+    base = FOLDER / "Base-RetinaNet.yaml"
     if "!!python" in base.read_text():
         assert "configs/Base-RetinaNet.yaml has" in refuse(f"_BASE_: {base}", folder=tmp_path)
 

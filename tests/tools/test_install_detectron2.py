@@ -21,10 +21,13 @@ SITE = Path(installer.find_installed() or "/nonexistent/__init__.py").parent
 
 
 def is_our_build() -> bool:
+    """Whether the detectron2 that is imported, which may be a folder on the path, is what the tool has installed."""
     try:
-        return installer.GENERATOR in (importlib.metadata.distribution("detectron2").read_text("WHEEL") or "")
+        distribution = importlib.metadata.distribution("detectron2")
     except importlib.metadata.PackageNotFoundError:
         return False
+    is_made_by_us = installer.GENERATOR in (distribution.read_text("WHEEL") or "")
+    return is_made_by_us and Path(str(distribution.locate_file("detectron2"))) == SITE
 
 
 needs_our_build = pytest.mark.skipif(not is_our_build(), reason="the installed detectron2 is not of install_detectron2")
