@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import stateless
 
 from bnext.errors import Refusal, StatisticsError
 from bnext.layers.counts import is_ordinary
@@ -23,7 +25,9 @@ __all__ = ["KeptBatchNorm2d", "note_statistics"]
 
 log = logging.getLogger(__name__)
 
-_ROUNDING = 16  # last digits by which an average of equal values may be off
+# Part of a value by which an average of equal ones may be off: digits that thousands of steps of one have lost.
+_ROUNDING = 2.0**-13
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
 _POPULATION = ("running_mean", "running_var", "num_batches_tracked")
 TAKEN_AWAY = Refusal(
     StatisticsError,
@@ -121,6 +125,8 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
         kept = {name: buffer for name, buffer in buffers.items() if name in note.values}
         changes = {name: _measure_change(note.values[name], buffer) for name, buffer in kept.items()}
         changed = {name: change for name, change in changes.items() if change != 0}
+        if changed and _is_lent():
+            return
         if changed:
             tell_once(log, self, WRITTEN, where, ", ".join(changed), max(changed.values()))
             self.note_statistics()
@@ -219,11 +225,22 @@ def _measure_change(before: Tensor, now: Tensor) -> float:
     if torch.equal(before, now):
         return 0.0
 
-    rounding = _ROUNDING * torch.finfo(now.dtype).eps if now.is_floating_point() else 0.0
-    if torch.allclose(now, before, rtol=rounding, atol=0.0):
+    if now.is_floating_point():
+        rtol, atol = max(_ROUNDING, 16 * torch.finfo(now.dtype).eps), 0.0
+    else:
+        rtol, atol = 0.0, 1.0  # an average of equal counts is rounded down
+    if torch.allclose(now, before, rtol=rtol, atol=atol):
         return 0.0
     change = float((now.double() - before.double()).abs().max())
     return change if change == change else float("inf")
+
+
+def _is_lent() -> bool:
+    """Whether `torch.func.functional_call` has put other tensors into the place of the buffers, for this call alone."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _FUNCTIONAL_CALL:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _are_equal(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from bnext.errors import StatisticsError
@@ -166,11 +167,31 @@ def average_equal_values(model):
     return average
 
 
+def average_for_long(model):
+    """Each step loses a digit more."""
+    average = copy.deepcopy(model)
+    for _ in range(1000):
+        for value, new in zip(average.buffers(), model.buffers(), strict=True):
+            if value.is_floating_point():
+                value.mul_(0.999).add_(new * 0.001)
+    return average
+
+
 def average_by_torch(model):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in range(3):
+        call(average)
         average.update_parameters(model)
     return average.module
+
+
+def lend_other_tensors(model):
+    """For one call, as ensembles and evaluations of averaged weights do."""
+    other = {name: buffer + 1 for name, buffer in model.named_buffers()}
+    with use_domain("day"):
+        outputs = [functional_call(model, buffers, (X,)) for buffers in (other, {}, other)]
+    assert not torch.equal(outputs[0], outputs[1])
+    return model
 
 
 def load(model):
@@ -204,7 +225,9 @@ def follow(model):
         lambda model: model.double().float(),
         rewrite_same_values,
         average_equal_values,
+        average_for_long,
         average_by_torch,
+        lend_other_tensors,
         load,
         load_by_assignment,
         convert,
