@@ -30,6 +30,7 @@ def use_utf8() -> None:
 
 def end_on_interrupt(number: int, frame: object) -> None:
     """One line and the status of Ctrl-C; `run_command` puts its own way in the place of this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one says nothing more
     os.write(2, b"interrupted.\n")
     os._exit(130)
 
