@@ -29,7 +29,8 @@ __all__ = [
 
 _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # torch 2.4 does not tell
 _functorch: Any = torch._C._functorch
-_PROXY: Any = torch._C._TorchDispatchModeKey.PROXY
+# Modes under which a computation with ordinary tensors has no numbers either.
+_SHAPES_ALONE: Any = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
 def is_under_mode() -> bool:
@@ -62,10 +63,10 @@ def is_wrapped(tensor: Tensor) -> bool:
 def has_numbers(tensor: Tensor) -> bool:
     """Whether somebody may look at the numbers of a tensor.
 
-    Not of one on the meta device, of a fake one, of one that stands for several (`torch.func.vmap`), or while make_fx
-    writes down what is computed from it.
+    Not of one on the meta device, of a fake one, of one that stands for several (`torch.func.vmap`), or while
+    FakeTensorMode or make_fx has what is computed from it.
     """
-    if tensor.is_meta or torch._C._get_dispatch_mode(_PROXY) is not None:
+    if tensor.is_meta or any(torch._C._get_dispatch_mode(mode) is not None for mode in _SHAPES_ALONE):
         return False
 
     while is_wrapped(tensor):

@@ -15,7 +15,6 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from bnext.errors import LaunchError, Refusal
 from bnext.files import naming_file, remove_partials
@@ -77,8 +76,9 @@ def holding(path: str | os.PathLike[str], thing: str) -> Iterator[None]:
         yield
     finally:
         del _depths[key]
-        with contextlib.suppress(OSError):
-            os.unlink(lock)  # while it is held: who opened it before sees that it is another file now
+        if os.getpid() == key[0]:  # a fork that leaves the block has nothing to give back
+            with contextlib.suppress(OSError):
+                os.unlink(lock)  # while it is held: who opened it before sees that it is another file now
         os.close(descriptor)
 
 
@@ -96,7 +96,7 @@ def _acquire(lock: str, path: str, thing: str) -> int | None:
             os.close(descriptor)  # its owner has removed it; the next one counts
 
         except OSError as error:
-            owner = _read_owner(lock)
+            owner = _read_owner(descriptor)
             os.close(descriptor)
             if error.errno in _HELD_BY_ANOTHER:
                 raise HELD.of(f"{path!r}, which {owner} holds", thing=thing) from None
@@ -118,9 +118,9 @@ def _write_owner(descriptor: int) -> None:
     os.write(descriptor, json.dumps(owner).encode())
 
 
-def _read_owner(lock: str) -> str:
+def _read_owner(descriptor: int) -> str:
     try:
-        owner = json.loads(Path(lock).read_text())
+        owner = json.loads(os.pread(descriptor, 4096, 0))
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"

@@ -1,5 +1,6 @@
 """bnext.locks: one process at a time; a dead one holds nothing."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -38,6 +39,14 @@ def test_another_process_is_refused_until_the_first_has_ended(tmp_path):
         assert in_child(lambda: hold(tmp_path)) == 3
         assert in_child(lambda: hold(tmp_path)) == 3, "nor did the refused one free it"
     assert in_child(lambda: hold(tmp_path)) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fork_that_leaves_the_block_frees_nothing(tmp_path):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(holding(tmp_path, "OUTPUT_DIR"))
+        assert in_child(stack.close) == 0
+        assert in_child(lambda: hold(tmp_path)) == 3
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,3 +114,9 @@ def test_a_disk_without_locks_is_told_once(tmp_path, monkeypatch, caplog):
             pass
     lines = [record.getMessage() for record in caplog.records if str(tmp_path) in record.getMessage()]
     assert len(lines) == 1
+
+
+def test_a_lock_that_is_no_file_is_none(tmp_path):
+    os.mkfifo(tmp_path / ".bnext.lock")
+    with holding(tmp_path, "OUTPUT_DIR"):
+        assert in_child(lambda: hold(tmp_path)) == 0

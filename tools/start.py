@@ -6,11 +6,12 @@ It acts where a file of this folder is run, and in the workers that such a run s
 from __future__ import annotations
 
 import locale
-import multiprocessing.process
+import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 
@@ -29,21 +30,31 @@ def use_utf8() -> None:
 
 def end_on_interrupt(number: int, frame: object) -> None:
     """One line and the status of Ctrl-C; `run_command` puts its own way in the place of this one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one says nothing more
     os.write(2, b"interrupted.\n")
     os._exit(130)
 
 
-def end_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """End this worker, which has nothing to put in order yet, when the process that started it has died."""
-    parent.join()
-    if signal.getsignal(signal.SIGINT) in (signal.default_int_handler, signal.SIG_IGN):
-        os._exit(1)  # later bnext.engine.interrupts does it
+def is_spawned() -> bool:
+    """Whether this is a worker, or a process that loads images, which imports the tool of the run that started it."""
+    return getattr(multiprocessing.current_process(), "_inheriting", False)  # parent_process() is not set yet
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started it has died, unless it takes interrupts by now.
+
+    Then it has something to put in order, for which bnext.engine.interrupts cares.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        os._exit(1)
 
 
 def start() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    if is_spawned():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever has started it ends it, too
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         return
 
     use_utf8()

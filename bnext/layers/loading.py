@@ -19,6 +19,8 @@ from bnext.layers.norm_state import Note, convert_state
 
 __all__ = ["convert_in_place", "reporting_conversions"]
 
+_FIELDS = {*AFFINE, *POPULATION}
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -67,8 +69,9 @@ def convert_in_place(
             stored[key[len(prefix) :]] = value
 
     keys, shape = set(form.list_keys()), (form.num_features,)
-    if not stored or stored.keys() == keys:
-        return
+    missing = keys - stored.keys()
+    if not stored or stored.keys() == keys or (stored.keys() < keys <= _FIELDS and missing != {POPULATION[2]}):
+        return  # a part of the fields of a norm without levels or domains is nothing to convert; torch says what lacks
     if any(value.dim() and tuple(value.shape) != shape for key, value in stored.items() if key in keys):
         return
 

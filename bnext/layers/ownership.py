@@ -270,9 +270,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if name not in _FIELDS or torch.compiler.is_compiling():
             return value
 
-        tool = sys._getframe(1).f_code
-        if name in ("bias", "running_mean") and tool in _TOOLS:
-            self._check_tool(tool.co_name, *_TOOLS[tool])
+        if name in ("bias", "running_mean"):
+            tool = sys._getframe(1).f_code
+            if tool in _TOOLS:
+                self._check_tool(tool.co_name, *_TOOLS[tool])
         return self._find_owned(name) if value is None else value
 
     def _check_tool(self, tool: str, answers: Sequence[str], remedy: str) -> None:
@@ -490,10 +491,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         buffers = (state.running_mean, state.running_var)
         values, is_finite = take_finite(buffers, (mean, var))
 
+        # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
+        has_data = not (is_transformed() or is_exported())  # which lose it, or refuse it
         for buffer, value in zip(buffers, values, strict=True):
-            # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
-            target = buffer if is_transformed() or is_exported() else buffer.data  # which those lose, or refuse
-            target.copy_(value)
+            (buffer.data if has_data else buffer).copy_(value)
 
         if state.num_batches_tracked is not None:
             is_counted = is_finite if has_variance is None else is_finite & has_variance

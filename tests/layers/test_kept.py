@@ -7,6 +7,8 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from bnext.errors import StatisticsError
@@ -17,6 +19,7 @@ from bnext.scope import use_domain
 from bnext.statistics.online import following_stream
 from bnext.surgery.convert import convert_norm
 from bnext.surgery.freezing import freeze_norms, unfreeze_norms
+from tests.workers import run_workers
 
 DOMAINS = NormSpec(population="per_domain", affine="per_domain", domains=("day", "night"))
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
@@ -166,11 +169,31 @@ def average_equal_values(model):
     return average
 
 
+def average_for_long(model):
+    """Each step loses a digit more."""
+    average = copy.deepcopy(model)
+    for _ in range(1000):
+        for value, new in zip(average.buffers(), model.buffers(), strict=True):
+            if value.is_floating_point():
+                value.mul_(0.999).add_(new * 0.001)
+    return average
+
+
 def average_by_torch(model):
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
     for _ in range(3):
+        call(average)
         average.update_parameters(model)
     return average.module
+
+
+def lend_other_tensors(model):
+    """For one call, as ensembles and evaluations of averaged weights do."""
+    other = {name: buffer + 1 for name, buffer in model.named_buffers()}
+    with use_domain("day"):
+        outputs = [functional_call(model, buffers, (X,)) for buffers in (other, {}, other)]
+    assert not torch.equal(outputs[0], outputs[1])
+    return model
 
 
 def load(model):
@@ -204,7 +227,9 @@ def follow(model):
         lambda model: model.double().float(),
         rewrite_same_values,
         average_equal_values,
+        average_for_long,
         average_by_torch,
+        lend_other_tensors,
         load,
         load_by_assignment,
         convert,
@@ -246,3 +271,32 @@ def test_statistics_that_were_taken_away_are_missed():
         model[1].running_mean = model[1].running_var = None
         with pytest.raises(StatisticsError, match=r"running_mean.*unfreeze_norms"):
             model(X)
+
+
+def freeze_after_steps_of_their_own(rank):
+    """Messages of a worker whose statistics differ from worker 0's, which DistributedDataParallel gives to all."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), BatchNorm2d(3)).train()
+    model(X + rank)
+    parallel = DistributedDataParallel(model)
+    parallel(X + rank)
+    freeze_norms(model, "statistics")
+
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("bnext").addHandler(handler)
+    try:
+        parallel(X)
+        before = len(messages)
+        if rank == 0:
+            model[1].running_mean.add_(1)
+        parallel(X)
+    finally:
+        logging.getLogger("bnext").removeHandler(handler)
+    return before, len(messages), model[1].running_mean
+
+
+def test_worker_0_alone_says_what_reached_the_statistics_of_all():
+    (before_0, after_0, mean_0), (before_1, after_1, mean_1) = run_workers(freeze_after_steps_of_their_own, 2)
+    assert (before_0, after_0, before_1, after_1) == (0, 1, 0, 0)
+    assert torch.equal(mean_0, mean_1)

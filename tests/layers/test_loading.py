@@ -95,6 +95,16 @@ def test_each_load_says_once_what_it_did_and_what_is_left(said):
     assert not said.messages
 
 
+@pytest.mark.parametrize("fields", [["running_mean", "running_var"], ["weight", "bias"], ["weight"]])
+def test_some_of_the_fields_of_a_plain_norm_are_loaded_without_a_word(fields, said):
+    source, target = randomize(BatchNorm2d(4)).state_dict(), BatchNorm2d(4)
+    part = {field: source[field] for field in fields}
+    result = target.load_state_dict(part, strict=False)
+    assert all(torch.equal(target.state_dict()[field], source[field]) for field in fields)
+    assert set(result.missing_keys) == source.keys() - set(fields) - {"num_batches_tracked"}
+    assert not said.messages
+
+
 def test_what_cannot_be_converted_is_an_error_of_the_load():
     numbered = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3)).state_dict()
     for state, name in ((numbered, "numbered levels"), (nn.BatchNorm2d(5).state_dict(), r"shape \[4\]")):

@@ -84,6 +84,16 @@ def test_fake_tensors_have_the_shapes_of_real_ones(case, training):
     assert_is_itself(case, training)
 
 
+@some_cases
+@both_modes
+def test_fake_tensors_of_a_norm_whose_own_are_real(case, training):
+    norm = case.build().train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        outputs = case.call(norm, case.inputs())
+    assert {name: x.shape for name, x in outputs.items()} == {name: x.shape for name, x in case.inputs().items()}
+    assert_is_itself(case, training)
+
+
 @every_case
 @both_modes
 def test_on_the_meta_device(case, training):
