@@ -267,10 +267,13 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def __getattr__(self, name: str) -> Any:
         """A field that levels or domains own: see `OwnedField`; whoever takes the norm for torch's gets no None."""
         value = super().__getattr__(name)
-        if name not in _FIELDS or torch.compiler.is_compiling():
+        is_read_by_tools = name in ("bias", "running_mean")
+        if not is_read_by_tools and (value is not None or name not in _FIELDS):
+            return value
+        if torch.compiler.is_compiling():
             return value
 
-        if name in ("bias", "running_mean"):
+        if is_read_by_tools:
             tool = sys._getframe(1).f_code
             if tool in _TOOLS:
                 self._check_tool(tool.co_name, *_TOOLS[tool])
