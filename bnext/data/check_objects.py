@@ -59,7 +59,8 @@ class Task:
     Args:
         is_training: it is trained on.
         is_labelled: its labels enter a loss; True for a training.
-        num_classes: of the model's head; None: not known.
+        num_classes: that the set may have at most, those of the model's head; None: not known, or the set is evaluated
+            and its categories are found by their names.
         mask_format: INPUT.MASK_FORMAT of a model with masks; None: it has none.
         num_keypoints: of each object; None: the model has none.
         image_format: INPUT.FORMAT.
