@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import detectron2.evaluation
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -75,7 +76,8 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         self._places = _find_places(cfg, dataset_name, names, content)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        super().process(inputs, [self._translate(output) for output in outputs])
+        images = [{"image_id": _to_plain(record["image_id"])} for record in inputs]
+        super().process(images, [self._translate(output) for output in outputs])
 
     def _translate(self, output: dict[str, Any]) -> dict[str, Any]:
         """The output with the set's class indices, without detections of classes that it does not list."""
@@ -124,6 +126,11 @@ def _provide_file(cfg: CfgNode, name: str) -> Iterator[str]:
 def _decode(value: Any) -> Any:
     """Values that JSON does not know: NumPy's numbers and arrays, and the bytes of run lengths."""
     return value.decode("ascii") if isinstance(value, bytes) else value.tolist()
+
+
+def _to_plain(number: Any) -> Any:
+    """An id that the file of detections takes, as a function of the user's may give NumPy's numbers."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Mapping[str, Any]) -> torch.Tensor:

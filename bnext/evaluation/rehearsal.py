@@ -68,7 +68,7 @@ _FAILING = Refusal(
     DatasetError,
     "The evaluation of data set {name!r}",
     "get through the set's own ground truth",
-    "Correct the annotations; bnext.evaluation.build_evaluator mends what can be mended.",
+    "Correct the annotations, or the evaluator where that is your own.",
 )
 _OTHER_NUMBERS = Refusal(
     DatasetError,

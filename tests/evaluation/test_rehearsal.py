@@ -173,6 +173,12 @@ def test_records_that_cannot_be_evaluated_are_named(tmp_path, change):
         rehearse(load(tmp_path), build=build_evaluator)
 
 
+def test_ids_of_numpy_are_numbers_in_the_file_of_detections(tmp_path):
+    records = as_records(VAL, lambda number, record: record.update(image_id=np.int64(record["image_id"])))
+    with registered(tmp_path, val=lambda: records):
+        rehearse(load(tmp_path), build=build_evaluator)
+
+
 def test_a_detectron2_evaluator_that_is_tried_leaves_no_file_behind(tmp_path):
     with registered(tmp_path, val=lambda: as_records(VAL)):
         rehearse(load(tmp_path), build=build_detectron2s)
