@@ -20,7 +20,7 @@ from detectron2.data import MetadataCatalog
 
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import load_records
-from bnext.evaluation.ground_truth import convert_records, mend, name_categories
+from bnext.evaluation.ground_truth import convert_records, is_crowd, mend, name_categories
 from bnext.notices import tell_once
 
 __all__ = ["COCOEvaluator"]
@@ -145,7 +145,7 @@ def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Map
 
     matches = dict(zip(names, match_classes(trained, list(names.values())), strict=True))
     unknown = {number: names[number] for number, match in matches.items() if match is None}
-    annotated = {annotation["category_id"] for annotation in content.get("annotations", ())}
+    annotated = {each["category_id"] for each in content.get("annotations", ()) if not is_crowd(each)}
     check_known(name, trained, [each for number, each in unknown.items() if number in annotated])
 
     places = torch.full((len(trained),), -1)

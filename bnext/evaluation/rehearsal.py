@@ -413,7 +413,7 @@ def _say_shortfalls(test_set: _TestSet, sample: Sequence[Any], aps: dict[str, fl
 def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, float]) -> list[str]:
     """Why objects of the ground truth cannot be found, in words."""
     crowded: dict[str, list[Any]] = {}
-    outside = 0
+    outside = invisible = 0
 
     for number in sample:
         objects, record = test_set.objects[number], test_set.records[number]
@@ -424,12 +424,17 @@ def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, flo
             if most > taken:
                 crowded.setdefault(f"{taken} of a category that COCO's metric takes", []).append(number)
         outside += sum(_reaches_outside(each["bbox"], record) for each in objects)
+        if "segm" in tasks:
+            size = int(record["height"]), int(record["width"])
+            invisible += sum(not draw_mask(each, *size).any() for each in objects)
 
     causes = []
     for limit, numbers in crowded.items():
         causes.append(f"images with more objects than the {limit}: {len(numbers)}, ids {list_few(numbers)}")
     if outside:
         causes.append(f"boxes without area or that reach out of their picture: {outside}")
+    if invisible:
+        causes.append(f"masks without a pixel in their picture: {invisible}")
     return causes
 
 

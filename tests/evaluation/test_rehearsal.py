@@ -13,6 +13,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from bnext.cli.train import check_run
+from bnext.data.classes import relabel_records
+from bnext.data.records import load_records
 from bnext.engine import Trainer
 from bnext.errors import DatasetError
 from bnext.evaluation import build_evaluator, evaluate_model
@@ -301,6 +303,22 @@ def test_the_ap_that_can_be_reached_is_said(tmp_path, bnext_log):
     with registered(tmp_path, val=outside):
         rehearse(load(tmp_path), build=build_evaluator)
     assert "reach out of their picture: 12" in bnext_log.text
+
+    masks = edit(VAL, segmentation=lambda number, each: [[70, 70, 90, 70, 90, 90]])
+    with registered(tmp_path, val=masks):
+        rehearse(load(tmp_path, "MODEL.MASK_ON", True, config=tiny.RCNN), build=build_evaluator)
+    assert "masks without a pixel in their picture: 12" in bnext_log.text
+
+
+def test_crowds_of_a_class_that_the_training_does_not_have_do_not_count(tmp_path, bnext_log):
+    herd = {**VAL["annotations"][0], "id": 999, "category_id": 9, "iscrowd": 1}
+    categories = [*VAL["categories"], {"id": 9, "name": "herd"}]
+    with registered(tmp_path, val={**VAL, "categories": categories, "annotations": [*VAL["annotations"], herd]}):
+        cfg = load(tmp_path)
+        rehearse(cfg, build=build_evaluator)
+        records = relabel_records(cfg, "own_val", load_records("own_val", cfg))
+    assert "bbox AP 100.0" in bnext_log.text
+    assert records[0]["annotations"][-1]["iscrowd"] == 1
 
 
 @pytest.mark.parametrize("edited", [edit(VAL, iscrowd=1), {**VAL, "annotations": []}], ids=["crowds", "none"])
