@@ -35,9 +35,9 @@ from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
 from bnext.notices import tell_once
 
-__all__ = ["check_datasets"]
+__all__ = ["EVALUATORS", "check_datasets"]
 
-EVALUATORS = ("coco", "coco_panoptic_seg")  # other kinds (LVIS, Cityscapes) have formats of their own
+EVALUATORS = ("coco", "coco_panoptic_seg")  # whose files are COCO's; LVIS, Cityscapes have their own
 FILE = "The annotation file"
 Content = dict[str, list[dict[str, Any]]]  # of an annotation file: images, annotations, categories
 ENTRIES: dict[str, dict[str, tuple[type, ...]]] = {

@@ -26,11 +26,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from bnext.data.check_coco import EVALUATORS
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import Record, check_registered, load_records
 from bnext.errors import BNextError, DatasetError, Refusal, list_few
 from bnext.evaluation.coco_evaluator import COCOEvaluator
-from bnext.evaluation.ground_truth import EVALUATORS, draw_mask, is_crowd, name_categories, read_ground_truth
+from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, read_ground_truth
 from bnext.notices import tell_once
 
 __all__ = ["rehearse"]
