@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from urllib.parse import quote
 
-__all__ = ["escape_math", "find_near", "flatten_text", "suggest"]
+__all__ = ["escape_math", "find_near", "flatten_text", "name_folder", "suggest"]
 
 
 def flatten_text(text: str, most: int | None = None) -> str:
@@ -34,6 +35,20 @@ def escape_math(text: str) -> str:
         price_\\$
     """
     return text.replace("$", r"\$")
+
+
+def name_folder(text: str) -> str:
+    """A text as the name of one folder, which leads to no other place.
+
+    Example:
+        >>> name_folder("../night_val")
+        '..%2Fnight_val'
+        >>> name_folder("..")
+        '%2E%2E'
+    """
+    letters = [letter if letter.isprintable() and letter not in "%/\\" else quote(letter, "") for letter in text]
+    name = "".join(letters)
+    return name if name.strip(".") else name.replace(".", "%2E")
 
 
 def find_near(name: object, known: Iterable[str], most: int = 3, cutoff: float = 0.6) -> list[str]:

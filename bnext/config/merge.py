@@ -151,9 +151,15 @@ def _convert(name: str, value: Any, default: Any, where: str) -> Any:
     if type(value) is not type(default):
         form = _FORMS[type(default)]
         if isinstance(default, (list, tuple)) and isinstance(value, (str, int, float)):
-            form = f'"[{value!r}]"'
+            form = f'"{_split(value) if isinstance(value, str) else [value]}"'
         raise _TYPE.of(_show(value), where, key=name, kind=_KINDS[type(default)], form=form)
     return value
+
+
+def _split(text: str) -> list[str]:
+    """The items of a list without quotes, as a shell takes them off: "(a, b)" -> ["a", "b"]."""
+    items = text.strip().strip("()[]").split(",")
+    return [item.strip().strip("'\"") for item in items if item.strip()]
 
 
 _KINDS = {str: "a string", bool: "True or False", int: "a whole number", float: "a number"}

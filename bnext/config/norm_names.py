@@ -21,7 +21,7 @@ _SAME = {
     "LN": ("layernorm", "layernorm2d", "layernormalization"),
     "": ("none", "null", "no", "false", "identity", "nonorm"),
 }
-_NAMES = {name: new for new, names in _SAME.items() for name in names}
+_NAMES = {name: new for new, names in _SAME.items() for name in (new.casefold(), *names)}
 # Name -> the keys that give it, as a norm called BN.
 _BY_KEYS = {
     "ghostbn": "{node}.NORMALIZATION_BATCH_SIZE to the number of samples that are normalized together",
@@ -63,7 +63,7 @@ def check_norm_name(place: str, name: Any) -> None:
 
 
 def _find_remedy(place: str, name: str) -> str:
-    plain = re.sub(r"[\W_]", "", name).casefold()
+    plain = re.sub(r"[\W_]", "", name.rpartition(".")[2]).casefold()  # without the module, such as torch.nn
     keys = _BY_KEYS.get(plain)
     is_elsewhere = (
         (plain in _LEVELS_ONLY and not PLACES[place].levels)

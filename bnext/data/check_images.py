@@ -80,10 +80,12 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     counts = Counter(pictures.file_names) if len(set(pictures.file_names)) < len(pictures.file_names) else Counter()
     repeated = {show_path(name): count for name, count in counts.items() if count > 1}
     if repeated:
-        words = (
-            f"are of a picture that an earlier record has, too: {list_few(repeated)}; each is trained on with the "
-            "objects of one record only, and all others as background"
+        follows = (
+            "each is trained on with the objects of one record only, and all others as background"
+            if task.is_training
+            else "what is detected of the objects of another record counts as false"
         )
+        words = f"are of a picture that an earlier record has, too: {list_few(repeated)}; {follows}"
         yield Notice(sum(repeated.values()) - len(repeated), len(pictures.file_names), "records", words)
 
 

@@ -59,7 +59,8 @@ class Task:
     Args:
         is_training: it is trained on.
         is_labelled: its labels enter a loss; True for a training.
-        num_classes: of the model's head; None: not known.
+        num_classes: that the set may have at most, those of the model's head; None: not known, or the set is evaluated
+            and its categories are found by their names.
         mask_format: INPUT.MASK_FORMAT of a model with masks; None: it has none.
         num_keypoints: of each object; None: the model has none.
         image_format: INPUT.FORMAT.
@@ -502,7 +503,7 @@ def _sum_runs(counts: str | bytes) -> int | None:
 
 def _find_odd_polygons(
     objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
-) -> Iterator[Fault]:
+) -> Iterator[Fault | Notice]:
     polygons, owners = segmentations.polygons, segmentations.owners
     if not polygons:
         return
@@ -521,7 +522,8 @@ def _find_odd_polygons(
         got = f"{len(odd)} polygons with other values: annotations {objects.name(odd)}"
         yield Fault("The polygons of annotations", "be finite numbers, x, y, x, y, ...", got)
 
-    sides = objects.sizes[objects.pictures[owners]].max(axis=1)
+    pictures = objects.sizes[objects.pictures[owners]]
+    sides = pictures.max(axis=1)
     is_far = np.maximum(-lows, highs) > FAR * sides
     far = owners[is_far]
     if len(far):
@@ -533,6 +535,16 @@ def _find_odd_polygons(
             remedy="Correct or remove them: the memory that they are drawn in grows with their distance.",
         )
 
+    # Few can lie outside; of those each axis is looked at.
+    outside = [
+        int(owners[index])
+        for index in np.flatnonzero((lows <= 0) | (highs >= pictures.min(axis=1)))
+        if _lies_outside(polygons[index], *pictures[index])
+    ]
+    if outside:
+        words = f"lie outside of their picture, and give no mask: annotations {objects.name(outside)}"
+        yield Notice(len(outside), len(polygons), "polygons", words)
+
     is_normalized = (lows >= 0) & (highs <= 1.01) & (sides > 2)
     if is_normalized.sum() > max(1, len(owners) / 2):
         yield Fault(
@@ -542,6 +554,11 @@ def _find_odd_polygons(
             f"{objects.name(owners[is_normalized])}",
             remedy="Multiply x by the width of the picture, y by its height.",
         )
+
+
+def _lies_outside(polygon: Sequence[float], width: float, height: float) -> bool:
+    x, y = polygon[::2], polygon[1::2]
+    return max(x) <= 0 or min(x) >= width or max(y) <= 0 or min(y) >= height
 
 
 MASK_RULES: tuple[Callable[..., Iterator[Fault | Notice]], ...] = (

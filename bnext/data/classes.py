@@ -33,7 +33,8 @@ UNKNOWN_CLASSES = Refusal(
     DatasetError,
     "The categories of data set {name!r}",
     "be among the classes of the training, which are found by name ({trained})",
-    "Give a category the same name in both sets, or name in DATASETS.TRAIN the set that the weights were trained on.",
+    "Give a category the same name in both sets, name in DATASETS.TRAIN the set that the weights were trained on, or "
+    "leave the objects of other classes out.",
 )
 _CATEGORIES = re.compile(r'"categories"\s*:\s*(?=\[)')
 _read: dict[tuple[str, int, int], tuple[str, ...]] = {}  # by path, time and size of the annotation file
@@ -192,7 +193,7 @@ def relabel_records(cfg: CfgNode, name: str, records: list[Record]) -> list[Reco
         annotations = []
         for annotation in record.get("annotations", ()):
             place = places[annotation["category_id"]]
-            if place is None:
+            if place is None and not annotation.get("iscrowd"):  # of which nothing is learned
                 unknown[names[annotation["category_id"]]] = None
             annotations.append({**annotation, "category_id": place})
         relabelled.append({**record, "annotations": annotations} if "annotations" in record else record)

@@ -144,6 +144,8 @@ def _naming(path: str) -> Iterator[None]:
         raise
     except UnidentifiedImageError:
         raise _refuse(path, _describe_content(path)) from None
+    except Image.DecompressionBombError as error:
+        raise _refuse_size(path) from error
     except Exception as error:  # whatever Pillow raises for the many ways in which a file can be broken
         words = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
         raise _refuse(path, " ".join(words.split())) from error
@@ -151,6 +153,18 @@ def _naming(path: str) -> Iterator[None]:
 
 def _refuse(path: str, got: str) -> DatasetError:
     return DatasetError.of("A picture", "be a whole image file", got=got, where=show_path(path), remedy=_RESTORE)
+
+
+def _refuse_size(path: str) -> DatasetError:
+    limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # up to which Pillow only warns
+    return DatasetError.of(
+        "A picture",
+        f"have at most {limit:,} pixels, which Pillow takes for harmless",
+        got="more",
+        where=show_path(path),
+        remedy="Cut it into pictures of the size that the model takes, each with its objects; or, if the file is "
+        "trusted, set PIL.Image.MAX_IMAGE_PIXELS = None in the module that registers the set.",
+    )
 
 
 def show_path(path: str) -> str:

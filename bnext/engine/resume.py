@@ -17,6 +17,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from bnext.errors import CheckpointError, LaunchError, Refusal
 from bnext.files import find_local_file
@@ -59,6 +60,7 @@ _NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS"}
 # These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
 _IN_OPTIMIZER = {"SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
 _IN_OPTIMIZER |= {"SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"}
+_OF_PARAMETERS = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")  # one value for each of a parameter's
 _NORMALIZER = "loss_normalizer"  # a moving average that dense detectors keep as a plain attribute
 
 
@@ -227,9 +229,9 @@ def _are_normalizers(workers: object) -> bool:
 
 
 def _list_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dictionaries and lists, with its name."""
-    if isinstance(value, Tensor):
-        yield name, value
+    """Every tensor, and floating point number as one, in nested dictionaries and lists, with its name."""
+    if isinstance(value, (Tensor, float)):
+        yield name, torch.as_tensor(value)
     elif isinstance(value, dict):
         for key, item in value.items():
             yield from _list_tensors(item, f"{name}.{key}")
@@ -239,11 +241,12 @@ def _list_tensors(value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextlib.contextmanager
-def expect_same_optimizer(cfg: CfgNode, state: dict[str, Any]) -> Iterator[None]:
+def expect_same_optimizer(cfg: CfgNode, optimizer: Optimizer, state: dict[str, Any]) -> Iterator[None]:
     """Say what is wrong where the optimizer's state in a checkpoint is not one of this training's optimizer.
 
     Args:
         cfg: of the training that resumes.
+        optimizer: of that training, into which the block loads.
         state: the trainer's state dict in the checkpoint.
 
     Raises:
@@ -256,6 +259,11 @@ def expect_same_optimizer(cfg: CfgNode, state: dict[str, Any]) -> Iterator[None]
         if before != now:
             raise ValueError(f"SOLVER.OPTIMIZER is {now}, it was {before}")
         yield
+        for parameter, values in optimizer.state.items():
+            for key in _OF_PARAMETERS:
+                value = values.get(key)
+                if isinstance(value, Tensor) and value.shape != parameter.shape:
+                    raise ValueError(f"{key} of shape {tuple(value.shape)} for a parameter of {tuple(parameter.shape)}")
     except (KeyError, ValueError) as error:
         raise CheckpointError.of(
             "The optimizer of the resumed training",

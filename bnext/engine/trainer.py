@@ -289,7 +289,7 @@ class Trainer(DefaultTrainer):
         schedulers = [type(hook).__qualname__ for hook in self._hooks if isinstance(hook, d2_hooks.LRScheduler)]
         check_training_state(state_dict, f"OUTPUT_DIR {self.cfg.OUTPUT_DIR}", schedulers)
         super(DefaultTrainer, self).load_state_dict(state_dict)  # of hooks, too, whose faults are their own
-        with expect_same_optimizer(self.cfg, state_dict):
+        with expect_same_optimizer(self.cfg, self._trainer.optimizer, state_dict):
             if "_trainer" in state_dict:
                 self._trainer.load_state_dict(state_dict["_trainer"])
 

@@ -30,6 +30,7 @@ from bnext.evaluation.rehearsal import rehearse
 from bnext.files import naming_file, write_json
 from bnext.notices import tell_once
 from bnext.scope.model import setting
+from bnext.text import name_folder
 
 __all__ = [
     "build_evaluator",
@@ -109,7 +110,7 @@ def evaluate_model(
 
     for name in names:
         # One folder each, as every evaluator writes the same file names.
-        evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name))
+        evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name_folder(name)))
         with naming_file(folder):
             results[name] = evaluate_with(cfg, model, name, evaluator)
 

@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import detectron2.evaluation
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import load_records
-from bnext.evaluation.ground_truth import convert_records, mend, name_categories
+from bnext.evaluation.ground_truth import convert_records, is_crowd, mend, name_categories
 from bnext.notices import tell_once
 
 __all__ = ["COCOEvaluator"]
@@ -75,7 +76,8 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         self._places = _find_places(cfg, dataset_name, names, content)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        super().process(inputs, [self._translate(output) for output in outputs])
+        images = [{"image_id": _to_plain(record["image_id"])} for record in inputs]
+        super().process(images, [self._translate(output) for output in outputs])
 
     def _translate(self, output: dict[str, Any]) -> dict[str, Any]:
         """The output with the set's class indices, without detections of classes that it does not list."""
@@ -126,6 +128,11 @@ def _decode(value: Any) -> Any:
     return value.decode("ascii") if isinstance(value, bytes) else value.tolist()
 
 
+def _to_plain(number: Any) -> Any:
+    """An id that the file of detections takes, as a function of the user's may give NumPy's numbers."""
+    return number.item() if isinstance(number, np.generic) else number
+
+
 def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Mapping[str, Any]) -> torch.Tensor:
     """For each class index of the model that of the set; -1: the set does not list the class."""
     trained = find_trained_classes(cfg)
@@ -138,7 +145,7 @@ def _find_places(cfg: CfgNode, name: str, names: Mapping[Any, str], content: Map
 
     matches = dict(zip(names, match_classes(trained, list(names.values())), strict=True))
     unknown = {number: names[number] for number, match in matches.items() if match is None}
-    annotated = {annotation["category_id"] for annotation in content.get("annotations", ())}
+    annotated = {each["category_id"] for each in content.get("annotations", ()) if not is_crowd(each)}
     check_known(name, trained, [each for number, each in unknown.items() if number in annotated])
 
     places = torch.full((len(trained),), -1)

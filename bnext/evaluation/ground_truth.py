@@ -18,11 +18,12 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
+from bnext.data.check_coco import EVALUATORS
 from bnext.data.records import Record
 from bnext.errors import DatasetError, Refusal, list_few
 from bnext.notices import tell_once
 
-__all__ = ["EVALUATORS", "convert_records", "draw_mask", "is_crowd", "mend", "name_categories", "read_ground_truth"]
+__all__ = ["convert_records", "draw_mask", "is_crowd", "mend", "name_categories", "read_ground_truth"]
 
 Content = dict[str, Any]
 Annotation = dict[str, Any]
@@ -33,7 +34,6 @@ _INVALID = Refusal(
     "have {rule}",
     "Correct the annotations, or leave these objects out.",
 )
-EVALUATORS = ("coco", "coco_panoptic_seg")  # whose annotation files are COCO's
 _LARGEST_AREA = 1e10  # pycocotools leaves out what is larger
 
 

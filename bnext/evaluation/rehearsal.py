@@ -26,11 +26,12 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from bnext.data.check_coco import EVALUATORS
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import Record, check_registered, load_records
 from bnext.errors import BNextError, DatasetError, Refusal, list_few
 from bnext.evaluation.coco_evaluator import COCOEvaluator
-from bnext.evaluation.ground_truth import EVALUATORS, draw_mask, is_crowd, name_categories, read_ground_truth
+from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, read_ground_truth
 from bnext.notices import tell_once
 
 __all__ = ["rehearse"]
@@ -68,7 +69,7 @@ _FAILING = Refusal(
     DatasetError,
     "The evaluation of data set {name!r}",
     "get through the set's own ground truth",
-    "Correct the annotations; bnext.evaluation.build_evaluator mends what can be mended.",
+    "Correct the annotations, or the evaluator where that is your own.",
 )
 _OTHER_NUMBERS = Refusal(
     DatasetError,
@@ -413,7 +414,7 @@ def _say_shortfalls(test_set: _TestSet, sample: Sequence[Any], aps: dict[str, fl
 def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, float]) -> list[str]:
     """Why objects of the ground truth cannot be found, in words."""
     crowded: dict[str, list[Any]] = {}
-    outside = 0
+    outside = invisible = 0
 
     for number in sample:
         objects, record = test_set.objects[number], test_set.records[number]
@@ -424,12 +425,17 @@ def _find_causes(test_set: _TestSet, sample: Sequence[Any], tasks: dict[str, flo
             if most > taken:
                 crowded.setdefault(f"{taken} of a category that COCO's metric takes", []).append(number)
         outside += sum(_reaches_outside(each["bbox"], record) for each in objects)
+        if "segm" in tasks:
+            size = int(record["height"]), int(record["width"])
+            invisible += sum(not draw_mask(each, *size).any() for each in objects)
 
     causes = []
     for limit, numbers in crowded.items():
         causes.append(f"images with more objects than the {limit}: {len(numbers)}, ids {list_few(numbers)}")
     if outside:
         causes.append(f"boxes without area or that reach out of their picture: {outside}")
+    if invisible:
+        causes.append(f"masks without a pixel in their picture: {invisible}")
     return causes
 
 

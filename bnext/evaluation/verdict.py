@@ -97,6 +97,9 @@ def _judge_aps(results: Mapping[str, Any], aps: Mapping[str, float], metric: str
         return Verdict(
             None, None, f"Nothing can be said: the kinds differ by less than {noise:.1f} AP, which is noise."
         )
+    if base is not None and _NOISE <= aps[best] - base < noise:
+        words = f"Nothing can be said: {KINDS[best].words} gains {aps[best] - base:.1f} {metric}, but so few objects"
+        return Verdict(None, None, f"{words} are there that less than {noise:.1f} is noise. Compare on more images.")
     if base is not None and aps[best] - base < noise:
         words = f"Keep the statistics of the file ({metric} {base:.1f}): no other kind gains {noise:.1f} AP or more"
         return Verdict(_FILE, 0.0, f"{words}, and less is noise.")

@@ -228,6 +228,8 @@ def test_a_choice_between_levels_needs_several(key):
         ("FrozenBatchNorm2d", "Write FrozenBN"),
         ("none", "Write ''"),
         ("GhostBN", "Write BN, and set MODEL.BNEXT.{place}.NORMALIZATION_BATCH_SIZE"),
+        ("bn", "Write BN."),
+        ("torch.nn.BatchNorm2d", "Write BN."),
         ("IN", "Choose one of them"),
     ],
 )

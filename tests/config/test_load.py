@@ -246,6 +246,7 @@ def test_a_value_that_no_training_can_do_with_names_its_key_and_the_rule(key, va
         (["", "1"], ["''"]),
         (["MODEL.NORM", "BN"], ["MODEL.NORM", "MODEL.FPN.NORM"]),
         (["DATASETS.TRAIN", "digits_train"], ["['digits_train']"]),
+        (["DATASETS.TRAIN", "(a, b)"], ["['a', 'b']"]),
         (["SOLVER.MAX_ITER", "("* 3000], ["SOLVER.MAX_ITER"]),
         (["MODEL.META_ARCHITECTURE", "BNextRetinanet"], ["Did you mean 'BNextRetinaNet'"]),
         (["MODEL.BNEXT.FPN.TRAINING", "Renorm"], ["Did you mean 'renorm'"]),

@@ -251,6 +251,22 @@ def test_more_categories_than_the_head_has_classes(folder: Path) -> None:
         check_datasets(["digits_train"], num_classes=9)
 
 
+def test_a_test_set_may_list_more_categories_as_they_are_found_by_name(folder: Path) -> None:
+    cfg = get_cfg()
+    add_bnext_config(cfg)
+    cfg.MODEL.META_ARCHITECTURE, cfg.MODEL.RETINANET.NUM_CLASSES = "RetinaNet", 10
+    cfg.DATASETS.TRAIN = ("digits_val",)
+    edit(folder, lambda c: c["categories"].append({"id": 99, "name": "letters"}))
+
+    check_datasets(["own"], num_classes=10, training=False, cfg=cfg)
+    with pytest.raises(DatasetError, match="at most the 10 classes"):
+        check_datasets(["own"], num_classes=10, cfg=cfg)
+
+    cfg.DATASETS.TRAIN = ()  # nobody knows the names of the model's classes
+    with pytest.raises(DatasetError, match="at most the 10 classes"):
+        check_datasets(["own"], num_classes=10, training=False, cfg=cfg)
+
+
 def test_categories_unlike_those_registered(folder: Path) -> None:
     edit(folder, lambda c: c["categories"][7].update(name="seven"))
     with pytest.raises(DatasetError, match="'seven' instead of '7'"):

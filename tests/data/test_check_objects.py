@@ -202,3 +202,13 @@ def test_boxes_may_be_of_numpys_numbers():
     boxes = [np.array(BOXES[0], dtype=np.float32), tuple(np.int64(value) for value in BOXES[1])]
     np.testing.assert_array_equal(read_boxes(boxes, [1, 2]), BOXES[:2])
     assert read_boxes([], []).shape == (0, 4)
+
+
+@pytest.mark.parametrize("shift", [(-70, 0), (70, 0), (0, -50), (0, 50)])
+@pytest.mark.parametrize("task", [MASK, POLYGON, TEST])
+def test_polygons_outside_of_their_picture_are_counted(shift, task):
+    moved = (np.array(outline(BOXES[2])).reshape(-1, 2) + shift).flatten().tolist()
+    fault, notices = find(make(segmentations={2: [moved]}), task)
+    assert fault is None
+    assert notices == [Notice(1, 6, "polygons", notices[0].words)]
+    assert "annotations 3" in notices[0].words

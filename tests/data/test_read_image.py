@@ -133,3 +133,11 @@ def test_files_without_end_are_refused_before_a_mapper_of_the_users_own_opens_th
         refuse_endless_file(str(tmp_path / "a.png"))
     for other in (None, 3, "", "a.zip/member.png", "s3://bucket/a.png", str(tmp_path)):
         refuse_endless_file(other)
+
+
+def test_a_picture_that_is_too_large_for_pillow_is_not_called_broken(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = save(tmp_path, GREY)
+    for read in (read_header, lambda path: read_image(path, "BGR")):
+        with pytest.raises(DatasetError, match=r"200 pixels.*picture\.png.*MAX_IMAGE_PIXELS"):
+            read(path)

@@ -1,6 +1,7 @@
 """What a resume needs: a folder that can be written into, and the state of a training."""
 
 import contextlib
+import copy
 import json
 import os
 
@@ -9,7 +10,7 @@ import torch
 
 from bnext.cli.train import check_run
 from bnext.engine import Trainer, train
-from bnext.engine.resume import check_output_files, check_training_state, drop_half_line
+from bnext.engine.resume import check_output_files, check_training_state, drop_half_line, expect_same_optimizer
 from bnext.errors import CheckpointError, LaunchError
 from tests import tiny
 
@@ -66,6 +67,7 @@ WRONG = {
     "'bnext'": {**GOOD, "bnext": {"seed": 1}},
     "workers": {**GOOD, "bnext": {**GOOD["bnext"], "workers": []}},
     "NaN": {**GOOD, "_trainer": {"optimizer": {"state": [torch.tensor([torch.nan])], "param_groups": []}}},
+    "lr": {**GOOD, "_trainer": {"optimizer": {"state": {}, "param_groups": [{"lr": float("nan")}]}}},
     "'optimizer'": {**GOOD, "_trainer": {"optimizer": {}}},
     "optimizer": {key: value for key, value in GOOD.items() if key != "_trainer"},
     "'LRScheduler'": {**GOOD, "hooks": {}},
@@ -79,6 +81,21 @@ def test_a_state_that_no_training_wrote_is_refused(name):
     check_training_state({"iteration": 3}, "of detectron2")
     with pytest.raises(CheckpointError, match=rf"{name}.*\(here\)"):
         check_training_state(WRONG[name], "here", ["LRScheduler"])
+
+
+def test_momenta_of_other_shapes_are_refused_when_they_are_loaded(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+    state = copy.deepcopy(optimizer.state_dict())
+    with expect_same_optimizer(tiny.load(tmp_path), optimizer, GOOD):
+        optimizer.load_state_dict(state)
+    state["state"][0]["momentum_buffer"] = torch.zeros(3)
+    shapes = pytest.raises(CheckpointError, match=r"momentum_buffer of shape \(3,\)")
+    with shapes, expect_same_optimizer(tiny.load(tmp_path), optimizer, GOOD):
+        optimizer.load_state_dict(state)
 
 
 def test_a_training_does_not_resume_from_weights_alone(finished, tmp_path):

@@ -1,11 +1,13 @@
 """Evaluation on one and on several data sets."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
 
 from bnext.engine.trainer import Trainer
 from bnext.errors import ConfigError
@@ -35,6 +37,36 @@ def test_several_sets_have_a_dictionary_and_a_folder_each(model, digits, tmp_pat
     stored = json.loads(Path(tmp_path, "inference", "results.json").read_text())
     assert stored["digits_val"]["bbox"]["AP"] == results["digits_val"]["bbox"]["AP"]
     assert stored["digits_val"]["bbox"]["APl"] is None  # no large object in images of 64 pixels: NaN is no JSON
+
+
+def test_the_name_of_a_set_leads_to_no_other_folder(digits, tmp_path):
+    names = ("digits_val", "../../night", "/night", "..")
+    for name in names[1:]:
+        DatasetCatalog.register(name, lambda: DatasetCatalog.get("digits_val"))
+        MetadataCatalog.get(name).set(thing_classes=MetadataCatalog.get("digits_val").thing_classes)
+        MetadataCatalog.get(name).evaluator_type = "coco"
+
+    folders = []
+    try:
+        evaluate_model(tiny.load(tmp_path, "DATASETS.TEST", names), torch.nn.Identity(), build=Keeping(folders))
+    finally:
+        for name in names[1:]:
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+    used = [path for path in folders if Path(path).is_relative_to(tmp_path)]  # the others are of the rehearsal
+    assert len(set(used)) == 4
+    assert {Path(path).parent for path in used} == {tmp_path / "inference"}
+
+
+class Keeping:
+    """Builds evaluators that do nothing, and keeps their folders."""
+
+    def __init__(self, folders):
+        self._folders = folders
+
+    def __call__(self, cfg, name, folder):
+        self._folders.append(os.path.normpath(folder))
+        return DatasetEvaluator()
 
 
 def test_what_pycocotools_prints_is_logged(model, digits, tmp_path, bnext_log, capsys):

@@ -148,8 +148,10 @@ def test_the_verdict_follows_from_the_table(aps, winner, gain, advice):
 
 def test_what_two_objects_make_is_noise():
     aps = {"moving_average": 20.0, "precise": 28.0}
-    assert judge_rows(compare(num_objects=20, **aps)).winner == "moving_average"
+    assert judge_rows(compare(num_objects=20, **aps)).winner is None
     assert judge_rows(compare(num_objects=200, **aps)).winner == "precise"
+    assert "Nothing can be said" in judge_rows(compare(num_objects=20, **aps)).words
+    assert judge_rows(compare(num_objects=20, moving_average=20.0, precise=20.1)).winner == "moving_average"
 
 
 def test_a_winner_that_nobody_can_use_names_the_next():

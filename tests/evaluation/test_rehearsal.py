@@ -13,6 +13,8 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from bnext.cli.train import check_run
+from bnext.data.classes import relabel_records
+from bnext.data.records import load_records
 from bnext.engine import Trainer
 from bnext.errors import DatasetError
 from bnext.evaluation import build_evaluator, evaluate_model
@@ -173,6 +175,12 @@ def test_records_that_cannot_be_evaluated_are_named(tmp_path, change):
         rehearse(load(tmp_path), build=build_evaluator)
 
 
+def test_ids_of_numpy_are_numbers_in_the_file_of_detections(tmp_path):
+    records = as_records(VAL, lambda number, record: record.update(image_id=np.int64(record["image_id"])))
+    with registered(tmp_path, val=lambda: records):
+        rehearse(load(tmp_path), build=build_evaluator)
+
+
 def test_a_detectron2_evaluator_that_is_tried_leaves_no_file_behind(tmp_path):
     with registered(tmp_path, val=lambda: as_records(VAL)):
         rehearse(load(tmp_path), build=build_detectron2s)
@@ -295,6 +303,22 @@ def test_the_ap_that_can_be_reached_is_said(tmp_path, bnext_log):
     with registered(tmp_path, val=outside):
         rehearse(load(tmp_path), build=build_evaluator)
     assert "reach out of their picture: 12" in bnext_log.text
+
+    masks = edit(VAL, segmentation=lambda number, each: [[70, 70, 90, 70, 90, 90]])
+    with registered(tmp_path, val=masks):
+        rehearse(load(tmp_path, "MODEL.MASK_ON", True, config=tiny.RCNN), build=build_evaluator)
+    assert "masks without a pixel in their picture: 12" in bnext_log.text
+
+
+def test_crowds_of_a_class_that_the_training_does_not_have_do_not_count(tmp_path, bnext_log):
+    herd = {**VAL["annotations"][0], "id": 999, "category_id": 9, "iscrowd": 1}
+    categories = [*VAL["categories"], {"id": 9, "name": "herd"}]
+    with registered(tmp_path, val={**VAL, "categories": categories, "annotations": [*VAL["annotations"], herd]}):
+        cfg = load(tmp_path)
+        rehearse(cfg, build=build_evaluator)
+        records = relabel_records(cfg, "own_val", load_records("own_val", cfg))
+    assert "bbox AP 100.0" in bnext_log.text
+    assert records[0]["annotations"][-1]["iscrowd"] == 1
 
 
 @pytest.mark.parametrize("edited", [edit(VAL, iscrowd=1), {**VAL, "annotations": []}], ids=["crowds", "none"])
