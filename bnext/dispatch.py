@@ -91,7 +91,7 @@ def is_exported() -> bool:
     Of what Python does on the way nothing is left: no autograd function of ours, no error, and no choice between
     kernels. torch.compile keeps all of it.
     """
-    return _is_exporting() or _is_tracing()
+    return _is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # in words that a compiler knows
 
 
 def is_exported_to_onnx() -> bool:
