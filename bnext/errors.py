@@ -56,6 +56,7 @@ class BNextError(ValueError):
         value = flatten_text(got if isinstance(got, str) else repr(got), most=_MOST_OF_A_VALUE)
         thing, place = flatten_text(thing, most=_MOST_OF_A_VALUE), flatten_text(where, most=_MOST_OF_A_VALUE)
         place = f" ({place})" if place else ""
+        remedy = flatten_text(remedy, most=_MOST_OF_A_VALUE)
         return cls(flatten_text(f"{thing} must {rule}; got {value}{place}. {remedy}"))
 
 

@@ -152,7 +152,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         call = read_call(self, self._spec, self.where)
         domains = self.find_domains(call.domain, input.shape[0])
         self.count_domains(call, input.shape[0])
-        if self._last_call is not None and self.training:
+        if self._last_call is not None and self.training and not is_traced():
             self._last_call = watch_call(self, input, self._last_call)
         return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
 

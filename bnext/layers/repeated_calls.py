@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bnext.dispatch import is_traced
 from bnext.notices import tell_once
 
 __all__ = ["NO_CALL", "Call", "watch_call"]
@@ -58,7 +57,7 @@ def watch_call(norm: Any, feature: Tensor, last: Call) -> Call | None:
     is_concerned = norm.uses_mini_batch and spec.population == "shared" and not norm.domains
     if not is_concerned or weight is None:
         return None
-    if not (weight.requires_grad and torch.is_grad_enabled()) or is_traced():
+    if not (weight.requires_grad and torch.is_grad_enabled()):
         return last
 
     gradient = weight.grad

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import itertools
 import json
 import os
@@ -156,6 +157,7 @@ def _run_in_child(attempt: Attempt, work: Path, answer: Path) -> None:
     """Never returns: what the parent would do afterwards is not done twice."""
     try:
         os.setpgid(0, 0)
+        faulthandler.disable()  # of pytest, which would print where a crash is wanted
         log = os.open(answer.with_name("log"), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         for stream in (1, 2):
             os.dup2(log, stream)
