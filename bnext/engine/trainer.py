@@ -52,21 +52,14 @@ from bnext.engine.resume import (
 )
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
-from bnext.errors import BNextError, CheckpointError, ConfigError, Refusal, StatisticsError
+from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error
+from bnext.layers.single_element import explaining_single_values
 from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
-
-ALONE = Refusal(
-    StatisticsError,
-    "every group that a norm of torch normalizes in training",
-    "have more than one value",
-    "Use larger images (INPUT.MIN_SIZE_TRAIN), more images of a worker, more channels for GN's 32 groups, or another "
-    "NORM for the place: SyncBN, say.",
-)
 
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
 _OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS")  # keys that may differ; weights are compared
@@ -267,13 +260,9 @@ class Trainer(DefaultTrainer):
     def run_step(self) -> None:
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
         # and would tell a resumed training from an uninterrupted one. On GPUs, inexact anyway, speed counts.
-        try:
-            with torch.jit.optimized_execution(not self._is_on_cpu):  # type: ignore[attr-defined]
-                super().run_step()
-        except ValueError as error:
-            if "more than 1 value per channel" in str(error):  # of torch's group norms and batch norms
-                raise ALONE.of(str(error), f"iteration {self.iter}") from error
-            raise
+        jit = torch.jit.optimized_execution(not self._is_on_cpu)  # type: ignore[attr-defined]
+        with jit, explaining_single_values(f"iteration {self.iter}"):
+            super().run_step()
 
     def state_dict(self) -> dict[str, Any]:
         # Detectron2 0.6 forgets the optimizer, so it is stored from here with every version.

@@ -28,6 +28,7 @@ from bnext.errors import ConfigError
 from bnext.evaluation.coco_evaluator import COCOEvaluator
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import naming_file, write_json
+from bnext.layers.single_element import explaining_single_values
 from bnext.notices import tell_once
 from bnext.scope.model import setting
 from bnext.text import name_folder
@@ -142,7 +143,7 @@ def evaluate_with(
     loader = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
 
     # The modes of all modules, which inference_on_dataset makes equal, and leaves in evaluation mode when it fails.
-    with setting(model.modules(), training=False), _log_prints():
+    with setting(model.modules(), training=False), _log_prints(), explaining_single_values(name):
         results = inference_on_dataset(model, loader, evaluator)
 
     if comm.is_main_process():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +18,7 @@ from bnext.scope.call import NormCall
 if TYPE_CHECKING:
     from bnext.layers.batch_norm import BatchNorm2d
 
-__all__ = ["may_have_single_elements", "replace_single_elements", "select_single_elements"]
+__all__ = ["explaining_single_values", "may_have_single_elements", "replace_single_elements", "select_single_elements"]
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,29 @@ SINGLE_ELEMENT = Refusal(
     "hold more than 1 element per channel in {evaluation}",
     "Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer}.",
 )
+
+SINGLE_VALUE = Refusal(
+    StatisticsError,
+    "every group that a norm of torch normalizes",
+    "have more than one value",
+    "Use larger images (INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST), more images of a worker, more channels for GN's 32 "
+    "groups, or another NORM for the place: SyncBN, say.",
+)
+
+
+@contextlib.contextmanager
+def explaining_single_values(where: str) -> Iterator[None]:
+    """Within the block torch's complaint about a group norm or batch norm with a single value is one of the config.
+
+    Raises:
+        StatisticsError: instead of torch's ValueError.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise SINGLE_VALUE.of(str(error), where) from error
 
 
 def may_have_single_elements(features: Sequence[Tensor], grouping: Grouping, is_shared: bool) -> bool:

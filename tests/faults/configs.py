@@ -248,7 +248,7 @@ def _sweep_norm(draw: np.random.Generator, keys: dict[str, object]) -> Attempt:
 def _train_with_norm(place: str, norm: str, has_row: bool, folder: Path) -> Outcome:
     tiny.prepare(folder / "data")
     is_known = norm in ("BN", "SyncBN", "GN", "LN", "FrozenBN", "")
-    channels = ("MODEL.FPN.OUT_CHANNELS", 32, "MODEL.RESNETS.STEM_OUT_CHANNELS", 32)  # GN has 32 groups
+    channels = ("MODEL.FPN.OUT_CHANNELS", 64, "MODEL.RESNETS.STEM_OUT_CHANNELS", 64)  # two for each of GN's 32 groups
 
     opts = () if has_row else tiny.NO_LEVELS
     run = use.train(folder / "output", place, norm, *channels, *opts)
