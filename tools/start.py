@@ -51,12 +51,23 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
 
+def require_folder() -> None:
+    """One line where the working directory is gone, which torch's libraries would end with words of their own."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        text = "error: The working directory must exist; it was removed. Change into another folder and start again."
+        print(text, file=sys.stderr)
+        sys.exit(2)
+
+
 def start() -> None:
     if is_spawned():
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever has started it ends it, too
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
         return
 
+    require_folder()
     use_utf8()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_on_interrupt)
