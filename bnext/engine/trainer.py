@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import os
+import shutil
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -55,7 +57,7 @@ from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
-from bnext.files import explain_os_error
+from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.layers.single_element import explaining_single_values
 from bnext.seeding import Purpose, derive_seed, seeded
 
@@ -239,6 +241,7 @@ class Trainer(DefaultTrainer):
                 self.start_iter,
                 self.max_iter,
             )
+            self._complete_files()
             return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
 
         check_classes(self.cfg, is_new=self.start_iter == 0)
@@ -256,6 +259,18 @@ class Trainer(DefaultTrainer):
     def gather_worker_states(self) -> None:
         """Collect on every worker what only the worker itself knows. A collective, before a save."""
         self._worker_states = (self.iter, comm.all_gather(read_normalizers(unwrap_model(self.model))))
+
+    def _complete_files(self) -> None:
+        """Write the last file of a training that was ended between its last two, which have the same content."""
+        final, last = os.path.join(self.cfg.OUTPUT_DIR, "model_final.pth"), self.checkpointer.get_checkpoint_file()
+        is_local = find_local_file(self.cfg.OUTPUT_DIR) is not None and os.path.isfile(last)
+        if self.start_iter != self.max_iter or not is_local or os.path.lexists(final):
+            return
+
+        with holding_output(self.cfg.OUTPUT_DIR):
+            if comm.is_main_process():
+                with open(last, "rb") as source:
+                    replace_file(final, lambda target: shutil.copyfileobj(source, target))
 
     def run_step(self) -> None:
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient

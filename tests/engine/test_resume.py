@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -118,3 +119,11 @@ def test_a_damaged_folder_is_refused_before_workers_start(digits, tmp_path):
         check_run(cfg)
     with pytest.raises(LaunchError, match=r"metrics\.json"):
         train(cfg)
+
+
+def test_a_training_that_ended_between_its_last_two_files_gets_the_last(finished, tmp_path):
+    for name in ("model_0000005.pth", "metrics.json"):
+        shutil.copy(f"{finished[0].OUTPUT_DIR}/{name}", tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000005.pth")
+    train(tiny.load(tmp_path), resume=True)
+    assert (tmp_path / "model_final.pth").read_bytes() == (tmp_path / "model_0000005.pth").read_bytes()
