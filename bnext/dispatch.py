@@ -1,4 +1,4 @@
-"""What torch does with a call besides computing it: modes that watch or replace it, transforms, traces.
+"""A call of torch besides what it computes: modes that watch or replace it, transforms, traces.
 
 A mode (FakeTensorMode, make_fx, FlopCounterMode, torch.device as a context ...) gets every call of a thread in its
 hands. A transform (`torch.func`, forward-mode differentiation) calls a function with tensors that stand for others. A
@@ -21,6 +21,7 @@ __all__ = [
     "has_numbers",
     "is_exported",
     "is_exported_to_onnx",
+    "is_ordinary",
     "is_traced",
     "is_transformed",
     "is_under_mode",
@@ -75,6 +76,11 @@ def has_numbers(tensor: Tensor) -> bool:
             return False
         tensor = _functorch.get_unwrapped(tensor)
     return type(tensor) in (Tensor, torch.nn.Parameter) or not is_fake(tensor)
+
+
+def is_ordinary() -> bool:
+    """Whether tensors of this call are numbers: no compiler, transform or mode of torch stands between."""
+    return not is_traced() and not is_under_mode()
 
 
 # ---- forwards that are written down

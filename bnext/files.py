@@ -21,6 +21,7 @@ __all__ = [
     "find_local_file",
     "is_same_file",
     "naming_file",
+    "read_stamp",
     "remove_partials",
     "replace_file",
     "write_json",
@@ -106,6 +107,16 @@ class _RememberingFile(io.FileIO):
         except OSError as error:
             self._fault.append(error)
             raise
+
+
+def read_stamp(path: str | os.PathLike[str]) -> tuple[str, int, int]:
+    """Path, time and size of a file, which are others when it has changed.
+
+    Raises:
+        OSError: there is none.
+    """
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_mtime_ns, status.st_size
 
 
 def remove_partials(path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the program says of its own accord, once for each thing that it is about."""
+"""Notices: said of the program's own accord, once for each thing that it is about."""
 
 from __future__ import annotations
 

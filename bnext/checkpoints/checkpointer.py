@@ -36,6 +36,7 @@ from bnext.files import find_local_file, replace_file
 from bnext.layers.counts import count_skipped, tell_skipped
 from bnext.layers.kept import note_statistics
 from bnext.layers.loading import reporting_conversions
+from bnext.layers.norm_form import POPULATION
 from bnext.layers.norm_state import MERGED_POPULATION
 from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
@@ -48,9 +49,6 @@ from bnext.surgery.convert_state import (
 )
 
 __all__ = ["Checkpointer", "check_eval_weights", "find_missing_weights", "load_model"]
-
-_POPULATION = ("running_mean", "running_var")
-_STATISTICS = (*_POPULATION, "num_batches_tracked")
 
 RE_ESTIMATED = "recomputed_statistics"  # says of itself what was done to its statistics
 RE_ESTIMATE = "Re-estimate them with recompute_population_statistics before an evaluation."
@@ -303,7 +301,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _leave_out_broken(self, state: dict[str, Tensor]) -> None:
         """Give statistics that cannot be, of norms whose statistics are replaced, the values of a new norm."""
-        for path in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(_POPULATION)):
+        for path in dict.fromkeys(key.rpartition(".")[0] for key in state if key.endswith(POPULATION[:2])):
             if not any(path == norm or path.startswith(f"{norm}.") for norm in self._replaced):
                 continue
             statistics = _select_statistics(state, path)
@@ -434,7 +432,7 @@ def _unchanged_by_errors(model: nn.Module, states: Mapping[str, Any]) -> Iterato
 def _select_statistics(state: dict[str, Tensor], owner: str) -> dict[str, Tensor]:
     """The population statistics of one norm, level or domain."""
     prefix = f"{owner}." if owner else ""
-    return {name: state[prefix + name] for name in _STATISTICS if prefix + name in state}
+    return {name: state[prefix + name] for name in POPULATION if prefix + name in state}
 
 
 def _name_error(error: Exception) -> str:

@@ -78,7 +78,7 @@ def run_comparison(
 
 
 def _check_outputs(cfg: CfgNode, overwrite: bool) -> None:
-    """What an earlier comparison wrote is kept, unless it is to be replaced; no folder stands in the way."""
+    """Keep what an earlier comparison wrote, unless it is to be replaced; refuse a folder in the way."""
     for path in _outputs(cfg):
         if path.is_dir() or (os.path.lexists(path) and not overwrite):
             rule = "be a folder without an earlier comparison"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from detectron2.config import CfgNode
 
 from bnext.config.load import load_config
+from bnext.engine.interrupts import interrupt_once
 from bnext.engine.streams import guard_streams
 from bnext.errors import BNextError, is_interrupted
 from bnext.files import explain_os_error
@@ -62,11 +63,7 @@ def _taking_interrupts() -> Iterator[None]:
         yield
         return
 
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGINT, interrupt_once)
     try:
         yield
     finally:

@@ -67,6 +67,7 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
             eval_only=args.eval_only,
             resume=args.resume,
         )
+
     try:
         launch(
             run_worker,

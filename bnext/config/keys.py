@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 from bnext.config.places import BATCH_NORMS, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import NormSpec
+from bnext.numbers import is_count
 from bnext.statistics.recompute import Estimator
 from bnext.surgery.freezing import Freezable
 
@@ -94,14 +95,10 @@ def _at_least_0(remedy: str) -> Values:
     return Values("0 or more", lambda value: 0 <= value < math.inf, remedy)
 
 
-def _is_count(value: Any, low: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
-
-
 _IS_TRUE = _one_of(True)
 _NOT_EMPTY = Values("not empty", lambda value: len(value) > 0)
 _SEVERAL_LEVELS = Values("several levels", lambda value: len(value) > 1)
-_SEVERAL_GROUPS = Values("2 or more", lambda value: _is_count(value, 2))
+_SEVERAL_GROUPS = Values("2 or more", lambda value: is_count(value, 2))
 
 
 # ---- the keys of every place
@@ -120,7 +117,7 @@ _OWNED = ("STATISTICS", "POPULATION", "AFFINE")
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
     "one of 'one', 'node', 'all', a number of workers, or None",
-    lambda value: value in (None, "one", "node", "all") or _is_count(value, 1),
+    lambda value: value in (None, "one", "node", "all") or is_count(value, 1),
 )
 _RENORM = Need({"TRAINING": _one_of("renorm")})
 _MOVING = Need({"AVERAGE": _one_of("moving")})
@@ -175,7 +172,7 @@ _SHUFFLE = (
         "RoI heads only: groups over all workers of a deal of statistics; 0: one for each worker",
         Values(
             "2 or more, or 0 for one per worker",
-            lambda value: _is_count(value, 0) and value != 1,
+            lambda value: is_count(value, 0) and value != 1,
             "Choose a number; one group over all workers is a SyncBN without a shuffle.",
         ),
         needs=(Need({"SHUFFLE": _one_of("statistics")}, reason="features move to as many workers as there are"),),

@@ -24,13 +24,10 @@ from detectron2.modeling.roi_heads.mask_head import ROI_MASK_HEAD_REGISTRY
 from bnext.config.keys import Values
 from bnext.config.places import LEVEL_ARCHITECTURES, PLACES, RCNN_ARCHITECTURES
 from bnext.errors import ConfigError
+from bnext.numbers import is_number
 from bnext.text import suggest
 
 __all__ = ["check_detectron2_keys"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _count(low: int, high: int, remedy: str = "Choose a number from there.") -> Values:
@@ -41,12 +38,12 @@ def _count(low: int, high: int, remedy: str = "Choose a number from there.") -> 
 
 def _number(low: float, high: float = math.inf, remedy: str = "Choose a number from there.") -> Values:
     words = f"a number of {low:g} or more" if high == math.inf else f"a number from {low:g} to {high:g}"
-    return Values(words, lambda value: _is_number(value) and low <= value <= high, remedy)
+    return Values(words, lambda value: is_number(value) and low <= value <= high, remedy)
 
 
 def _between(low: float, high: float = math.inf) -> Values:
     words = f"a number above {low:g}" + ("" if high == math.inf else f" and below {high:g}")
-    return Values(words, lambda value: _is_number(value) and low < value < high, "Choose a number from there.")
+    return Values(words, lambda value: is_number(value) and low < value < high, "Choose a number from there.")
 
 
 def _word(*words: str) -> Values:
@@ -127,7 +124,7 @@ _RULES: dict[str, Values] = {
     "NUM_KEYPOINTS": _count(1, 10_000),
     "ANCHOR_GENERATOR.SIZES": _of_levels(_between(0)),
     "ANCHOR_GENERATOR.ASPECT_RATIOS": _of_levels(_between(0)),
-    "ANCHOR_GENERATOR.OFFSET": Values("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "ANCHOR_GENERATOR.OFFSET": Values("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
     "PROPOSAL_GENERATOR.MIN_SIZE": _number(0),
     "IOU_THRESHOLDS": _ascending(_list_of(_SHARE)),
     "IOU_LABELS": _list_of(Values("-1, 0 or 1", lambda value: value in (-1, 0, 1))),
@@ -173,11 +170,11 @@ _RULES: dict[str, Values] = {
     "DATALOADER.NUM_WORKERS": _count(0, 1024, "0 loads in the training's own process; 2 to 8 are usual."),
     "SOLVER.MAX_ITER": _count(1, 10**9, "To evaluate alone, give --eval-only."),
     "SOLVER.BASE_LR": _number(0),
-    "SOLVER.MOMENTUM": Values("a number from 0 to below 1", lambda value: _is_number(value) and 0 <= value < 1),
+    "SOLVER.MOMENTUM": Values("a number from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1),
     "SOLVER.WEIGHT_DECAY": _number(0),
     "SOLVER.WEIGHT_DECAY_NORM": _number(0),
     "SOLVER.WEIGHT_DECAY_BIAS": Values(
-        "a number of 0 or more, or None", lambda value: value is None or (_is_number(value) and value >= 0)
+        "a number of 0 or more, or None", lambda value: value is None or (is_number(value) and value >= 0)
     ),
     "SOLVER.BIAS_LR_FACTOR": _number(0),
     "SOLVER.GAMMA": _number(0),

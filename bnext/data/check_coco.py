@@ -14,7 +14,6 @@ import gc
 import json
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from bnext.data.classes import find_trained_classes
 from bnext.data.digits import FOLDER
 from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
+from bnext.files import read_stamp
 from bnext.notices import tell_once
 
 __all__ = ["EVALUATORS", "check_datasets"]
@@ -190,12 +190,11 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     """The summary of an annotation file that keeps all rules, made once until the file changes."""
     path = PathManager.get_local_path(dataset.json_file)
     try:
-        status = os.stat(path)
-        key = (os.path.abspath(path), status.st_mtime_ns, status.st_size, replace(dataset.task, num_classes=None))
+        key = (*read_stamp(path), replace(dataset.task, num_classes=None))
         if key in _summaries:
             return _summaries[key]
 
-        if not stat.S_ISREG(status.st_mode):
+        if not os.path.isfile(path):
             yield Fault(FILE, "be readable", "no regular file")
         content = _load_json(path)
     except FileNotFoundError:

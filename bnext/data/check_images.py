@@ -48,7 +48,7 @@ def read_side(value: float) -> float:
 
 
 def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
-    """What is wrong with the sizes and names in the records."""
+    """Faults of the sizes and names in the records."""
     given = ~np.isnan(pictures.sizes)
     is_odd = given & ~(
         (pictures.sizes >= 1) & (pictures.sizes < MOST_PIXELS) & (pictures.sizes == np.floor(pictures.sizes))
@@ -90,7 +90,7 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
 
 
 def check_files(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
-    """What is wrong with the files.
+    """Faults of the files.
 
     Raises:
         DatasetError: see `read_header` and `read_image`.

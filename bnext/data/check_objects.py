@@ -9,7 +9,6 @@ counted. Columns are numpy arrays: COCO's 860,000 objects are checked in less ti
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -19,8 +18,9 @@ import numpy as np
 from detectron2.config import CfgNode
 
 from bnext.errors import list_few
+from bnext.numbers import is_count, is_number
 
-__all__ = ["Fault", "Notice", "Objects", "Task", "build_segmentations", "check_objects", "read_boxes"]
+__all__ = ["Fault", "Notice", "Objects", "Task", "build_segmentations", "check_objects", "has_corners", "read_boxes"]
 
 MOST = 1e9  # pixels: what is more overflows
 FAR = 10  # sides of the picture beyond which a polygon's corner is no slip of an annotator's hand
@@ -54,7 +54,7 @@ class Notice:
 
 @dataclass(frozen=True)
 class Task:
-    """What a model wants of a data set.
+    """The task of a model: what it wants of a data set.
 
     Args:
         is_training: it is trained on.
@@ -145,7 +145,7 @@ class Objects:
 
 
 def check_objects(objects: Objects, task: Task) -> Iterator[Fault | Notice]:
-    """What is wrong with objects, in the order of the rules; whoever raises a fault need not ask for the next.
+    """Faults of objects, in the order of the rules; whoever raises a fault need not ask for the next.
 
     Args:
         objects: of a data set that has some.
@@ -170,7 +170,7 @@ def read_boxes(boxes: Sequence[Any], ids: Sequence[Any]) -> np.ndarray | Fault:
     """[N, 4] of boxes as they were written; the fault of the first that is none."""
     if not _are_numbers(boxes, 4):
         for box, name in zip(boxes, ids, strict=True):
-            if _measure(box) != 4 or not all(map(_is_number, box)):
+            if _measure(box) != 4 or not all(map(is_number, box)):
                 return Fault("The bbox of annotations", BOX_RULE, f"{_shorten(box)} in annotation {name}")
 
     array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
@@ -196,16 +196,6 @@ def _is_list(value: object) -> bool:
 
 def _measure(value: Any) -> int:
     return len(value) if _is_list(value) else -1
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is a finite number; words and truth values are none."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number beyond the range of floats
-        return False
 
 
 def _shorten(value: object, most: int = 60) -> str:
@@ -285,8 +275,7 @@ def _find_boxes_elsewhere(
     x_end, y_end = x + width, y + height
     beyond_x, beyond_y = np.maximum(-x, x_end - pictures[:, 0]), np.maximum(-y, y_end - pictures[:, 1])
 
-    is_outside = (x >= pictures[:, 0]) | (y >= pictures[:, 1]) | (x_end <= 0) | (y_end <= 0)
-    is_outside &= (width > 0) & (height > 0)
+    is_outside = ~_overlap_pictures(objects) & (width > 0) & (height > 0)
     is_beyond = (beyond_x > np.maximum(1, 0.01 * pictures[:, 0])) | (beyond_y > np.maximum(1, 0.01 * pictures[:, 1]))
     is_beyond &= ~is_outside
 
@@ -376,7 +365,7 @@ def build_segmentations(objects: Objects) -> Generator[Fault, None, Segmentation
                 remedy="Write [[x, y, x, y, ...]], also for a single polygon.",
             )
         else:
-            kept = [polygon for polygon in value if _has_corners(polygon)] if objects.is_filtered else value
+            kept = [polygon for polygon in value if has_corners(polygon)] if objects.is_filtered else value
             polygons += kept
             owners += [index] * len(kept)
             is_dropped[index] = not kept
@@ -386,19 +375,16 @@ def build_segmentations(objects: Objects) -> Generator[Fault, None, Segmentation
 
 def _are_runs(counts: Any, size: Any) -> bool:
     """Whether the reader can take them for run lengths; whether they are right, it does not ask."""
-    if not _is_list(size) or len(size) != 2 or not all(_is_count(side) and side > 0 for side in size):
+    if not _is_list(size) or len(size) != 2 or not all(is_count(side) and side > 0 for side in size):
         return False
     if _is_list(counts):
-        return all(map(_is_count, counts)) and bool(sum(counts) == size[0] * size[1])
+        return all(map(is_count, counts)) and bool(sum(counts) == size[0] * size[1])
     return isinstance(counts, (str, bytes))
 
 
-def _has_corners(polygon: Sequence[Any]) -> bool:
+def has_corners(polygon: Sequence[Any]) -> bool:
+    """Whether a polygon x, y, x, y, ... has three corners or more, without which COCO's tools make no pixels of it."""
     return len(polygon) >= 6 and len(polygon) % 2 == 0
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, np.integer)) and bool(value >= 0)
 
 
 def _name_odd_runs(objects: Objects, index: int) -> Fault:
@@ -430,7 +416,7 @@ def _find_short_polygons(
     objects: Objects, is_crowd: np.ndarray, segmentations: Segmentations, task: Task
 ) -> Iterator[Fault]:
     pairs = zip(segmentations.polygons, segmentations.owners.tolist(), strict=True)
-    short = [owner for polygon, owner in pairs if not _has_corners(polygon)]
+    short = [owner for polygon, owner in pairs if not has_corners(polygon)]
     if short:
         yield Fault(
             "The polygons of annotations",
@@ -512,7 +498,7 @@ def _find_odd_polygons(
         lows, highs, sums = (np.array(list(map(take, polygons)), dtype=float) for take in (min, max, sum))
     except (TypeError, ValueError, OverflowError):  # words among them, or lists
         for polygon, owner in zip(polygons, owners, strict=True):
-            if not all(_is_number(value) for value in polygon):
+            if not all(is_number(value) for value in polygon):
                 got = f"{_shorten(polygon)} in annotation {objects.name([owner])}"
                 yield Fault("The polygons of annotations", "be finite numbers, x, y, x, y, ...", got)
         return
@@ -590,7 +576,7 @@ def _find_unreadable_keypoints(objects: Objects) -> Iterator[Fault]:
             return
 
     for index, value in zip(given, lists, strict=True):
-        if not _is_list(value) or not all(map(_is_number, value)):
+        if not _is_list(value) or not all(map(is_number, value)):
             got = f"{_shorten(value)} in annotation {objects.name([index])}"
             yield Fault("The keypoints of annotations", "be a list of numbers", got)
 
@@ -603,7 +589,7 @@ def _find_odd_keypoints(objects: Objects, is_crowd: np.ndarray, task: Task) -> I
 
     for index in indices:
         value = objects.keypoints[index]
-        if _measure(value) != length or not all(_is_number(number) for number in value):
+        if _measure(value) != length or not all(is_number(number) for number in value):
             yield Fault(
                 "The annotations",
                 f"have {task.num_keypoints} keypoints, each as x, y and visibility, where keypoints are trained on",

@@ -25,7 +25,7 @@ _ROTATED = BoxMode.XYWHA_ABS
 
 
 def check_records(name: str, task: Task, *, check_images: bool) -> Iterator[Fault | Notice]:
-    """What is wrong with the records of a registered set.
+    """Faults of the records of a registered set.
 
     Args:
         name: of the set; its function is called once.

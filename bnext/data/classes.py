@@ -7,7 +7,6 @@ found by name, however its file numbers them.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from bnext.data.records import Record, check_registered
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
+from bnext.files import read_stamp
 
 __all__ = [
     "UNKNOWN_CLASSES",
@@ -72,8 +72,7 @@ def _read_categories(json_file: str) -> tuple[str, ...] | None:
     """The names of a file's categories in the order of their ids, without parsing the rest of it if possible."""
     try:
         path = PathManager.get_local_path(json_file)
-        status = os.stat(path)
-        key = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
+        key = read_stamp(path)
         if key in _read:
             return _read[key]
 

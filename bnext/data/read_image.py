@@ -97,7 +97,7 @@ def read_image(path: str | os.PathLike[str], image_format: str | None, size: Siz
 
 
 def read_header(path: str, *, thorough: bool = False) -> Header:
-    """What a picture says of itself; see `read_image` for the errors.
+    """The header of a picture; see `read_image` for the errors.
 
     Args:
         path: see `read_image`.
@@ -187,7 +187,7 @@ def _name_kind(mode: int) -> str:
 
 
 def _describe_content(path: str) -> str:
-    """What a file that is no image is, as far as its first bytes tell."""
+    """The kind of a file that is no image, as far as its first bytes tell."""
     start = b""
     if "://" not in path:
         with open(path, "rb") as file:

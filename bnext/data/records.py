@@ -107,7 +107,7 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
 
 
 def read_registered(name: str) -> Any:
-    """What the function gives that a data set was registered with: mostly a list of records.
+    """The answer of the function that a data set was registered with: mostly a list of records.
 
     Args:
         name: of a registered data set.
@@ -143,7 +143,7 @@ def _refuse_unreadable(name: str) -> None:
 
 
 def _name_error(names: Sequence[str], error: Exception) -> BNextError:
-    """What hinders sets that can be read, each by itself."""
+    """The error of sets that can be read, each by itself."""
     got = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return _UNFIT.of(got, names=", ".join(repr(name) for name in names))
 

@@ -1,4 +1,4 @@
-"""How a worker ends when others end it: on Ctrl-C once and orderly, and with the process that started it."""
+"""The end of a worker that others end: on Ctrl-C once and orderly, and with the process that started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
-__all__ = ["GRACE_SECONDS", "end_with_parent", "holding_back_interrupts", "take_interrupts_once"]
+__all__ = ["GRACE_SECONDS", "end_with_parent", "holding_back_interrupts", "interrupt_once", "take_interrupts_once"]
 
 GRACE_SECONDS = 15.0  # to put things in order after an interruption
 
@@ -27,11 +27,12 @@ def holding_back_interrupts() -> Iterator[None]:
 
 def take_interrupts_once() -> None:
     """Let the first Ctrl-C raise KeyboardInterrupt in this process, and no other one disturb what follows."""
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, interrupt_once)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt_once(number: int, frame: FrameType | None) -> None:
+    """A handler of Ctrl-C: KeyboardInterrupt for the first, nothing for those after it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Who writes an output: one run at a time, by its main worker; readers, evaluations and other workers do not ask."""
+"""The writer of an output: one run at a time, by its main worker; readers, evaluations and other workers do not ask."""
 
 from __future__ import annotations
 

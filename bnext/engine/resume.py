@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from bnext.errors import CheckpointError, LaunchError, Refusal
 from bnext.files import find_local_file
+from bnext.numbers import is_count
 
 __all__ = [
     "check_output_files",
@@ -190,13 +191,13 @@ def check_training_state(state: Any, where: str, hooks: Sequence[str] = ()) -> N
     """
     if not isinstance(state, dict):
         raise WRONG_STATE.of(f"a {type(state).__name__}", where, thing="'trainer'", rule="a dictionary")
-    if not _is_count(state.get("iteration")):
+    if not is_count(state.get("iteration")):
         rule = "a number of 0 or more"
         raise WRONG_STATE.of(repr(state.get("iteration")), where, thing="'iteration'", rule=rule)
 
     training = state.get("bnext", {"seed": 0, "total_batch_size": 1, "workers": [{}]})
     is_dictionary = isinstance(training, dict) and {"seed", "total_batch_size", "workers"} <= training.keys()
-    if not is_dictionary or not _is_count(training["seed"]) or not _are_normalizers(training["workers"]):
+    if not is_dictionary or not is_count(training["seed"]) or not _are_normalizers(training["workers"]):
         rule = "a dictionary of seed, batch size and workers"
         raise WRONG_STATE.of(f"{training!r:.60}", where, thing="'bnext'", rule=rule)
 
@@ -212,10 +213,6 @@ def check_training_state(state: Any, where: str, hooks: Sequence[str] = ()) -> N
     for name, value in _list_tensors(state.get("_trainer", {}), "_trainer"):
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise WRONG_STATE.of("NaN or Inf", where, thing=name, rule="finite")
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _are_normalizers(workers: object) -> bool:

@@ -96,7 +96,7 @@ def guard_log_files() -> None:
 
 
 class _FaultOfLog:
-    """What a log file does with a line that it cannot take; logging's own way is a traceback for each."""
+    """The answer to a line that a log file cannot take; logging's own is a traceback for each."""
 
     def __init__(self, handler: logging.Handler) -> None:
         self._handler = handler

@@ -24,6 +24,7 @@ from bnext.data.batches import build_evaluation_batches, build_shuffled_batches,
 from bnext.data.records import Record, has_labels, load_records
 from bnext.errors import ConfigError, DatasetError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
+from bnext.evaluation.ground_truth import is_crowd
 from bnext.evaluation.reestimate import recompute_statistics
 from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.validation_loss import Statistics, compute_validation_loss
@@ -148,7 +149,7 @@ def _find_dataset(cfg: CfgNode) -> str:
 
 def _count_objects(records: Sequence[Record]) -> int:
     """Objects that count in COCO's metrics."""
-    return sum(not each.get("iscrowd") for record in records for each in record.get("annotations", ()))
+    return sum(not is_crowd(each) for record in records for each in record.get("annotations", ()))
 
 
 def _count_images(cfg: CfgNode) -> int:

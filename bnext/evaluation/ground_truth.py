@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,11 +18,13 @@ from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.check_coco import EVALUATORS
+from bnext.data.check_objects import has_corners
 from bnext.data.records import Record
 from bnext.errors import DatasetError, Refusal, list_few
 from bnext.notices import tell_once
+from bnext.numbers import is_number
 
-__all__ = ["convert_records", "draw_mask", "is_crowd", "mend", "name_categories", "read_ground_truth"]
+__all__ = ["convert_records", "draw_mask", "is_crowd", "mend", "name_categories", "name_file", "read_ground_truth"]
 
 Content = dict[str, Any]
 Annotation = dict[str, Any]
@@ -52,6 +53,11 @@ def read_ground_truth(name: str, records: Iterable[Record]) -> Content:
     with open(PathManager.get_local_path(str(json_file)), encoding="utf-8-sig") as file:
         content: Content = json.load(file)
     return content
+
+
+def name_file(name: str) -> str:
+    """The annotation file of a registered set, for messages."""
+    return str(MetadataCatalog.get(name).get("json_file") or "registered as a function")
 
 
 def convert_records(name: str, records: Iterable[Record]) -> Content:
@@ -168,17 +174,12 @@ def _refuse_invalid(name: str, annotations: Iterable[Annotation]) -> None:
         if culprits:
             key = rule.split()[0]
             shown = list_few(f"{each.get(key)!r} in annotation {each.get('id')!r}" for each in culprits)
-            where = MetadataCatalog.get(name).get("json_file") or "registered as a function"
-            raise _INVALID.of(shown, str(where), name=name, rule=rule)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and math.isfinite(value)
+            raise _INVALID.of(shown, name_file(name), name=name, rule=rule)
 
 
 def _has_box(annotation: Annotation) -> bool:
     box = annotation.get("bbox")
-    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(_is_number, box))
+    return isinstance(box, (list, tuple)) and len(box) == 4 and all(map(is_number, box))
 
 
 _RULES: dict[str, Callable[[Annotation], bool]] = {
@@ -197,7 +198,7 @@ def _set_area(annotation: Annotation) -> bool:
     """An area that is none becomes that of the mask or, without one, of the box; it decides on the size class alone."""
     area: Any = annotation.get("area")
     _, _, width, height = annotation["bbox"]
-    is_area = _is_number(area) and not isinstance(area, bool) and 0 <= area <= _LARGEST_AREA
+    is_area = is_number(area) and 0 <= area <= _LARGEST_AREA
     if is_area and (area > 0 or width * height <= 0):
         return False
 
@@ -215,7 +216,7 @@ def _measure_mask(segmentation: Any) -> float:
 
     total = 0.0
     for polygon in segmentation or ():
-        if isinstance(polygon, (list, tuple)) and len(polygon) >= 6 and len(polygon) % 2 == 0:
+        if isinstance(polygon, (list, tuple)) and has_corners(polygon):
             x, y = np.array(polygon, dtype=float).reshape(-1, 2).T
             total += 0.5 * abs(float(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))))
     return total
@@ -262,6 +263,6 @@ def draw_mask(annotation: Mapping[str, Any], height: int, width: int) -> np.ndar
             raise ValueError(f"a mask of {segmentation.get('size')} in an image of {[height, width]}")
         return coco_mask.decode(_compress(segmentation))
 
-    if any(len(polygon) < 6 or len(polygon) % 2 for polygon in segmentation):
+    if not all(map(has_corners, segmentation)):
         raise ValueError("a polygon of fewer than 3 corners")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))

@@ -27,11 +27,13 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.check_coco import EVALUATORS
+from bnext.data.check_objects import has_corners
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import Record, check_registered, load_records
 from bnext.errors import BNextError, DatasetError, Refusal, list_few
 from bnext.evaluation.coco_evaluator import COCOEvaluator
-from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, read_ground_truth
+from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, name_file, read_ground_truth
+from bnext.files import read_stamp
 from bnext.notices import tell_once
 
 __all__ = ["rehearse"]
@@ -107,11 +109,10 @@ def rehearse(cfg: CfgNode, *, build: Callable[..., DatasetEvaluator]) -> None:
 
 
 def _identify(cfg: CfgNode, name: str, build: Callable[..., DatasetEvaluator]) -> Hashable:
-    """What a rehearsal depends on."""
+    """The key of a rehearsal: all that it depends on."""
     json_file, stamp = MetadataCatalog.get(name).get("json_file"), None
     if json_file and os.path.exists(path := PathManager.get_local_path(str(json_file))):
-        status = os.stat(path)
-        stamp = (path, status.st_mtime_ns, status.st_size)
+        stamp = read_stamp(path)
 
     model = (cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS)
     sigmas, limit = tuple(cfg.TEST.KEYPOINT_OKS_SIGMAS), cfg.TEST.DETECTIONS_PER_IMAGE
@@ -158,10 +159,11 @@ def _rehearse_set(cfg: CfgNode, name: str, build: Callable[..., DatasetEvaluator
             return
 
         evaluator = _share_failure(name, lambda: build(_redirect(cfg, folder), name, folder))
-        if test_set is None or not any(test_set.objects.values()):
+        if test_set is None:
+            return
+        if not any(test_set.objects.values()):
             message = "Data set '%s' has no object that counts in its evaluation: its AP will not be a number."
-            if test_set is not None:
-                tell_once(log, name, message, name)
+            tell_once(log, name, message, name)
             return
 
         is_known = isinstance(evaluator, detectron2.evaluation.COCOEvaluator)
@@ -198,7 +200,7 @@ def _share_failure(name: str, step: Callable[[], _Value]) -> _Value:
         raise
     except Exception as error:  # whatever pycocotools, or an evaluator of the user's, says of such a set
         text = " ".join(str(error).split())
-        failure = _FAILING.of(f"{type(error).__name__}: {text}", str(_find_file(name)), name=name)
+        failure = _FAILING.of(f"{type(error).__name__}: {text}", name_file(name), name=name)
         failure.__cause__ = error
 
     failures = [failure] if comm.get_world_size() == 1 else comm.all_gather(failure)
@@ -206,10 +208,6 @@ def _share_failure(name: str, step: Callable[[], _Value]) -> _Value:
         if each is not None:
             raise failure or each
     return value
-
-
-def _find_file(name: str) -> object:
-    return MetadataCatalog.get(name).get("json_file") or "registered as a function"
 
 
 def _redirect(cfg: CfgNode, folder: str) -> CfgNode:
@@ -282,7 +280,7 @@ def _refuse_unusable_ids(name: str, records: Sequence[Record], listed: set[Any])
     repeated = [number for number, count in counts.items() if count > 1]
     strangers = [number for number in counts if number not in listed]
 
-    where = str(_find_file(name))
+    where = name_file(name)
     if missing:
         raise _UNUSABLE_IDS.of(f"no image_id: {list_few(missing)}", where, name=name)
     if repeated:
@@ -302,7 +300,7 @@ def _refuse_lacking(test_set: _TestSet, content: dict[str, Any], num_sigmas: int
         lacking = [str(each.get("id")) for each in annotations if not _has_mask(each)]
         if lacking:
             got = f"{len(lacking)} of {len(annotations)} annotations without: ids {list_few(lacking)}"
-            raise _NO_MASKS.of(got, str(_find_file(name)), name=name)
+            raise _NO_MASKS.of(got, name_file(name), name=name)
 
     if number is not None:
         if number != (num_sigmas or 17):
@@ -312,7 +310,7 @@ def _refuse_lacking(test_set: _TestSet, content: dict[str, Any], num_sigmas: int
         if others:
             first = others[0]
             got = f"{len(first['keypoints']) / 3:g} in {len(others)} annotations such as {first.get('id')!r}"
-            raise _OTHER_KEYPOINTS.of(got, str(_find_file(name)), name=name, number=number)
+            raise _OTHER_KEYPOINTS.of(got, name_file(name), name=name, number=number)
 
 
 def _has_mask(annotation: dict[str, Any]) -> bool:
@@ -322,7 +320,7 @@ def _has_mask(annotation: dict[str, Any]) -> bool:
         return "counts" in segmentation and "size" in segmentation
     if not isinstance(segmentation, list) or not segmentation:
         return False
-    return all(isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 for part in segmentation)
+    return all(isinstance(part, list) and has_corners(part) for part in segmentation)
 
 
 def _choose_images(test_set: _TestSet) -> list[Any]:
@@ -358,7 +356,7 @@ def _evaluate(evaluator: DatasetEvaluator, test_set: _TestSet, sample: Sequence[
 
 
 def _predict(test_set: _TestSet, record: Record) -> Instances:
-    """What a detector without a fault finds in an image: at most as many objects as the model gives, in its picture."""
+    """Finds of a faultless detector in an image: at most as many objects as the model gives, in its picture."""
     height, width = int(record["height"]), int(record["width"])
     annotations = test_set.objects[record["image_id"]]
 
@@ -403,7 +401,7 @@ def _say_shortfalls(test_set: _TestSet, sample: Sequence[Any], aps: dict[str, fl
         causes.append(f"the set has {len(test_set.records)} of the {test_set.num_listed} images of its annotation file")
     if not causes and list(test_set.classes.values()) != list(range(len(test_set.classes))):
         got = ", ".join(f"{task} AP {ap:.1f}" for task, ap in short.items())
-        raise _OTHER_NUMBERS.of(got, str(_find_file(test_set.name)), name=test_set.name)
+        raise _OTHER_NUMBERS.of(got, name_file(test_set.name), name=test_set.name)
 
     words = "; ".join(causes) or "no cause is known, and every AP on the set is to be doubted"
     for task, ap in short.items():

@@ -117,7 +117,7 @@ def _judge_aps(results: Mapping[str, Any], aps: Mapping[str, float], metric: str
 
 
 def _advise(results: Mapping[str, Any], aps: Mapping[str, float], best: str, noise: float) -> str:
-    """How to get the statistics of a kind."""
+    """The way to the statistics of a kind."""
     kind = KINDS[best]
     if not kind.is_as_trained:
         return _say_how(results, best)

@@ -48,7 +48,6 @@ __all__ = [
     "sample_moments",
     "spread_of_batch",
     "stack_parts",
-    "take_finite",
     "standard_errors",
     "sum_groups",
     "take_finite",

@@ -12,7 +12,7 @@ from typing import NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from bnext.dispatch import is_traced, is_under_mode
+from bnext.dispatch import is_ordinary
 
 __all__ = ["Grouping", "Groups", "count_elements", "deal_samples", "divide_parts", "group_samples", "make_index"]
 
@@ -29,7 +29,7 @@ def _remembered(function: Callable[Arguments, Result]) -> Callable[Arguments, Re
 
     @wraps(function)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        if is_traced() or is_under_mode():
+        if not is_ordinary():
             return function(*args, **kwargs)
         return cached(*args, **kwargs)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""How often norms did something that no state dict holds: mini-batches left out, domains seen, fallbacks taken.
+"""Counts of what norms did, which no state dict holds: mini-batches left out, domains seen, fallbacks taken.
 
 They count from the start of the process, or since a norm was copied. What is written down for a compiler or a
 transform of torch, or computed on fake tensors, is not counted.
@@ -15,11 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from bnext.dispatch import is_traced, is_under_mode
+from bnext.dispatch import is_ordinary, is_traced
 from bnext.errors import list_few
 from bnext.notices import tell_once
 
-__all__ = ["NormCounts", "count_skipped", "counts_of", "is_ordinary", "tell_skipped"]
+__all__ = ["NormCounts", "count_skipped", "counts_of", "tell_skipped"]
 
 SKIPPED = (
     "%d mini-batches with inf or NaN were left out of running statistics so far, of %s. A training in mixed precision "
@@ -69,11 +69,6 @@ def counts_of(module: nn.Module) -> NormCounts:
     if counts is None:
         counts = _counts.setdefault(module, NormCounts())
     return counts
-
-
-def is_ordinary() -> bool:
-    """Whether tensors of this call are numbers: no compiler, transform or mode of torch stands between."""
-    return not is_traced() and not is_under_mode()
 
 
 def count_skipped(norms: Iterable[Any]) -> list[int]:

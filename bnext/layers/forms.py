@@ -118,7 +118,7 @@ def _has_activation(module: nn.Module) -> bool:
 
 
 def _find_activation(module: nn.Module) -> str:
-    """What such a norm does besides, as "ReLU"; "" if nothing."""
+    """The other work of such a norm, as "ReLU"; "" if there is none."""
     names = [type(child).__name__ for child in module.children() if not isinstance(child, nn.Identity)]
     return " and ".join(names)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import stateless
 
+from bnext.dispatch import is_ordinary
 from bnext.errors import Refusal, StatisticsError
-from bnext.layers.counts import is_ordinary
+from bnext.layers.norm_form import POPULATION
 from bnext.notices import tell_once
 
 __all__ = ["KeptBatchNorm2d", "note_statistics"]
@@ -31,7 +32,6 @@ log = logging.getLogger(__name__)
 _ROUNDING = 2.0**-13
 _FUNCTIONAL_CALL = stateless._functional_call.__code__
 _DDP_FORWARD = DistributedDataParallel.forward.__code__
-_POPULATION = ("running_mean", "running_var", "num_batches_tracked")
 TAKEN_AWAY = Refusal(
     StatisticsError,
     "frozen running statistics",
@@ -108,7 +108,7 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
         if not self._is_frozen or not is_ordinary():
             return
 
-        taken = [name for name in _POPULATION[:2] if self._buffers.get(name) is None]
+        taken = [name for name in POPULATION[:2] if self._buffers.get(name) is None]
         if taken:
             raise TAKEN_AWAY.of(f"None for {' and '.join(taken)}", where)
         self._find_writes(where)
@@ -139,7 +139,7 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
             self._is_rewritten = True
 
     def _list_statistics(self) -> dict[str, Tensor]:
-        buffers = {name: self._buffers.get(name) for name in _POPULATION}
+        buffers = {name: self._buffers.get(name) for name in POPULATION}
         return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def _is_kept_from(self, deed: str) -> bool:
@@ -172,7 +172,7 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
 
     def _is_replaced(self, name: str, value: Any) -> bool:
         """Whether a statistic is to become another tensor; `norm.running_mean *= 0` assigns the same one."""
-        return name in _POPULATION and isinstance(value, Tensor) and value is not self._buffers.get(name)
+        return name in POPULATION and isinstance(value, Tensor) and value is not self._buffers.get(name)
 
     def train(self, mode: bool = True) -> Any:
         self._is_looked_at = False
@@ -188,7 +188,7 @@ class KeptBatchNorm2d(nn.BatchNorm2d):
         finally:
             self._is_frozen = is_frozen
 
-        if any(f"{prefix}{name}" in state_dict for name in _POPULATION):
+        if any(f"{prefix}{name}" in state_dict for name in POPULATION):
             self.note_statistics()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:

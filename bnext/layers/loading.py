@@ -1,4 +1,4 @@
-"""What a norm does with a state dict that is laid out otherwise: its own load, whoever calls it.
+"""A state dict that is laid out otherwise than the norm that loads it: its own load, whoever calls it.
 
 `load_state_dict` of a model, detectron2's checkpointer and its `DefaultPredictor` know nothing of levels and domains.
 So it is the norm that brings what it is given into its form, and says once for each load what it did to get there.
@@ -90,7 +90,7 @@ def convert_in_place(
 
 def _is_of_a_norm(key: str, value: object) -> bool:
     owner, _, field = key.rpartition(".")
-    if not isinstance(value, Tensor) or field not in AFFINE + POPULATION or "." in owner:
+    if not isinstance(value, Tensor) or field not in _FIELDS or "." in owner:
         return False
     return value.is_floating_point() or field == "num_batches_tracked"
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import fusion
 
-from bnext.dispatch import has_numbers, is_exported, is_traced, is_transformed, is_under_mode, is_wrapped
+from bnext.dispatch import has_numbers, is_exported, is_ordinary, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
-from bnext.layers.counts import counts_of, is_ordinary
+from bnext.layers.counts import counts_of
 from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
-from bnext.layers.norm_form import form_of_spec
+from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
 from bnext.layers.spec import NormSpec
 from bnext.notices import tell_once
@@ -91,13 +91,7 @@ Affine = tuple[Tensor | None, Tensor | None]
 _STATE = ("population", "affine", "domains")
 
 # Field under torch's name -> the answer that says who owns it.
-_FIELDS = {
-    "weight": "affine",
-    "bias": "affine",
-    "running_mean": "population",
-    "running_var": "population",
-    "num_batches_tracked": "population",
-}
+_FIELDS = {**dict.fromkeys(AFFINE, "affine"), **dict.fromkeys(POPULATION, "population")}
 
 # Functions of torch that read the fields of a norm and put something else into its place; the answers that would be
 # lost with it; and what does the same right. Those of other people are refused where a field has several owners.

@@ -29,7 +29,7 @@ _STEPS = 3  # that are watched
 
 
 class Call(NamedTuple):
-    """What is remembered of the last call of a norm.
+    """The last call of a norm, as far as it is remembered.
 
     Args:
         state: of its weight and gradient, by versions; it changes with every backward pass and optimizer's step.
@@ -46,7 +46,7 @@ NO_CALL = Call((), (), 0)
 
 
 def watch_call(norm: Any, feature: Tensor, last: Call) -> Call | None:
-    """What to remember of a call in training; None: there is nothing more to watch.
+    """The call in training, to be remembered; None: there is nothing more to watch.
 
     Args:
         norm: a batch norm of one feature map.

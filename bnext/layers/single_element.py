@@ -35,7 +35,7 @@ SINGLE_VALUE = Refusal(
     "every group that a norm of torch normalizes",
     "have more than one value",
     "Use larger images (INPUT.MIN_SIZE_TRAIN and MIN_SIZE_TEST), more images of a worker, more channels for GN's 32 "
-    "groups, or another NORM for the place: SyncBN, say.",
+    "groups, or another NORM for the place.",
 )
 
 

@@ -110,38 +110,28 @@ def run_study(
         written anew, whole, after every row.
     """
     with holding_output(output, "--output"):
-        _run_rows(configs, output, run_row, describe, show, tasks, resume)
+        file = Path(output, "results.json")
+        is_main = comm.is_main_process()
+        results: dict[str, Any] = {"rows": {}, "seconds": {}}
+        if resume and file.exists():
+            results = json.loads(file.read_text())
+        elif file.exists() and is_main:
+            logger.warning(
+                "%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file
+            )
+        comm.synchronize()  # every worker has read the file before one writes it
+        set_up_logging(output)
 
+        for row, cfg in configs.items():
+            logger.info("Row %s: %s.", row, describe(row))
+            prepare_folder(cfg, resume)
+            metrics = run_row(row, configs, results["seconds"], resume)
+            results["rows"][str(row)] = flatten_metrics(metrics, tasks)
+            if is_main:
+                write_json(file, results)
 
-def _run_rows(
-    configs: Mapping[Row, CfgNode],
-    output: str,
-    run_row: RunRow[Row],
-    describe: Callable[[Row], str],
-    show: Callable[[Mapping[str, Any]], str],
-    tasks: Sequence[str],
-    resume: bool,
-) -> None:
-    file = Path(output, "results.json")
-    is_main = comm.is_main_process()
-    results: dict[str, Any] = {"rows": {}, "seconds": {}}
-    if resume and file.exists():
-        results = json.loads(file.read_text())
-    elif file.exists() and is_main:
-        logger.warning("%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file)
-    comm.synchronize()  # every worker has read the file before one writes it
-    set_up_logging(output)
-
-    for row, cfg in configs.items():
-        logger.info("Row %s: %s.", row, describe(row))
-        prepare_folder(cfg, resume)
-        metrics = run_row(row, configs, results["seconds"], resume)
-        results["rows"][str(row)] = flatten_metrics(metrics, tasks)
         if is_main:
-            write_json(file, results)
-
-    if is_main:
-        print(show(results), flush=True)
+            print(show(results), flush=True)
 
 
 def train_row(label: str, cfg: CfgNode, seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:

@@ -30,7 +30,7 @@ SECONDS = 120.0
 
 
 class Verdict:
-    """What came of an attempt."""
+    """The verdicts on attempts."""
 
     RIGHT = "right"  # it worked, and its numbers are those of the undamaged case, or follow from the input
     SAID = "said"  # it worked, and a warning names the damage
@@ -54,7 +54,7 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """What is damaged, and the use of it.
+    """A damage, and the use of the product with it.
 
     Args:
         name: the damage, in words.
@@ -131,7 +131,7 @@ class _Child:
         return True
 
     def report(self) -> Report:
-        """What came of it; its processes and its folder are gone afterwards."""
+        """The report; its processes and its folder are gone afterwards."""
         seconds = time.monotonic() - self.start
         log = self.folder / "log"
 

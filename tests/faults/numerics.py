@@ -28,7 +28,7 @@ ROUNDING = {torch.float64: 1e-15, torch.float32: 1e-6, torch.float16: 4e-3, torc
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """How the features of a call are made."""
+    """The features of a call, as they are made."""
 
     sizes: tuple[tuple[int, int, int], ...]
     dtype: torch.dtype

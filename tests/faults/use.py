@@ -22,7 +22,7 @@ CONFIG = str(tiny.CONFIG)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What came of a command: its status, the line of its error, a traceback if there was one, and all that it said."""
+    """The end of a command: its status, the line of its error, a traceback if there was one, and all that it said."""
 
     status: int
     error: str
