@@ -214,6 +214,7 @@ def test_a_saved_config_is_the_same_config_again(tmp_path):
         *[("SOLVER.BASE_LR", value) for value in ("nan", "1e999", -1, "fast", "9" * 400)],
         *[("SOLVER.STEPS", value) for value in ("(30, 10)", "(-1,)", "('x',)", "5")],
         *[("SOLVER.CHECKPOINT_PERIOD", value) for value in (-1, "often")],
+        ("MODEL.ANCHOR_GENERATOR.SIZES", f"[[1{'0' * 400}]]"),
         *[("MODEL.RETINANET.NUM_CLASSES", value) for value in (0, -1, "1e9")],
         *[("INPUT.MIN_SIZE_TRAIN", value) for value in ("()", "(-1,)", "(1e9,)", "800", "[[]]")],
         ("INPUT.MAX_SIZE_TEST", 0),

@@ -175,10 +175,11 @@ def test_records_that_cannot_be_evaluated_are_named(tmp_path, change):
         rehearse(load(tmp_path), build=build_evaluator)
 
 
-def test_ids_of_numpy_are_numbers_in_the_file_of_detections(tmp_path):
+def test_ids_of_numpy_are_numbers_in_the_file_of_detections(tmp_path, bnext_log):
     records = as_records(VAL, lambda number, record: record.update(image_id=np.int64(record["image_id"])))
     with registered(tmp_path, val=lambda: records):
         rehearse(load(tmp_path), build=build_evaluator)
+    assert "bbox AP 100.0" in bnext_log.text
 
 
 def test_a_detectron2_evaluator_that_is_tried_leaves_no_file_behind(tmp_path):
@@ -328,9 +329,10 @@ def test_a_set_without_objects_has_no_ap_and_that_is_said(tmp_path, bnext_log, e
     assert "bbox AP" not in bnext_log.text  # and that there is none is said, unless it was before
 
 
-def test_a_set_without_annotations_is_passed_over(tmp_path):
+def test_a_set_without_annotations_is_passed_over(tmp_path, bnext_log):
     with registered(tmp_path, val={key: VAL[key] for key in ("images", "categories")}):
         rehearse(load(tmp_path), build=build_evaluator)
+    assert "bbox AP" not in bnext_log.text
 
 
 def test_a_part_of_a_large_set_is_tried(tmp_path, bnext_log):
