@@ -1,84 +1,51 @@
 """bnext: batch normalization done right in object detection.
 
-The torch-only parts are importable from here. Where detectron2 is installed, importing bnext
-registers its meta-architectures and data sets; where it is not, everything else works.
+A name of `__init__.pyi` is imported when it is first used: `import bnext` costs nothing. The layers, their conversion
+and the statistics need torch alone; what needs detectron2 first registers bnext's architectures and data sets.
 """
 
-import importlib.util
-import warnings
+from __future__ import annotations
 
-from bnext.errors import (
-    BNextError,
-    CheckpointError,
-    ConfigError,
-    DatasetError,
-    DomainError,
-    LaunchError,
-    StatisticsError,
-    WorkerError,
-)
-from bnext.layers import (
-    BatchNorm2d,
-    LevelBatchNorm2d,
-    NormSpec,
-    Shuffled,
-    build_norm,
-    deal_statistics,
-    use_groups,
-    virtual_samples,
-)
-from bnext.scope import frozen_statistics, use_domain
-from bnext.statistics import following_stream, recompute_population_statistics
-from bnext.surgery import (
-    check_norm_state,
-    convert_norm,
-    convert_norm_state,
-    copy_norm_state,
-    fold_norms,
-    freeze_norms,
-    unfreeze_norms,
-)
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import lazy_loader
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "BNextError",
-    "BatchNorm2d",
-    "CheckpointError",
-    "ConfigError",
-    "DatasetError",
-    "DomainError",
-    "LaunchError",
-    "LevelBatchNorm2d",
-    "NormSpec",
-    "Shuffled",
-    "StatisticsError",
-    "WorkerError",
-    "build_norm",
-    "check_norm_state",
-    "convert_norm",
-    "convert_norm_state",
-    "copy_norm_state",
-    "deal_statistics",
-    "fold_norms",
-    "following_stream",
-    "freeze_norms",
-    "frozen_statistics",
-    "recompute_population_statistics",
-    "unfreeze_norms",
-    "use_domain",
-    "use_groups",
-    "virtual_samples",
-]
+_get_lazily, _list_names, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-_detectron2 = importlib.util.find_spec("detectron2")
-if _detectron2 is not None and _detectron2.origin is not None:  # a bare folder of that name has no origin
-    with warnings.catch_warnings():
-        # fvcore and detectron2 script a few functions at import; users can do nothing about it.
-        warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
-        from bnext import heads  # registers BNextRetinaNet and BNextFCOS
-        from bnext.config import add_bnext_config
-        from bnext.data.catalog import register_datasets
 
-    __all__ += ["add_bnext_config", "heads"]
-    register_datasets()
+def register() -> None:
+    """Register bnext's architectures and data sets with detectron2.
+
+    Importing bnext does it where detectron2 is imported already; else `add_bnext_config`, `bnext.heads` and every
+    command do. A second call changes nothing.
+
+    Raises:
+        ModuleNotFoundError: there is no detectron2; its message says how to get one.
+    """
+    importlib.import_module("bnext.heads")
+    importlib.import_module("bnext.data.catalog").register_datasets()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "heads":
+        register()
+    if name in __all__:
+        return _get_lazily(name)
+
+    room = f"{__name__}.{name}"
+    if not name.startswith("_") and importlib.util.find_spec(room) is not None:
+        return importlib.import_module(room)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_list_names()})
+
+
+if getattr(sys.modules.get("detectron2"), "__file__", None) is not None:  # a bare folder of that name has none
+    register()

@@ -114,7 +114,7 @@ def install_packages() -> None:
         raise InstallError(process.stderr.strip().removeprefix("install_detectron2: "))
 
     print("Set-up 3/3: torch and the other pinned packages (about 3 GB to download)", flush=True)
-    local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[digits,detectron2,dev]")
+    local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[digits,detectron2,docs,fast-eval,dev]")
     run_pip(*pinned, *local, python=PYTHON, show=sys.stdout.isatty())
 
     process = subprocess.run([PYTHON, "-W", "ignore", "-c", CHECK], capture_output=True, text=True)

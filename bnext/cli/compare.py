@@ -1,7 +1,9 @@
-"""Statistics of a checkpoint compared: what tools/compare_statistics.py asks for."""
+"""Statistics of a checkpoint compared."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +17,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import Checkpointer
+from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
 from bnext.data.check_coco import check_datasets
@@ -30,7 +33,46 @@ from bnext.files import write_json
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
 
-__all__ = ["find_kept_results", "run_comparison"]
+__all__ = ["DESCRIPTION", "add_arguments", "execute", "find_kept", "run_comparison"]
+
+DESCRIPTION = """Same checkpoint, which statistics? COCO AP with those of the file, precise ones, mini-batches and more.
+
+    bnext compare --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --output FOLDER
+    bnext compare ... --kinds moving_average precise --target-dataset NAME --num-gpus 2
+    bnext compare ... --target-dataset my_night_val --domain-dataset my_night_train
+
+Writes FOLDER/statistics.json and statistics.png; the checkpoint is only read. On a machine without GPUs --num-gpus
+counts CPU workers."""
+IS_INTERMIXED = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
+    add("--output", default="output/compare_statistics", metavar="FOLDER", help="(default: %(default)s)")
+    add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
+    add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
+    add("--domain-dataset", metavar="NAME", help="training images of the domain that is evaluated, for per_domain")
+    add("--num-gpus", type=int, default=1, metavar="N", help="workers")
+    add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
+    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    given = args.kinds or []
+    kinds = list(itertools.takewhile(lambda word: "." not in word, given))
+    pairs = [*args.opts, *given[len(kinds) :]]  # which may follow --kinds
+    opts = [*pairs, "OUTPUT_DIR", args.output]
+    if args.target_dataset:
+        opts += ["DATASETS.TEST", repr((args.target_dataset,))]
+    if not kinds:
+        kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
+
+    cfg = load_config_to_reestimate(args.config_file, opts)
+    command = ["--config-file", args.config_file, *pairs]
+    run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset, command)
 
 
 def run_comparison(
@@ -156,9 +198,9 @@ def _write(cfg: CfgNode, results: Mapping[str, Any], with_plot: bool = False) ->
         raise LaunchError.of("--output", rule, got=got, where=cfg.OUTPUT_DIR, remedy=remedy) from error
 
 
-def find_kept_results(output: str) -> Callable[[], str]:
+def find_kept(args: argparse.Namespace) -> Callable[[], str]:
     """A function that tells what a comparison which begins now has left in its folder."""
-    path = Path(output, "statistics.json")
+    path = Path(args.output, "statistics.json")
 
     def read_stamp() -> tuple[int, int] | None:
         return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None

@@ -1,17 +1,19 @@
-"""Population statistics of a saved checkpoint, estimated anew without training: tools/recompute_statistics.py.
+"""Population statistics of a saved checkpoint, estimated anew without training.
 
 The input is only read. The output loads where the input does, and says of itself what was done.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, get_args
 
 import torch
 from detectron2.config import CfgNode
@@ -21,6 +23,7 @@ from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eval_weights, find_missing_weights
+from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
@@ -36,10 +39,30 @@ from bnext.files import is_same_file, remove_partials, replace_file, write_json
 from bnext.locks import holding
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
+from bnext.statistics.recompute import Estimator
 from bnext.surgery.convert_state import collect_norm_specs
 
-__all__ = ["POPULATIONS", "RecomputeRequest", "give_population", "recompute_checkpoint", "run_request"]
+__all__ = [
+    "DESCRIPTION",
+    "POPULATIONS",
+    "RecomputeRequest",
+    "add_arguments",
+    "execute",
+    "find_kept",
+    "give_population",
+    "recompute_checkpoint",
+    "run_request",
+]
 
+DESCRIPTION = """Estimate the population statistics of a saved checkpoint anew, without training (PreciseBN, AdaBN).
+
+    bnext reestimate --config-file CONFIG.yaml MODEL.WEIGHTS in.pth --output out.pth
+    bnext reestimate ... --population per_level --num-samples 4000 --tolerance 0.01
+    bnext reestimate ... --dataset NAME --source-samples 64    # a target domain, without labels
+
+The config describes the model of in.pth, which is only read. On a machine without GPUs --num-gpus counts CPU
+workers."""
+IS_INTERMIXED = True
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
 _LEFT_OUT = (
@@ -53,6 +76,58 @@ _LEFT_OUT = (
     "__author__",
 )
 _GIVE_BOTH = "Give --dataset and --domain for each."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+
+    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
+    add("--population", help=f"whose statistics the output has: {', '.join(POPULATIONS)} (default: as the config says)")
+    add("--dataset", action="append", default=[], metavar="NAME", help="instead of DATASETS.TRAIN; needs no labels")
+    add("--domain", action="append", default=[], metavar="NAME", help="of each --dataset, for statistics per domain")
+
+    add("--num-samples", type=int, metavar="N", help="images that are enough")
+    add("--tolerance", type=float, metavar="T", help="stop at this standard error, such as 0.01")
+    add("--estimator", help=f"one of {', '.join(get_args(Estimator))}")
+    add("--source-samples", type=float, default=0, metavar="N", help="images that the old statistics count for")
+
+    add("--num-gpus", type=int, default=1, metavar="N", help="workers")
+    add("--resume", action="store_true", help=argparse.SUPPRESS)
+    add("--overwrite", action="store_true", help="replace an output that exists")
+    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    if args.resume:
+        remedy = "A re-estimation takes minutes, and begins anew."
+        raise ConfigError.of("--resume", "be left out", got="it", remedy=remedy)
+    if args.tolerance is not None and not 0 <= args.tolerance < math.inf:
+        remedy = "Use 0.01 for 1 %."
+        raise ConfigError.of("--tolerance", "be 0 (none) or above", got=args.tolerance, remedy=remedy)
+
+    opts = [*args.opts]
+    for key, value in (("ESTIMATOR", args.estimator), ("TOLERANCE", args.tolerance)):
+        if value is not None:
+            opts += [f"TEST.BNEXT.PRECISE_BN.{key}", str(value)]
+    cfg = load_config_to_reestimate(args.config_file, opts)
+
+    request = RecomputeRequest(
+        output=args.output,
+        population=args.population,
+        datasets=tuple(args.dataset),
+        domains=tuple(args.domain),
+        num_samples=args.num_samples,
+        source_samples=args.source_samples,
+        overwrite=args.overwrite,
+    )
+    run_request(cfg, request, args.num_gpus)
+
+
+def find_kept(args: argparse.Namespace) -> Callable[[], str]:
+    """A function that tells what is left after Ctrl-C."""
+    return lambda: "nothing is written"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Train or evaluate a config: what stands between the command line of `tools/train_net.py` and the trainer.
+"""Train or evaluate a config: what stands between the command line and the trainer.
 
 Everything that can be known to be wrong is found here, before workers start.
 """
@@ -13,12 +13,13 @@ from collections.abc import Sequence
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_setup
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.checkpoints.last import find_last_checkpoint
+from bnext.config import load_config
 from bnext.data.check_coco import check_datasets
 from bnext.data.classes import check_classes, count_classes
 from bnext.data.records import check_registered
@@ -34,16 +35,41 @@ from bnext.evaluation.rehearsal import rehearse
 from bnext.files import find_local_file, naming_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
-__all__ = ["build_parser", "check_run", "run"]
+__all__ = ["DESCRIPTION", "add_arguments", "check_run", "execute", "run"]
 
+DESCRIPTION = """Train or evaluate a detector from a config, as Detectron2's train_net.py does.
+
+    bnext train --config-file CONFIG.yaml --num-gpus 2 SOLVER.BASE_LR 0.01
+    bnext train --config-file CONFIG.yaml --resume
+    bnext train --config-file CONFIG.yaml --eval-only MODEL.WEIGHTS model_final.pth
+
+On a machine without GPUs --num-gpus counts CPU workers. Under torchrun: tools/train_net.py, or -m bnext train."""
 _BYTES_TRIED = 1 << 16  # a full disk still makes empty files
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Detectron2's command line; --dist-url is by default a free port of this machine."""
-    parser = default_argument_parser()
-    parser.set_defaults(dist_url="auto")
-    return parser
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of Detectron2's train_net; --dist-url is by default a free port of this machine."""
+    add = parser.add_argument
+
+    add("--config-file", default="", metavar="FILE", help="of the model, the data and the schedule")
+    add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
+    add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
+    add_launch_arguments(parser)
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs that override the config, at the end")
+
+
+def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say how many workers there are, and where."""
+    add = parser.add_argument
+    add("--num-gpus", type=int, default=1, metavar="N", help="workers on this machine (default: %(default)s)")
+    add("--num-machines", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    add("--machine-rank", type=int, default=0, metavar="I", help="of this machine, 0 to N - 1")
+    add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT where machines meet (default: a free port)")
+
+
+def execute(args: argparse.Namespace) -> None:
+    """What the command line asks for."""
+    run(load_config(args.config_file, args.opts), args)
 
 
 def run(cfg: CfgNode, args: argparse.Namespace) -> None:

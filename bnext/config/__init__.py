@@ -1,7 +1,12 @@
 """The keys of a config: the table of them, the places that have a norm, their checks, and how a file is loaded."""
 
+import warnings
+
 try:
-    import detectron2.config  # noqa: F401
+    with warnings.catch_warnings():
+        # fvcore and detectron2 script a few functions at import; users can do nothing about it.
+        warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
+        import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
         "detectron2 must be installed for bnext's configs, heads, data and tools; got none. Run "

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from detectron2.config import CfgNode
 
+import bnext
 from bnext.config.places import BATCH_NORMS, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import NormSpec
@@ -375,8 +376,10 @@ def add_bnext_config(cfg: CfgNode) -> None:
     """Add the keys of bnext to a config, between `get_cfg()` and `merge_from_file`.
 
     The defaults leave detectron2's behaviour as it is: everything is shared, but a BN in a RetinaNet head has
-    statistics per level and a shared affine, as its `CycleBatchNormList` (row 4 of the paper's Table 5).
+    statistics per level and a shared affine, as its `CycleBatchNormList` (row 4 of the paper's Table 5). What the keys
+    choose among is registered with detectron2.
     """
+    bnext.register()
     for key in KEYS.values():
         *path, name = key.name.split(".")
         node = cfg

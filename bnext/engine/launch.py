@@ -26,6 +26,7 @@ import torch.distributed as dist
 from detectron2.utils import comm
 from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, ProcessRaisedException, start_processes
 
+import bnext
 import bnext.errors
 from bnext.distributed.groups import count_cores
 from bnext.engine.interrupts import GRACE_SECONDS, end_with_parent, holding_back_interrupts, take_interrupts_once
@@ -304,6 +305,7 @@ def _worker(
     try:
         take_interrupts_once()
         guard_streams()
+        bnext.register()
         _ready_file(folder, local_rank).touch()
         with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)

@@ -5,8 +5,9 @@ import json
 import compare_statistics
 import pytest
 
+from bnext.cli import compare
 from bnext.engine.launch import count_cores
-from bnext.evaluation import compare
+from bnext.evaluation import compare as evaluation_compare
 from bnext.repair import KINDS
 from tests import tiny
 from tests.tools.conftest import QUICK
@@ -64,7 +65,7 @@ def test_an_interruption_is_one_line_and_says_what_is_kept(command, tmp_path, ca
     """A file of an earlier comparison is not what this one has measured."""
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "statistics.json").write_text("{}")
-    calls, evaluate = [], compare.evaluate_with
+    calls, evaluate = [], evaluation_compare.evaluate_with
 
     def interrupt(*args):
         calls.append(args)
@@ -72,7 +73,7 @@ def test_an_interruption_is_one_line_and_says_what_is_kept(command, tmp_path, ca
             raise KeyboardInterrupt
         return evaluate(*args)
 
-    monkeypatch.setattr(compare, "evaluate_with", interrupt)
+    monkeypatch.setattr(evaluation_compare, "evaluate_with", interrupt)
     assert command("--kinds", "moving_average", "mini_batch", "--overwrite") == 130
     line = capsys.readouterr().err.strip().splitlines()[-1]
     path = tmp_path / "out" / "statistics.json"
@@ -86,7 +87,7 @@ def test_an_interruption_is_one_line_and_says_what_is_kept(command, tmp_path, ca
 
 def test_kinds_that_are_none_are_all(command, monkeypatch):
     calls = []
-    monkeypatch.setattr(compare_statistics, "run_comparison", lambda *args: calls.append(args))
+    monkeypatch.setattr(compare, "run_comparison", lambda *args: calls.append(args))
     assert command("--kinds", "TEST.DETECTIONS_PER_IMAGE", "7") == 0
     cfg, kinds, *_ = calls[0]
     assert kinds == [kind for kind in KINDS if kind != "per_domain"]

@@ -1,8 +1,7 @@
-"""tools/start.py: processes that the run of a tool starts leave Ctrl-C to it, and do not outlive it."""
+"""Processes that a command starts leave Ctrl-C to it, and do not outlive it."""
 
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import time
 from pathlib import Path
 
 TOOL = """
-import start
+import bnext.cli.start
 import multiprocessing
 import os
 import signal
@@ -41,10 +40,9 @@ def has_ended(pid, seconds):
 
 
 def test_a_spawned_process_ignores_ctrl_c_and_ends_with_its_parent(tmp_path):
-    shutil.copy(Path(__file__).parents[2] / "tools" / "start.py", tmp_path)
-    (tmp_path / "tool.py").write_text(TOOL)
+    (tmp_path / "bnext").write_text(TOOL)  # as the script of that name
     run = subprocess.run(
-        [sys.executable, str(tmp_path / "tool.py")], stdout=subprocess.PIPE, text=True, timeout=60, check=False
+        [sys.executable, str(tmp_path / "bnext")], stdout=subprocess.PIPE, text=True, timeout=60, check=False
     )
     pid, ignores = run.stdout.split()
     try:

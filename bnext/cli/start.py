@@ -1,6 +1,6 @@
-"""The first import of every tool: a quiet Ctrl-C while the others are imported, and text in UTF-8 in every locale.
+"""The first import of every command: a quiet Ctrl-C while the others are imported, and text in UTF-8 in every locale.
 
-It acts where a file of this folder is run, and in the workers that such a run starts. Standard library only.
+It acts where `bnext` or a file of `tools/` is run, and in the workers that such a run starts. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,10 +14,16 @@ import threading
 import time
 from pathlib import Path
 
+__all__ = ["TOOLS"]
+
+PACKAGE = Path(__file__).resolve().parents[1]
+TOOLS = PACKAGE.parent / "tools"  # of a checkout
+
 
 def is_run() -> bool:
-    """Whether this process runs a tool of this folder."""
-    return Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parent
+    """Whether this process runs a command: the script `bnext`, `python -m bnext`, or a file of `tools/`."""
+    script = Path(sys.argv[0]).resolve()
+    return script.stem == PACKAGE.name or script == PACKAGE / "__main__.py" or script.parent == TOOLS
 
 
 def use_utf8() -> None:

@@ -1,0 +1,37 @@
+"""The names of bnext: `__init__.py` imports each of them when it is first used."""
+
+from . import heads as heads
+from .config import add_bnext_config as add_bnext_config
+from .config import load_config as load_config
+from .config.files import get_config_file as get_config_file
+from .errors import BNextError as BNextError
+from .errors import CheckpointError as CheckpointError
+from .errors import ConfigError as ConfigError
+from .errors import DatasetError as DatasetError
+from .errors import DomainError as DomainError
+from .errors import LaunchError as LaunchError
+from .errors import StatisticsError as StatisticsError
+from .errors import WorkerError as WorkerError
+from .layers import BatchNorm2d as BatchNorm2d
+from .layers import LevelBatchNorm2d as LevelBatchNorm2d
+from .layers import NormSpec as NormSpec
+from .layers import Shuffled as Shuffled
+from .layers import build_norm as build_norm
+from .layers import deal_statistics as deal_statistics
+from .layers import use_groups as use_groups
+from .layers import virtual_samples as virtual_samples
+from .scope import frozen_statistics as frozen_statistics
+from .scope import use_domain as use_domain
+from .statistics import following_stream as following_stream
+from .statistics import recompute_population_statistics as recompute_population_statistics
+from .surgery import check_norm_state as check_norm_state
+from .surgery import convert_norm as convert_norm
+from .surgery import convert_norm_state as convert_norm_state
+from .surgery import copy_norm_state as copy_norm_state
+from .surgery import fold_norms as fold_norms
+from .surgery import freeze_norms as freeze_norms
+from .surgery import unfreeze_norms as unfreeze_norms
+
+__version__: str
+
+def register() -> None: ...

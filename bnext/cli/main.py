@@ -1,0 +1,113 @@
+"""The command `bnext`: a table of its commands, each of which is a module of this room.
+
+Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`; where something is
+kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED` says whether its options may stand
+among KEY VALUE pairs. It is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+
+import bnext.cli.start  # noqa: F401  before all that takes time
+from bnext.text import find_near
+
+__all__ = ["COMMANDS", "build_parser", "main", "run_tool"]
+
+# name -> module, and what it does.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "train": ("bnext.cli.train", "train a detector, as Detectron2's train_net.py does"),
+    "evaluate": ("bnext.cli.evaluate", "COCO AP of a checkpoint"),
+    "reestimate": ("bnext.cli.reestimate", "population statistics of a checkpoint, estimated anew without training"),
+    "compare": ("bnext.cli.compare", "COCO AP of a checkpoint with each kind of statistics"),
+    "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line of `bnext`.
+
+    Args:
+        argv: its words; None: those of this process.
+
+    Returns:
+        The exit status: 0, 2 for a mistake that the user can mend, or 130 after Ctrl-C.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        return _run(words[0], words[1:], f"bnext {words[0]}")
+
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_format_help())
+        return 0
+    if words[0] == "--version":
+        print(f"bnext {_find_version()}")
+        return 0
+
+    near = find_near(words[0], list(COMMANDS), most=1)
+    remedy = f"Did you mean {near[0]}?" if near else "See bnext --help."
+    commands = ", ".join(COMMANDS)
+    print(f"error: The command must be one of {commands}; got {words[0]!r}. {remedy}", file=sys.stderr)
+    return 2
+
+
+def run_tool(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command for a file of `tools/`, under whose own name its help speaks; see `main`."""
+    return _run(name, list(sys.argv[1:] if argv is None else argv), None)
+
+
+def build_parser(name: str, prog: str | None = None) -> argparse.ArgumentParser:
+    """The options of a command.
+
+    Args:
+        name: of `COMMANDS`.
+        prog: how its help calls it; None: as the file that runs.
+    """
+    return _build_parser(_import_command(name), prog)
+
+
+def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentParser:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, formatter_class=form)
+    command.add_arguments(parser)
+    return parser
+
+
+def _import_command(name: str) -> ModuleType:
+    importlib.import_module("bnext.config")  # which says how to get detectron2, if there is none
+    return importlib.import_module(COMMANDS[name][0])
+
+
+def _run(name: str, words: Sequence[str], prog: str | None) -> int:
+    try:
+        command = _import_command(name)
+    except ModuleNotFoundError as error:
+        if "must be installed" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    from bnext.cli.arguments import parse_arguments
+    from bnext.cli.run_command import run_command
+
+    parser = _build_parser(command, prog)
+    args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))
+    find_kept = getattr(command, "find_kept", None)
+    return run_command(lambda: command.execute(args), find_kept(args) if find_kept else None)
+
+
+def _format_help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    head = "usage: bnext COMMAND [options]\n\nBatch normalization done right in object detection.\n\ncommands:\n"
+    return head + "\n".join(lines) + "\n\nbnext COMMAND --help shows the options of a command."
+
+
+def _find_version() -> str:
+    import bnext
+
+    return bnext.__version__
