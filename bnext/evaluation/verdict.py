@@ -155,7 +155,7 @@ def _say_how(results: Mapping[str, Any], name: str) -> str:
         options += ["--dataset", str(results.get("domain_dataset")), *_WITHOUT_LABELS]
         options += ["--domain", str(results["domain"])] if results.get("domain") else []
 
-    command = ["python", "tools/recompute_statistics.py", *_complete(results, weights)]
+    command = ["bnext", "reestimate", *_complete(results, weights)]
     words = shlex.join([*command, "--output", str(output.with_name(f"{output.stem}_{name}.pth")), *options])
     honest = " An AP on the images that statistics are of flatters: take others of their domain." * (
         kind.source == "test"

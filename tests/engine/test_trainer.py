@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bnext.cli.train import build_parser, run_worker
+from bnext.cli.main import build_parser
+from bnext.cli.train import run_worker
 from bnext.data.catalog import register_datasets
 from bnext.engine import Trainer, evaluate, train
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
@@ -204,7 +205,7 @@ def test_an_image_that_cannot_be_read_is_named(digits, tmp_path, monkeypatch):
 def test_a_new_training_that_ends_early_is_not_resumed_as_the_old_one(digits, tmp_path):
     (tmp_path / "last_checkpoint").write_text("model_of_an_old_training.pth")
     with pytest.raises(CheckpointError):
-        run_worker(tiny.load(tmp_path, "MODEL.WEIGHTS", "/nonexistent.pth"), build_parser().parse_args([]))
+        run_worker(tiny.load(tmp_path, "MODEL.WEIGHTS", "/nonexistent.pth"), build_parser("train").parse_args([]))
     assert not (tmp_path / "last_checkpoint").exists()
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.compare import run_comparison
+from bnext.cli.main import build_parser
 from bnext.errors import CheckpointError, ConfigError
 from bnext.evaluation.compare import compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison
@@ -170,11 +171,9 @@ def test_the_verdict_by_masks_is_said_where_it_is_another():
 
 
 def test_the_command_that_is_advised_is_one(tmp_path):
-    import recompute_statistics
-
     words = judge_rows(compare(moving_average=20.0, adaptive=30.0)).words
     command = shlex.split(words.split("To get it: ")[1].split(" An AP on")[0])
-    args = recompute_statistics.build_parser().parse_intermixed_args(command[2:])
+    args = build_parser("reestimate").parse_intermixed_args(command[2:])
     assert (args.dataset, args.output) == (["night_val"], "runs/model_final_adaptive.pth")
     assert args.opts[:4] == ["MODEL.FPN.NORM", "BN", "MODEL.WEIGHTS", "runs/model_final.pth"]
 
