@@ -144,7 +144,7 @@ def test_the_verdict_follows_from_the_table(aps, winner, gain, advice):
     verdict = judge_rows(compare(**aps))
     assert (verdict.winner, verdict.gain) == (winner, gain)
     assert advice in verdict.words
-    assert ("recompute_statistics.py --config-file my.yaml" in verdict.words) == ("--output" in verdict.words)
+    assert ("bnext reestimate --config-file my.yaml" in verdict.words) == ("--output" in verdict.words)
 
 
 def test_what_two_objects_make_is_noise():
