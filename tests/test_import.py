@@ -42,4 +42,5 @@ def test_a_bare_folder_of_the_name_is_no_detectron2(tmp_path):
 def test_the_others_name_the_ways_to_get_detectron2():
     done = run("import bnext.heads")
     assert done.returncode != 0
-    assert "tools/install_detectron2.py" in done.stderr
+    assert "bnext install-detectron2" in done.stderr
+    assert "conda-forge" in done.stderr

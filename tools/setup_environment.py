@@ -21,13 +21,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from install_detectron2 import InstallError, run_pip
+from install_detectron2 import load_installer
+
+installer = load_installer()
+InstallError, run_pip = installer.InstallError, installer.run_pip
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 MARK = VENV / ".setup"
-INPUTS = ("constraints.txt", "pyproject.toml", "tools/install_detectron2.py", "tools/setup_environment.py")
+INPUTS = ("constraints.txt", "pyproject.toml", "bnext/cli/install_detectron2.py", "tools/install_detectron2.py")
+INPUTS += ("tools/setup_environment.py",)
 LEFTOVER = "-setup-"  # in the names of folders that are on their way to or from being the environment
 DISK_GB = 8  # 6.2 for the environment, the rest for pip to unpack in
 CHECK = "import torch, torchvision, cv2, detectron2.engine, detectron2.utils.visualizer"
@@ -108,10 +112,10 @@ def install_packages() -> None:
     run_pip(*pinned, "setuptools", python=PYTHON)
 
     print("Set-up 2/3: detectron2", flush=True)  # before the large ones: its archive may be refused
-    installer = [str(PYTHON), str(ROOT / "tools" / "install_detectron2.py")]
+    installer = [str(PYTHON), str(ROOT / "tools" / "install_detectron2.py"), "--no-deps"]
     process = subprocess.run(installer, stderr=subprocess.PIPE, text=True, close_fds=False)
     if process.returncode:
-        raise InstallError(process.stderr.strip().removeprefix("install_detectron2: "))
+        raise InstallError(process.stderr.strip().removeprefix("error: "))
 
     print("Set-up 3/3: torch and the other pinned packages (about 3 GB to download)", flush=True)
     local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[digits,detectron2,docs,fast-eval,dev]")

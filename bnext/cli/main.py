@@ -2,7 +2,8 @@
 
 Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`; where something is
 kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED` says whether its options may stand
-among KEY VALUE pairs. It is imported when it is asked for.
+among KEY VALUE pairs. It is imported when it is asked for. One that needs nothing but Python has `main(argv, prog)`
+instead, which does it all.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import bnext.cli.start  # noqa: F401  before all that takes time
+from bnext.packages import explain_missing
 from bnext.text import find_near
 
 __all__ = ["COMMANDS", "build_parser", "main", "run_tool"]
@@ -24,8 +26,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("bnext.cli.evaluate", "COCO AP of a checkpoint"),
     "reestimate": ("bnext.cli.reestimate", "population statistics of a checkpoint, estimated anew without training"),
     "compare": ("bnext.cli.compare", "COCO AP of a checkpoint with each kind of statistics"),
+    "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
+    "convert": ("bnext.cli.convert", "a checkpoint in the form of another config: other norms, torchvision's names"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
+    "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),
 }
+_ALONE = ("install-detectron2",)  # need nothing but Python
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,18 +84,24 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
 
 
 def _import_command(name: str) -> ModuleType:
-    importlib.import_module("bnext.config")  # which says how to get detectron2, if there is none
+    if name not in _ALONE:
+        importlib.import_module("bnext.config")  # first, as it keeps the warnings of detectron2's import back
     return importlib.import_module(COMMANDS[name][0])
 
 
 def _run(name: str, words: Sequence[str], prog: str | None) -> int:
     try:
         command = _import_command(name)
-    except ModuleNotFoundError as error:
-        if "must be installed" not in str(error):
+    except ImportError as error:
+        refusal = explain_missing(error)
+        if refusal is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {refusal}", file=sys.stderr)
         return 2
+
+    if name in _ALONE:
+        status: int = command.main(words, prog)
+        return status
 
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command

@@ -15,6 +15,7 @@ from bnext.engine.interrupts import interrupt_once
 from bnext.engine.streams import guard_streams
 from bnext.errors import BNextError, is_interrupted
 from bnext.files import explain_os_error
+from bnext.packages import explain_missing
 from bnext.text import flatten_text
 
 __all__ = ["load_config_to_reestimate", "run_command"]
@@ -43,7 +44,7 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
             print(f"interrupted; {kept}." if kept else "interrupted.", file=sys.stderr)
             return 130
 
-        refusal = error if isinstance(error, BNextError) else explain_os_error(error)
+        refusal = error if isinstance(error, BNextError) else explain_missing(error) or explain_os_error(error)
         if refusal is None:
             raise
         text = str(refusal)

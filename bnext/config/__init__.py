@@ -2,17 +2,18 @@
 
 import warnings
 
+from bnext.packages import explain_missing
+
 try:
     with warnings.catch_warnings():
         # fvcore and detectron2 script a few functions at import; users can do nothing about it.
         warnings.filterwarnings("ignore", r".torch\.jit\.script. is deprecated", FutureWarning)
         import detectron2.modeling  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "detectron2 must be installed for bnext's configs, heads, data and tools; got none. Run "
-        "`python tools/install_detectron2.py`, or install it from its repository or from conda-forge. "
-        "bnext's layers and statistics work without it."
-    ) from error
+    refusal = explain_missing(error)
+    if refusal is None:
+        raise
+    raise ModuleNotFoundError(str(refusal), name=error.name) from error
 
 from bnext.config.keys import add_bnext_config
 from bnext.config.load import load_config

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import setup_environment as setup
-from install_detectron2 import InstallError
 
 REPOSITORY = Path(setup.__file__).resolve().parent.parent
 NO_NETWORK = {
@@ -28,7 +27,7 @@ NO_NETWORK = {
 def tree(tmp_path):
     """The files of the repository that the set-up reads, in a folder of their own."""
     for name in (*setup.INPUTS, "Makefile"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
     return tmp_path
 
@@ -88,14 +87,14 @@ class TestState:
     def test_environment_of_the_user_is_never_removed(self, whole):
         setup.MARK.unlink()
         (whole / "mine").touch()
-        with pytest.raises(InstallError, match="must be made by `make setup`; got one that was not"):
+        with pytest.raises(setup.InstallError, match="must be made by `make setup`; got one that was not"):
             setup.set_up()
         assert (whole / "mine").exists()
 
     def test_failed_update_leaves_it_unfinished(self, whole, monkeypatch):
         (setup.ROOT / "constraints.txt").write_text("")
         monkeypatch.setattr(setup, "PYTHON", Path("/bin/false"))
-        with pytest.raises(InstallError):
+        with pytest.raises(setup.InstallError):
             setup.set_up()
         assert setup.MARK.read_text() == "unfinished"
 
@@ -104,14 +103,14 @@ def test_full_disk_is_seen_before_anything_is_made(whole, monkeypatch):
     shutil.rmtree(whole)
     monkeypatch.setattr(setup, "DISK_GB", 10**9)
     monkeypatch.setattr(setup, "create_environment", lambda: pytest.fail("it was begun on a full disk"))
-    with pytest.raises(InstallError, match=r"must have 1000000000 GB free; got [\d.]+ GB"):
+    with pytest.raises(setup.InstallError, match=r"must have 1000000000 GB free; got [\d.]+ GB"):
         setup.set_up()
     assert not whole.exists()
 
 
 def test_missing_venv_module_is_named(whole, monkeypatch):
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InstallError, match="must have the module venv; it has not. Install python3-venv"):
+    with pytest.raises(setup.InstallError, match="must have the module venv; it has not. Install python3-venv"):
         setup.check_machine()
 
 
