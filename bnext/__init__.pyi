@@ -1,6 +1,8 @@
 """The names of bnext: `__init__.py` imports each of them when it is first used."""
 
 from . import heads as heads
+from .cli.from_python import evaluate as evaluate
+from .cli.from_python import train as train
 from .config import add_bnext_config as add_bnext_config
 from .config import load_config as load_config
 from .config.files import get_config_file as get_config_file

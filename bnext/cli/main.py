@@ -80,6 +80,8 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, formatter_class=form)
     command.add_arguments(parser)
+    help = "a module of yours, which registers data sets or architectures; may be given several times"
+    parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=help)
     return parser
 
 
@@ -105,11 +107,17 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
 
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command
+    from bnext.user_modules import import_modules
 
     parser = _build_parser(command, prog)
     args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))
     find_kept = getattr(command, "find_kept", None)
-    return run_command(lambda: command.execute(args), find_kept(args) if find_kept else None)
+
+    def execute() -> None:
+        import_modules(args.imports)
+        command.execute(args)
+
+    return run_command(execute, find_kept(args) if find_kept else None)
 
 
 def _format_help() -> str:

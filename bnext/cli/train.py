@@ -8,8 +8,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pickle
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -22,13 +25,15 @@ from bnext.checkpoints.last import find_last_checkpoint
 from bnext.config import load_config
 from bnext.data.check_coco import check_datasets
 from bnext.data.classes import check_classes, count_classes
+from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.output import holding_output
+from bnext.engine.own_parts import OwnParts
 from bnext.engine.resume import check_output_files
 from bnext.engine.streams import guard_log_files
-from bnext.engine.trainer import check_same_config, evaluate, train
+from bnext.engine.trainer import Trainer, check_same_config, evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.rehearsal import rehearse
@@ -72,13 +77,17 @@ def execute(args: argparse.Namespace) -> None:
     run(load_config(args.config_file, args.opts), args)
 
 
-def run(cfg: CfgNode, args: argparse.Namespace) -> None:
+def run(cfg: CfgNode, args: argparse.Namespace, parts: OwnParts | None = None) -> dict[str, Any]:
     """Check everything, start the workers, and train or evaluate.
 
     Args:
         cfg: from `load_config`.
         args: of Detectron2's `default_argument_parser`: resume, eval_only, num_gpus, num_machines,
             machine_rank, dist_url, config_file.
+        parts: of the training, that are the caller's own.
+
+    Returns:
+        The results of the last evaluation; none on machines but the first.
 
     Raises:
         BNextError: what is wrong, before training starts wherever it can be known.
@@ -92,20 +101,24 @@ def run(cfg: CfgNode, args: argparse.Namespace) -> None:
             dist_url=args.dist_url,
             eval_only=args.eval_only,
             resume=args.resume,
+            trainer=Trainer if parts is None else parts.build_trainer(),
         )
 
-    try:
-        launch(
-            run_worker,
-            args.num_gpus,
-            args.num_machines,
-            args.machine_rank,
-            args.dist_url,
-            args=(cfg, args, notices),
-            device=cfg.MODEL.DEVICE,
-        )
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("" if args.eval_only else _describe_kept(cfg.OUTPUT_DIR)) from None
+    with tempfile.TemporaryDirectory(prefix="bnext-results-") as folder:
+        file = os.path.join(folder, "results")
+        try:
+            launch(
+                run_worker,
+                args.num_gpus,
+                args.num_machines,
+                args.machine_rank,
+                args.dist_url,
+                args=(cfg, args, notices, parts, file),
+                device=cfg.MODEL.DEVICE,
+            )
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt("" if args.eval_only else _describe_kept(cfg.OUTPUT_DIR)) from None
+        return pickle.loads(Path(file).read_bytes()) if os.path.exists(file) else {}
 
 
 def _describe_kept(folder: str) -> str:
@@ -114,13 +127,26 @@ def _describe_kept(folder: str) -> str:
     return f"there is no checkpoint in {folder} yet"
 
 
-def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice] = ()) -> None:
+def run_worker(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    notices: Sequence[HeldNotice] = (),
+    parts: OwnParts | None = None,
+    file: str = "",
+) -> dict[str, Any]:
     """Train or evaluate in one worker.
 
     Args:
         cfg, args: see `run`.
         notices: of the checks, which are said here, where there is a log.txt.
+        parts: see `run`.
+        file: takes the results, on the main process; "": none.
+
+    Returns:
+        The results of the last evaluation.
     """
+    trainer = Trainer if parts is None else parts.build_trainer()
+    register_listed_sets(cfg)
     trained = () if args.eval_only else cfg.DATASETS.TRAIN
     for name in (*trained, *cfg.DATASETS.TEST):  # several workers are fresh processes
         check_registered(name)
@@ -128,12 +154,15 @@ def run_worker(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNot
 
     if args.eval_only:
         _set_up(cfg, args, notices)
-        evaluate(cfg, resume=args.resume)
-        return
+        results: dict[str, Any] = evaluate(cfg, args.resume, trainer)
+    else:
+        with holding_output(cfg.OUTPUT_DIR):
+            _set_up(cfg, args, notices)
+            results = _train(cfg, args, trainer)
 
-    with holding_output(cfg.OUTPUT_DIR):
-        _set_up(cfg, args, notices)
-        _train(cfg, args)
+    if file and comm.is_main_process():
+        Path(file).write_bytes(pickle.dumps(results))
+    return results
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
@@ -148,7 +177,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice
         log_notices(notices)
 
 
-def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _train(cfg: CfgNode, args: argparse.Namespace, trainer: type[Trainer]) -> dict[str, Any]:
     if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
@@ -159,7 +188,7 @@ def _train(cfg: CfgNode, args: argparse.Namespace) -> None:
         if comm.is_main_process():  # else an interrupted new training would later go on with the old one
             os.remove(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint"))
 
-    train(cfg, resume=args.resume)
+    return train(cfg, args.resume, trainer)
 
 
 def check_run(
@@ -171,16 +200,19 @@ def check_run(
     dist_url: str = "auto",
     eval_only: bool = False,
     resume: bool = False,
+    trainer: type[Trainer] = Trainer,
 ) -> None:
     """Find what would stop the run; quick checks first, and last the evaluation tried with ground truth.
 
     Args:
         cfg: from `load_config`.
         num_gpus, num_machines, machine_rank, dist_url, eval_only, resume: options of Detectron2's command line.
+        trainer: whose evaluators are tried.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, LaunchError: what is wrong.
     """
+    register_listed_sets(cfg)
     num_workers = count_workers(num_gpus, num_machines, machine_rank, dist_url, device=cfg.MODEL.DEVICE)
 
     which = "TEST" if eval_only else "TRAIN"
@@ -191,7 +223,8 @@ def check_run(
     if not eval_only:
         # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
-    for name in cfg.DATASETS.TEST:
+    evaluates = getattr(trainer.test, "__func__", None) is getattr(Trainer.test, "__func__", None)
+    for name in cfg.DATASETS.TEST if evaluates and trainer.build_evaluator is build_evaluator else ():
         if name in DatasetCatalog:  # else check_datasets says so
             check_evaluator(name)
 
@@ -204,7 +237,8 @@ def check_run(
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)
     check_output_files(cfg.OUTPUT_DIR, training=not eval_only)
-    rehearse(cfg, build=build_evaluator)
+    if evaluates:
+        rehearse(cfg, build=trainer.build_evaluator)
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:

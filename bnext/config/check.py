@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from bnext.config.keys import KEYS, Key, Need
 from bnext.config.norm_names import check_norm_name
 from bnext.config.places import PLACES
+from bnext.data.listed_sets import check_listed_sets
 from bnext.errors import ConfigError
 from bnext.notices import tell_once
 from bnext.surgery.schedules import check_points
@@ -44,6 +45,7 @@ def check_keys(values: Mapping[str, Any]) -> None:
         if place.has_norm_of_ours:
             check_norm_name(name, values[place.norm])
     check_values([key for key in KEYS.values() if ".BNEXT." in key.name], values)
+    check_listed_sets(values["DATASETS.BNEXT.COCO"])
     _check_iterations(values)
     _check_num_iter(values)
 

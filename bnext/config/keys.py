@@ -369,7 +369,16 @@ _ESTIMATES = (
     ),
 )
 
-KEYS = {key.name: key for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _ESTIMATES) for key in keys}
+_DATASETS = (
+    Key(
+        "DATASETS.BNEXT.COCO",
+        [],
+        "data sets in COCO format: `[{name: my_train, json: my/train.json, folder: my/train}]`, and the `domain` of "
+        "their images, if they have one; see datasets/README.md",
+    ),
+)
+
+KEYS = {key.name: key for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _ESTIMATES, _DATASETS) for key in keys}
 
 
 def add_bnext_config(cfg: CfgNode) -> None:

@@ -16,9 +16,10 @@ from bnext.config.merge import merge_pairs, merge_values
 from bnext.config.read import read_file
 from bnext.config.recipe import resolve_norms
 from bnext.config.rules import check_detectron2_keys
+from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import ConfigError, LaunchError
 
-__all__ = ["load_config"]
+__all__ = ["finish_config", "load_config"]
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
@@ -38,11 +39,26 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_bnext_config(cfg)
     _merge(cfg, config_file, opts)
+    return finish_config(cfg)
+
+
+def finish_config(cfg: CfgNode) -> CfgNode:
+    """A whole config, however it was made: checked, its sets registered, with a device of this machine, and frozen.
+
+    Args:
+        cfg: with bnext's keys; is left as it is.
+
+    Raises:
+        ConfigError, LaunchError: see `load_config`.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
 
     check_detectron2_keys(flatten(cfg))
     resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
     check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
 
+    register_listed_sets(cfg)
     _choose_device(cfg)
     cfg.freeze()
     return cfg

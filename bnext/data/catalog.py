@@ -10,20 +10,23 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
 from bnext.data.digits import CLASSES, FOLDER, has_digits, prepare_digits
 from bnext.data.digits_images import SPLITS
-from bnext.data.records import Record
 
-__all__ = ["datasets_root", "ensure_digits", "is_coco_entry", "register_datasets"]
+if TYPE_CHECKING:
+    from bnext.data.records import Record  # which registers sets that a config lists
+
+__all__ = ["CocoSet", "datasets_root", "ensure_digits", "is_coco_entry", "register_datasets"]
 
 
 @dataclass(frozen=True)
-class _CocoSet:
-    """Loads a COCO-format set when the catalog asks; its type tells our entries from the user's."""
+class CocoSet:
+    """A COCO-format set, loaded when the catalog asks; its type tells our entries from the user's."""
 
     name: str
     json_file: str
@@ -49,11 +52,11 @@ def register_datasets() -> None:
     folder = datasets_root() / FOLDER
     for split in SPLITS:
         name = f"digits_{split}"
-        entry = _CocoSet(name, str(folder / "annotations" / f"instances_{split}.json"), str(folder / split))
+        entry = CocoSet(name, str(folder / "annotations" / f"instances_{split}.json"), str(folder / split))
 
         if name in DatasetCatalog:
             present = DatasetCatalog[name]
-            if not isinstance(present, _CocoSet) or present == entry:
+            if type(present) is not CocoSet or present == entry:
                 continue
             DatasetCatalog.remove(name)
             MetadataCatalog.pop(name, None)  # its attributes cannot be changed, only made anew
@@ -69,7 +72,7 @@ def register_datasets() -> None:
 
 def is_coco_entry(name: str) -> bool:
     """Whether a registered set is one of ours: its records are what its annotation file says."""
-    return isinstance(DatasetCatalog[name], _CocoSet)
+    return isinstance(DatasetCatalog[name], CocoSet)
 
 
 def ensure_digits(*, progress: bool = True) -> Path:

@@ -24,12 +24,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
-from bnext.data.catalog import is_coco_entry
+from bnext.data.catalog import datasets_root, is_coco_entry
 from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
 from bnext.data.classes import find_trained_classes
 from bnext.data.digits import FOLDER
+from bnext.data.listed_sets import KEY, is_listed
 from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
 from bnext.files import read_stamp
@@ -93,6 +94,11 @@ class RegisteredSet:
             overwrite = " --overwrite" if os.path.lexists(folder) else ""
             return f"Run `python datasets/prepare_digits.py {root}{overwrite}`."
 
+        if is_listed(self.name):
+            return (
+                f"Correct the file, or its path in {KEY}; a relative one is looked for in the working directory and in "
+                f"{datasets_root().absolute()}."
+            )
         if "coco" in self.name:
             return "Download it again or set DETECTRON2_DATASETS to the folder of `coco`; see datasets/README.md."
         return "Correct the file, or the path that the set was registered with."

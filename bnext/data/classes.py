@@ -6,18 +6,14 @@ found by name, however its file numbers them.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils.file_io import PathManager
 
+from bnext.data.categories import read_categories
 from bnext.data.records import Record, check_registered
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
-from bnext.files import read_stamp
 
 __all__ = [
     "UNKNOWN_CLASSES",
@@ -36,8 +32,6 @@ UNKNOWN_CLASSES = Refusal(
     "Give a category the same name in both sets, name in DATASETS.TRAIN the set that the weights were trained on, or "
     "leave the objects of other classes out.",
 )
-_CATEGORIES = re.compile(r'"categories"\s*:\s*(?=\[)')
-_read: dict[tuple[str, int, int], tuple[str, ...]] = {}  # by path, time and size of the annotation file
 
 
 def count_classes(cfg: CfgNode) -> tuple[str, int] | None:
@@ -65,29 +59,8 @@ def read_classes(name: str) -> tuple[str, ...] | None:
         return tuple(str(each) for each in metadata.thing_classes)
 
     json_file = metadata.get("json_file")
-    return _read_categories(str(json_file)) if json_file else None
-
-
-def _read_categories(json_file: str) -> tuple[str, ...] | None:
-    """The names of a file's categories in the order of their ids, without parsing the rest of it if possible."""
-    try:
-        path = PathManager.get_local_path(json_file)
-        key = read_stamp(path)
-        if key in _read:
-            return _read[key]
-
-        text = Path(path).read_text(encoding="utf-8-sig")
-        starts = [match.end() for match in _CATEGORIES.finditer(text)]
-        if len(starts) == 1:
-            categories, _ = json.JSONDecoder().raw_decode(text, starts[0])
-        else:
-            categories = json.loads(text)["categories"]
-        names = {category["id"]: str(category["name"]) for category in categories}
-        _read[key] = tuple(names[number] for number in sorted(names))
-    except (OSError, ValueError, KeyError, TypeError):  # whoever loads the set says what is wrong with it
-        return None
-
-    return _read[key]
+    categories = read_categories(str(json_file)) if json_file else None
+    return None if categories is None else tuple(category["name"] for category in categories)
 
 
 def find_trained_classes(cfg: CfgNode) -> tuple[str, ...] | None:

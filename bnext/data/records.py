@@ -10,8 +10,10 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from torch.utils.data import Dataset
 
+from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.text import find_near
+from bnext.user_modules import list_imported, mentions
 
 __all__ = [
     "Record",
@@ -29,7 +31,15 @@ _UNKNOWN = Refusal(
     DatasetError,
     "A data set",
     "be registered",
-    "Correct DATASETS.TRAIN and DATASETS.TEST, or import the module that registers it.",
+    "Correct DATASETS.TRAIN and DATASETS.TEST, list the set in DATASETS.BNEXT.COCO, or import the module that "
+    "registers it: --import MODULE.",
+)
+_UNKNOWN_AFTER_IMPORT = Refusal(
+    DatasetError,
+    "A data set",
+    "be registered when its module is imported",
+    "In {module}, register it at the top level: not inside of a function such as main(), nor under "
+    "`if __name__ == '__main__':`, which an import passes over.",
 )
 _UNKNOWN_IN_WORKER = Refusal(
     DatasetError,
@@ -80,7 +90,12 @@ def check_registered(name: str) -> None:
         raise _UNKNOWN_IN_WORKER.of("a registration that this worker has not run", where=repr(name))
 
     near = find_near(name, DatasetCatalog.list(), cutoff=0.5)
-    raise _UNKNOWN.of(f"'{name}', which is not", f"nearest: {', '.join(near)}" if near else "no name is near")
+    nearest = f"nearest: {', '.join(near)}" if near else "no name is near"
+    modules = [module for module in list_imported() if mentions(module, name)] or list_imported()
+    if modules:
+        module = " or ".join(modules)
+        raise _UNKNOWN_AFTER_IMPORT.of(f"'{name}', which is not, after the import of {module}", nearest, module=module)
+    raise _UNKNOWN.of(f"'{name}', which is not", nearest)
 
 
 def load_records(name: str, cfg: CfgNode) -> list[Record]:
@@ -93,6 +108,7 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
     Raises:
         DatasetError: it is unknown, empty, no list of records, or cannot be read.
     """
+    register_listed_sets(cfg)
     check_registered(name)
     proposals = _find_proposals(name, cfg) if cfg.MODEL.LOAD_PROPOSALS else None
 
@@ -168,6 +184,7 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     proposals = cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None
     names = list(cfg.DATASETS.TRAIN)
+    register_listed_sets(cfg)
     for name in names:
         check_registered(name)
 

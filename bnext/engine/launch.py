@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 import tempfile
@@ -28,12 +29,14 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, 
 
 import bnext
 import bnext.errors
+from bnext.data.listed_sets import ListedSet, current_sets, register_sets
 from bnext.distributed.groups import count_cores
 from bnext.engine.interrupts import GRACE_SECONDS, end_with_parent, holding_back_interrupts, take_interrupts_once
 from bnext.engine.rendezvous import check_address, is_loopback, meet
 from bnext.engine.streams import guard_streams
 from bnext.errors import BNextError, LaunchError, Refusal, is_interrupted
 from bnext.files import explain_os_error, write_json
+from bnext.user_modules import import_modules, list_imported
 
 __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
@@ -61,6 +64,23 @@ NOT_JOINED = Refusal(
     "find one another",
     "Start all of them anew, with an address and a free port of the first machine that all can reach.",
 )
+
+NOT_PICKLABLE = Refusal(
+    LaunchError,
+    "What workers are given",
+    "be picklable, as each is a fresh process",
+    "Define classes and functions at the top level of a module or of the script, not inside of a function, in a "
+    "notebook or as a lambda; in place of an object with open files, threads or a model give a function that makes it; "
+    "or use one worker.",
+)
+
+
+class _Work(NamedTuple):
+    """The work of a worker, and what has to be there before it can be unpickled and done."""
+
+    modules: tuple[str, ...]  # of the user's, that this process has imported
+    sets: list[ListedSet]  # of the config
+    pickled: bytes  # the function and its arguments
 
 
 class _World(NamedTuple):
@@ -100,13 +120,15 @@ def launch(
     Raises:
         LaunchError: if the machine has not that many GPUs or cores, the machines do not find one another, or a worker
             was ended by a signal.
+        LaunchError: if `main` or an argument cannot be pickled.
         BNextError: as raised in a worker.
         KeyboardInterrupt: after Ctrl-C; all workers have ended.
         RuntimeError: if a worker failed otherwise; its traceback is the message.
 
     Note:
         Under torchrun (RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE in the environment) this
-        process joins the world that it finds, and the numbers given here are not used.
+        process joins the world that it finds, and the numbers given here are not used. Workers that are started import
+        what `--import` has imported here, and know the data sets of the config, before they are given `args`.
     """
     size = count_workers(num_workers_per_machine, num_machines, machine_rank, dist_url, device)
     uses_gpus = _count_gpus(device) > 0
@@ -122,12 +144,31 @@ def launch(
             main(*args)
         return
 
+    work = _Work(list_imported(), current_sets(), pickle_work(main, args))
     with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
         if dist_url == "auto":
             dist_url = f"file://{folder}/store"  # a free port could be taken until the workers come to it
         num_workers = size // num_machines
         world = _World(dist_url, size, num_workers, timeout, uses_gpus, os.getpid())
-        _spawn(main, args, world, machine_rank * num_workers, folder)
+        _spawn(work, world, machine_rank * num_workers, folder)
+
+
+def pickle_work(main: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """A function and its arguments as workers are given them.
+
+    Raises:
+        LaunchError: they cannot be pickled, or no worker could find their code.
+    """
+    try:
+        pickled = pickle.dumps((main, args))
+    except Exception as error:  # whatever an object's own reduction raises
+        raise NOT_PICKLABLE.of(f"{type(error).__name__}: {error}") from error
+
+    program = sys.modules["__main__"]
+    has_file = getattr(program, "__spec__", None) is not None or os.path.exists(getattr(program, "__file__", ""))
+    if b"__main__" in pickled and not has_file:
+        raise NOT_PICKLABLE.of("code that was typed in, which no file holds")
+    return pickled
 
 
 def count_workers(
@@ -212,13 +253,13 @@ def _check_devices(num_workers: int, device: str, option: str) -> None:
     raise LaunchError.of(option, f"be at most the {limit} {devices}", got=num_workers, remedy=f"Use {option} {limit}.")
 
 
-def _spawn(main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str) -> None:
+def _spawn(work: _Work, world: _World, first_rank: int, folder: str) -> None:
     resource_tracker.ensure_running()  # it would lift the block below
     context: ProcessContext | None = None
 
     try:
         with holding_back_interrupts():
-            arguments = (main, args, world, first_rank, folder)
+            arguments = (work, world, first_rank, folder)
             context = start_processes(_worker, arguments, world.workers_per_machine, join=False, start_method="spawn")
         while not context.join():
             pass
@@ -292,9 +333,7 @@ def explain_failure(folder: str, ended: ProcessExitedException | None) -> BaseEx
     return RuntimeError(f"Worker {first['rank']} failed:\n{first['traceback']}")
 
 
-def _worker(
-    local_rank: int, main: Callable[..., Any], args: tuple[Any, ...], world: _World, first_rank: int, folder: str
-) -> None:
+def _worker(local_rank: int, work: _Work, world: _World, first_rank: int, folder: str) -> None:
     rank = first_rank + local_rank
     end_with_parent(world.launcher)
 
@@ -306,6 +345,9 @@ def _worker(
         take_interrupts_once()
         guard_streams()
         bnext.register()
+        import_modules(work.modules)
+        register_sets(work.sets)
+        main, args = pickle.loads(work.pickled)
         _ready_file(folder, local_rank).touch()
         with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)

@@ -32,6 +32,7 @@ from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.blame import building_from_config
 from bnext.config.check import flatten
 from bnext.data.classes import check_classes
+from bnext.data.listed_sets import KEY, register_listed_sets
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
@@ -64,7 +65,8 @@ from bnext.seeding import Purpose, derive_seed, seeded
 __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
 
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
-_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS")  # keys that may differ; weights are compared
+# Keys that may differ; weights and numbers of images are compared.
+_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", KEY)
 
 
 class Trainer(DefaultTrainer):
@@ -98,6 +100,7 @@ class Trainer(DefaultTrainer):
                 setup_logger(distributed_rank=comm.get_rank(), name=name)
 
         check_same_config(cfg)
+        register_listed_sets(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
@@ -153,11 +156,16 @@ class Trainer(DefaultTrainer):
             *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
         ]
+        shared += self.build_more_hooks()
         if not comm.is_main_process():
             return [*shared, *last]
 
         writers = hooks.PeriodicWriter(weakref.proxy(self).build_writers, period=_LOG_PERIOD)
         return [*shared, writers, ProgressBar() if ProgressBar.is_wanted() else None, *last]
+
+    def build_more_hooks(self) -> list[d2_hooks.HookBase]:
+        """Hooks of a subclass, on every worker, after those of bnext and before the metrics are written."""
+        return []
 
     def build_writers(self) -> list[EventWriter]:
         """Lines of metrics, metrics.json and TensorBoard events in the output directory."""
@@ -334,12 +342,13 @@ def check_same_config(cfg: CfgNode) -> None:
     check_agreement("the configs", values, "Give the same config and the same options on every machine.")
 
 
-def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
+def train(cfg: CfgNode, resume: bool = False, trainer: type[Trainer] = Trainer) -> dict[str, Any]:
     """Train and evaluate a config in this worker.
 
     Args:
         cfg: a whole config; OUTPUT_DIR takes checkpoints, metrics.json, events and inference/.
         resume: go on from the last checkpoint of OUTPUT_DIR.
+        trainer: a subclass, if parts of it are your own.
 
     Returns:
         The results of the evaluation (`evaluate_model`).
@@ -349,18 +358,19 @@ def train(cfg: CfgNode, resume: bool = False) -> dict[str, Any]:
     """
     check_output_files(cfg.OUTPUT_DIR)
     with building_from_config():
-        trainer = Trainer(cfg)
+        training = trainer(cfg)
 
-    trainer.resume_or_load(resume=resume)
-    return trainer.train()
+    training.resume_or_load(resume=resume)
+    return training.train()
 
 
-def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
+def evaluate(cfg: CfgNode, resume: bool = False, trainer: type[Trainer] = Trainer) -> OrderedDict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with `resume`: the last checkpoint of OUTPUT_DIR) in this worker.
 
     Args:
         cfg: a whole config.
         resume: prefer the last checkpoint.
+        trainer: a subclass, if its `test` or its evaluator is your own.
 
     Returns:
         See `evaluate_model`.
@@ -369,8 +379,9 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
         CheckpointError: if the weights do not cover the model.
     """
     check_output_files(cfg.OUTPUT_DIR)
+    register_listed_sets(cfg)
     with building_from_config():
-        model = Trainer.build_model(cfg)
+        model = trainer.build_model(cfg)
     checkpointer = Checkpointer(model, cfg.OUTPUT_DIR)
 
     last = checkpointer.get_checkpoint_file() if resume and checkpointer.has_checkpoint() else ""
@@ -378,4 +389,4 @@ def evaluate(cfg: CfgNode, resume: bool = False) -> OrderedDict[str, Any]:
 
     check_eval_weights(weights)
     checkpointer.load(weights, checkpointables=[], complete=True)
-    return Trainer.test(cfg, model)
+    return trainer.test(cfg, model)

@@ -23,6 +23,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.data.batches import build_evaluation_batches
+from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco_evaluator import COCOEvaluator
@@ -103,6 +104,7 @@ def evaluate_model(
     Note:
         A collective: every worker evaluates its share of the images.
     """
+    register_listed_sets(cfg)
     rehearse(cfg, build=build)
 
     results: OrderedDict[str, Any] = OrderedDict()

@@ -1,0 +1,40 @@
+"""The categories of an annotation file, without parsing the rest of it where that is possible."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from detectron2.utils.file_io import PathManager
+
+from bnext.files import read_stamp
+
+__all__ = ["read_categories"]
+
+_CATEGORIES = re.compile(r'"categories"\s*:\s*(?=\[)')
+_read: dict[tuple[str, int, int], tuple[dict[str, Any], ...]] = {}  # by path, time and size of the annotation file
+
+
+def read_categories(json_file: str) -> tuple[dict[str, Any], ...] | None:
+    """The categories of a file in the order of their ids; None: there are none, and whoever loads the set says why."""
+    try:
+        path = PathManager.get_local_path(json_file)
+        key = read_stamp(path)
+        if key in _read:
+            return _read[key]
+
+        text = Path(path).read_text(encoding="utf-8-sig")
+        starts = [match.end() for match in _CATEGORIES.finditer(text)]
+        if len(starts) == 1:
+            categories, _ = json.JSONDecoder().raw_decode(text, starts[0])
+        else:
+            categories = json.loads(text)["categories"]
+
+        by_id = {category["id"]: {**category, "name": str(category["name"])} for category in categories}
+        _read[key] = tuple(by_id[number] for number in sorted(by_id))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+    return _read[key]
