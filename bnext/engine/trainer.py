@@ -22,9 +22,8 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_
 from detectron2.engine import hooks as d2_hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +35,7 @@ from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
+from bnext.engine.metrics_file import MetricsWriter
 from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
@@ -52,6 +52,7 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
+from bnext.engine.screen import set_up_logging
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
@@ -59,6 +60,7 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.layers.single_element import explaining_single_values
+from bnext.notices import gathering_notices
 from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
@@ -93,9 +95,8 @@ class Trainer(DefaultTrainer):
             raise ConfigError.of(
                 "SOLVER.AMP.ENABLED", "be False without a GPU", got=True, where="config", remedy=remedy
             )
-        for name in ("detectron2", "bnext"):
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):
-                setup_logger(distributed_rank=comm.get_rank(), name=name)
+        if not all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in ("detectron2", "bnext")):
+            set_up_logging()
 
         check_same_config(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
@@ -166,7 +167,7 @@ class Trainer(DefaultTrainer):
         drop_half_line(f"{folder}/metrics.json")
         return [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(f"{folder}/metrics.json"),
+            MetricsWriter(f"{folder}/metrics.json"),
             TensorboardXWriter(folder),
         ]
 
@@ -276,7 +277,7 @@ class Trainer(DefaultTrainer):
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
         # and would tell a resumed training from an uninterrupted one. On GPUs, inexact anyway, speed counts.
         jit = torch.jit.optimized_execution(not self._is_on_cpu)  # type: ignore[attr-defined]
-        with jit, explaining_single_values(f"iteration {self.iter}"):
+        with jit, gathering_notices(), explaining_single_values(f"iteration {self.iter}"):
             super().run_step()
 
     def state_dict(self) -> dict[str, Any]:
