@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, Generic, TextIO, TypeVar
 
 from tqdm import tqdm
@@ -81,7 +81,7 @@ def track(
         >>> list(track([1, 2, 3], "counting"))
         [1, 2, 3]
     """
-    if total is None and hasattr(things, "__len__"):
+    if total is None and isinstance(things, Sized):
         total = len(things)
     with showing_progress(words, total, unit, is_wanted=is_wanted) as bar:
         for thing in things:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -74,6 +75,7 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, formatter_class=form)
     command.add_arguments(parser)
+    parser.add_argument("--verbose", action="store_true", help="show on the screen all that is logged")
     return parser
 
 
@@ -93,9 +95,12 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
 
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command
+    from bnext.engine.screen import VERBOSE
 
     parser = _build_parser(command, prog)
     args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))
+    if args.verbose:
+        os.environ[VERBOSE] = "1"  # which workers inherit
     find_kept = getattr(command, "find_kept", None)
     return run_command(lambda: command.execute(args), find_kept(args) if find_kept else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -39,7 +40,7 @@ def find_differences(cfg: CfgNode, config_file: str = "") -> tuple[str, dict[str
         if paths:
             merged = base.clone()
             merge_values(merged, values, base, paths[0])
-            base, words = merged, list_few(paths)
+            base, words = merged, list_few(map(os.path.normpath, paths))
     except BNextError:
         pass  # of another version of Detectron2's keys, which the defaults tell as well
 

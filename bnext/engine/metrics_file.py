@@ -19,6 +19,8 @@ class MetricsWriter(JSONWriter):
     Python's json writes NaN, which is no JSON: other programs refuse the line.
     """
 
+    _last_write: int
+
     def write(self) -> None:
         latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
         lines: dict[int, dict[str, float]] = defaultdict(dict)

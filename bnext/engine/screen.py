@@ -102,7 +102,7 @@ class _WorthShowing(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.silent: list[str] = []
-        self._last_progress = -_SECONDS_OF_PROGRESS
+        self._last_progress = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING or is_verbose():
@@ -112,8 +112,10 @@ class _WorthShowing(logging.Filter):
             return False
 
         message = record.getMessage()
-        if message.startswith(_PROGRESS) and name.startswith("detectron2."):
-            return self._is_due()
+        if name == "detectron2.evaluation.evaluator":
+            if message.startswith("Start inference"):
+                self._last_progress = time.monotonic()
+            return message.startswith(_PROGRESS) and self._is_due()
         for parent, beginnings in _IN_FILE.items():
             if name == parent or name.startswith(f"{parent}."):
                 return not message.startswith(beginnings)

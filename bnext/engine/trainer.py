@@ -53,6 +53,7 @@ from bnext.engine.resume import (
     write_normalizers,
 )
 from bnext.engine.screen import set_up_logging
+from bnext.engine.start_lines import describe_training
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
@@ -250,6 +251,9 @@ class Trainer(DefaultTrainer):
         if test is not None and test is ours:  # else a subclass evaluates in a way of its own
             rehearse(self.cfg, build=self.build_evaluator)
 
+        if comm.is_main_process():
+            words = describe_training(self.cfg, self.data_loader, self.start_iter)
+            logging.getLogger(__name__).info("%s", words)
         with holding_output(self.cfg.OUTPUT_DIR), _logging_refusals_in_one_line():
             super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
 
