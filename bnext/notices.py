@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
-__all__ = ["HeldNotice", "holding_notices", "log_notices", "tell_once"]
+__all__ = ["HeldNotice", "gathering_notices", "holding_notices", "log_notices", "tell_once"]
 
 HeldNotice = tuple[str, int, str]  # logger, level, message
+
+_SHOWN = 3  # names in a line
+_Gathered = dict[tuple[logging.Logger, str], list[tuple[object, ...]]]  # logger and message -> arguments of each
+
+_gathered: list[_Gathered] = []  # of the scopes that are open
 
 _told_names: set[tuple[str, Hashable]] = set()
 _told_objects: WeakKeyDictionary[object, set[str]] = WeakKeyDictionary()
@@ -36,8 +41,44 @@ def tell_once(logger: logging.Logger, thing: object, message: str, *args: object
         was_told = message in messages
         messages.add(message)
 
-    if not was_told:
+    if was_told:
+        return
+    if _gathered:
+        _gathered[-1].setdefault((logger, message), []).append(args)
+    else:
         logger.warning(f"{message} This is said once.", *args)
+
+
+@contextlib.contextmanager
+def gathering_notices() -> Iterator[None]:
+    """Say the notices of the block at its end, the same message of several things in one line.
+
+    Example:
+        >>> log = logging.getLogger("bnext")
+        >>> with gathering_notices():  # one line of norm1 that names the others
+        ...     for name in ("norm1", "norm2", "norm3"):
+        ...         tell_once(log, name, "%s saw one element.", name)
+    """
+    _gathered.append({})
+    try:
+        yield
+    finally:
+        for (logger, message), calls in _gathered.pop().items():
+            others = _name_others(calls)
+            logger.warning(f"{message}%s This is said once.", *calls[0], f" {others}" if others else "")
+
+
+def _name_others(calls: Sequence[tuple[object, ...]]) -> str:
+    """Of which other things the first notice is said: the first argument, by which they differ."""
+    others = calls[1:]
+    if not others:
+        return ""
+    names = [next((str(arg) for arg, first in zip(args, calls[0], strict=True) if arg != first), "") for args in others]
+    if not all(names):
+        return f"The same goes for {len(others)} more."
+    shown = ", ".join(names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"The same goes for {shown}{more}."
 
 
 @contextlib.contextmanager

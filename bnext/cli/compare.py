@@ -11,10 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.run_command import load_config_to_reestimate
@@ -25,13 +24,15 @@ from bnext.data.classes import check_classes
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.engine.output import holding_output
+from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import ConfigError, LaunchError, check_choice
 from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
 from bnext.evaluation.verdict import judge_rows
-from bnext.files import write_json
+from bnext.files import find_local_file, write_json
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
+from bnext.text import name_folder
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute", "find_kept", "run_comparison"]
 
@@ -41,16 +42,17 @@ DESCRIPTION = """Same checkpoint, which statistics? COCO AP with those of the fi
     bnext compare ... --kinds moving_average precise --target-dataset NAME --num-gpus 2
     bnext compare ... --target-dataset my_night_val --domain-dataset my_night_train
 
-Writes FOLDER/statistics.json and statistics.png; the checkpoint is only read. On a machine without GPUs --num-gpus
-counts CPU workers."""
+Writes FOLDER/statistics.json, statistics.png and log.txt; the checkpoint is only read. On a machine without GPUs
+--num-gpus counts CPU workers."""
 IS_INTERMIXED = True
+_RESULTS = "statistics.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
     add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
-    add("--output", default="output/compare_statistics", metavar="FOLDER", help="(default: %(default)s)")
+    add("--output", metavar="FOLDER", help="(default: a new one, compare_..., beside the checkpoint, or in OUTPUT_DIR)")
     add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
     add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
     add("--domain-dataset", metavar="NAME", help="training images of the domain that is evaluated, for per_domain")
@@ -64,15 +66,41 @@ def execute(args: argparse.Namespace) -> None:
     given = args.kinds or []
     kinds = list(itertools.takewhile(lambda word: "." not in word, given))
     pairs = [*args.opts, *given[len(kinds) :]]  # which may follow --kinds
-    opts = [*pairs, "OUTPUT_DIR", args.output]
+    opts = list(pairs)
     if args.target_dataset:
         opts += ["DATASETS.TEST", repr((args.target_dataset,))]
     if not kinds:
         kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
 
     cfg = load_config_to_reestimate(args.config_file, opts)
+    args.output = args.output or choose_folder(cfg, args.target_dataset, overwrite=args.overwrite)
+    cfg.defrost()
+    cfg.OUTPUT_DIR = args.output
+    cfg.freeze()
     command = ["--config-file", args.config_file, *pairs]
     run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset, command)
+
+
+def choose_folder(cfg: CfgNode, target: str | None = None, *, overwrite: bool = False) -> str:
+    """A folder of the run whose checkpoint is compared: OUTPUT_DIR where one is named, else that of the checkpoint.
+
+    Args:
+        cfg: MODEL.WEIGHTS and OUTPUT_DIR are read.
+        target: data set, if it is another than the config's.
+        overwrite: whether an earlier comparison is to be replaced, not kept beside the new one.
+    """
+    weights = find_local_file(cfg.MODEL.WEIGHTS)
+    folder = cfg.OUTPUT_DIR
+    if folder == get_cfg().OUTPUT_DIR and weights and os.access(os.path.dirname(weights) or ".", os.W_OK):
+        folder = os.path.dirname(weights)
+
+    name = f"compare_{Path(cfg.MODEL.WEIGHTS.split('?')[0]).stem}"
+    first = os.path.join(folder, f"{name}_on_{name_folder(target)}" if target else name)
+    number, chosen = 1, first
+    while not overwrite and os.path.lexists(os.path.join(chosen, _RESULTS)):
+        number += 1
+        chosen = f"{first}-{number}"
+    return chosen
 
 
 def run_comparison(
@@ -131,7 +159,7 @@ def _check_outputs(cfg: CfgNode, overwrite: bool) -> None:
 
 
 def _outputs(cfg: CfgNode) -> tuple[Path, Path]:
-    return Path(cfg.OUTPUT_DIR, "statistics.json"), Path(cfg.OUTPUT_DIR, "statistics.png")
+    return Path(cfg.OUTPUT_DIR, _RESULTS), Path(cfg.OUTPUT_DIR, "statistics.png")
 
 
 def _compare_and_write(
@@ -152,8 +180,15 @@ def _compare(
     cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
 ) -> None:
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
-        setup_logger(distributed_rank=comm.get_rank(), name="bnext.evaluation.compare")  # a line for each kind
+        set_up_logging(cfg.OUTPUT_DIR)
+    # A line for each kind; what an evaluation and a re-estimation say is in log.txt.
+    with only_in_file("bnext.evaluation.coco"), only_in_file("bnext.evaluation.reestimate"):
+        _measure(cfg, kinds, domain, domain_dataset, command)
 
+
+def _measure(
+    cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
+) -> None:
     with building_from_config():
         model = build_model(cfg)
     checkpointer = Checkpointer(model)
@@ -200,10 +235,13 @@ def _write(cfg: CfgNode, results: Mapping[str, Any], with_plot: bool = False) ->
 
 def find_kept(args: argparse.Namespace) -> Callable[[], str]:
     """A function that tells what a comparison which begins now has left in its folder."""
-    path = Path(args.output, "statistics.json")
+
+    def find_results() -> Path | None:
+        return Path(args.output, _RESULTS) if args.output else None  # it is not chosen yet
 
     def read_stamp() -> tuple[int, int] | None:
-        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.is_file() else None
+        path = find_results()
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path is not None and path.is_file() else None
 
     before = read_stamp()
-    return lambda: "nothing is written" if read_stamp() == before else f"what is measured so far is in {path}"
+    return lambda: "nothing is written" if read_stamp() == before else f"what is measured so far is in {find_results()}"

@@ -17,12 +17,13 @@ from bnext.config.files import get_config_file
 from bnext.data.catalog import ensure_digits
 from bnext.engine import train
 from bnext.engine.output import holding_output
+from bnext.engine.screen import set_up_logging
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
 from bnext.files import write_json
 from bnext.studies.pictures import draw_detections
-from bnext.studies.runner import find_final_model, prepare_folder, set_up_logging, timed
+from bnext.studies.runner import find_final_model, prepare_folder, timed
 from bnext.tables import format_rows
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute", "run_demo"]

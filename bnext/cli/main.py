@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -82,6 +83,7 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
     command.add_arguments(parser)
     help = "a module of yours, which registers data sets or architectures; may be given several times"
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=help)
+    parser.add_argument("--verbose", action="store_true", help="show on the screen all that is logged")
     return parser
 
 
@@ -108,9 +110,12 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command
     from bnext.user_modules import import_modules
+    from bnext.engine.screen import VERBOSE
 
     parser = _build_parser(command, prog)
     args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))
+    if args.verbose:
+        os.environ[VERBOSE] = "1"  # which workers inherit
     find_kept = getattr(command, "find_kept", None)
 
     def execute() -> None:

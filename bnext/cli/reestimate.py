@@ -19,7 +19,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 from torch import nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eval_weights, find_missing_weights
@@ -33,6 +32,7 @@ from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.output import holding_output
 from bnext.engine.population import count_batches
+from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import is_same_file, remove_partials, replace_file, write_json
@@ -356,9 +356,9 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
         LaunchError: the output cannot be written.
     """
     if not logging.getLogger("bnext").isEnabledFor(logging.INFO):
-        setup_logger(distributed_rank=comm.get_rank(), name="bnext")
+        set_up_logging()
 
-    with holding_output(request.output, "--output", is_folder=False):
+    with holding_output(request.output, "--output", is_folder=False), only_in_file("bnext.evaluation.reestimate"):
         _raise_first(find_output_faults(request))  # another run may have ended since the first look
         return _recompute(cfg, request)
 

@@ -18,11 +18,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.checkpoints.last import find_last_checkpoint
 from bnext.config import load_config
+from bnext.config.differences import describe_differences
 from bnext.data.check_coco import check_datasets
 from bnext.data.classes import check_classes, count_classes
 from bnext.data.listed_sets import register_listed_sets
@@ -32,7 +32,7 @@ from bnext.engine.launch import count_workers, launch
 from bnext.engine.output import holding_output
 from bnext.engine.own_parts import OwnParts
 from bnext.engine.resume import check_output_files
-from bnext.engine.streams import guard_log_files
+from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.engine.trainer import Trainer, check_same_config, evaluate, train
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
@@ -166,14 +166,15 @@ def run_worker(
 
 
 def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
-    rank = comm.get_rank()
-    for name in ({"name": "fvcore"}, {}, {"name": "bnext"}):  # as default_setup does, which then logs a lot
-        setup_logger(cfg.OUTPUT_DIR, distributed_rank=rank, **name)
-    guard_log_files()
-
-    with naming_file(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+    set_up_logging(cfg.OUTPUT_DIR)
+    file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    with naming_file(file), only_in_file("detectron2"):  # the environment, and the whole config
         default_setup(cfg, args)
+
     if comm.is_main_process():
+        log = logging.getLogger(__name__)
+        log.info("%s", describe_differences(cfg, args.config_file))
+        log.info("The whole config is in %s, everything that is logged in log.txt beside it.", file)
         log_notices(notices)
 
 

@@ -367,6 +367,12 @@ _ESTIMATES = (
         _one_of("population", "mini_batch"),
         needs=(_IS_MEASURED,),
     ),
+    Key(
+        "TEST.BNEXT.FAST_EVAL",
+        True,
+        "COCO's metrics are computed by faster-coco-eval where it is installed (`pip install bnext[fast-eval]`), with "
+        "the numbers of pycocotools; `False`: by pycocotools itself",
+    ),
 )
 
 _DATASETS = (

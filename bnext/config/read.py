@@ -16,7 +16,7 @@ from yaml.nodes import MappingNode, Node, ScalarNode
 
 from bnext.errors import ConfigError, LaunchError, Refusal
 
-__all__ = ["BASE", "NO_KEYS", "read_file"]
+__all__ = ["BASE", "NO_KEYS", "read_bases", "read_file"]
 
 BASE = "_BASE_"
 _MOST_BYTES, _MOST_VALUES = 1_000_000, 100_000  # a config has some 10,000 bytes
@@ -102,6 +102,15 @@ def read_file(path: str, thing: str = "--config-file", behind: tuple[str, ...] =
 
     values.pop(BASE, None)
     return _lay_over(bases, values, path)
+
+
+def read_bases(path: str) -> tuple[list[str], dict[str, Any]]:
+    """The bases that a YAML file names, and their values without those of the file; see `read_file`."""
+    paths = _find_bases(_parse(_read_bytes(path, "--config-file", path), path), path)
+    values: dict[str, Any] = {}
+    for base in paths:
+        _lay_over(values, read_file(base, f"{BASE} in {path}", (path,)), base)
+    return paths, values
 
 
 def _read_bytes(path: str, thing: str, where: str) -> bytes:

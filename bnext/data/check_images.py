@@ -16,6 +16,7 @@ import numpy as np
 from bnext.data.check_objects import Fault, Notice, Task
 from bnext.data.read_image import read_header, read_image, show_path
 from bnext.errors import list_few
+from bnext.progress import track
 
 __all__ = ["Pictures", "check_files", "check_sizes", "read_side"]
 
@@ -108,7 +109,7 @@ def check_files(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     other: list[int] = []
     turned: list[int] = []
 
-    for index in map(int, chosen):
+    for index in track(chosen.tolist(), "reading headers", unit="picture"):
         path = os.path.join(pictures.root, pictures.file_names[index])
         if path in seen or "://" in path:
             continue

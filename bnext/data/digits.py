@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import pycocotools.mask as coco_mask
 from PIL import Image
-from tqdm import tqdm
 
 from bnext.data.digits_images import SPLITS, DigitsRecipe, DrawnDigit, draw_picture, load_sources
 from bnext.errors import DatasetError
 from bnext.files import write_json
+from bnext.progress import showing_progress
 
 __all__ = ["CLASSES", "FOLDER", "MANIFEST", "VERSION", "has_digits", "prepare_digits", "read_recipe"]
 
@@ -201,7 +201,7 @@ def _write(root: Path, recipe: DigitsRecipe, progress: bool) -> None:
     try:
         work.chmod(0o777 & ~_umask())  # mkdtemp's 0700 would hide the set from other users
 
-        with tqdm(total=total, desc="digits", unit="picture", disable=None if progress else True) as bar:
+        with showing_progress("drawing digits", total, "picture", is_wanted=progress) as bar:
             checksums = {split: _write_split(work, split, recipe, bar) for split in SPLITS}
         write_json(work / MANIFEST, {"version": VERSION, "recipe": asdict(recipe), "sha256": checksums})
 
@@ -213,7 +213,7 @@ def _write(root: Path, recipe: DigitsRecipe, progress: bool) -> None:
             _remove(leftover)
 
 
-def _write_split(work: Path, split: str, recipe: DigitsRecipe, bar: tqdm) -> str:
+def _write_split(work: Path, split: str, recipe: DigitsRecipe, bar: Any) -> str:
     """Write one split's pictures and annotations; the SHA-256 of the annotation file."""
     (work / split).mkdir()
     sources, side = load_sources(split), recipe.image_side

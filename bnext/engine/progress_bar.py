@@ -1,4 +1,4 @@
-"""A progress bar for people at a terminal, with the log's lines above it."""
+"""A training's progress bar for people at a terminal, with the log's lines above it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from contextlib import ExitStack
 from typing import TextIO
 
 from detectron2.engine import HookBase
-from tqdm import tqdm
+
+from bnext.engine.screen import is_console
+from bnext.progress import AboveBars, is_terminal, showing_progress
 
 __all__ = ["ProgressBar"]
 
@@ -31,32 +33,27 @@ class ProgressBar(HookBase):
     @staticmethod
     def is_wanted(stream: TextIO | None = None) -> bool:
         """Whether a stream (the standard error stream by default) is a terminal."""
-        stream = stream or sys.stderr
-        return stream is not None and stream.isatty()
+        return is_terminal(stream or sys.stderr)
 
     def before_train(self) -> None:
         trainer = self.trainer
-
-        self._bar = self._stack.enter_context(
-            tqdm(
-                total=trainer.max_iter,
-                initial=trainer.start_iter,
-                desc="training",
-                unit="it",
-                file=self._stream,
-                dynamic_ncols=True,
-            )
+        bar = showing_progress(
+            "training", trainer.max_iter, stream=self._stream, initial=trainer.start_iter, leave=True, delay=0
         )
+        self._bar = self._stack.enter_context(bar)
+
         handlers: set[logging.Handler] = set()  # the loggers share some
         for name in _CONSOLE_LOGGERS:
             handlers.update(logging.getLogger(name).handlers)
 
         for handler in handlers:
-            if isinstance(handler, logging.StreamHandler) and _is_console(handler.stream):
-                handler.addFilter(_is_not_metrics)
-                self._stack.callback(handler.removeFilter, _is_not_metrics)
+            if not isinstance(handler, logging.StreamHandler) or not is_console(handler):
+                continue
+            handler.addFilter(_is_not_metrics)
+            self._stack.callback(handler.removeFilter, _is_not_metrics)
+            if not isinstance(handler.stream, AboveBars):
                 self._stack.callback(handler.setStream, handler.stream)
-                handler.setStream(_AboveBar(handler.stream, self._bar))
+                handler.setStream(AboveBars(handler.stream))
 
     def after_step(self) -> None:
         latest = self.trainer.storage.latest()
@@ -74,28 +71,5 @@ class ProgressBar(HookBase):
         self._stack.close()
 
 
-def _is_console(stream: TextIO | None) -> bool:
-    # log.txt is a StreamHandler of Detectron2's too, so the stream decides. sys.stdout may be redirected for now.
-    return stream is not None and stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-
-
-class _AboveBar:
-    """A stream whose lines come above a bar. tqdm's own redirection knows the present sys.stdout only."""
-
-    def __init__(self, stream: TextIO, bar: tqdm) -> None:
-        self._stream = stream
-        self._bar = bar
-
-    def write(self, text: str) -> None:
-        with self._bar.get_lock():
-            self._bar.clear(nolock=True)
-            self._stream.write(text)
-            self._stream.flush()
-            self._bar.refresh(nolock=True)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-
 def _is_not_metrics(record: logging.LogRecord) -> bool:
-    return record.name != "detectron2.utils.events"
+    return not record.name.endswith(".utils.events")

@@ -22,9 +22,8 @@ from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_
 from detectron2.engine import hooks as d2_hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
-from detectron2.utils.events import CommonMetricPrinter, EventWriter, JSONWriter, TensorboardXWriter
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,6 +36,7 @@ from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
+from bnext.engine.metrics_file import MetricsWriter
 from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
@@ -53,6 +53,8 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
+from bnext.engine.screen import set_up_logging
+from bnext.engine.start_lines import describe_training
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
 from bnext.errors import BNextError, CheckpointError, ConfigError
@@ -60,6 +62,7 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.layers.single_element import explaining_single_values
+from bnext.notices import gathering_notices
 from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
@@ -95,9 +98,8 @@ class Trainer(DefaultTrainer):
             raise ConfigError.of(
                 "SOLVER.AMP.ENABLED", "be False without a GPU", got=True, where="config", remedy=remedy
             )
-        for name in ("detectron2", "bnext"):
-            if not logging.getLogger(name).isEnabledFor(logging.INFO):
-                setup_logger(distributed_rank=comm.get_rank(), name=name)
+        if not all(logging.getLogger(name).isEnabledFor(logging.INFO) for name in ("detectron2", "bnext")):
+            set_up_logging()
 
         check_same_config(cfg)
         register_listed_sets(cfg)
@@ -174,7 +176,7 @@ class Trainer(DefaultTrainer):
         drop_half_line(f"{folder}/metrics.json")
         return [
             CommonMetricPrinter(self.max_iter),
-            JSONWriter(f"{folder}/metrics.json"),
+            MetricsWriter(f"{folder}/metrics.json"),
             TensorboardXWriter(folder),
         ]
 
@@ -257,6 +259,9 @@ class Trainer(DefaultTrainer):
         if test is not None and test is ours:  # else a subclass evaluates in a way of its own
             rehearse(self.cfg, build=self.build_evaluator)
 
+        if comm.is_main_process():
+            words = describe_training(self.cfg, self.data_loader, self.start_iter)
+            logging.getLogger(__name__).info("%s", words)
         with holding_output(self.cfg.OUTPUT_DIR), _logging_refusals_in_one_line():
             super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
 
@@ -284,7 +289,7 @@ class Trainer(DefaultTrainer):
         # The JIT rewrites a scripted loss after its first calls, which changes the last digits of the gradient
         # and would tell a resumed training from an uninterrupted one. On GPUs, inexact anyway, speed counts.
         jit = torch.jit.optimized_execution(not self._is_on_cpu)  # type: ignore[attr-defined]
-        with jit, explaining_single_values(f"iteration {self.iter}"):
+        with jit, gathering_notices(), explaining_single_values(f"iteration {self.iter}"):
             super().run_step()
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import io
 import logging
 import math
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -28,9 +29,11 @@ from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco_evaluator import COCOEvaluator
 from bnext.evaluation.rehearsal import rehearse
+from bnext.evaluation.result_table import format_results
 from bnext.files import naming_file, write_json
 from bnext.layers.single_element import explaining_single_values
-from bnext.notices import tell_once
+from bnext.notices import gathering_notices, tell_once
+from bnext.progress import Tracked
 from bnext.scope.model import setting
 from bnext.text import name_folder
 
@@ -134,7 +137,8 @@ def evaluate_with(
         images_per_batch: that a worker evaluates together.
 
     Note:
-        What the evaluator prints (pycocotools: its table) becomes a record of this module's logger.
+        The results are logged as one table. What the evaluator prints (pycocotools: the same numbers) becomes a record
+        for log.txt, of level DEBUG.
     """
     records = load_records(name, cfg)
     if isinstance(evaluator, COCOEvaluator):
@@ -142,20 +146,31 @@ def evaluate_with(
         if len(records) < evaluator.num_listed:
             message = "Data set '%s' has %d of the %d images of its annotation file: it is evaluated on these."
             tell_once(logging.getLogger(__name__), name, message, name, len(records), evaluator.num_listed)
-    loader = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
+    batches = build_evaluation_batches(cfg, records, InferenceSampler(len(records)), images_per_batch)
+    loader: Any = Tracked(batches, f"evaluating {name}", "batch", is_wanted=comm.is_main_process())
+    begin = time.perf_counter()
 
     # The modes of all modules, which inference_on_dataset makes equal, and leaves in evaluation mode when it fails.
-    with setting(model.modules(), training=False), _log_prints(), explaining_single_values(name):
+    with (
+        gathering_notices(),
+        setting(model.modules(), training=False),
+        _log_prints(),
+        explaining_single_values(name),
+    ):
         results = inference_on_dataset(model, loader, evaluator)
 
-    if comm.is_main_process():
-        print_csv_format(results)
+    if comm.is_main_process() and results:
+        print_csv_format(results)  # which scripts read from log.txt
+        engine, recalls = getattr(evaluator, "engine", ""), getattr(evaluator, "recalls", None)
+        by = f", metrics by {engine}" if engine else ""
+        head = f"Evaluation on {name}: {len(records):,} images in {time.perf_counter() - begin:.1f} s{by}."
+        logging.getLogger(__name__).info("%s", format_results(head, results, recalls, "results.json"))
     return results
 
 
 @contextlib.contextmanager
 def _log_prints() -> Iterator[None]:
-    """Log what is printed in the block as one record: so it is in log.txt, and no progress bar is garbled."""
+    """Log what is printed in the block as one record, for log.txt alone: no progress bar is garbled."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
@@ -163,7 +178,7 @@ def _log_prints() -> Iterator[None]:
     finally:
         text = printed.getvalue().strip("\n")
         if text:
-            logging.getLogger(__name__).info("Printed by the evaluation:\n%s", text)
+            logging.getLogger(__name__).debug("Printed by the evaluation:\n%s", text)
 
 
 def flatten_metrics(metrics: Mapping[str, Any], tasks: Sequence[str] = ("bbox",)) -> dict[str, float | None]:

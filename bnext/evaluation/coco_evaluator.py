@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,17 @@ from detectron2.data import MetadataCatalog
 
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import load_records
+from bnext.evaluation.coco_engine import can_measure, find_fast_engine, measure
 from bnext.evaluation.ground_truth import convert_records, is_crowd, mend, name_categories
+from bnext.files import replace_file
 from bnext.notices import tell_once
 
 __all__ = ["COCOEvaluator"]
+
+_DETECTIONS = "coco_instances_results.json"  # in the folder of an evaluation, as detectron2 names it
+# The numbers of pycocotools' summary that detectron2's results leave out, by their places in it.
+_RECALLS = {"AR1": 6, "AR10": 7, "AR100": 8, "ARs": 9, "ARm": 10, "ARl": 11}
+_KEYPOINT_RECALLS = {"AR": 5, "AR50": 6, "AR75": 7, "ARm": 8, "ARl": 9}
 
 
 class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
@@ -34,19 +42,27 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
     objects of a class are not annotated. The ground truth is a mended copy, see `bnext.evaluation.ground_truth`.
 
     Args:
-        cfg: DATASETS.TRAIN, the head's NUM_CLASSES, and of a keypoint model TEST.KEYPOINT_OKS_SIGMAS are read.
+        cfg: DATASETS.TRAIN, the head's NUM_CLASSES, TEST.BNEXT.FAST_EVAL, and of a keypoint model
+            TEST.KEYPOINT_OKS_SIGMAS are read.
         dataset_name: a registered set with a file in COCO's format, or a function that gives Detectron2's records,
             which are converted each time anew.
         output_dir: for the detections.
 
     Raises:
         DatasetError: an annotation cannot be evaluated, or is of a class that the training does not have.
+
+    Attributes:
+        recalls: task -> name -> average recall, 0 to 100, of the last evaluation; NaN where there is no object.
+        engine: the library that computed it.
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str, output_dir: str) -> None:
         self.image_ids: list[Any] | None = None  # of the images that the set has, where its file may list more
+        self.recalls: dict[str, dict[str, float]] = {}
+        self.engine = "pycocotools"
         self._name = dataset_name
-        has_fast = importlib.util.find_spec("detectron2._C") is not None
+        self._fast_engine = find_fast_engine() if cfg.TEST.BNEXT.FAST_EVAL else None
+        has_fast = cfg.TEST.BNEXT.FAST_EVAL and importlib.util.find_spec("detectron2._C") is not None
         options: dict[str, Any] = {"output_dir": output_dir, "use_fast_impl": has_fast}
         if cfg.MODEL.KEYPOINT_ON:
             options["kpt_oks_sigmas"] = list(cfg.TEST.KEYPOINT_OKS_SIGMAS)
@@ -100,7 +116,42 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
         if img_ids is None and self.image_ids is not None and len(set(self.image_ids)) < self.num_listed:
             img_ids = self.image_ids
+        self.recalls = {}
+        self.engine = "detectron2's C++" if self._use_fast_impl else "pycocotools"
         return super().evaluate(img_ids=img_ids)
+
+    def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None) -> None:
+        detections = [detection for prediction in predictions for detection in prediction["instances"]]
+        is_fast = self._fast_engine is not None and self._do_evaluation and bool(detections)
+        if not is_fast or not can_measure(self._coco_api, detections):
+            super()._eval_predictions(predictions, img_ids=img_ids)
+            return
+
+        numbers = list(self._metadata.thing_dataset_id_to_contiguous_id)
+        for detection in detections:
+            detection["category_id"] = numbers[detection["category_id"]]
+        if self._output_dir:
+            text = json.dumps(detections)
+            replace_file(os.path.join(self._output_dir, _DETECTIONS), lambda file: file.write(text.encode()))
+
+        self.engine = "faster-coco-eval"
+        for task in self._tasks_from_predictions(detections):
+            evaluation = measure(
+                self._coco_api,
+                detections,
+                task,
+                engine=self._fast_engine,
+                images=img_ids,
+                sigmas=self._kpt_oks_sigmas,
+            )
+            self._results[task] = self._derive_coco_results(evaluation, task, class_names=self._metadata.thing_classes)
+
+    def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
+        if coco_eval is not None:
+            places = _KEYPOINT_RECALLS if iou_type == "keypoints" else _RECALLS
+            values = {name: float(coco_eval.stats[place]) for name, place in places.items()}
+            self.recalls[iou_type] = {name: 100 * ar if ar >= 0 else math.nan for name, ar in values.items()}
+        return super()._derive_coco_results(coco_eval, iou_type, class_names=class_names)
 
     @property
     def num_listed(self) -> int:

@@ -114,12 +114,18 @@ def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
     return _choose_forward(cfg, model) is forward_sampled_rois
 
 
-def format_report(report: RecomputeReport) -> str:
-    """A table of every set of statistics: what was seen, how sure it is, how far it moved, and what is amiss."""
+def format_report(report: RecomputeReport, most: int = 5) -> str:
+    """A table of the sets of statistics that are known worst: what was seen, how sure it is, how far it moved.
+
+    Args:
+        report: of all sets.
+        most: rows; how many more there are is said.
+    """
     headers = ["statistics of", "elements", "samples", "standard error", "mean moved", "variance moved", "note"]
     rows = []
 
-    for estimate in report.estimates:
+    worst = sorted(report.estimates, key=lambda estimate: (estimate.is_reached, -estimate.error))
+    for estimate in worst[:most]:
         if not estimate.is_reached:
             rows.append([estimate.name, "0", "0", "", "", "", "not reached: as it was"])
             continue
@@ -128,7 +134,9 @@ def format_report(report: RecomputeReport) -> str:
         note = "not converged" if estimate in report.not_converged else ""
         rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
 
-    return f"{format_rows(rows, headers)}\n\n{report}"
+    left = len(worst) - most
+    more = f"\n{left} more, which are better known" if left > 0 else ""
+    return f"{format_rows(rows, headers)}{more}\n\n{report}"
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_level_norm) -> nn.Module:

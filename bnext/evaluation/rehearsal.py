@@ -35,6 +35,7 @@ from bnext.evaluation.coco_evaluator import COCOEvaluator
 from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, name_file, read_ground_truth
 from bnext.files import read_stamp
 from bnext.notices import tell_once
+from bnext.progress import track
 
 __all__ = ["rehearse"]
 
@@ -346,7 +347,7 @@ def _evaluate(evaluator: DatasetEvaluator, test_set: _TestSet, sample: Sequence[
         evaluator.image_ids = list(sample)
 
     if comm.is_main_process():
-        for number in sample:
+        for number in track(sample, f"trying the evaluation of {test_set.name}", unit="image"):
             record = test_set.records[number]
             evaluator.process([record], [{"instances": _predict(test_set, record)}])
 

@@ -18,6 +18,7 @@ from bnext.distributed import LockStep, count_images, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.shuffled import shares_work
+from bnext.progress import showing_progress
 from bnext.scope import frozen_statistics
 from bnext.scope.model import restoring
 from bnext.seeding import Purpose, derive_seed
@@ -102,14 +103,16 @@ def compute_validation_loss(
         with _as_in_training(model, by_population=statistics == "population"):
             shares = shares_work(model)
             rounds = LockStep(batches, find_device(model), _WHERE, shares_work=shares, repeats_last=True)
-            for batch, is_new in rounds:
-                batch_seed = derive_seed(seed, Purpose.VALIDATE, rounds.num_rounds - 1, rank)
-                losses = rounds.run(partial(_measure, model, batch, forward, batch_seed))
-                if losses is None or not is_new:
-                    continue
-                num_images += count_images(batch)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0.0) + count_images(batch) * value
+            with showing_progress("validation loss", unit="batch", is_wanted=rank == 0) as bar:
+                for batch, is_new in rounds:
+                    bar.update()
+                    batch_seed = derive_seed(seed, Purpose.VALIDATE, rounds.num_rounds - 1, rank)
+                    losses = rounds.run(partial(_measure, model, batch, forward, batch_seed))
+                    if losses is None or not is_new:
+                        continue
+                    num_images += count_images(batch)
+                    for name, value in losses.items():
+                        sums[name] = sums.get(name, 0.0) + count_images(batch) * value
 
     return _average(sums, num_images)
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bnext.distributed import LockStep, resolve_group
 from bnext.distributed.collectives import all_gather_objects
 from bnext.errors import StatisticsError
+from bnext.progress import track
 from bnext.scope.model import restoring
 from bnext.statistics.collector import Collector
 from bnext.statistics.data_pass import DataPass, collecting
@@ -31,6 +32,8 @@ def estimate_layer_by_layer(
     norms: Mapping[str, _BatchNorm],
     collectors: Mapping[Any, Collector],
     source_samples: float,
+    *,
+    progress: bool = False,
 ) -> LockStep:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
 
@@ -39,6 +42,7 @@ def estimate_layer_by_layer(
         norms: of the model, by path; their buffers hold the estimates afterwards.
         collectors: by state.
         source_samples: images that the former statistics count for.
+        progress: whether this worker shows a bar on its terminal.
 
     Returns:
         The last pass.
@@ -57,7 +61,7 @@ def estimate_layer_by_layer(
 
     first, calls = _count_calls(data_pass, norms)
     rounds = first
-    for path, number in calls.items():
+    for path, number in track(calls.items(), "re-estimating", unit="norm", is_wanted=progress):
         norm, of_norm = norms[path], [collector for collector in collectors.values() if collector.path == path]
         stopping = norm.register_forward_hook(_stop) if number == 1 else contextlib.nullcontext()
         with stopping, collecting({path: norm}, collectors, training=False):

@@ -11,12 +11,12 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import Selection
+from bnext.progress import showing_progress
 from bnext.scope.model import restoring
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_numbers
@@ -133,6 +133,7 @@ def recompute_population_statistics(
         seed=seed,
     )
 
+    is_shown = progress and get_rank(resolve_group("all")) == 0  # of the first worker's terminal
     # With renorm, or training="population", features would depend on the statistics that are to be replaced.
     ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
     with torch.no_grad(), restoring(model), answering(ours, training="mini_batch"):
@@ -140,9 +141,10 @@ def recompute_population_statistics(
         for norm in norms.values():
             norm.train(estimator != "layer_by_layer")
         if estimator == "layer_by_layer":
-            rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples)
+            rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples, progress=is_shown)
         else:
-            with collecting(norms, collectors), _make_bar(progress, num_batches) as bar:
+            bar_of_rounds = showing_progress("re-estimating", num_batches, "batch", is_wanted=is_shown)
+            with collecting(norms, collectors), bar_of_rounds as bar:
                 rounds = data_pass.go(sets, is_enough=lambda rounds: _is_known(rounds, sets, tolerance, bar))
 
     merged = [collector.merge_over_workers() for collector in sets]
@@ -154,13 +156,6 @@ def recompute_population_statistics(
         collector.write(new, rounds.num_batches)
     rows = tuple(row for row, _ in estimates)
     return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance)
-
-
-def _make_bar(is_wanted: bool, num_batches: int | None) -> Any:
-    """Of rounds, on the first worker's terminal."""
-    is_shown = is_wanted and get_rank(resolve_group("all")) == 0
-    disable = None if is_shown else True  # None: shown on a terminal only
-    return tqdm(total=num_batches, desc="re-estimating", unit="batch", disable=disable)
 
 
 def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:

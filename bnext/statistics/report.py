@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+from bnext.errors import list_few
 from bnext.files import drop_nan
 
 __all__ = ["PopulationEstimate", "RecomputeReport"]
@@ -111,8 +112,9 @@ class RecomputeReport:
         if len(coarse) > _SHOWN:
             lines.append(f"  not converged: {len(coarse) - _SHOWN} more, up to {_percent(coarse[_SHOWN].error)}")
 
-        for estimate in self.not_reached:
-            lines.append(f"  not reached, left as it was: {estimate.path} {' '.join(estimate.levels)}".rstrip())
+        if self.not_reached:
+            names = [f"{estimate.path} {' '.join(estimate.levels)}".rstrip() for estimate in self.not_reached]
+            lines.append(f"  not reached, left as it was: {list_few(names, _SHOWN)}")
         return "\n".join(lines)
 
 

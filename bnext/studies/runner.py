@@ -17,12 +17,11 @@ from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.logger import setup_logger
 
 from bnext.checkpoints import load_model
 from bnext.config.load import load_config
 from bnext.engine.output import holding_output
-from bnext.engine.streams import guard_log_files
+from bnext.engine.screen import set_up_logging
 from bnext.engine.trainer import train
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import evaluate_model, flatten_metrics
@@ -37,7 +36,6 @@ __all__ = [
     "prepare_folder",
     "reuse_row",
     "run_study",
-    "set_up_logging",
     "timed",
     "train_row",
 ]
@@ -195,17 +193,3 @@ def prepare_folder(cfg: CfgNode, resume: bool = False) -> None:
     if not resume:  # else an interrupted new study would later go on with the old one's checkpoint
         Path(cfg.OUTPUT_DIR, "last_checkpoint").unlink(missing_ok=True)
     Path(cfg.OUTPUT_DIR, "config.yaml").write_text(cfg.dump())
-
-
-def set_up_logging(output: str) -> None:
-    """On the screen: bnext's lines, the metrics of the training, and warnings. log.txt keeps everything."""
-    for name in ("detectron2", "fvcore", "bnext"):
-        for handler in setup_logger(output, distributed_rank=comm.get_rank(), name=name).handlers:
-            if type(handler) is logging.StreamHandler and _is_worth_showing not in handler.filters:
-                handler.addFilter(_is_worth_showing)
-    guard_log_files()
-
-
-def _is_worth_showing(record: logging.LogRecord) -> bool:
-    is_ours = record.name.startswith(("bnext", "detectron2.utils.events")) and record.name != "bnext.evaluation.coco"
-    return is_ours or record.levelno >= logging.WARNING
