@@ -6,6 +6,8 @@ from .cli.from_python import train as train
 from .config import add_bnext_config as add_bnext_config
 from .config import load_config as load_config
 from .config.files import get_config_file as get_config_file
+from .diagnostics import find_norm_groups as find_norm_groups
+from .diagnostics import format_norm_groups as format_norm_groups
 from .errors import BNextError as BNextError
 from .errors import CheckpointError as CheckpointError
 from .errors import ConfigError as ConfigError
@@ -22,6 +24,8 @@ from .layers import build_norm as build_norm
 from .layers import deal_statistics as deal_statistics
 from .layers import use_groups as use_groups
 from .layers import virtual_samples as virtual_samples
+from .repair import AveragedWeights as AveragedWeights
+from .repair import accumulate_gradients as accumulate_gradients
 from .scope import frozen_statistics as frozen_statistics
 from .scope import use_domain as use_domain
 from .statistics import following_stream as following_stream

@@ -113,19 +113,32 @@ class Checkpointer(DetectionCheckpointer):
 
         norms = find_bnext_norms(self.model)
         tell_skipped(self.model, dict(zip(norms, count_skipped(norms.values()), strict=True)))
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        self._write(name, {**states, **kwargs})
+        self.tag_last_checkpoint(f"{name}.pth")
+
+    def save_weights(self, name: str, **kwargs: Any) -> None:
+        """Write the model alone to `name`.pth, whole or not at all: no training resumes from it.
+
+        Args:
+            name, kwargs: see `save`.
+        """
+        if self.save_dir and self.save_to_disk:
+            self._write(name, kwargs)
+
+    def _write(self, name: str, values: Mapping[str, Any]) -> None:
+        data = {"model": self.model.state_dict(), **values}
         specs = collect_norm_specs(self.model)  # the keys alone do not tell row 1 from 3, or 2 from 4
         if specs:
-            kwargs["norm_specs"] = specs
-        if "://" in self.save_dir:
-            super().save(name, **kwargs)
-            return
+            data["norm_specs"] = specs
 
-        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
-        data = {"model": self.model.state_dict(), **states, **kwargs}
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        replace_file(path, lambda file: torch.save(data, file))
-        self.tag_last_checkpoint(os.path.basename(path))
+        if "://" in self.save_dir:
+            with self.path_manager.open(path, "wb") as file:
+                torch.save(data, file)
+        else:
+            replace_file(path, lambda file: torch.save(data, file))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name the file that a resume starts from, in `last_checkpoint`."""

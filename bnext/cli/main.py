@@ -109,8 +109,8 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
 
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command
-    from bnext.user_modules import import_modules
     from bnext.engine.screen import VERBOSE
+    from bnext.user_modules import import_modules
 
     parser = _build_parser(command, prog)
     args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))

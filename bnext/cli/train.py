@@ -28,12 +28,15 @@ from bnext.data.classes import check_classes, count_classes
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
+from bnext.engine.accumulation import check_accumulation
+from bnext.engine.best import check_best_metric
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.output import holding_output
 from bnext.engine.own_parts import OwnParts
 from bnext.engine.resume import check_output_files
 from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.engine.trainer import Trainer, check_same_config, evaluate, train
+from bnext.engine.wandb_writer import check_wandb
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.rehearsal import rehearse
@@ -224,6 +227,8 @@ def check_run(
     if not eval_only:
         # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
+        check_accumulation(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
+        check_wandb(cfg)
     evaluates = getattr(trainer.test, "__func__", None) is getattr(Trainer.test, "__func__", None)
     for name in cfg.DATASETS.TEST if evaluates and trainer.build_evaluator is build_evaluator else ():
         if name in DatasetCatalog:  # else check_datasets says so
@@ -240,6 +245,8 @@ def check_run(
     check_output_files(cfg.OUTPUT_DIR, training=not eval_only)
     if evaluates:
         rehearse(cfg, build=trainer.build_evaluator)
+    if not eval_only:
+        check_best_metric(cfg)
 
 
 def _check_weights(cfg: CfgNode, *, eval_only: bool, resume: bool) -> None:

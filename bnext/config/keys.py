@@ -18,7 +18,8 @@ import bnext
 from bnext.config.places import BATCH_NORMS, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import NormSpec
-from bnext.numbers import is_count
+from bnext.numbers import is_count, is_number
+from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
 from bnext.surgery.freezing import Freezable
 
@@ -285,10 +286,99 @@ _SCHEDULES = (
         "Virtual BN: so many more images per step, over all workers, are run forward only and enlarge the mini-batches",
     ),
     Key(
+        "SOLVER.BNEXT.ACCUMULATE",
+        1,
+        "micro-batches of an SGD step, whose gradients are added up; each is a normalization batch of its own, "
+        "`SOLVER.IMS_PER_BATCH` is all of them together",
+        Values("a whole number of 1 or more", lambda value: is_count(value, 1), "Use 1 for one batch a step."),
+    ),
+    Key(
         "SOLVER.OPTIMIZER",
         "SGD",
         "name and values as in other projects on Detectron2",
         _one_of("SGD", "ADAMW"),
+    ),
+)
+
+_IS_AVERAGED = Need({"SOLVER.BNEXT.EMA.ENABLED": _IS_TRUE})
+_AVERAGES = (
+    Key(
+        "SOLVER.BNEXT.EMA.ENABLED",
+        False,
+        "an exponential moving average of the weights: in `model_ema.pth`, evaluated beside the weights as `ema/...`",
+        _one_of(True, False),
+    ),
+    Key(
+        "SOLVER.BNEXT.EMA.DECAY",
+        0.999,
+        "weight of the average so far; about 1 / (1 - DECAY) steps count",
+        Values("from 0 to below 1", lambda value: is_number(value) and 0 <= value < 1, "Use 0.999."),
+        needs=(_IS_AVERAGED,),
+    ),
+    Key(
+        "SOLVER.BNEXT.EMA.WARM_UP",
+        True,
+        "the decay of step t is at most (1 + t) / (10 + t), so that the first weights are forgotten",
+        _one_of(True, False),
+        needs=(_IS_AVERAGED,),
+    ),
+    Key(
+        "SOLVER.BNEXT.EMA.BUFFERS",
+        "averaged",
+        "running statistics of the average: `copied` from the model, `averaged` as the weights, or `re_estimated` for "
+        "it on training images, as by PreciseBN",
+        _one_of(*get_args(BufferRule)),
+        needs=(_IS_AVERAGED,),
+    ),
+)
+
+_IS_IN_WANDB = Need({"SOLVER.BNEXT.WANDB.ENABLED": _IS_TRUE})
+_METRICS = (
+    Key(
+        "SOLVER.BNEXT.NORM_METRICS.PERIOD",
+        100,
+        "every so many iterations, metrics `norms/...` of what each group of norms sees; 0: never",
+        Values("a whole number of 0 or more", is_count, "Use 0 for never."),
+    ),
+    Key(
+        "SOLVER.BNEXT.WANDB.ENABLED",
+        False,
+        "metrics in Weights & Biases, too (`pip install wandb`), set up by its environment variables",
+        _one_of(True, False),
+    ),
+    Key("SOLVER.BNEXT.WANDB.PROJECT", "", "of the run; empty: as W&B chooses", needs=(_IS_IN_WANDB,)),
+    Key("SOLVER.BNEXT.WANDB.NAME", "", "of the run; empty: as W&B chooses", needs=(_IS_IN_WANDB,)),
+)
+
+_IS_EVALUATED = Need({"TEST.EVAL_PERIOD": Values("1 or more", lambda value: value >= 1)})
+_HAS_METRIC = Need({"TEST.BNEXT.BEST.METRIC": _NOT_EMPTY})
+_BEST = (
+    Key(
+        "TEST.BNEXT.BEST.METRIC",
+        "",
+        "metric by which the best weights are kept as `model_best.pth`, such as `bbox/AP`; of averaged weights "
+        "`ema/bbox/AP`; empty: none",
+        needs=(Need({"DATASETS.TEST": _NOT_EMPTY}), _IS_EVALUATED),
+    ),
+    Key(
+        "TEST.BNEXT.BEST.MODE",
+        "max",
+        "which value is best, `min` for losses",
+        _one_of("max", "min"),
+        needs=(_HAS_METRIC,),
+    ),
+    Key(
+        "TEST.BNEXT.BEST.PATIENCE",
+        0,
+        "after so many evaluations that are no better than the best one the training ends; 0: never",
+        Values("a whole number of 0 or more", is_count, "Use 0 for never."),
+        needs=(
+            _HAS_METRIC,
+            Need(
+                {"TEST.BNEXT.SMART_BATCH_NORM": _one_of(False)},
+                reason="its last evaluation uses the population, the others do not",
+            ),
+        ),
     ),
 )
 
@@ -384,7 +474,11 @@ _DATASETS = (
     ),
 )
 
-KEYS = {key.name: key for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _ESTIMATES, _DATASETS) for key in keys}
+KEYS = {
+    key.name: key
+    for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _ESTIMATES, _BEST, _DATASETS)
+    for key in keys
+}
 
 
 def add_bnext_config(cfg: CfgNode) -> None:

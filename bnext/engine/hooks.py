@@ -98,6 +98,7 @@ class PeriodicCheckpointer(d2_hooks.PeriodicCheckpointer):
             self.period = self.trainer.max_iter + 1  # never reached: the last iteration has a file of its own
 
     def after_step(self) -> None:
+        self.max_iter = self.trainer.max_iter  # a training may end early
         if is_due(self.trainer.iter, self.period, self.trainer.max_iter):
             self.trainer.gather_worker_states()
 

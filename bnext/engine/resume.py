@@ -57,7 +57,7 @@ _FILES_OF_A_TRAINING = ("metrics.json", "last_checkpoint", "model_final.pth")
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}
-_NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS"}
+_NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS", "NORM_METRICS", "WANDB"}
 # These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
 _IN_OPTIMIZER = {"SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
 _IN_OPTIMIZER |= {"SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"}
@@ -113,9 +113,11 @@ def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
     keys = {}
     for name, value in node.items():
         key = f"{prefix}.{name}"
+        if name in _NO_INFLUENCE or "TEST" in name:
+            continue
         if isinstance(value, CfgNode):
             keys.update(_flatten(value, key))
-        elif name not in _NO_INFLUENCE and "TEST" not in name:
+        else:
             keys[key] = _as_lists(value)
     return keys
 

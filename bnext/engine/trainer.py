@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model
+from detectron2.engine import DefaultTrainer, create_ddp_model
 from detectron2.engine import hooks as d2_hooks
 from detectron2.evaluation import DatasetEvaluator, verify_results
 from detectron2.utils import comm
@@ -36,8 +36,13 @@ from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
+from bnext.engine.accumulation import build_step
+from bnext.engine.averaged_weights import AverageWeights, build_averages
+from bnext.engine.best import build_best, limit_iterations
+from bnext.engine.loop import run_iterations
 from bnext.engine.metrics_file import MetricsWriter
 from bnext.engine.norm_counts import build_norm_counts
+from bnext.engine.norm_metrics import build_norm_metrics
 from bnext.engine.norm_schedules import build_norm_schedules
 from bnext.engine.optimizer import build_optimizer
 from bnext.engine.output import holding_output
@@ -57,6 +62,7 @@ from bnext.engine.screen import set_up_logging
 from bnext.engine.start_lines import describe_training
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
+from bnext.engine.wandb_writer import build_wandb_writers, check_wandb
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
@@ -91,6 +97,8 @@ class Trainer(DefaultTrainer):
     build_train_loader = staticmethod(build_train_loader)
     build_evaluator = staticmethod(build_evaluator)
 
+    _averages: AverageWeights | None = None  # the hook that has an average of the weights
+
     def __init__(self, cfg: CfgNode) -> None:
         super(DefaultTrainer, self).__init__()  # DefaultTrainer's own cannot wrap a CPU model for several workers
         if cfg.SOLVER.AMP.ENABLED and not torch.cuda.is_available():
@@ -103,6 +111,7 @@ class Trainer(DefaultTrainer):
 
         check_same_config(cfg)
         register_listed_sets(cfg)
+        check_wandb(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
@@ -120,8 +129,7 @@ class Trainer(DefaultTrainer):
         check_agreement("the models and the data", described, remedy)
 
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
-        step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(self._distribute(model), loader, optimizer)
+        self._trainer = build_step(cfg, self._distribute(model), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
 
@@ -144,19 +152,24 @@ class Trainer(DefaultTrainer):
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
         cfg, model = self.cfg, unwrap_model(self.model)
         tell_counts, *last = build_norm_counts(model, _LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD) or [None]
+        self._averages, save_averages = build_averages(cfg, model) or (None, None)
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
             *build_virtual_images(cfg, model),  # over when the next hooks look at the model
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
+            *build_norm_metrics(cfg, model),
+            self._averages,
             *build_estimates(cfg, model),
             *build_norm_schedules(cfg, model),
             tell_counts,
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+            save_averages,
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
+            build_best(cfg, self._averages, is_known=self._evaluates_as_bnext),
         ]
         shared += self.build_more_hooks()
         if not comm.is_main_process():
@@ -178,6 +191,7 @@ class Trainer(DefaultTrainer):
             CommonMetricPrinter(self.max_iter),
             MetricsWriter(f"{folder}/metrics.json"),
             TensorboardXWriter(folder),
+            *build_wandb_writers(self.cfg, self.start_iter),
         ]
 
     @classmethod
@@ -199,7 +213,14 @@ class Trainer(DefaultTrainer):
 
         with normalizing_by_mini_batch(model) if by_mini_batch else contextlib.nullcontext():
             self._last_eval_results = self.test(self.cfg, model)
-        return self._last_eval_results
+            of_average = self._averages.evaluate(self.test) if self._averages is not None else {}
+        return {**self._last_eval_results, **of_average}
+
+    @property
+    def _evaluates_as_bnext(self) -> bool:
+        """Whether no subclass evaluates in a way of its own."""
+        test, ours = (getattr(kind.test, "__func__", None) for kind in (type(self), Trainer))
+        return test is not None and test is ours
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from OUTPUT_DIR/last_checkpoint if `resume` and it exists, else load MODEL.WEIGHTS.
@@ -245,6 +266,7 @@ class Trainer(DefaultTrainer):
         Raises:
             ConfigError, DatasetError: see `check_classes` and `rehearse`, before the first iteration.
         """
+        self.max_iter = limit_iterations(self.cfg, self.start_iter, self.max_iter)
         if self.start_iter >= self.max_iter:
             logging.getLogger(__name__).info(
                 "Nothing is left to train: the checkpoint is of iteration %d, SOLVER.MAX_ITER is %d.",
@@ -255,15 +277,14 @@ class Trainer(DefaultTrainer):
             return self.test(self.cfg, unwrap_model(self.model)) if self.cfg.DATASETS.TEST else {}
 
         check_classes(self.cfg, is_new=self.start_iter == 0)
-        test, ours = (getattr(kind.test, "__func__", None) for kind in (type(self), Trainer))
-        if test is not None and test is ours:  # else a subclass evaluates in a way of its own
+        if self._evaluates_as_bnext:
             rehearse(self.cfg, build=self.build_evaluator)
 
         if comm.is_main_process():
             words = describe_training(self.cfg, self.data_loader, self.start_iter)
             logging.getLogger(__name__).info("%s", words)
         with holding_output(self.cfg.OUTPUT_DIR), _logging_refusals_in_one_line():
-            super(DefaultTrainer, self).train(self.start_iter, self.max_iter)
+            run_iterations(self)
 
         if self.cfg.TEST.EXPECTED_RESULTS and comm.is_main_process():
             verify_results(self.cfg, self._last_eval_results)

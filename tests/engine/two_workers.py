@@ -197,6 +197,33 @@ def check_validation_loss(folder):
         raise AssertionError("a worker without images must be told")
 
 
+class Scripted(Watcher):
+    """Gets no better from the first evaluation on, of which worker 0 alone knows."""
+
+    def test(self, cfg, model, evaluators=None):
+        super().test(cfg, model)
+        return {"mine": {"score": 1.0}} if comm.is_main_process() else {}
+
+
+def check_around(folder):
+    """Micro-batches, an average whose statistics are equal, metrics of norms, and an end that all workers come to."""
+    opts = ("SOLVER.BNEXT.ACCUMULATE", 2, "SOLVER.BNEXT.EMA.ENABLED", True, "SOLVER.BNEXT.NORM_METRICS.PERIOD", 1)
+    opts += ("TEST.BNEXT.BEST.METRIC", "mine/score", "TEST.BNEXT.BEST.PATIENCE", 1, "TEST.EVAL_PERIOD", 1)
+    trainer = Scripted(tiny.load(folder / "around", *SHORT, *SYNC, *opts))
+    trainer.train()
+    comm.synchronize()
+
+    assert (trainer.iter, len(trainer.steps), len(trainer.evaluated)) == (3, 3, 6)
+    assert all(are_equal_on_workers(state) for state in trainer.evaluated)
+    weights, average = trainer.evaluated[-2:]
+    assert differ(weights, load_state(folder / "around", "model_final")) == []
+    assert differ(average, load_state(folder / "around", "model_ema")) == []
+    assert differ(trainer.evaluated[0], load_state(folder / "around", "model_best")) == []
+    assert differ(weights, average) != []
+    sizes = {value for name, value in tiny.read_metrics(folder / "around")[-1].items() if name.endswith("batch_size")}
+    assert sizes <= {1.0, 2.0}
+
+
 # RoIs that are dealt out; the same records as digits_train, every other one without its objects.
 HEADS = ("MODEL.BNEXT.ROI_BOX_HEAD", "MODEL.BNEXT.ROI_MASK_HEAD")
 SHUFFLED = (
@@ -269,6 +296,7 @@ CHECKS = {
     "smart_batch_norm": check_smart_batch_norm,
     "freezing": check_freezing,
     "resume": check_resume,
+    "around": check_around,
     "shuffling": check_shuffling,
 }
 
