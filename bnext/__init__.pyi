@@ -1,5 +1,7 @@
 """The names of bnext: `__init__.py` imports each of them when it is first used."""
 
+import bnext.repair.levels as _levels
+
 from . import heads as heads
 from .cli.from_python import evaluate as evaluate
 from .cli.from_python import train as train
@@ -15,6 +17,7 @@ from .errors import LaunchError as LaunchError
 from .errors import StatisticsError as StatisticsError
 from .errors import WorkerError as WorkerError
 from .layers import BatchNorm2d as BatchNorm2d
+from .layers import CycleBatchNormList as CycleBatchNormList
 from .layers import LevelBatchNorm2d as LevelBatchNorm2d
 from .layers import NormSpec as NormSpec
 from .layers import Shuffled as Shuffled
@@ -22,8 +25,11 @@ from .layers import build_norm as build_norm
 from .layers import deal_statistics as deal_statistics
 from .layers import use_groups as use_groups
 from .layers import virtual_samples as virtual_samples
+from .repair.table import compare_statistics as compare_statistics
+from .scope import count_levels as count_levels
 from .scope import frozen_statistics as frozen_statistics
 from .scope import use_domain as use_domain
+from .scope import use_level as use_level
 from .statistics import following_stream as following_stream
 from .statistics import recompute_population_statistics as recompute_population_statistics
 from .surgery import check_norm_state as check_norm_state
@@ -35,5 +41,6 @@ from .surgery import freeze_norms as freeze_norms
 from .surgery import unfreeze_norms as unfreeze_norms
 
 __version__: str
+repair = _levels.repair  # the room of that name can be called
 
 def register() -> None: ...

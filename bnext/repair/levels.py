@@ -25,7 +25,7 @@ from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.norm_state import COPIED_POPULATION
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import Selection, replace_modules
-from bnext.repair.observe_calls import ObservedCalls, observe_calls, peek
+from bnext.repair.observe_calls import NUM_OBSERVED, ObservedCalls, observe_calls, peek
 from bnext.scope.forward import count_levels
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.arguments import check_data
@@ -34,12 +34,11 @@ from bnext.statistics.data_pass import Domain, Forward
 from bnext.surgery import convert_norm
 from bnext.surgery.convert_state import ConversionReport
 
-__all__ = ["LevelPlan", "NormPlan", "RepairReport", "find_levels", "give_levels", "repair"]
+__all__ = ["LevelPlan", "NormPlan", "RepairReport", "find_levels", "give_levels", "has_levels", "repair"]
 
 log = logging.getLogger(__name__)
 
 _WHERE = "repair"
-_OBSERVED = 3  # batches that show how norms are called
 
 NO_LEVELS = Refusal(
     StatisticsError,
@@ -204,7 +203,7 @@ def repair(
     replaced: dict[nn.Module, nn.Module] = {}
 
     try:
-        first, data = peek(data, _OBSERVED if num_batches is None else min(num_batches, _OBSERVED))
+        first, data = peek(data, NUM_OBSERVED if num_batches is None else min(num_batches, NUM_OBSERVED))
         plan = find_levels(model, first, levels=levels, layers=layers, forward=forward, treat_as=treat_as)
         conversion, replaced = give_levels(model, plan, treat_as)
         statistics = recompute_population_statistics(
@@ -399,7 +398,7 @@ def give_levels(
     makers: dict[nn.Module, Any] = {}
     choices: dict[str, Any] = {}
     for path, norm, form in find_forms(model, treat_as):
-        if path in plan.norms and not _has_levels(norm, plan.norms[path]):
+        if path in plan.norms and not has_levels(norm, plan.norms[path]):
             makers[norm] = _choose_norm(norm, form, plan.norms[path])
         if norm in makers:
             choices[path] = makers[norm]
@@ -415,7 +414,7 @@ def give_levels(
     return report, replaced
 
 
-def _has_levels(norm: nn.Module, plan: NormPlan) -> bool:
+def has_levels(norm: nn.Module, plan: NormPlan) -> bool:
     """Whether a norm has a population for each level already, and counts them safely."""
     return isinstance(norm, LevelBatchNorm2d) and norm.spec.population == "per_level" and norm.levels == plan.levels
 

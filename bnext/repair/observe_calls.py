@@ -15,8 +15,9 @@ from bnext.scope.forward import Size
 from bnext.scope.model import restoring
 from bnext.scope.record import Scope, get_record
 
-__all__ = ["ObservedCalls", "observe_calls", "peek"]
+__all__ = ["NUM_OBSERVED", "ObservedCalls", "observe_calls", "peek"]
 
+NUM_OBSERVED = 3  # batches that show how norms are called
 _SEED = 0  # of what the model draws meanwhile
 
 
