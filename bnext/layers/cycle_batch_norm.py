@@ -27,8 +27,8 @@ OUTSIDE = Refusal(
     StatisticsError,
     "a norm that counts its levels",
     "be called within a forward of its model",
-    "Name what is called from outside, a method or a module: bnext.count_levels(model, entry='inference'), or entry= of "
-    "bnext.repair; or name each level: with bnext.use_level('{level}').",
+    "Name what is called from outside, a method or a module: bnext.count_levels(model, entry='inference'), or entry= "
+    "of bnext.repair; or name each level: with bnext.use_level('{level}').",
 )
 OTHER_CALLS = Refusal(
     StatisticsError,
@@ -179,25 +179,26 @@ class CycleBatchNormList(LevelBatchNorm2d):
             raise NO_CLASS.of(repr(bn_class), type(self).__name__)
 
         if spec is None:
-            average = {"average": "cumulative"} if momentum is None else {"momentum": momentum}
-            population = {"population": "per_level"} if track_running_stats else {"population": "none"}
+            average: dict[str, Any] = {"average": "cumulative"} if momentum is None else {"momentum": momentum}
+            population: dict[str, Any] = {"population": "per_level"} if track_running_stats else {"population": "none"}
             spec = NormSpec(
                 statistics="per_level",
                 workers=_WORKERS[bn_class],  # type: ignore[arg-type]
                 affine="shared" if affine else "none",
                 inference="population" if track_running_stats else "mini_batch",
                 eps=eps,
-                **average,  # type: ignore[arg-type]
-                **population,  # type: ignore[arg-type]
+                **average,
+                **population,
             )
         if isinstance(spec, NormSpec) and spec.statistics != "per_level":
             raise SHARED_STATISTICS.of(f"statistics={spec.statistics!r}", type(self).__name__)
 
-        names = tuple(str(index) for index in range(number or 0)) if levels is None else levels
-        super().__init__(num_features, names, spec, device=device, dtype=dtype)
+        if levels is None:
+            levels = tuple(str(index) for index in range(number or 0))
+        super().__init__(num_features, levels, spec, device=device, dtype=dtype)
         self.ratios = SizeRatios()
 
-    def forward(self, input: Tensor | Mapping[str, Tensor]) -> Any:  # type: ignore[override]
+    def forward(self, input: Tensor | Mapping[str, Tensor]) -> Any:
         """Normalize the features of the level that comes next, [N, C, H, W]; or of several by name, see above.
 
         Raises:

@@ -44,8 +44,8 @@ NO_LEVELS = Refusal(
     StatisticsError,
     "model",
     "have a batch norm with running statistics that is called on several levels in one forward",
-    "For norms that see one feature map use recompute_population_statistics(model, data); select others that are called "
-    "several times with layers=.",
+    "For norms that see one feature map use recompute_population_statistics(model, data); select others that are "
+    "called several times with layers=.",
 )
 OTHER_NUMBER = Refusal(
     StatisticsError,
@@ -408,9 +408,9 @@ def give_levels(
     replaced = {norm: model.get_submodule(path) for path, norm in before.items()}
 
     for path, norm_plan in plan.norms.items():
-        norm: Any = model.get_submodule(path)
-        if isinstance(norm, CycleBatchNormList):
-            norm.ratios = norm_plan.ratios
+        new_norm = model.get_submodule(path)
+        if isinstance(new_norm, CycleBatchNormList):
+            new_norm.ratios = norm_plan.ratios
     return report, replaced
 
 

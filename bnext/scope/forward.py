@@ -203,8 +203,9 @@ def _check(module: nn.Module, args: Any, output: Any) -> None:
     """Look at the calls of a forward that has come to its end; after an exception nobody does."""
     calls = get_record().calls
     for norm in _list_counting(module):
-        if norm in calls and calls[norm].depth == 1 and hasattr(norm, "check_calls"):
-            norm.check_calls(calls[norm])
+        check: Any = getattr(norm, "check_calls", None)
+        if check is not None and norm in calls and calls[norm].depth == 1:
+            check(calls[norm])
 
 
 def _end(module: nn.Module, args: Any, output: Any) -> None:
