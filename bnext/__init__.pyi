@@ -17,6 +17,7 @@ from .errors import LaunchError as LaunchError
 from .errors import StatisticsError as StatisticsError
 from .errors import WorkerError as WorkerError
 from .layers import BatchNorm2d as BatchNorm2d
+from .layers import CycleBatchNormList as CycleBatchNormList
 from .layers import LevelBatchNorm2d as LevelBatchNorm2d
 from .layers import NormSpec as NormSpec
 from .layers import Shuffled as Shuffled
@@ -26,8 +27,12 @@ from .layers import use_groups as use_groups
 from .layers import virtual_samples as virtual_samples
 from .repair import AveragedWeights as AveragedWeights
 from .repair import accumulate_gradients as accumulate_gradients
+from .repair import compare_statistics as compare_statistics
+from .repair import repair as repair
+from .scope import count_levels as count_levels
 from .scope import frozen_statistics as frozen_statistics
 from .scope import use_domain as use_domain
+from .scope import use_level as use_level
 from .statistics import following_stream as following_stream
 from .statistics import recompute_population_statistics as recompute_population_statistics
 from .surgery import check_norm_state as check_norm_state

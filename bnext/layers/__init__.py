@@ -2,6 +2,7 @@
 
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
+from bnext.layers.cycle_batch_norm import CycleBatchNormList
 from bnext.layers.deal import deal_statistics
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.groups import find_grouping_norms, use_groups
@@ -14,6 +15,7 @@ __all__ = [
     "NAMED_NORMS",
     "TABLE5_ROWS",
     "BatchNorm2d",
+    "CycleBatchNormList",
     "FoldedNorm",
     "LevelBatchNorm2d",
     "NormSpec",

@@ -21,6 +21,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from bnext.errors import ConfigError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import LayerNorm2d
+from bnext.layers.cycle_batch_norm import CycleBatchNormList
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.norm_form import AFFINE, POPULATION, Layout, NormForm, form_of_spec
 
@@ -42,7 +43,7 @@ TreatAs = Mapping[type[nn.Module], type[nn.Module]]
 
 TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _TORCH_CLASSES = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)
-_BNEXT_CLASSES = (LayerNorm2d, BatchNorm2d, LevelBatchNorm2d)
+_BNEXT_CLASSES = (LayerNorm2d, BatchNorm2d, LevelBatchNorm2d, CycleBatchNormList)
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
 
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}

@@ -90,6 +90,7 @@ def form_of_spec(
         population=_LAYOUTS[spec.population],
         eps=eps,
         owners=tuple(domains),
+        is_numbered=bool(domains) and tuple(domains) == tuple(str(index) for index in range(len(domains))),
         inference=inference,
         is_frozen=spec.has_frozen_statistics,
         has_bias=has_bias,

@@ -19,6 +19,7 @@ from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
 
 __all__ = [
+    "COPIED_POPULATION",
     "MERGED_POPULATION",
     "Fields",
     "NormRecord",
@@ -47,6 +48,10 @@ DROPPED_BIAS = "the bias was left out: the norm has none"
 ZERO_BIAS = "the source has no bias, so 0 was set; outputs are unchanged"
 DROPPED_POPULATION = "the population statistics were left out: the norm has none"
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
+COPIED_POPULATION = (
+    "the shared population statistics were copied to every level or domain; their own are unknown, re-estimate them "
+    "with recompute_population_statistics"
+)
 MERGED_POPULATION = (
     "the population statistics of the levels or domains were merged into one with equal weights, which is right "
     "for none of them; load them into norms that have their own (in a config POPULATION of the norm's node of "
@@ -376,8 +381,7 @@ _AFFINE_RULES = _Rules(
 )
 _POPULATION_RULES = _Rules(
     _merge_populations,
-    copied="the shared population statistics were copied to every level or domain; their own are unknown, "
-    "re-estimate them with recompute_population_statistics",
+    copied=COPIED_POPULATION,
     equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
     merged=MERGED_POPULATION,
     missing="the source holds no population statistics for {names}; re-estimate them",

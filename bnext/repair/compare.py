@@ -34,6 +34,7 @@ def compare_kinds(
     num_images: int = 1,
     recompute: Recompute = recompute_population_statistics,
     obstacles: Mapping[str, str] | None = None,
+    give_levels: Callable[[nn.Module], object] | None = None,
     on_kind: Callable[[Kind, dict[str, Any]], object] = lambda kind, results: None,
 ) -> dict[str, Any]:
     """Measure a model with several kinds of statistics.
@@ -48,6 +49,7 @@ def compare_kinds(
         num_images: of a worker in an SGD step.
         recompute: called as recompute(model, data[source], estimator=...).
         obstacles: kind -> why it is not to be measured, beside those that the model has.
+        give_levels: see `use_kind`; with it "per_level" applies.
         on_kind: called with a kind and what is measured so far, on every worker.
 
     Returns:
@@ -80,7 +82,9 @@ def compare_kinds(
 
     not_applicable = {}
     for kind in chosen:
-        reason = (obstacles or {}).get(kind.name) or find_obstacle(model, kind.name, num_images)
+        reason = (obstacles or {}).get(kind.name, "")
+        if not reason and not (kind.name == "per_level" and give_levels is not None):
+            reason = find_obstacle(model, kind.name, num_images) or ""
         if not reason and kind.source not in ("file", "mini_batch", *data):
             reason = f"there are no images of the {kind.source}"
         if reason:
@@ -93,7 +97,13 @@ def compare_kinds(
 
     results: dict[str, Any] = {"rows": {}, "reports": {}, "not_applicable": not_applicable}
     for kind in applicable:
-        with failing_alone(model) as failures, use_kind(model, kind, data, recompute) as (variant, report):
+        with (
+            failing_alone(model) as failures,
+            use_kind(model, kind, data, recompute, give_levels) as (
+                variant,
+                report,
+            ),
+        ):
             if report is not None:
                 results["reports"][kind.name] = report.as_dict()
             numbers = measure(variant, kind)

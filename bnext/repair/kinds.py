@@ -200,7 +200,11 @@ def find_obstacle(model: nn.Module, kind: str, num_images: int = 1) -> str | Non
 
 @contextlib.contextmanager
 def use_kind(
-    model: nn.Module, kind: Kind, data: Mapping[str, Any], recompute: Recompute
+    model: nn.Module,
+    kind: Kind,
+    data: Mapping[str, Any],
+    recompute: Recompute,
+    give_levels: Callable[[nn.Module], object] | None = None,
 ) -> Iterator[tuple[nn.Module, RecomputeReport | None]]:
     """Put a model into a kind of statistics for this scope; it is as it was afterwards.
 
@@ -209,6 +213,8 @@ def use_kind(
         kind: of `KINDS`, to which `find_obstacle` has none.
         data: source -> images, for a kind that is re-estimated.
         recompute: called as recompute(model, images, estimator=...).
+        give_levels: called with a copy of the model, gives its head statistics for each level, for "per_level"; None:
+            `convert_norm` does it, in a head of bnext.
 
     Returns:
         The model with these statistics, or a copy, where its norms have to be others; and the report of a
@@ -226,7 +232,10 @@ def use_kind(
             variant = model
             if kind.population is not None:
                 variant = copy.deepcopy(model)
-                convert_norm(variant, population=kind.population)
+                if give_levels is None:
+                    convert_norm(variant, population=kind.population)
+                else:
+                    give_levels(variant)
             yield variant, recompute(variant, data[kind.source], estimator=kind.estimator)
 
 

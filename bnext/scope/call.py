@@ -45,6 +45,7 @@ class NormCall(NamedTuple):
         domain, groups, virtual: see `CallRecord`.
         recorder: takes down the moments of the call; None: nobody does.
         moves: whether running statistics may move.
+        level: of the features, for a norm that gets one level after the other; see `bnext.scope.forward`.
     """
 
     spec: Any
@@ -53,21 +54,23 @@ class NormCall(NamedTuple):
     virtual: Mapping[str, Moments] | None = None
     recorder: dict[str, Moments] | None = None
     moves: bool = True
+    level: str | None = None
 
 
 # Fields that a scope around a checkpoint may fill, and what opens them.
-_SCOPES = {"domain": "use_domain", "groups": "use_groups", "virtual": "virtual_samples"}
+_SCOPES = {"domain": "use_domain", "groups": "use_groups", "virtual": "virtual_samples", "level": "use_level"}
 # Norm -> those fields that any forward of it has filled: one that never had a scope cannot have lost one.
 _fields_ever_filled: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
-def read_call(norm: nn.Module, spec: Any, where: str) -> NormCall:
+def read_call(norm: nn.Module, spec: Any, where: str, level: str | None = None) -> NormCall:
     """The call of a norm that is made now.
 
     Args:
         norm: that is called.
         spec: its own.
         where: its place, for the error.
+        level: see `NormCall`; a recomputation has that of its own forward.
 
     Raises:
         StatisticsError: activations are computed again, and what their forward knew is not known.
@@ -80,6 +83,7 @@ def read_call(norm: nn.Module, spec: Any, where: str) -> NormCall:
         virtual=record.virtual.get(norm),
         recorder=record.recorders.get(norm),
         moves=norm not in record.frozen,
+        level=level,
     )
     if is_traced():
         return call._replace(moves=call.moves and not is_exported_to_onnx())

@@ -39,6 +39,9 @@ class CallRecord:
         recorders: norm -> what takes down the moments of its call, by domain.
         specs: norm -> the `NormSpec` in force instead of its own.
         frozen: norms whose running statistics do not move.
+        level: of the features that a head gets now; None: nobody has said.
+        calls: norm -> the calls of the model's forward in which it is, where nobody names the levels.
+        observed: further norms, of any class, whose forward is to be known.
     """
 
     domain: str | tuple[str, ...] | None = None
@@ -47,6 +50,9 @@ class CallRecord:
     recorders: Mapping[nn.Module, dict[str, Moments] | None] = dataclasses.field(default_factory=dict)
     specs: Mapping[nn.Module, Any] = dataclasses.field(default_factory=dict)
     frozen: frozenset[nn.Module] = frozenset()
+    level: str | None = None
+    calls: Mapping[nn.Module, Any] = dataclasses.field(default_factory=dict)
+    observed: frozenset[nn.Module] = frozenset()
 
     def extend(self, changes: Mapping[str, Any]) -> CallRecord:
         """The record with what an inner scope says: mappings and sets grow, a domain is replaced."""

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import NAMED_NORMS, build_norm, make_named_norm, name_norms
+from bnext.layers.cycle_batch_norm import CycleBatchNormList
 from bnext.layers.forms import (
     AFFINE,
     EACH_SAMPLE_ALONE,
@@ -284,10 +285,12 @@ def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat
     if isinstance(value, str) and value in NAMED_NORMS:
         spec = NAMED_NORMS[value]
 
+    if spec is not None and isinstance(norm, CycleBatchNormList):
+        return CycleBatchNormList(num_features=form.num_features, levels=levels, spec=spec)
     if spec is not None and (levels is not None or spec.owner != "per_level"):
         return build_norm(spec, levels)(form.num_features)
 
-    if levels is not None or spec is not None:
+    if spec is not None or (levels is not None and not isinstance(norm, CycleBatchNormList)):
         features = "a single feature map" if levels is None else "several levels at once"
         raise OTHER_INPUT.of(repr(value), path, features=features)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bnext.errors import CheckpointError, ConfigError
+from bnext.functional import Moments, merge_moments
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import (
     AFFINE,
@@ -26,7 +27,7 @@ from bnext.layers.forms import (
     find_kind,
 )
 from bnext.layers.level_norm import LevelBatchNorm2d
-from bnext.layers.norm_state import Fields, Note, convert_state, read_norm, write_state
+from bnext.layers.norm_state import Fields, NormRecord, Note, convert_state, read_norm, write_state
 from bnext.layers.walk import find_bnext_norms
 
 __all__ = [
@@ -46,6 +47,10 @@ StateDict = Mapping[str, Tensor]
 ADOPTED_EPS = "eps {source} of the source was taken over as {used}, in the place of {target}"
 OTHER_EPS = "eps is {target}, but was {source}; outputs change, most where the variance is small"
 OTHER_INFERENCE = "in evaluation mode it was normalized by {source}, and now is by {target}; outputs change"
+GROUP_AFFINE = (
+    "the affine took the population statistics in: an image whose groups of channels have these statistics gets the "
+    "outputs that it had, and how an image differs from them is lost; fine-tune before use"
+)
 ROUNDED = "state of {source} was rounded to {target}"
 OTHER_STATISTICS = (
     "in training the mini-batch statistics were {stored}, the model's are {expected}; the population statistics "
@@ -279,6 +284,7 @@ def copy_norm_state(
     check_map(domain_map, restrict_map(domain_map, form, source_form.owners))
     record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
+    notes += _take_in_population(record, source_form, form, target, state, path)
     notes += _load(state, target)
     notes += _compare_inference(source_form, form)
     notes += _settle_eps(source_form, form, target, adopt_eps)
@@ -298,6 +304,41 @@ def _require_form(norm: nn.Module, path: str, treat_as: TreatAs | None) -> NormF
         remedy="Known are BatchNorm2d, SyncBatchNorm, frozen norms with buffers, CycleBatchNormList, GroupNorm, "
         "LayerNorm, and those of bnext.",
     )
+
+
+def _take_in_population(
+    record: NormRecord, source: NormForm, form: NormForm, target: nn.Module, state: Fields, path: str
+) -> list[Note]:
+    """The affine of a group norm in the place of a batch norm: what the population did, as far as an affine can.
+
+        scale = weight / sqrt(var_c + eps)
+        weight' = scale * sqrt(var_g + eps'),   bias' = bias + scale * (mean_g - mean_c)
+
+    g is the group of channel c; its moments are those of its channels, merged. Changes `state`.
+    """
+    is_to_group = source.inference == ("population",) and form.inference[0] == "group"
+    if not (is_to_group and "weight" in state):
+        return []
+
+    shared = dataclasses.replace(source, affine="none", population="shared", owners=(), is_numbered=False)
+    population, _ = write_state(record, shared, path)
+    mean, var = (population[name].double() for name in POPULATION[:2])
+    num_groups = int(cast(Any, form.inference[1]))
+    size = len(mean) // num_groups
+    if size == 1 and source.eps == form.eps:
+        return []  # each channel for itself, as before
+
+    by_group = (value.view(num_groups, size).T for value in (mean, var))  # [channels of a group, groups]
+    group = merge_moments(Moments(mean.new_ones(size), *by_group))
+    group_mean, group_var = (value.repeat_interleave(size) for value in (group.mean, group.var))
+
+    scale = state["weight"].double() / (var + source.eps).sqrt()
+    shift = scale * (group_mean - mean)
+    kind = next(target.parameters()).dtype
+    state["weight"] = (scale * (group_var + form.eps).sqrt()).to(kind)
+    if "bias" in state:
+        state["bias"] = (state["bias"].double() + shift).to(kind)
+    return [Note(GROUP_AFFINE, keeps_outputs=False)]
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from bnext.errors import ConfigError, Refusal
 from bnext.layers.batch_norm import DomainState
+from bnext.layers.cycle_batch_norm import CycleBatchNormList
 from bnext.layers.forms import find_kind
 from bnext.scope.model import restoring
 
@@ -127,6 +128,8 @@ def _check_foldable(conv: _ConvNd, norm: nn.Module) -> None:
             f"the forward of {name} is its own: it may do more, or other, than to normalize by its running "
             f"statistics (convert it with convert_norm and treat_as={{{name}: nn.BatchNorm2d}}, if it does not)"
         )
+    if isinstance(norm, CycleBatchNormList) and "per_" in norm.spec.population + norm.spec.affine:
+        raise _Left("it gets levels with statistics of their own one after the other, and a convolution serves one")
     if "weight" not in conv._parameters or "bias" not in conv._parameters:
         raise _Left("the weight of its convolution is computed from other parameters (parametrized or pruned)")
     for module in (conv, norm):
