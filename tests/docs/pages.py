@@ -1,0 +1,28 @@
+"""The pages of the site: their texts and code blocks."""
+
+import re
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(str(path.relative_to(ROOT)) for path in DOCS.rglob("*.md"))
+
+
+def read(page):
+    return (ROOT / page).read_text()
+
+
+def find_blocks(page, language):
+    """The code blocks of a page, also those within lists."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^\1```$", read(page), flags=re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, code in found]
+
+
+def find_commands(page):
+    """The `bnext` commands of a page, as words."""
+    commands = []
+    for block in find_blocks(page, "sh"):
+        lines = block.replace("\\\n", " ").splitlines()
+        commands += [line.split() for line in lines if line.startswith("bnext ")]
+    return commands
