@@ -3,14 +3,16 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # made_at_build
+sys.path.insert(0, str(Path(__file__).parent))  # made_at_build, notebook_cells
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the bnext of this checkout, whichever is installed
 
-import bnext  # noqa: E402
+import bnext
+
+bnext.register()  # which makes the data sets known, and says how to get detectron2 where there is none
 
 project = "bnext"
 author = "the authors of bnext"
-copyright = "the authors of bnext; Apache 2.0"  # noqa: A001
+copyright = "the authors of bnext; Apache 2.0"
 release = bnext.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "made_at_build"]

@@ -1,27 +1,31 @@
 """Parts of the pages that are made at build from the code: keys, options of commands, the API, the notebook.
 
-A page says where with `<!-- made at build: PART ARGUMENT -->`; `PARTS` has a function for each, which gives Markdown. Keys
-that stand in a text as code are linked to their entry.
+A page says where with `<!-- made at build: PART ARGUMENT -->`; `PARTS` has a function for each, which gives Markdown.
+Keys that stand in a text as code are linked to their entry.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from notebook_cells import format_page
 from sphinx import addnodes
 from sphinx.application import Sphinx
 
 import bnext
+from bnext.cli.main import COMMANDS, build_parser
 from bnext.config.keys import KEYS, PLACE_KEYS, Key, Need, Values
 from bnext.config.places import PLACES
 
 _MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w.]*) -->$", flags=re.MULTILINE)
-_FULLEST = "ROI_BOX_HEAD"  # a place that has all keys of places
 _PLACE_KEYS = {key.name: key for keys in PLACE_KEYS.values() for key in keys}
 
 
@@ -35,8 +39,26 @@ def _code(words: str) -> str:
 
 def make_place_keys(_: str) -> str:
     """Every key that places have."""
-    rows = [*PLACE_KEYS[_FULLEST], next(key for key in _PLACE_KEYS.values() if key.name.endswith(".NORM"))]
-    return "\n\n".join(_make_key(key, f"MODEL.BNEXT.PLACE.{key.name.split('.')[-1]}", []) for key in rows)
+    rows = {}
+    for place, keys in PLACE_KEYS.items():
+        for key in keys:
+            rows.setdefault(key.name.split(".")[-1], {})[place] = key
+
+    return "\n\n".join(_make_place_key(name, keys) for name, keys in rows.items())
+
+
+def _make_place_key(name: str, keys: Mapping[str, Key]) -> str:
+    """A key of places, with what differs between them."""
+    answers: dict[str, list[str]] = {}
+    for place, key in keys.items():
+        answers.setdefault(_describe_values(key), []).append(place)
+
+    first = next(iter(keys.values()))
+    lines = [f":::{{confval}} MODEL.BNEXT.PLACE.{name}", _make_sentence(first.help)]
+    for answer, places in answers.items():
+        prefix = f"{', '.join(f'`{place}`' for place in places)}: " if len(answers) > 1 else ""
+        lines += ["", f"{prefix}{answer}"]
+    return "\n".join([*lines, ":::"])
 
 
 def make_places(_: str) -> str:
@@ -57,7 +79,7 @@ def make_other_keys(_: str) -> str:
 
     parts = []
     for group in sorted(groups):
-        entries = [_make_key(key, key.name, key.needs) for key in groups[group]]
+        entries = [_make_key(key) for key in groups[group]]
         parts.append("\n\n".join([f"## {group}", *entries]))
     return "\n\n".join(parts)
 
@@ -67,12 +89,18 @@ def _name_group(name: str) -> str:
     return ".".join(name.split(".")[:2]) if ".BNEXT." in name else name.split(".")[0]
 
 
-def _make_key(key: Key, name: str, needs: Sequence[Need]) -> str:
-    lines = [f":::{{confval}} {name}", f":default: `{key.default!r}`", "", f"{key.help[:1].upper()}{key.help[1:]}."]
-    if key.values:
-        lines += ["", f"Must be {_code(key.values.words)}."]
-    lines += [f"\n{_describe(need)}" for need in needs]
-    return "\n".join([*lines, ":::"])
+def _make_key(key: Key) -> str:
+    needs = [f"\n{_describe(need)}" for need in key.needs]
+    return "\n".join([f":::{{confval}} {key.name}", _make_sentence(key.help), "", _describe_values(key), *needs, ":::"])
+
+
+def _make_sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _describe_values(key: Key) -> str:
+    default = f"Default `{key.default!r}`."
+    return f"{default} Must be {_code(key.values.words)}." if key.values else default
 
 
 def _describe(need: Need) -> str:
@@ -87,6 +115,54 @@ def _words(values: Values) -> str:
     return f"to be {_code(values.words)}"
 
 
+# ---- commands
+
+
+def make_commands(_: str) -> str:
+    """Every command: what it does, its usage, and every option of its parser."""
+    return "\n\n".join(_make_command(name) for name in COMMANDS)
+
+
+def _make_command(name: str) -> str:
+    parser = build_parser(name, f"bnext {name}")
+    parts = [f"## bnext {name}", f":::{{program}} bnext {name}\n:::", _format_description(parser.description or "")]
+    for action in parser._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        parts.append(_make_option(action))
+    return "\n\n".join(parts)
+
+
+def _format_description(text: str) -> str:
+    """The paragraphs of a help text; those that are indented are commands."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        if paragraph.startswith("    "):
+            parts.append(f"```sh\n{textwrap.dedent(paragraph)}\n```")
+        else:
+            parts.append(re.sub(r"(?<![\w`])(--[\w-]+)", r"`\1`", paragraph))
+    return "\n\n".join(parts)
+
+
+def _make_option(action: argparse.Action) -> str:
+    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+    if not value and action.nargs != 0:
+        value = action.dest.upper()
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    if action.nargs in ("+", "*", argparse.REMAINDER):
+        value += " ..."
+
+    help_text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    names = ", ".join(f"{option} {value}".strip() for option in action.option_strings)
+    required = " (required)" if action.required and action.option_strings else ""
+    if help_text[:1].isalpha() and "://" not in help_text.split()[0]:
+        help_text = f"{help_text[0].upper()}{help_text[1:]}"
+    if not action.option_strings:
+        return f"`{value}`\n: {help_text}."
+    return f":::{{option}} {names}\n{help_text}{required}.\n:::"
+
+
 # ---- the API
 
 
@@ -97,7 +173,10 @@ def make_names(module: str) -> str:
 
     lines = ["```{eval-rst}"]
     for name in sorted(names, key=lambda name: (_rank(getattr(room, name)), name.lower())):
-        lines += [f".. {_choose_directive(getattr(room, name))}:: {module}.{name}", ""]
+        value = getattr(room, name)
+        lines += [f".. {_choose_directive(value)}:: {module}.{name}", ""]
+        if isinstance(value, Mapping):
+            lines += [f"   Has {', '.join(f'``{key}``' for key in value)}.", ""]
     return "\n".join([*lines, "```"])
 
 
@@ -113,7 +192,7 @@ def _choose_directive(value: Any) -> str:
         return "autoexception" if issubclass(value, BaseException) else "autoclass"
     if inspect.ismodule(value):
         return "automodule"
-    return "autofunction" if callable(value) else "autodata"  # data: with `:no-value:`
+    return "autofunction" if callable(value) else "py:data"
 
 
 def write_as_rest(app: Sphinx, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
@@ -130,6 +209,11 @@ def _quote(match: re.Match[str]) -> str:
     return f"``{match[1]}``" + ("\\ " if match[2] else "")
 
 
+def make_notebook(_: str) -> str:
+    """The notebook as a page."""
+    return format_page(Path(__file__).with_name("notebook.ipynb"))
+
+
 # ---- the parts, and the links of keys
 
 PARTS: dict[str, Callable[[str], str]] = {
@@ -137,6 +221,8 @@ PARTS: dict[str, Callable[[str], str]] = {
     "places": make_places,
     "other_keys": make_other_keys,
     "names": make_names,
+    "commands": make_commands,
+    "notebook": make_notebook,
 }
 
 

@@ -1,8 +1,13 @@
 """The pages of the site: their texts and code blocks."""
 
 import re
+import shlex
 import textwrap
 from pathlib import Path
+
+from detectron2.config import get_cfg
+
+from bnext import add_bnext_config
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -24,5 +29,16 @@ def find_commands(page):
     commands = []
     for block in find_blocks(page, "sh"):
         lines = block.replace("\\\n", " ").splitlines()
-        commands += [line.split() for line in lines if line.startswith("bnext ")]
+        commands += [shlex.split(line, comments=True) for line in lines if line.startswith("bnext ")]
     return commands
+
+
+def has_key(name):
+    """Whether Detectron2's config with the keys of bnext has a key or a node."""
+    node = get_cfg()
+    add_bnext_config(node)
+    for part in name.split("."):
+        if not hasattr(node, "keys") or part not in node:
+            return False
+        node = node[part]
+    return True
