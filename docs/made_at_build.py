@@ -120,13 +120,17 @@ def _words(values: Values) -> str:
 
 def make_commands(_: str) -> str:
     """Every command: what it does, its usage, and every option of its parser."""
-    return "\n\n".join(_make_command(name) for name in COMMANDS)
+    rows = ["| command | |", "|---|---|"]
+    rows += [f"| [`bnext {name}`](#bnext-{name}) | {summary} |" for name, (_, summary) in COMMANDS.items()]
+    return "\n\n".join(["\n".join(rows), *map(_make_command, COMMANDS)])
 
 
 def _make_command(name: str) -> str:
-    parser = build_parser(name, f"bnext {name}")
-    parts = [f"## bnext {name}", f":::{{program}} bnext {name}\n:::", _format_description(parser.description or "")]
-    for action in parser._actions:
+    command = importlib.import_module(COMMANDS[name][0])
+    parts = [f"## bnext {name}", f":::{{program}} bnext {name}\n:::", _format_description(command.DESCRIPTION)]
+    # One that needs nothing but Python parses by itself.
+    actions = build_parser(name, f"bnext {name}")._actions if hasattr(command, "add_arguments") else []
+    for action in actions:
         if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue
         parts.append(_make_option(action))
