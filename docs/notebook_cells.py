@@ -16,6 +16,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 Cell = dict[str, Any]
 
 
@@ -52,9 +54,10 @@ def _run(source: str, name: str, names: dict[str, Any]) -> Any:
 def _show(value: Any, count: int) -> dict[str, Any]:
     data: dict[str, Any] = {"text/plain": _lines(repr(value))}
     if hasattr(value, "savefig"):
-        picture = io.BytesIO()
-        value.savefig(picture, format="png", dpi=90)
-        data = {"image/png": base64.b64encode(picture.getvalue()).decode(), "text/plain": ["a figure"]}
+        drawn, few_colours = io.BytesIO(), io.BytesIO()
+        value.savefig(drawn, format="png", dpi=90)
+        Image.open(drawn).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(few_colours, "png", optimize=True)
+        data = {"image/png": base64.b64encode(few_colours.getvalue()).decode(), "text/plain": ["a figure"]}
     return {"data": data, "execution_count": count, "metadata": {}, "output_type": "execute_result"}
 
 
