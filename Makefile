@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
 RUN := .venv/bin/python
 
-.PHONY: setup demo test test-all lint types bench
+.PHONY: setup demo test test-all lint types bench docs
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -37,3 +37,8 @@ types: setup
 bench: export GOMP_SPINCOUNT = 1000
 bench: setup
 	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) -m bench
+
+# The site opens from the file system: output/docs/index.html.
+docs: setup
+	$(RUN) -m sphinx -W --keep-going -q -b html -d build/docs-cache docs output/docs
+	@echo "output/docs/index.html"

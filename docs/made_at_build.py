@@ -1,0 +1,272 @@
+"""Parts of the pages that are made at build from the code: keys, options of commands, the API, the notebook.
+
+A page says where with `<!-- made at build: PART ARGUMENT -->`; `PARTS` has a function for each, which gives Markdown.
+Keys that stand in a text as code are linked to their entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from notebook_cells import format_page
+from sphinx import addnodes
+from sphinx.application import Sphinx
+
+import bnext
+from bnext.cli.main import COMMANDS, build_parser
+from bnext.config.keys import KEYS, PLACE_KEYS, Key, Need, Values
+from bnext.config.places import PLACES
+
+_MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w.]*) -->$", flags=re.MULTILINE)
+_PLACE_KEYS = {key.name: key for keys in PLACE_KEYS.values() for key in keys}
+
+
+def _code(words: str) -> str:
+    """Words of the table of keys with its quoted values as code."""
+    return re.sub(r"'([\w.]*)'", r"`\1`", words)
+
+
+# ---- keys
+
+
+def make_place_keys(_: str) -> str:
+    """Every key that places have."""
+    rows = {}
+    for place, keys in PLACE_KEYS.items():
+        for key in keys:
+            rows.setdefault(key.name.split(".")[-1], {})[place] = key
+
+    return "\n\n".join(_make_place_key(name, keys) for name, keys in rows.items())
+
+
+def _make_place_key(name: str, keys: Mapping[str, Key]) -> str:
+    """A key of places, with what differs between them."""
+    answers: dict[str, list[str]] = {}
+    for place, key in keys.items():
+        answers.setdefault(_describe_values(key), []).append(place)
+
+    first = next(iter(keys.values()))
+    lines = [f":::{{confval}} MODEL.BNEXT.PLACE.{name}", _make_sentence(first.help)]
+    for answer, places in answers.items():
+        prefix = f"{', '.join(f'`{place}`' for place in places)}: " if len(answers) > 1 else ""
+        lines += ["", f"{prefix}{answer}"]
+    return "\n".join([*lines, ":::"])
+
+
+def make_places(_: str) -> str:
+    """Every place, the key of its norm, and whose its statistics may be."""
+    rows = ["| place | norm | whose statistics |", "|---|---|---|"]
+    for name, place in PLACES.items():
+        sources = ", ".join(f"`{source}`" for source in place.sources)
+        rows.append(f"| `MODEL.BNEXT.{name}` | `{place.norm}` | {sources} |")
+    return "\n".join(rows)
+
+
+def make_other_keys(_: str) -> str:
+    """Every key that is not of a place, by its node."""
+    groups: dict[str, list[Key]] = {}
+    for key in KEYS.values():
+        if key.name not in _PLACE_KEYS:
+            groups.setdefault(_name_group(key.name), []).append(key)
+
+    parts = []
+    for group in sorted(groups):
+        entries = [_make_key(key) for key in groups[group]]
+        parts.append("\n\n".join([f"## {group}", *entries]))
+    return "\n\n".join(parts)
+
+
+def _name_group(name: str) -> str:
+    """`SOLVER.BNEXT` of SOLVER.BNEXT.FREEZE.ITER, `SOLVER` of a key beside it."""
+    return ".".join(name.split(".")[:2]) if ".BNEXT." in name else name.split(".")[0]
+
+
+def _make_key(key: Key) -> str:
+    needs = [f"\n{_describe(need)}" for need in key.needs]
+    return "\n".join([f":::{{confval}} {key.name}", _make_sentence(key.help), "", _describe_values(key), *needs, ":::"])
+
+
+def _make_sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _describe_values(key: Key) -> str:
+    default = f"Default `{key.default!r}`."
+    return f"{default} Must be {_code(key.values.words)}." if key.values else default
+
+
+def _describe(need: Need) -> str:
+    conditions = " or ".join(f"`{name}` {_words(values)}" for name, values in need.conditions.items())
+    of = f" (as {_code(need.of.words)})" if need.of else ""
+    reason = f": {_code(need.reason)}" if need.reason else ""
+    otherwise = "; otherwise it is left out, which is said" if need.is_said else ""
+    return f"Needs{of} {conditions}{otherwise}{reason}."
+
+
+def _words(values: Values) -> str:
+    return f"to be {_code(values.words)}"
+
+
+# ---- commands
+
+
+def make_commands(_: str) -> str:
+    """Every command: what it does, its usage, and every option of its parser."""
+    rows = ["| command | |", "|---|---|"]
+    rows += [f"| [`bnext {name}`](#bnext-{name}) | {summary} |" for name, (_, summary) in COMMANDS.items()]
+    return "\n\n".join(["\n".join(rows), *map(_make_command, COMMANDS)])
+
+
+def _make_command(name: str) -> str:
+    command = importlib.import_module(COMMANDS[name][0])
+    parts = [f"## bnext {name}", f":::{{program}} bnext {name}\n:::", _format_description(command.DESCRIPTION)]
+    # One that needs nothing but Python parses by itself.
+    actions = build_parser(name, f"bnext {name}")._actions if hasattr(command, "add_arguments") else []
+    for action in actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        parts.append(_make_option(action))
+    return "\n\n".join(parts)
+
+
+def _format_description(text: str) -> str:
+    """The paragraphs of a help text; those that are indented are commands."""
+    parts = []
+    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
+        if paragraph.startswith("    "):
+            parts.append(f"```sh\n{textwrap.dedent(paragraph)}\n```")
+        else:
+            parts.append(re.sub(r"(?<![\w`])(--[\w-]+)", r"`\1`", paragraph))
+    return "\n\n".join(parts)
+
+
+def _make_option(action: argparse.Action) -> str:
+    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else "")
+    if not value and action.nargs != 0:
+        value = action.dest.upper()
+    if isinstance(value, tuple):
+        value = " ".join(value)
+    if action.nargs in ("+", "*", argparse.REMAINDER):
+        value += " ..."
+
+    help_text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    names = ", ".join(f"{option} {value}".strip() for option in action.option_strings)
+    required = " (required)" if action.required and action.option_strings else ""
+    if help_text[:1].isalpha() and "://" not in help_text.split()[0]:
+        help_text = f"{help_text[0].upper()}{help_text[1:]}"
+    if not action.option_strings:
+        return f"`{value}`\n: {help_text}."
+    return f":::{{option}} {names}\n{help_text}{required}.\n:::"
+
+
+# ---- the API
+
+
+def make_names(module: str) -> str:
+    """Every public name of a module, documented by its docstring; those of `bnext` itself are in its own list alone."""
+    room = importlib.import_module(module)
+    names = [name for name in room.__all__ if module == "bnext" or name not in bnext.__all__]
+
+    lines = ["```{eval-rst}"]
+    for name in sorted(names, key=lambda name: (_rank(getattr(room, name)), name.lower())):
+        value = getattr(room, name)
+        lines += [f".. {_choose_directive(value)}:: {module}.{name}", ""]
+        if isinstance(value, Mapping):
+            lines += [f"   Has {', '.join(f'``{key}``' for key in value)}.", ""]
+    return "\n".join([*lines, "```"])
+
+
+def _rank(value: Any) -> int:
+    """Functions and classes first, then errors, then the rest."""
+    if inspect.isclass(value) and issubclass(value, BaseException):
+        return 1
+    return 0 if callable(value) else 2
+
+
+def _choose_directive(value: Any) -> str:
+    if inspect.isclass(value):
+        return "autoexception" if issubclass(value, BaseException) else "autoclass"
+    if inspect.ismodule(value):
+        return "automodule"
+    return "autofunction" if callable(value) else "py:data"
+
+
+def write_as_rest(app: Sphinx, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """A docstring of ours as reStructuredText: code stands between two backticks, and a formula keeps its lines."""
+    text = "\n".join(lines)
+    text = re.sub(r"(?<![`:\\])`([^`\n]+)`(?!`)(?=(\w?))", _quote, text)
+    text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", text)  # an absolute value, not a substitution
+    formula = re.compile(r"(\A|\n)(\S[^\n]*[^:\n])\n\n((?: {4}[^\n]*\n)+)(?=\n|\Z)")
+    text = formula.sub(r"\1\2\n\n::\n\n\3", f"{text}\n")
+    lines[:] = text.split("\n")
+
+
+def _quote(match: re.Match[str]) -> str:
+    return f"``{match[1]}``" + ("\\ " if match[2] else "")
+
+
+def make_notebook(_: str) -> str:
+    """The notebook as a page."""
+    return format_page(Path(__file__).with_name("notebook.ipynb"))
+
+
+# ---- the parts, and the links of keys
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "place_keys": make_place_keys,
+    "places": make_places,
+    "other_keys": make_other_keys,
+    "names": make_names,
+    "commands": make_commands,
+    "notebook": make_notebook,
+}
+
+
+def fill_page(app: Sphinx, page: str, source: list[str]) -> None:
+    """A page with its parts in place of the marks."""
+    source[0] = _MARK.sub(lambda match: PARTS[match[1]](match[2]), source[0])
+
+
+def link_keys(app: Sphinx, doctree: nodes.document) -> None:
+    """Code that begins with a key of bnext becomes a link to the key's entry."""
+    for literal in list(doctree.findall(nodes.literal)):
+        words = literal.astext().split()
+        if not words or words[0] not in KEYS or _is_within(literal, (nodes.reference, nodes.title)):
+            continue
+        target = words[0]
+        if target in _PLACE_KEYS:
+            target = f"MODEL.BNEXT.PLACE.{target.split('.')[-1]}"
+
+        link = addnodes.pending_xref("", refdomain="std", reftype="confval", reftarget=target, refwarn=True)
+        link["refdoc"] = app.env.current_document.docname
+        literal.replace_self(link)
+        link += literal
+
+
+def _is_within(node: nodes.Node, kinds: tuple[type, ...]) -> bool:
+    parents: Iterable[nodes.Node] = _find_parents(node)
+    return any(isinstance(parent, (*kinds, addnodes.pending_xref, addnodes.desc_signature)) for parent in parents)
+
+
+def _find_parents(node: nodes.Node) -> list[nodes.Node]:
+    parents = []
+    while node.parent is not None:
+        node = node.parent
+        parents.append(node)
+    return parents
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("source-read", fill_page)
+    app.connect("doctree-read", link_keys)
+    app.connect("autodoc-process-docstring", write_as_rest, priority=100)  # before napoleon's
+    return {"parallel_read_safe": True}
