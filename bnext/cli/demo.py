@@ -11,18 +11,21 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from bnext.checkpoints import load_model
+from bnext.cli.draw import describe_thresholds, format_counts
 from bnext.cli.train import check_run
 from bnext.config import load_config
 from bnext.config.files import get_config_file
 from bnext.data.catalog import ensure_digits
+from bnext.data.records import load_records
 from bnext.engine import train
 from bnext.engine.output import holding_output
 from bnext.engine.screen import set_up_logging
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
+from bnext.evaluation.detections import choose_images, examine
 from bnext.evaluation.reestimate import repair_checkpoint
 from bnext.files import write_json
-from bnext.studies.pictures import draw_detections
+from bnext.studies.pictures import Layout, draw_detections
 from bnext.studies.runner import find_final_model, prepare_folder, timed
 from bnext.tables import format_rows
 
@@ -97,9 +100,21 @@ def _run(configs: Mapping[str, CfgNode], output: str) -> None:
 
     file = Path(output, "results.json")
     write_json(file, results)
-    models = {name: load_model(cfg, find_final_model(cfg)) for name, cfg in configs.items()}
-    picture = draw_detections(configs["re-estimated"], models, Path(output, "detections.png"))
+    picture = _draw(configs, Path(output, "detections.png"))
     print(f"\n{format_results(results)}\n\n{file}\n{picture}")
+
+
+def _draw(configs: Mapping[str, CfgNode], path: Path) -> Path:
+    """Both models on the same images, and what their boxes in all images are."""
+    columns = []
+    for name, cfg in configs.items():
+        columns.append(examine(cfg, load_model(cfg, find_final_model(cfg)), title=name))
+    print(f"\n{format_counts(columns)}")
+
+    cfg = configs["re-estimated"]
+    images = choose_images(load_records(cfg.DATASETS.TEST[0], cfg), 4)
+    note = f"The same weights, with other statistics in the head. {describe_thresholds(cfg.DATASETS.TEST[0])}"
+    return draw_detections(columns, images, path, note=note, layout=Layout(cell=212))
 
 
 def format_results(results: Mapping[str, Any]) -> str:

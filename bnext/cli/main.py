@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("bnext.cli.evaluate", "COCO AP of a checkpoint"),
     "reestimate": ("bnext.cli.reestimate", "population statistics of a checkpoint, estimated anew without training"),
     "compare": ("bnext.cli.compare", "COCO AP of a checkpoint with each kind of statistics"),
+    "draw": ("bnext.cli.draw", "pictures of what checkpoints detect, each box as right, wrong class, missed ..."),
     "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
     "convert": ("bnext.cli.convert", "a checkpoint in the form of another config: other norms, torchvision's names"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),

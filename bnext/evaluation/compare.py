@@ -34,7 +34,7 @@ from bnext.scope import use_domain
 from bnext.seeding import seeded
 from bnext.statistics import RecomputeReport
 
-__all__ = ["check_domain", "compare_statistics", "read_three_ways"]
+__all__ = ["check_domain", "compare_statistics", "count_together", "read_three_ways", "recompute_kind"]
 
 _TASKS = ("bbox", "segm")
 
@@ -105,7 +105,7 @@ def compare_statistics(
             partial(_measure_ap, cfg),
             kinds,
             num_images=_count_images(cfg),
-            recompute=partial(_recompute, cfg),
+            recompute=partial(recompute_kind, cfg),
             obstacles=obstacles,
             on_kind=tell,
         )
@@ -157,12 +157,12 @@ def _count_images(cfg: CfgNode) -> int:
     return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
 
 
-def _count_together(cfg: CfgNode, model: nn.Module) -> int:
+def count_together(cfg: CfgNode, model: nn.Module) -> int:
     """Images that training normalizes together, of a model that has one number of them: see `find_obstacle`."""
     return next(iter(count_images_as_trained(model, _count_images(cfg))))
 
 
-def _recompute(cfg: CfgNode, model: nn.Module, dataset: str | None, *, estimator: str) -> RecomputeReport:
+def recompute_kind(cfg: CfgNode, model: nn.Module, dataset: str | None, *, estimator: str) -> RecomputeReport:
     """Re-estimate on the training's images, or on those of a data set."""
     if dataset is None:
         return recompute_statistics(cfg, model, estimator=estimator)
@@ -177,7 +177,7 @@ def _measure_ap(cfg: CfgNode, model: nn.Module, kind: Kind) -> dict[str, float |
     """COCO's metrics with one kind of statistics."""
     name = cfg.DATASETS.TEST[0]
     evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", kind.name))
-    size = _count_together(cfg, model) if kind.is_as_trained else 1
+    size = count_together(cfg, model) if kind.is_as_trained else 1
 
     last = _FailingLast(model)
     with seeded(max(cfg.SEED, 0)):  # what detectron2's loader draws
@@ -288,7 +288,7 @@ def _evaluate_training_images(cfg: CfgNode, model: nn.Module, number: int) -> di
     records = load_records(name, cfg)[:number]
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in records])
     share = range(comm.get_rank(), len(records), comm.get_world_size())
-    loader = build_evaluation_batches(cfg, records, share, _count_together(cfg, model))
+    loader = build_evaluation_batches(cfg, records, share, count_together(cfg, model))
 
     with normalizing_evaluation_by_mini_batch(model), contextlib.redirect_stdout(io.StringIO()):
         metrics = inference_on_dataset(model, loader, evaluator) or {}
