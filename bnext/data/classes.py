@@ -18,6 +18,7 @@ from detectron2.utils.file_io import PathManager
 from bnext.data.records import Record, check_registered
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
 from bnext.files import read_stamp
+from bnext.lazy_config import is_lazy
 
 __all__ = [
     "UNKNOWN_CLASSES",
@@ -43,6 +44,8 @@ _read: dict[tuple[str, int, int], tuple[str, ...]] = {}  # by path, time and siz
 def count_classes(cfg: CfgNode) -> tuple[str, int] | None:
     """The key of the classes that the model's head predicts, and its value; None: the architecture is not known."""
     architecture = cfg.MODEL.META_ARCHITECTURE
+    if is_lazy(cfg):
+        return tuple(cfg.LAZY.CLASSES) or None
 
     if architecture.endswith(("RetinaNet", "FCOS")):
         return "MODEL.RETINANET.NUM_CLASSES", int(cfg.MODEL.RETINANET.NUM_CLASSES)

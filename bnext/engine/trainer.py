@@ -38,7 +38,7 @@ from bnext.distributed.agreement import check_agreement, describe_parameters, de
 from bnext.engine import hooks
 from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_schedules import build_norm_schedules
-from bnext.engine.optimizer import build_optimizer
+from bnext.engine.optimizer import build_lr_scheduler, build_optimizer
 from bnext.engine.output import holding_output
 from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
 from bnext.engine.progress_bar import ProgressBar
@@ -59,12 +59,18 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.layers.single_element import explaining_single_values
+from bnext.lazy_config import copy_node, is_lazy
 from bnext.seeding import Purpose, derive_seed, seeded
 
 __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
 
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
-_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS")  # keys that may differ; weights are compared
+_OF_A_MACHINE = (
+    "OUTPUT_DIR",
+    "DATALOADER.NUM_WORKERS",
+    "MODEL.WEIGHTS",
+    "LAZY.FILE",
+)  # keys that may differ; weights are compared
 
 
 class Trainer(DefaultTrainer):
@@ -83,6 +89,7 @@ class Trainer(DefaultTrainer):
 
     # Subclasses may put their own in the place of these, as in Detectron2.
     build_optimizer = staticmethod(build_optimizer)
+    build_lr_scheduler = staticmethod(build_lr_scheduler)
     build_train_loader = staticmethod(build_train_loader)
     build_evaluator = staticmethod(build_evaluator)
 
@@ -116,7 +123,7 @@ class Trainer(DefaultTrainer):
 
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
         step = AMPTrainer if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(self._distribute(model), loader, optimizer)
+        self._trainer = step(self._distribute(model, cfg), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
 
@@ -127,13 +134,15 @@ class Trainer(DefaultTrainer):
         self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
         self.register_hooks(self.build_hooks())
 
-    def _distribute(self, model: nn.Module) -> nn.Module:
+    def _distribute(self, model: nn.Module, cfg: CfgNode) -> nn.Module:
         # Newer torch renamed the switch; with both names DDP leaves the buffers alone in forward.
         parameters = inspect.signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         devices = {"device_ids": None} if self._is_on_cpu else {}  # DDP refuses device ids for a CPU model
 
-        return create_ddp_model(model, **{switch: False}, **devices)
+        wanted = (copy_node(cfg, "train.ddp") or {}) if is_lazy(cfg) else {}
+        options = {key: wanted[key] for key in ("find_unused_parameters", "fp16_compression") if key in wanted}
+        return create_ddp_model(model, **{switch: False}, **devices, **options)
 
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""
