@@ -10,7 +10,10 @@ from typing import NoReturn
 from bnext.errors import ConfigError
 from bnext.text import find_near
 
-__all__ = ["parse_arguments"]
+__all__ = ["FILE_HELP", "PAIRS_HELP", "parse_arguments"]
+
+FILE_HELP = "YAML, or a LazyConfig (.py), whose code runs"
+PAIRS_HELP = "pairs, or KEY=VALUE, that override the config; key=value of a LazyConfig"
 
 
 def parse_arguments(

@@ -16,6 +16,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from bnext.checkpoints.checkpointer import Checkpointer
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
@@ -50,7 +51,7 @@ _RESULTS = "statistics.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--config-file", required=True, metavar="FILE", help=f"of the model of MODEL.WEIGHTS: {FILE_HELP}")
     add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
     add("--output", metavar="FOLDER", help="(default: a new one, compare_..., beside the checkpoint, or in OUTPUT_DIR)")
     add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--domain-dataset", metavar="NAME", help="training images of the domain that is evaluated, for per_domain")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:

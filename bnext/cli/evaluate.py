@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.train import add_launch_arguments, run
 from bnext.config import load_config
 
@@ -18,11 +19,11 @@ On a machine without GPUs --num-gpus counts CPU workers."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
-    add_launch_arguments(parser)
     parser.add_argument(
-        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs that override the config, at the end"
+        "--config-file", required=True, metavar="FILE", help=f"of the model of MODEL.WEIGHTS: {FILE_HELP}"
     )
+    add_launch_arguments(parser)
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=f"at the end; {PAIRS_HELP}")
     parser.set_defaults(resume=False, eval_only=True)
 
 

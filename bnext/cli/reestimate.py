@@ -22,6 +22,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eval_weights, find_missing_weights
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
 from bnext.config.places import PLACES
@@ -36,6 +37,7 @@ from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import is_same_file, remove_partials, replace_file, write_json
+from bnext.lazy_config import is_lazy
 from bnext.locks import holding
 from bnext.statistics import RecomputeReport
 from bnext.statistics.observe import find_replaceable
@@ -81,7 +83,7 @@ _GIVE_BOTH = "Give --dataset and --domain for each."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
 
-    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--config-file", required=True, metavar="FILE", help=f"of the model of MODEL.WEIGHTS: {FILE_HELP}")
     add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
     add("--population", help=f"whose statistics the output has: {', '.join(POPULATIONS)} (default: as the config says)")
     add("--dataset", action="append", default=[], metavar="NAME", help="instead of DATASETS.TRAIN; needs no labels")
@@ -95,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--resume", action="store_true", help=argparse.SUPPRESS)
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -307,16 +309,20 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         got = f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
         rule = "be of a model with batch norms that can have it"
         remedy = "Use an architecture of bnext, such as BNextRetinaNet, which loads the same file, or leave it out."
+        if is_lazy(cfg):
+            remedy = "Name the place in `norms`, such as norms.RETINANET.NORM=BN, or leave it out."
         raise ConfigError.of("--population", rule, got=got, remedy=remedy)
 
     cfg = cfg.clone()
     cfg.defrost()
+    nodes = cfg.LAZY.NORMS if is_lazy(cfg) else cfg.MODEL.BNEXT
     for place in places:
-        cfg.MODEL.BNEXT[place].POPULATION = population
-    if population == "per_domain" and not cfg.MODEL.BNEXT.DOMAINS.NAMES:
-        cfg.MODEL.BNEXT.DOMAINS.NAMES = tuple(dict.fromkeys(domains))
-    elif population == "shared" and not any("per_domain" in node.values() for node in cfg.MODEL.BNEXT.values()):
-        cfg.MODEL.BNEXT.DOMAINS.NAMES, cfg.MODEL.BNEXT.DOMAINS.FALLBACK = (), ""
+        nodes[place].POPULATION = population
+    names = nodes.setdefault("DOMAINS", CfgNode({"NAMES": (), "FALLBACK": ""}))
+    if population == "per_domain" and not names.get("NAMES"):
+        names.NAMES = tuple(dict.fromkeys(domains))
+    elif population == "shared" and not any("per_domain" in node.values() for node in nodes.values()):
+        names.NAMES, names.FALLBACK = (), ""
 
     resolve_norms(cfg)
     cfg.freeze()
@@ -328,11 +334,12 @@ def find_keys(cfg: CfgNode) -> dict[str, Any]:
     norms = resolve_norms(cfg)
     keys: dict[str, Any] = {}
 
+    nodes = "norms" if is_lazy(cfg) else "MODEL.BNEXT"
     for place, norm in norms.places.items():
         if norm.is_batch_norm:
-            keys[f"MODEL.BNEXT.{place}.POPULATION"] = norm.spec.population
+            keys[f"{nodes}.{place}.POPULATION"] = norm.spec.population
     if norms.domains:
-        keys["MODEL.BNEXT.DOMAINS.NAMES"] = list(norms.domains)
+        keys[f"{nodes}.DOMAINS.NAMES"] = list(norms.domains)
     return keys
 
 

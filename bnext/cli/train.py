@@ -21,6 +21,7 @@ from detectron2.utils import comm
 
 from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
 from bnext.checkpoints.last import find_last_checkpoint
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.config.differences import describe_differences
 from bnext.data.check_coco import check_datasets
@@ -31,6 +32,7 @@ from bnext.data.samplers import check_batch_size
 from bnext.engine.accumulation import check_accumulation
 from bnext.engine.best import check_best_metric
 from bnext.engine.launch import count_workers, launch
+from bnext.engine.optimizer import check_solver
 from bnext.engine.output import holding_output
 from bnext.engine.own_parts import OwnParts
 from bnext.engine.resume import check_output_files
@@ -59,11 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of Detectron2's train_net; --dist-url is by default a free port of this machine."""
     add = parser.add_argument
 
-    add("--config-file", default="", metavar="FILE", help="of the model, the data and the schedule")
+    add("--config-file", default="", metavar="FILE", help=f"of the model, the data and the schedule: {FILE_HELP}")
     add("--resume", action="store_true", help="go on from the last checkpoint in OUTPUT_DIR")
     add("--eval-only", action="store_true", help="evaluate MODEL.WEIGHTS on DATASETS.TEST")
     add_launch_arguments(parser)
-    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="pairs that override the config, at the end")
+    add("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help=f"at the end; {PAIRS_HELP}")
 
 
 def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +229,7 @@ def check_run(
     if not eval_only:
         # With REFERENCE_WORLD_SIZE Detectron2 scales the batch from that many workers to those that there are.
         check_batch_size(cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
+        check_solver(cfg)
         check_accumulation(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
         check_wandb(cfg)
     evaluates = getattr(trainer.test, "__func__", None) is getattr(Trainer.test, "__func__", None)

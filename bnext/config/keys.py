@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from detectron2.config import CfgNode
 
 import bnext
-from bnext.config.places import BATCH_NORMS, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
+from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import NormSpec
 from bnext.numbers import is_count, is_number
@@ -391,7 +391,7 @@ _ESTIMATES = (
         "sampled",
         "RoIs on which the statistics of R-CNN heads are re-estimated: as SGD samples them, or as at test",
         _one_of("sampled", "top_scored"),
-        needs=(Need({"MODEL.META_ARCHITECTURE": _one_of(*RCNN_ARCHITECTURES)}),),
+        needs=(Need({"MODEL.META_ARCHITECTURE": _one_of(*RCNN_ARCHITECTURES, LAZY_ARCHITECTURE)}),),
     ),
     Key(
         "TEST.BNEXT.PRECISE_BN.TOLERANCE",

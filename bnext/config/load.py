@@ -1,4 +1,4 @@
-"""The config of a YAML file and of the pairs that override it, checked."""
+"""The config of a file, YAML or a LazyConfig, and of what overrides it, checked."""
 
 from __future__ import annotations
 
@@ -12,41 +12,46 @@ from detectron2.config.compat import downgrade_config, guess_version, upgrade_co
 
 from bnext.config.check import check_values, flatten
 from bnext.config.keys import KEYS, add_bnext_config
-from bnext.config.merge import merge_pairs, merge_values
+from bnext.config.lazy import merge_lazy
+from bnext.config.merge import merge_pairs, merge_values, split_pairs
 from bnext.config.read import read_file
 from bnext.config.recipe import resolve_norms
 from bnext.config.rules import check_detectron2_keys
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import ConfigError, LaunchError
+from bnext.lazy_config import is_lazy_file
+from bnext.lazy_config.nodes import LAZY
 
 __all__ = ["finish_config", "load_config"]
 
 
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
-    """The config of a YAML file with bnext's keys, and the pairs that override it.
+    """The config of a file with bnext's keys, and the pairs that override it.
 
     Args:
-        config_file: path; "" for Detectron2's defaults.
-        opts: KEY VALUE KEY VALUE ...
+        config_file: path of a YAML file, or of a LazyConfig (.py), whose code runs; "" for Detectron2's defaults.
+        opts: KEY VALUE KEY VALUE ..., or KEY=VALUE ...; of a LazyConfig `key=value` as well, see `bnext.config.lazy`.
 
     Returns:
         A frozen config whose MODEL.DEVICE this machine has: "cuda" becomes "cpu" where there is none.
 
     Raises:
-        ConfigError: if the file is missing or no YAML, or a key or value is not allowed.
+        ConfigError: if the file is missing, no YAML, or Python that raises, or a key or value is not allowed.
         LaunchError: if this machine does not have MODEL.DEVICE.
     """
     cfg = get_cfg()
     add_bnext_config(cfg)
-    _merge(cfg, config_file, opts)
-    return finish_config(cfg)
+    _check_options(opts)
+    names = merge_lazy(cfg, config_file, opts) if is_lazy_file(config_file) else _merge(cfg, config_file, opts)
+    return finish_config(cfg, names)
 
 
-def finish_config(cfg: CfgNode) -> CfgNode:
+def finish_config(cfg: CfgNode, names: Mapping[str, str] | None = None) -> CfgNode:
     """A whole config, however it was made: checked, its sets registered, with a device of this machine, and frozen.
 
     Args:
         cfg: with bnext's keys; is left as it is.
+        names: key -> the name by which the user knows it, where that is another.
 
     Raises:
         ConfigError, LaunchError: see `load_config`.
@@ -54,7 +59,7 @@ def finish_config(cfg: CfgNode) -> CfgNode:
     cfg = cfg.clone()
     cfg.defrost()
 
-    check_detectron2_keys(flatten(cfg))
+    check_detectron2_keys(flatten(cfg), names)
     resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
     check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
 
@@ -64,7 +69,7 @@ def finish_config(cfg: CfgNode) -> CfgNode:
     return cfg
 
 
-def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
+def _check_options(opts: Sequence[str]) -> None:
     options = [str(word) for word in opts[::2] if str(word).startswith("--")]
     if options:
         got = f"{options[0]} among them"
@@ -72,9 +77,15 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
             "Options", "come before the KEY VALUE pairs", got=got, where=" ".join(map(str, opts)), remedy="Move it."
         )
 
+
+def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> dict[str, str]:
+    """Fill a config from a YAML file and pairs. Nobody knows a key by another name."""
     defaults = cfg.clone()
     if config_file:
         values = read_file(config_file)
+        if LAZY in values:
+            rule, remedy = "be that of a YAML config", "Give the .py file itself, with the overrides that stand there."
+            raise ConfigError.of(config_file, rule, got="what a run of a LazyConfig has written", remedy=remedy)
         version = _find_version(values, cfg.VERSION, config_file)
         if version == cfg.VERSION:
             merge_values(cfg, values, defaults, config_file)
@@ -82,7 +93,8 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> None:
             old = downgrade_config(cfg, to_version=version)
             merge_values(old, values, old.clone(), config_file)
             cfg.update(upgrade_config(old))
-    merge_pairs(cfg, opts, defaults)
+    merge_pairs(cfg, split_pairs(opts), defaults)
+    return {}
 
 
 def _find_version(values: Mapping[str, Any], latest: int, where: str) -> int:

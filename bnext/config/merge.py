@@ -14,7 +14,7 @@ from bnext.config.read import BASE, NO_KEYS
 from bnext.errors import ConfigError, Refusal, list_few
 from bnext.text import find_near, suggest
 
-__all__ = ["merge_pairs", "merge_values"]
+__all__ = ["convert_value", "merge_pairs", "merge_values", "split_pairs"]
 
 _PLAIN = (str, int, float, bool, tuple, list, type(None))
 _MOST_LETTERS = 100_000  # of a literal
@@ -62,11 +62,27 @@ def _merge_section(
 
         default = defaults[key]
         if not isinstance(default, CfgNode):
-            node[key] = _convert(name, value, default, where)
+            node[key] = convert_value(name, value, default, where)
         elif isinstance(value, Mapping):
             _merge_section(node[key], value, default, where, f"{name}.", known)
         else:
             raise NO_KEYS.of("null" if value is None else repr(value), where, thing=name)
+
+
+def split_pairs(words: Sequence[Any]) -> list[str]:
+    """KEY VALUE KEY VALUE ... of words among which KEY=VALUE may stand, too.
+
+    Example:
+        >>> split_pairs(["SOLVER.MAX_ITER=10", "OUTPUT_DIR", "a=b"])
+        ['SOLVER.MAX_ITER', '10', 'OUTPUT_DIR', 'a=b']
+    """
+    pairs: list[str] = []
+    waiting = list(map(str, words))
+    while waiting:
+        key, sign, value = waiting.pop(0).partition("=")
+        pairs += [key, value] if sign else [key, *waiting[:1]]
+        del waiting[: 0 if sign else 1]
+    return pairs
 
 
 def merge_pairs(cfg: CfgNode, pairs: Sequence[Any], defaults: CfgNode) -> None:
@@ -98,7 +114,7 @@ def merge_pairs(cfg: CfgNode, pairs: Sequence[Any], defaults: CfgNode) -> None:
         if isinstance(default[key], CfgNode):
             example = next(other for other in known if other.startswith(f"{name}."))
             raise _IS_SECTION.of(repr(value), where, key=name, example=example)
-        node[key] = _convert(name, value, default[key], where)
+        node[key] = convert_value(name, value, default[key], where)
 
 
 def _refuse_unknown(name: Any, known: Sequence[str], where: str, value: Any = None) -> Exception:
@@ -126,8 +142,16 @@ def _refuse_unknown(name: Any, known: Sequence[str], where: str, value: Any = No
 # ---- types
 
 
-def _convert(name: str, value: Any, default: Any, where: str) -> Any:
-    """A value as the default's type; a text may be a literal, as yacs has it."""
+def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
+    """A value as the default's type; a text may be a literal, as yacs has it.
+
+    Args:
+        name: of the key, for errors.
+        where: the file, for errors.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
     is_text = isinstance(default, str)
     if isinstance(value, str):
         literal = _read_literal(value)

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 
-__all__ = ["BATCH_NORMS", "LEVEL_ARCHITECTURES", "PLACES", "RCNN_ARCHITECTURES", "RESNET_BACKBONES", "Place"]
+__all__ = [
+    "BATCH_NORMS",
+    "LAZY_ARCHITECTURE",
+    "LEVEL_ARCHITECTURES",
+    "PLACES",
+    "RCNN_ARCHITECTURES",
+    "RESNET_BACKBONES",
+    "Place",
+]
 
 # Meta-architectures whose head sees several named levels; they read MODEL.RETINANET.
 LEVEL_ARCHITECTURES = ("BNextRetinaNet", "BNextFCOS")
 # Those with RoI heads, with an RPN, and with a semantic head.
 RCNN_ARCHITECTURES = ("BNextGeneralizedRCNN", "BNextPanopticFPN")
+# The model of a LazyConfig, of whatever kind.
+LAZY_ARCHITECTURE = "BNextLazyModel"
 _WITH_RPN = ("BNextGeneralizedRCNN", "BNextProposalNetwork", "BNextPanopticFPN")
 _SEGMENTORS = ("BNextPanopticFPN", "BNextSemanticSegmentor")
 _ALL = (*LEVEL_ARCHITECTURES, *_WITH_RPN, "BNextSemanticSegmentor")

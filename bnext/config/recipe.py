@@ -20,6 +20,7 @@ from bnext.config.places import BATCH_NORMS, PLACES
 from bnext.errors import ConfigError, check_choice
 from bnext.layers.build import NAMED_NORMS
 from bnext.layers.spec import NormSpec
+from bnext.lazy_config import is_lazy
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
 
@@ -133,6 +134,8 @@ def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
     """
     values = flatten(cfg)
     check_keys(values)
+    if is_lazy(cfg):
+        return NormRecipe.of(cfg.LAZY.NORMS)
 
     present = []
     for name, place in PLACES.items():

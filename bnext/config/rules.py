@@ -216,22 +216,25 @@ _REGISTRIES = {
 _OWN_NAMES = {"MODEL.PROPOSAL_GENERATOR.NAME": ["PrecomputedProposals"], "MODEL.ROI_BOX_HEAD.NAME": [""]}
 
 
-def check_detectron2_keys(values: Mapping[str, Any]) -> None:
+def check_detectron2_keys(values: Mapping[str, Any], names: Mapping[str, str] | None = None) -> None:
     """Refuse values of detectron2's keys that no training and no evaluation can do with.
 
     Args:
         values: whole name -> value, of a whole config.
+        names: key -> the name by which the user knows it, where that is another.
 
     Raises:
         ConfigError: names the key, its value and what is allowed.
     """
+    names = names or {}
     _check_architecture(values["MODEL.META_ARCHITECTURE"])
 
     for name, value in values.items():
         rule = _find_rule(name)
         if rule is not None and not rule.accepts(value):
             remedy = suggest(value, rule.names, rule.remedy)
-            raise ConfigError.of(name, f"be {rule.words}", got=repr(value), where="config", remedy=remedy)
+            thing = names.get(name, name)
+            raise ConfigError.of(thing, f"be {rule.words}", got=repr(value), where="config", remedy=remedy)
         _check_plain(name, value)
 
     _check_registered(values)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
@@ -68,11 +67,7 @@ def _load_records(
     cfg: CfgNode, records: Sequence[Record], batches: Sequence[list[int]], *, labelled: bool
 ) -> DataLoader[Any]:
     """A loader of records as the test sees them, with the labels of a training where they are wanted."""
-    if labelled:
-        mapper = build_mapper(cfg, True, augmentations=build_augmentation(cfg, False))
-    else:
-        mapper = build_mapper(cfg, False)
-
+    mapper = build_mapper(cfg, labelled, as_test=True)
     dataset = MapDataset(DatasetFromList(records, copy=False), mapper)
     return load_batches(dataset, batches, limit_loader_workers(cfg.DATALOADER.NUM_WORKERS))
 

@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from bnext.data.categories import read_categories
 from bnext.data.records import Record, check_registered
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
+from bnext.lazy_config import is_lazy
 
 __all__ = [
     "UNKNOWN_CLASSES",
@@ -37,6 +38,8 @@ UNKNOWN_CLASSES = Refusal(
 def count_classes(cfg: CfgNode) -> tuple[str, int] | None:
     """The key of the classes that the model's head predicts, and its value; None: the architecture is not known."""
     architecture = cfg.MODEL.META_ARCHITECTURE
+    if is_lazy(cfg):
+        return tuple(cfg.LAZY.CLASSES) or None
 
     if architecture.endswith(("RetinaNet", "FCOS")):
         return "MODEL.RETINANET.NUM_CLASSES", int(cfg.MODEL.RETINANET.NUM_CLASSES)

@@ -9,13 +9,14 @@ of `ImageMapper` inside of `CheckedMapper`.
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, instantiate
 from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
@@ -23,6 +24,8 @@ from bnext.data.check_objects import FAR
 from bnext.data.read_image import read_image, refuse_endless_file
 from bnext.data.records import Record
 from bnext.errors import BNextError, DatasetError, Refusal
+from bnext.lazy_config import copy_node, find_target, is_lazy
+from bnext.notices import tell_once
 
 __all__ = ["CheckedMapper", "ImageMapper", "Mapper", "build_mapper"]
 
@@ -130,12 +133,41 @@ class CheckedMapper:
             ) from error
 
 
-def build_mapper(cfg: CfgNode, is_train: bool, **options: Any) -> CheckedMapper:
+def build_mapper(cfg: CfgNode, is_train: bool, *, as_test: bool = False, **options: Any) -> CheckedMapper:
     """The mapper of a config.
 
     Args:
-        cfg: INPUT.* and the kinds of labels that the model wants are read.
+        cfg: INPUT.* and the kinds of labels that the model wants are read; of a LazyConfig its mappers.
         is_train: whether labels are given.
+        as_test: whether images are augmented as in a test, with labels or without.
         options: of Detectron2's DatasetMapper, in place of the config's.
     """
+    if is_lazy(cfg):
+        return CheckedMapper(_build_lazy_mapper(cfg, is_train, as_test=as_test, **options))
+    if as_test and is_train:
+        options["augmentations"] = detection_utils.build_augmentation(cfg, False)
     return CheckedMapper(ImageMapper(cfg, is_train, **options))
+
+
+def _build_lazy_mapper(cfg: CfgNode, is_train: bool, *, as_test: bool, **options: Any) -> Mapper:
+    """The mapper of a LazyConfig; detectron2's own reads images as `ImageMapper` does."""
+    part = "train" if is_train else "test"
+    node = copy_node(cfg, f"dataloader.{part}.mapper", "for images to be read", "L(DatasetMapper)(...)")
+    values = {key: instantiate(value) for key, value in node.items() if key != "_target_"}
+
+    if as_test and is_train:
+        test = copy_node(cfg, "dataloader.test.mapper.augmentations")
+        if test is not None and "augmentations" in values:
+            values["augmentations"] = instantiate(test)
+        else:
+            message = (
+                "dataloader.train.mapper, or that of the test, has no augmentations by that name: labelled images "
+            )
+            message += "are augmented as in training, where they should be as in a test."
+            tell_once(logging.getLogger(__name__), cfg.LAZY.FILE, message)
+
+    target = find_target(node)
+    if target is DatasetMapper:
+        target = ImageMapper
+        values["augmentations"] = list(values["augmentations"])
+    return target(**{**values, **options})  # type: ignore[misc]

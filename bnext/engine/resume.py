@@ -19,8 +19,10 @@ from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from bnext.engine.optimizer import name_optimizer
 from bnext.errors import CheckpointError, LaunchError, Refusal
 from bnext.files import find_local_file
+from bnext.lazy_config import is_lazy
 from bnext.numbers import is_count
 
 __all__ = [
@@ -58,6 +60,13 @@ _FILES_OF_A_TRAINING = ("metrics.json", "last_checkpoint", "model_final.pth")
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}
 _NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS", "NORM_METRICS", "WANDB"}
+_NO_INFLUENCE_IN_LAZY: tuple[str, ...] = (
+    "train.",
+    "dataloader.test.",
+    "dataloader.evaluator",
+    "dataloader.train.num_workers",
+)
+_NO_INFLUENCE_IN_LAZY += ("dataloader.train.total_batch_size", "dataloader.train.dataset.")
 # These are in the state of optimizer and scheduler, so that the checkpoint's values stay in force.
 _IN_OPTIMIZER = {"SOLVER.BASE_LR", "SOLVER.BIAS_LR_FACTOR", "SOLVER.MOMENTUM", "SOLVER.NESTEROV"}
 _IN_OPTIMIZER |= {"SOLVER.WEIGHT_DECAY", "SOLVER.WEIGHT_DECAY_NORM", "SOLVER.WEIGHT_DECAY_BIAS"}
@@ -92,7 +101,7 @@ def collect_training(cfg: CfgNode, seed: int, workers: list[dict[str, float]]) -
     return {
         "seed": seed,
         "total_batch_size": cfg.SOLVER.IMS_PER_BATCH,
-        "optimizer": cfg.SOLVER.OPTIMIZER,
+        "optimizer": name_optimizer(cfg),
         "workers": workers,
         "config": read_training_keys(cfg),
     }
@@ -104,9 +113,21 @@ def read_training_keys(cfg: CfgNode) -> dict[str, Any]:
     for name in _NODES:
         keys.update(_flatten(cfg[name], name))
 
+    if is_lazy(cfg):
+        return {**keys, **_read_lazy_values(cfg)}
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         del keys["SOLVER.MAX_ITER"]  # a longer training with steps is the same so far
     return keys
+
+
+def _read_lazy_values(cfg: CfgNode) -> dict[str, str]:
+    """Name -> value of a LazyConfig, without what stands under keys of its own, and what has no influence."""
+    values = {}
+    for line in cfg.LAZY.VALUES:
+        name, _, value = line.partition(" = ")
+        if not name.startswith(_NO_INFLUENCE_IN_LAZY):
+            values[name] = value
+    return values
 
 
 def _flatten(node: CfgNode, prefix: str) -> dict[str, Any]:
@@ -251,12 +272,12 @@ def expect_same_optimizer(cfg: CfgNode, optimizer: Optimizer, state: dict[str, A
     Raises:
         CheckpointError: another optimizer, or other parameters.
     """
-    now = cfg.SOLVER.OPTIMIZER
+    now = name_optimizer(cfg)
     before = (state.get("bnext") or {}).get("optimizer", now)
 
     try:
         if before != now:
-            raise ValueError(f"SOLVER.OPTIMIZER is {now}, it was {before}")
+            raise ValueError(f"the optimizer is {now}, it was {before}")
         yield
         for parameter, values in optimizer.state.items():
             for key in _OF_PARAMETERS:
@@ -316,7 +337,7 @@ def _compare_keys(before: dict[str, Any], now: dict[str, Any]) -> None:
         if before[key] == now[key]:
             continue
 
-        if key in _IN_OPTIMIZER:
+        if key in _IN_OPTIMIZER or key.startswith("optimizer."):
             _LOGGER.warning(
                 "The resume keeps %s %s, which is in the optimizer of the checkpoint; the config's %s has no effect.",
                 key,

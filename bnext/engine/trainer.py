@@ -44,7 +44,7 @@ from bnext.engine.metrics_file import MetricsWriter
 from bnext.engine.norm_counts import build_norm_counts
 from bnext.engine.norm_metrics import build_norm_metrics
 from bnext.engine.norm_schedules import build_norm_schedules
-from bnext.engine.optimizer import build_optimizer
+from bnext.engine.optimizer import build_lr_scheduler, build_optimizer
 from bnext.engine.output import holding_output
 from bnext.engine.population import build_estimates, is_validated_by_mini_batch, normalizing_by_mini_batch
 from bnext.engine.progress_bar import ProgressBar
@@ -68,6 +68,7 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.layers.single_element import explaining_single_values
+from bnext.lazy_config import copy_node, is_lazy
 from bnext.notices import gathering_notices
 from bnext.seeding import Purpose, derive_seed, seeded
 
@@ -75,7 +76,7 @@ __all__ = ["Trainer", "check_same_config", "evaluate", "train"]
 
 _LOG_PERIOD = 20  # iterations between lines of metrics, as in Detectron2
 # Keys that may differ; weights and numbers of images are compared.
-_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", KEY)
+_OF_A_MACHINE = ("OUTPUT_DIR", "DATALOADER.NUM_WORKERS", "MODEL.WEIGHTS", KEY, "LAZY.FILE")
 
 
 class Trainer(DefaultTrainer):
@@ -94,6 +95,7 @@ class Trainer(DefaultTrainer):
 
     # Subclasses may put their own in the place of these, as in Detectron2.
     build_optimizer = staticmethod(build_optimizer)
+    build_lr_scheduler = staticmethod(build_lr_scheduler)
     build_train_loader = staticmethod(build_train_loader)
     build_evaluator = staticmethod(build_evaluator)
 
@@ -129,7 +131,7 @@ class Trainer(DefaultTrainer):
         check_agreement("the models and the data", described, remedy)
 
         self._is_on_cpu = next(model.parameters()).device.type == "cpu"
-        self._trainer = build_step(cfg, self._distribute(model), loader, optimizer)
+        self._trainer = build_step(cfg, self._distribute(model, cfg), loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
 
@@ -140,13 +142,15 @@ class Trainer(DefaultTrainer):
         self._worker_states: tuple[int, list[dict[str, float]]] = (-1, [])
         self.register_hooks(self.build_hooks())
 
-    def _distribute(self, model: nn.Module) -> nn.Module:
+    def _distribute(self, model: nn.Module, cfg: CfgNode) -> nn.Module:
         # Newer torch renamed the switch; with both names DDP leaves the buffers alone in forward.
         parameters = inspect.signature(DistributedDataParallel.__init__).parameters
         switch = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
         devices = {"device_ids": None} if self._is_on_cpu else {}  # DDP refuses device ids for a CPU model
 
-        return create_ddp_model(model, **{switch: False}, **devices)
+        wanted = (copy_node(cfg, "train.ddp") or {}) if is_lazy(cfg) else {}
+        options = {key: wanted[key] for key in ("find_unused_parameters", "fp16_compression") if key in wanted}
+        return create_ddp_model(model, **{switch: False}, **devices, **options)
 
     def build_hooks(self) -> list[d2_hooks.HookBase | None]:
         """The hooks in their order; the module `bnext.engine.hooks` says why it matters."""

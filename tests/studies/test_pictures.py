@@ -33,7 +33,9 @@ class Boxed(nn.Module):
         self.boxes = boxes
 
     def forward(self, images):
-        found = Instances((SIDE, SIDE), pred_boxes=Boxes(torch.tensor([box for box, _, _ in self.boxes]).reshape(-1, 4)))
+        found = Instances(
+            (SIDE, SIDE), pred_boxes=Boxes(torch.tensor([box for box, _, _ in self.boxes]).reshape(-1, 4))
+        )
         found.scores = torch.tensor([score for _, _, score in self.boxes])
         found.pred_classes = torch.tensor([label for _, label, _ in self.boxes], dtype=torch.int64)
         return [{"instances": found} for _ in images]
@@ -101,7 +103,7 @@ def test_labels_lie_apart_where_there_is_room():
         x, y = _find_place(box, (50, 16), (200, 200), placed, boxes)
         placed.append((x, y, x + 50, y + 16))
     assert all(_overlap(one, other) == 0 for one, other in itertools.combinations(placed, 2))
-    assert all(0 <= x and 0 <= y and right <= 200 and bottom <= 200 for x, y, right, bottom in placed)
+    assert all(x >= 0 and y >= 0 and right <= 200 and bottom <= 200 for x, y, right, bottom in placed)
 
 
 def test_nothing_of_matplotlib_is_changed(dataset, tmp_path):
