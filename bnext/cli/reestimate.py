@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -25,7 +25,7 @@ from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eva
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
-from bnext.config.places import PLACES
+from bnext.config.places import ARCHITECTURES, PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches, read_domain
 from bnext.data.check_coco import check_datasets
@@ -35,7 +35,7 @@ from bnext.engine.output import holding_output
 from bnext.engine.population import count_batches
 from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
-from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
+from bnext.evaluation.reestimate import format_report, give_head_levels, needs_labels, recompute_statistics
 from bnext.files import is_same_file, remove_partials, replace_file, write_json
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
@@ -297,12 +297,16 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         domains: of "per_domain", where the config names none.
 
     Returns:
-        A copy; only POPULATION of the places, and MODEL.BNEXT.DOMAINS.NAMES, differ.
+        A copy; only POPULATION of the places, and MODEL.BNEXT.DOMAINS.NAMES, differ. Of a model whose architecture is
+        not bnext's, with "per_level", the same: what its head calls several times is seen when it is built.
 
     Raises:
         ConfigError: no place of the model can have it.
     """
     check_choice("--population", population, POPULATIONS, where="give_population")
+    if population == "per_level" and is_foreign(cfg):
+        return cfg
+
     norms = resolve_norms(cfg).places
     places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
     if not places:
@@ -311,6 +315,8 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         remedy = "Use an architecture of bnext, such as BNextRetinaNet, which loads the same file, or leave it out."
         if is_lazy(cfg):
             remedy = "Name the place in `norms`, such as norms.RETINANET.NORM=BN, or leave it out."
+        if is_foreign(cfg):
+            remedy += " Any architecture can have per_level, if its head is called on several levels."
         raise ConfigError.of("--population", rule, got=got, remedy=remedy)
 
     cfg = cfg.clone()
@@ -327,6 +333,12 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     resolve_norms(cfg)
     cfg.freeze()
     return cfg
+
+
+def is_foreign(cfg: CfgNode) -> bool:
+    """Whether the head is none of bnext's: that of detectron2's own architecture or of somebody's, in a LazyConfig, too."""
+    has_levels = any(PLACES[place].levels for place in resolve_norms(cfg).places)
+    return cfg.MODEL.META_ARCHITECTURE not in ARCHITECTURES and not has_levels
 
 
 def find_keys(cfg: CfgNode) -> dict[str, Any]:
@@ -378,17 +390,23 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     begins_with_them = request.source_samples or cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
     others = _load(checkpointer, cfg.MODEL.WEIGHTS, () if begins_with_them else tuple(find_replaceable(model)))
 
+    entries = model.state_dict().keys()
+    levels: Mapping[str, tuple[str, ...]] = {}
+    if request.population == "per_level" and is_foreign(cfg):
+        levels = give_head_levels(cfg, model, _choose_images(cfg, model, request).get("batches"))
+
     images = _choose_images(cfg, model, request)
     report = recompute_statistics(cfg, model, source_samples=request.source_samples, **images)
     _check_reached(request, report)
     _check_repaired(checkpointer.left_out, report)
 
     if comm.is_main_process():
-        done = _describe(cfg, request, report)
+        done = _describe(cfg, request, report, levels)
+        changed = levels if model.state_dict().keys() != entries else {}
         others = {key: value for key, value in others.items() if key not in _LEFT_OUT}
         data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, RE_ESTIMATED: done}
         _write(request, data, {**done, "report": report.as_dict()})
-        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request)}", flush=True)
+        print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request, changed)}", flush=True)
     comm.synchronize()
     return report
 
@@ -449,7 +467,9 @@ def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str,
         raise LaunchError.of("--output", rule, got=got, remedy="Mend it.") from error
 
 
-def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) -> dict[str, Any]:
+def _describe(
+    cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport, levels: Mapping[str, tuple[str, ...]]
+) -> dict[str, Any]:
     node = cfg.TEST.BNEXT.PRECISE_BN
     return {
         "weights": cfg.MODEL.WEIGHTS,
@@ -462,6 +482,7 @@ def _describe(cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport) 
         "num_batches": report.num_batches,
         "num_samples": report.num_samples,
         "keys": find_keys(cfg),
+        **({"levels": {path: list(names) for path, names in levels.items()}} if levels else {}),
     }
 
 
@@ -472,8 +493,24 @@ def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:
     return f"Fewer images than asked: {report.num_samples} of {request.num_samples}; there are no more.\n"
 
 
-def _say_files(cfg: CfgNode, request: RecomputeRequest) -> str:
+def _say_files(cfg: CfgNode, request: RecomputeRequest, levels: Mapping[str, tuple[str, ...]]) -> str:
+    """The files; and how to load them, where the config alone does not say it.
+
+    Args:
+        levels: path -> levels of the norms of a head of others whose entries are laid out otherwise than the input's.
+    """
     keys = find_keys(cfg) if request.population else {}
     pairs = "".join(f"\n  {key}: {value}" for key, value in keys.items())
     load = f"\nTo load it, the config must say:{pairs}" if keys else ""
+
+    if levels:
+        path, names = next(iter(levels.items()))
+        load = (
+            f"\n{len(levels)} norms have entries for each level now ({path}.{names[0]}.running_mean, ...), as those of "
+            "detectron2's RetinaNetHead(norm='BN') do, which loads it. Another head gets such norms by\n"
+            f"  bnext.convert_norm(model, {{path: lambda channels: bnext.CycleBatchNormList({len(names)}, "
+            "num_features=channels) for path in paths})\n"
+            "  bnext.count_levels(model)\n"
+            f"before its weights are loaded; the paths are under levels in {request.report}."
+        )
     return f"\n{request.output}\n{request.report}{load}"

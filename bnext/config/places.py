@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 __all__ = [
+    "ARCHITECTURES",
     "BATCH_NORMS",
     "LAZY_ARCHITECTURE",
     "LEVEL_ARCHITECTURES",
@@ -22,7 +23,8 @@ RCNN_ARCHITECTURES = ("BNextGeneralizedRCNN", "BNextPanopticFPN")
 LAZY_ARCHITECTURE = "BNextLazyModel"
 _WITH_RPN = ("BNextGeneralizedRCNN", "BNextProposalNetwork", "BNextPanopticFPN")
 _SEGMENTORS = ("BNextPanopticFPN", "BNextSemanticSegmentor")
-_ALL = (*LEVEL_ARCHITECTURES, *_WITH_RPN, "BNextSemanticSegmentor")
+# All that are bnext's; others heed no key of MODEL.BNEXT.
+ARCHITECTURES = (*LEVEL_ARCHITECTURES, *_WITH_RPN, "BNextSemanticSegmentor")
 
 # Backbones that have the norm of MODEL.RESNETS.NORM and no other. What another has shows when it is built.
 RESNET_BACKBONES = ("build_resnet_backbone", "build_resnet_fpn_backbone", "build_retinanet_resnet_fpn_backbone")
@@ -67,8 +69,8 @@ def _roi_head(norm: str, switch: str = "") -> Place:
 
 PLACES = {
     # The bottom-up network, of any kind; the heads of C4 models.
-    "RESNETS": Place("MODEL.RESNETS.NORM", _ALL, default="FrozenBN"),
-    "FPN": Place("MODEL.FPN.NORM", _ALL),
+    "RESNETS": Place("MODEL.RESNETS.NORM", ARCHITECTURES, default="FrozenBN"),
+    "FPN": Place("MODEL.FPN.NORM", ARCHITECTURES),
     "RETINANET": Place("MODEL.RETINANET.NORM", LEVEL_ARCHITECTURES, levels="MODEL.RETINANET.IN_FEATURES"),
     "RPN": Place("MODEL.BNEXT.RPN.NORM", _WITH_RPN, levels="MODEL.RPN.IN_FEATURES"),
     "ROI_BOX_HEAD": _roi_head("MODEL.ROI_BOX_HEAD.NORM"),

@@ -8,10 +8,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
@@ -23,6 +24,9 @@ from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.layers.walk import Selection
+from bnext.repair.levels import find_levels, give_levels
+from bnext.repair.observe_calls import NUM_OBSERVED, peek
+from bnext.scope.forward import count_levels
 from bnext.scope.model import drawing_from
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
@@ -32,6 +36,7 @@ from bnext.tables import format_rows
 
 __all__ = [
     "format_report",
+    "give_head_levels",
     "is_level_norm",
     "needs_labels",
     "recompute_statistics",
@@ -103,6 +108,33 @@ def recompute_statistics(
 
 def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> Forward | None:
     return choose_forward(model, select_norms(model, layers), cfg.TEST.BNEXT.PRECISE_BN.ROIS)
+
+
+def give_head_levels(
+    cfg: CfgNode, model: nn.Module, batches: Iterable[Any] | None = None
+) -> Mapping[str, tuple[str, ...]]:
+    """Statistics for each level in a head of others, which applies its norms to one level after the other. In place.
+
+    Args:
+        cfg: of the model.
+        model: a detector of any architecture, with its weights.
+        batches: some images, see `recompute_statistics`; None: the training's.
+
+    Returns:
+        Path of each norm that sees levels -> their names; of norms of detectron2 these are numbers.
+
+    Raises:
+        StatisticsError, ConfigError: see `bnext.repair`.
+    """
+    forward = _choose_forward(cfg, model)
+    count_levels(model, ("forward", "head") if isinstance(model, DenseDetector) else "forward")
+
+    seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
+    with drawing_from(model, seed):
+        first, _ = peek(build_train_loader(cfg) if batches is None else batches, NUM_OBSERVED)
+    plan = find_levels(model, first, forward=forward)
+    give_levels(model, plan)
+    return {path: norm.levels for path, norm in plan.norms.items()}
 
 
 def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
