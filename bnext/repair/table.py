@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from bnext.errors import ConfigError, Refusal, StatisticsError
@@ -123,7 +124,7 @@ def compare_statistics(
     Args:
         model: any torch model, of torchvision or Lightning, say; bitwise as it was afterwards.
         loader: batches of the training, see `recompute_population_statistics`; gone through once for each kind.
-        evaluate: called with the model, or a copy of it, in evaluation mode; gives numbers by name.
+        evaluate: called with the model, or a copy of it, in evaluation mode, without gradients; gives numbers by name.
         kinds: "moving_average", the model as it is; re-estimated: "precise", "mean_of_batches", "per_level" (for a head
             that is called on several levels, see `bnext.repair`), "adaptive" (on `test_loader`); or "mini_batch": each
             batch of `evaluate` is normalized by its own statistics.
@@ -216,7 +217,7 @@ class _NoNumbers(Exception):
 
 def _measure(evaluate: Callable[[nn.Module], Any], model: nn.Module, kind: Kind) -> dict[str, float | None]:
     """The numbers of the caller's evaluation."""
-    with restoring(model):
+    with restoring(model), torch.no_grad():
         model.eval()
         numbers = evaluate(model)
 

@@ -33,7 +33,14 @@ from bnext.layers.forms import (
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import check_is_whole, replace_modules
-from bnext.surgery.convert_state import Change, ConversionReport, check_map, copy_norm_state, restrict_map
+from bnext.surgery.convert_state import (
+    Change,
+    ConversionReport,
+    check_map,
+    copy_norm_state,
+    restrict_map,
+    take_in_population,
+)
 from bnext.text import find_near
 
 __all__ = ["NewNorm", "convert_norm"]
@@ -106,7 +113,8 @@ def convert_norm(
         specs: pattern -> new norm. A pattern is the path of a module, for every norm in it (`"backbone"`; `""`
             is the model), or a glob for the paths of norms (`"*.conv1.norm"`); of several that match, the last
             holds. A new norm is a `NormSpec`; a name, "BN", "SyncBN", "FrozenBN", "GN", "LN" or "" for none;
-            or what makes a norm of a number of channels, as `torch.nn.BatchNorm2d`.
+            or what makes a norm of a number of channels, as `torch.nn.BatchNorm2d`. A GroupNorm's affine takes in what
+            the population of a batch norm did, which an affine can where an image's groups have its statistics.
         domain_map: see `copy_norm_state`.
         adopt_eps: every norm keeps its eps, so that outputs stay what they were. False: the new eps.
         treat_as: class with a forward of its own -> class of torch that computes the same in evaluation mode, as
@@ -181,6 +189,7 @@ def convert_norm(
         mapped |= norm_map.keys()
         copied = copy_norm_state(norm, new_norm, path, domain_map=norm_map, adopt_eps=adopt_eps, treat_as=treat_as)
         report.changes += copied.changes
+        report.changes += take_in_population(norm, new_norm, path, treat_as)
         _freeze_like(norm, new_norm)
 
     check_map(domain_map, mapped)

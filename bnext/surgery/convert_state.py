@@ -27,7 +27,7 @@ from bnext.layers.forms import (
     find_kind,
 )
 from bnext.layers.level_norm import LevelBatchNorm2d
-from bnext.layers.norm_state import Fields, NormRecord, Note, convert_state, read_norm, write_state
+from bnext.layers.norm_state import Fields, Note, convert_state, read_norm, write_state
 from bnext.layers.walk import find_bnext_norms
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "copy_norm_state",
     "list_shared_keys",
     "restrict_map",
+    "take_in_population",
 ]
 
 StateDict = Mapping[str, Tensor]
@@ -284,7 +285,6 @@ def copy_norm_state(
     check_map(domain_map, restrict_map(domain_map, form, source_form.owners))
     record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
-    notes += _take_in_population(record, source_form, form, target, state, path)
     notes += _load(state, target)
     notes += _compare_inference(source_form, form)
     notes += _settle_eps(source_form, form, target, adopt_eps)
@@ -306,39 +306,49 @@ def _require_form(norm: nn.Module, path: str, treat_as: TreatAs | None) -> NormF
     )
 
 
-def _take_in_population(
-    record: NormRecord, source: NormForm, form: NormForm, target: nn.Module, state: Fields, path: str
-) -> list[Note]:
-    """The affine of a group norm in the place of a batch norm: what the population did, as far as an affine can.
+@torch.no_grad()
+def take_in_population(
+    source: nn.Module, target: nn.Module, path: str = "", treat_as: TreatAs | None = None
+) -> list[Change]:
+    """Let the affine of a group norm do what the population of a batch norm did, as far as an affine can.
 
         scale = weight / sqrt(var_c + eps)
         weight' = scale * sqrt(var_g + eps'),   bias' = bias + scale * (mean_g - mean_c)
 
-    g is the group of channel c; its moments are those of its channels, merged. Changes `state`.
+    g is the group of channel c; its moments are those of its channels, merged.
+
+    Args:
+        source: any norm; only one that population statistics normalize at inference has something to take in.
+        target: a norm whose affine is a copy of the source's; only that of a group norm is changed.
+        path: name of the norm, for the report.
+        treat_as: see `convert_norm`.
+
+    Returns:
+        What was done, if anything.
     """
-    is_to_group = source.inference == ("population",) and form.inference[0] == "group"
-    if not (is_to_group and "weight" in state):
+    source_form, form = find_form(source, treat_as), find_form(target, treat_as)
+    if source_form is None or form is None or form.affine != "shared":
+        return []
+    if source_form.inference != ("population",) or form.inference[0] != "group":
         return []
 
-    shared = dataclasses.replace(source, affine="none", population="shared", owners=(), is_numbered=False)
-    population, _ = write_state(record, shared, path)
+    layout = dataclasses.replace(source_form, affine="none", population="shared", owners=(), is_numbered=False)
+    population, _ = write_state(read_norm(source, source_form, path), layout, path)
     mean, var = (population[name].double() for name in POPULATION[:2])
-    num_groups = int(cast(Any, form.inference[1]))
-    size = len(mean) // num_groups
-    if size == 1 and source.eps == form.eps:
+    size = len(mean) // int(cast(Any, form.inference[1]))
+    if size == 1 and source_form.eps == form.eps:
         return []  # each channel for itself, as before
 
-    by_group = (value.view(num_groups, size).T for value in (mean, var))  # [channels of a group, groups]
+    by_group = (value.view(-1, size).T for value in (mean, var))  # [channels of a group, groups]
     group = merge_moments(Moments(mean.new_ones(size), *by_group))
     group_mean, group_var = (value.repeat_interleave(size) for value in (group.mean, group.var))
 
-    scale = state["weight"].double() / (var + source.eps).sqrt()
-    shift = scale * (group_mean - mean)
-    kind = next(target.parameters()).dtype
-    state["weight"] = (scale * (group_var + form.eps).sqrt()).to(kind)
-    if "bias" in state:
-        state["bias"] = (state["bias"].double() + shift).to(kind)
-    return [Note(GROUP_AFFINE, keeps_outputs=False)]
+    norm: Any = target
+    scale = norm.weight.double() / (var + source_form.eps).sqrt()
+    norm.weight.copy_(scale * (group_var + form.eps).sqrt())
+    if norm.bias is not None:
+        norm.bias.copy_(norm.bias.double() + scale * (group_mean - mean))
+    return [Change(path, GROUP_AFFINE, keeps_outputs=False)]
 
 
 @torch.no_grad()

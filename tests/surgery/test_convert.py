@@ -461,3 +461,25 @@ def test_a_misspelt_pattern_gets_the_module_that_is_near():
         convert_norm(model, {"layr1": "BN"})
     with pytest.raises(ConfigError, match="no norm at all"):
         convert_norm(nn.Sequential(nn.ReLU()), {"layr1": "BN"})
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 8])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_group_norm_takes_the_population_in(num_groups, affine):
+    """An image whose groups have the population's statistics gets the outputs that it had; others are near them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8, eps=1e-3, affine=affine)).double().eval()
+    image = torch.randn(1, 3, 6, 6, dtype=torch.float64)
+    with torch.no_grad():
+        features = model[0](image)
+        model[1].running_mean.copy_(features.mean((0, 2, 3)))
+        model[1].running_var.copy_(features.var((0, 2, 3), correction=0))
+        for parameter in model[1].parameters():
+            parameter.normal_()
+
+    expected = model(image)
+    report = convert_norm(model, {"1": lambda channels: nn.GroupNorm(num_groups, channels)})
+    torch.testing.assert_close(model(image), expected, rtol=1e-10, atol=1e-10)
+    assert not report.keeps_outputs
+    assert "the population statistics were left out" in str(report)
+    assert "how an image differs from them is lost" in str(report)
