@@ -5,7 +5,7 @@ import logging
 import pytest
 from torch import nn
 
-from bnext.notices import holding_notices, log_notices, tell_once
+from bnext.notices import gathering_notices, holding_notices, log_notices, tell_once
 
 log = logging.getLogger("bnext.tests.notices")
 
@@ -50,3 +50,31 @@ def say_and_fail():
     with holding_notices():
         log.warning("before")
         raise KeyError
+
+
+def test_norms_that_say_the_same_are_one_line(caplog):
+    norms = [nn.ReLU() for _ in range(8)]
+    with gathering_notices():
+        for _ in range(2):
+            for number, norm in enumerate(norms):
+                tell_once(log, norm, "%s saw %d element.", f"norm{number}", 1)
+        tell_once(log, "alone", "%s is another matter.", "norm9")
+        assert not caplog.records
+
+    assert [record.getMessage() for record in caplog.records] == [
+        "norm0 saw 1 element. The same goes for norm1, norm2, norm3 and 4 more. This is said once.",
+        "norm9 is another matter. This is said once.",
+    ]
+
+
+def test_notices_that_do_not_name_their_things_are_counted_and_an_exception_loses_none(caplog):
+    def say():
+        with gathering_notices():
+            for _ in range(3):
+                tell_once(log, nn.ReLU(), "A layer of 100%% zeros.")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        say()
+    (record,) = caplog.records
+    assert record.getMessage() == "A layer of 100% zeros. The same goes for 2 more. This is said once."

@@ -178,7 +178,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice
 
     if comm.is_main_process():
         log = logging.getLogger(__name__)
-        log.info("%s", describe_differences(cfg, args.config_file))
+        log.info("%s", describe_differences(cfg, args.config_file, args.opts[::2]))
         log.info("The whole config is in %s, everything that is logged in log.txt beside it.", file)
         log_notices(notices)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
@@ -18,7 +19,7 @@ from bnext.text import flatten_text
 __all__ = ["describe_differences", "find_differences"]
 
 _DEFAULTS = "Detectron2's defaults"
-_MOST_ROWS = 25
+_MOST_ROWS = 20
 _MOST_LETTERS = 60  # of a value
 
 
@@ -57,18 +58,26 @@ def _is_equal(value: Any, other: Any) -> bool:
     return (list(value) if isinstance(value, tuple) else value) == (list(other) if isinstance(other, tuple) else other)
 
 
-def describe_differences(cfg: CfgNode, config_file: str = "", most: int = _MOST_ROWS) -> str:
-    """The differences as a table, with the number of those that are left out; see `find_differences`."""
+def describe_differences(cfg: CfgNode, config_file: str = "", first: Sequence[str] = (), most: int = _MOST_ROWS) -> str:
+    """The differences as a table, with the number of those that are left out.
+
+    Args:
+        cfg, config_file: see `find_differences`.
+        first: keys that come first, such as those of the command line.
+        most: rows.
+    """
     base, differences = find_differences(cfg, config_file)
     name = f"Config {config_file}" if config_file else "Config"
     if not differences:
         return f"{name} is {base}."
 
     rows = []
-    for key, (value, before) in list(differences.items())[:most]:
+    keys = sorted(differences, key=lambda key: key not in first)
+    for key in keys[:most]:
+        value, before = differences[key]
         rows.append([key, _show(value), _show(before)])
     table = format_rows(rows, ["key", "value", "in the base"], num_texts=3)
-    more = f"\n{len(differences) - most} more" if len(differences) > most else ""
+    more = f"\nand {len(differences) - most} more" if len(differences) > most else ""
     return f"{name}, as it differs from {base}:\n{table}{more}"
 
 

@@ -59,6 +59,19 @@ def set_up_logging(output: str | None = None) -> None:
         _arrange(setup_logger(*folder, distributed_rank=comm.get_rank(), **name))
     guard_log_files()
 
+    builder = logging.getLogger("torch.utils.cpp_extension")  # detectron2's table of the environment imports it
+    if _is_about_builds not in builder.filters:
+        builder.addFilter(_is_about_builds)
+
+
+def _is_about_builds(record: logging.LogRecord) -> bool:
+    """Whether a line is another than the one on machines without CUDA, where nothing is built: that is for the file."""
+    message = record.getMessage()
+    if not message.startswith("No CUDA runtime is found"):
+        return True
+    logging.getLogger(__name__).debug("%s: %s", record.name, message)
+    return False
+
 
 def _arrange(logger: logging.Logger) -> None:
     """Give the handlers of detectron2's `setup_logger` the form that is wanted."""

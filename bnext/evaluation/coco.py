@@ -162,7 +162,7 @@ def evaluate_with(
     if comm.is_main_process() and results:
         print_csv_format(results)  # which scripts read from log.txt
         engine, recalls = getattr(evaluator, "engine", ""), getattr(evaluator, "recalls", None)
-        by = f", metrics by {engine}" if engine else ""
+        by = f", metrics by {engine}" if recalls else ""  # else nothing was detected
         head = f"Evaluation on {name}: {len(records):,} images in {time.perf_counter() - begin:.1f} s{by}."
         logging.getLogger(__name__).info("%s", format_results(head, results, recalls, "results.json"))
     return results

@@ -64,7 +64,7 @@ def _describe_categories(task: str, metrics: Mapping[str, float], where: str) ->
         return []
 
     lowest = sorted(aps, key=lambda pair: pair[1])
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in lowest[:_MOST_CATEGORIES])
+    shown = ", ".join(f"{name}: {value:.1f}" for name, value in lowest[:_MOST_CATEGORIES])
     left = len(lowest) - _MOST_CATEGORIES
     more = f" and {left} more{f' ({where})' if where else ''}" if left > 0 else ""
     return [f"{task} AP of categories, lowest first: {shown}{more}."]

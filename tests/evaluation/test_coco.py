@@ -1,6 +1,7 @@
 """Evaluation on one and on several data sets."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -69,12 +70,22 @@ class Keeping:
         return DatasetEvaluator()
 
 
-def test_what_pycocotools_prints_is_logged(model, digits, tmp_path, bnext_log, capsys):
-    evaluate_model(tiny.load(tmp_path), model)
+def test_an_evaluation_is_one_table_and_what_is_printed_is_for_the_file(model, digits, tmp_path, bnext_log, capsys):
+    bnext_log.set_level(logging.DEBUG, "bnext")
+    results = evaluate_model(tiny.load(tmp_path), model)
     assert "Average Precision" not in capsys.readouterr().out
     (record,) = {record for record in bnext_log.records if "Average Precision" in record.getMessage()}
-    assert (record.name, record.levelname) == ("bnext.evaluation.coco", "INFO")
+    assert (record.name, record.levelname) == ("bnext.evaluation.coco", "DEBUG")
     assert "Accumulating evaluation results" in record.getMessage()
+
+    (record,) = {record for record in bnext_log.records if "| bbox |" in record.getMessage()}
+    head, names, _, numbers, _ = record.getMessage().splitlines()
+    assert "digits_val: 4 images" in head
+    cells = dict(zip(names.split("|"), numbers.split("|"), strict=True))
+    cells = {name.strip(): cell.strip() for name, cell in cells.items()}
+    assert cells["AP"] == f"{results['bbox']['AP']:.1f}"
+    assert list(cells)[-6:] == ["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    assert cells["APl"] == "-"
 
 
 def test_the_mode_of_every_module_is_put_back_when_the_model_fails(finished, tmp_path):

@@ -1,6 +1,7 @@
 """The command line: what it writes, and what it refuses in one line."""
 
 import json
+from pathlib import Path
 
 import compare_statistics
 import pytest
@@ -106,3 +107,25 @@ def test_two_workers_are_as_one(command, tmp_path):
     for kind in ("moving_average", "mini_batch"):
         assert one["rows"][kind]["bbox/AP"] == pytest.approx(two["rows"][kind]["bbox/AP"], abs=1e-3)
     assert "bbox/AP" in two["reading"]["mini_batch_train"]
+
+
+def test_without_an_output_every_comparison_has_a_folder_beside_its_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    def leave_results(cfg, *args):
+        calls.append(cfg.OUTPUT_DIR)
+        folder = Path(cfg.OUTPUT_DIR)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "statistics.json").touch()
+
+    monkeypatch.setattr(compare, "run_comparison", leave_results)
+    weights = tmp_path / "run" / "model_final.pth"
+    weights.parent.mkdir()
+    start = ["--config-file", str(tiny.CONFIG), "MODEL.WEIGHTS", str(weights)]
+    chosen = [[], [], ["--overwrite"], ["--target-dataset", "../night"], ["OUTPUT_DIR", str(tmp_path / "mine")]]
+    for words in chosen:
+        assert compare_statistics.main([*start, *words]) == 0
+
+    names = ["compare_model_final", "compare_model_final-2", "compare_model_final", "compare_model_final_on_..%2Fnight"]
+    expected = [weights.parent / name for name in names]
+    assert calls == [str(path) for path in (*expected, tmp_path / "mine" / "compare_model_final")]

@@ -108,9 +108,40 @@ def test_a_machine_without_cuda_takes_the_cpu(monkeypatch):
         load_config("", ["MODEL.DEVICE", "cuda:1"])
 
 
+def refuse_constant(name):
+    raise ValueError(f"{name} is no JSON")
+
+
+def check_output(result, folder):
+    """What a person reads is on the screen, and all of it in log.txt; files are what their names say."""
+    lines = result.stdout.splitlines()
+    before = next(number for number, line in enumerate(lines) if "Starting training from iteration 0" in line)
+    assert before <= 30, "\n".join(lines)
+    assert len(lines) <= before + 25, "\n".join(lines)
+    assert not result.stderr
+    assert sum("Evaluation on digits_val" in line for line in lines) == 1
+    assert "| SOLVER.MAX_ITER " in result.stdout
+    assert "Training on digits_train: 12 images" in result.stdout
+
+    log = Path(folder, "log.txt").read_text()
+    for text in ("Environment info", "IMS_PER_BATCH", "LevelBatchNorm2d(", "Average Precision", "copypaste: AP"):
+        assert text in log
+        assert text not in result.stdout
+    for line in lines:
+        assert line.partition("]: ")[2].removeprefix("WARNING ") in log or not line.startswith("[")
+    for text in (result.stdout, result.stderr, log, Path(folder, "config.yaml").read_text()):
+        assert "\x1b" not in text
+
+    metrics = Path(folder, "metrics.json").read_text().splitlines()
+    values = [json.loads(line, parse_constant=refuse_constant) for line in metrics]
+    assert "total_loss" in values[0]
+    assert values[-1]["bbox/APl"] is None
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # detectron2 leaves a file open
 def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path):  # noqa: F811
     arguments = ["--config-file", str(tiny.CONFIG), "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3"]
+    arguments += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]  # so that there is something to evaluate
     result = subprocess.run(
         [sys.executable, "tools/train_net.py", *arguments],
         cwd=tiny.ROOT,
@@ -125,7 +156,7 @@ def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {"config.yaml", "log.txt", "metrics.json", "last_checkpoint", "model_final.pth", "inference"}
     assert list(tmp_path.glob("events.*"))
-    assert "total_loss" in json.loads(Path(tmp_path, "metrics.json").read_text().splitlines()[0])
+    check_output(result, tmp_path)
 
     before = Path(tmp_path, "inference", "results.json").read_text()
     shutil.rmtree(tmp_path / "inference")
