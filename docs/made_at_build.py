@@ -203,10 +203,15 @@ def write_as_rest(app: Sphinx, kind: str, name: str, value: Any, options: Any, l
     """A docstring of ours as reStructuredText: code stands between two backticks, and a formula keeps its lines."""
     text = "\n".join(lines)
     text = re.sub(r"(?<![`:\\])`([^`\n]+)`(?!`)(?=(\w?))", _quote, text)
-    text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", text)  # an absolute value, not a substitution
+    text = re.sub(r"(``.*?``)|\|", lambda match: match[1] or r"\|", text)  # no substitution, but an absolute value
     formula = re.compile(r"(\A|\n)(\S[^\n]*[^:\n])\n\n((?: {4}[^\n]*\n)+)(?=\n|\Z)")
-    text = formula.sub(r"\1\2\n\n::\n\n\3", f"{text}\n")
+    text = formula.sub(lambda match: _as_code_block(*match.groups()), f"{text}\n")
     lines[:] = text.split("\n")
+
+
+def _as_code_block(start: str, before: str, formula: str) -> str:
+    plain = formula.replace(r"\|", "|")
+    return f"{start}{before}\n\n::\n\n{plain}"
 
 
 def _quote(match: re.Match[str]) -> str:
