@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ from sphinx.application import Sphinx
 
 import bnext
 from bnext.cli.main import COMMANDS, build_parser
-from bnext.config.keys import KEYS, PLACE_KEYS, Key, Need, Values
+from bnext.config.keys import KEYS, PLACE_KEYS, Key, Need
 from bnext.config.places import PLACES
 
 _MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w.]*) -->$", flags=re.MULTILINE)
+_NO_LINK_IN = (nodes.reference, nodes.title, addnodes.pending_xref, addnodes.desc_signature)
 _PLACE_KEYS = {key.name: key for keys in PLACE_KEYS.values() for key in keys}
 
 
@@ -104,15 +105,11 @@ def _describe_values(key: Key) -> str:
 
 
 def _describe(need: Need) -> str:
-    conditions = " or ".join(f"`{name}` {_words(values)}" for name, values in need.conditions.items())
+    conditions = " or ".join(f"`{name}` to be {_code(values.words)}" for name, values in need.conditions.items())
     of = f" (as {_code(need.of.words)})" if need.of else ""
     reason = f": {_code(need.reason)}" if need.reason else ""
     otherwise = "; otherwise it is left out, which is said" if need.is_said else ""
     return f"Needs{of} {conditions}{otherwise}{reason}."
-
-
-def _words(values: Values) -> str:
-    return f"to be {_code(values.words)}"
 
 
 # ---- commands
@@ -174,10 +171,13 @@ def make_names(module: str) -> str:
     """Every public name of a module, documented by its docstring; those of `bnext` itself are in its own list alone."""
     room = importlib.import_module(module)
     names = [name for name in room.__all__ if module == "bnext" or name not in bnext.__all__]
+    values = {name: getattr(room, name) for name in names}
 
     lines = ["```{eval-rst}"]
-    for name in sorted(names, key=lambda name: (_rank(getattr(room, name)), name.lower())):
-        value = getattr(room, name)
+    for name in sorted(names, key=lambda name: (_rank(values[name]), name.lower())):
+        value = values[name]
+        if inspect.ismodule(value):
+            continue  # a room has a list of its own
         lines += [f".. {_choose_directive(value)}:: {module}.{name}", ""]
         if isinstance(value, Mapping):
             lines += [f"   Has {', '.join(f'``{key}``' for key in value)}.", ""]
@@ -194,8 +194,6 @@ def _rank(value: Any) -> int:
 def _choose_directive(value: Any) -> str:
     if inspect.isclass(value):
         return "autoexception" if issubclass(value, BaseException) else "autoclass"
-    if inspect.ismodule(value):
-        return "automodule"
     return "autofunction" if callable(value) else "py:data"
 
 
@@ -203,10 +201,15 @@ def write_as_rest(app: Sphinx, kind: str, name: str, value: Any, options: Any, l
     """A docstring of ours as reStructuredText: code stands between two backticks, and a formula keeps its lines."""
     text = "\n".join(lines)
     text = re.sub(r"(?<![`:\\])`([^`\n]+)`(?!`)(?=(\w?))", _quote, text)
-    text = re.sub(r"\|(\w+)\|", r"\\|\1\\|", text)  # an absolute value, not a substitution
+    text = re.sub(r"(``.*?``)|\|", lambda match: match[1] or r"\|", text)  # no substitution, but an absolute value
     formula = re.compile(r"(\A|\n)(\S[^\n]*[^:\n])\n\n((?: {4}[^\n]*\n)+)(?=\n|\Z)")
-    text = formula.sub(r"\1\2\n\n::\n\n\3", f"{text}\n")
+    text = formula.sub(lambda match: _as_code_block(*match.groups()), f"{text}\n")
     lines[:] = text.split("\n")
+
+
+def _as_code_block(start: str, before: str, formula: str) -> str:
+    plain = formula.replace(r"\|", "|")
+    return f"{start}{before}\n\n::\n\n{plain}"
 
 
 def _quote(match: re.Match[str]) -> str:
@@ -239,7 +242,7 @@ def link_keys(app: Sphinx, doctree: nodes.document) -> None:
     """Code that begins with a key of bnext becomes a link to the key's entry."""
     for literal in list(doctree.findall(nodes.literal)):
         words = literal.astext().split()
-        if not words or words[0] not in KEYS or _is_within(literal, (nodes.reference, nodes.title)):
+        if not words or words[0] not in KEYS or _is_within(literal, *_NO_LINK_IN):
             continue
         target = words[0]
         if target in _PLACE_KEYS:
@@ -251,17 +254,12 @@ def link_keys(app: Sphinx, doctree: nodes.document) -> None:
         link += literal
 
 
-def _is_within(node: nodes.Node, kinds: tuple[type, ...]) -> bool:
-    parents: Iterable[nodes.Node] = _find_parents(node)
-    return any(isinstance(parent, (*kinds, addnodes.pending_xref, addnodes.desc_signature)) for parent in parents)
-
-
-def _find_parents(node: nodes.Node) -> list[nodes.Node]:
-    parents = []
+def _is_within(node: nodes.Node, *kinds: type) -> bool:
     while node.parent is not None:
         node = node.parent
-        parents.append(node)
-    return parents
+        if isinstance(node, kinds):
+            return True
+    return False
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -63,3 +63,13 @@ def test_files_that_are_named_exist(document):
         name for name in named if not (ROOT / name).exists() and not (ROOT / document).parent.joinpath(name).exists()
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document):
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / document).read_text())
+    assert not [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+
+
+def test_the_readme_is_read_in_one_go():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150

@@ -39,6 +39,15 @@ def test_yaml_blocks_are_configs(page, tmp_path):
         load_config(str(path))
 
 
+def test_lazy_configs_are_read(tmp_path):
+    files = [block for page in PAGES for block in find_blocks(page, "python") if block.startswith("# my_config.py")]
+    assert files
+    for number, text in enumerate(files):
+        path = tmp_path / f"config_{number}.py"
+        path.write_text(text)
+        assert load_config(str(path)).MODEL.WEIGHTS
+
+
 @pytest.mark.parametrize("page", SYMPTOMS)
 def test_a_symptom_has_its_four_parts_and_its_row(page):
     assert re.findall(r"^## (.*)$", read(page), flags=re.MULTILINE) == HEADINGS
