@@ -1,10 +1,12 @@
 """`bnext check-data`: all faults at once, and what is in a set without one."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
 
+from bnext import user_modules
 from bnext.cli.main import main
 from bnext.data.listed_sets import register_sets
 from tests import tiny
@@ -15,6 +17,8 @@ from tests.evaluation.own_sets import SIDE, make_set
 def folder(tmp_path, monkeypatch):
     """The working directory, with a whole set: own.json and its pictures."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(user_modules, "_imported", {})
     content = make_set()
     (tmp_path / "own.json").write_text(json.dumps(content))
     (tmp_path / "pictures").mkdir()

@@ -60,7 +60,9 @@ def test_an_equal_entry_may_be_repeated():
     check_listed_sets([ENTRY, dict(ENTRY)])
 
 
-@pytest.mark.parametrize("value", [f"[{json.dumps(ENTRY)}]", "[{name: mine_train, json: mine/train.json, folder: mine}]"])
+@pytest.mark.parametrize(
+    "value", [f"[{json.dumps(ENTRY)}]", "[{name: mine_train, json: mine/train.json, folder: mine}]"]
+)
 def test_pairs_of_a_command_line_list_sets_as_python_and_as_yaml_do(folder, value):
     assert tiny.load(folder, KEY, value).DATASETS.BNEXT.COCO == [ENTRY]
     assert read_classes("mine_train") == NAMES
@@ -71,7 +73,9 @@ def test_paths_are_those_of_the_working_directory_or_of_all_data_sets(folder):
     (folder / "root/far").mkdir(parents=True)
     (folder / "root/far/train.json").write_text("{}")
     (folder / "root/mine").mkdir()
-    load(folder, ENTRY, {"name": "far", "json": "far/train.json", "folder": "far"}, {**ENTRY, "name": "no", "json": "a"})
+    load(
+        folder, ENTRY, {"name": "far", "json": "far/train.json", "folder": "far"}, {**ENTRY, "name": "no", "json": "a"}
+    )
 
     files = [(entry.json_file, entry.image_root) for entry in current_sets()]
     near, far = folder / "mine", folder / "root/far"
