@@ -101,7 +101,7 @@ def test_all_parts_take_part_and_a_resume_is_exact(digits, tmp_path):
         assert len(mapper.seen) >= 8
         assert [line["doubt"] for line in tiny.read_metrics(tmp_path / name) if "doubt" in line][-1] == 1.5
 
-    assert [line for line in lines if line] == [(1.5, 3), (1.5, 3)]
+    assert set(lines) == {(1.5, 3)}
     whole, resumed = (state["model"] for state in states)
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
     assert states[0]["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["nesterov"]
