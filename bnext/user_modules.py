@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from bnext.errors import ConfigError, Refusal
+from bnext.errors import ConfigError, Refusal, list_few
 from bnext.text import suggest
 
 __all__ = ["import_modules", "list_imported", "mentions"]
@@ -145,8 +145,8 @@ def _import(name: str) -> ModuleType:
         got = f"{type(error).__name__}: {error.msg}"
         raise _FAILED.of(got, f"{error.filename}, line {error.lineno}", name=name) from error
     except SystemExit as error:
-        got, where = _describe(name, error)
-        raise _ENDED.of(f"the end of the program ({got})", where, name=name) from error
+        _, where = _describe(name, error, first=True)
+        raise _ENDED.of(f"the end of the program (exit status {error.code})", where, name=name) from error
     except Exception as error:  # whatever a user's code raises
         raise _FAILED.of(*_describe(name, error), name=name) from error
 
@@ -157,12 +157,15 @@ def _list_modules() -> list[str]:
     return sorted(path.stem for path in files if path.stem.isidentifier())
 
 
-def _describe(name: str, error: BaseException) -> tuple[str, str]:
-    """The error, and the last line of the module's own, or of one beside it, on the way to it."""
+def _describe(name: str, error: BaseException, *, first: bool = False) -> tuple[str, str]:
+    """The error, and the last line (or the first) of the module's own, or of one beside it, on the way to it."""
     frames = _frames_of_user(traceback.extract_tb(error.__traceback__))
     text = " ".join(str(error).split())
     got = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    return got, f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else name
+    if not frames:
+        return got, name
+    frame = frames[0 if first else -1]
+    return got, f"{frame.filename}, line {frame.lineno}"
 
 
 def _frames_of_user(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
@@ -175,8 +178,11 @@ def _frames_of_user(frames: Sequence[traceback.FrameSummary]) -> list[traceback.
 
 
 def _check_file(name: str, path: Path | None, module: ModuleType) -> None:
-    """Refuse a module of the same name as the user's, which was imported before."""
+    """Refuse a folder without code, and a module of the same name as the user's, which was imported before."""
     file = getattr(module, "__file__", None)
+    if file is None and hasattr(module, "__path__"):
+        remedy = "Name a module in it, or give it an __init__.py that imports them."
+        raise _NOT_FOUND.of(f"{name!r}, a folder without __init__.py", list_few(module.__path__), remedy=remedy)
     if path is None or (file is not None and os.path.realpath(file) == os.path.realpath(path)):
         return
     raise _OTHER.of(file or "a module of Python's own", name=name, path=path)

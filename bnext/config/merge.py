@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 
 from bnext.config.check import flatten
@@ -157,6 +158,8 @@ def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
         literal = _read_literal(value)
         is_number = type(literal) in (int, float)  # which a folder may be called
         value = value if is_text and is_number else literal
+        if isinstance(default, list) and isinstance(value, str) and value.lstrip().startswith("[{"):
+            value = _read_mappings(value)
 
     if value is None and default is not None:
         raise _NULL.of("null", where, key=name, form=_FORMS[type(default)])
@@ -174,7 +177,9 @@ def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
         return type(default)(value)
     if type(value) is not type(default):
         form = _FORMS[type(default)]
-        if isinstance(default, (list, tuple)) and isinstance(value, (str, int, float)):
+        if isinstance(default, list) and isinstance(value, Mapping):
+            form = "it in brackets, [{...}]"
+        elif isinstance(default, (list, tuple)) and isinstance(value, (str, int, float)):
             form = f'"{_split(value) if isinstance(value, str) else [value]}"'
         raise _TYPE.of(_show(value), where, key=name, kind=_KINDS[type(default)], form=form)
     return value
@@ -201,6 +206,14 @@ def _read_literal(text: str) -> Any:
             warnings.simplefilter("ignore", SyntaxWarning)  # of words that begin like a number
             return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):  # the last two of 1,000 brackets
+        return text
+
+
+def _read_mappings(text: str) -> Any:
+    """The mappings that a text lists as YAML does, without quotes; or the text."""
+    try:
+        return yaml.safe_load(text) if len(text) <= _MOST_LETTERS else text
+    except yaml.YAMLError:
         return text
 
 

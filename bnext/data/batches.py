@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnext.data.classes import relabel_records
 from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
+from bnext.data.surroundings import TravellingDataset
 from bnext.distributed.groups import count_cores
 from bnext.errors import ConfigError
 from bnext.seeding import Purpose, derive_seed
@@ -55,7 +56,7 @@ def load_batches(dataset: Dataset[Any], batches: Iterable[list[Any]], num_loader
         num_loader_workers: processes that load; 0: this one.
     """
     return DataLoader(
-        dataset,
+        TravellingDataset(dataset),
         batch_sampler=batches,
         num_workers=num_loader_workers,
         collate_fn=list,

@@ -36,7 +36,7 @@ from bnext.errors import DatasetError, list_few
 from bnext.files import read_stamp
 from bnext.notices import tell_once
 
-__all__ = ["EVALUATORS", "check_datasets"]
+__all__ = ["EVALUATORS", "RegisteredSet", "check_datasets", "examine_dataset"]
 
 EVALUATORS = ("coco", "coco_panoptic_seg")  # whose files are COCO's; LVIS, Cityscapes have their own
 FILE = "The annotation file"
@@ -96,8 +96,8 @@ class RegisteredSet:
 
         if is_listed(self.name):
             return (
-                f"Correct the file, or its path in {KEY}; a relative one is looked for in the working directory and in "
-                f"{datasets_root().absolute()}."
+                f"Correct the file, or `json` and `folder` of the set in {KEY}; relative paths are looked for in the "
+                f"working directory and in {datasets_root().absolute()}."
             )
         if "coco" in self.name:
             return "Download it again or set DETECTRON2_DATASETS to the folder of `coco`; see datasets/README.md."
@@ -136,27 +136,47 @@ def check_datasets(
     task = Task.of(cfg, num_classes=num_classes, is_training=training)
 
     for name in names:
-        check_registered(name)
-        metadata = MetadataCatalog.get(name)
-        json_file, image_root = str(metadata.get("json_file") or ""), str(metadata.get("image_root") or "")
-
-        if json_file and metadata.get("evaluator_type") in EVALUATORS:
-            dataset = RegisteredSet(name, json_file, image_root, check_images, task)
-            with _without_collection():
-                _report(dataset, _check_file(dataset))
-        if not is_coco_entry(name) and not _is_of_detectron2(name):
-            dataset = RegisteredSet(name, "", "", check_images, task)
-            _report(dataset, check_records(name, task, check_images=check_images))
-        if task.num_keypoints is not None and training:
-            _report(dataset, _find_lack_of_keypoint_names(name, task))
+        for dataset, finding in examine_dataset(name, task, check_images=check_images):
+            if isinstance(finding, Fault):
+                raise dataset.error(finding)
+            dataset.tell(finding)
 
 
-def _report(dataset: RegisteredSet, findings: Iterator[Fault | Notice]) -> None:
-    """Raise the first fault, so that a rule may rely on those before; say the notices before it."""
-    for finding in findings:
-        if isinstance(finding, Fault):
-            raise dataset.error(finding)
-        dataset.tell(finding)
+def examine_dataset(
+    name: str, task: Task, *, check_images: bool = True
+) -> Iterator[tuple[RegisteredSet, Fault | Notice]]:
+    """Faults and notices of a registered set, each with the set as it was read.
+
+    Args:
+        name: of the set.
+        task: what a model wants of it.
+        check_images: look for its pictures, too.
+
+    Raises:
+        DatasetError: it is not registered, or cannot be read.
+
+    Note:
+        A rule relies on those before: what follows a fault may follow from it, and whoever goes on after one has to
+        expect any exception.
+    """
+    check_registered(name)
+    metadata = MetadataCatalog.get(name)
+    json_file, image_root = str(metadata.get("json_file") or ""), str(metadata.get("image_root") or "")
+    dataset = RegisteredSet(name, json_file, image_root, check_images, task)
+
+    if json_file and metadata.get("evaluator_type") in EVALUATORS:
+        with _without_collection():
+            for finding in _check_file(dataset):
+                yield dataset, finding
+
+    if not is_coco_entry(name) and not _is_of_detectron2(name):
+        dataset = RegisteredSet(name, "", "", check_images, task)
+        for finding in check_records(name, task, check_images=check_images):
+            yield dataset, finding
+
+    if task.num_keypoints is not None and task.is_training:
+        for finding in _find_lack_of_keypoint_names(name, task):
+            yield dataset, finding
 
 
 def _is_of_detectron2(name: str) -> bool:
@@ -218,22 +238,28 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
         yield Fault(FILE, "be JSON that can be read", f"{type(error).__name__}: {error}")
 
     notices: list[Notice] = []
+    is_whole = True
     for rule in FILE_RULES:
-        yield from rule(content, dataset.json_file)
+        for fault in rule(content, dataset.json_file):
+            is_whole = False
+            yield fault
     for finding in _check_contents(content, dataset.task):
         if isinstance(finding, Fault):
+            is_whole = False
             yield finding
         else:
             notices.append(finding)
 
     categories = {category["id"]: category["name"] for category in content["categories"]}
-    _summaries[key] = Summary(
+    summary = Summary(
         categories=tuple(categories[key] for key in sorted(categories)),
         pictures=_list_pictures(content),
         num_annotations=len(content["annotations"]) if "annotations" in content else None,
         notices=tuple(notices),
     )
-    return _summaries[key]
+    if is_whole:  # whoever goes on after a fault asks again
+        _summaries[key] = summary
+    return summary
 
 
 def _load_json(path: str) -> Any:

@@ -29,14 +29,13 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, 
 
 import bnext
 import bnext.errors
-from bnext.data.listed_sets import ListedSet, current_sets, register_sets
+from bnext.data.surroundings import Surroundings
 from bnext.distributed.groups import count_cores
 from bnext.engine.interrupts import GRACE_SECONDS, end_with_parent, holding_back_interrupts, take_interrupts_once
 from bnext.engine.rendezvous import check_address, is_loopback, meet
 from bnext.engine.streams import guard_streams
 from bnext.errors import BNextError, LaunchError, Refusal, is_interrupted
 from bnext.files import explain_os_error, write_json
-from bnext.user_modules import import_modules, list_imported
 
 __all__ = ["DEFAULT_TIMEOUT", "count_workers", "launch"]
 
@@ -73,14 +72,6 @@ NOT_PICKLABLE = Refusal(
     "notebook or as a lambda; in place of an object with open files, threads or a model give a function that makes it; "
     "or use one worker.",
 )
-
-
-class _Work(NamedTuple):
-    """The work of a worker, and what has to be there before it can be unpickled and done."""
-
-    modules: tuple[str, ...]  # of the user's, that this process has imported
-    sets: list[ListedSet]  # of the config
-    pickled: bytes  # the function and its arguments
 
 
 class _World(NamedTuple):
@@ -144,7 +135,7 @@ def launch(
             main(*args)
         return
 
-    work = _Work(list_imported(), current_sets(), pickle_work(main, args))
+    work = pickle_work(main, args)
     with tempfile.TemporaryDirectory(prefix="bnext-launch-") as folder:
         if dist_url == "auto":
             dist_url = f"file://{folder}/store"  # a free port could be taken until the workers come to it
@@ -154,13 +145,13 @@ def launch(
 
 
 def pickle_work(main: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
-    """A function and its arguments as workers are given them.
+    """A function and its arguments as workers are given them: after what there has to be in a fresh process.
 
     Raises:
         LaunchError: they cannot be pickled, or no worker could find their code.
     """
     try:
-        pickled = pickle.dumps((main, args))
+        pickled = pickle.dumps((Surroundings(), main, args))
     except Exception as error:  # whatever an object's own reduction raises
         raise NOT_PICKLABLE.of(f"{type(error).__name__}: {error}") from error
 
@@ -253,7 +244,7 @@ def _check_devices(num_workers: int, device: str, option: str) -> None:
     raise LaunchError.of(option, f"be at most the {limit} {devices}", got=num_workers, remedy=f"Use {option} {limit}.")
 
 
-def _spawn(work: _Work, world: _World, first_rank: int, folder: str) -> None:
+def _spawn(work: bytes, world: _World, first_rank: int, folder: str) -> None:
     resource_tracker.ensure_running()  # it would lift the block below
     context: ProcessContext | None = None
 
@@ -333,7 +324,7 @@ def explain_failure(folder: str, ended: ProcessExitedException | None) -> BaseEx
     return RuntimeError(f"Worker {first['rank']} failed:\n{first['traceback']}")
 
 
-def _worker(local_rank: int, work: _Work, world: _World, first_rank: int, folder: str) -> None:
+def _worker(local_rank: int, work: bytes, world: _World, first_rank: int, folder: str) -> None:
     rank = first_rank + local_rank
     end_with_parent(world.launcher)
 
@@ -345,9 +336,7 @@ def _worker(local_rank: int, work: _Work, world: _World, first_rank: int, folder
         take_interrupts_once()
         guard_streams()
         bnext.register()
-        import_modules(work.modules)
-        register_sets(work.sets)
-        main, args = pickle.loads(work.pickled)
+        _, main, args = pickle.loads(work)
         _ready_file(folder, local_rank).touch()
         with _process_group(world, rank, local_rank, on_error=lambda error: record_failure(folder, rank, error)):
             main(*args)

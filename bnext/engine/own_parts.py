@@ -124,7 +124,8 @@ class OwnParts:
                 ]
 
             def build_writers(self) -> list[EventWriter]:
-                return [*super().build_writers(), *parts._build_writers(self.cfg)]
+                own = parts._build_writers(self.cfg)  # first: those of bnext open their files
+                return [*super().build_writers(), *own]
 
         if self.mapper is not None:
             OwnTrainer.build_train_loader = staticmethod(self._build_train_loader)

@@ -34,7 +34,7 @@ def test_the_defaults_are_accepted_and_leave_detectron2_as_it_is():
     cfg = make_cfg("GeneralizedRCNN")
     resolve_norms(cfg)
     before, cfg = get_cfg(), make_cfg(get_cfg().MODEL.META_ARCHITECTURE)
-    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"]
+    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"], cfg.DATASETS["BNEXT"]
     assert cfg.SOLVER.pop("OPTIMIZER") == "SGD"
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RPN.IN_FEATURES = before.MODEL.BACKBONE.NAME, before.MODEL.RPN.IN_FEATURES
     assert cfg == before

@@ -10,15 +10,16 @@ import torch
 
 from bnext.distributed.groups import count_cores
 from tests import tiny
-from tests.engine.two_workers import CHECKS
+from tests.engine.two_workers import CHECKS, REGISTER
 
 pytestmark = pytest.mark.skipif(
     count_cores() < 2 or torch.cuda.is_available(), reason="two workers need two cores, and would use GPUs"
 )
 
 
-def run(*command):
+def run(*command, **variables):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tiny.ROOT), *sys.path]), "PYTHONWARNINGS": "ignore"}
+    environment |= variables
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=tiny.ROOT,
@@ -35,7 +36,9 @@ def finished_work(digits, tmp_path_factory):
     """The folder in which two workers did all checks, and what their command said."""
     folder = tmp_path_factory.mktemp("two_workers")
     (folder / "datasets").symlink_to(digits)
-    return folder, run("-m", "tests.engine.two_workers", folder)
+    module = folder / "environment.py"
+    module.write_text(REGISTER.format(name="environment"))
+    return folder, run("-m", "tests.engine.two_workers", folder, DETECTRON2_ENV_MODULE=str(module))
 
 
 @pytest.mark.timeout(300)  # the first one waits for all

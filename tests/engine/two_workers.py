@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import HookBase
 from detectron2.engine.hooks import CallbackHook
 from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
+import bnext
 from bnext.data.batches import build_validation_batches
 from bnext.data.check_coco import check_datasets
 from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
@@ -23,6 +25,7 @@ from bnext.distributed.groups import count_cores
 from bnext.engine import Trainer, launch, train
 from bnext.errors import DatasetError, StatisticsError
 from bnext.evaluation.validation_loss import compute_validation_loss
+from bnext.user_modules import import_modules
 from tests import tiny
 from tests.record import note_groups
 
@@ -287,7 +290,59 @@ def check_shuffling(folder):
     assert differ(load_state(folder / "deals", "model_final"), load_state(folder / "again", "model_final")) == []
 
 
+# Code of a user's own: a module that is imported by its path, another that detectron2 runs, and a mapper in the first.
+REGISTER = """from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+
+DatasetCatalog.register("{name}_train", lambda: [])
+
+
+class Mapper(DatasetMapper):
+    def __call__(self, record):
+        record = super().__call__(record)
+        return {{**record, "domain": MetadataCatalog.get("listed_train").domain}}
+
+
+def setup_environment():
+    pass
+"""
+LISTED = "[{{name: listed_{0}, json: digits/annotations/instances_{0}.json, folder: digits/{0}, domain: night}}]"
+OWN = ("DATASETS.TRAIN", "('listed_train',)", "DATASETS.BNEXT.COCO", LISTED.format("train"))
+own_mapper = []  # what this worker was given
+
+
+class Domains(HookBase):
+    """Remembers the domains of the images of a step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def before_train(self):
+        load, batches = self.trainer.model.forward, self.seen
+
+        def forward(batch):
+            batches.append([record["domain"] for record in batch])
+            return load(batch)
+
+        self.trainer.model.forward = forward
+
+
+def check_own_code(folder):
+    """Whatever a user registers is there before anything is unpickled; his mapper runs in processes that load."""
+    assert {"listed_train", "imported_train", "environment_train"} <= set(DatasetCatalog)
+    (mapper,) = own_mapper
+    hook = Domains()
+
+    cfg = tiny.load(folder / "own", *SHORT, *NO_TEST, *OWN, "DATALOADER.NUM_WORKERS", 1)
+    assert bnext.train(cfg, mapper=mapper, hooks=[hook]) == {}
+    assert hook.seen == [["night", "night"]] * 4
+    assert are_equal_on_workers(load_state(folder / "own", "model_final"))
+
+    tiny.load(folder / "others")
+    assert "listed_train" not in DatasetCatalog
+
+
 CHECKS = {
+    "own_code": check_own_code,
     "world": check_world,
     "data": check_data,
     "equal_buffers": check_equal_buffers,
@@ -301,8 +356,19 @@ CHECKS = {
 }
 
 
-def work(folder):
+def prepare_own_code(folder):
+    """The cases of `check_own_code` in the process that starts the workers; the mapper."""
+    tiny.register(folder / "datasets")
+    (folder / "imported.py").write_text(REGISTER.format(name="imported"))
+    import_modules([str(folder / "imported.py")])
+
+    cfg = tiny.load(folder / "own", *OWN)
+    return sys.modules["imported"].Mapper(cfg, True)
+
+
+def work(folder, mapper):
     """All checks, each of which leaves a file; then a failure of one worker alone."""
+    own_mapper.append(mapper)
     tiny.register(folder / "datasets")
     for name, check in CHECKS.items():
         check(folder)
@@ -324,4 +390,4 @@ if __name__ == "__main__":
         launch(look, 1, args=(where,))
         assert not torch.distributed.is_initialized()
     else:
-        launch(work, 2, args=(where,))
+        launch(work, 2, args=(where, prepare_own_code(where)))
