@@ -172,6 +172,9 @@ class _Converter(Checkpointer):
     def _tell_changes(self) -> None:
         """Nothing: they are what the command prints."""
 
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        """Nothing, as well."""
+
 
 def _convert(
     cfg: CfgNode, model: nn.Module, checkpointer: _Converter, rest: Mapping[str, Any], request: ConvertRequest
@@ -253,8 +256,9 @@ def _format(report: Mapping[str, Any], request: ConvertRequest) -> str:
     lines = list(report["texts"])
     if not report["keeps_outputs"]:
         lines.append("In evaluation mode outputs are not what they were. `bnext compare` tells by how much.")
-    if report["left_out"]:
-        lines.append(f"Left out, as the model has no place for it: {list_few(report['left_out'])}.")
+    left_out = [key for key in report["left_out"] if not key.endswith("num_batches_tracked")]  # of frozen norms
+    if left_out:
+        lines.append(f"Left out, as the model has no place for it: {list_few(left_out)}.")
     if report["missing"]:
         lines.append(f"Not in the input, and so not in the output: {list_few(report['missing'])}.")
     if report["settings"]:
