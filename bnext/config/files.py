@@ -43,7 +43,8 @@ def get_config_file(name: str) -> str:
     if path.is_file():
         return str(path)
 
-    names = [str(file.relative_to(CONFIGS)) for file in sorted(CONFIGS.glob("**/*.yaml"))]
+    files = sorted([*CONFIGS.glob("**/*.yaml"), *CONFIGS.glob("**/*.py")])
+    names = [str(file.relative_to(CONFIGS)) for file in files]
     near = find_near(name, names, most=1)
     remedy = f"Did you mean {near[0]}?" if near else f"One is {names[0]}."
     raise ConfigError.of("The name", "be that of a config of bnext", got=repr(name), remedy=remedy)
