@@ -17,7 +17,8 @@ INSTALLER = Path(__file__).resolve().parent.parent / "bnext" / "cli" / "install_
 def load_installer() -> ModuleType:
     """The file of the package, without the package around it, which needs others that may not be there yet."""
     spec = importlib.util.spec_from_file_location("bnext_install_detectron2", INSTALLER)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -100,6 +100,11 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     _is_resumed = False
+    # Of a conversion: `domain_map` of `convert_norm_state`, and, after a load, what was in the file and became of it.
+    domain_map: Mapping[str, str] | None = None
+    report = ConversionReport()
+    loaded: frozenset[str] = frozenset()
+    specs: Mapping[str, Mapping[str, Any]] = {}
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write model and states to `name`.pth in the save directory, whole or not at all.
@@ -265,11 +270,13 @@ class Checkpointer(DetectionCheckpointer):
 
         stored = checkpoint["model"]
         check_folded(stored, metadata, self.model, self._path)
-        converted, report = convert_norm_state(stored, self.model)
+        converted, report = convert_norm_state(stored, self.model, domain_map=self.domain_map)
         self._check_population(report, checkpoint)
-        report.changes += compare_norm_specs(_read_specs(checkpoint), stored, self.model)
+        specs = _read_specs(checkpoint)
+        report.changes += compare_norm_specs(specs, stored, self.model)
+        self.report, self.loaded, self.specs = report, frozenset(converted), specs or {}
         if report.changes:
-            logging.getLogger(__name__).warning("%s (%s)", report, self._path)
+            self._tell_changes()
 
         check_keys(converted, self.model, self._path, complete=self._complete)
         check_values(converted, self.model, self._path)
@@ -283,6 +290,9 @@ class Checkpointer(DetectionCheckpointer):
             incompatible = super()._load_model(checkpoint)
         self._warn_of_unwritten(converted)
         return incompatible
+
+    def _tell_changes(self) -> None:
+        logging.getLogger(__name__).warning("%s (%s)", self.report, self._path)
 
     def _load_state(self, name: str, state: Any) -> None:
         try:

@@ -50,7 +50,14 @@ PROJECTS = {
     "projects/Panoptic-DeepLab/panoptic_deeplab": "detectron2/projects/panoptic_deeplab",
 }
 # black (only for LazyConfig.to_py), pydot and future (only for the Caffe2 export) are left out.
-REQUIRES = ("Pillow>=7.1", "matplotlib", "pycocotools>=2.0.2", "termcolor>=1.1", "yacs>=0.1.8", "tabulate")
+REQUIRES: tuple[str, ...] = (
+    "Pillow>=7.1",
+    "matplotlib",
+    "pycocotools>=2.0.2",
+    "termcolor>=1.1",
+    "yacs>=0.1.8",
+    "tabulate",
+)
 REQUIRES += ("tqdm>4.29.0", "cloudpickle", "tensorboard", "fvcore>=0.1.5", "iopath>=0.1.7", "omegaconf>=2.1")
 REQUIRES += ("hydra-core>=1.1",)
 
@@ -189,8 +196,8 @@ def explain_pip(log: str, python: Path | str) -> str:
         return "The disk is full (pip: No space left on device). Free some space, also where TMPDIR points."
     if "Retrying (" in log:
         cause = re.search(r"\[Errno -?\d+\] [\w ]+", log)
-        got = cause[0] if cause else reason
-        return f"The package index must be reachable; got {got}. Check the network, pip's index and the proxy."
+        seen = cause[0] if cause else reason
+        return f"The package index must be reachable; got {seen}. Check the network, pip's index and the proxy."
     return f"pip failed: {reason}. Check pip's index and its configuration, then try again."
 
 

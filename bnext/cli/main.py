@@ -2,8 +2,7 @@
 
 Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`; where something is
 kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED` says whether its options may stand
-among KEY VALUE pairs. It is imported when it is asked for. One that needs nothing but Python has `main(argv, prog)`
-instead, which does it all.
+among KEY VALUE pairs. It is imported when it is asked for. One of `_ALONE` has `main(argv, prog)` instead.
 """
 
 from __future__ import annotations
@@ -111,6 +110,7 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
 
     from bnext.cli.arguments import parse_arguments
     from bnext.cli.run_command import run_command
+    from bnext.config.files import find_config_file
     from bnext.engine.screen import VERBOSE
     from bnext.user_modules import import_modules
 
@@ -118,6 +118,8 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
     args = parse_arguments(parser, words, intermixed=getattr(command, "IS_INTERMIXED", False))
     if args.verbose:
         os.environ[VERBOSE] = "1"  # which workers inherit
+    if getattr(args, "config_file", ""):
+        args.config_file = find_config_file(args.config_file)
     find_kept = getattr(command, "find_kept", None)
 
     def execute() -> None:

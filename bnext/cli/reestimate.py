@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -21,8 +20,9 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 from torch import nn
 
-from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, check_eval_weights, find_missing_weights
+from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
+from bnext.cli.output_file import find_existing_faults, find_path_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
 from bnext.config.places import ARCHITECTURES, PLACES
@@ -36,7 +36,7 @@ from bnext.engine.population import count_batches
 from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
 from bnext.evaluation.reestimate import format_report, give_head_levels, needs_labels, recompute_statistics
-from bnext.files import is_same_file, remove_partials, replace_file, write_json
+from bnext.files import remove_partials, replace_file, write_json
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
 from bnext.statistics import RecomputeReport
@@ -222,32 +222,13 @@ def find_faults(cfg: CfgNode, request: RecomputeRequest) -> Iterator[BNextError]
 
 def find_file_faults(weights: str, request: RecomputeRequest) -> Iterator[BNextError]:
     """The input is to be there and to stay, the output to be one that can be written."""
-    check_eval_weights(weights)
-    missing = find_missing_weights(weights)
-    if missing is not None:
-        yield missing
-
-    output, folder = request.output, Path(request.output).parent
-    if Path(output).suffix != ".pth":
-        remedy = "The report is written beside it, .json."
-        yield ConfigError.of("--output", "end in .pth", got=repr(output), remedy=remedy)
-
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        rule, remedy = "be in a folder that exists and can be written to", f"Make {str(folder)!r}, or choose another."
-        yield ConfigError.of("--output", rule, got=repr(output), remedy=remedy)
-
-    if is_same_file(output, weights):
-        rule = "be another file than MODEL.WEIGHTS, which is never changed"
-        yield ConfigError.of("--output", rule, got=f"{output!r} for both", remedy="Choose another name.")
+    yield from find_path_faults(request.output, weights, (".pth",))
     yield from find_output_faults(request)
 
 
 def find_output_faults(request: RecomputeRequest) -> Iterator[BNextError]:
     """Files that are there are kept, unless they are to be replaced."""
-    for path in (request.output, request.report):
-        if os.path.isdir(path) or (os.path.lexists(path) and not request.overwrite):
-            remedy = "Choose another name, or give --overwrite."
-            yield ConfigError.of("--output", "not exist, nor the report beside it", got=repr(path), remedy=remedy)
+    yield from find_existing_faults((request.output, request.report), overwrite=request.overwrite)
 
 
 def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) -> Iterator[BNextError]:

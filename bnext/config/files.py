@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from bnext.errors import ConfigError
 from bnext.text import find_near
 
-__all__ = ["CONFIGS", "get_config_file"]
+__all__ = ["CONFIGS", "find_config_file", "get_config_file"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def find_config_file(path: str, folder: str = "") -> str:
+    """The file that a command line or a `_BASE_` names: one of the user's, else the config of the package of that name.
+
+    Args:
+        path: of a file, an address, or such as "Digits-Detection/retinanet_R_18_FPN.yaml".
+        folder: to which a path is relative; "": the working directory.
+
+    Returns:
+        A path that may lead nowhere: whoever reads the file says so.
+    """
+    if "://" in path:
+        return path
+
+    file, config = os.path.join(folder, path), os.path.join(CONFIGS, path)
+    return config if not os.path.lexists(file) and os.path.isfile(config) else file
 
 
 def get_config_file(name: str) -> str:
@@ -25,7 +43,8 @@ def get_config_file(name: str) -> str:
     if path.is_file():
         return str(path)
 
-    names = [str(file.relative_to(CONFIGS)) for file in sorted(CONFIGS.glob("**/*.yaml"))]
+    files = sorted([*CONFIGS.glob("**/*.yaml"), *CONFIGS.glob("**/*.py")])
+    names = [str(file.relative_to(CONFIGS)) for file in files]
     near = find_near(name, names, most=1)
     remedy = f"Did you mean {near[0]}?" if near else f"One is {names[0]}."
     raise ConfigError.of("The name", "be that of a config of bnext", got=repr(name), remedy=remedy)

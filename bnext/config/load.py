@@ -11,6 +11,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import downgrade_config, guess_version, upgrade_config
 
 from bnext.config.check import check_values, flatten
+from bnext.config.files import find_config_file
 from bnext.config.keys import KEYS, add_bnext_config
 from bnext.config.lazy import merge_lazy
 from bnext.config.merge import merge_pairs, merge_values, split_pairs
@@ -29,7 +30,8 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """The config of a file with bnext's keys, and the pairs that override it.
 
     Args:
-        config_file: path of a YAML file, or of a LazyConfig (.py), whose code runs; "" for Detectron2's defaults.
+        config_file: path of a YAML file, or of a LazyConfig (.py), whose code runs; or the name of a config of the
+            package; "" for Detectron2's defaults.
         opts: KEY VALUE KEY VALUE ..., or KEY=VALUE ...; of a LazyConfig `key=value` as well, see `bnext.config.lazy`.
 
     Returns:
@@ -42,6 +44,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_bnext_config(cfg)
     _check_options(opts)
+    config_file = find_config_file(config_file)
     names = merge_lazy(cfg, config_file, opts) if is_lazy_file(config_file) else _merge(cfg, config_file, opts)
     return finish_config(cfg, names)
 

@@ -14,7 +14,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from bnext.config.files import CONFIGS
+from bnext.config.files import find_config_file
 from bnext.errors import ConfigError, LaunchError, Refusal
 
 __all__ = ["BASE", "NO_KEYS", "read_bases", "read_file"]
@@ -186,7 +186,7 @@ def _check_size(values: Any, where: str) -> None:
 
 
 def _find_bases(values: Mapping[str, Any], path: str) -> list[str]:
-    """Paths of the bases that a file names, which are relative to it, or those of the package."""
+    """Paths of the bases that a file names, which are relative to it, or names of configs of the package."""
     if BASE not in values:
         return []
     named = values[BASE]
@@ -197,10 +197,7 @@ def _find_bases(values: Mapping[str, Any], path: str) -> list[str]:
     folder = os.path.dirname(path)
     paths = []
     for base in bases:
-        base = os.path.expanduser(base)
-        beside = base if "://" in base else os.path.join(folder, base)
-        is_ours = "://" not in base and not os.path.exists(beside) and (CONFIGS / base).is_file()
-        paths.append(str(CONFIGS / base) if is_ours else beside)
+        paths.append(find_config_file(os.path.expanduser(base), folder))
     return paths
 
 
