@@ -31,7 +31,7 @@ optimizer = L(torch.optim.AdamW)(
     weight_decay=0.1,
 )
 lr_multiplier = L(WarmupParamScheduler)(
-    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[1, 2], num_updates=train.max_iter),
+    scheduler=L(MultiStepParamScheduler)(values=[1.0, 0.1], milestones=[1], num_updates=train.max_iter),
     warmup_length=1 / train.max_iter,
     warmup_factor=0.001,
 )
