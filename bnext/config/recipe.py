@@ -154,7 +154,7 @@ def _name_lazily(text: str) -> str:
         text = text.replace(place.norm, f"norms.{name}.NORM")
         if place.levels:
             text = text.replace(place.levels, f"norms.{name}.LEVELS")
-    return text.replace("MODEL.BNEXT.", "norms.")
+    return text.replace("MODEL.BNEXT.", "norms.").replace("a node must", "a place in `norms` must")
 
 
 def read_place(cfg: CfgNode, place: str) -> PlaceNorm:

@@ -7,16 +7,15 @@ import pytest
 import yaml
 
 from bnext.config import load_config, resolve_norms
-from bnext.config.lazy import _split
+from bnext.config.lazy import _split, tell_unheeded
 from bnext.config.merge import split_pairs
 from bnext.data.classes import count_classes
 from bnext.errors import ConfigError
+from tests import tiny
 from tests.detector_fixtures import bnext_log  # noqa: F401  the fixture
 from tests.stock import FOLDER
-from tests.tiny import ROOT
 
-LAZY = str(ROOT / "tests/tiny_lazy.py")
-EXAMPLE = ROOT / "configs/Digits-Detection/retinanet_R_18_FPN.py"
+LAZY = str(tiny.LAZY)
 STOCK = sorted(FOLDER.glob("*-*/*.py")) + sorted(FOLDER.glob("new_baselines/*_50ep*.py"))
 NO_MODEL = "train = dict(max_iter=3)\n"
 
@@ -118,14 +117,14 @@ def test_a_file_without_a_model_or_with_loaders_of_its_own_is_refused(tmp_path):
 
 def test_what_has_no_effect_is_told_by_name(bnext_log, tmp_path):  # noqa: F811
     text = f"{Path(LAZY).read_text()}\ntrain.clip = 3\ndataloader.train.sampler = dict(b=1)\noptimiser = optimizer\n"
-    load_config(str(write(tmp_path, f"{text}del optimizer\n")))
+    tell_unheeded(load_config(str(write(tmp_path, f"{text}del optimizer\n"))))
     said = bnext_log.text
     assert "train.clip, dataloader.train.sampler.b" in said
     assert "optimiser of " in said
     assert "Did you mean optimizer?" in said
     assert "log_period" not in said
     bnext_log.clear()
-    load_config(str(FOLDER / "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py"))
+    tell_unheeded(load_config(str(FOLDER / "COCO-PanopticSegmentation/panoptic_fpn_R_50_1x.py")))
     assert "SemSegEvaluator, COCOPanopticEvaluator" in bnext_log.text
 
 

@@ -15,7 +15,6 @@ from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from bnext.evaluation.reestimate import recompute_statistics
 from tests import tiny
 
-LAZY = tiny.ROOT / "tests/tiny_lazy.py"
 VITDET = tiny.ROOT / "tests/engine/vitdet_lazy.py"
 EXAMPLE = tiny.ROOT / "configs/Digits-Detection"
 NO_TEST = ("DATASETS.TEST", "()")
@@ -23,7 +22,7 @@ SMALL = ("dataloader.train.mapper.augmentations.0.short_edge_length=48", "lr_mul
 SMALL_YAML = ("INPUT.MIN_SIZE_TRAIN", "(48,)", "SOLVER.WARMUP_ITERS", 1)
 
 
-def load(output, *words, config=LAZY):
+def load(output, *words, config=tiny.LAZY):
     return tiny.load(output, *words, config=config)
 
 
@@ -111,7 +110,7 @@ def test_mappers_are_those_of_the_file(digits, tmp_path):
 def test_what_a_training_lacks_is_refused_before_it_starts(digits, tmp_path, words, culprit):
     with pytest.raises(ConfigError, match=culprit):
         check_run(load(tmp_path, *words))
-    check_run(load(tmp_path, *words, "MODEL.WEIGHTS", LAZY), eval_only=True)
+    check_run(load(tmp_path, *words, "MODEL.WEIGHTS", tiny.LAZY), eval_only=True)
 
 
 def test_a_multiplier_of_another_kind_is_refused(digits, tmp_path):
