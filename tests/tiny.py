@@ -15,6 +15,7 @@ from bnext.engine import Trainer
 
 CONFIG = Path(__file__).with_name("tiny.yaml")
 RCNN = Path(__file__).with_name("tiny_rcnn.yaml")
+LAZY = Path(__file__).with_name("tiny_lazy.py")
 ROOT = Path(__file__).parents[1]
 # Back to the defaults, for a head of tiny.yaml without a batch norm of bnext.
 NO_LEVELS = ("MODEL.BNEXT.RETINANET.STATISTICS", "per_level", "MODEL.BNEXT.RETINANET.POPULATION", "per_level")

@@ -24,13 +24,13 @@ from bnext.config.check import flatten
 from bnext.config.merge import convert_value, merge_pairs
 from bnext.config.places import LAZY_ARCHITECTURE
 from bnext.errors import ConfigError, Refusal, list_few
-from bnext.lazy_config import find_target, name_target, read_lazy_file
+from bnext.lazy_config import copy_node, find_target, name_target, read_lazy_file
 from bnext.lazy_config.nodes import LAZY, describe_values, keep
 from bnext.lazy_config.overrides import list_names
 from bnext.notices import tell_once
 from bnext.text import find_near
 
-__all__ = ["merge_lazy"]
+__all__ = ["merge_lazy", "tell_unheeded"]
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,6 @@ def merge_lazy(cfg: CfgNode, file: str, words: Sequence[str]) -> dict[str, str]:
         _check_effect(key)
         names.pop(key, None)
     _check_mappers(cfg, config, file)
-    _tell_unheeded(config, file)
 
     cfg.MODEL.META_ARCHITECTURE = LAZY_ARCHITECTURE
     cfg[LAZY] = CfgNode(
@@ -316,11 +315,16 @@ def _check_effect(key: str) -> None:
     if any(key == free or (free.endswith(".") and key.startswith(free)) for free in _FREE):
         return
     instead = next((text for start, text in _INSTEAD.items() if key.startswith(start)), "what it says into the file")
-    raise _NO_EFFECT.of(f"{key} in a pair", key=key, instead=instead)
+    raise _NO_EFFECT.of(f"{key} beside one", key=key, instead=instead)
 
 
-def _tell_unheeded(config: DictConfig, file: str) -> None:
-    """Say which names of the file have no effect."""
+def tell_unheeded(cfg: CfgNode) -> None:
+    """Say which names of a LazyConfig have no effect, once.
+
+    Args:
+        cfg: of the LazyConfig. Whoever builds the model says it, into the log of the training.
+    """
+    config, file = copy_node(cfg), cfg.LAZY.FILE
     others = [str(name) for name in config if name not in _CONVENTION]
     missing = [name for name in _CONVENTION if name not in config]
     for name in others:

@@ -135,7 +135,10 @@ def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
     values = flatten(cfg)
     check_keys(values)
     if is_lazy(cfg):
-        return NormRecipe.of(cfg.LAZY.NORMS)
+        try:
+            return NormRecipe.of(cfg.LAZY.NORMS)
+        except ConfigError as error:
+            raise ConfigError(_name_lazily(str(error))) from error
 
     present = []
     for name, place in PLACES.items():
@@ -143,6 +146,15 @@ def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
         if values["MODEL.META_ARCHITECTURE"] in place.architectures and is_on:
             present.append(name)
     return _make_recipe(present, values, leave_out_unused(_PLACE_ROWS, values, says_unused))
+
+
+def _name_lazily(text: str) -> str:
+    """A message with the names of a LazyConfig's `norms`."""
+    for name, place in PLACES.items():
+        text = text.replace(place.norm, f"norms.{name}.NORM")
+        if place.levels:
+            text = text.replace(place.levels, f"norms.{name}.LEVELS")
+    return text.replace("MODEL.BNEXT.", "norms.").replace("a node must", "a place in `norms` must")
 
 
 def read_place(cfg: CfgNode, place: str) -> PlaceNorm:

@@ -81,7 +81,7 @@ def check_solver(cfg: CfgNode) -> None:
         return
 
     node = copy_node(cfg, "optimizer", "for a training", _OPTIMIZER)
-    if find_target(node.get("params")) is None:
+    if find_target(node) is None or find_target(node.get("params")) is None:
         rule, remedy = "be a call that takes the model", f"Write it as {_OPTIMIZER}."
         raise ConfigError.of("optimizer.params", rule, got=repr(node.get("params")), where=cfg.LAZY.FILE, remedy=remedy)
     copy_node(cfg, "lr_multiplier", "for a training", "L(WarmupParamScheduler)(...) in common/coco_schedule.py")

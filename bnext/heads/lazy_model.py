@@ -10,6 +10,7 @@ from detectron2.modeling.meta_arch.retinanet import RetinaNetHead as StockRetina
 from detectron2.modeling.proposal_generator import StandardRPNHead
 from torch import nn
 
+from bnext.config.lazy import tell_unheeded
 from bnext.config.places import LAZY_ARCHITECTURE
 from bnext.config.recipe import NormRecipe, resolve_norms
 from bnext.errors import ConfigError
@@ -40,6 +41,7 @@ def build_lazy_model(cfg: CfgNode) -> nn.Module:
     Raises:
         ConfigError: a place of `norms` has no such head, or no norm.
     """
+    tell_unheeded(cfg)
     norms = resolve_norms(cfg)
     node = copy_node(cfg, "model", "for every command")
     _put_heads(node, norms)

@@ -1,4 +1,4 @@
-"""LazyConfigs of detectron2: a .py file read, overridden and checked, and its nodes. `config.lazy` says what they mean."""
+"""LazyConfigs of detectron2: a file read, overridden and checked, and its nodes. `config.lazy` says what they mean."""
 
 from bnext.lazy_config.nodes import copy_node, find_target, is_lazy, name_target
 from bnext.lazy_config.read import is_lazy_file, read_lazy_file

@@ -42,12 +42,12 @@ def keep(path: str, overrides: tuple[str, ...], config: DictConfig) -> None:
     _configs[path, overrides] = config
 
 
-def copy_node(cfg: CfgNode, name: str, reason: str = "", example: str = "") -> Any:
+def copy_node(cfg: CfgNode, name: str = "", reason: str = "", example: str = "") -> Any:
     """A node of the LazyConfig of a config, as a copy that may be changed and instantiated.
 
     Args:
         cfg: see `is_lazy`.
-        name: such as "dataloader.train.mapper".
+        name: such as "dataloader.train.mapper"; "": all of it.
         reason: for which it must be there; "": it need not.
         example: how it is written, for the error.
 
@@ -58,7 +58,8 @@ def copy_node(cfg: CfgNode, name: str, reason: str = "", example: str = "") -> A
         ConfigError: it must be there.
         LaunchError: this is a worker, and the file is no longer what the command has read.
     """
-    node = OmegaConf.select(copy.deepcopy(_find_config(cfg)), name)
+    config = copy.deepcopy(_find_config(cfg))
+    node = OmegaConf.select(config, name) if name else config
     if node is None and reason:
         example = f", such as {example}" if example else ""
         raise _NO_NODE.of("none", cfg[LAZY].FILE, name=name, reason=reason, example=example)

@@ -90,6 +90,7 @@ def _takes(node: DictConfig, name: str, path: Sequence[str], where: str) -> bool
 
 def _refuse(config: DictConfig, key: str, parts: Sequence[str], where: str, known: Sequence[str]) -> Exception:
     names = [*list_names(config), *(name for name in known if not name.endswith(".*"))]
+    names = [name for name in names if not key.startswith(f"{name}.")]
     elsewhere = [name for name in names if name.rpartition(".")[2].casefold() == parts[-1].casefold()]
     near = find_near(key, names, most=2, cutoff=0.7) or find_near(key, elsewhere, most=2, cutoff=0.0)
     remedy = f"Did you mean {' or '.join(near)}?" if near else f"To add a new one, write +{key}=..."

@@ -156,6 +156,15 @@ def check_resume(folder):
     assert bool(results) == comm.is_main_process()
 
 
+def check_lazy_config(folder):
+    """Each worker reads the file for itself: the same images, steps and statistics as from YAML are saved."""
+    trainer = watch(tiny.load(folder / "from_lazy", "train.max_iter=2", *NO_TEST, config=tiny.LAZY))
+    file = load_state(folder / "from_lazy", "model_final")
+    assert differ(copy_state(trainer.model), file) == []
+    assert are_equal_on_workers(copy_state(trainer.model))
+    assert differ(trainer.steps[0], file) != []
+
+
 def check_smart_batch_norm(folder):
     """The one estimate is of an epoch over both workers, saved and evaluated."""
     opts = (*SHORT, *SYNC, "TEST.BNEXT.SMART_BATCH_NORM", True)
@@ -353,6 +362,7 @@ CHECKS = {
     "resume": check_resume,
     "around": check_around,
     "shuffling": check_shuffling,
+    "lazy_config": check_lazy_config,
 }
 
 

@@ -14,7 +14,7 @@ from detectron2.config import get_cfg
 from bnext.config.check import flatten
 from bnext.config.keys import add_bnext_config
 from tests import tiny
-from tests.faults import use
+from tests.faults import lazy_configs, use
 from tests.faults.attempt import Attempt, Outcome, Verdict
 
 __all__ = ["make_attempts"]
@@ -81,7 +81,7 @@ def make_attempts(count: int, seed: int) -> list[Attempt]:
     """Attempts drawn from a seed: files, keys, values and norms, in turn."""
     draw = np.random.default_rng(seed)
     keys = _list_keys()
-    kinds = (_damage_value, _damage_value, _damage_key, _damage_file, _sweep_norm)
+    kinds = (_damage_value, _damage_value, _damage_key, _damage_file, _sweep_norm, _damage_lazy)
     return [kinds[index % len(kinds)](draw, keys) for index in range(count)]
 
 
@@ -233,6 +233,10 @@ def _train_with_file(fault: FileFault, folder: Path) -> Outcome:
     if (folder / "ran").exists():
         return Outcome(Verdict.WRONG, "the file has run a program")
     return use.judge(run, folder / "output", fault.words, must_be_told=fault.is_wrong)
+
+
+def _damage_lazy(draw: np.random.Generator, keys: dict[str, object]) -> Attempt:
+    return lazy_configs.make_attempt(draw)
 
 
 # ---- norms
