@@ -47,7 +47,7 @@ _TEXT, _TITLE = 13, 16  # pixels
 _LINE, _FOOT_LINE = 18, 22  # pixels from one line of words to the next
 _GAP, _BLOCK_GAP, _MARGIN = 8, 26, 14
 _BOX = 2.2  # pixels of a box's line
-_HALO = 1.6  # pixels of white at each side of it
+_HALO = 1.0  # pixels of white at each side of it
 _MOST_LABELS = 40  # in a cell
 
 
@@ -134,7 +134,7 @@ def draw_detections(
         for index, words in enumerate(headers):
             _write_header(canvas, words, left + index * (width + _GAP))
 
-    top = _MARGIN + head
+    top: float = _MARGIN + head
     for row, height in zip(rows, heights, strict=True):
         for left, index in zip(lefts, row, strict=False):
             _draw_row(canvas, columns, records[index], cells[index], (left, top, width))
