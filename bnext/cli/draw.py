@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", action="store_true", help="enlarge the part of each image that holds all boxes")
 
     add("--iou", type=float, default=0.5, metavar="T", help="with an object, of a right box (default: %(default)s)")
-    add("--score", type=float, default=0.3, metavar="S", help="leave out boxes below it (default: %(default)s)")
+    add("--score", type=float, default=0.5, metavar="S", help="leave out boxes below it (default: %(default)s)")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
 
 
@@ -123,7 +123,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not 0 < args.iou <= 1:
         raise ConfigError.of("--iou", "be above 0 and at most 1", got=args.iou, remedy="Use 0.5, or 0.75.")
     if not 0 <= args.score <= 1:
-        raise ConfigError.of("--score", "be 0 to 1", got=args.score, remedy="Use 0.3, or 0.5 for fewer boxes.")
+        raise ConfigError.of("--score", "be 0 to 1", got=args.score, remedy="Use 0.5, or 0.3 for more boxes.")
     if args.num_images < 1:
         raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy="Use 4.")
     if args.seed is not None and args.seed < 0:
@@ -266,7 +266,7 @@ def _examine(
         return examine(cfg, variant, records, title=title, score=args.score, iou=args.iou, images_per_batch=size)
 
 
-def describe_thresholds(dataset: str, score: float = 0.3, iou: float | None = 0.5) -> str:
+def describe_thresholds(dataset: str, score: float, iou: float | None) -> str:
     """The last line of a picture: whose images they are, and what its boxes are judged by; None: by nothing."""
     words = f"{dataset}; boxes of score {score:g} and above."
     if iou is None:

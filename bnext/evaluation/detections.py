@@ -91,7 +91,7 @@ def examine(
     records: Sequence[Record] | None = None,
     *,
     title: str = "",
-    score: float = 0.3,
+    score: float = 0.5,
     iou: float = 0.5,
     images_per_batch: int = 1,
 ) -> Examined:

@@ -43,10 +43,10 @@ _STYLES: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 _WORDS = {**OUTCOMES, "ignored": "in a crowd, not counted", "detected": "detected (no annotations to judge by)"}
 
-_TEXT, _TITLE = 13, 16  # pixels
-_LINE, _FOOT_LINE = 18, 22  # pixels from one line of words to the next
+_TEXT, _TITLE = 14, 17  # pixels
+_LINE, _FOOT_LINE = 19, 23  # pixels from one line of words to the next
 _GAP, _BLOCK_GAP, _MARGIN = 8, 26, 14
-_BOX = 2.2  # pixels of a box's line
+_BOX = 2.5  # pixels of a box's line
 _HALO = 1.0  # pixels of white at each side of it
 _MOST_LABELS = 40  # in a cell
 
@@ -435,7 +435,7 @@ def _arrange_legend(columns: Sequence[Examined], width: float) -> list[list[tupl
     lines: list[list[tuple[str, float]]] = [[]]
     place = 0.0
     for outcome in outcomes:
-        needed = 40 + _measure(_WORDS[outcome]) + 16
+        needed = 42 + _measure(_WORDS[outcome]) + 16
         if lines[-1] and place + needed > width:
             lines.append([])
             place = 0.0
@@ -452,10 +452,10 @@ def _draw_foot(
     for entries in legend:
         for outcome, place in entries:
             color, dashes = _STYLES[outcome]
-            ends, height = [_MARGIN + place, _MARGIN + place + 32], canvas.height - middle
-            line: dict[str, Any] = {"linewidth": to_points(2 * _BOX), "linestyle": (0, dashes) if dashes else "-"}
+            ends, height = [_MARGIN + place, _MARGIN + place + 36], canvas.height - middle
+            line: dict[str, Any] = {"linewidth": to_points(1.4 * _BOX), "linestyle": (0, dashes) if dashes else "-"}
             canvas.add(Line2D(ends, [height, height], color=color, dash_capstyle="butt", **line))
-            canvas.write(_WORDS[outcome], _MARGIN + place + 40, middle)
+            canvas.write(_WORDS[outcome], _MARGIN + place + 42, middle)
         middle += _FOOT_LINE
 
     for words in notes:
