@@ -15,12 +15,10 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights, load_model
+from bnext.checkpoints.checkpointer import find_missing_weights, load_model
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config import load_config
-from bnext.data.check_coco import check_datasets
-from bnext.data.classes import count_classes
 from bnext.data.records import Record, has_labels, load_records
 from bnext.engine.output import holding_output
 from bnext.errors import ConfigError, check_choice
@@ -28,6 +26,7 @@ from bnext.evaluation.compare import check_domain, count_together, recompute_kin
 from bnext.evaluation.detections import Examined, choose_images, examine
 from bnext.evaluation.matching import OUTCOMES
 from bnext.files import is_same_file
+from bnext.notices import gathering_notices
 from bnext.repair.kinds import KINDS, Kind, find_obstacle, use_kind
 from bnext.scope import use_domain
 from bnext.studies.bars import draw_bars
@@ -98,6 +97,7 @@ def execute(args: argparse.Namespace) -> None:
         records = _check_run(cfg, list(checkpoints.values()), args, outputs)
         for path in outputs:
             stack.enter_context(holding_output(path, "--output", is_folder=False))
+        stack.enter_context(gathering_notices())
         _draw(cfg, checkpoints, kinds, records, args)
 
 
@@ -185,7 +185,9 @@ def _check_run(cfg: CfgNode, weights: Sequence[str], args: argparse.Namespace, o
         raise ConfigError.of("DATASETS.TEST", "name a data set", got="none", remedy="Give --dataset NAME.")
     check_domain(cfg, args.domain)
     for path in weights:
-        check_eval_weights(path)
+        if not path:
+            rule, remedy = "name a checkpoint", "Give --weights FILE, or MODEL.WEIGHTS FILE."
+            raise ConfigError.of("--weights", rule, got="none", remedy=remedy)
         missing = find_missing_weights(path)
         if missing is not None:
             raise missing
@@ -198,8 +200,6 @@ def _check_run(cfg: CfgNode, weights: Sequence[str], args: argparse.Namespace, o
     if has_labels(records):
         check_run(cfg, eval_only=True)
     else:
-        _, num_classes = count_classes(cfg) or ("", None)
-        check_datasets([name], num_classes=num_classes, training=False, cfg=cfg)
         needs = [option for option, value in (("--worst", args.worst), ("--bars", args.bars)) if value]
         if needs:
             rule, got = f"be annotated for {needs[0]}", f"{name!r} without annotations"

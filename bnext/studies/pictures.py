@@ -88,6 +88,14 @@ class _Cell:
 
 
 @dataclass(frozen=True)
+class _Line:
+    """A line of words above a column."""
+
+    words: str
+    is_title: bool = False
+
+
+@dataclass(frozen=True)
 class _Box:
     outcome: str
     corners: tuple[float, float, float, float]
@@ -207,11 +215,11 @@ def _find_ruler() -> Any:
     return FigureCanvasAgg(make_figure(10, 10, by_hand=True)).get_renderer()
 
 
-def _wrap(words: str, width: float) -> list[str]:
+def _wrap(words: str, width: float, size: float = _TEXT, weight: str = "normal") -> list[str]:
     """Lines that are no wider, as far as single words allow."""
     lines: list[str] = []
     for word in words.split():
-        if lines and _measure(f"{lines[-1]} {word}") <= width:
+        if lines and _measure(f"{lines[-1]} {word}", size, weight) <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
@@ -262,28 +270,33 @@ def _find_part(boxes: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int
     return starts[0], starts[1], math.ceil(starts[0] + span[0]), math.ceil(starts[1] + span[1])
 
 
-def _arrange_header(column: Examined, num_images: int, width: float) -> list[str]:
+def _arrange_header(column: Examined, num_images: int, width: float) -> list[_Line]:
     """Title, AP if it is known, and how many objects are found, in lines."""
-    title = _shorten(flatten_text(column.title), width, _TITLE, "bold")
+    title = _wrap(flatten_text(column.title), width, _TITLE, "bold")
+    header = [_Line(_shorten(line, width, _TITLE, "bold"), is_title=True) for line in title]
     counts = column.count()
     if not column.matches:
-        return [title]
+        return header
 
     ap = column.metrics.get("bbox/AP")
     num_objects, number = counts["right"] + counts["missed"], len(column.matches)
     where = f"in {number} images" if number > num_images else "in these images"
     words = f"{counts['right']} of {num_objects} objects found, {_count_false(counts)} false boxes {where}"
-    return [title, *_wrap(words if ap is None else f"COCO AP {ap:.1f}: {words}", width)]
+    lines = _wrap(words if ap is None else f"COCO AP {ap:.1f}: {words}", width)
+    return header + [_Line(line) for line in lines]
 
 
 def _count_false(counts: Mapping[str, int]) -> int:
     return sum(counts[outcome] for outcome in OUTCOMES if outcome not in ("right", "missed"))
 
 
-def _write_header(canvas: _Canvas, words: Sequence[str], left: float) -> None:
-    canvas.write(words[0], left, _MARGIN + _LINE / 2, size=_TITLE, weight="bold")
-    for number, line in enumerate(words[1:], start=1):
-        canvas.write(line, left, _MARGIN + 4 + (number + 0.5) * _LINE)
+def _write_header(canvas: _Canvas, lines: Sequence[_Line], left: float) -> None:
+    for number, line in enumerate(lines):
+        middle = _MARGIN + (number + 0.5) * _LINE
+        if line.is_title:
+            canvas.write(line.words, left, middle, size=_TITLE, weight="bold")
+        else:
+            canvas.write(line.words, left, middle + 4)
 
 
 def _draw_row(
