@@ -9,7 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from PIL import Image
 
 from bnext.files import replace_file
 
@@ -47,8 +50,10 @@ def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, whole or not at all; folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    options = {"compress_level": 9}
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=DPI, pil_kwargs=options))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[:, :, :3]  # all of it is opaque
+    replace_file(path, lambda file: Image.fromarray(pixels).save(file, format="PNG", optimize=True))
     return path
 
 

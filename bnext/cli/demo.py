@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 # COCO AP of the same two heads, RetinaNet R50-FPN, 3x; Wu and Johnson 2021, Table 5, rows 3 and 4.
 PAPER_AP = {"trained": 34.1, "re-estimated": 39.1}
+# Of the boxes that are drawn: where the statistics do not fit, they lie loosely on the objects.
+SCORE, IOU = 0.4, 0.75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,13 +110,14 @@ def _draw(configs: Mapping[str, CfgNode], path: Path) -> Path:
     """Both models on the same images, and what their boxes in all images are."""
     columns = []
     for name, cfg in configs.items():
-        columns.append(examine(cfg, load_model(cfg, find_final_model(cfg)), title=name))
+        columns.append(examine(cfg, load_model(cfg, find_final_model(cfg)), title=name, score=SCORE, iou=IOU))
     print(f"\n{format_counts(columns)}")
 
     cfg = configs["re-estimated"]
     images = choose_images(load_records(cfg.DATASETS.TEST[0], cfg), 4)
-    note = f"The same weights, with other statistics in the head. {describe_thresholds(cfg.DATASETS.TEST[0])}"
-    return draw_detections(columns, images, path, note=note, layout=Layout(cell=212))
+    thresholds = describe_thresholds(cfg.DATASETS.TEST[0], SCORE, IOU)
+    note = f"The same weights, with other statistics in the head. {thresholds}"
+    return draw_detections(columns, images, path, note=note, layout=Layout(cell=204))
 
 
 def format_results(results: Mapping[str, Any]) -> str:

@@ -15,12 +15,10 @@ from typing import Any
 from detectron2.config import CfgNode
 from torch import nn
 
-from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights, load_model
+from bnext.checkpoints.checkpointer import find_missing_weights, load_model
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config import load_config
-from bnext.data.check_coco import check_datasets
-from bnext.data.classes import count_classes
 from bnext.data.records import Record, has_labels, load_records
 from bnext.engine.output import holding_output
 from bnext.errors import ConfigError, check_choice
@@ -28,6 +26,7 @@ from bnext.evaluation.compare import check_domain, count_together, recompute_kin
 from bnext.evaluation.detections import Examined, choose_images, examine
 from bnext.evaluation.matching import OUTCOMES
 from bnext.files import is_same_file
+from bnext.notices import gathering_notices
 from bnext.repair.kinds import KINDS, Kind, find_obstacle, use_kind
 from bnext.scope import use_domain
 from bnext.studies.bars import draw_bars
@@ -71,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--crop", action="store_true", help="enlarge the part of each image that holds all boxes")
 
     add("--iou", type=float, default=0.5, metavar="T", help="with an object, of a right box (default: %(default)s)")
-    add("--score", type=float, default=0.3, metavar="S", help="leave out boxes below it (default: %(default)s)")
+    add("--score", type=float, default=0.5, metavar="S", help="leave out boxes below it (default: %(default)s)")
     add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
 
 
@@ -98,6 +97,7 @@ def execute(args: argparse.Namespace) -> None:
         records = _check_run(cfg, list(checkpoints.values()), args, outputs)
         for path in outputs:
             stack.enter_context(holding_output(path, "--output", is_folder=False))
+        stack.enter_context(gathering_notices())
         _draw(cfg, checkpoints, kinds, records, args)
 
 
@@ -123,7 +123,7 @@ def _check_arguments(args: argparse.Namespace) -> None:
     if not 0 < args.iou <= 1:
         raise ConfigError.of("--iou", "be above 0 and at most 1", got=args.iou, remedy="Use 0.5, or 0.75.")
     if not 0 <= args.score <= 1:
-        raise ConfigError.of("--score", "be 0 to 1", got=args.score, remedy="Use 0.3, or 0.5 for fewer boxes.")
+        raise ConfigError.of("--score", "be 0 to 1", got=args.score, remedy="Use 0.5, or 0.3 for more boxes.")
     if args.num_images < 1:
         raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy="Use 4.")
     if args.seed is not None and args.seed < 0:
@@ -185,7 +185,9 @@ def _check_run(cfg: CfgNode, weights: Sequence[str], args: argparse.Namespace, o
         raise ConfigError.of("DATASETS.TEST", "name a data set", got="none", remedy="Give --dataset NAME.")
     check_domain(cfg, args.domain)
     for path in weights:
-        check_eval_weights(path)
+        if not path:
+            rule, remedy = "name a checkpoint", "Give --weights FILE, or MODEL.WEIGHTS FILE."
+            raise ConfigError.of("--weights", rule, got="none", remedy=remedy)
         missing = find_missing_weights(path)
         if missing is not None:
             raise missing
@@ -198,8 +200,6 @@ def _check_run(cfg: CfgNode, weights: Sequence[str], args: argparse.Namespace, o
     if has_labels(records):
         check_run(cfg, eval_only=True)
     else:
-        _, num_classes = count_classes(cfg) or ("", None)
-        check_datasets([name], num_classes=num_classes, training=False, cfg=cfg)
         needs = [option for option, value in (("--worst", args.worst), ("--bars", args.bars)) if value]
         if needs:
             rule, got = f"be annotated for {needs[0]}", f"{name!r} without annotations"
@@ -266,7 +266,7 @@ def _examine(
         return examine(cfg, variant, records, title=title, score=args.score, iou=args.iou, images_per_batch=size)
 
 
-def describe_thresholds(dataset: str, score: float = 0.3, iou: float | None = 0.5) -> str:
+def describe_thresholds(dataset: str, score: float, iou: float | None) -> str:
     """The last line of a picture: whose images they are, and what its boxes are judged by; None: by nothing."""
     words = f"{dataset}; boxes of score {score:g} and above."
     if iou is None:

@@ -7,10 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from bnext.evaluation.verdict import NAMES, TOO_LOW, find_noise, judge_losses, judge_rows
-from bnext.files import replace_file
+from bnext.figures import PLAIN, make_figure, save_figure, style_axes, to_points
 from bnext.repair.kinds import KINDS
 from bnext.tables import format_rows
 from bnext.text import escape_math
@@ -110,18 +108,17 @@ def draw_comparison(results: Mapping[str, Any], path: str | os.PathLike[str]) ->
     """
     reading = results["reading"]
     has_reading = "not_applicable" not in reading
-    figure = Figure(figsize=(12 if has_reading else 8, 1.6 + 0.55 * len(results["rows"])), layout="constrained")
+    figure = make_figure(1000 if has_reading else 700, max(120 + 52 * len(results["rows"]), 320 if has_reading else 0))
 
     if has_reading:
-        left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+        left, right = figure.subplots(1, 2, width_ratios=[2, 1.25])
         _draw_reading(right, reading)
     else:
         left = figure.subplots()
     _draw_aps(left, results["rows"])
     left.set_xlabel(f"COCO AP on {escape_math(results['dataset'])}")
-
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return Path(path)
+    style_axes(left)
+    return save_figure(figure, path)
 
 
 def _draw_aps(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
@@ -134,8 +131,8 @@ def _draw_aps(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
         places = [row + (index - (len(keys) - 1) / 2) * height for row in range(len(rows))]
         lengths = [ap or 0.0 for ap in aps]
         longest = max(longest, *lengths)
-        bars = axes.barh(places, lengths, height, label=NAMES[key])
-        axes.bar_label(bars, _label_bars(aps), padding=3)
+        bars = axes.barh(places, lengths, height, label=NAMES[key], color=PLAIN[index % len(PLAIN)])
+        axes.bar_label(bars, _label_bars(aps), padding=3, fontsize=to_points(13))
 
     axes.set_yticks(range(len(rows)), [KINDS[kind].words.replace(": as", ":\nas") for kind in rows])
     axes.invert_yaxis()
@@ -143,7 +140,7 @@ def _draw_aps(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_xlim(0, None if longest else 1)
     axes.set_title("Same checkpoint, which statistics?")
     if len(keys) > 1:
-        axes.legend()
+        axes.legend(fontsize=to_points(13), frameon=False)
 
 
 def _label_bars(values: Sequence[float | None]) -> list[str]:
@@ -167,10 +164,10 @@ def _draw_reading(axes: Any, reading: Mapping[str, Any]) -> None:
         "population_val": "population,\nvalidation\nimages",
     }
 
-    bars = axes.bar(list(labels.values()), [reading[way]["loss"] for way in labels], color=["C0", "C1", "C3"])
-    axes.bar_label(bars, fmt="%.3f", padding=3)
-    axes.tick_params(axis="x", labelsize="small")
+    bars = axes.bar(list(labels.values()), [reading[way]["loss"] for way in labels], color=PLAIN[:3])
+    axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=to_points(13))
     axes.margins(y=0.12)
     axes.set_ylabel("loss")
     gap, inconsistency = reading["generalization_gap"], reading["inconsistency"]
-    axes.set_title(f"generalization gap {gap:+.3f},\ntrain-test inconsistency {inconsistency:+.3f}", fontsize="medium")
+    axes.set_title(f"generalization gap {gap:+.3f},\ntrain-test inconsistency {inconsistency:+.3f}")
+    style_axes(axes, pixels=12)

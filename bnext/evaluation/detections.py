@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sys
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.structures import BoxMode, Instances
 from torch import nn
-from tqdm import tqdm
 
 from bnext.data.batches import build_evaluation_batches
 from bnext.data.classes import find_trained_classes
@@ -24,6 +23,7 @@ from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.coco_evaluator import COCOEvaluator
 from bnext.evaluation.matching import OUTCOMES, Matches, count_outcomes, match_detections
 from bnext.layers.single_element import explaining_single_values
+from bnext.progress import showing_progress
 from bnext.scope.model import setting
 from bnext.seeding import seeded
 
@@ -69,7 +69,8 @@ class Examined:
         detected: image_id -> detections.
         objects: image_id -> objects; empty: the set has no annotations.
         matches: image_id -> what each detection is; empty: the set has no annotations.
-        metrics: COCO's by name, from 0 to 100; empty unless all images of an annotated set were examined.
+        metrics: COCO's by name, AP and AR of boxes from 0 to 100; empty unless all images of an annotated set were
+            examined.
     """
 
     title: str
@@ -90,7 +91,7 @@ def examine(
     records: Sequence[Record] | None = None,
     *,
     title: str = "",
-    score: float = 0.3,
+    score: float = 0.5,
     iou: float = 0.5,
     images_per_batch: int = 1,
 ) -> Examined:
@@ -140,6 +141,8 @@ def examine(
         evaluator.image_ids = [record["image_id"] for record in every]
         with contextlib.redirect_stdout(io.StringIO()):
             metrics = flatten_metrics(evaluator.evaluate() or {})
+        recalls = evaluator.recalls.get("bbox", {})
+        metrics |= {f"bbox/{key}": None if math.isnan(value) else value for key, value in recalls.items()}
     return Examined(title, tuple(evaluator.names), detected, objects, matches, metrics)
 
 
@@ -153,7 +156,6 @@ def _detect(
 ) -> None:
     """Give each batch, and the model's outputs of it, to `take`."""
     loader = build_evaluation_batches(cfg, records, range(len(records)), images_per_batch)
-    disable = None if getattr(sys.stderr, "isatty", bool)() else True
     where = cfg.DATASETS.TEST[0]
 
     with (
@@ -161,7 +163,7 @@ def _detect(
         seeded(max(cfg.SEED, 0)),
         setting(model.modules(), training=False),
         explaining_single_values(where),
-        tqdm(total=len(records), desc=title or "detecting", unit="image", disable=disable, leave=False) as bar,
+        showing_progress(title or "detecting", len(records), "image") as bar,
     ):
         for batch in loader:
             outputs = model(batch)

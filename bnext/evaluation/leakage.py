@@ -15,7 +15,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from matplotlib.figure import Figure
 from torch import nn
 
 from bnext.checkpoints.checkpointer import load_model
@@ -23,7 +22,8 @@ from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
-from bnext.files import replace_file, write_json
+from bnext.figures import PLAIN, make_figure, save_figure, style_axes, to_points
+from bnext.files import write_json
 from bnext.heads import mixing_images
 from bnext.heads.roi import find_roi_heads
 from bnext.layers import BatchNorm2d
@@ -127,22 +127,22 @@ def draw_leakage(results: Mapping[str, Mapping[str, Mapping[str, Any]]], path: s
         results: title of a model -> what `evaluate_leakage` gave for it.
         path: of the PNG; written whole.
     """
-    figure = Figure(figsize=(2.2 + 2.4 * len(results), 3.6), layout="constrained")
+    figure = make_figure(max(520, 160 + 240 * len(results)), 380)
     axes = figure.add_subplot()
 
     width = 0.8 / len(WAYS)
     for index, way in enumerate(WAYS):
         places = [model + (index - (len(WAYS) - 1) / 2) * width for model in range(len(results))]
         aps = [ways[way]["bbox"]["AP"] for ways in results.values()]
-        axes.bar_label(axes.bar(places, aps, width, label=WAYS[way]), fmt="%.1f", fontsize=8)
+        bars = axes.bar(places, aps, width, label=WAYS[way], color=PLAIN[index % len(PLAIN)])
+        axes.bar_label(bars, fmt="%.1f", fontsize=to_points(13))
 
     axes.set_xticks(range(len(results)), [escape_math(title) for title in results])
     axes.set_ylabel("box AP")
     axes.margins(y=0.12)
-    figure.legend(loc="outside upper center", fontsize=8)
-
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=150))
-    return Path(path)
+    style_axes(axes)
+    figure.legend(loc="outside upper center", fontsize=to_points(13), frameon=False)
+    return save_figure(figure, path)
 
 
 def show_leakage(models: Mapping[str, tuple[CfgNode, str]], output: str, images_per_batch: int = 8) -> None:

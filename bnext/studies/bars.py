@@ -21,6 +21,7 @@ _METRICS = {
     "APs": "small",
     "APm": "medium",
     "APl": "large",
+    "AR100": "recall",
 }
 _COUNTS = {name: words.replace(" ", "\n") for name, words in OUTCOMES.items()}
 _CLASS = "bbox/AP-"
@@ -45,7 +46,7 @@ def draw_bars(columns: Sequence[Examined], path: str | os.PathLike[str], *, note
     sizes = {words: [column.metrics.get(f"bbox/{name}") for column in columns] for name, words in _METRICS.items()}
     titles = [escape_math(flatten_text(column.title)) for column in columns]
     handles = _draw_groups(axes["sizes"], sizes, "{:.1f}")
-    axes["sizes"].set_title("COCO AP: all, at one IoU, and by the size of objects")
+    axes["sizes"].set_title("COCO AP: all, at one IoU, by size; average recall")
 
     counted = [column.count() for column in columns]
     counts = {words: [each[name] for each in counted] for name, words in _COUNTS.items()}
@@ -90,7 +91,7 @@ def _draw_groups(axes: Any, groups: Mapping[str, Sequence[float | None]], form: 
         places = [group + (index - (number - 1) / 2) * width for group in range(len(groups))]
         values = [group[index] for group in groups.values()]
         bars = axes.bar(places, [value or 0 for value in values], width, color=PLAIN[index % len(PLAIN)])
-        labels = ["none" if value is None else form.format(value) for value in values]
+        labels = ["-" if value is None else form.format(value) for value in values]
         rotation = 90 if number > 2 else 0
         axes.bar_label(bars, labels, padding=2, fontsize=to_points(12), rotation=rotation)
         drawn.append(bars)

@@ -43,11 +43,11 @@ _STYLES: Mapping[str, tuple[str, tuple[float, ...]]] = {
 }
 _WORDS = {**OUTCOMES, "ignored": "in a crowd, not counted", "detected": "detected (no annotations to judge by)"}
 
-_TEXT, _TITLE = 13, 16  # pixels
-_LINE, _FOOT_LINE = 18, 22  # pixels from one line of words to the next
+_TEXT, _TITLE = 14, 17  # pixels
+_LINE, _FOOT_LINE = 19, 23  # pixels from one line of words to the next
 _GAP, _BLOCK_GAP, _MARGIN = 8, 26, 14
-_BOX = 2.2  # pixels of a box's line
-_HALO = 1.6  # pixels of white at each side of it
+_BOX = 2.5  # pixels of a box's line
+_HALO = 1.0  # pixels of white at each side of it
 _MOST_LABELS = 40  # in a cell
 
 
@@ -85,6 +85,14 @@ class _Cell:
         x, y, width, height = (float(number) for number in box)
         left, top = (x - self.corner[0]) * self.scale, (y - self.corner[1]) * self.scale
         return left, top, left + width * self.scale, top + height * self.scale
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of words above a column."""
+
+    words: str
+    is_title: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,7 +142,7 @@ def draw_detections(
         for index, words in enumerate(headers):
             _write_header(canvas, words, left + index * (width + _GAP))
 
-    top = _MARGIN + head
+    top: float = _MARGIN + head
     for row, height in zip(rows, heights, strict=True):
         for left, index in zip(lefts, row, strict=False):
             _draw_row(canvas, columns, records[index], cells[index], (left, top, width))
@@ -207,11 +215,11 @@ def _find_ruler() -> Any:
     return FigureCanvasAgg(make_figure(10, 10, by_hand=True)).get_renderer()
 
 
-def _wrap(words: str, width: float) -> list[str]:
+def _wrap(words: str, width: float, size: float = _TEXT, weight: str = "normal") -> list[str]:
     """Lines that are no wider, as far as single words allow."""
     lines: list[str] = []
     for word in words.split():
-        if lines and _measure(f"{lines[-1]} {word}") <= width:
+        if lines and _measure(f"{lines[-1]} {word}", size, weight) <= width:
             lines[-1] += f" {word}"
         else:
             lines.append(word)
@@ -262,28 +270,33 @@ def _find_part(boxes: np.ndarray, shape: tuple[int, ...]) -> tuple[int, int, int
     return starts[0], starts[1], math.ceil(starts[0] + span[0]), math.ceil(starts[1] + span[1])
 
 
-def _arrange_header(column: Examined, num_images: int, width: float) -> list[str]:
+def _arrange_header(column: Examined, num_images: int, width: float) -> list[_Line]:
     """Title, AP if it is known, and how many objects are found, in lines."""
-    title = _shorten(flatten_text(column.title), width, _TITLE, "bold")
+    title = _wrap(flatten_text(column.title), width, _TITLE, "bold")
+    header = [_Line(_shorten(line, width, _TITLE, "bold"), is_title=True) for line in title]
     counts = column.count()
     if not column.matches:
-        return [title]
+        return header
 
     ap = column.metrics.get("bbox/AP")
     num_objects, number = counts["right"] + counts["missed"], len(column.matches)
     where = f"in {number} images" if number > num_images else "in these images"
     words = f"{counts['right']} of {num_objects} objects found, {_count_false(counts)} false boxes {where}"
-    return [title, *_wrap(words if ap is None else f"COCO AP {ap:.1f}: {words}", width)]
+    lines = _wrap(words if ap is None else f"COCO AP {ap:.1f}: {words}", width)
+    return header + [_Line(line) for line in lines]
 
 
 def _count_false(counts: Mapping[str, int]) -> int:
     return sum(counts[outcome] for outcome in OUTCOMES if outcome not in ("right", "missed"))
 
 
-def _write_header(canvas: _Canvas, words: Sequence[str], left: float) -> None:
-    canvas.write(words[0], left, _MARGIN + _LINE / 2, size=_TITLE, weight="bold")
-    for number, line in enumerate(words[1:], start=1):
-        canvas.write(line, left, _MARGIN + 4 + (number + 0.5) * _LINE)
+def _write_header(canvas: _Canvas, lines: Sequence[_Line], left: float) -> None:
+    for number, line in enumerate(lines):
+        middle = _MARGIN + (number + 0.5) * _LINE
+        if line.is_title:
+            canvas.write(line.words, left, middle, size=_TITLE, weight="bold")
+        else:
+            canvas.write(line.words, left, middle + 4)
 
 
 def _draw_row(
@@ -435,7 +448,7 @@ def _arrange_legend(columns: Sequence[Examined], width: float) -> list[list[tupl
     lines: list[list[tuple[str, float]]] = [[]]
     place = 0.0
     for outcome in outcomes:
-        needed = 40 + _measure(_WORDS[outcome]) + 16
+        needed = 42 + _measure(_WORDS[outcome]) + 16
         if lines[-1] and place + needed > width:
             lines.append([])
             place = 0.0
@@ -452,10 +465,10 @@ def _draw_foot(
     for entries in legend:
         for outcome, place in entries:
             color, dashes = _STYLES[outcome]
-            ends, height = [_MARGIN + place, _MARGIN + place + 32], canvas.height - middle
-            line: dict[str, Any] = {"linewidth": to_points(2 * _BOX), "linestyle": (0, dashes) if dashes else "-"}
+            ends, height = [_MARGIN + place, _MARGIN + place + 36], canvas.height - middle
+            line: dict[str, Any] = {"linewidth": to_points(1.4 * _BOX), "linestyle": (0, dashes) if dashes else "-"}
             canvas.add(Line2D(ends, [height, height], color=color, dash_capstyle="butt", **line))
-            canvas.write(_WORDS[outcome], _MARGIN + place + 40, middle)
+            canvas.write(_WORDS[outcome], _MARGIN + place + 42, middle)
         middle += _FOOT_LINE
 
     for words in notes:

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from bnext.files import replace_file
+from bnext.figures import PLAIN, make_figure, save_figure, style_axes, to_points
 from bnext.tables import format_rows
 
 __all__ = ["MOVING_AVERAGE", "draw_results", "format_tables"]
@@ -124,24 +123,26 @@ def draw_results(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pa
     kinds = _find_kinds(rows)[1:]
     places = range(len(kinds))  # evenly: a logarithmic axis cannot be drawn where no loss is finite
 
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    figure = make_figure(1000, 440)
     for axes, (key, name) in zip(figure.subplots(1, 2), (("AP", "COCO AP"), ("loss", "validation loss")), strict=True):
         for index, (row, values) in enumerate(rows.items()):
             curve = [_as_drawn(values.get(f"{kind}/{key}")) for kind in kinds]
-            axes.plot(places, curve, f"C{index}o-", label=f"iteration {row.split('_')[1]}")
-            axes.axhline(_as_drawn(values.get(f"{MOVING_AVERAGE}/{key}")), color=f"C{index}", linestyle="--")
+            axes.plot(places, curve, "o-", color=PLAIN[index % len(PLAIN)], label=f"iteration {row.split('_')[1]}")
+            axes.axhline(
+                _as_drawn(values.get(f"{MOVING_AVERAGE}/{key}")), color=PLAIN[index % len(PLAIN)], linestyle="--"
+            )
         axes.plot([], [], "k--", label="its moving average")
 
         axes.set_xticks(places, [kind.split("_")[1] for kind in kinds])
         axes.set_xlabel("training images N of the population statistics")
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
+        style_axes(axes)
         _scale(axes)
 
     lines, labels = axes.get_legend_handles_labels()
-    figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
-    replace_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
-    return Path(path)
+    figure.legend(lines, labels, loc="outside lower center", ncols=5, fontsize=to_points(13), frameon=False)
+    return save_figure(figure, path)
 
 
 def _scale(axes: Any) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 from bnext.checkpoints.checkpointer import load_model
 from bnext.cli.compare import run_comparison
 from bnext.cli.main import build_parser
 from bnext.errors import CheckpointError, ConfigError
+from bnext.evaluation import compare_report
 from bnext.evaluation.compare import compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison
 from bnext.evaluation.verdict import judge_rows
@@ -89,7 +89,7 @@ def test_statistics_that_are_not_finite_are_no_kind_and_the_others_are_measured(
 @pytest.mark.parametrize(("aps", "end"), [((0.0, 0.0), 1), ((None, None), 1), ((0.0, 20.0), 24.4)])
 def test_the_bars_of_ap_begin_at_zero(tmp_path, monkeypatch, aps, end):
     kept = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: kept.append(figure))
+    monkeypatch.setattr(compare_report, "save_figure", lambda figure, path: kept.append(figure))
     rows = dict(zip(("moving_average", "precise"), ({"bbox/AP": ap} for ap in aps), strict=True))
     draw_comparison({"rows": rows, "dataset": "own", "reading": {"not_applicable": "no labels"}}, tmp_path / "plot.png")
     assert kept[0].axes[0].get_xlim() == pytest.approx((0, end))

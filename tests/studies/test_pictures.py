@@ -12,6 +12,7 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 from torch import nn
 
+from bnext.config import add_bnext_config
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.compare_report import draw_comparison
@@ -60,14 +61,21 @@ def dataset(tmp_path):
     DatasetCatalog.register(NAME, lambda: records)
     MetadataCatalog.get(NAME).set(thing_classes=[r"$\frac{a}$ 10 %", "b"], evaluator_type="coco")
     cfg = get_cfg()
+    add_bnext_config(cfg)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST, cfg.DATALOADER.NUM_WORKERS = (), (NAME,), 0
+    cfg.INPUT.MIN_SIZE_TEST = SIDE
     yield cfg
     DatasetCatalog.remove(NAME)
     MetadataCatalog.remove(NAME)
 
 
-def has_color(path, color):
-    pixels = np.asarray(Image.open(path).convert("RGB"))
+def read_pixels(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def count_color(path, color):
+    pixels = read_pixels(path)
     wanted = [int(COLORS[color][place : place + 2], 16) for place in (1, 3, 5)]
     return int((pixels == wanted).all(axis=2).sum())
 
@@ -78,7 +86,7 @@ def test_boxes_have_the_colours_of_what_they_are(dataset, tmp_path):
     for title, model in {"all": Boxed(RIGHT, WRONG_CLASS, FAR), "none": Boxed(), r"$\model$": Boxed(RIGHT)}.items():
         column = examine(dataset, model, title=title)
         path = draw_detections([column], records, tmp_path / "new" / f"{len(counts)}.png")
-        counts[title] = {color: has_color(path, color) for color in ("green", "orange", "vermillion", "black")}
+        counts[title] = {color: count_color(path, color) for color in ("green", "orange", "vermillion", "black")}
 
     for color, drawn in {"green": "all", "orange": "all", "vermillion": "all", "black": "none"}.items():
         other = "none" if drawn == "all" else "all"
@@ -91,10 +99,11 @@ def test_the_size_of_a_picture_is_that_of_its_cells(dataset, tmp_path):
     records, sizes = load_records(NAME, dataset), []
     for page in (1000, 300):
         path = draw_detections([column, column], records, tmp_path / f"{page}.png", layout=Layout(200, page))
-        sizes.append(Image.open(path).size)
-    (wide, low), (narrow, high) = sizes
+        sizes.append(read_pixels(path).shape[:2])
+    (low, wide), (high, narrow) = sizes
     assert wide == 4 * 200 + 2 * 8 + 26 + 2 * 14, "two images beside each other"
-    assert narrow == 480 and high > low + 200, "one below the other"
+    assert narrow == 480
+    assert high > low + 200, "one below the other"
 
 
 def test_labels_lie_apart_where_there_is_room():
@@ -119,11 +128,13 @@ def test_the_whole_set_is_evaluated_and_counted(dataset):
     expected = {"right": 2, "wrong_class": 2, "background": 2, "duplicate": 0, "badly_placed": 0, "missed": 0}
     assert column.count() == expected
     assert column.metrics["bbox/AP"] == pytest.approx(100)
-    assert column.metrics["bbox/APs"] == pytest.approx(100) and column.metrics["bbox/APl"] is None
+    assert column.metrics["bbox/APs"] == pytest.approx(100)
+    assert column.metrics["bbox/APl"] is None
 
     (first, _) = load_records(NAME, dataset)
     part = examine(dataset, Boxed(RIGHT, WRONG_CLASS, FAR), [first], score=0.75)
-    assert part.metrics == {} and list(part.matches) == [1]
+    assert part.metrics == {}
+    assert list(part.matches) == [1]
     assert part.matches[1].outcomes == ("right", "wrong_class")
 
 
@@ -135,9 +146,11 @@ def test_images_without_annotations_are_drawn_and_not_judged(dataset, tmp_path):
         column = examine(dataset, Boxed(RIGHT), title="a")
     finally:
         DatasetCatalog.remove("bare")
-    assert column.names == ("class 0",) and not column.matches
+    assert column.names == ("class 0",)
+    assert not column.matches
     path = draw_detections([column], records, tmp_path / "a.png")
-    assert has_color(path, "blue") > 500 and not has_color(path, "green")
+    assert count_color(path, "blue") > 500
+    assert not count_color(path, "green")
 
 
 def test_images_are_chosen(dataset):
