@@ -135,11 +135,12 @@ def _make_command(name: str) -> str:
 
 
 def _format_description(text: str) -> str:
-    """The paragraphs of a help text; those that are indented are commands."""
+    """The paragraphs of a help text; those that are indented are commands, or lists."""
     parts = []
-    for paragraph in re.split(r"\n\s*\n", text.strip("\n")):
-        if paragraph.startswith("    "):
-            parts.append(f"```sh\n{textwrap.dedent(paragraph)}\n```")
+    for paragraph in re.split(r"\n[ \t]*\n", text.strip("\n")):
+        if paragraph.startswith(" "):
+            language = "sh" if "bnext" in paragraph else "text"
+            parts.append(f"```{language}\n{textwrap.dedent(paragraph)}\n```")
         else:
             parts.append(re.sub(r"(?<![\w`])(--[\w-]+)", r"`\1`", paragraph))
     return "\n\n".join(parts)
