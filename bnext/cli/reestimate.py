@@ -317,7 +317,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
 
 
 def is_foreign(cfg: CfgNode) -> bool:
-    """Whether the head is none of bnext's: that of detectron2's own architecture or of somebody's, or in a LazyConfig."""
+    """Whether the head is none of bnext's: that of detectron2's own architecture, or of somebody's."""
     has_levels = any(PLACES[place].levels for place in resolve_norms(cfg).places)
     return cfg.MODEL.META_ARCHITECTURE not in ARCHITECTURES and not has_levels
 

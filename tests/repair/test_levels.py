@@ -1,5 +1,6 @@
 """Repair of heads of others: statistics of each level, and no forward whose levels are others than was thought."""
 
+import contextlib
 import copy
 import pickle
 
@@ -144,7 +145,7 @@ def test_a_forward_with_other_calls_is_refused_and_moves_nothing(order, training
     assert is_state(model.head, before) != training
 
 
-@pytest.mark.parametrize("order", [(0, 2), (1, 0, 2)])
+@pytest.mark.parametrize("order", [(0, 1), (0, 2), (1, 0, 2)])
 def test_a_head_whose_calls_change_is_refused_and_nothing_is_changed(order):
     class Changing(TowerHead):
         def forward(self, features):
@@ -199,6 +200,31 @@ def test_what_is_called_from_outside_is_named_or_refused():
             bnext.count_levels(model, entry)
     with pytest.raises(StatisticsError, match="entry="):
         bnext.repair(TowerDetector(), IMAGES, forward=lambda model, batch: model.inference(batch))
+
+
+def test_of_entries_within_one_another_the_outermost_counts():
+    torch.manual_seed(0)
+    model = LoopingDetector().eval()
+    bnext.repair(model, IMAGES)
+    expected = model(IMAGES[0])
+    bnext.count_levels(model, "head")
+    assert all(torch.equal(*pair) for pair in zip(model(IMAGES[0]), expected, strict=True))
+
+    def catch(feature, call=model.head.forward):
+        call(feature)
+        raise OSError("on purpose")
+
+    def forward(images):
+        features = list(model.backbone(images).values())
+        model.head.forward = catch
+        with contextlib.suppress(OSError):
+            model.head(features[0])
+        del model.head.forward
+        return model.head(features[1])
+
+    model.forward = forward
+    with pytest.raises(StatisticsError, match="got 2"):
+        model(IMAGES[0])
 
 
 def test_a_head_that_names_its_levels_may_leave_one_out():
