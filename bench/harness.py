@@ -248,7 +248,7 @@ def format_results(results: Sequence[Result]) -> str:
         rows.append([result.name, result.layout, str(result.num_workers), *times, ratio, equality])
 
     headers = ["norm", "layout", "workers", "ours, ms", "other, ms", "other / ours", "difference"]
-    return "\n".join([format_rows(rows, headers, num_texts=2), *remarks])
+    return "\n\n".join([format_rows(rows, headers, num_texts=2), *remarks])
 
 
 def write_figures(path: str, figures: Sequence[Mapping[str, Any]]) -> None:

@@ -77,8 +77,9 @@ def describe_differences(cfg: CfgNode, config_file: str = "", first: Sequence[st
         value, before = differences[key]
         rows.append([key, _show(value), _show(before)])
     table = format_rows(rows, ["key", "value", "in the base"], num_texts=3)
-    more = f"\nand {len(differences) - most} more" if len(differences) > most else ""
-    return f"{name}, as it differs from {base}:\n{table}{more}"
+    number = len(differences)
+    part = f" (the first {most} of {number} keys)" if number > most else ""
+    return f"{name}, as it differs from {base}{part}:\n{table}"
 
 
 def _show(value: Any) -> str:

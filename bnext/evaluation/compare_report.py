@@ -57,7 +57,7 @@ def describe_reading(results: Mapping[str, Any]) -> str:
         rows.append([words, f"{way['loss']:.3f}", part, *(_show(way.get(key)) for key in keys)])
     table = format_rows(rows, ["three-way reading", "loss", "part", *(NAMES[key] for key in keys)])
 
-    return f"{table}\nIn words: {judge_losses(fit, gap, inconsistency, results)}."
+    return f"{table}\n\nIn words: {judge_losses(fit, gap, inconsistency, results)}."
 
 
 def format_comparison(results: Mapping[str, Any]) -> str:

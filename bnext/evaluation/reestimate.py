@@ -166,9 +166,8 @@ def format_report(report: RecomputeReport, most: int = 5) -> str:
         note = "not converged" if estimate in report.not_converged else ""
         rows.append([estimate.name, f"{estimate.count:,}", f"{estimate.num_samples:,}", error, shift, ratio, note])
 
-    left = len(worst) - most
-    more = f"\n{left} more, which are better known" if left > 0 else ""
-    return f"{format_rows(rows, headers)}{more}\n\n{report}"
+    head = f"The {most} of {len(worst)} sets that are known worst:\n" if len(worst) > most else ""
+    return f"{head}{format_rows(rows, headers)}\n\n{report}"
 
 
 def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_level_norm) -> nn.Module:

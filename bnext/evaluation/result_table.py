@@ -32,12 +32,14 @@ def format_results(
             numbers[task] = {**totals, **(recalls or {}).get(task, {})}
 
     lines = [head]
-    for names, tasks in _group_by_names(numbers):
-        rows = [[task, *(_show(numbers[task][name]) for name in names)] for task in tasks]
-        lines.append(format_rows(rows, ["", *names]))
     for task in numbers:
         lines += _describe_categories(task, results[task], where)
-    return "\n".join(lines)
+
+    tables = []
+    for names, tasks in _group_by_names(numbers):
+        rows = [[task, *(_show(numbers[task][name]) for name in names)] for task in tasks]
+        tables.append(format_rows(rows, ["", *names]))
+    return "\n".join([*lines, *(["\n\n".join(tables)] if tables else [])])
 
 
 def _group_by_names(numbers: Mapping[str, Mapping[str, float]]) -> list[tuple[tuple[str, ...], list[str]]]:

@@ -15,6 +15,7 @@ from bnext.evaluation.reestimate import format_report, recompute_statistics
 from bnext.layers import LevelBatchNorm2d
 from bnext.statistics import PopulationEstimate, RecomputeReport
 from tests import tiny
+from tests.markdown import read_tables
 from tests.saved import NODE, buffers_that_differ, load, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -143,11 +144,23 @@ def test_the_table_says_what_was_not_reached_and_not_converged():
         PopulationEstimate("c", (), 50, 10, 1),
     )
     text = format_report(RecomputeReport(estimates, 5, 10, 0.01))
-    lines = {line.split()[0]: line for line in text.splitlines() if line.startswith(("a ", "b.night", "c "))}
+    ((_, *rows),) = read_tables(text)
+    assert [row[0] for row in rows] == ["b.night", "c", "a"], "the worst come first"
+    lines = {row[0]: " ".join(row) for row in rows}
     assert "20 %" in lines["a"]
     assert "not converged" in lines["a"]
     assert "not reached" in lines["b.night"]
     assert "unknown" in lines["c"]
+
+
+def test_of_sixty_sets_the_five_that_are_known_worst_are_shown():
+    estimates = [PopulationEstimate(f"norm{n}", (), 1000, 10, 5, 0.5, 2.0, n / 1000, n / 1000) for n in range(1, 61)]
+    missed = [PopulationEstimate(f"missed{n}", (), 0) for n in range(40)]
+    text = format_report(RecomputeReport((*estimates, *missed[:2]), 5, 10, 0.01))
+    ((_, *rows),) = read_tables(text)
+    assert [row[0] for row in rows] == ["missed0", "missed1", "norm60", "norm59", "norm58"]
+    assert "5 of 62 sets" in text
+    assert len(format_report(RecomputeReport((*estimates, *missed), 5, 10, 0.01)).splitlines()) < 25
 
 
 def test_what_every_worker_does_returns_the_report(weights, tmp_path):

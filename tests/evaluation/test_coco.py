@@ -14,6 +14,7 @@ from bnext.engine.trainer import Trainer
 from bnext.errors import ConfigError
 from bnext.evaluation import build_evaluator, evaluate_model
 from tests import tiny
+from tests.markdown import read_tables
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +80,9 @@ def test_an_evaluation_is_one_table_and_what_is_printed_is_for_the_file(model, d
     assert "Accumulating evaluation results" in record.getMessage()
 
     (record,) = {record for record in bnext_log.records if "| bbox |" in record.getMessage()}
-    head, names, _, numbers, _ = record.getMessage().splitlines()
-    assert "digits_val: 4 images" in head
-    cells = dict(zip(names.split("|"), numbers.split("|"), strict=True))
-    cells = {name.strip(): cell.strip() for name, cell in cells.items()}
+    assert "digits_val: 4 images" in record.getMessage().splitlines()[0]
+    ((names, numbers),) = read_tables(record.getMessage())
+    cells = dict(zip(names, numbers, strict=True))
     assert cells["AP"] == f"{results['bbox']['AP']:.1f}"
     assert list(cells)[-6:] == ["AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
     assert cells["APl"] == "-"

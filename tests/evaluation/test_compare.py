@@ -21,6 +21,7 @@ from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers import LevelBatchNorm2d
 from bnext.repair.kinds import KINDS, find_obstacle
 from tests import tiny
+from tests.markdown import read_tables
 from tests.saved import ON
 
 pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
@@ -128,6 +129,8 @@ def test_kinds_that_do_not_apply_are_said(weights, tmp_path):
     assert "no batch norm" in results["reading"]["not_applicable"]
     text = format_comparison(results)
     assert "each image: does not apply, as the model has no batch norm" in text
+    (table,) = read_tables(text)
+    assert len(table) == 2
     draw_comparison(results, tmp_path / "plot.png")
     leveled = load_model(load(tmp_path, "MODEL.BNEXT.RETINANET.POPULATION", "per_level"), weights)
     assert "per level already" in find_obstacle(leveled, "per_level")
