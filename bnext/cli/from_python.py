@@ -90,7 +90,7 @@ def _run(cfg: CfgNode, parts: OwnParts, resume: bool, num_gpus: int, eval_only: 
         remedy = f"Write bnext.load_config({str(cfg)!r})." if is_file else "Take what bnext.load_config gives."
         raise ConfigError.of("cfg", "be a config", got=repr(cfg), remedy=remedy)
 
-    args = argparse.Namespace(config_file="", resume=resume, eval_only=eval_only, num_gpus=num_gpus)
+    args = argparse.Namespace(config_file="", opts=[], resume=resume, eval_only=eval_only, num_gpus=num_gpus)
     args.num_machines, args.machine_rank, args.dist_url = 1, 0, "auto"
     cfg = finish_config(cfg)
     return run(cfg, args, parts) if comm.get_world_size() == 1 else run_worker(cfg, args, parts=parts)

@@ -233,7 +233,8 @@ def check_run(
         check_accumulation(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
         check_wandb(cfg)
     evaluates = getattr(trainer.test, "__func__", None) is getattr(Trainer.test, "__func__", None)
-    for name in cfg.DATASETS.TEST if evaluates and trainer.build_evaluator is build_evaluator else ():
+    is_known = evaluates and trainer.build_evaluator is build_evaluator
+    for name in cfg.DATASETS.TEST if is_known else ():
         if name in DatasetCatalog:  # else check_datasets says so
             check_evaluator(name)
 
@@ -248,7 +249,7 @@ def check_run(
     check_output_files(cfg.OUTPUT_DIR, training=not eval_only)
     if evaluates:
         rehearse(cfg, build=trainer.build_evaluator)
-    if not eval_only:
+    if is_known and not eval_only:
         check_best_metric(cfg)
 
 

@@ -118,10 +118,8 @@ class OwnParts:
 
         class OwnTrainer(base):  # type: ignore[misc, valid-type]
             def build_more_hooks(self) -> list[HookBase]:
-                return [
-                    *super().build_more_hooks(),
-                    *map(parts._build_hook, parts.hooks, [self.cfg] * len(parts.hooks)),
-                ]
+                own = [parts._build_hook(hook, self.cfg) for hook in parts.hooks]
+                return [*super().build_more_hooks(), *own]
 
             def build_writers(self) -> list[EventWriter]:
                 own = parts._build_writers(self.cfg)  # first: those of bnext open their files

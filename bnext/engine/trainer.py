@@ -173,7 +173,7 @@ class Trainer(DefaultTrainer):
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
-            build_best(cfg, self._averages, is_known=self._evaluates_as_bnext),
+            build_best(cfg, self._averages, is_known=self._has_known_metrics),
         ]
         shared += self.build_more_hooks()
         if not comm.is_main_process():
@@ -219,6 +219,11 @@ class Trainer(DefaultTrainer):
             self._last_eval_results = self.test(self.cfg, model)
             of_average = self._averages.evaluate(self.test) if self._averages is not None else {}
         return {**self._last_eval_results, **of_average}
+
+    @property
+    def _has_known_metrics(self) -> bool:
+        """Whether the metrics are those of bnext's own evaluator."""
+        return self._evaluates_as_bnext and self.build_evaluator is build_evaluator
 
     @property
     def _evaluates_as_bnext(self) -> bool:

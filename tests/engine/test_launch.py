@@ -48,7 +48,7 @@ def test_workers_of_a_cpu_model_use_gloo_beside_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     worlds = []
-    monkeypatch.setattr(sys.modules[launch.__module__], "_spawn", lambda main, args, world, *rest: worlds.append(world))
+    monkeypatch.setattr(sys.modules[launch.__module__], "_spawn", lambda work, world, *rest: worlds.append(world))
     launch(nothing, 2, device="cpu")
     launch(nothing, 2, device="cuda")
     assert [world.uses_gpus for world in worlds] == [False, True]

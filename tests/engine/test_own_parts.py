@@ -20,6 +20,7 @@ from bnext.errors import BNextError, ConfigError, LaunchError
 from tests import tiny
 
 SHORT = ("SOLVER.MAX_ITER", 4, "SOLVER.STEPS", "()", "SOLVER.CHECKPOINT_PERIOD", 2)
+BEST = ("TEST.EVAL_PERIOD", 2, "TEST.BNEXT.BEST.METRIC", "count/images")
 
 
 class Mapper:
@@ -86,7 +87,7 @@ def test_all_parts_take_part_and_a_resume_is_exact(digits, tmp_path):
     lines, states = [], []
 
     for name, stop in (("whole", None), ("resumed", 3)):
-        cfg = tiny.load(tmp_path / name, *SHORT)
+        cfg = tiny.load(tmp_path / name, *SHORT, *BEST)
         mapper = Mapper(cfg)
         parts = {"mapper": mapper, "trainer": FastTrainer, "evaluator": lambda cfg, name: Counts(len(name))}
         if stop is not None:
@@ -98,6 +99,7 @@ def test_all_parts_take_part_and_a_resume_is_exact(digits, tmp_path):
         states.append(load_state(tmp_path / name))
 
         assert results == {"count": {"images": 40}}  # 4 images, 10 letters in digits_val
+        assert (tmp_path / name / "model_best.pth").exists()
         assert len(mapper.seen) >= 8
         assert [line["doubt"] for line in tiny.read_metrics(tmp_path / name) if "doubt" in line][-1] == 1.5
 
