@@ -49,7 +49,7 @@ DESCRIPTION = """A trained detector as a file that runs without bnext; its endin
 
 A picture is float32, channels first, in the order of INPUT.FORMAT, 0 to 255, scaled as for a test. The file is written
 when its outputs for some pictures of DATASETS.TEST (of noise, where there are none) are those of the model. Beside it
-a .json says what goes in and what comes out."""
+a file .json says what goes in and what comes out."""
 IS_INTERMIXED = True
 
 ENDINGS = (".ts", ".onnx", ".pt2")
@@ -104,7 +104,7 @@ class ExportRequest:
     @property
     def report(self) -> str:
         """The file that says what goes in and what comes out."""
-        return str(Path(self.output).with_suffix(".json"))
+        return f"{self.output}.json"
 
     @property
     def ending(self) -> str:
