@@ -12,7 +12,7 @@ from bnext.text import find_near
 
 __all__ = ["FILE_HELP", "PAIRS_HELP", "parse_arguments"]
 
-FILE_HELP = "YAML, or a LazyConfig (.py), whose code runs"
+FILE_HELP = "YAML, or a LazyConfig (.py), whose code runs; or the name of a config of bnext"
 PAIRS_HELP = "pairs, or KEY=VALUE, that override the config; key=value of a LazyConfig"
 
 

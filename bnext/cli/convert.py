@@ -16,6 +16,7 @@ from torch import nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer
 from bnext.checkpoints.names import TORCHVISION_INPUT, rename_torchvision
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.export import fold_parts
 from bnext.cli.output_file import check_output_file, find_existing_faults
 from bnext.config import load_config
@@ -48,7 +49,7 @@ IS_INTERMIXED = True
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model that is to load the output")
+    add("--config-file", required=True, metavar="FILE", help=f"of the model that is to load the output: {FILE_HELP}")
     add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
     add(
         "--domain-map",
@@ -61,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fold", action="store_true", help="merge norms into the convolutions before them, wherever that can be")
     add("--domain", metavar="NAME", help="to fold for, where norms have statistics or weights per domain")
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:

@@ -47,7 +47,9 @@ SCORE, IOU = 0.4, 0.75
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="output/demo", help="folder for the results (default: %(default)s)")
+    parser.add_argument(
+        "--output", default="output/demo", metavar="FOLDER", help="folder for the results (default: %(default)s)"
+    )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
 
 

@@ -21,6 +21,7 @@ from detectron2.structures import Instances
 from torch import Tensor, nn
 
 from bnext.checkpoints import load_model
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import check_output_file, find_existing_faults
 from bnext.config import load_config
 from bnext.data.mapping import build_mapper
@@ -49,7 +50,7 @@ DESCRIPTION = """A trained detector as a file that runs without bnext; its endin
 
 A picture is float32, channels first, in the order of INPUT.FORMAT, 0 to 255, scaled as for a test. The file is written
 when its outputs for some pictures of DATASETS.TEST (of noise, where there are none) are those of the model. Beside it
-a .json says what goes in and what comes out."""
+a file .json says what goes in and what comes out."""
 IS_INTERMIXED = True
 
 ENDINGS = (".ts", ".onnx", ".pt2")
@@ -63,13 +64,13 @@ _FORMATS = {".ts": "TorchScript", ".onnx": "ONNX", ".pt2": "torch.export"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config-file", required=True, metavar="FILE", help="of the model of MODEL.WEIGHTS")
+    add("--config-file", required=True, metavar="FILE", help=f"of the model of MODEL.WEIGHTS: {FILE_HELP}")
     add("--output", required=True, metavar="FILE", help="the file to write, *.ts, *.onnx or *.pt2")
     add("--fold", action="store_true", help="merge norms into the convolutions before them, wherever that can be")
     add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
     add("--num-images", type=int, default=4, metavar="N", help="pictures that are compared (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace an output that exists")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:
@@ -104,7 +105,7 @@ class ExportRequest:
     @property
     def report(self) -> str:
         """The file that says what goes in and what comes out."""
-        return str(Path(self.output).with_suffix(".json"))
+        return f"{self.output}.json"
 
     @property
     def ending(self) -> str:

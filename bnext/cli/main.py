@@ -33,6 +33,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
     "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),
 }
+_HELP = """usage: bnext COMMAND [options]
+
+Batch normalization done right in object detection.
+
+commands:
+{commands}
+
+Where to start:
+    bnext demo
+    bnext train --config-file Digits-Detection/retinanet_R_18_FPN.yaml    # a config of the package, or a file of yours
+
+bnext COMMAND --help shows the options of a command."""
 _ALONE = ("install-detectron2",)  # need nothing but Python
 
 
@@ -132,8 +144,7 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
 def _format_help() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    head = "usage: bnext COMMAND [options]\n\nBatch normalization done right in object detection.\n\ncommands:\n"
-    return head + "\n".join(lines) + "\n\nbnext COMMAND --help shows the options of a command."
+    return _HELP.format(commands="\n".join(lines))
 
 
 def _find_version() -> str:

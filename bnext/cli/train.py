@@ -52,8 +52,9 @@ DESCRIPTION = """Train or evaluate a detector from a config, as Detectron2's tra
     bnext train --config-file CONFIG.yaml --num-gpus 2 SOLVER.BASE_LR 0.01
     bnext train --config-file CONFIG.yaml --resume
     bnext train --config-file CONFIG.yaml --eval-only MODEL.WEIGHTS model_final.pth
+    torchrun --nproc-per-node 2 -m bnext train --config-file CONFIG.yaml
 
-On a machine without GPUs --num-gpus counts CPU workers. Under torchrun: tools/train_net.py, or -m bnext train."""
+On a machine without GPUs --num-gpus counts CPU workers."""
 _BYTES_TRIED = 1 << 16  # a full disk still makes empty files
 
 

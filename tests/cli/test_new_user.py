@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from bnext.cli.main import COMMANDS
 from tests.cli.installed import build, make_environment, run
 
 SHAPES = ("square", "disc", "triangle")
@@ -35,6 +36,7 @@ OUTPUT_DIR: output/mine
 """
 LAZY_CONFIG = """
 from detectron2.config import LazyConfig
+from detectron2.layers import ShapeSpec
 
 import bnext
 
@@ -45,7 +47,7 @@ model, dataloader, optimizer, lr_multiplier, train = (
 
 model.num_classes = 3
 model.backbone.out_channels = 16
-model.head.input_shape = [dict(shape, channels=16) for shape in model.head.input_shape]
+model.head.input_shape = [ShapeSpec(channels=16)] * 5
 model.head.conv_dims = [16]
 model.test_score_thresh = 0.01
 norms = dict(RESNETS=dict(NORM="BN"), RETINANET=dict(NORM="BN", POPULATION="shared"))
@@ -146,7 +148,8 @@ def test_from_training_to_export_by_one_command(programs, home, door):
     def bnext(command, *words, **options):
         return run(programs, home, "bnext", command, "--config-file", door.name, *words, **options)
 
-    bnext("check-data")
+    if "check-data" in COMMANDS:
+        bnext("check-data")
     bnext("train")
     assert (home / final).is_file()
     assert "AP" in bnext("evaluate", *door.load(final))
