@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,13 +39,21 @@ def draw_bars(columns: Sequence[Examined], path: str | os.PathLike[str], *, note
         note: below the bars, such as the set and the thresholds.
     """
     classes, num_more = _choose_classes(columns)
-    heights = [330, 74 + len(classes) * (16 * len(columns) + 8)] if classes else [330]
-    figure = make_figure(1000, sum(heights) + 60)
-    panels: Any = [["sizes", "counts"], ["classes", "classes"]][: len(heights)]
+    titles = [escape_math(flatten_text(column.title)) for column in columns]
+    num_titles = max(1, min(3, int(960 / (60 + 8 * max(map(len, titles))))))  # beside each other
+    rows: list[list[str]] = [["sizes", "counts"]]
+    heights = [330]
+    if len(columns) > 2:  # else their numbers would not stand side by side
+        rows, heights = [["sizes"], ["counts"]], [300, 300]
+    if classes:
+        rows.append(["classes"] * len(rows[0]))
+        heights.append(74 + len(classes) * (16 * len(columns) + 8))
+
+    figure = make_figure(1000, sum(heights) + 50 + 22 * math.ceil(len(titles) / num_titles))
+    panels: Any = rows
     axes = figure.subplot_mosaic(panels, height_ratios=heights)
 
     sizes = {words: [column.metrics.get(f"bbox/{name}") for column in columns] for name, words in _METRICS.items()}
-    titles = [escape_math(flatten_text(column.title)) for column in columns]
     handles = _draw_groups(axes["sizes"], sizes, "{:.1f}")
     axes["sizes"].set_title("COCO AP: all, at one IoU, by size; average recall")
 
@@ -61,8 +70,8 @@ def draw_bars(columns: Sequence[Examined], path: str | os.PathLike[str], *, note
         style_axes(each, pixels=_TEXT)
 
     size = to_points(_TEXT)
-    if len(columns) > 1:
-        figure.legend(handles, titles, loc="outside upper center", ncols=3, fontsize=size, frameon=False)
+    options: dict[str, Any] = {"ncols": num_titles, "fontsize": size, "frameon": False}
+    figure.legend(handles, titles, loc="outside upper center", **options)
     if note:
         figure.supxlabel(note, fontsize=size, color="#666666", parse_math=False)
     return save_figure(figure, path)

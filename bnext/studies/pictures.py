@@ -343,7 +343,8 @@ def _list_boxes(column: Examined, number: Any, cell: _Cell, matches: Matches | N
         outcome = matches.outcomes[index] if matches is not None else "detected"
         label = _name(column, detected.classes[index])
         if outcome == "wrong_class" and matches is not None and objects is not None:
-            label += f"\u2260{_name(column, objects.classes[matches.objects[index]])}"
+            truth = objects.classes[matches.objects[index]]
+            label = f"{_name(column, detected.classes[index], 12)}\u2260{_name(column, truth, 12)}"
         boxes.append(_Box(outcome, _inside(cell, detected.boxes[index]), f"{label} {_show(detected.scores[index])}"))
     return boxes
 
@@ -361,9 +362,9 @@ def _inside(cell: _Cell, box: np.ndarray) -> tuple[float, float, float, float]:
     )
 
 
-def _name(column: Examined, label: int) -> str:
+def _name(column: Examined, label: int, most: int = 18) -> str:
     name = flatten_text(column.names[label]) if label < len(column.names) else f"class {label}"
-    return name if len(name) <= 18 else f"{name[:16]}..."
+    return name if len(name) <= most else f"{name[: most - 2]}.."
 
 
 def _show(score: float) -> str:
@@ -417,6 +418,8 @@ def _find_place(
         (left - width, bottom - height),
         (left, top),
         (right - width, bottom - height),
+        (left, top - 2 * height),
+        (left, bottom + height),
     ]
 
     best, least = (0.0, 0.0), math.inf
@@ -425,7 +428,8 @@ def _find_place(
         area = (x, y, x + width, y + height)
         hidden = sum(_overlap(area, other) for other in placed)
         covered = sum(_overlap(area, other) for other in boxes)
-        cost = 100 * hidden + 0.2 * covered + 0.05 * rank * width
+        is_apart = rank >= len(candidates) - 2
+        cost = 100 * hidden + 0.2 * covered + 0.05 * rank * width + 0.4 * is_apart * width * height
         if cost < least:
             best, least = (x, y), cost
     return best
