@@ -13,6 +13,7 @@ from bnext.config.keys import add_bnext_config
 from bnext.config.merge import merge_values
 from bnext.config.read import read_bases
 from bnext.errors import BNextError, list_few
+from bnext.lazy_config import is_lazy
 from bnext.tables import format_rows
 from bnext.text import flatten_text
 
@@ -28,7 +29,8 @@ def find_differences(cfg: CfgNode, config_file: str = "") -> tuple[str, dict[str
 
     Args:
         cfg: a whole config.
-        config_file: YAML, whose `_BASE_` is the base; "", or one without: Detectron2's defaults, and bnext's.
+        config_file: YAML, whose `_BASE_` is the base; "", or one without: Detectron2's defaults, and bnext's. Of a
+            LazyConfig there are its overrides, too.
 
     Returns:
         The base in words, and key -> (value, value in the base).
@@ -46,8 +48,14 @@ def find_differences(cfg: CfgNode, config_file: str = "") -> tuple[str, dict[str
         pass  # of another version of Detectron2's keys, which the defaults tell as well
 
     before = flatten(base)
-    differences = {}
+    differences: dict[str, tuple[Any, Any]] = {}
+    for word in cfg.LAZY.OVERRIDES if is_lazy(cfg) else ():
+        name, _, value = word.partition("=")
+        differences[name] = value, "as the file has it"
+
     for key, value in flatten(cfg).items():
+        if is_lazy(cfg) and key.startswith("LAZY."):
+            continue
         if key not in before or not _is_equal(value, before[key]):
             differences[key] = value, before.get(key)
     return words, differences

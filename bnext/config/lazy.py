@@ -57,6 +57,12 @@ _KEYS = {
     "model.roi_heads.keypoint_head.num_keypoints": "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS",
     "model.roi_heads.box_predictor.test_topk_per_image": "TEST.DETECTIONS_PER_IMAGE",
     "model.max_detections_per_image": "TEST.DETECTIONS_PER_IMAGE",
+    "model.pixel_mean": "MODEL.PIXEL_MEAN",
+    "model.pixel_std": "MODEL.PIXEL_STD",
+    "model.backbone.stages.depth": "MODEL.RESNETS.DEPTH",
+    "model.backbone.stages.stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
+    "model.backbone.bottom_up.stages.depth": "MODEL.RESNETS.DEPTH",
+    "model.backbone.bottom_up.stages.stride_in_1x1": "MODEL.RESNETS.STRIDE_IN_1X1",
     "model.input_format": "INPUT.FORMAT",
     "dataloader.train.mapper.image_format": "INPUT.FORMAT",
 }
@@ -201,6 +207,8 @@ def _take_values(cfg: CfgNode, config: DictConfig, defaults: CfgNode, file: str)
         if value is None and name != "train.init_checkpoint":
             continue
         value = _to_plain(value)
+        if name.startswith("model.") and type(value) is not type(values[key]):
+            continue  # a model of somebody's own may take what it likes
         if isinstance(values[key], tuple) and isinstance(value, str):
             value = (value,)
         *path, last = key.split(".")

@@ -20,6 +20,7 @@ from detectron2.data.catalog import Metadata
 from bnext.data.catalog import CocoSet, datasets_root
 from bnext.data.categories import read_categories
 from bnext.errors import ConfigError, Refusal, list_few
+from bnext.lazy_config import copy_node, is_lazy
 from bnext.text import find_near
 
 __all__ = [
@@ -123,6 +124,9 @@ def register_listed_sets(cfg: CfgNode) -> None:
     Note:
         Nothing is read from disk before a set is used, but the names of keypoints where MODEL.KEYPOINT_ON is True.
     """
+    if is_lazy(cfg):
+        copy_node(cfg)  # runs the file in a worker: it may register sets as well
+
     node = cfg.DATASETS.get("BNEXT") or {}
     if "COCO" not in node:
         return

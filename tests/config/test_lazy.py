@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from bnext.config import load_config, resolve_norms
+from bnext.config.differences import find_differences
 from bnext.config.lazy import _split, tell_unheeded
 from bnext.config.merge import split_pairs
 from bnext.data.classes import count_classes
@@ -39,6 +40,9 @@ def test_names_of_the_convention_are_under_their_keys():
     assert (cfg.DATASETS.TRAIN, cfg.DATASETS.TEST) == (("digits_train",), ("digits_val",))
     assert (cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.DATALOADER.NUM_WORKERS) == (4, 2, 0)
     assert (cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST) == ((48, 64), 96)
+
+    assert load_config(LAZY, ["model.pixel_std=[2.0, 2.0, 2.0]"]).MODEL.PIXEL_STD == [2.0, 2.0, 2.0]
+    assert load_config(LAZY, ["model.pixel_std=x"]).MODEL.PIXEL_STD == [1.0, 1.0, 1.0], "whatever the model takes"
     assert count_classes(cfg) == ("model.num_classes", 10)
     assert (cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON) == (False, False)
     assert resolve_norms(cfg).places["RETINANET"].spec.population == "shared"
@@ -148,3 +152,11 @@ def test_a_config_that_a_run_has_written_leads_to_its_file(tmp_path):
     assert "train.max_iter = 8" in written["VALUES"]
     with pytest.raises(ConfigError, match=r"Give the \.py file"):
         load_config(str(path))
+
+
+def test_a_run_shows_the_overrides_and_not_the_whole_file():
+    base, differences = find_differences(load_config(LAZY, ["train.max_iter=8"]), LAZY)
+    assert base == "Detectron2's defaults"
+    assert differences["train.max_iter"] == ("8", "as the file has it")
+    assert differences["SOLVER.MAX_ITER"] == (8, 40000)
+    assert not any(key.startswith("LAZY.") for key in differences)

@@ -6,9 +6,11 @@ import pickle
 import pytest
 import torch
 from detectron2.config import LazyCall as L
+from detectron2.data import DatasetCatalog
 from omegaconf import OmegaConf
 
 from bnext.config import load_config
+from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import ConfigError, LaunchError
 from bnext.lazy_config import copy_node, is_lazy, nodes
 from bnext.lazy_config.nodes import describe_values
@@ -67,3 +69,17 @@ def test_values_are_described_in_a_readable_form_without_addresses():
         "e = {}",
     ]
     assert not any("0x" in line for line in lines)
+
+
+def test_a_set_that_the_file_registers_is_there_in_a_worker(tmp_path, monkeypatch):
+    path = tmp_path / "config.py"
+    path.write_text(f"from detectron2.data import DatasetCatalog\nDatasetCatalog.register('lazy_set', list)\n{TEXT}")
+    cfg = load_config(str(path))
+    try:
+        register_listed_sets(cfg)
+        assert "lazy_set" in DatasetCatalog
+        DatasetCatalog.remove("lazy_set")
+        register_listed_sets(start_worker(monkeypatch, cfg))
+        assert "lazy_set" in DatasetCatalog
+    finally:
+        DatasetCatalog.remove("lazy_set")
