@@ -175,7 +175,7 @@ class Trainer(DefaultTrainer):
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
         ]
         shared += self.build_more_hooks()
-        last = [build_best(cfg, self._averages, is_known=self._evaluates_as_bnext), *last]  # which may end with errors
+        last = [build_best(cfg, self._averages, is_known=self._gives_known_metrics), *last]  # which may end with errors
         if not comm.is_main_process():
             return [*shared, *last]
 
@@ -225,6 +225,10 @@ class Trainer(DefaultTrainer):
         """Whether no subclass evaluates in a way of its own."""
         test, ours = (getattr(kind.test, "__func__", None) for kind in (type(self), Trainer))
         return test is not None and test is ours
+
+    @property
+    def _gives_known_metrics(self) -> bool:
+        return self._evaluates_as_bnext and self.build_evaluator is build_evaluator
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Go on from OUTPUT_DIR/last_checkpoint if `resume` and it exists, else load MODEL.WEIGHTS.
