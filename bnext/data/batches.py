@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnext.data.classes import relabel_records
 from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
+from bnext.data.samplers import count_micro_batch
 from bnext.data.surroundings import TravellingDataset
 from bnext.distributed.groups import count_cores
 from bnext.errors import ConfigError
@@ -103,7 +104,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader[Any]:
         name: a registered data set with annotations.
 
     Returns:
-        A loader. Over all workers a batch has SOLVER.IMS_PER_BATCH images, the same for any number of workers.
+        A loader. Over all workers a batch has as many images as a micro-batch of the training (`count_micro_batch`).
 
     Raises:
         ConfigError: no labels, or fewer images than workers.
@@ -126,7 +127,7 @@ def build_validation_batches(cfg: CfgNode, name: str) -> DataLoader[Any]:
         )
 
     records = [_drop_null_crowds(record) for record in relabel_records(cfg, name, records)]
-    size, number = cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
+    size, number = count_micro_batch(cfg), cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES
     starts = range(0, len(records), size)[: number or None]
     batches = [range(start, min(start + size, len(records))) for start in starts]
 
@@ -156,10 +157,10 @@ def build_shuffled_batches(
         labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
 
     Returns:
-        A loader. A batch has at most SOLVER.IMS_PER_BATCH images over all workers, all of one data set; those of a set
-        differ in size by one image at most, and images that would be a batch of fewer than workers are left out. The
-        batches of several sets alternate in proportion to their sizes, each set's first batch at the beginning:
-        whoever stops early has seen all.
+        A loader. A batch has at most as many images as a micro-batch of the training (`count_micro_batch`) over all
+        workers, all of one data set; those of a set differ in size by one image at most, and images that would be a
+        batch of fewer than workers are left out. The batches of several sets alternate in proportion to their sizes,
+        each set's first batch at the beginning: whoever stops early has seen all.
 
     Raises:
         DatasetError: see `load_records`; on access, an image cannot be read.
@@ -181,7 +182,7 @@ def build_shuffled_batches(
             added = [{**record, _DOMAIN: domains[index]} for record in added]
 
         order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), Purpose.ORDER, index)).permutation(len(added))
-        parts.append(_cut(len(records) + order, cfg.SOLVER.IMS_PER_BATCH))
+        parts.append(_cut(len(records) + order, count_micro_batch(cfg)))
         records += added
 
     return _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)

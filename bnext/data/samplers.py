@@ -29,6 +29,7 @@ __all__ = [
     "aspect_ratio_groups",
     "build_sampler",
     "check_batch_size",
+    "count_micro_batch",
     "shuffle_forever",
 ]
 
@@ -178,6 +179,15 @@ def aspect_ratio_groups(records: Sequence[Record]) -> list[int]:
         )
 
     return [0 if record["width"] > record["height"] else 1 for record in records]
+
+
+def count_micro_batch(cfg: CfgNode) -> int:
+    """Images over all workers that a training runs through the model together, which its norms see.
+
+    Args:
+        cfg: SOLVER.IMS_PER_BATCH, of a step, and SOLVER.BNEXT.ACCUMULATE are read.
+    """
+    return max(1, int(cfg.SOLVER.IMS_PER_BATCH) // int(cfg.SOLVER.BNEXT.ACCUMULATE))
 
 
 def check_batch_size(total_batch_size: int, num_workers: int) -> None:

@@ -42,7 +42,7 @@ def fold_paths(paths: Iterable[str]) -> dict[str, list[str]]:
 
 def _read_part(part: str) -> _Part:
     match = _NUMBER.match(part)
-    if match is None or match[1][-1:].isdigit():  # 007 is not 7
+    if match is None:
         return part, frozenset(), ""
     return match[1], frozenset([int(match[2])]), match[3]
 

@@ -243,7 +243,11 @@ def check_best_metric(cfg: CfgNode) -> None:
     metric, known = cfg.TEST.BNEXT.BEST.METRIC, _list_metrics(cfg)
     is_of_class = "/AP-" in metric and not all(map(_list_classes, cfg.DATASETS.TEST))  # whose names are not read yet
     if metric and known and metric not in known and not is_of_class:
-        raise UNKNOWN_METRIC.of(repr(metric), "config", remedy=_remedy(metric, known))
+        kind = metric.partition("/")[0]
+        switch = {AVERAGE: "SOLVER.BNEXT.EMA.ENABLED", "validation_loss": "TEST.BNEXT.VALIDATION_LOSS.PERIOD"}.get(kind)
+        is_off = not any(name.startswith(f"{kind}/") for name in known)
+        remedy = f"Set {switch}, or choose one of {list_few(known)}." if switch and is_off else _remedy(metric, known)
+        raise UNKNOWN_METRIC.of(repr(metric), "config", remedy=remedy)
 
 
 def _remedy(metric: str, known: Sequence[str]) -> str:

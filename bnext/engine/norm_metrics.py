@@ -13,6 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
+from bnext.data.samplers import count_micro_batch
 from bnext.diagnostics import (
     MiniBatch,
     NormGroup,
@@ -139,7 +140,7 @@ def build_norm_metrics(cfg: CfgNode, model: nn.Module) -> list[HookBase]:
         cfg: SOLVER.BNEXT.NORM_METRICS, SOLVER.BNEXT.ACCUMULATE and SOLVER.IMS_PER_BATCH are read.
         model: the detector, without DistributedDataParallel.
     """
-    num_images = cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size() // cfg.SOLVER.BNEXT.ACCUMULATE
+    num_images = count_micro_batch(cfg) // comm.get_world_size()
     hooks: list[HookBase] = [TellNorms(model, num_images)]
     period = cfg.SOLVER.BNEXT.NORM_METRICS.PERIOD
     if period and find_norms(model):

@@ -173,9 +173,9 @@ class Trainer(DefaultTrainer):
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),
             hooks.EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate_and_keep) if cfg.DATASETS.TEST else None,
-            build_best(cfg, self._averages, is_known=self._has_known_metrics),
         ]
         shared += self.build_more_hooks()
+        last = [build_best(cfg, self._averages, is_known=self._has_known_metrics), *last]  # which may end with errors
         if not comm.is_main_process():
             return [*shared, *last]
 

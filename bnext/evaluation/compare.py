@@ -22,6 +22,7 @@ from torch import nn
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
 from bnext.data.records import Record, has_labels, load_records
+from bnext.data.samplers import count_micro_batch
 from bnext.errors import ConfigError, DatasetError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.ground_truth import is_crowd
@@ -153,8 +154,8 @@ def _count_objects(records: Sequence[Record]) -> int:
 
 
 def _count_images(cfg: CfgNode) -> int:
-    """Images of this worker in an SGD step."""
-    return max(1, cfg.SOLVER.IMS_PER_BATCH // comm.get_world_size())
+    """Images of this worker that a training runs through the model together."""
+    return max(1, count_micro_batch(cfg) // comm.get_world_size())
 
 
 def count_together(cfg: CfgNode, model: nn.Module) -> int:
@@ -220,7 +221,7 @@ def read_three_ways(
         train-test inconsistency = loss(validation images, population statistics) - the former
 
     Args:
-        cfg: DATASETS.TRAIN, its first set, and DATASETS.TEST; batches have SOLVER.IMS_PER_BATCH images, as in training.
+        cfg: DATASETS.TRAIN, its first set, and DATASETS.TEST; batches have as many images as in training.
             As many training images are used as there are validation images.
         model: the detector; bitwise as it was afterwards.
         rows: COCO's metrics of `compare_statistics`; the same three ways in AP are added to what they have.
@@ -244,7 +245,7 @@ def read_three_ways(
         return {"not_applicable": obstacle}
 
     num_images = len(load_records(val, cfg))
-    num_batches = -(-num_images // cfg.SOLVER.IMS_PER_BATCH)
+    num_batches = -(-num_images // count_micro_batch(cfg))
     cfg = cfg.clone()
     cfg.defrost()
     limit = cfg.TEST.BNEXT.VALIDATION_LOSS.NUM_BATCHES or num_batches

@@ -18,6 +18,7 @@ from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.data.loader import build_train_loader
+from bnext.data.samplers import count_micro_batch
 from bnext.errors import ConfigError
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
@@ -68,7 +69,8 @@ def recompute_statistics(
             its backbone, if no norm does.
         layers: called as layers(path, module), says which norms; None: all. Others keep their statistics.
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
-        num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`.
+        num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`. Those of the
+            training come in its micro-batches, which are as many images and normalize as in training.
         num_samples: enough images; None: not limited.
         options: further ones of `recompute_population_statistics`: source_samples, estimator, domain.
 
@@ -81,8 +83,9 @@ def recompute_statistics(
     node = cfg.TEST.BNEXT.PRECISE_BN
     forward = _choose_forward(cfg, model, layers)
     if batches is None:
-        batches = build_train_loader(cfg)
-        num_batches = num_batches or cfg.TEST.PRECISE_BN.NUM_ITER
+        number = cfg.SOLVER.BNEXT.ACCUMULATE
+        num_batches = number * (num_batches or cfg.TEST.PRECISE_BN.NUM_ITER)
+        batches = build_train_loader(_with_micro_batches(cfg) if number > 1 else cfg)
 
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
@@ -104,6 +107,13 @@ def recompute_statistics(
 
     logging.getLogger(__name__).info("%s", report)
     return report
+
+
+def _with_micro_batches(cfg: CfgNode) -> CfgNode:
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.IMS_PER_BATCH = count_micro_batch(cfg)
+    return cfg
 
 
 def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> Forward | None:

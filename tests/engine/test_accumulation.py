@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.engine import SimpleTrainer
+from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.cli.train import check_run
+from bnext.data.batches import build_validation_batches
 from bnext.engine import Trainer, train
 from bnext.engine.accumulation import AccumulatingTrainer
 from bnext.errors import ConfigError
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.layers import BatchNorm2d, NormSpec
 from tests import tiny
 
@@ -62,6 +65,16 @@ def test_a_resumed_training_is_the_uninterrupted_one(accumulated, tmp_path):
     whole, resumed = weights(accumulated[0]), weights(tmp_path)
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
     assert tiny.read_metrics(accumulated[0])[-1] == tiny.read_metrics(tmp_path)[-1]
+
+
+def test_statistics_and_validation_losses_are_of_micro_batches(digits, tmp_path):
+    """Of as many images as without them."""
+    cfg = tiny.load(tmp_path, *SHORT, KEY, 2, "TEST.PRECISE_BN.NUM_ITER", 3)
+    model, sizes = build_model(cfg), []
+    model.backbone.register_forward_pre_hook(lambda backbone, args: sizes.append(len(args[0])))
+    recompute_statistics(cfg, model)
+    assert sizes == [2] * 6
+    assert [len(batch) for batch in build_validation_batches(cfg, "digits_val")] == [2, 2]
 
 
 class MeanLoss(nn.Module):

@@ -107,8 +107,8 @@ def test_a_metric_that_an_evaluation_lacks_is_refused_with_the_nearest(tmp_path)
     [
         (("TEST.BNEXT.BEST.METRIC", "bbox/mAP"), "bbox/AP"),
         (("TEST.BNEXT.BEST.METRIC", "segm/AP"), "bbox/AP"),
-        (("TEST.BNEXT.BEST.METRIC", "ema/bbox/AP"), "bbox/AP"),
-        (("TEST.BNEXT.BEST.METRIC", "validation_loss/total_loss"), "bbox/AP"),
+        (("TEST.BNEXT.BEST.METRIC", "ema/bbox/AP"), r"Set SOLVER\.BNEXT\.EMA\.ENABLED"),
+        (("TEST.BNEXT.BEST.METRIC", "validation_loss/total_loss"), r"Set TEST\.BNEXT\.VALIDATION_LOSS\.PERIOD"),
         (("TEST.BNEXT.BEST.METRIC", "bbox/AP", "DATASETS.TEST", "('digits_val','digits_train')"), "digits_val/bbox/AP"),
     ],
 )
