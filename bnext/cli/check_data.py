@@ -11,6 +11,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode
 
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.data.census import Census, count_records
 from bnext.data.check_coco import examine_dataset
@@ -39,11 +40,11 @@ _MOST_ROWS = 30  # of categories
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--config-file", default="", metavar="FILE", help="whose DATASETS.TRAIN and TEST are checked, for its model")
+    add("--config-file", default="", metavar="FILE", help=f"whose DATASETS.TRAIN and TEST are checked: {FILE_HELP}")
     add("--dataset", action="append", default=[], metavar="NAME", help="a registered set, instead of all of the config")
     add("--json", metavar="FILE", help="annotations in COCO format, of a set that is not registered")
     add("--folder", metavar="FOLDER", help="of the pictures of --json")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:

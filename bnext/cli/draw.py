@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from bnext.checkpoints.checkpointer import find_missing_weights, load_model
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config import load_config
@@ -51,7 +52,7 @@ _KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*|[\w.]+=.*")  # of an override
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
 
-    add("--config-file", required=True, metavar="FILE", help="of the model of all checkpoints")
+    add("--config-file", required=True, metavar="FILE", help=f"of the model of all checkpoints: {FILE_HELP}")
     add("--weights", nargs="+", metavar="FILE", help="checkpoints (default: MODEL.WEIGHTS)")
     add("--names", nargs="+", metavar="NAME", help="of the checkpoints, above their columns")
     add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: as in the file)")
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add("--iou", type=float, default=0.5, metavar="T", help="with an object, of a right box (default: %(default)s)")
     add("--score", type=float, default=0.5, metavar="S", help="leave out boxes below it (default: %(default)s)")
-    add("opts", nargs="*", metavar="KEY VALUE", help="pairs that override the config")
+    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> None:
