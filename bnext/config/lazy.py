@@ -25,7 +25,7 @@ from bnext.config.merge import convert_value, merge_pairs
 from bnext.config.places import LAZY_ARCHITECTURE
 from bnext.errors import ConfigError, Refusal, list_few
 from bnext.lazy_config import copy_node, find_target, name_target, read_lazy_file
-from bnext.lazy_config.nodes import LAZY, describe_values, keep
+from bnext.lazy_config.nodes import LAZY, keep
 from bnext.lazy_config.overrides import list_names
 from bnext.notices import tell_once
 from bnext.text import find_near
@@ -135,7 +135,7 @@ def merge_lazy(cfg: CfgNode, file: str, words: Sequence[str]) -> dict[str, str]:
     file = os.path.abspath(os.path.expanduser(file))
     overrides, pairs = _split(words)
     config = read_lazy_file(file, overrides, _CALLS, known=(*_KEYS, *_HEEDED, "norms.*"))
-    keep(file, tuple(overrides), config)
+    values = keep(file, config)
 
     _check_model(config, file)
     defaults = cfg.clone()
@@ -157,7 +157,7 @@ def merge_lazy(cfg: CfgNode, file: str, words: Sequence[str]) -> dict[str, str]:
             "OVERRIDES": list(overrides),
             "CLASSES": _find_classes(config),
             "NORMS": _read_norms(config),
-            "VALUES": describe_values(config),
+            "VALUES": values,
         }
     )
     return names
@@ -244,7 +244,7 @@ def _take_sizes(cfg: CfgNode, config: DictConfig) -> None:
         for each in _read(config, f"dataloader.{part}.mapper.augmentations") or ():
             resize = each if find_target(each) is T.ResizeShortestEdge else resize
 
-        shortest = _to_plain(resize.get("short_edge_length")) if resize is not None else 0
+        shortest = (_to_plain(resize.get("short_edge_length")) or 0) if resize is not None else 0
         longest = resize.get("max_size", 65_536) if resize is not None else 65_536
         cfg.INPUT[f"MAX_SIZE_{part.upper()}"] = min(longest, 65_536)
         if part == "train":

@@ -169,5 +169,5 @@ def _build_lazy_mapper(cfg: CfgNode, is_train: bool, *, as_test: bool, **options
     target = find_target(node)
     if target is DatasetMapper:
         target = ImageMapper
-        values["augmentations"] = list(values["augmentations"])
+        values["augmentations"] = list(values.get("augmentations", ()))
     return target(**{**values, **options})  # type: ignore[misc]

@@ -29,7 +29,7 @@ _CHANGED = Refusal(
     "Start again, and leave the file and those that it imports alone.",
 )
 
-_configs: dict[tuple[str, tuple[str, ...]], DictConfig] = {}  # by file and overrides, as they were read last
+_configs: dict[tuple[str, ...], DictConfig] = {}  # by file and values
 
 
 def is_lazy(cfg: CfgNode) -> bool:
@@ -37,9 +37,15 @@ def is_lazy(cfg: CfgNode) -> bool:
     return LAZY in cfg
 
 
-def keep(path: str, overrides: tuple[str, ...], config: DictConfig) -> None:
-    """Keep what was read for `copy_node`: a file's code runs once in a process for each `load_config`."""
-    _configs[path, overrides] = config
+def keep(path: str, config: DictConfig) -> list[str]:
+    """Keep what was read for `copy_node`: a file's code runs once in a process for each `load_config`.
+
+    Returns:
+        Its values, by which it is known, as `describe_values` has them.
+    """
+    values = describe_values(config)
+    _configs[(path, *values)] = config
+    return values
 
 
 def copy_node(cfg: CfgNode, name: str = "", reason: str = "", example: str = "") -> Any:
@@ -67,15 +73,13 @@ def copy_node(cfg: CfgNode, name: str = "", reason: str = "", example: str = "")
 
 
 def _find_config(cfg: CfgNode) -> DictConfig:
-    path, overrides = cfg[LAZY].FILE, tuple(cfg[LAZY].OVERRIDES)
-    if (path, overrides) not in _configs:
-        config = read_lazy_file(path, overrides, known=("*",))
-        before, now = cfg[LAZY].VALUES, describe_values(config)
-        if list(before) != now:
-            changed = sorted(set(before) ^ set(now))
+    path, values = cfg[LAZY].FILE, list(cfg[LAZY].VALUES)
+    if (path, *values) not in _configs:
+        now = keep(path, read_lazy_file(path, cfg[LAZY].OVERRIDES, known=("*",)))
+        if values != now:
+            changed = sorted(set(values) ^ set(now))
             raise _CHANGED.of(f"another {changed[0].partition(' = ')[0]}", path)
-        keep(path, overrides, config)
-    return _configs[path, overrides]
+    return _configs[(path, *values)]
 
 
 def find_target(node: Any) -> Callable[..., Any] | None:

@@ -50,6 +50,8 @@ def test_a_file_that_has_changed_since_is_refused(tmp_path, monkeypatch):
     cfg, path = load(tmp_path)
     path.write_text(TEXT.replace("out_features=2", "out_features=3"))
     assert copy_node(cfg, "model").out_features == 2, "this process has read it"
+    load_config(str(path))
+    assert copy_node(cfg, "model").out_features == 2, "also when it has read it anew"
     with pytest.raises(LaunchError, match=r"another model\.out_features"):
         copy_node(start_worker(monkeypatch, cfg), "model")
 
