@@ -13,14 +13,22 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 
+from bnext.cli.start import is_spawned
 from bnext.cli.train import run, run_worker
 from bnext.config.load import finish_config
 from bnext.data.mapping import Mapper
 from bnext.engine.own_parts import OwnParts
 from bnext.engine.trainer import Trainer
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, LaunchError, Refusal
 
 __all__ = ["evaluate", "train"]
+
+UNGUARDED = Refusal(
+    LaunchError,
+    "A training",
+    "be started by the program alone, not by the fresh processes that it starts",
+    "Put the call under `if __name__ == '__main__':`.",
+)
 
 
 def train(
@@ -89,6 +97,9 @@ def _run(cfg: CfgNode, parts: OwnParts, resume: bool, num_gpus: int, eval_only: 
         is_file = isinstance(cfg, (str, os.PathLike))
         remedy = f"Write bnext.load_config({str(cfg)!r})." if is_file else "Take what bnext.load_config gives."
         raise ConfigError.of("cfg", "be a config", got=repr(cfg), remedy=remedy)
+
+    if is_spawned():
+        raise UNGUARDED.of("a call in a process that only imports the script")
 
     args = argparse.Namespace(config_file="", opts=[], resume=resume, eval_only=eval_only, num_gpus=num_gpus)
     args.num_machines, args.machine_rank, args.dist_url = 1, 0, "auto"

@@ -57,6 +57,12 @@ BAD_TORCHRUN = Refusal(
     "be those of torchrun",
     "Start with torchrun, or unset RANK for one machine without it.",
 )
+NOT_BEGUN = Refusal(
+    LaunchError,
+    "The program's module",
+    "be one that every worker, a fresh process, can import anew",
+    "The call that starts a training belongs under `if __name__ == '__main__':`; correct what else fails there.",
+)
 NOT_JOINED = Refusal(
     LaunchError,
     "the workers",
@@ -309,6 +315,13 @@ def explain_failure(folder: str, ended: ProcessExitedException | None) -> BaseEx
     """
     records = [json.loads(path.read_text()) for path in Path(folder).glob("*.json")]
 
+    if (
+        ended is not None
+        and not ended.signal_name
+        and not records
+        and not _ready_file(folder, ended.error_index).exists()
+    ):
+        return NOT_BEGUN.of(f"exit status {ended.exit_code}, whose reason stands above")
     if ended is not None and (ended.signal_name or not records):
         cause = ended.signal_name or f"exit status {ended.exit_code}"
         reason = "often: out of memory; use fewer workers or smaller batches" if cause == "SIGKILL" else ""

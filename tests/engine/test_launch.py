@@ -134,3 +134,14 @@ def test_a_worker_ended_by_a_signal_is_named(tmp_path):
     assert isinstance(reported, LaunchError)
     assert "Worker 1 must run to its end; got SIGKILL" in str(reported)
     assert "out of memory" in str(reported)
+
+
+def test_a_program_that_workers_cannot_import_is_told_so(tmp_path):
+    """Mostly one that starts a training whenever it is imported."""
+    ended = ProcessExitedException("process 1 ended", 1, 0, 1, None)
+    reported = explain_failure(str(tmp_path), ended)
+    assert isinstance(reported, LaunchError)
+    assert "__main__" in str(reported)
+
+    (tmp_path / "1.ready").touch()
+    assert "Worker 1 must run to its end" in str(explain_failure(str(tmp_path), ended))
