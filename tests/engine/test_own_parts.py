@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -108,11 +107,8 @@ def test_all_parts_take_part_and_a_resume_is_exact(digits, tmp_path):
     assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
     assert states[0]["trainer"]["_trainer"]["optimizer"]["param_groups"][0]["nesterov"]
 
-
-def test_an_evaluator_that_is_an_object_evaluates_a_checkpoint(finished, tmp_path):
-    cfg = tiny.load(tmp_path, "MODEL.WEIGHTS", Path(finished[0].OUTPUT_DIR, "model_final.pth"))
-    assert bnext.evaluate(cfg, evaluator=Counts()) == {"count": {"images": 4}}
-    assert bnext.evaluate(cfg)["bbox"].keys() >= {"AP", "AP50"}
+    cfg = tiny.load(tmp_path / "evaluated", "MODEL.WEIGHTS", tmp_path / "whole/model_final.pth")
+    assert bnext.evaluate(cfg, evaluator=Counts()) == {"count": {"images": 4}}, "an object evaluates, too"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +135,7 @@ def test_what_is_no_such_part_is_refused(parts, named):
 
 def test_what_a_function_makes_is_looked_at_before_training(digits, tmp_path):
     cfg = tiny.load(tmp_path, *SHORT)
-    for parts in ({"hooks": [lambda cfg: 3]}, {"writers": lambda cfg: [3]}, {"evaluator": lambda cfg, name: 3}):
+    for parts in ({"writers": lambda cfg: [3]}, {"evaluator": lambda cfg, name: 3}):
         with pytest.raises(BNextError, match="type int"):
             bnext.train(cfg, **parts)
     assert not (tmp_path / "model_final.pth").exists()
