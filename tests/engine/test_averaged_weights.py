@@ -13,7 +13,7 @@ from tests import tiny
 
 EMA = ("SOLVER.BNEXT.EMA.ENABLED", True, "SOLVER.BNEXT.EMA.DECAY", 0.6)
 AROUND = (*EMA, "SOLVER.BNEXT.NORM_METRICS.PERIOD", 2, "TEST.EVAL_PERIOD", 3, "TEST.BNEXT.VALIDATION_LOSS.PERIOD", 3)
-AROUND += ("TEST.BNEXT.BEST.METRIC", "validation_loss/total_loss", "TEST.BNEXT.BEST.MODE", "min")
+AROUND += ("TEST.BNEXT.BEST.METRIC", "validation_loss/total_loss")  # the least is best
 STEM = "backbone.bottom_up.stem.conv1"
 
 
