@@ -121,7 +121,7 @@ def test_another_checkpoint_begins_an_average_or_is_refused(finished, surrounded
         torch.save(load(source, "model_0000002"), tmp_path / name / "model_0000002.pth")
         (tmp_path / name / "last_checkpoint").write_text("model_0000002.pth")
 
-    train(tiny.load(tmp_path / "plain", *EMA, "DATASETS.TEST", "()"), resume=True)
+    train(tiny.load(tmp_path / "plain", *EMA, "DATASETS.TEST", "()", "SOLVER.MAX_ITER", 4), resume=True)
     assert "begins with the weights of iteration 3" in bnext_log.text
     other = tiny.load(tmp_path / "other", *EMA, "SOLVER.BNEXT.EMA.BUFFERS", "copied", "DATASETS.TEST", "()")
     with pytest.raises(CheckpointError, match=r"SOLVER\.BNEXT\.EMA"):
