@@ -362,9 +362,9 @@ _BEST = (
     ),
     Key(
         "TEST.BNEXT.BEST.MODE",
-        "max",
-        "which value is best, `min` for losses",
-        _one_of("max", "min"),
+        "auto",
+        "which value is best: `max`, `min`, or `auto`, the least of a loss and the largest of everything else",
+        _one_of("auto", "max", "min"),
         needs=(_HAS_METRIC,),
     ),
     Key(

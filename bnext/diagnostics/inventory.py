@@ -79,6 +79,14 @@ class NormGroup:
     pattern: str
     records: tuple[NormRecord, ...]
 
+    def __str__(self) -> str:
+        record, number = self.records[0], len(self.records)
+        channels = _format_range([one.num_features for one in self.records])
+        answers = (
+            f"{_format_mini_batch(record)}; at inference {_format_population(record)}; affine {_format_affine(record)}"
+        )
+        return f"{self.pattern or 'the model'}: {number} {record.kind}, {channels} channels, {answers}"
+
     @property
     def paths(self) -> tuple[str, ...]:
         """Of all norms."""
@@ -164,10 +172,14 @@ def format_norm_groups(groups: Sequence[NormGroup]) -> str:
                 _format_range([one.num_features for one in group.records]),
                 _format_mini_batch(record),
                 _format_population(record),
-                record.affine.replace("_", " ") + (", frozen" if record.frozen in ("affine", "both") else ""),
+                _format_affine(record),
             ]
         )
     return format_rows(rows, headers, num_texts=len(headers))
+
+
+def _format_affine(record: NormRecord) -> str:
+    return record.affine.replace("_", " ") + (", frozen" if record.frozen in ("affine", "both") else "")
 
 
 def _format_range(numbers: Sequence[int]) -> str:

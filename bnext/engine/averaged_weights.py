@@ -97,6 +97,7 @@ class AverageWeights(HookBase):
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, AVERAGE)
         cfg.freeze()
 
+        logging.getLogger(__name__).info("The averaged weights are evaluated, as %s/...:", AVERAGE)
         with self.lent() as model:
             results = test(cfg, model)
         return {AVERAGE: results} if results else {}

@@ -65,7 +65,7 @@ class BestCheckpoint(HookBase):
 
     def __init__(self, cfg: CfgNode, averages: AverageWeights | None = None) -> None:
         node = cfg.TEST.BNEXT.BEST
-        self._metric, self._mode, self._patience = node.METRIC, node.MODE, node.PATIENCE
+        self._metric, self._mode, self._patience = node.METRIC, _find_mode(cfg), node.PATIENCE
         self._period = cfg.TEST.EVAL_PERIOD
         self._folder = cfg.OUTPUT_DIR
         self._averages = averages
@@ -144,6 +144,14 @@ class BestCheckpoint(HookBase):
         write_json(os.path.join(self._folder, MEMORY), memory)
 
 
+def _find_mode(cfg: CfgNode) -> str:
+    """Whether the metric is best where it is largest, "max", or least, "min"."""
+    node = cfg.TEST.BNEXT.BEST
+    if node.MODE != "auto":
+        return str(node.MODE)
+    return "min" if "loss" in node.METRIC else "max"
+
+
 def _find_value(metric: str, fresh: Mapping[str, float]) -> float | None:
     """The value of a metric; NaN where its task has none at all, as without detections; None: it does not exist."""
     task = metric.rpartition("/")[0]
@@ -194,7 +202,7 @@ def limit_iterations(cfg: CfgNode, start_iter: int, max_iter: int) -> int:
 
     end: int | None = None
     if comm.is_main_process():
-        end = find_end(_read_evaluations(cfg.OUTPUT_DIR, node.METRIC, start_iter), node.PATIENCE, node.MODE)
+        end = find_end(_read_evaluations(cfg.OUTPUT_DIR, node.METRIC, start_iter), node.PATIENCE, _find_mode(cfg))
     end = comm.all_gather(end)[0]
     if end is None or end >= max_iter:
         return max_iter

@@ -53,9 +53,16 @@ NO_PLACE = Refusal(
     "Move it away, or give another folder: OUTPUT_DIR <folder>.",
 )
 
-# Written by a training or an evaluation, and by a training alone; the last two are replaced, and not written to.
+# Written by a training or an evaluation, and by a training alone; all but the first are replaced, and not written to.
 _FILES = ("log.txt", "config.yaml")
-_FILES_OF_A_TRAINING = ("metrics.json", "last_checkpoint", "model_final.pth")
+_FILES_OF_A_TRAINING = (
+    "metrics.json",
+    "last_checkpoint",
+    "model_final.pth",
+    "model_ema.pth",
+    "model_best.pth",
+    "best.json",
+)
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}

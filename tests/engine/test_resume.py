@@ -33,7 +33,9 @@ def obstruct(path, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing"])
-@pytest.mark.parametrize("name", ["metrics.json", "log.txt", "config.yaml", "model_final.pth", "last_checkpoint"])
+@pytest.mark.parametrize(
+    "name", ["metrics.json", "log.txt", "config.yaml", "model_final.pth", "last_checkpoint", "best.json"]
+)
 def test_what_stands_in_the_place_of_a_file_is_named(tmp_path, name, kind):
     check_output_files(str(tmp_path))
     obstruct(tmp_path / name, kind)
