@@ -85,10 +85,7 @@ def match_detections(
     num_detections, num_objects = len(boxes), len(object_boxes)
     crowds, order = np.asarray(is_crowd, dtype=bool), np.argsort(-np.asarray(scores), kind="stable")
 
-    overlaps = np.zeros((num_detections, num_objects))
-    if num_detections and num_objects:
-        # The numbers that COCO's evaluation compares, to the last bit.
-        overlaps = coco_mask.iou(_as_floats(boxes), _as_floats(object_boxes), [int(each) for each in crowds])
+    overlaps = _measure_overlaps(boxes, object_boxes, crowds)
 
     outcomes = [""] * num_detections
     objects = np.full(num_detections, -1)
@@ -120,8 +117,13 @@ def _check_iou(iou: float) -> None:
         raise ConfigError.of("iou", "be above 0 and at most 1", got=iou, remedy="Use 0.5, or 0.75 for strict ones.")
 
 
-def _as_floats(boxes: np.ndarray) -> np.ndarray:
-    return np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
+def _measure_overlaps(boxes: np.ndarray, object_boxes: np.ndarray, crowds: np.ndarray) -> np.ndarray:
+    """[N, M], the numbers that COCO's evaluation compares, to the last bit."""
+    if not len(boxes) or not len(object_boxes):
+        return np.zeros((len(boxes), len(object_boxes)))
+    both = [np.asarray(each, dtype=np.float64).reshape(-1, 4) for each in (boxes, object_boxes)]
+    overlaps: np.ndarray = coco_mask.iou(*both, [int(each) for each in crowds])
+    return overlaps
 
 
 def _find_largest(overlaps: np.ndarray, candidates: np.ndarray) -> int:

@@ -39,7 +39,7 @@ def match_slowly(detections, objects, iou, most):
             outcomes[number] = "ignored"
         elif takeable:
             outcomes[number] = "right"
-            free.remove(max(takeable, key=overlaps.get))
+            free.remove(max(takeable, key=lambda index: (overlaps[index], index)))  # of equal ones the last
         elif any(overlaps[i] >= iou for i in same if i not in singles):
             outcomes[number] = "ignored"
         elif any(overlaps[i] >= iou for i in same if i in singles):
@@ -54,12 +54,13 @@ def match_slowly(detections, objects, iou, most):
 
 
 def make_image(rng, image):
-    """Objects on a coarse grid, and detections near and far of them, whose scores are often equal."""
+    """Objects on a coarse grid, some of them twice, and detections near and far, whose scores are often equal."""
     objects, detections = [], []
     for _ in range(rng.integers(0, 6)):
         box = [float(number) for number in (*rng.integers(0, 40, 2), *rng.integers(8, 30, 2))]
         objects.append({"bbox": box, "category_id": int(rng.integers(1, 4)), "iscrowd": int(rng.random() < 0.2)})
 
+    objects += [dict(each) for each in objects if rng.random() < 0.2]  # overlapped alike
     for _ in range(rng.integers(0, 15)):
         box = [float(number) for number in (*rng.integers(0, 60, 2), *rng.integers(8, 30, 2))]
         if objects and rng.random() < 0.7:
@@ -76,7 +77,7 @@ def make_image(rng, image):
 @pytest.fixture(scope="module")
 def images():
     rng = np.random.default_rng(0)
-    return [make_image(rng, image) for image in range(1, 81)]
+    return [make_image(rng, image) for image in range(1, 141)]
 
 
 def match(objects, detections, iou, most):
