@@ -23,8 +23,8 @@ REPEATED = (
     "%s was called again in one step, with features of another size: every call has mini-batch statistics of its own, "
     "but all share running statistics (row 3 of Table 5), so inference normalizes otherwise than training. In a head "
     "over several levels use bnext.heads.RetinaNetHead, FCOSHead or RPNHead (in a YAML config MODEL.META_ARCHITECTURE "
-    "BNextRetinaNet or BNextFCOS), elsewhere LevelBatchNorm2d or CycleBatchNormList; a model that is trained already is "
-    "mended by bnext.repair(model, data)."
+    "BNextRetinaNet or BNextFCOS), elsewhere LevelBatchNorm2d or CycleBatchNormList; a trained model is mended by "
+    "bnext.repair(model, data)."
 )
 _STEPS = 3  # that are watched
 
