@@ -179,4 +179,4 @@ def test_a_model_of_detectron2_alone(digits, tmp_path):
     changed = {key for key in buffers_that_differ(old, new) if key.endswith("running_var")}
     assert changed == {key for key in old if key.endswith("running_var")}
     with pytest.raises(ConfigError, match="--population"):
-        run(load(own, *plain), RecomputeRequest(output=str(tmp_path / "x.pth"), population="per_level"))
+        run(load(own, *plain), RecomputeRequest(output=str(tmp_path / "x.pth"), population="shared"))
