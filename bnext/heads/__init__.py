@@ -4,8 +4,7 @@ import importlib.util
 
 import bnext.config
 import bnext.heads.architectures
-import bnext.heads.foreign_norms
-import bnext.heads.lazy_model  # noqa: F401  all three register classes
+import bnext.heads.lazy_model  # noqa: F401  both register classes
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead
 from bnext.heads.roi import mixing_images, tell_images

@@ -3,8 +3,7 @@
 A form is read from what a module is and holds: torch's BatchNorm2d and SyncBatchNorm with their subclasses, a frozen
 norm that keeps its affine in buffers, a list of numbered norms under one affine, GroupNorm and LayerNorm, and every
 norm of bnext. Whether a class with a forward of its own computes what its form says cannot be read: it is known of
-torch's, torchvision's and bnext's, `register_form` says it of others (`bnext.heads` of detectron2's), and `treat_as`
-for one call. How state goes from one form to another is in `bnext.layers.norm_state`.
+torch's, torchvision's, detectron2's and bnext's, `register_form` says it of others, and `treat_as` for one call. How state goes from one form to another is in `bnext.layers.norm_state`.
 """
 
 from __future__ import annotations
@@ -45,6 +44,13 @@ TORCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _TORCH_CLASSES = (*TORCH_NORMS, nn.GroupNorm, nn.LayerNorm)
 _BNEXT_CLASSES = (LayerNorm2d, BatchNorm2d, LevelBatchNorm2d, CycleBatchNormList)
 _REGISTERED: dict[type[nn.Module], type[nn.Module]] = {}
+# Classes of detectron2 -> what each computes in evaluation mode; in training they are their own.
+_DETECTRON2: dict[str, type[nn.Module] | None] = {
+    "CycleBatchNormList": nn.ModuleList,
+    "FrozenBatchNorm2d": None,  # as its buffers say
+    "LayerNorm": LayerNorm2d,  # 0.6 has none
+    "NaiveSyncBatchNorm": nn.BatchNorm2d,
+}
 
 _FROZEN_BUFFERS = {"weight", "bias", "running_mean", "running_var"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
@@ -101,7 +107,7 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
     _check_bases(treat_as or {})
     forward: Callable[..., object] = type(module).forward
 
-    for kind, base in {**_REGISTERED, **(treat_as or {})}.items():
+    for kind, base in {**_find_detectron2(), **_REGISTERED, **(treat_as or {})}.items():
         if forward is kind.forward and isinstance(module, kind):
             return base
 
@@ -128,6 +134,13 @@ def _find_torchvision(path: str) -> tuple[Any, ...]:
     """A class of torchvision, if somebody has imported it: a model that has it, has."""
     module, _, name = path.rpartition(".")
     return tuple(getattr(loaded, name) for loaded in [sys.modules.get(f"torchvision.{module}")] if loaded is not None)
+
+
+def _find_detectron2() -> dict[type[nn.Module], type[nn.Module]]:
+    """The same of detectron2: its classes, each with what it computes."""
+    loaded = sys.modules.get("detectron2.layers.batch_norm")
+    kinds = {name: getattr(loaded, name, None) for name in _DETECTRON2} if loaded is not None else {}
+    return {kind: _DETECTRON2[name] or kind for name, kind in kinds.items() if kind is not None}
 
 
 def _check_bases(treat_as: TreatAs) -> None:

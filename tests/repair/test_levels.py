@@ -3,6 +3,8 @@
 import contextlib
 import copy
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -395,3 +397,21 @@ def test_sizes_of_another_level_do_not_fit():
     assert not ratios.fits(1, (64, 64), (16, 16))
     assert not ratios.fits(2, (64, 64), (32, 16))
     assert not ratios.fits(4, (64, 64), (8, 8))
+
+
+def test_detectron2s_own_norms_are_known_whoever_was_imported_first():
+    """In a process that has not imported bnext.heads."""
+    code = """
+import torch, bnext
+from detectron2.layers import CycleBatchNormList, ShapeSpec
+from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
+head = RetinaNetHead(input_shape=[ShapeSpec(channels=4)] * 2, num_classes=2, num_anchors=1, conv_dims=[4], norm="BN")
+before = set(head.state_dict())
+bnext.repair(head, [[torch.randn(2, 4, side, side) for side in (8, 4)] for _ in range(2)])
+assert isinstance(head.cls_subnet[1], bnext.CycleBatchNormList), head
+assert set(head.state_dict()) == before
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
