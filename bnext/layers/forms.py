@@ -3,7 +3,8 @@
 A form is read from what a module is and holds: torch's BatchNorm2d and SyncBatchNorm with their subclasses, a frozen
 norm that keeps its affine in buffers, a list of numbered norms under one affine, GroupNorm and LayerNorm, and every
 norm of bnext. Whether a class with a forward of its own computes what its form says cannot be read: it is known of
-torch's, torchvision's, detectron2's and bnext's, `register_form` says it of others, and `treat_as` for one call. How state goes from one form to another is in `bnext.layers.norm_state`.
+torch's, torchvision's, detectron2's and bnext's, `register_form` says it of others, and `treat_as` for one call. How
+state goes from one form to another is in `bnext.layers.norm_state`.
 """
 
 from __future__ import annotations
