@@ -103,7 +103,7 @@ class Checkpointer(DetectionCheckpointer):
     # Of a conversion: `domain_map` of `convert_norm_state`, and, after a load, what was in the file and became of it.
     domain_map: Mapping[str, str] | None = None
     report = ConversionReport()
-    loaded: frozenset[str] = frozenset()
+    shapes: Mapping[str, tuple[int, ...]] = {}
     specs: Mapping[str, Mapping[str, Any]] = {}
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -274,7 +274,8 @@ class Checkpointer(DetectionCheckpointer):
         self._check_population(report, checkpoint)
         specs = _read_specs(checkpoint)
         report.changes += compare_norm_specs(specs, stored, self.model)
-        self.report, self.loaded, self.specs = report, frozenset(converted), specs or {}
+        self.report, self.specs = report, specs or {}
+        self.shapes = {key: tuple(value.shape) for key, value in converted.items()}
         if report.changes:
             self._tell_changes()
 

@@ -181,23 +181,26 @@ def _convert(
     cfg: CfgNode, model: nn.Module, checkpointer: _Converter, rest: Mapping[str, Any], request: ConvertRequest
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Content and report of the output."""
-    changes = checkpointer.report
+    changes, shapes = checkpointer.report, checkpointer.shapes
     entries = model.state_dict()
-    loaded = [key for key in entries if key in checkpointer.loaded]
-    missing = [key for key in entries if key not in checkpointer.loaded]
-    left_out = [*checkpointer.left_out_of_file, *sorted(checkpointer.loaded - entries.keys())]
+    loaded = [key for key, value in entries.items() if shapes.get(key) == tuple(value.shape)]
+    mismatched = [key for key in entries if key in shapes and key not in loaded]
+    missing = [key for key in entries if key not in shapes]
+    left_out = [*checkpointer.left_out_of_file, *sorted(shapes.keys() - entries.keys())]
 
     folded: FoldReport | None = None
     if request.fold:
-        if missing:
+        if missing or mismatched:
             rule, remedy = "have all of the model to be folded", "Leave --fold out, or use a whole checkpoint."
-            raise CheckpointError.of("MODEL.WEIGHTS", rule, got=f"nothing for {list_few(missing)}", remedy=remedy)
+            raise CheckpointError.of(
+                "MODEL.WEIGHTS", rule, got=f"nothing for {list_few(missing + mismatched)}", remedy=remedy
+            )
         folded = fold_parts(model, request.domain)
         entries = model.state_dict()
         loaded = list(entries)
 
     state = entries.copy()  # with torch's versions of the modules
-    for key in missing:
+    for key in (*missing, *mismatched):
         del state[key]
 
     report: dict[str, Any] = {
@@ -207,6 +210,7 @@ def _convert(
         "entries": len(loaded),
         "left_out": left_out,
         "missing": missing,
+        "of_another_shape": mismatched,
         "folded": folded.folded if folded else {},
         "norms_left": folded.left if folded else {},
         "settings": _find_settings(cfg) if checkpointer.is_of_torchvision else {},
@@ -262,6 +266,10 @@ def _format(report: Mapping[str, Any], request: ConvertRequest) -> str:
         lines.append(f"Left out, as the model has no place for it: {list_few(left_out)}.")
     if report["missing"]:
         lines.append(f"Not in the input, and so not in the output: {list_few(report['missing'])}.")
+    if report["of_another_shape"]:
+        lines.append(
+            f"Of another shape than the model's, and so not in the output: {list_few(report['of_another_shape'])}."
+        )
     if report["settings"]:
         pairs = ", ".join(f"{key}: {value}" for key, value in report["settings"].items())
         lines.append(f"Weights of torchvision and timm need other settings than the config has: {pairs}.")

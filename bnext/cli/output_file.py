@@ -6,8 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from bnext.checkpoints.checkpointer import check_eval_weights, find_missing_weights
-from bnext.errors import BNextError, ConfigError
+from bnext.checkpoints.checkpointer import find_missing_weights
+from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.files import is_same_file
 
 __all__ = ["check_output_file", "find_existing_faults", "find_path_faults"]
@@ -38,7 +38,9 @@ def find_path_faults(output: str, weights: str, endings: Sequence[str]) -> Itera
     Raises:
         CheckpointError: no input is named.
     """
-    check_eval_weights(weights)
+    if not weights:
+        rule, remedy = "name the checkpoint that is read", "Give MODEL.WEIGHTS <file>."
+        raise CheckpointError.of("MODEL.WEIGHTS", rule, got="''", remedy=remedy)
     missing = find_missing_weights(weights)
     if missing is not None:
         yield missing

@@ -121,6 +121,17 @@ def test_a_resnet_of_torchvision_computes_the_same(tmp_path, capsys):
         torch.testing.assert_close(backbone(pictures)["res5"], stages)
 
 
+def test_weights_of_another_shape_are_not_taken_for_loaded(weights, tmp_path, capsys):
+    """Torch and fvcore leave them out; what the model had instead, random numbers, is nothing to write."""
+    state = torch.load(weights)
+    state["model"]["backbone.fpn_lateral3.weight"] = torch.zeros(16, 3, 1, 1)
+    torch.save(state, tmp_path / "in.pth")
+    report = convert_checkpoint(load(tmp_path / "in.pth"), ConvertRequest(output=str(tmp_path / "out.pth")))
+    assert report["of_another_shape"] == ["backbone.fpn_lateral3.weight"]
+    assert "backbone.fpn_lateral3.weight" not in read(tmp_path / "out.pth")
+    assert "Of another shape" in capsys.readouterr().out
+
+
 def test_what_is_refused_writes_nothing(weights, tmp_path):
     make_torchvision(tmp_path / "resnet18.pth")
     stem = ("MODEL.RESNETS.STEM_OUT_CHANNELS", 64)

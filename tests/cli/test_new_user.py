@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+import tarfile
 import textwrap
 from pathlib import Path
 
@@ -13,7 +17,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from bnext.cli.main import COMMANDS
 from tests.cli.installed import build, make_environment, run
 
 SHAPES = ("square", "disc", "triangle")
@@ -148,8 +151,7 @@ def test_from_training_to_export_by_one_command(programs, home, door):
     def bnext(command, *words, **options):
         return run(programs, home, "bnext", command, "--config-file", door.name, *words, **options)
 
-    if "check-data" in COMMANDS:
-        bnext("check-data")
+    bnext("check-data")
     bnext("train")
     assert (home / final).is_file()
     assert "AP" in bnext("evaluate", *door.load(final))
@@ -193,3 +195,31 @@ def test_the_wheel_is_a_whole_package(programs, tmp_path):
     """)
     run(programs, tmp_path, "python", "-c", code)
     assert "bnext" in run(programs, tmp_path, "bnext", "--version")
+
+
+@pytest.mark.slow
+def test_the_source_archive_can_be_tested(tmp_path):
+    """From the unpacked archive, with the environment of these tests."""
+    archive = build("sdist", tmp_path)
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (source,) = (tmp_path / "unpacked").iterdir()
+    for name in ("constraints.txt", "CITATION.cff", "docs/index.md", "tools/train_net.py", "configs/README.md"):
+        assert (source / name).is_file(), name
+    assert not list(source.glob("**/*.pth"))
+
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_import.py",
+        "-k",
+        "torch_only",
+    ]
+    variables = {**os.environ, "PYTHONPATH": str(source)}
+    done = subprocess.run(command, cwd=source, env=variables, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "1 passed" in done.stdout

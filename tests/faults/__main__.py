@@ -27,7 +27,7 @@ KINDS: dict[str, tuple[int, str]] = {
     "checkpoints": (150, "damaged or foreign weights, loaded"),
     "datasets": (197, "faulty data sets, trained and evaluated"),
     "folders": (35, "damaged output folders, resumed"),
-    "environments": (43, "odd environments, whole processes"),
+    "environments": (48, "odd environments, whole processes"),
     "numerics": (2000, "norms and inputs against float64"),
     "kills": (60, "killed at a step of a save, resumed"),
 }

@@ -19,7 +19,9 @@ from tests.faults.trained import DATA, make_trained
 __all__ = ["make_attempts"]
 
 SECONDS = 240
-TOOL = str(tiny.ROOT / "tools" / "train_net.py")
+TOOL = f"{sys.executable} {tiny.ROOT / 'tools' / 'train_net.py'}"
+SCRIPT = f"{Path(sys.executable).with_name('bnext')} train"
+MODULE = f"{sys.executable} -m bnext train"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Place:
         prepare: is called in the new process before the program.
         must_work: it has to train; else one line will do.
         statuses: with which it may end.
+        program: the training, but for its arguments.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Place:
     prepare: Callable[[], object] | None = None
     must_work: bool = True
     statuses: tuple[int, ...] = (0, 2)
+    program: str = TOOL
 
 
 def _limit(which: int, value: int) -> Callable[[], object]:
@@ -100,6 +104,21 @@ PLACES = (
         must_work=False,
         statuses=(0, 1, 2),
     ),
+    Place(
+        "the script under LC_ALL=POSIX without UTF-8 mode",
+        {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        program=SCRIPT,
+    ),
+    Place("the script without PATH and HOME", {"PATH": "", "HOME": None}, program=SCRIPT),
+    Place("the script on two workers", program=f"{SCRIPT} --num-gpus 2"),
+    Place(
+        "the script interrupted while it imports",
+        shell="timeout -s INT 2 {command}",
+        must_work=False,
+        statuses=(0, 2, 124, 130),
+        program=SCRIPT,
+    ),
+    Place("the module in the C locale", {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, program=MODULE),
 )
 
 
@@ -121,7 +140,7 @@ def _run(place: Place, folder: Path) -> Outcome:
             variables[name] = value
 
     output = folder / "output"
-    command = f"{sys.executable} {TOOL} --config-file {tiny.CONFIG} OUTPUT_DIR {output} SOLVER.MAX_ITER 2"
+    command = f"{place.program} --config-file {tiny.CONFIG} OUTPUT_DIR {output} SOLVER.MAX_ITER 2"
     line = f"exec {command}" if place.shell == "{command}" else place.shell.format(command=command)
     process = subprocess.Popen(
         ["/bin/bash", "-c", line],
