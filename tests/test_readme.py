@@ -73,3 +73,9 @@ def test_links_lead_to_files(document):
 
 def test_the_readme_is_read_in_one_go():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_nobody_is_sent_to_the_package_index_for_bnext():
+    """It is not there: an extra is named by its packages, or installed from the checkout."""
+    files = [*ROOT.glob("bnext/**/*.py"), *ROOT.glob("docs/**/*.md"), *(ROOT / name for name in DOCUMENTS)]
+    assert not [str(file) for file in files if re.search(r"bnext\[|pip install bnext", file.read_text())]

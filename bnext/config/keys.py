@@ -460,7 +460,7 @@ _ESTIMATES = (
     Key(
         "TEST.BNEXT.FAST_EVAL",
         True,
-        "COCO's metrics are computed by faster-coco-eval where it is installed (`pip install bnext[fast-eval]`), with "
+        "COCO's metrics are computed by faster-coco-eval where it is installed (`pip install faster-coco-eval`), with "
         "the numbers of pycocotools; `False`: by pycocotools itself",
     ),
 )

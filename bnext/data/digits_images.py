@@ -123,7 +123,7 @@ def load_sources(split: str) -> Sources:
             "be installed to make the digits set",
             got=str(error),
             where=WHERE,
-            remedy="Run `pip install scikit-learn`, or install bnext with the extra `bnext[digits]`.",
+            remedy="Run `pip install scikit-learn`.",
         ) from error
 
     bunch = load_digits()
