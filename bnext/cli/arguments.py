@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -10,10 +11,11 @@ from typing import NoReturn
 from bnext.errors import ConfigError
 from bnext.text import find_near
 
-__all__ = ["FILE_HELP", "PAIRS_HELP", "parse_arguments"]
+__all__ = ["FILE_HELP", "PAIRS_HELP", "parse_arguments", "take_pairs"]
 
 FILE_HELP = "YAML, or a LazyConfig (.py), whose code runs; or the name of a config of bnext"
 PAIRS_HELP = "pairs, or KEY=VALUE, that override the config; key=value of a LazyConfig"
+_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*|[\w.]+=.*")  # of an override
 
 
 def parse_arguments(
@@ -36,6 +38,27 @@ def parse_arguments(
         if not any(name.startswith(option) for name in known):  # argparse takes an abbreviation
             _refuse(option, known)
     return parser.parse_intermixed_args(words) if intermixed else parser.parse_args(words)
+
+
+def take_pairs(args: argparse.Namespace, options: Sequence[str]) -> None:
+    """Put the pairs that follow an option of several words where they belong: to `args.opts`.
+
+    Args:
+        args: is changed.
+        options: names of those options, as attributes of `args`.
+
+    Example:
+        >>> args = argparse.Namespace(kinds=["precise", "SEED", "1"], opts=[])
+        >>> take_pairs(args, ["kinds"])
+        >>> args
+        Namespace(kinds=['precise'], opts=['SEED', '1'])
+    """
+    for option in options:
+        words = getattr(args, option) or []
+        number = next((index for index, word in enumerate(words) if _KEY.fullmatch(word)), len(words))
+        if number < len(words):
+            setattr(args, option, words[:number] or None)
+            args.opts = [*args.opts, *words[number:]]
 
 
 def _refuse(option: str, known: Sequence[str]) -> NoReturn:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from detectron2.modeling import build_model
 from detectron2.utils import comm
 
 from bnext.checkpoints.checkpointer import Checkpointer
-from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP, take_pairs
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
@@ -64,21 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """What the command line asks for."""
-    given = args.kinds or []
-    kinds = list(itertools.takewhile(lambda word: "." not in word, given))
-    pairs = [*args.opts, *given[len(kinds) :]]  # which may follow --kinds
-    opts = list(pairs)
-    if args.target_dataset:
-        opts += ["DATASETS.TEST", repr((args.target_dataset,))]
-    if not kinds:
-        kinds = [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
+    take_pairs(args, ("kinds",))
+    kinds = args.kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
+    opts = [*args.opts, *(["DATASETS.TEST", repr((args.target_dataset,))] if args.target_dataset else [])]
 
     cfg = load_config_to_reestimate(args.config_file, opts)
     args.output = args.output or choose_folder(cfg, args.target_dataset, overwrite=args.overwrite)
     cfg.defrost()
     cfg.OUTPUT_DIR = args.output
     cfg.freeze()
-    command = ["--config-file", args.config_file, *pairs]
+    command = ["--config-file", args.config_file, *args.opts]
     run_comparison(cfg, kinds, args.num_gpus, args.overwrite, args.domain, args.domain_dataset, command)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,8 @@ from detectron2.config import CfgNode
 from torch import nn
 
 from bnext.checkpoints.checkpointer import find_missing_weights, load_model
-from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
+from bnext.cli.arguments import FILE_HELP, PAIRS_HELP, take_pairs
+from bnext.cli.output_file import find_existing_faults, find_folder_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config import load_config
@@ -46,7 +46,6 @@ A column for each checkpoint and kind of statistics, a row for each image. What 
 COCO's evaluation at one IoU; it is printed, too. Checkpoints are only read."""
 IS_INTERMIXED = True
 _MOST_COLUMNS = 6
-_KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.[A-Z0-9_]+)*|[\w.]+=.*")  # of an override
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> None:
     """What the command line asks for."""
-    _take_pairs(args)
+    take_pairs(args, ("weights", "names", "kinds", "images"))
     _check_arguments(args)
     outputs = [args.output, *([args.bars] if args.bars else [])]
     kinds = [KINDS[name] for name in dict.fromkeys(args.kinds or ["moving_average"])]
@@ -105,16 +104,6 @@ def execute(args: argparse.Namespace) -> None:
 def find_kept(args: argparse.Namespace) -> Callable[[], str]:
     """A function that tells what is left after Ctrl-C."""
     return lambda: "nothing is drawn"
-
-
-def _take_pairs(args: argparse.Namespace) -> None:
-    """KEY VALUE pairs may follow an option that takes several words."""
-    for option in ("weights", "names", "kinds", "images"):
-        words = getattr(args, option) or []
-        number = next((index for index, word in enumerate(words) if _KEY.fullmatch(word)), len(words))
-        if number < len(words):
-            setattr(args, option, words[:number] or None)
-            args.opts = [*args.opts, *words[number:]]
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
@@ -159,17 +148,12 @@ def _name_checkpoints(weights: Sequence[str], names: Sequence[str] | None) -> di
 
 def _check_output(option: str, path: str, inputs: Sequence[str], overwrite: bool) -> None:
     """A PNG in a folder that is there, which neither exists nor is read, unless it is to be replaced."""
-    folder = Path(path).parent
     if Path(path).suffix.lower() != ".png":
         raise ConfigError.of(option, "end in .png", got=repr(path), remedy="Pictures are written as PNG.")
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        rule, remedy = "be in a folder that exists and can be written to", f"Make {str(folder)!r}, or choose another."
-        raise ConfigError.of(option, rule, got=repr(path), remedy=remedy)
-    if os.path.isdir(path) or (os.path.lexists(path) and not overwrite):
-        remedy = "Choose another name, or give --overwrite."
-        if os.path.isdir(path):
-            remedy = "Choose another name."
-        raise ConfigError.of(option, "not exist", got=repr(path), remedy=remedy)
+    for fault in find_folder_faults(path, option):
+        raise fault
+    for fault in find_existing_faults([path], overwrite=overwrite, option=option, rule="not exist"):
+        raise fault
     _refuse_inputs(option, path, inputs)
 
 

@@ -10,11 +10,11 @@ from bnext.checkpoints.checkpointer import find_missing_weights
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.files import is_same_file
 
-__all__ = ["check_output_file", "find_existing_faults", "find_path_faults"]
+__all__ = ["check_output_file", "find_existing_faults", "find_folder_faults", "find_path_faults"]
 
 
 def check_output_file(output: str, weights: str, endings: Sequence[str], *, report: str, overwrite: bool) -> None:
-    """Raise the first of the faults that the other two functions of this file know.
+    """Raise the first of the faults that the other functions of this file know.
 
     Args:
         output, weights, endings: see `find_path_faults`.
@@ -45,23 +45,35 @@ def find_path_faults(output: str, weights: str, endings: Sequence[str]) -> Itera
     if missing is not None:
         yield missing
 
-    folder = Path(output).parent
     if Path(output).suffix not in endings:
         remedy = "The report is written beside it, .json."
         yield ConfigError.of("--output", f"end in {' or '.join(endings)}", got=repr(output), remedy=remedy)
-
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        rule, remedy = "be in a folder that exists and can be written to", f"Make {str(folder)!r}, or choose another."
-        yield ConfigError.of("--output", rule, got=repr(output), remedy=remedy)
+    yield from find_folder_faults(output)
 
     if is_same_file(output, weights):
         rule = "be another file than MODEL.WEIGHTS, which is never changed"
         yield ConfigError.of("--output", rule, got=f"{output!r} for both", remedy="Choose another name.")
 
 
-def find_existing_faults(files: Sequence[str], *, overwrite: bool) -> Iterator[BNextError]:
-    """Files that are there are kept, unless they are to be replaced."""
+def find_folder_faults(path: str, option: str = "--output") -> Iterator[BNextError]:
+    """The folder of a file is there, and takes it."""
+    folder = Path(path).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        rule, remedy = "be in a folder that exists and can be written to", f"Make {str(folder)!r}, or choose another."
+        yield ConfigError.of(option, rule, got=repr(path), remedy=remedy)
+
+
+def find_existing_faults(
+    files: Sequence[str],
+    *,
+    overwrite: bool,
+    option: str = "--output",
+    rule: str = "not exist, nor the report beside it",
+) -> Iterator[BNextError]:
+    """Files that are there are kept, unless they are to be replaced; folders are never."""
     for path in files:
-        if os.path.isdir(path) or (os.path.lexists(path) and not overwrite):
-            remedy = "Choose another name, or give --overwrite."
-            yield ConfigError.of("--output", "not exist, nor the report beside it", got=repr(path), remedy=remedy)
+        is_folder = os.path.isdir(path)
+        if is_folder or (os.path.lexists(path) and not overwrite):
+            remedy = "Choose another name." if is_folder else "Choose another name, or give --overwrite."
+            got = f"{path!r}, a folder" if is_folder else repr(path)
+            yield ConfigError.of(option, rule, got=got, remedy=remedy)

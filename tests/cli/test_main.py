@@ -13,6 +13,7 @@ from bnext.config import load_config
 from bnext.config.files import find_config_file, get_config_file
 from bnext.errors import ConfigError
 from bnext.packages import explain_missing
+from tests import tiny
 
 NAME = "Digits-Detection/retinanet_R_18_FPN.yaml"
 WITH_PARSER = [name for name in COMMANDS if name != "install-detectron2"]
@@ -45,6 +46,14 @@ def test_help_begins_with_an_example_and_explains_every_option(name):
 
 def test_training_has_the_options_of_detectron2s_and_two_of_its_own():
     assert options_of(build_parser("train")) == options_of(default_argument_parser()) | {"--import", "--verbose"}
+
+
+def test_pairs_may_follow_an_option_of_several_words(capsys):
+    words = ["--kinds", "precise", "SEED", "1", "--output", "nowhere"]
+    assert main(["compare", "--config-file", str(tiny.CONFIG), *words, "MODEL.WEIGHTS", "nowhere.pth"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "--kinds" not in error
 
 
 def test_the_help_lists_every_command(capsys):

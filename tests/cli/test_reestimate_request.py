@@ -10,7 +10,14 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from bnext.cli.reestimate import RecomputeRequest, _check_repaired, _write, find_file_faults, give_population
+from bnext.cli.reestimate import (
+    RecomputeRequest,
+    _check_repaired,
+    _write,
+    find_file_faults,
+    find_output_faults,
+    give_population,
+)
 from bnext.cli.reestimate import run_request as run
 from bnext.errors import CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
 from bnext.statistics import PopulationEstimate, RecomputeReport
@@ -99,6 +106,9 @@ def test_outputs_that_are_refused(weights, tmp_path):
         overwrite = name in ("folder.pth", "link.pth", "hard.pth")
         with pytest.raises(ConfigError, match=message):
             run(load(weights), RecomputeRequest(output=str(tmp_path / name), overwrite=overwrite))
+    (folder,) = find_output_faults(RecomputeRequest(output=str(tmp_path / "folder.pth")))
+    assert "--overwrite" not in str(folder)  # it would not help
+
     run(load(weights), RecomputeRequest(output=str(tmp_path / "taken.pth"), overwrite=True))
     assert (tmp_path / "taken.pth").stat().st_size > 0
 
