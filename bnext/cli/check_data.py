@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for.
+    """Run the command.
 
     Raises:
         BNextError: the last fault; those before it are printed.
@@ -134,7 +134,7 @@ def _count(name: str) -> Census | None:
 
 
 def _try_model(cfg: CfgNode, names: Sequence[str]) -> list[BNextError]:
-    """What sets, each without a fault, have together: their classes, and the evaluation of their ground truth."""
+    """Faults of sets together, each without one: their classes, and the evaluation of their ground truth."""
     errors = []
     for check in (check_classes, lambda cfg: rehearse(cfg, build=build_evaluator)):
         try:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     take_pairs(args, ("kinds",))
     kinds = args.kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
     opts = [*args.opts, *(["DATASETS.TEST", repr((args.target_dataset,))] if args.target_dataset else [])]

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     trained = get_config_file("Digits-Detection/retinanet_R_18_FPN_BN.yaml")
     repaired = get_config_file("Digits-Detection/retinanet_R_18_FPN.yaml")
     run_demo(trained, repaired, args.output, args.opts)

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     take_pairs(args, ("weights", "names", "kinds", "images"))
     _check_arguments(args)
     outputs = [args.output, *([args.bars] if args.bars else [])]
@@ -107,7 +107,7 @@ def find_kept(args: argparse.Namespace) -> Callable[[], str]:
 
 
 def _check_arguments(args: argparse.Namespace) -> None:
-    """What can be known to be wrong before a config is read."""
+    """Refuse values that can be known to be wrong before a config is read."""
     for kind in args.kinds or ():
         check_choice("--kinds", kind, tuple(KINDS), where="bnext draw")
     if not 0 < args.iou <= 1:

@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     request = ExportRequest(args.output, args.fold, args.domain, args.num_images, args.overwrite)
     export_checkpoint(load_config(args.config_file, args.opts), request)
 
@@ -305,13 +305,13 @@ def export_detector(
     except Exception as error:  # whatever torch says of code that cannot be traced
         raise _refuse(model, ending, error) from error
 
-    found = 0
+    num_detections = 0
     for picture in pictures:
         (expected,) = _detect(reference, [{"image": picture}])
         outputs = dict(zip(exported.names, exported.run(picture), strict=True))
         _compare_detections(outputs, expected)
-        found += len(expected)
-    return exported, {"detections": found}
+        num_detections += len(expected)
+    return exported, {"detections": num_detections}
 
 
 def _detect(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
@@ -464,9 +464,9 @@ def _format(report: dict[str, Any], request: ExportRequest) -> str:
     compared = report["compared"]
     lines = [report["fold_report"]] if report["fold_report"] else []
 
-    what = f"{compared['detections']} detections" if "detections" in compared else f"a batch of {compared['batch']}"
+    seen = f"{compared['detections']} detections" if "detections" in compared else f"a batch of {compared['batch']}"
     lines.append(f"{report['format']}: the file and the model agree on {compared['images']} pictures of ")
-    lines[-1] += f"{compared['of']} ({what}). Outputs: {', '.join(report['outputs'])}."
+    lines[-1] += f"{compared['of']} ({seen}). Outputs: {', '.join(report['outputs'])}."
     if compared.get("detections") == 0:
         lines.append("Nothing was found in these pictures, by neither: name a set with objects in DATASETS.TEST.")
     return "\n".join([*lines, request.output, request.report])

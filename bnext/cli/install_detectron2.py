@@ -293,7 +293,7 @@ def _record(files: dict[str, bytes]) -> str:
 
 
 def find_installed() -> str | None:
-    """Where an importable detectron2 lies, or None; a bare folder of that name does not count."""
+    """The place of a detectron2 that can be imported, or None; a bare folder of that name does not count."""
     spec = importlib.util.find_spec("detectron2")
     return spec.origin if spec is not None else None
 

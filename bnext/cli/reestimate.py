@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     if args.resume:
         remedy = "A re-estimation takes minutes, and begins anew."
         raise ConfigError.of("--resume", "be left out", got="it", remedy=remedy)

@@ -79,7 +79,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(args: argparse.Namespace) -> None:
-    """What the command line asks for."""
+    """Run the command."""
     run(load_config(args.config_file, args.opts), args)
 
 

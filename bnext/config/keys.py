@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -474,11 +475,8 @@ _DATASETS = (
     ),
 )
 
-KEYS = {
-    key.name: key
-    for keys in (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _ESTIMATES, _BEST, _DATASETS)
-    for key in keys
-}
+_TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _ESTIMATES, _BEST, _DATASETS)
+KEYS = {key.name: key for key in itertools.chain(*_TABLES)}
 
 
 def add_bnext_config(cfg: CfgNode) -> None:

@@ -1,4 +1,4 @@
-"""What there has to be in a fresh process before it is given code or data of the user's.
+"""Things that there have to be in a fresh process before it is given code or data of the user's.
 
 Workers are such processes, and the processes that load their images: they know neither the modules that a command has
 imported (`--import`) nor the sets that a config lists.

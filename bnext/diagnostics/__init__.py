@@ -1,4 +1,4 @@
-"""What a model and its training look like, for any torch model: an inventory of its norms."""
+"""The norms of any torch model: an inventory, and the mini-batches that they see."""
 
 from bnext.diagnostics.inventory import (
     NormGroup,

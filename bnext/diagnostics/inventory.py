@@ -114,15 +114,14 @@ def find_norm_records(model: nn.Module, num_samples: Samples = None) -> list[Nor
     Note:
         Nothing is run and nothing is changed.
     """
-    forms = [(path, norm, form) for path, norm, form in find_forms(model)]
-    found: dict[nn.Module, tuple[str, NormForm | None]] = {}
-    for path, norm, form in forms:
-        found.setdefault(norm, (path, form))
+    norms: dict[nn.Module, tuple[str, NormForm | None]] = {}
+    for path, norm, form in find_forms(model):
+        norms.setdefault(norm, (path, form))
     for path, (norm, _) in find_other_norms(model).items():
-        found.setdefault(norm, (path, None))
+        norms.setdefault(norm, (path, None))
 
     places = {path: place for place, (path, _) in enumerate(model.named_modules(remove_duplicate=False))}
-    records = [_describe(model, path, norm, form, num_samples) for norm, (path, form) in found.items()]
+    records = [_describe(model, path, norm, form, num_samples) for norm, (path, form) in norms.items()]
     return sorted(records, key=lambda record: places[record.path])
 
 
@@ -272,6 +271,11 @@ def _describe_foreign(model: nn.Module, path: str, norm: Any, form: NormForm | N
     is_frozen = form is not None and form.is_frozen
     is_still = population != "none" and (is_frozen or (model.training and not norm.training))
     by = "mini_batch" if is_batch_norm else "sample"
+    statistics = "per_level" if domains else "shared"
+    if not is_batch_norm:
+        statistics = "sample"
+    elif is_still:
+        statistics = "none"
 
     together = number
     if number is not None and workers != "one":
@@ -284,7 +288,7 @@ def _describe_foreign(model: nn.Module, path: str, norm: Any, form: NormForm | N
         path=path,
         kind=type(norm).__name__,
         num_features=form.num_features if form else getattr(norm, "num_features", 0),
-        statistics=("none" if is_still else "per_level" if domains else "shared") if is_batch_norm else "sample",
+        statistics=statistics,
         population=population,
         affine=affine,
         inference="population" if population != "none" else by,

@@ -78,7 +78,7 @@ def _run_step(trainer: Any, call: Callable[[Any], Any], backward: Callable[[Tens
 
 
 def build_step(cfg: CfgNode, model: nn.Module, data_loader: Any, optimizer: torch.optim.Optimizer) -> SimpleTrainer:
-    """What runs a step: detectron2's own, or one of several micro-batches.
+    """The trainer of a step: detectron2's own, or one of several micro-batches.
 
     Args:
         cfg: SOLVER.AMP.ENABLED and SOLVER.BNEXT.ACCUMULATE are read.

@@ -81,7 +81,7 @@ NOT_PICKLABLE = Refusal(
 
 
 class _World(NamedTuple):
-    """Where the workers find one another, how many they are, and who started this machine's."""
+    """The place where workers find one another, how many they are, and who started this machine's."""
 
     url: str
     size: int

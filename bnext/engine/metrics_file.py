@@ -10,7 +10,21 @@ from detectron2.utils.events import JSONWriter, get_event_storage
 
 from bnext.files import drop_nan
 
-__all__ = ["MetricsWriter"]
+__all__ = ["MetricsWriter", "list_latest"]
+
+
+def list_latest(after: int, window: int) -> dict[int, dict[str, float]]:
+    """Iteration -> name -> the last value of each metric that came after an iteration.
+
+    Args:
+        after: the iteration.
+        window: iterations over which smoothed metrics are medians.
+    """
+    lines: dict[int, dict[str, float]] = defaultdict(dict)
+    for name, (value, iteration) in get_event_storage().latest_with_smoothing_hint(window).items():
+        if iteration > after:
+            lines[iteration][name] = value
+    return lines
 
 
 class MetricsWriter(JSONWriter):
@@ -22,12 +36,7 @@ class MetricsWriter(JSONWriter):
     _last_write: int
 
     def write(self) -> None:
-        latest = get_event_storage().latest_with_smoothing_hint(self._window_size)
-        lines: dict[int, dict[str, float]] = defaultdict(dict)
-        for name, (value, iteration) in latest.items():
-            if iteration > self._last_write:
-                lines[iteration][name] = value
-
+        lines = list_latest(self._last_write, self._window_size)
         for iteration, metrics in lines.items():
             values = drop_nan({**metrics, "iteration": iteration})
             self._file_handle.write(json.dumps(values, sort_keys=True, allow_nan=False) + "\n")

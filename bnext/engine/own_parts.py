@@ -118,12 +118,12 @@ class OwnParts:
 
         class OwnTrainer(base):  # type: ignore[misc, valid-type]
             def build_more_hooks(self) -> list[HookBase]:
-                own = [parts._build_hook(hook, self.cfg) for hook in parts.hooks]
-                return [*super().build_more_hooks(), *own]
+                hooks = [parts._build_hook(hook, self.cfg) for hook in parts.hooks]
+                return [*super().build_more_hooks(), *hooks]
 
             def build_writers(self) -> list[EventWriter]:
-                own = parts._build_writers(self.cfg)  # first: those of bnext open their files
-                return [*super().build_writers(), *own]
+                writers = parts._build_writers(self.cfg)  # first: those of bnext open their files
+                return [*super().build_writers(), *writers]
 
         if self.mapper is not None:
             OwnTrainer.build_train_loader = staticmethod(self._build_train_loader)

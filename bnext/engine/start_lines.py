@@ -1,4 +1,4 @@
-"""What a training says of itself before its first iteration; the config is said by the command line."""
+"""The line of a training about itself before its first iteration; the config is said by the command line."""
 
 from __future__ import annotations
 

@@ -353,7 +353,9 @@ def _logging_refusals_in_one_line() -> Iterator[None]:
 
     def shorten(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        refusal = error if isinstance(error, BNextError) else explain_os_error(error) if error else None
+        if error is None:
+            return True
+        refusal = error if isinstance(error, BNextError) else explain_os_error(error)
         if refusal is not None:
             record.exc_info = None
             record.msg, record.args = "The training ends: %s", (str(refusal),)

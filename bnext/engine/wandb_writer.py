@@ -13,9 +13,10 @@ from collections.abc import Callable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.utils.events import EventWriter, get_event_storage
+from detectron2.utils.events import EventWriter
 
 from bnext.config.check import flatten
+from bnext.engine.metrics_file import list_latest
 from bnext.errors import ConfigError, LaunchError, Refusal
 from bnext.files import find_local_file, replace_file
 
@@ -55,15 +56,11 @@ class ScalarWriter(EventWriter):
         self._last_write = -1
 
     def write(self) -> None:
-        latest = get_event_storage().latest_with_smoothing_hint(self._window)
-        by_iteration: dict[int, dict[str, float]] = {}
-        for name, (value, iteration) in latest.items():
-            if iteration > self._last_write and math.isfinite(value):
-                by_iteration.setdefault(iteration, {})[name] = float(value)
-
-        for iteration in sorted(by_iteration):
-            self._log(by_iteration[iteration], iteration)
-            self._last_write = iteration
+        for iteration, metrics in sorted(list_latest(self._last_write, self._window).items()):
+            finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+            if finite:
+                self._log(finite, iteration)
+                self._last_write = iteration
 
     def close(self) -> None:
         self._close()

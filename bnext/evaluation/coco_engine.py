@@ -1,4 +1,4 @@
-"""What computes COCO's metrics: pycocotools, or faster-coco-eval where it is installed and gives the same numbers.
+"""The engine of COCO's metrics: pycocotools, or faster-coco-eval where it is installed and gives the same numbers.
 
 Both take pycocotools' objects of ground truth and detections. Precision differs by the 2e-16 that pycocotools adds to
 its denominators; recall, matches and everything else are equal (`tests/evaluation/test_coco_engine.py`).
@@ -98,8 +98,8 @@ def measure(
         The evaluation, with its `stats` and `eval`.
     """
     left_out = "bbox" if task == "segm" else ""  # else the size of a mask would be that of its box
-    found = [{key: value for key, value in each.items() if key != left_out} for each in detections]
-    results = truth.loadRes(found)
+    entries = [{key: value for key, value in each.items() if key != left_out} for each in detections]
+    results = truth.loadRes(entries)
 
     if engine is None:
         evaluation = COCOeval(truth, results, task)
@@ -125,7 +125,7 @@ def measure(
 
 
 def _try_engine(engine: type) -> str:
-    """Where an engine's numbers differ from those of pycocotools on a small set, in words; "": nowhere."""
+    """The difference of an engine's numbers from those of pycocotools on a small set, in words; "": none."""
     for task in ("bbox", "segm"):
         truth, detections = _draw_trial()
         with contextlib.redirect_stdout(io.StringIO()):

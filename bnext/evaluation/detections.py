@@ -47,7 +47,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Detected:
-    """What a model detects in an image, with the form of `Objects` and a score for each."""
+    """Detections of a model in an image, with the form of `Objects` and a score for each."""
 
     boxes: np.ndarray
     classes: np.ndarray
@@ -61,7 +61,7 @@ class Detected:
 
 @dataclass(frozen=True)
 class Examined:
-    """What a model detects in images of a set, and whether it is right.
+    """Detections of a model in images of a set, and whether they are right.
 
     Args:
         title: of the model.
@@ -81,7 +81,7 @@ class Examined:
     metrics: Mapping[str, float | None] = field(default_factory=dict)
 
     def count(self) -> dict[str, int]:
-        """How many detections, and missed objects, are what; see `OUTCOMES`."""
+        """The number of detections of each outcome, and of missed objects; see `OUTCOMES`."""
         return count_outcomes(list(self.matches.values()))
 
 
@@ -127,13 +127,13 @@ def examine(
     if evaluator is None:
         return Examined(title, _name_classes(cfg, detected.values()), detected)
 
-    detected = {number: found.select(score) for number, found in evaluator.detected.items()}
+    detected = {number: each.select(score) for number, each in evaluator.detected.items()}
     objects = {number: evaluator.find_objects(number) for number in detected}
     matches = {}
-    for number, found in detected.items():
+    for number, kept in detected.items():
         truth = objects[number]
         matches[number] = match_detections(
-            found.boxes, found.classes, found.scores, truth.boxes, truth.classes, truth.is_crowd, iou=iou
+            kept.boxes, kept.classes, kept.scores, truth.boxes, truth.classes, truth.is_crowd, iou=iou
         )
 
     metrics: dict[str, float | None] = {}
@@ -213,7 +213,7 @@ def _to_arrays(output: Mapping[str, Any]) -> Detected:
 def _name_classes(cfg: CfgNode, detected: Any) -> tuple[str, ...]:
     """Of a set without annotations: those of the training or, where they are not known, their numbers."""
     names = list(find_trained_classes(cfg) or ())
-    largest = max((int(found.classes.max()) for found in detected if len(found.classes)), default=-1)
+    largest = max((int(each.classes.max()) for each in detected if len(each.classes)), default=-1)
     names += [f"class {index}" for index in range(len(names), largest + 1)]
     return tuple(names)
 

@@ -29,7 +29,7 @@ _IGNORED = "ignored"
 
 @dataclass(frozen=True)
 class Matches:
-    """What the detections of an image are, and which objects are found.
+    """Outcomes of the detections of an image, and which objects are found.
 
     Args:
         outcomes: of each detection one of `OUTCOMES` but "missed"; or "ignored", which counts neither way: it lies in
@@ -147,7 +147,7 @@ def _tell_error(overlaps: np.ndarray, of_class: np.ndarray, crowds: np.ndarray, 
 
 
 def count_outcomes(matches: Sequence[Matches]) -> dict[str, int]:
-    """How many detections, and missed objects, of images are what; see `OUTCOMES`."""
+    """The number of detections of each outcome, and of missed objects, in images; see `OUTCOMES`."""
     counts = dict.fromkeys(OUTCOMES, 0)
     for image in matches:
         for outcome in image.outcomes:

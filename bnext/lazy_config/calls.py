@@ -80,12 +80,12 @@ def locate_target(node: DictConfig, name: str, where: str = "") -> Callable[...,
         return target if callable(target) else None
 
     try:
-        found = locate(target)
+        function = locate(target)
     except Exception as error:  # whatever importing it raises
         raise _refuse_target(name, target, where, error) from error
-    if not callable(found):
+    if not callable(function):
         raise _refuse_target(name, target, where)
-    return found
+    return function
 
 
 def _refuse_target(name: str, target: str, where: str, error: Exception | None = None) -> Exception:

@@ -53,7 +53,7 @@ _MOST_LABELS = 40  # in a cell
 
 @dataclass(frozen=True)
 class Layout:
-    """How large the pictures are, in pixels.
+    """Sizes of the pictures, in pixels.
 
     Args:
         cell: width of an image; None: as the images need it.
@@ -404,7 +404,7 @@ def _find_place(
     placed: Sequence[tuple[float, float, float, float]],
     boxes: Sequence[tuple[float, float, float, float]],
 ) -> tuple[float, float]:
-    """Where a label hides least of other labels, and then of boxes: above its box if it can be."""
+    """The place where a label hides least of other labels, and then of boxes: above its box if it can be."""
     left, top, right, bottom = box
     width, height = size
     candidates = [
