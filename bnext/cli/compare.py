@@ -125,7 +125,7 @@ def run_comparison(
         The JSON is written after each kind: what is measured stays if something fails later.
     """
     for kind in kinds:
-        check_choice("--kinds", kind, tuple(KINDS), where="compare_statistics")
+        check_choice("--kinds", kind, tuple(KINDS), where="bnext compare")
     check_domain(cfg, domain)
 
     _check_outputs(cfg, overwrite)

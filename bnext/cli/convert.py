@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,7 +18,7 @@ from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer
 from bnext.checkpoints.names import TORCHVISION_INPUT, rename_torchvision
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.export import fold_parts
-from bnext.cli.output_file import check_output_file, find_existing_faults
+from bnext.cli.output_file import check_output_file, find_existing_faults, find_kept
 from bnext.config import load_config
 from bnext.config.blame import building_from_config
 from bnext.config.check import flatten
@@ -87,11 +87,6 @@ def _read_map(words: Sequence[str]) -> dict[str, str]:
             raise ConfigError.of("--domain-map", "be NEW=OLD, once for each NEW", got=got, remedy=remedy)
         names[new] = old
     return names
-
-
-def find_kept(args: argparse.Namespace) -> Callable[[], str]:
-    """A function that tells what is left after Ctrl-C."""
-    return lambda: "nothing is written"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bnext.checkpoints import load_model
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
-from bnext.cli.output_file import check_output_file, find_existing_faults
+from bnext.cli.output_file import check_output_file, find_existing_faults, find_kept
 from bnext.config import load_config
 from bnext.data.mapping import build_mapper
 from bnext.data.records import load_records
@@ -77,11 +77,6 @@ def execute(args: argparse.Namespace) -> None:
     """Run the command."""
     request = ExportRequest(args.output, args.fold, args.domain, args.num_images, args.overwrite)
     export_checkpoint(load_config(args.config_file, args.opts), request)
-
-
-def find_kept(args: argparse.Namespace) -> Callable[[], str]:
-    """A function that tells what is left after Ctrl-C."""
-    return lambda: "nothing is written"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bnext.checkpoints.checkpointer import find_missing_weights
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.files import is_same_file
 
-__all__ = ["check_output_file", "find_existing_faults", "find_folder_faults", "find_path_faults"]
+__all__ = ["check_output_file", "find_existing_faults", "find_folder_faults", "find_kept", "find_path_faults"]
+
+
+def find_kept(args: argparse.Namespace) -> Callable[[], str]:
+    """A function that tells what is left after Ctrl-C."""
+    return lambda: "nothing is written"
 
 
 def check_output_file(output: str, weights: str, endings: Sequence[str], *, report: str, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
 
@@ -22,7 +22,7 @@ from torch import nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
-from bnext.cli.output_file import find_existing_faults, find_path_faults
+from bnext.cli.output_file import find_existing_faults, find_kept, find_path_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
 from bnext.config.places import ARCHITECTURES, PLACES
@@ -125,11 +125,6 @@ def execute(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
     )
     run_request(cfg, request, args.num_gpus)
-
-
-def find_kept(args: argparse.Namespace) -> Callable[[], str]:
-    """A function that tells what is left after Ctrl-C."""
-    return lambda: "nothing is written"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -284,7 +279,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     Raises:
         ConfigError: no place of the model can have it.
     """
-    check_choice("--population", population, POPULATIONS, where="give_population")
+    check_choice("--population", population, POPULATIONS, where="bnext reestimate")
     if population == "per_level" and is_foreign(cfg):
         return cfg
 

@@ -132,7 +132,7 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
     if names and domain is None and norms.fallback_domain is None:
         rule = "name the domain of the images where norms have domains"
         remedy = "Give --domain NAME; in Python, compare_statistics(..., domain=NAME)."
-        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="compare_statistics", remedy=remedy)
+        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 
 def _find_dataset(cfg: CfgNode) -> str:
@@ -143,7 +143,7 @@ def _find_dataset(cfg: CfgNode) -> str:
     name = str(cfg.DATASETS.TEST[0])
     if not has_labels(load_records(name, cfg)):
         rule, got = "be labelled, as AP and loss are measured", f"{name!r} without annotations"
-        remedy = "For statistics alone use recompute_statistics, which needs no labels."
+        remedy = "For statistics alone use `bnext reestimate --dataset`, which needs no labels."
         raise ConfigError.of("DATASETS.TEST", rule, got=got, where="compare_statistics", remedy=remedy)
     return name
 
