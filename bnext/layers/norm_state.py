@@ -50,12 +50,13 @@ DROPPED_POPULATION = "the population statistics were left out: the norm has none
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
 COPIED_POPULATION = (
     "the shared population statistics were copied to every level or domain; their own are unknown, re-estimate them "
-    "with recompute_population_statistics"
+    "(bnext reestimate, or recompute_population_statistics)"
 )
 MERGED_POPULATION = (
     "the population statistics of the levels or domains were merged into one with equal weights, which is right "
     "for none of them; load them into norms that have their own (in a config POPULATION of the norm's node of "
-    "MODEL.BNEXT, 'per_level' or 'per_domain'), or re-estimate them with recompute_population_statistics"
+    "MODEL.BNEXT, 'per_level' or 'per_domain'), or re-estimate them "
+    "(bnext reestimate, or recompute_population_statistics)"
 )
 
 UNKNOWN_KEY = Refusal(

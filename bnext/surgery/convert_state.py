@@ -55,7 +55,7 @@ GROUP_AFFINE = (
 ROUNDED = "state of {source} was rounded to {target}"
 OTHER_STATISTICS = (
     "in training the mini-batch statistics were {stored}, the model's are {expected}; the population statistics "
-    "describe the former, re-estimate them with recompute_population_statistics"
+    "describe the former, re-estimate them (bnext reestimate, or recompute_population_statistics)"
 )
 UNKNOWN_STATISTICS = (
     "the checkpoint does not say whether its mini-batch statistics were shared or {per}; "
