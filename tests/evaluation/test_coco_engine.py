@@ -119,7 +119,7 @@ def index(content):
 def test_every_number_is_that_of_pycocotools(task, capsys):
     sigmas = (0.05, 0.1, 0.2) if task == "keypoints" else ()
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(problems(task))
     def check(problem):
         content, detections, images = problem
