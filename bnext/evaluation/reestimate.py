@@ -26,6 +26,7 @@ from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.layers.walk import Selection
+from bnext.notices import gathering_notices
 from bnext.repair.levels import find_levels, give_levels
 from bnext.repair.observe_calls import NUM_OBSERVED, peek
 from bnext.scope.forward import count_levels
@@ -93,7 +94,7 @@ def recompute_statistics(
         arguments.setdefault("tolerance", node.TOLERANCE or None)
 
     seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
-    with drawing_from(model, seed):  # what the loader draws
+    with gathering_notices(), drawing_from(model, seed):  # what the loader draws
         report = recompute_population_statistics(
             model,
             batches,
