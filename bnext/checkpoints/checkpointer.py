@@ -28,6 +28,7 @@ from bnext.checkpoints.fit import (
     find_bias_of_folded_norms,
     to_tensors,
 )
+from bnext.checkpoints.head_levels import giving_levels
 from bnext.checkpoints.last import find_last_checkpoint
 from bnext.checkpoints.reading import read_checkpoint
 from bnext.config.blame import building_from_config
@@ -257,6 +258,8 @@ class Checkpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         to_tensors(checkpoint["model"], self._path)
         _strip_prefix_if_present(checkpoint["model"], "module.")
+        if self._complete and not self._is_resumed:  # no optimizer knows the model's parameters yet
+            self._undo.enter_context(giving_levels(self.model, checkpoint.get(RE_ESTIMATED), self._path))
         check_norm_kinds(checkpoint["model"], self.model, self._path)
         self._leave_out_broken(checkpoint["model"])
         check_variances(checkpoint["model"], self._path)

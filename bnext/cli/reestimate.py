@@ -367,7 +367,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     others = _load(checkpointer, cfg.MODEL.WEIGHTS, () if begins_with_them else tuple(find_replaceable(model)))
 
     entries = model.state_dict().keys()
-    levels: Mapping[str, tuple[str, ...]] = {}
+    levels: dict[str, Any] = {}
     if request.population == "per_level" and is_foreign(cfg):
         levels = give_head_levels(cfg, model, _choose_images(cfg, model, request).get("batches"))
 
@@ -444,7 +444,7 @@ def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str,
 
 
 def _describe(
-    cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport, levels: Mapping[str, tuple[str, ...]]
+    cfg: CfgNode, request: RecomputeRequest, report: RecomputeReport, levels: Mapping[str, Any]
 ) -> dict[str, Any]:
     node = cfg.TEST.BNEXT.PRECISE_BN
     return {
@@ -458,7 +458,7 @@ def _describe(
         "num_batches": report.num_batches,
         "num_samples": report.num_samples,
         "keys": find_keys(cfg),
-        **({"levels": {path: list(names) for path, names in levels.items()}} if levels else {}),
+        **levels,
     }
 
 
@@ -469,24 +469,26 @@ def _say_fewer(request: RecomputeRequest, report: RecomputeReport) -> str:
     return f"Fewer images than asked: {report.num_samples} of {request.num_samples}; there are no more.\n"
 
 
-def _say_files(cfg: CfgNode, request: RecomputeRequest, levels: Mapping[str, tuple[str, ...]]) -> str:
+def _say_files(cfg: CfgNode, request: RecomputeRequest, levels: Mapping[str, Any]) -> str:
     """The files; and how to load them, where the config alone does not say it.
 
     Args:
-        levels: path -> levels of the norms of a head of others whose entries are laid out otherwise than the input's.
+        levels: of the norms of a head of others whose entries are laid out otherwise than the input's.
     """
     keys = find_keys(cfg) if request.population else {}
     pairs = "".join(f"\n  {key}: {value}" for key, value in keys.items())
     load = f"\nTo load it, the config must say:{pairs}" if keys else ""
 
     if levels:
-        path, names = next(iter(levels.items()))
+        number, (path, names) = len(levels["levels"]), next(iter(levels["levels"].items()))
         load = (
-            f"\n{len(levels)} norms have entries for each level now ({path}.{names[0]}.running_mean, ...), as those of "
-            "detectron2's RetinaNetHead(norm='BN') do, which loads it. Another head gets such norms by\n"
+            f"\n{number} norms have entries for each level now ({path}.{names[0]}.running_mean, ...), as those of "
+            "detectron2's RetinaNetHead(norm='BN') do.\n"
+            "Commands of bnext load it as it is, with the same config. A program of yours gives its model such norms "
+            "before it loads the weights:\n"
             f"  bnext.convert_norm(model, {{path: lambda channels: bnext.CycleBatchNormList({len(names)}, "
             "num_features=channels) for path in paths})\n"
-            "  bnext.count_levels(model)\n"
-            f"before its weights are loaded; the paths are under levels in {request.report}."
+            f"  bnext.count_levels(model, {tuple(levels['entry'])})\n"
+            f"The paths are under levels in {request.report}."
         )
     return f"\n{request.output}\n{request.report}{load}"

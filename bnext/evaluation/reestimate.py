@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -17,6 +17,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer, load_model
+from bnext.checkpoints.head_levels import describe_levels
 from bnext.data.loader import build_train_loader
 from bnext.data.samplers import count_micro_batch
 from bnext.errors import ConfigError
@@ -25,6 +26,7 @@ from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.layers.walk import Selection
+from bnext.notices import gathering_notices
 from bnext.repair.levels import find_levels, give_levels
 from bnext.repair.observe_calls import NUM_OBSERVED, peek
 from bnext.scope.forward import count_levels
@@ -92,7 +94,7 @@ def recompute_statistics(
         arguments.setdefault("tolerance", node.TOLERANCE or None)
 
     seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
-    with drawing_from(model, seed):  # what the loader draws
+    with gathering_notices(), drawing_from(model, seed):  # what the loader draws
         report = recompute_population_statistics(
             model,
             batches,
@@ -120,9 +122,7 @@ def _choose_forward(cfg: CfgNode, model: nn.Module, layers: Selection | None = N
     return choose_forward(model, select_norms(model, layers), cfg.TEST.BNEXT.PRECISE_BN.ROIS)
 
 
-def give_head_levels(
-    cfg: CfgNode, model: nn.Module, batches: Iterable[Any] | None = None
-) -> Mapping[str, tuple[str, ...]]:
+def give_head_levels(cfg: CfgNode, model: nn.Module, batches: Iterable[Any] | None = None) -> dict[str, Any]:
     """Statistics for each level in a head of others, which applies its norms to one level after the other. In place.
 
     Args:
@@ -131,20 +131,22 @@ def give_head_levels(
         batches: some images, see `recompute_statistics`; None: the training's.
 
     Returns:
-        Path of each norm that sees levels -> their names; of norms of detectron2 these are numbers.
+        What a file is to say of the norms that see levels, see `bnext.checkpoints.head_levels`; the names of levels in
+        norms of detectron2 are numbers.
 
     Raises:
         StatisticsError, ConfigError: see `bnext.repair`.
     """
     forward = _choose_forward(cfg, model)
-    count_levels(model, ("forward", "head") if isinstance(model, DenseDetector) else "forward")
+    entry = ("forward", "head") if isinstance(model, DenseDetector) else ("forward",)
+    count_levels(model, entry)
 
     seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
     with drawing_from(model, seed):
         first, _ = peek(build_train_loader(cfg) if batches is None else batches, NUM_OBSERVED)
     plan = find_levels(model, first, forward=forward)
     give_levels(model, plan)
-    return {path: norm.levels for path, norm in plan.norms.items()}
+    return describe_levels({path: norm.levels for path, norm in plan.norms.items()}, entry)
 
 
 def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:

@@ -11,9 +11,10 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from torch import nn
 
+from bnext.checkpoints.checkpointer import Checkpointer, load_model
 from bnext.cli.reestimate import RecomputeRequest
 from bnext.cli.reestimate import run_request as run
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from tests import tiny
 from tests.saved import load, save
 
@@ -52,6 +53,10 @@ def choose(architecture):
     return ("MODEL.META_ARCHITECTURE", architecture, *tiny.NO_LEVELS)
 
 
+def read(path):
+    return torch.load(path)["model"]
+
+
 def read_means(path, norm, number):
     state = torch.load(path)["model"]
     return [state[f"{norm}.{level}.running_mean"] for level in range(number)]
@@ -73,6 +78,12 @@ def test_a_head_of_others_gets_statistics_of_each_level(digits, architecture, tm
     said = capsys.readouterr().out
     assert "CycleBatchNormList" in said
     assert "count_levels" in said
+
+    model = load_model(cfg, str(tmp_path / "out.pth"))  # the same config
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in read(tmp_path / "out.pth").items())
+    copied = build_model(cfg)
+    Checkpointer(copied).load(str(tmp_path / "out.pth"), checkpointables=[])  # a training: its parameters stay
+    assert copied.state_dict().keys() == read(weights).keys()
 
     if architecture == "SharedRetinaNet":  # detectron2's own, which has such norms by a name
         model = build_model(load(weights, *choose("RetinaNet"), "MODEL.RETINANET.NORM", "BN"))
@@ -106,3 +117,23 @@ def test_what_a_head_of_others_cannot_have_is_refused(digits, opts, population, 
     with pytest.raises((ConfigError, StatisticsError), match=message):
         run(load(weights, *opts), RecomputeRequest(output=str(tmp_path / "out.pth"), population=population))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth"]
+
+
+def test_a_file_that_does_not_fit_leaves_the_model_as_it_was(digits, tmp_path):
+    weights = save(tmp_path / "in.pth", tiny.CONFIG, *choose("SharedRetinaNet"))
+    cfg = load(weights, *choose("SharedRetinaNet"))
+    run(cfg, RecomputeRequest(output=str(tmp_path / "out.pth"), population="per_level"))
+    data = torch.load(tmp_path / "out.pth")
+
+    for damage in (
+        lambda: data["model"].pop("head.cls_score.bias"),
+        lambda: data["recomputed_statistics"].update(levels={"head.cls_subnet.1": 5}),
+    ):
+        damage()
+        torch.save(data, tmp_path / "damaged.pth")
+        model = build_model(cfg)
+        before = list(model.modules())
+        with pytest.raises(CheckpointError):
+            Checkpointer(model).load(str(tmp_path / "damaged.pth"), checkpointables=[], complete=True)
+        assert list(model.modules()) == before
+        assert not model._forward_pre_hooks

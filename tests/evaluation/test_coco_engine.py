@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pycocotools.mask as coco_mask
 import pytest
+import torch
+from detectron2.structures import Instances
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools.coco import COCO
@@ -17,7 +19,7 @@ from bnext.config.keys import KEYS
 from bnext.evaluation import build_evaluator
 from bnext.evaluation import coco_engine as engines
 from bnext.evaluation.coco_engine import can_measure, find_fast_engine, measure
-from tests.evaluation.own_sets import SIDE, edit, evaluate_perfect, load, make_set, registered
+from tests.evaluation.own_sets import SIDE, detect, edit, evaluate_perfect, load, make_set, registered
 
 FAST = find_fast_engine()
 pytestmark = pytest.mark.skipif(FAST is None, reason="faster-coco-eval is not installed")
@@ -119,7 +121,7 @@ def index(content):
 def test_every_number_is_that_of_pycocotools(task, capsys):
     sigmas = (0.05, 0.1, 0.2) if task == "keypoints" else ()
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(problems(task))
     def check(problem):
         content, detections, images = problem
@@ -242,3 +244,27 @@ def test_one_with_other_numbers_is_not_used():
 
     assert engines._try_engine(FAST) == ""
     assert "bbox" in engines._try_engine(Careless)
+
+
+def test_the_size_of_a_mask_is_not_that_of_its_box(tmp_path):
+    """A false mask that is small, in a box of medium size, does not count among the medium ones."""
+    content = edit(make_set(2, num_objects=1), bbox=[4, 4, 40, 40], area=1600)
+    content = edit(content, segmentation=[draw_box([4, 4, 40, 40])])
+    masks = torch.zeros(2, SIDE, SIDE, dtype=torch.bool)
+    masks[0, 4:44, 4:44] = masks[1, 4:44, 4:14] = True
+
+    results = []
+    for is_fast in (True, False):
+        with registered(tmp_path, val=content):
+            evaluator = build_evaluator(load(tmp_path, "TEST.BNEXT.FAST_EVAL", is_fast), "own_val")
+            evaluator.reset()
+            for image in content["images"]:
+                (found,) = detect(content, image["id"]).values()
+                both = Instances.cat([found, found])
+                both.pred_masks, both.scores = masks, torch.tensor([0.5, 0.9])
+                evaluator.process([{"image_id": image["id"]}], [{"instances": both}])
+            results.append(evaluator.evaluate()["segm"])
+
+    assert results[0] == pytest.approx(results[1], abs=100 * SAME, nan_ok=True)
+    assert results[0]["APm"] > 99
+    assert results[0]["AP"] < 99

@@ -13,6 +13,7 @@ from bnext.config import load_config
 from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.layers import NormSpec
+from tests.markdown import read_tables
 from tests.tiny import ROOT
 
 CONFIGS = ROOT / "projects/PopulationStatistics/configs"
@@ -116,8 +117,16 @@ def test_parts_choose_the_trainings(digits, tmp_path):
     assert list(load([4, 2], tmp_path, parts=["training"]))[:2] == ["nbs_4", "iteration_1"]
 
 
+def read_lines(text):
+    """The rows of all tables, a space between cells."""
+    lines = []
+    for rows in read_tables(text):
+        lines += [" ".join(filter(None, row)) for row in rows]
+    return lines
+
+
 def test_tables_show_ours_beside_the_papers():
-    lines = [" ".join(line.split()) for line in format_tables(results_of(), "digits").splitlines()]
+    lines = read_lines(format_tables(results_of(), "digits"))
     assert "50 AP 50.0 50.8 53.2" in lines
     assert lines.index("50 AP 50.0 50.8 53.2") < lines.index("100 AP 100.0 100.8 103.2")
     assert "loss 50.000 50.800 53.200" in lines
@@ -133,7 +142,7 @@ def test_tables_show_ours_beside_the_papers():
 def test_a_loss_that_is_not_finite_is_shown_and_drawn_as_none(tmp_path):
     results = results_of(population_val_loss=None)
     results["rows"]["iteration_50"]["samples_8/loss"] = None
-    assert "population, validation images -" in " ".join(format_tables(results, "digits").split())
+    assert "population, validation images -" in "\n".join(read_lines(format_tables(results, "digits")))
     assert draw_results(results, tmp_path / "plot.png").stat().st_size > 10_000
 
 

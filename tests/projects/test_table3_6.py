@@ -10,6 +10,7 @@ from bnext.config import load_config
 from bnext.config.recipe import read_place
 from bnext.errors import ConfigError
 from bnext.layers import NormSpec
+from tests.markdown import read_tables
 from tests.tiny import ROOT
 
 PROJECT = ROOT / "projects/RethinkingBatchNorm"
@@ -106,10 +107,20 @@ def test_one_training_is_evaluated_with_three_statistics(digits, tmp_path, capsy
 
 def test_table_shows_ours_beside_the_papers():
     rows = {"syncbn": {"bbox/AP": 27.46, "segm/AP": 22.9}, "bn_1_top_scored": {"bbox/AP": 0.0}}
-    above, below = (" ".join(line.split()) for line in format_table({"rows": rows}, "digits").splitlines()[2:])
-    top_scored = "population of top-scored RoIs bn_1 re-estimated"
-    assert above == f"bn_1_top_scored per-worker BN 1 {top_scored} 0.0 0.0 n.r. n.r."
-    assert below == "syncbn SyncBN - population trained 27.5 22.9 41.7 37.7"
+    ((_, above, below),) = read_tables(format_table({"rows": rows}, "digits"))
+    top_scored = "population of top-scored RoIs"
+    assert above == [
+        "bn_1_top_scored",
+        "per-worker BN",
+        "1",
+        top_scored,
+        "bn_1 re-estimated",
+        "0.0",
+        "0.0",
+        "n.r.",
+        "n.r.",
+    ]
+    assert below == ["syncbn", "SyncBN", "-", "population", "trained", "27.5", "22.9", "41.7", "37.7"]
 
 
 def test_rows_that_there_are_not_are_refused():

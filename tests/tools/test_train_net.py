@@ -139,7 +139,7 @@ def check_output(result, folder):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # detectron2 leaves a file open
-def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path):  # noqa: F811
+def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp_path, monkeypatch, capsys):  # noqa: F811
     arguments = ["--config-file", str(tiny.CONFIG), "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "3"]
     arguments += ["MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]  # so that there is something to evaluate
     result = subprocess.run(
@@ -160,7 +160,9 @@ def test_a_run_leaves_what_users_expect_and_its_checkpoint_evaluates(digits, tmp
 
     before = Path(tmp_path, "inference", "results.json").read_text()
     shutil.rmtree(tmp_path / "inference")
-    assert train_net.main(["--eval-only", "--resume", *arguments]) == 0
+    monkeypatch.setenv("BNEXT_VERBOSE", "0")  # as it is put back afterwards
+    assert train_net.main(["--eval-only", "--resume", "--verbose", *arguments]) == 0
+    assert "Environment info" in capsys.readouterr().out
     assert Path(tmp_path, "inference", "results.json").read_text() == before
     assert Path(tmp_path, "last_checkpoint").exists(), "only a new training forgets it"
 
