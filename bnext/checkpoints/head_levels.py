@@ -28,7 +28,7 @@ NO_LEVELS = Refusal(
 
 
 def describe_levels(levels: Mapping[str, tuple[str, ...]], entry: tuple[str, ...]) -> dict[str, Any]:
-    """What a file is to say of its norms.
+    """The entries of a file about its norms.
 
     Args:
         levels: path of each norm -> names of its levels.

@@ -8,6 +8,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.config import load_config
 from tests.docs.pages import DOCS, PAGES, ROOT, find_blocks, has_key, read
+from tests.faults.__main__ import KINDS
 
 SYMPTOMS = [page for page in PAGES if "/symptoms/" in page and not page.endswith("index.md")]
 HEADINGS = ["How to tell", "Why", "What to do", "What it costs"]
@@ -77,3 +78,10 @@ def test_nothing_is_left_to_fill_in():
 def test_every_page_is_of_the_folder_that_the_site_is_built_from():
     assert (DOCS / "conf.py").is_file()
     assert len(SYMPTOMS) >= 20
+
+
+def test_the_damage_that_is_told_of_is_what_is_tried():
+    """A fault that is added to a table is measured anew."""
+    attempts = re.findall(r"^\| [^|]+ \| ([\d,]+) \|", read("docs/robustness.md"), flags=re.MULTILINE)
+    counts = [count for count, _ in KINDS.values()]
+    assert [int(number.replace(",", "")) for number in attempts] == counts
