@@ -57,3 +57,10 @@ def test_an_override_of_what_is_not_there_is_refused_and_changes_nothing(word, w
     with pytest.raises(ConfigError, match=words):
         apply_overrides(config, [word], "file")
     assert config == make_config()
+
+
+def test_a_key_of_the_file_that_is_known_besides_is_suggested_once():
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(make_config(), ["train.max_iters=1"], "file", known=["train.max_iter"])
+    assert str(caught.value).count("train.max_iter?") == 1
+    assert " or " not in str(caught.value)
