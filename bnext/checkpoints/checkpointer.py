@@ -392,7 +392,9 @@ def load_model(cfg: CfgNode, weights: str) -> nn.Module:
 def check_eval_weights(path: str) -> None:
     """Raise CheckpointError where MODEL.WEIGHTS is empty, and no last checkpoint is evaluated instead."""
     if not path:
-        remedy = "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        remedy = (
+            "Give MODEL.WEIGHTS <file>; `bnext train --eval-only --resume` evaluates the last checkpoint of OUTPUT_DIR."
+        )
         raise CheckpointError.of("MODEL.WEIGHTS", "name the checkpoint to evaluate", got="''", remedy=remedy)
 
 
