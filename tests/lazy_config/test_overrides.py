@@ -29,6 +29,7 @@ def make_config():
         ("layers.1.width=7", "layers[1].width", 7),
         ("model.bias=False", "model.bias", False),  # an argument of the call
         ("+train.own=1", "train.own", 1),
+        ("+keys.SEED=1", "keys.SEED", 1),  # below a name that is new as well
         ("norms.FPN.NORM=BN", "norms.FPN.NORM", "BN"),  # known
     ],
 )
@@ -47,6 +48,8 @@ def test_an_override_is_taken(word, name, value):
         ("train.amp.enabled.deep=1", "train.amp.enabled.deep"),
         ("layers.2.width=7", r"layers\.2\.width"),
         ("train.own=1", r"\+train\.own"),
+        ("+model.part.own=1", "model.part.own"),
+        ("+train.max_iter.own=1", "train.max_iter.own"),
         ("train.names=a,b", "sweep"),
         ("~train.max_iter", "deletion"),
         ("train.max_iter={a:", "key=value"),
