@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,7 +38,7 @@ from bnext.layers.counts import count_skipped, tell_skipped
 from bnext.layers.kept import note_statistics
 from bnext.layers.loading import reporting_conversions
 from bnext.layers.norm_form import POPULATION
-from bnext.layers.norm_state import MERGED_POPULATION
+from bnext.layers.norm_state import COPIED_POPULATION, MERGED_POPULATION
 from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
 from bnext.surgery.convert_state import (
@@ -293,7 +294,14 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def _tell_changes(self) -> None:
-        logging.getLogger(__name__).warning("%s (%s)", self.report, self._path)
+        changes = [
+            change
+            for change in self.report.changes
+            if change.text != COPIED_POPULATION or change.path not in self._replaced
+        ]
+        if changes:
+            report = dataclasses.replace(self.report, changes=changes)
+            logging.getLogger(__name__).warning("%s (%s)", report, self._path)
 
     def _load_state(self, name: str, state: Any) -> None:
         try:

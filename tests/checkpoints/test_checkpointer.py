@@ -298,6 +298,15 @@ def test_a_failed_download_has_a_remedy(address, tmp_path, monkeypatch):
     assert "download the file by hand and give MODEL.WEIGHTS <file>" in str(caught.value)
 
 
+@pytest.mark.parametrize("replaced", [(), ("0",)])
+def test_copies_that_are_estimated_anew_at_once_need_no_warning(replaced, tmp_path, caplog):
+    path = save(nn.Sequential(nn.BatchNorm2d(4)), tmp_path / "shared.pth")
+    spec = NormSpec(statistics="per_level", population="per_level")
+    model = nn.Sequential(LevelBatchNorm2d(4, levels=("p3", "p4"), spec=spec))
+    Checkpointer(model).load(path, checkpointables=[], replaced=replaced)
+    assert ("copied to every level" in caplog.text) != bool(replaced)
+
+
 def test_an_evaluation_needs_weights():
     check_eval_weights("model.pth")
     with pytest.raises(CheckpointError, match="MODEL.WEIGHTS") as caught:
