@@ -48,6 +48,7 @@ def test_an_override_is_taken(word, name, value):
         ("train.amp.enabled.deep=1", "train.amp.enabled.deep"),
         ("layers.2.width=7", r"layers\.2\.width"),
         ("train.own=1", r"\+train\.own"),
+        ("+trian.max_iter=1", r"Did you mean train\.max_iter"),
         ("+model.part.own=1", "model.part.own"),
         ("+train.max_iter.own=1", "train.max_iter.own"),
         ("train.names=a,b", "sweep"),
