@@ -65,7 +65,7 @@ def find_near(name: object, known: Iterable[str], most: int = 3, cutoff: float =
         ['SyncBN']
     """
     plain: dict[str, list[str]] = {}
-    for candidate in known:
+    for candidate in dict.fromkeys(known):
         plain.setdefault(_strip(candidate), []).append(candidate)
 
     wanted = _strip(str(name)[:200])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,7 +39,7 @@ from bnext.layers.counts import count_skipped, tell_skipped
 from bnext.layers.kept import note_statistics
 from bnext.layers.loading import reporting_conversions
 from bnext.layers.norm_form import POPULATION
-from bnext.layers.norm_state import MERGED_POPULATION
+from bnext.layers.norm_state import COPIED_POPULATION, MERGED_POPULATION
 from bnext.layers.walk import find_bnext_norms
 from bnext.surgery.check_state import check_variances, find_unwritten_frozen_norms, is_unwritten
 from bnext.surgery.convert_state import (
@@ -296,7 +297,14 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def _tell_changes(self) -> None:
-        logging.getLogger(__name__).warning("%s (%s)", self.report, self._path)
+        changes = [
+            change
+            for change in self.report.changes
+            if change.text != COPIED_POPULATION or change.path not in self._replaced
+        ]
+        if changes:
+            report = dataclasses.replace(self.report, changes=changes)
+            logging.getLogger(__name__).warning("%s (%s)", report, self._path)
 
     def _load_state(self, name: str, state: Any) -> None:
         try:
@@ -395,7 +403,9 @@ def load_model(cfg: CfgNode, weights: str) -> nn.Module:
 def check_eval_weights(path: str) -> None:
     """Raise CheckpointError where MODEL.WEIGHTS is empty, and no last checkpoint is evaluated instead."""
     if not path:
-        remedy = "Give MODEL.WEIGHTS <file>, or --resume for the last checkpoint of OUTPUT_DIR."
+        remedy = (
+            "Give MODEL.WEIGHTS <file>; `bnext train --eval-only --resume` evaluates the last checkpoint of OUTPUT_DIR."
+        )
         raise CheckpointError.of("MODEL.WEIGHTS", "name the checkpoint to evaluate", got="''", remedy=remedy)
 
 

@@ -31,6 +31,9 @@ def parse_arguments(
     words = list(sys.argv[1:] if argv is None else argv)
     known = [option for action in parser._actions for option in action.option_strings]
 
+    if words and words[0].endswith((".yaml", ".yml", ".py")) and "--config-file" in known:
+        remedy = f"Write --config-file {words[0]}."
+        _end(ConfigError.of("A config", "be given by its option", got=words[0], remedy=remedy))
     for word in words:
         option = word.split("=")[0]
         if not option.startswith("--") or option == "--":
@@ -64,6 +67,9 @@ def take_pairs(args: argparse.Namespace, options: Sequence[str]) -> None:
 def _refuse(option: str, known: Sequence[str]) -> NoReturn:
     near = [name for name in known if option.startswith(f"{name}-")] or find_near(option, known, most=1)
     remedy = f"Did you mean {near[0]}?" if near else "See --help."
-    error = ConfigError.of("An option", "be one that the command has", got=option, remedy=remedy)
+    _end(ConfigError.of("An option", "be one that the command has", got=option, remedy=remedy))
+
+
+def _end(error: ConfigError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)

@@ -92,6 +92,9 @@ def execute(args: argparse.Namespace) -> None:
             raise ConfigError.of("--weights and --kinds", rule, got=got, remedy="Draw them in several pictures.")
 
         inputs = [args.config_file, *checkpoints.values()]
+        if args.bars and os.path.realpath(args.bars) == os.path.realpath(args.output):
+            rule, got = "be another file than --output", repr(args.bars)
+            raise ConfigError.of("--bars", rule, got=got, remedy="Choose another name.")
         for option, path in zip(("--output", "--bars"), outputs, strict=False):
             _check_output(option, path, inputs, args.overwrite)
         records = _check_run(cfg, list(checkpoints.values()), args, outputs)

@@ -42,7 +42,7 @@ from bnext.engine.wandb_writer import check_wandb
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.rehearsal import rehearse
-from bnext.files import find_local_file, naming_file
+from bnext.files import find_local_file, naming_file, replace_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["DESCRIPTION", "add_arguments", "check_run", "execute", "run"]
@@ -174,14 +174,30 @@ def run_worker(
 def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice]) -> None:
     set_up_logging(cfg.OUTPUT_DIR)
     file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    kept = None
+    if args.eval_only and os.path.isfile(file) and os.path.isfile(os.path.join(cfg.OUTPUT_DIR, "metrics.json")):
+        kept = Path(file).read_bytes()  # of a training
     with naming_file(file), only_in_file("detectron2"):  # the environment, and the whole config
         default_setup(cfg, args)
 
     if comm.is_main_process():
+        if kept is not None:
+            _put_back(file, kept)
+            file = os.path.join(cfg.OUTPUT_DIR, "inference", "config.yaml")
         log = logging.getLogger(__name__)
         log.info("%s", describe_differences(cfg, args.config_file, args.opts[::2]))
-        log.info("The whole config is in %s, everything that is logged in log.txt beside it.", file)
+        place = "beside it" if kept is None else f"in {cfg.OUTPUT_DIR}"
+        log.info("The whole config is in %s, everything that is logged in log.txt %s.", file, place)
         log_notices(notices)
+
+
+def _put_back(file: str, kept: bytes) -> None:
+    """The config of a training again, where detectron2 has written that of an evaluation, which goes to inference/."""
+    folder = os.path.join(os.path.dirname(file), "inference")
+    os.makedirs(folder, exist_ok=True)
+    evaluated = Path(file).read_bytes()
+    replace_file(file, lambda output: output.write(kept))
+    replace_file(os.path.join(folder, "config.yaml"), lambda output: output.write(evaluated))
 
 
 def _train(cfg: CfgNode, args: argparse.Namespace, trainer: type[Trainer]) -> dict[str, Any]:

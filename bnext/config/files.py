@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
 from bnext.errors import ConfigError
 from bnext.text import find_near
 
-__all__ = ["CONFIGS", "find_config_file", "get_config_file"]
+__all__ = ["CONFIGS", "find_config_file", "find_near_configs", "get_config_file"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -30,6 +31,19 @@ def find_config_file(path: str, folder: str = "") -> str:
     return config if not os.path.lexists(file) and os.path.isfile(config) else file
 
 
+def find_near_configs(path: str) -> list[str]:
+    """The configs that may have been meant by a path that leads nowhere: of its folder, else of the package."""
+    folder, name = os.path.split(path)
+    with contextlib.suppress(OSError):
+        files = [file for file in os.listdir(folder or ".") if file.endswith((".yaml", ".yml", ".py"))]
+        near = find_near(name, sorted(files), most=1, cutoff=0.8)
+        if near:
+            return [os.path.join(folder, near[0])]
+
+    tail = os.path.join(*Path(path).parts[-2:])  # a name of the package's has a folder, or none
+    return find_near(tail, _list_names(), most=1, cutoff=0.8) or find_near(name, _list_names(), most=1, cutoff=0.8)
+
+
 def get_config_file(name: str) -> str:
     """The path of a config of the package, in a checkout and in an installed package alike.
 
@@ -43,8 +57,12 @@ def get_config_file(name: str) -> str:
     if path.is_file():
         return str(path)
 
-    files = sorted([*CONFIGS.glob("**/*.yaml"), *CONFIGS.glob("**/*.py")])
-    names = [str(file.relative_to(CONFIGS)) for file in files]
+    names = _list_names()
     near = find_near(name, names, most=1)
     remedy = f"Did you mean {near[0]}?" if near else f"One is {names[0]}."
     raise ConfigError.of("The name", "be that of a config of bnext", got=repr(name), remedy=remedy)
+
+
+def _list_names() -> list[str]:
+    files = sorted([*CONFIGS.glob("**/*.yaml"), *CONFIGS.glob("**/*.py")])
+    return [str(file.relative_to(CONFIGS)) for file in files]

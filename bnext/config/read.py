@@ -14,7 +14,7 @@ import yaml
 from detectron2.utils.file_io import PathManager
 from yaml.nodes import MappingNode, Node, ScalarNode
 
-from bnext.config.files import find_config_file
+from bnext.config.files import find_config_file, find_near_configs
 from bnext.errors import ConfigError, LaunchError, Refusal
 
 __all__ = ["BASE", "NO_KEYS", "read_bases", "read_file"]
@@ -25,6 +25,7 @@ _MOST_BYTES, _MOST_VALUES = 1_000_000, 100_000  # a config has some 10,000 bytes
 _OF_A_PATH = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 
 _NO_FILE = Refusal(ConfigError, "{thing}", "be a YAML file", "Correct the path.")
+_NO_SUCH_FILE = Refusal(ConfigError, "{thing}", "be a YAML file", "Did you mean {near}?")
 _NO_YAML = Refusal(ConfigError, "{thing}", "be YAML text", "Correct {line}.")
 NO_KEYS = Refusal(
     ConfigError,
@@ -131,6 +132,9 @@ def _read_bytes(path: str, thing: str, where: str) -> bytes:
         if "://" not in path and error.errno not in _OF_A_PATH:
             rule, remedy = "be on a disk that this machine can read", "Mend the disk, or copy the file."
             raise LaunchError.of(thing, rule, got=got, where=where, remedy=remedy) from error
+        near = find_near_configs(path) if error.errno == errno.ENOENT else []
+        if near:
+            raise _NO_SUCH_FILE.of(got, where, thing=thing, near=" or ".join(near)) from error
         raise _NO_FILE.of(got, where, thing=thing) from error
     except (ConfigError, MemoryError):
         raise

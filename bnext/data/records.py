@@ -41,6 +41,13 @@ _UNKNOWN_AFTER_IMPORT = Refusal(
     "In {module}, register it at the top level: not inside of a function such as main(), nor under "
     "`if __name__ == '__main__':`, which an import passes over.",
 )
+_UNKNOWN_TO_MODULES = Refusal(
+    DatasetError,
+    "A data set",
+    "be registered",
+    "Correct the name, list the set in DATASETS.BNEXT.COCO, or register it at the top level of {module}: not inside of "
+    "a function such as main(), nor under `if __name__ == '__main__':`, which an import passes over.",
+)
 _UNKNOWN_IN_WORKER = Refusal(
     DatasetError,
     "A data set",
@@ -91,10 +98,12 @@ def check_registered(name: str) -> None:
 
     near = find_near(name, DatasetCatalog.list(), cutoff=0.5)
     nearest = f"nearest: {', '.join(near)}" if near else "no name is near"
-    modules = [module for module in list_imported() if mentions(module, name)] or list_imported()
+    mentioning = [module for module in list_imported() if mentions(module, name)]
+    modules = mentioning or list_imported()
     if modules:
+        refusal = _UNKNOWN_AFTER_IMPORT if mentioning else _UNKNOWN_TO_MODULES
         module = " or ".join(modules)
-        raise _UNKNOWN_AFTER_IMPORT.of(f"'{name}', which is not, after the import of {module}", nearest, module=module)
+        raise refusal.of(f"'{name}', which is not, after the import of {module}", nearest, module=module)
     raise _UNKNOWN.of(f"'{name}', which is not", nearest)
 
 

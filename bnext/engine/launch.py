@@ -8,6 +8,7 @@ its own message is the one that is reported, and no worker outlives the process 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import signal
@@ -253,6 +254,8 @@ def _check_devices(num_workers: int, device: str, option: str) -> None:
 def _spawn(work: bytes, world: _World, first_rank: int, folder: str) -> None:
     resource_tracker.ensure_running()  # it would lift the block below
     context: ProcessContext | None = None
+    torch_log = logging.getLogger("torch.multiprocessing.spawn")
+    torch_log.addFilter(_is_worth_telling)
 
     try:
         with holding_back_interrupts():
@@ -271,9 +274,15 @@ def _spawn(work: bytes, world: _World, first_rank: int, folder: str) -> None:
     finally:
         if context is not None:
             _end(context.processes)
+        torch_log.removeFilter(_is_worth_telling)
 
     if any(Path(folder).glob("*.json")):  # torch takes a worker that was interrupted for one that is done
         raise explain_failure(folder, None)
+
+
+def _is_worth_telling(record: logging.LogRecord) -> bool:
+    """Whether a line of torch's is another than that it ends workers whose partner failed, which is told."""
+    return not record.getMessage().startswith("Terminating process")
 
 
 def _interrupt(processes: Sequence[Any], folder: str) -> None:

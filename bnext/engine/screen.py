@@ -21,9 +21,10 @@ from termcolor import colored
 from bnext.engine.streams import guard_log_files
 from bnext.progress import AboveBars
 
-__all__ = ["VERBOSE", "is_console", "is_verbose", "only_in_file", "set_up_logging"]
+__all__ = ["ENDED", "VERBOSE", "is_console", "is_verbose", "only_in_file", "set_up_logging"]
 
 VERBOSE = "BNEXT_VERBOSE"
+ENDED = "The training ends: "  # how the line of the log begins for what a person can mend
 _DATE = "%m/%d %H:%M:%S"
 _CODES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]")  # of terminals, for colours say
 _PROGRESS = "Inference done"
@@ -118,9 +119,11 @@ class _WorthShowing(logging.Filter):
         self._last_progress = 0.0
 
     def filter(self, record: logging.LogRecord) -> bool:
+        name = _name_logger(record)
+        if name == "detectron2.engine.train_loop" and record.getMessage().startswith(ENDED):
+            return is_verbose()  # the command's last line says it
         if record.levelno >= logging.WARNING or is_verbose():
             return True
-        name = _name_logger(record)
         if record.levelno < logging.INFO or name in self.silent:
             return False
 

@@ -58,7 +58,7 @@ from bnext.engine.resume import (
     read_normalizers,
     write_normalizers,
 )
-from bnext.engine.screen import set_up_logging
+from bnext.engine.screen import ENDED, set_up_logging
 from bnext.engine.start_lines import describe_training
 from bnext.engine.validation_hook import build_validation_loss
 from bnext.engine.virtual_images import build_virtual_images
@@ -358,7 +358,7 @@ def _logging_refusals_in_one_line() -> Iterator[None]:
         refusal = error if isinstance(error, BNextError) else explain_os_error(error)
         if refusal is not None:
             record.exc_info = None
-            record.msg, record.args = "The training ends: %s", (str(refusal),)
+            record.msg, record.args = f"{ENDED}%s", (str(refusal),)
         return True
 
     logger = logging.getLogger("detectron2.engine.train_loop")

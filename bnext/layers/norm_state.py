@@ -50,7 +50,7 @@ DROPPED_POPULATION = "the population statistics were left out: the norm has none
 DROPPED_COUNTER = "num_batches_tracked was left out: the norm has none"
 COPIED_POPULATION = (
     "the shared population statistics were copied to every level or domain; their own are unknown, re-estimate them "
-    "(bnext reestimate, or recompute_population_statistics)"
+    "with `bnext reestimate` or recompute_population_statistics"
 )
 MERGED_POPULATION = (
     "the population statistics of the levels or domains were merged into one with equal weights, which is right "

@@ -27,7 +27,8 @@ SINGLE_ELEMENT = Refusal(
     StatisticsError,
     "a mini-batch",
     "hold more than 1 element per channel in {evaluation}",
-    "Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer}.",
+    "Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer} (in a config {key} "
+    "of the norm's node of MODEL.BNEXT).",
 )
 
 SINGLE_VALUE = Refusal(
@@ -145,6 +146,6 @@ def _check_is_allowed(norm: BatchNorm2d, name: str, call: NormCall) -> None:
 
     fewer = "" if call.groups is None else f"fewer groups than {call.groups.num_groups}, "
     answer = "single_element='population'" if has_population else "population='shared'"
-    raise SINGLE_ELEMENT.of(
-        1, norm.name_place(name), evaluation="training" if norm.training else "evaluation", fewer=fewer, answer=answer
-    )
+    key = answer.partition("=")[0].upper()
+    evaluation = "training" if norm.training else "evaluation"
+    raise SINGLE_ELEMENT.of(1, norm.name_place(name), evaluation=evaluation, fewer=fewer, answer=answer, key=key)

@@ -77,8 +77,10 @@ def _check_key(config: DictConfig, key: str, where: str, is_new: bool, known: Se
             node = node[part]
         elif isinstance(node, DictConfig) and is_last and (is_new or _takes(node, part, parts[:-1], where)):
             return
+        elif isinstance(node, DictConfig) and is_new and "_target_" not in node and not _find_near(config, key, known):
+            return  # all that is below it is new, too
         else:
-            raise _refuse(config, key, parts, where, known)
+            raise _refuse(config, key, where, known, is_new)
 
 
 def _takes(node: DictConfig, name: str, path: Sequence[str], where: str) -> bool:
@@ -88,13 +90,21 @@ def _takes(node: DictConfig, name: str, path: Sequence[str], where: str) -> bool
     return arguments is None or name in arguments
 
 
-def _refuse(config: DictConfig, key: str, parts: Sequence[str], where: str, known: Sequence[str]) -> Exception:
+def _refuse(config: DictConfig, key: str, where: str, known: Sequence[str], is_new: bool) -> Exception:
+    near = _find_near(config, key, known)
+    remedy = f"Did you mean {' or '.join(near)}?" if near else f"To add a new one, write +{key}=..."
+    if is_new and not near:
+        remedy = "What it is to be a part of takes none of that name: correct it, or write it into the file."
+    return _UNKNOWN.of(f"{key!r}, which is none", where, key=key, remedy=remedy)
+
+
+def _find_near(config: DictConfig, key: str, known: Sequence[str]) -> list[str]:
+    """Keys that may have been meant: of a like name, else of the same last part."""
     names = [*list_names(config), *(name for name in known if not name.endswith(".*"))]
     names = [name for name in names if not key.startswith(f"{name}.")]
-    elsewhere = [name for name in names if name.rpartition(".")[2].casefold() == parts[-1].casefold()]
-    near = find_near(key, names, most=2, cutoff=0.7) or find_near(key, elsewhere, most=2, cutoff=0.0)
-    remedy = f"Did you mean {' or '.join(near)}?" if near else f"To add a new one, write +{key}=..."
-    return _UNKNOWN.of(f"{key!r}, which is none", where, key=key, remedy=remedy)
+    last = key.rpartition(".")[2].casefold()
+    elsewhere = [name for name in names if name.rpartition(".")[2].casefold() == last]
+    return find_near(key, names, most=2, cutoff=0.7) or find_near(key, elsewhere, most=2, cutoff=0.0)
 
 
 def list_names(node: Any, prefix: str = "") -> list[str]:

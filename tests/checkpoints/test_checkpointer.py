@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 from bnext.checkpoints import Checkpointer
 from bnext.checkpoints.checkpointer import check_eval_weights
+from bnext.cli.main import build_parser
 from bnext.errors import CheckpointError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.surgery.fold import fold_norms
@@ -296,10 +298,23 @@ def test_a_failed_download_has_a_remedy(address, tmp_path, monkeypatch):
     assert "download the file by hand and give MODEL.WEIGHTS <file>" in str(caught.value)
 
 
+@pytest.mark.parametrize("replaced", [(), ("0",)])
+def test_copies_that_are_estimated_anew_at_once_need_no_warning(replaced, tmp_path, caplog):
+    path = save(nn.Sequential(nn.BatchNorm2d(4)), tmp_path / "shared.pth")
+    spec = NormSpec(statistics="per_level", population="per_level")
+    model = nn.Sequential(LevelBatchNorm2d(4, levels=("p3", "p4"), spec=spec))
+    Checkpointer(model).load(path, checkpointables=[], replaced=replaced)
+    assert ("copied to every level" in caplog.text) != bool(replaced)
+
+
 def test_an_evaluation_needs_weights():
     check_eval_weights("model.pth")
-    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS"):
+    with pytest.raises(CheckpointError, match="MODEL.WEIGHTS") as caught:
         check_eval_weights("")
+    commands = re.findall(r"`bnext (\S+) ([^`]*)`", str(caught.value))
+    assert commands, "--resume is an option of one command alone"
+    for name, options in commands:
+        build_parser(name).parse_args(options.split())
 
 
 def test_no_path_is_no_checkpoint_as_in_detectron2(tmp_path):

@@ -71,6 +71,7 @@ REFUSED = {
     "an unknown set": (["--dataset", "nowhere"], "nowhere"),
     "no PNG": (["--output", "boxes.jpg"], ".png"),
     "a folder that is missing": (["--output", "nowhere/boxes.png"], "nowhere"),
+    "bars in the same file": (["--bars", "./boxes.png"], "--bars"),
     "bars that exist": (["--bars", "there.png"], "--bars"),
     "weights that are missing": (["--weights", "nowhere.pth"], "nowhere.pth"),
     "two choices": (["--worst", "--seed", "1"], "choice of images"),

@@ -70,6 +70,16 @@ def test_an_unknown_command_is_a_line(word, said, capsys):
     assert said in line
 
 
+@pytest.mark.parametrize(
+    "words", [["train", "my.yaml"], ["train", "my.py", "train.max_iter=3"], ["compare", "my.yaml"]]
+)
+def test_a_config_without_its_option_is_a_line(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--config-file {words[1]}" in line
+
+
 def test_without_detectron2_each_command_says_how_to_get_it():
     done = subprocess.run([sys.executable, "-c", WITHOUT_DETECTRON2], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr

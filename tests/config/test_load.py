@@ -1,6 +1,8 @@
 """A config from a file and from pairs: read safely, and whatever is wrong with it told in one line that names it."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import train_net
@@ -151,6 +153,22 @@ def test_paths_that_are_no_files_are_refused_at_once(tmp_path):
     ):
         with pytest.raises(ConfigError, match="--config-file must be a YAML file"):
             load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("my_confg.yaml", "my_config.yaml"),
+        ("Digits-Detection/retinanet_R_18_FNP.yaml", "Digits-Detection/retinanet_R_18_FPN.yaml"),
+        ("my_base.yaml", "Digits-Detection/retinanet_R_18_FPN_BN.yaml"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_answered_with_the_nearest(path, near, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("my_config.yaml").write_text("{}")
+    Path("my_base.yaml").write_text("_BASE_: Digits-Detection/retinanet_R18_FPN_BN.yaml")
+    with pytest.raises(ConfigError, match=re.escape(near)):
+        load_config(path)
 
 
 def test_aliases_that_stand_for_millions_of_values_are_refused(tmp_path):

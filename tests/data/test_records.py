@@ -74,6 +74,15 @@ def test_a_worker_is_told_where_to_register(monkeypatch):
         check_registered("bnext_test_odd")
 
 
+@pytest.mark.parametrize("is_mentioned", [True, False])
+def test_a_typo_is_not_taken_for_a_registration_in_main(monkeypatch, is_mentioned):
+    monkeypatch.setattr(records, "list_imported", lambda: ["my_module"])
+    monkeypatch.setattr(records, "mentions", lambda module, name: is_mentioned)
+    with pytest.raises(DatasetError, match="after the import of my_module") as caught:
+        check_registered("bnext_test_odd")
+    assert ("Correct the name" in str(caught.value)) != is_mentioned
+
+
 def test_a_name_that_is_not_registered_is_refused():
     with pytest.raises(DatasetError, match="be registered; got 'bnext_test_odd'"):
         load_records("bnext_test_odd", get_cfg())

@@ -1,6 +1,8 @@
 """Starting workers: what is refused, how they are counted, which failure is reported; see test_two_workers.py."""
 
+import logging
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,29 @@ def test_workers_of_a_cpu_model_are_counted_by_cores_beside_gpus(monkeypatch):
     assert count_workers(cores, device="cpu") == cores
     with pytest.raises(LaunchError, match=rf"{cores} CPU core.*MODEL.DEVICE is 'cpu'"):
         launch(nothing, 4096, device="cpu")
+
+
+def test_torch_does_not_tell_that_it_ends_the_other_workers(monkeypatch, tmp_path):
+    """The line of the worker that failed is what a person reads."""
+    module, logger, lines = sys.modules[launch.__module__], logging.getLogger("torch.multiprocessing.spawn"), []
+
+    class Context:
+        processes = ()
+
+        def join(self):
+            logger.warning("Terminating process %d via signal %s", 1, "SIGTERM")
+            logger.warning("something else")
+            return True
+
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    monkeypatch.setattr(module, "start_processes", lambda *words, **options: Context())
+    logger.addHandler(handler)
+    try:
+        module._spawn(b"", SimpleNamespace(workers_per_machine=2), 0, str(tmp_path))
+    finally:
+        logger.removeHandler(handler)
+    assert lines == ["something else"]
 
 
 @needs_two_cores

@@ -33,6 +33,7 @@ def say_all():
     logging.getLogger("detectron2.data.common").warning("no pictures")
     logging.getLogger("detectron2.engine.defaults").info("Model:\nRetinaNet(")
     logging.getLogger("detectron2.utils.events").info("iter: 19")
+    logging.getLogger("detectron2.engine.train_loop").error("The training ends: a picture is broken")  # error: says it
     logging.getLogger("fvcore.common.checkpoint").info("Saving checkpoint")
     logging.getLogger("bnext.evaluation").debug("twelve numbers")
     logging.getLogger("bnext.evaluation").info("one table")
@@ -47,7 +48,16 @@ def test_the_screen_shows_what_a_person_reads_and_the_file_has_all(log):
         "Saving checkpoint",
         "one table",
     ]
-    for text in ("Serializing", "no pictures", "RetinaNet(", "iter: 19", "Saving", "twelve numbers", "one table"):
+    for text in (
+        "Serializing",
+        "no pictures",
+        "RetinaNet(",
+        "iter: 19",
+        "Saving",
+        "twelve numbers",
+        "one table",
+        "broken",
+    ):
         assert logged.count(text) == 1
     assert "detectron2.data.common WARNING: no pictures" in logged
 

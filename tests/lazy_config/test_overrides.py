@@ -29,6 +29,7 @@ def make_config():
         ("layers.1.width=7", "layers[1].width", 7),
         ("model.bias=False", "model.bias", False),  # an argument of the call
         ("+train.own=1", "train.own", 1),
+        ("+keys.SEED=1", "keys.SEED", 1),  # below a name that is new as well
         ("norms.FPN.NORM=BN", "norms.FPN.NORM", "BN"),  # known
     ],
 )
@@ -47,6 +48,9 @@ def test_an_override_is_taken(word, name, value):
         ("train.amp.enabled.deep=1", "train.amp.enabled.deep"),
         ("layers.2.width=7", r"layers\.2\.width"),
         ("train.own=1", r"\+train\.own"),
+        ("+trian.max_iter=1", r"Did you mean train\.max_iter"),
+        ("+model.part.own=1", "model.part.own"),
+        ("+train.max_iter.own=1", "train.max_iter.own"),
         ("train.names=a,b", "sweep"),
         ("~train.max_iter", "deletion"),
         ("train.max_iter={a:", "key=value"),
@@ -57,3 +61,10 @@ def test_an_override_of_what_is_not_there_is_refused_and_changes_nothing(word, w
     with pytest.raises(ConfigError, match=words):
         apply_overrides(config, [word], "file")
     assert config == make_config()
+
+
+def test_a_key_of_the_file_that_is_known_besides_is_suggested_once():
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(make_config(), ["train.max_iters=1"], "file", known=["train.max_iter"])
+    assert str(caught.value).count("train.max_iter?") == 1
+    assert " or " not in str(caught.value)
