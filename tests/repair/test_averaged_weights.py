@@ -168,6 +168,20 @@ def test_small_steps_of_half_precision_are_not_lost():
         assert model.weight.dtype == torch.half
 
 
+def test_a_mask_of_infinities_stays_one():
+    """Its average would be inf - inf; a buffer may be a mask of attention, kept out of the state dict."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.nan]), persistent=False)
+    model.register_buffer("scale", torch.tensor([1.0, torch.inf]))
+    average = AveragedWeights(model, 0.5, warms_up=False)
+    for value in (2.0, 4.0):
+        model.scale.fill_(value)
+        average.update(model)
+    with average.lent_to(model):
+        torch.testing.assert_close(model.mask, torch.tensor([0.0, -torch.inf, torch.nan]), equal_nan=True)
+        assert model.scale.tolist() == [2.75, 3.0]
+
+
 def test_a_resumed_average_is_the_uninterrupted_one(tmp_path):
     model = make_model()
     steps, average = make_steps(model, 6), AveragedWeights(model, 0.9)
