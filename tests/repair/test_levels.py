@@ -5,6 +5,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -202,6 +203,20 @@ def test_what_is_called_from_outside_is_named_or_refused():
             bnext.count_levels(model, entry)
     with pytest.raises(StatisticsError, match="entry="):
         bnext.repair(TowerDetector(), IMAGES, forward=lambda model, batch: model.inference(batch))
+
+
+def test_a_method_that_was_put_on_the_model_stays():
+    def double(model, images):
+        return [2 * output for output in TowerDetector.inference(model, images)]
+
+    model, _ = make_repaired()
+    expected = model(IMAGES[0])
+    model.inference = types.MethodType(double, model)
+    handle = bnext.count_levels(model, "inference")
+    for other in (model, copy.deepcopy(model)):
+        assert all(torch.equal(two, 2 * one) for two, one in zip(other.inference(IMAGES[0]), expected, strict=True))
+    handle.remove()
+    assert model.inference.__func__ is double
 
 
 def test_of_entries_within_one_another_the_outermost_counts():
