@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnext.dispatch import is_ordinary
+from bnext.dispatch import is_exported, is_ordinary, is_traced
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -35,14 +35,13 @@ OTHER_CALLS = Refusal(
     "a head's norm",
     "be called once for each of its {number} levels {levels} in a forward",
     "Let the head go through all levels, empty ones too, in one order; or let it name them: with "
-    "bnext.use_level('{level}'). Running statistics are as they were before this forward.",
+    "bnext.use_level('{level}'). {state}",
 )
 OTHER_SIZE = Refusal(
     StatisticsError,
     "features of a head",
     "come in the order of the levels {levels}, as in the first forwards",
-    "Let the head go through all levels in one order; or let it name them: with bnext.use_level('{level}'). Running "
-    "statistics are as they were before this forward.",
+    "Let the head go through all levels in one order; or let it name them: with bnext.use_level('{level}'). {state}",
 )
 UNKNOWN_LEVEL = Refusal(
     StatisticsError, "use_level", "name one of the levels {levels}", "Name the levels when the norm is built."
@@ -133,7 +132,7 @@ class CycleBatchNormList(LevelBatchNorm2d):
 
     Note:
         A forward with other calls raises a StatisticsError that names them, and leaves the running statistics of these
-        norms as they were before it.
+        norms as they were before it; in torch.compile they have moved.
 
     Example:
         >>> from bnext.scope.forward import count_levels
@@ -218,8 +217,11 @@ class CycleBatchNormList(LevelBatchNorm2d):
         call = read_call(self, self._spec, self.where, level)
         if call.level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
-        if calls is not None and self.is_moving(call.level, call) and is_ordinary():
-            calls.keep(self.population_state(call.level))
+        if calls is not None and self.is_moving(call.level, call):
+            if is_ordinary():
+                calls.keep(self.population_state(call.level))
+            else:
+                calls.is_kept = False
 
         index = self.levels.index(call.level)
         return self.normalize_features([input], [index], self.levels, call)[0]
@@ -252,19 +254,21 @@ class CycleBatchNormList(LevelBatchNorm2d):
         number = len(calls.sizes.get(self, ()))
         if number >= len(self.levels):
             calls.put_back()
-            raise self._refuse_number(f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before")
+            raise self._refuse_number(f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before", calls)
         return self.levels[number]
 
     def _check_call(self, calls: ForwardCalls) -> None:
         """Refuse features whose size is that of another level, before anything is normalized by it."""
         sizes = calls.sizes[self]
         index, first, size = len(sizes) - 1, sizes[0], sizes[-1]
-        if not is_ordinary() or self.ratios.fits(index, first, size):
+        is_compiled = is_traced() and not is_exported()
+        if not (is_ordinary() or is_compiled) or self.ratios.fits(index, first, size):
             return
 
         calls.put_back()
         got = f"{write_sizes([size])} for {self.levels[index]}, after {write_sizes([first])} for {self.levels[0]}"
-        raise OTHER_SIZE.of(got, self.where, levels=self.levels, level=self.levels[0])
+        words = {"levels": self.levels, "level": self.levels[0], "state": _describe_state(calls)}
+        raise OTHER_SIZE.of(got, self.where, **words)
 
     def check_calls(self, calls: ForwardCalls) -> None:
         """Refuse a forward that has ended and has not called every level; one without any call did not see them.
@@ -277,13 +281,20 @@ class CycleBatchNormList(LevelBatchNorm2d):
             return
         if len(sizes) < len(self.levels):
             calls.put_back()
-            raise self._refuse_number(f"{len(sizes)} with features of {write_sizes(sizes)}")
+            raise self._refuse_number(f"{len(sizes)} with features of {write_sizes(sizes)}", calls)
         if self.ratios.number < _WATCHED and is_ordinary():
             self.ratios.take_in(sizes)
 
-    def _refuse_number(self, got: str) -> Exception:
+    def _refuse_number(self, got: str, calls: ForwardCalls) -> Exception:
         words = {"number": len(self.levels), "levels": self.levels, "level": self.levels[0]}
+        words["state"] = _describe_state(calls)
         return OTHER_CALLS.of(got, self.where, **words)
+
+
+def _describe_state(calls: ForwardCalls) -> str:
+    if calls.is_kept:
+        return "Running statistics are as they were before this forward."
+    return "Running statistics have moved, as the forward was compiled: load or estimate them anew."
 
 
 def write_sizes(sizes: Sequence[Size]) -> str:

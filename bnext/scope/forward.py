@@ -59,11 +59,13 @@ class ForwardCalls:
     Attributes:
         sizes: norm -> [H, W] of the features of each call so far, in their order.
         depth: entries within one another that are open.
+        is_kept: whether all running statistics that moved can be put back.
     """
 
     def __init__(self) -> None:
         self.sizes: dict[nn.Module, list[Size]] = {}
         self.depth = 0
+        self.is_kept = True
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, norm: nn.Module, feature: Tensor) -> None:

@@ -369,6 +369,19 @@ def test_a_forward_that_is_compiled_has_its_levels():
     assert is_state(model, copy_state(plain))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
+def test_a_forward_that_is_compiled_and_has_other_calls_is_refused(order):
+    model, _ = make_repaired()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(IMAGES[0])
+    model.head.order = order
+    for training, words in ((False, "as they were before"), (True, "have moved")):
+        with torch.no_grad(), pytest.raises(StatisticsError, match=words):
+            compiled.train(training)(IMAGES[0])
+
+
 def test_a_wrapped_model_counts_each_forward():
     model, _ = make_repaired()
     expected = model(IMAGES[0])
