@@ -72,8 +72,9 @@ _WORKERS = {nn.BatchNorm2d: "one", nn.SyncBatchNorm: "all"}
 class SizeRatios:
     """The sizes of the levels relative to the first one, as the first forwards showed them; images may differ.
 
-    A level of stride s against the first has sizes of H_0 / s, up or down to the next whole number: each forward says
-    between which bounds s is.
+    Of a level and the first, one is the finer. Their strides differ by a factor s, so that the sizes of the coarser are
+    those of the finer divided by s, up or down to the next whole number: each forward says between which bounds s is.
+    Which is the finer is open while their sizes are equal.
 
     Attributes:
         number: of forwards that were taken in.
@@ -81,7 +82,8 @@ class SizeRatios:
 
     def __init__(self) -> None:
         self.number = 0
-        self._bounds: dict[tuple[int, int], tuple[float, float]] = {}  # (call, dimension) -> least and largest s
+        # (call, dimension, whether the level is finer than the first) -> least and largest s; None: it is not
+        self._bounds: dict[tuple[int, int, bool], tuple[float, float] | None] = {}
 
     def fits(self, index: int, first: Size, size: Size) -> bool:
         """Whether features of a call can be of the level that this call had so far.
@@ -91,21 +93,34 @@ class SizeRatios:
             first, size: [H, W] of the first call and of this one.
         """
         for dimension, (length, whole) in enumerate(zip(size, first, strict=True)):
-            low, high = self._bounds.get((index, dimension), (0.0, float("inf")))
-            largest = whole / low + 1 if low else float("inf")
-            if not whole / high - 1 <= length <= largest:
+            is_coarser = self._fits_one((index, dimension, False), whole, length)
+            if not is_coarser and not self._fits_one((index, dimension, True), length, whole):
                 return False
         return True
+
+    def _fits_one(self, key: tuple[int, int, bool], fine: int, coarse: int) -> bool:
+        bounds = self._bounds.get(key, (0.0, float("inf")))
+        if bounds is None or coarse > fine + 1:
+            return False
+        low, high = bounds
+        return fine / high - 1 <= coarse and (not low or coarse <= fine / low + 1)
 
     def take_in(self, sizes: Sequence[Size]) -> None:
         """Learn from a forward whose calls all fit, [H, W] of each."""
         self.number += 1
         for index, size in enumerate(sizes):
             for dimension, (length, whole) in enumerate(zip(size, sizes[0], strict=True)):
-                low, high = self._bounds.get((index, dimension), (0.0, float("inf")))
-                low = max(low, whole / (length + 1))
-                high = min(high, whole / (length - 1)) if length > 1 else high
-                self._bounds[index, dimension] = (low, high)
+                self._learn((index, dimension, False), whole, length)
+                self._learn((index, dimension, True), length, whole)
+
+    def _learn(self, key: tuple[int, int, bool], fine: int, coarse: int) -> None:
+        bounds = self._bounds.get(key, (0.0, float("inf")))
+        if bounds is None or not self._fits_one(key, fine, coarse):
+            self._bounds[key] = None
+            return
+        low, high = bounds
+        high = min(high, fine / (coarse - 1)) if coarse > 1 else high
+        self._bounds[key] = (max(low, fine / (coarse + 1)), high)
 
 
 class CycleBatchNormList(LevelBatchNorm2d):

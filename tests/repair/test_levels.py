@@ -406,14 +406,18 @@ def test_convolutions_take_in_no_norm_of_several_levels():
 # ---- relative sizes
 
 
-@given(st.lists(st.integers(9, 200), min_size=2, max_size=6), st.lists(st.booleans(), min_size=4, max_size=4))
-def test_sizes_of_one_pyramid_fit_whatever_the_image(lengths, rounds_up):
+@given(
+    st.lists(st.integers(2, 200), min_size=2, max_size=6),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.permutations(range(5)),
+)
+def test_sizes_of_one_pyramid_fit_whatever_the_image_and_the_order(lengths, rounds_up, order):
     ratios = SizeRatios()
     for length in lengths:
         sizes = [length]
         for is_up in rounds_up:
             sizes.append(max(1, (sizes[-1] + is_up) // 2))
-        calls = [(size, size) for size in sizes]
+        calls = [(sizes[level], sizes[level]) for level in order]
         assert all(ratios.fits(index, calls[0], size) for index, size in enumerate(calls))
         ratios.take_in(calls)
 
@@ -425,6 +429,13 @@ def test_sizes_of_another_level_do_not_fit():
     assert not ratios.fits(1, (64, 64), (16, 16))
     assert not ratios.fits(2, (64, 64), (32, 16))
     assert not ratios.fits(4, (64, 64), (8, 8))
+
+    from_coarse = SizeRatios()
+    from_coarse.take_in([(7, 10), (13, 20), (25, 40)])
+    assert from_coarse.fits(2, (4, 4), (13, 16))
+    assert not from_coarse.fits(2, (4, 4), (8, 8))
+    assert not from_coarse.fits(1, (4, 4), (16, 16))
+    assert not from_coarse.fits(1, (8, 8), (4, 4))
 
 
 def test_detectron2s_own_norms_are_known_whoever_was_imported_first():
