@@ -150,8 +150,8 @@ class AveragedWeights:
         current = self._select(model)
         self._check_names(current)
 
-        parameters = [parameter.data for parameter in model.parameters()]
-        held = [value.clone() for value in parameters]
+        parameters = list(model.parameters())
+        held = [parameter.detach().clone() for parameter in parameters]
         with restoring(model):
             try:
                 self._write(current, self._averages)
@@ -160,8 +160,8 @@ class AveragedWeights:
                 _note_all(model)
                 yield
             finally:
-                for value, before in zip(parameters, held, strict=True):
-                    value.copy_(before)
+                for parameter, before in zip(parameters, held, strict=True):
+                    parameter.data.copy_(before)  # the data of now: the model may have been moved meanwhile
 
     def _re_estimate(self, model: nn.Module, re_estimate: Callable[[nn.Module], object] | None) -> None:
         done_at, values = self._estimate

@@ -121,6 +121,18 @@ def test_the_model_is_as_it_was_after_an_exception_too(rule):
     assert torch.equal(model[0].weight.grad, gradient)
 
 
+def test_a_model_that_is_moved_meanwhile_has_its_own_weights_again():
+    model = make_model()
+    average = AveragedWeights(model, 0.5)
+    for stepped in make_steps(model, 2):
+        average.update(stepped)
+    before = copy_state(model)
+    with average.lent_to(model):
+        model.half()
+        model.double()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_statistics_are_estimated_once_for_the_same_weights():
     model, calls = make_model(), []
     average = AveragedWeights(model, 0.5, "re_estimated")
