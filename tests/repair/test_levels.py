@@ -285,6 +285,13 @@ def test_bad_arguments_change_nothing(options, message):
     assert not model._forward_pre_hooks
 
 
+def test_frozen_norms_are_named_where_there_is_nothing_to_repair():
+    model = TowerDetector()
+    bnext.freeze_norms(model, select=lambda path, norm: path.startswith("head."))
+    with pytest.raises(StatisticsError, match=r"passed over \(head\.cls_tower\.1"):
+        bnext.repair(model, IMAGES)
+
+
 def test_data_that_break_off_change_nothing():
     def break_off():
         yield from IMAGES
