@@ -269,7 +269,9 @@ class CycleBatchNormList(LevelBatchNorm2d):
         number = len(calls.sizes.get(self, ()))
         if number >= len(self.levels):
             calls.put_back()
-            raise self._refuse_number(f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before", calls)
+            raise self._refuse_number(
+                f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before", calls
+            )
         return self.levels[number]
 
     def _check_call(self, calls: ForwardCalls) -> None:
