@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.distributed import get_world_size, resolve_group
@@ -318,6 +319,6 @@ def _join_frozen(statistics: bool, affine: bool) -> str:
 
 def _count_parameters(norm: nn.Module) -> int:
     """Of a norm and its levels or domains; a frozen norm of detectron2 has its affine in buffers, which count too."""
-    parameters = [parameter.numel() for parameter in norm.parameters()]
+    parameters = [parameter.numel() for parameter in norm.parameters() if not is_lazy(parameter)]
     affine = [buffer.numel() for name, buffer in norm.named_buffers() if name in ("weight", "bias")]
     return sum(parameters) + sum(affine)

@@ -32,6 +32,7 @@ __all__ = ["BestCheckpoint", "build_best", "check_best_metric", "find_end", "lim
 FILE = "model_best"
 MEMORY = "best.json"
 KEY = "TEST.BNEXT.BEST.METRIC"
+NO_TASK = "Let the evaluator return {'task': {'metric': value}}, and write task/metric; or set it to ''."
 UNKNOWN_METRIC = Refusal(ConfigError, KEY, "name a metric of the evaluation", "{remedy}")
 
 # Of Detectron2's COCO evaluation, beside those of each class.
@@ -93,7 +94,7 @@ class BestCheckpoint(HookBase):
             fresh = {name: float(value) for name, (value, when) in latest.items() if when >= iteration and "/" in name}
             value = _find_value(self._metric, fresh)
             if value is None:
-                remedy = _remedy(self._metric, [*fresh]) or "Set it to ''."
+                remedy = _remedy(self._metric, [*fresh]) or NO_TASK
             else:
                 self.evaluations.append(Evaluation(iteration, value if math.isfinite(value) else None))
                 is_best = _find_best(self.evaluations, self._mode) == self.evaluations[-1]

@@ -150,7 +150,7 @@ class OwnParts:
 
     def _build_evaluator(self, cfg: CfgNode, name: str, folder: str | None = None) -> DatasetEvaluator:
         build: Any = self.evaluator
-        evaluator = build(cfg, name, folder) if _takes(build, 3) else build(cfg, name)
+        evaluator = build(cfg, name, folder) if _takes_folder(build) else build(cfg, name)
         if not isinstance(evaluator, DatasetEvaluator):
             raise _NO_EVALUATOR.of(f"{_name(evaluator)} of {_name(build)}", f"data set {name!r}")
         return evaluator
@@ -171,13 +171,15 @@ def _check_writers(writers: Any) -> None:
             raise _NO_WRITERS.of(_name(writer))
 
 
-def _takes(function: Callable[..., Any], number: int) -> bool:
-    """Whether a function can be called with so many positional arguments; one that does not tell cannot."""
+def _takes_folder(function: Callable[..., Any]) -> bool:
+    """Whether a function has a third argument that must be given, or is a folder by its name, as Detectron2's has."""
     try:
-        inspect.signature(function).bind(*range(number))
+        parameters = list(inspect.signature(function).parameters.values())
+        inspect.signature(function).bind(*range(3))
     except (TypeError, ValueError):
         return False
-    return True
+    third = parameters[min(2, len(parameters) - 1)]
+    return third.default is third.empty or any(word in third.name for word in ("folder", "dir", "output"))
 
 
 def _name(part: Any) -> str:

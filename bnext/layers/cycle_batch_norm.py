@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnext.dispatch import is_ordinary
+from bnext.dispatch import is_exported, is_ordinary, is_traced
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.spec import NormSpec
@@ -35,14 +35,13 @@ OTHER_CALLS = Refusal(
     "a head's norm",
     "be called once for each of its {number} levels {levels} in a forward",
     "Let the head go through all levels, empty ones too, in one order; or let it name them: with "
-    "bnext.use_level('{level}'). Running statistics are as they were before this forward.",
+    "bnext.use_level('{level}'). {state}",
 )
 OTHER_SIZE = Refusal(
     StatisticsError,
     "features of a head",
     "come in the order of the levels {levels}, as in the first forwards",
-    "Let the head go through all levels in one order; or let it name them: with bnext.use_level('{level}'). Running "
-    "statistics are as they were before this forward.",
+    "Let the head go through all levels in one order; or let it name them: with bnext.use_level('{level}'). {state}",
 )
 UNKNOWN_LEVEL = Refusal(
     StatisticsError, "use_level", "name one of the levels {levels}", "Name the levels when the norm is built."
@@ -73,8 +72,9 @@ _WORKERS = {nn.BatchNorm2d: "one", nn.SyncBatchNorm: "all"}
 class SizeRatios:
     """The sizes of the levels relative to the first one, as the first forwards showed them; images may differ.
 
-    A level of stride s against the first has sizes of H_0 / s, up or down to the next whole number: each forward says
-    between which bounds s is.
+    Of a level and the first, one is the finer. Their strides differ by a factor s, so that the sizes of the coarser are
+    those of the finer divided by s, up or down to the next whole number: each forward says between which bounds s is.
+    Which is the finer is open while their sizes are equal.
 
     Attributes:
         number: of forwards that were taken in.
@@ -82,7 +82,8 @@ class SizeRatios:
 
     def __init__(self) -> None:
         self.number = 0
-        self._bounds: dict[tuple[int, int], tuple[float, float]] = {}  # (call, dimension) -> least and largest s
+        # (call, dimension, whether the level is finer than the first) -> least and largest s; None: it is not
+        self._bounds: dict[tuple[int, int, bool], tuple[float, float] | None] = {}
 
     def fits(self, index: int, first: Size, size: Size) -> bool:
         """Whether features of a call can be of the level that this call had so far.
@@ -92,21 +93,34 @@ class SizeRatios:
             first, size: [H, W] of the first call and of this one.
         """
         for dimension, (length, whole) in enumerate(zip(size, first, strict=True)):
-            low, high = self._bounds.get((index, dimension), (0.0, float("inf")))
-            largest = whole / low + 1 if low else float("inf")
-            if not whole / high - 1 <= length <= largest:
+            is_coarser = self._fits_one((index, dimension, False), whole, length)
+            if not is_coarser and not self._fits_one((index, dimension, True), length, whole):
                 return False
         return True
+
+    def _fits_one(self, key: tuple[int, int, bool], fine: int, coarse: int) -> bool:
+        bounds = self._bounds.get(key, (0.0, float("inf")))
+        if bounds is None or coarse > fine + 1:
+            return False
+        low, high = bounds
+        return fine / high - 1 <= coarse and (not low or coarse <= fine / low + 1)
 
     def take_in(self, sizes: Sequence[Size]) -> None:
         """Learn from a forward whose calls all fit, [H, W] of each."""
         self.number += 1
         for index, size in enumerate(sizes):
             for dimension, (length, whole) in enumerate(zip(size, sizes[0], strict=True)):
-                low, high = self._bounds.get((index, dimension), (0.0, float("inf")))
-                low = max(low, whole / (length + 1))
-                high = min(high, whole / (length - 1)) if length > 1 else high
-                self._bounds[index, dimension] = (low, high)
+                self._learn((index, dimension, False), whole, length)
+                self._learn((index, dimension, True), length, whole)
+
+    def _learn(self, key: tuple[int, int, bool], fine: int, coarse: int) -> None:
+        bounds = self._bounds.get(key, (0.0, float("inf")))
+        if bounds is None or not self._fits_one(key, fine, coarse):
+            self._bounds[key] = None
+            return
+        low, high = bounds
+        high = min(high, fine / (coarse - 1)) if coarse > 1 else high
+        self._bounds[key] = (max(low, fine / (coarse + 1)), high)
 
 
 class CycleBatchNormList(LevelBatchNorm2d):
@@ -133,7 +147,7 @@ class CycleBatchNormList(LevelBatchNorm2d):
 
     Note:
         A forward with other calls raises a StatisticsError that names them, and leaves the running statistics of these
-        norms as they were before it.
+        norms as they were before it; in torch.compile they have moved.
 
     Example:
         >>> from bnext.scope.forward import count_levels
@@ -218,8 +232,11 @@ class CycleBatchNormList(LevelBatchNorm2d):
         call = read_call(self, self._spec, self.where, level)
         if call.level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
-        if calls is not None and self.is_moving(call.level, call) and is_ordinary():
-            calls.keep(self.population_state(call.level))
+        if calls is not None and self.is_moving(call.level, call):
+            if is_ordinary():
+                calls.keep(self.population_state(call.level))
+            else:
+                calls.is_kept = False
 
         index = self.levels.index(call.level)
         return self.normalize_features([input], [index], self.levels, call)[0]
@@ -252,19 +269,23 @@ class CycleBatchNormList(LevelBatchNorm2d):
         number = len(calls.sizes.get(self, ()))
         if number >= len(self.levels):
             calls.put_back()
-            raise self._refuse_number(f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before")
+            raise self._refuse_number(
+                f"call {number + 1}, with features of {write_sizes(calls.sizes[self])} before", calls
+            )
         return self.levels[number]
 
     def _check_call(self, calls: ForwardCalls) -> None:
         """Refuse features whose size is that of another level, before anything is normalized by it."""
         sizes = calls.sizes[self]
         index, first, size = len(sizes) - 1, sizes[0], sizes[-1]
-        if not is_ordinary() or self.ratios.fits(index, first, size):
+        is_compiled = is_traced() and not is_exported()
+        if not (is_ordinary() or is_compiled) or self.ratios.fits(index, first, size):
             return
 
         calls.put_back()
         got = f"{write_sizes([size])} for {self.levels[index]}, after {write_sizes([first])} for {self.levels[0]}"
-        raise OTHER_SIZE.of(got, self.where, levels=self.levels, level=self.levels[0])
+        words = {"levels": self.levels, "level": self.levels[0], "state": _describe_state(calls)}
+        raise OTHER_SIZE.of(got, self.where, **words)
 
     def check_calls(self, calls: ForwardCalls) -> None:
         """Refuse a forward that has ended and has not called every level; one without any call did not see them.
@@ -277,13 +298,20 @@ class CycleBatchNormList(LevelBatchNorm2d):
             return
         if len(sizes) < len(self.levels):
             calls.put_back()
-            raise self._refuse_number(f"{len(sizes)} with features of {write_sizes(sizes)}")
+            raise self._refuse_number(f"{len(sizes)} with features of {write_sizes(sizes)}", calls)
         if self.ratios.number < _WATCHED and is_ordinary():
             self.ratios.take_in(sizes)
 
-    def _refuse_number(self, got: str) -> Exception:
+    def _refuse_number(self, got: str, calls: ForwardCalls) -> Exception:
         words = {"number": len(self.levels), "levels": self.levels, "level": self.levels[0]}
+        words["state"] = _describe_state(calls)
         return OTHER_CALLS.of(got, self.where, **words)
+
+
+def _describe_state(calls: ForwardCalls) -> str:
+    if calls.is_kept:
+        return "Running statistics are as they were before this forward."
+    return "Running statistics have moved, as the forward was compiled: load or estimate them anew."
 
 
 def write_sizes(sizes: Sequence[Size]) -> str:

@@ -1,7 +1,7 @@
 """An exponential moving average of a model's weights, with an explicit rule for its buffers.
 
 copied:        the buffers of the model as they are when the average is used
-averaged:      floating point buffers are averaged as the weights; counters are copied
+averaged:      floating point buffers are averaged as the weights; counters, and what is inf or NaN, are copied
 re_estimated:  the population statistics are estimated for the averaged weights; other buffers are copied
 """
 
@@ -97,8 +97,12 @@ class AveragedWeights:
         self.buffers: BufferRule = buffers
         self.warms_up = warms_up
         self.num_updates = 0
+        model = unwrap_model(model)
         self._averages = {name: _widen(value).clone() for name, value in self._select(model).items()}
         self._estimate: tuple[int, dict[str, Tensor]] = (-1, {})
+
+        weights_and_norms = {name for name, _ in model.named_parameters()} | {name for name, _ in norm_buffers(model)}
+        self._others = self._averages.keys() - weights_and_norms
 
     def _select(self, model: nn.Module) -> dict[str, Tensor]:
         """Name -> what is averaged, the model's own tensors."""
@@ -120,6 +124,9 @@ class AveragedWeights:
         averages = [self._averages[name] for name in current]
         now = [value.to(average) for value, average in zip(current.values(), averages, strict=True)]
         get_ema_multi_avg_fn(decay)(averages, now, step)
+        for name, average, value in zip(current, averages, now, strict=True):
+            if name in self._others:  # a mask of attention, say: inf - inf is no number
+                average.copy_(torch.where(average.isfinite(), average, value))
         self.num_updates = step + 1
 
     @contextlib.contextmanager
@@ -143,8 +150,8 @@ class AveragedWeights:
         current = self._select(model)
         self._check_names(current)
 
-        parameters = [parameter.data for parameter in model.parameters()]
-        held = [value.clone() for value in parameters]
+        parameters = list(model.parameters())
+        held = [parameter.detach().clone() for parameter in parameters]
         with restoring(model):
             try:
                 self._write(current, self._averages)
@@ -153,8 +160,8 @@ class AveragedWeights:
                 _note_all(model)
                 yield
             finally:
-                for value, before in zip(parameters, held, strict=True):
-                    value.copy_(before)
+                for parameter, before in zip(parameters, held, strict=True):
+                    parameter.data.copy_(before)  # the data of now: the model may have been moved meanwhile
 
     def _re_estimate(self, model: nn.Module, re_estimate: Callable[[nn.Module], object] | None) -> None:
         done_at, values = self._estimate

@@ -263,9 +263,16 @@ def find_levels(
         plan = _plan(candidates, observed, levels, layers)
         if not plan.norms:
             got = ", ".join(f"{path}: {reason}" for path, reason in list(plan.left.items())[:3])
-            raise NO_LEVELS.of(got or "none", type(model).__name__)
+            raise NO_LEVELS.of(got or _describe_frozen(model, treat_as) or "none", type(model).__name__)
         agree({path: norm.levels for path, norm in plan.norms.items()})
     return plan
+
+
+def _describe_frozen(model: nn.Module, treat_as: TreatAs | None) -> str:
+    """What is passed over, as frozen statistics normalize in training as they do at inference."""
+    forms = find_forms(model, treat_as)
+    paths = dict.fromkeys(path for path, _, form in forms if form.is_batch_norm and form.is_frozen)
+    return f"none, and frozen ones that were passed over ({list_few(paths)})" if paths else ""
 
 
 def _run(model: nn.Module, batch: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -13,6 +14,7 @@ from torch import nn
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.files import drop_nan
 from bnext.layers.forms import TreatAs
+from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.numbers import is_number
 from bnext.repair.compare import compare_kinds
 from bnext.repair.kinds import KINDS, Kind
@@ -40,6 +42,12 @@ NO_NUMBERS = Refusal(
     "evaluate",
     "return numbers by name",
     "Return a dict, such as {{'accuracy': 0.71}}; None stands for a number that there is not.",
+)
+OTHER_MODEL = Refusal(
+    StatisticsError,
+    "evaluate",
+    "run the model that it is called with, which may be a copy",
+    "Write def evaluate(model): ... and use that model; norms of levels are in it alone.",
 )
 ONE_PASS = Refusal(
     StatisticsError,
@@ -183,7 +191,7 @@ def compare_statistics(
             results = compare_kinds(
                 model,
                 data,
-                partial(_measure, evaluate),
+                partial(_measure, evaluate, model),
                 kinds,
                 recompute=recompute,
                 obstacles={"per_level": obstacle},
@@ -215,12 +223,32 @@ class _NoNumbers(Exception):
     """What the caller's evaluation has given instead."""
 
 
-def _measure(evaluate: Callable[[nn.Module], Any], model: nn.Module, kind: Kind) -> dict[str, float | None]:
-    """The numbers of the caller's evaluation."""
-    with restoring(model), torch.no_grad():
-        model.eval()
-        numbers = evaluate(model)
+class _Calls:
+    """Whether a norm of a model was called, or of a copy of it; a hook that can be pickled."""
 
+    is_any = False
+
+    def __call__(self, norm: nn.Module, args: Any) -> None:
+        self.is_any = True
+
+    def __deepcopy__(self, memo: Any) -> _Calls:
+        return self
+
+
+def _measure(
+    evaluate: Callable[[nn.Module], Any], model: nn.Module, variant: nn.Module, kind: Kind
+) -> dict[str, float | None]:
+    """The numbers of the caller's evaluation, of the model or a copy with other norms."""
+    calls = _Calls()
+    with restoring(variant), torch.no_grad(), contextlib.ExitStack() as hooks:
+        for norm in variant.modules() if variant is not model else ():
+            if isinstance(norm, LevelBatchNorm2d):
+                hooks.enter_context(norm.register_forward_pre_hook(calls))
+        variant.eval()
+        numbers = evaluate(variant)
+
+    if variant is not model and not calls.is_any:
+        raise OTHER_MODEL.of("no call of its head's norms", _WHERE)
     is_right = isinstance(numbers, Mapping) and len(numbers) > 0
     for name, value in numbers.items() if is_right else ():
         is_right &= isinstance(name, str) and (value is None or is_number(_to_number(value)) or value != value)

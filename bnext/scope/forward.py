@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,13 @@ class ForwardCalls:
     Attributes:
         sizes: norm -> [H, W] of the features of each call so far, in their order.
         depth: entries within one another that are open.
+        is_kept: whether all running statistics that moved can be put back.
     """
 
     def __init__(self) -> None:
         self.sizes: dict[nn.Module, list[Size]] = {}
         self.depth = 0
+        self.is_kept = True
         self._kept: list[tuple[Tensor, Tensor]] = []
 
     def add(self, norm: nn.Module, feature: Tensor) -> None:
@@ -82,13 +85,21 @@ class ForwardCalls:
 
 
 class Entry:
-    """A method of a module with which a forward begins; it takes the method's place on that module."""
+    """A method of a module with which a forward begins; it takes the method's place on that module.
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self.module, self.name = module, name
+    Args:
+        module: that has it.
+        name: of the method.
+        own: what the module has in the place of its class' method; None: nothing.
+    """
+
+    def __init__(self, module: nn.Module, name: str, own: Any = None) -> None:
+        self.module, self.name, self.own = module, name, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with _counting(self.module):
+            if self.own is not None:
+                return self.own(*args, **kwargs)
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
 
 
@@ -108,10 +119,11 @@ class CountedLevels:
         ]
 
     def add_method(self, module: nn.Module, name: str) -> None:
-        if isinstance(vars(module).get(name), Entry):
+        own = vars(module).get(name)
+        if isinstance(own, Entry):
             return
-        setattr(module, name, Entry(module, name))
-        self._undo.append(lambda: delattr(module, name))
+        setattr(module, name, Entry(module, name, own))
+        self._undo.append(partial(delattr, module, name) if own is None else partial(setattr, module, name, own))
 
     def remove(self) -> None:
         while self._undo:
@@ -165,7 +177,7 @@ def _find_place(model: nn.Module, name: object) -> tuple[nn.Module, str]:
             module = model.get_submodule(owner)
             if isinstance(getattr(module, last, None), nn.Module):
                 return module.get_submodule(last), "forward"
-            if callable(getattr(type(module), last, None)):
+            if callable(getattr(module, last, None)):
                 return module, last
     raise NO_ENTRY.of(repr(name), type(model).__name__)
 

@@ -88,6 +88,11 @@ def test_norms_are_listed_once_in_their_order_and_parts_are_none():
     assert find_norm_records(norm)[0].path == ""
 
 
+def test_a_norm_without_shapes_yet_is_told():
+    (record,) = find_norm_records(nn.Sequential(nn.LazyBatchNorm2d()))
+    assert (record.kind, record.num_parameters) == ("LazyBatchNorm2d", 0)
+
+
 def test_a_resnet_50_is_a_screen():
     model = resnet50()
     groups = find_norm_groups(model, 2)

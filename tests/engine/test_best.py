@@ -54,6 +54,11 @@ def test_the_first_of_the_best_is_kept(tmp_path):
     assert [one["value"] for one in memory["evaluations"]] == [1.0, None, 3.0, 2.0, 3.0, None, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_numbers_without_a_task_are_no_metrics(tmp_path):
+    with pytest.raises(ConfigError, match="task/metric"):
+        run(tmp_path, [1.0], metrics={"accuracy": 0.5})
+
+
 def test_losses_are_best_where_they_are_least(tmp_path):
     run(tmp_path, [3.0, 1.0, 2.0], "TEST.BNEXT.BEST.MODE", "min")
     assert best_of(tmp_path) == 3

@@ -141,6 +141,21 @@ def test_what_a_function_makes_is_looked_at_before_training(digits, tmp_path):
     assert not (tmp_path / "model_final.pth").exists()
 
 
+def test_a_function_that_makes_an_evaluator_keeps_its_own_defaults():
+    """The folder for detections is for a third argument that is one; it would be a unit here."""
+
+    def build_folder(cfg, name, output_folder=None):
+        return Counts(output_folder)
+
+    def build_third(cfg, name, folder):
+        return Counts(folder)
+
+    functions = {lambda cfg, name, unit=3.0: Counts(unit): 3.0, build_folder: "out", build_third: "out"}
+    for build, unit in functions.items():
+        evaluator = OwnParts(evaluator=build).build_trainer().build_evaluator(None, "set", "out")
+        assert evaluator.unit == unit
+
+
 @pytest.mark.parametrize("part", [{"mapper": lambda record: record}, {"writers": [Notes(sys.stdout)]}])
 def test_what_workers_cannot_be_given_is_refused(part):
     with pytest.raises(LaunchError, match="picklable"):

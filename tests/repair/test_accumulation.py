@@ -74,6 +74,35 @@ def test_micro_batches_weigh_as_many_samples_as_they_have():
     torch.testing.assert_close(gradients(model), expected, **EXACT)
 
 
+def test_samples_are_not_counted_by_the_parts_of_a_batch():
+    """A pair of images and labels is not two samples: micro-batches of 4 and 2 images would weigh the same."""
+    model, images, labels = make_model("group"), make_data(), torch.zeros(6, dtype=torch.float64)
+
+    def loss(images, labels):
+        return (model(images).mean((1, 2, 3)) - labels).square().mean()
+
+    pairs = [(images[:4], labels[:4]), (images[4:], labels[4:])]
+    kinds = [pairs, [[*pair] for pair in pairs], [dict(zip("xy", pair, strict=True)) for pair in pairs]]
+    for batches in kinds:
+        with pytest.raises(StatisticsError, match="num_samples="):
+            accumulate_gradients(model, batches, lambda batch: loss(*batch))
+
+    loss(images, labels).backward()
+    expected = gradients(model)
+    model.zero_grad()
+    accumulate_gradients(model, pairs, lambda pair: loss(*pair), num_samples=lambda pair: len(pair[0]))
+    torch.testing.assert_close(gradients(model), expected, **EXACT)
+
+
+def test_a_micro_batch_without_samples_weighs_nothing():
+    model, images = make_model("group"), make_data(4)
+    expected, losses = differentiate_whole(copy.deepcopy(model), images)
+    parts = [images[:3], images[:0], images[3:]]
+    found = accumulate_gradients(model, parts, lambda batch: compute_loss(model, batch))
+    torch.testing.assert_close(gradients(model), expected, **EXACT)
+    torch.testing.assert_close(found, losses, **EXACT)
+
+
 def test_gradients_are_added_to_those_that_are_there():
     model, images = make_model(), make_data()
     for _ in range(2):
@@ -133,10 +162,16 @@ def test_workers_exchange_gradients_once_a_step():
         assert exchanges == [True]
 
 
-@pytest.mark.parametrize("batch", [[1, 2, 3], [], "four", iter([1, 2]), None, torch.zeros(3, 2)])
+@pytest.mark.parametrize("batch", [[1, 2, 3], [], "four", iter([1, 2]), None, torch.zeros(3, 2), (1, 2)])
 def test_a_batch_that_cannot_be_cut_is_refused(batch):
     with pytest.raises(StatisticsError, match="a batch must be a list"):
         split_batch(batch, 2)
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.0])
+def test_a_number_that_is_none_is_refused(number):
+    with pytest.raises(StatisticsError, match="number"):
+        split_batch([1, 2], number)
 
 
 @pytest.mark.parametrize("loss", [None, {}, 1.0, torch.zeros(2), {"near": torch.zeros(2)}, {"near": 1.0}])

@@ -121,6 +121,18 @@ def test_the_model_is_as_it_was_after_an_exception_too(rule):
     assert torch.equal(model[0].weight.grad, gradient)
 
 
+def test_a_model_that_is_moved_meanwhile_has_its_own_weights_again():
+    model = make_model()
+    average = AveragedWeights(model, 0.5)
+    for stepped in make_steps(model, 2):
+        average.update(stepped)
+    before = copy_state(model)
+    with average.lent_to(model):
+        model.half()
+        model.double()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_statistics_are_estimated_once_for_the_same_weights():
     model, calls = make_model(), []
     average = AveragedWeights(model, 0.5, "re_estimated")
@@ -166,6 +178,20 @@ def test_small_steps_of_half_precision_are_not_lost():
     with average.lent_to(model):
         assert model.weight.item() == pytest.approx(1.25 - 0.25 * 0.999**1000, abs=1e-3)
         assert model.weight.dtype == torch.half
+
+
+def test_a_mask_of_infinities_stays_one():
+    """Its average would be inf - inf; a buffer may be a mask of attention, kept out of the state dict."""
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf, torch.nan]), persistent=False)
+    model.register_buffer("scale", torch.tensor([1.0, torch.inf]))
+    average = AveragedWeights(model, 0.5, warms_up=False)
+    for value in (2.0, 4.0):
+        model.scale.fill_(value)
+        average.update(model)
+    with average.lent_to(model):
+        torch.testing.assert_close(model.mask, torch.tensor([0.0, -torch.inf, torch.nan]), equal_nan=True)
+        assert model.scale.tolist() == [2.75, 3.0]
 
 
 def test_a_resumed_average_is_the_uninterrupted_one(tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_what_is_called_from_outside_is_named_or_refused():
         bnext.repair(TowerDetector(), IMAGES, forward=lambda model, batch: model.inference(batch))
 
 
+def test_a_method_that_was_put_on_the_model_stays():
+    def double(model, images):
+        return [2 * output for output in TowerDetector.inference(model, images)]
+
+    model, _ = make_repaired()
+    expected = model(IMAGES[0])
+    model.inference = types.MethodType(double, model)
+    handle = bnext.count_levels(model, "inference")
+    for other in (model, copy.deepcopy(model)):
+        assert all(torch.equal(two, 2 * one) for two, one in zip(other.inference(IMAGES[0]), expected, strict=True))
+    handle.remove()
+    assert model.inference.__func__ is double
+
+
 def test_of_entries_within_one_another_the_outermost_counts():
     torch.manual_seed(0)
     model = LoopingDetector().eval()
@@ -268,6 +283,13 @@ def test_bad_arguments_change_nothing(options, message):
         bnext.repair(model, IMAGES, **options)
     assert is_state(model, before)
     assert not model._forward_pre_hooks
+
+
+def test_frozen_norms_are_named_where_there_is_nothing_to_repair():
+    model = TowerDetector()
+    bnext.freeze_norms(model, select=lambda path, norm: path.startswith("head."))
+    with pytest.raises(StatisticsError, match=r"passed over \(head\.cls_tower\.1"):
+        bnext.repair(model, IMAGES)
 
 
 def test_data_that_break_off_change_nothing():
@@ -354,6 +376,19 @@ def test_a_forward_that_is_compiled_has_its_levels():
     assert is_state(model, copy_state(plain))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [(0, 1), (0, 2, 1)])
+def test_a_forward_that_is_compiled_and_has_other_calls_is_refused(order):
+    model, _ = make_repaired()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(IMAGES[0])
+    model.head.order = order
+    for training, words in ((False, "as they were before"), (True, "have moved")):
+        with torch.no_grad(), pytest.raises(StatisticsError, match=words):
+            compiled.train(training)(IMAGES[0])
+
+
 def test_a_wrapped_model_counts_each_forward():
     model, _ = make_repaired()
     expected = model(IMAGES[0])
@@ -378,14 +413,18 @@ def test_convolutions_take_in_no_norm_of_several_levels():
 # ---- relative sizes
 
 
-@given(st.lists(st.integers(9, 200), min_size=2, max_size=6), st.lists(st.booleans(), min_size=4, max_size=4))
-def test_sizes_of_one_pyramid_fit_whatever_the_image(lengths, rounds_up):
+@given(
+    st.lists(st.integers(2, 200), min_size=2, max_size=6),
+    st.lists(st.booleans(), min_size=4, max_size=4),
+    st.permutations(range(5)),
+)
+def test_sizes_of_one_pyramid_fit_whatever_the_image_and_the_order(lengths, rounds_up, order):
     ratios = SizeRatios()
     for length in lengths:
         sizes = [length]
         for is_up in rounds_up:
             sizes.append(max(1, (sizes[-1] + is_up) // 2))
-        calls = [(size, size) for size in sizes]
+        calls = [(sizes[level], sizes[level]) for level in order]
         assert all(ratios.fits(index, calls[0], size) for index, size in enumerate(calls))
         ratios.take_in(calls)
 
@@ -397,6 +436,13 @@ def test_sizes_of_another_level_do_not_fit():
     assert not ratios.fits(1, (64, 64), (16, 16))
     assert not ratios.fits(2, (64, 64), (32, 16))
     assert not ratios.fits(4, (64, 64), (8, 8))
+
+    from_coarse = SizeRatios()
+    from_coarse.take_in([(7, 10), (13, 20), (25, 40)])
+    assert from_coarse.fits(2, (4, 4), (13, 16))
+    assert not from_coarse.fits(2, (4, 4), (8, 8))
+    assert not from_coarse.fits(1, (4, 4), (16, 16))
+    assert not from_coarse.fits(1, (8, 8), (4, 4))
 
 
 def test_detectron2s_own_norms_are_known_whoever_was_imported_first():

@@ -52,6 +52,24 @@ def test_the_table_shows_what_a_repair_is_worth(target):
     assert evaluate(model)["error"] < errors["precise"] / 5
 
 
+def test_an_evaluation_of_another_model_gives_no_row():
+    """Numbers of the model that a script has at hand would say that statistics of each level change nothing."""
+    model = make_model()
+
+    def evaluate(_):
+        return {"mean": float(model(IMAGES[0])[0].mean())}
+
+    table = bnext.compare_statistics(model, IMAGES, evaluate, ["moving_average", "per_level"])
+    assert list(table.rows) == ["moving_average"]
+    assert "evaluate must run the model" in table.not_applicable["per_level"]
+
+    def evaluate_deepcopy(model):
+        return {"mean": float(copy.deepcopy(model)(IMAGES[0])[0].mean())}
+
+    table = bnext.compare_statistics(model, IMAGES, evaluate_deepcopy, ["per_level"])
+    assert "per_level" in table.rows
+
+
 def test_a_model_without_levels_has_no_row_of_them():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
     table = bnext.compare_statistics(model, IMAGES, lambda model: {"mean": float(model(IMAGES[0]).mean())})
