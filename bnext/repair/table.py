@@ -161,6 +161,8 @@ def compare_statistics(
     Source:
         Wu and Johnson, *Rethinking "Batch" in BatchNorm*, 2021, sections 3, 4 and 5.
     """
+    if isinstance(kinds, str) or not kinds:
+        raise OTHER_KIND.of(repr(kinds), _WHERE, kinds=", ".join(_KINDS))
     for kind in kinds:
         if kind not in _KINDS:
             raise OTHER_KIND.of(repr(kind), _WHERE, kinds=", ".join(_KINDS))
@@ -251,7 +253,8 @@ def _measure(
         raise OTHER_MODEL.of("no call of its head's norms", _WHERE)
     is_right = isinstance(numbers, Mapping) and len(numbers) > 0
     for name, value in numbers.items() if is_right else ():
-        is_right &= isinstance(name, str) and (value is None or is_number(_to_number(value)) or value != value)
+        number = _to_number(value)  # a float may be infinite or none
+        is_right &= isinstance(name, str) and (value is None or is_number(number) or isinstance(number, float))
     if not is_right:
         raise _NoNumbers(repr(numbers))
     return {name: None if value is None else float(value) for name, value in numbers.items()}

@@ -70,6 +70,12 @@ def test_an_evaluation_of_another_model_gives_no_row():
     assert "per_level" in table.rows
 
 
+def test_a_loss_that_is_infinite_is_a_number():
+    table = bnext.compare_statistics(make_model(), IMAGES, lambda model: {"loss": torch.inf}, ["precise"])
+    assert table.rows == {"precise": {"loss": torch.inf}}
+    assert table.as_dict()["rows"] == {"precise": {"loss": None}}
+
+
 def test_a_model_without_levels_has_no_row_of_them():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
     table = bnext.compare_statistics(model, IMAGES, lambda model: {"mean": float(model(IMAGES[0]).mean())})
@@ -84,6 +90,9 @@ def test_a_model_without_levels_has_no_row_of_them():
         ({"evaluate": lambda model: 0.5}, "numbers by name"),
         ({"evaluate": lambda model: {}}, "numbers by name"),
         ({"evaluate": lambda model: {"AP": "high"}}, "numbers by name"),
+        ({"evaluate": lambda model: {"AP": torch.ones(2)}}, "numbers by name"),
+        ({"kinds": "precise"}, "kinds .*'precise'"),
+        ({"kinds": []}, "kinds"),
         ({"loader": iter(IMAGES)}, "gone through again"),
         ({"loader": IMAGES[0]}, "loader"),
         ({"kinds": ["best"]}, "kinds"),
