@@ -73,7 +73,7 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say how many workers there are, and where."""
     add = parser.add_argument
     add("--num-gpus", type=int, default=1, metavar="N", help="workers on this machine (default: %(default)s)")
-    add("--num-machines", type=int, default=1, metavar="N", help="(default: %(default)s)")
+    add("--num-machines", type=int, default=1, metavar="N", help="machines of this run (default: %(default)s)")
     add("--machine-rank", type=int, default=0, metavar="I", help="of this machine, 0 to N - 1")
     add("--dist-url", default="auto", metavar="URL", help="tcp://HOST:PORT where machines meet (default: a free port)")
 
@@ -204,7 +204,8 @@ def _train(cfg: CfgNode, args: argparse.Namespace, trainer: type[Trainer]) -> di
     if not args.resume and os.path.exists(os.path.join(cfg.OUTPUT_DIR, "last_checkpoint")):
         logging.getLogger(__name__).warning(
             "OUTPUT_DIR %s holds an earlier training: its checkpoints will be overwritten and metrics.json appended "
-            "to. Use --resume to continue it, or another OUTPUT_DIR to keep it.",
+            "to; what this training does not write, such as model_best.pth or model_ema.pth, stays that of the earlier "
+            "one. Use --resume to continue it, or another OUTPUT_DIR to keep it.",
             cfg.OUTPUT_DIR,
         )
         comm.synchronize()  # every worker has seen the file

@@ -13,7 +13,7 @@ from torch import nn
 
 from bnext.distributed import resolve_group
 from bnext.distributed.collectives import all_gather_objects
-from bnext.errors import ConfigError, StatisticsError, check_choice
+from bnext.errors import ConfigError, DatasetError, StatisticsError, check_choice
 from bnext.layers.shuffled import shares_work
 from bnext.repair.kinds import KINDS, Kind, Recompute, find_obstacle, use_kind
 from bnext.scope.model import restoring
@@ -59,6 +59,7 @@ def compare_kinds(
     Raises:
         ConfigError: an unknown kind; none applies.
         StatisticsError: every kind has failed.
+        DatasetError: of `data` or `measure`, from whichever kind.
 
     Note:
         A collective: a kind that fails on one worker fails on all.
@@ -98,11 +99,8 @@ def compare_kinds(
     results: dict[str, Any] = {"rows": {}, "reports": {}, "not_applicable": not_applicable}
     for kind in applicable:
         with (
-            failing_alone(model) as failures,
-            use_kind(model, kind, data, recompute, give_levels) as (
-                variant,
-                report,
-            ),
+            failing_alone(model, (DatasetError,)) as failures,  # a picture that is gone says nothing of a kind
+            use_kind(model, kind, data, recompute, give_levels) as (variant, report),
         ):
             if report is not None:
                 results["reports"][kind.name] = report.as_dict()
@@ -124,10 +122,14 @@ def compare_kinds(
 
 
 @contextlib.contextmanager
-def failing_alone(model: nn.Module) -> Iterator[list[str]]:
+def failing_alone(model: nn.Module, raised: tuple[type[Exception], ...] = ()) -> Iterator[list[str]]:
     """A scope whose failure is no exception, where no other worker waits for this one: it gives the failures' reasons.
 
     They are there at the end of the scope, those of all workers on each of them. A collective.
+
+    Args:
+        model: that is used in the scope.
+        raised: errors that are exceptions all the same.
     """
     failures: list[str] = []
     reason = ""
@@ -135,7 +137,7 @@ def failing_alone(model: nn.Module) -> Iterator[list[str]]:
     try:
         yield failures
     except FAILURES as error:
-        if not can_go_on(model):
+        if isinstance(error, raised) or not can_go_on(model):
             raise
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
 

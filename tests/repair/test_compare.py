@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bnext.errors import ConfigError, StatisticsError
+from bnext.errors import ConfigError, DatasetError, StatisticsError
 from bnext.repair import KINDS, compare_kinds, normalizing_evaluation_by_mini_batch
 from bnext.repair.compare import failing_alone
 from tests.workers import run_workers
@@ -98,3 +98,13 @@ def fail_on_one_of_two_workers(rank):
 
 def test_a_kind_that_fails_on_one_worker_fails_on_all():
     assert run_workers(fail_on_one_of_two_workers, 2) == [["on purpose"], ["on purpose"]]
+
+
+def test_a_picture_that_is_gone_is_no_property_of_a_kind():
+    def measure(model, kind):
+        if kind.name == "mini_batch":
+            raise DatasetError("The image files of data set 'mine' must exist; got 1 of 6 missing.")
+        return {"AP": 1.0}
+
+    with pytest.raises(DatasetError, match="missing"):
+        compare_kinds(nn.BatchNorm2d(4).eval(), {}, measure, ["moving_average", "mini_batch"])
