@@ -35,7 +35,13 @@ from bnext.engine.output import holding_output
 from bnext.engine.population import count_batches
 from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import BNextError, CheckpointError, ConfigError, LaunchError, StatisticsError, check_choice
-from bnext.evaluation.reestimate import format_report, give_head_levels, needs_labels, recompute_statistics
+from bnext.evaluation.reestimate import (
+    check_repaired,
+    format_report,
+    give_head_levels,
+    needs_labels,
+    recompute_statistics,
+)
 from bnext.files import remove_partials, replace_file, write_json
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
@@ -374,7 +380,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     images = _choose_images(cfg, model, request)
     report = recompute_statistics(cfg, model, source_samples=request.source_samples, **images)
     _check_reached(request, report)
-    _check_repaired(checkpointer.left_out, report)
+    check_repaired(checkpointer.left_out, report)
 
     if comm.is_main_process():
         done = _describe(cfg, request, report, levels)
@@ -417,15 +423,6 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
         got = f"none for {domain!r} in {report.num_samples} images (--dataset {names}); nothing is written"
         remedy = "Use more images, --num-samples, or fewer workers."
         raise StatisticsError.of("--domain", "get images", got=got, remedy=remedy)
-
-
-def _check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
-    """Refuse to write what was broken with the values of a new norm."""
-    for estimate in report.not_reached:
-        if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
-            thing, rule = "statistics that are not finite in MODEL.WEIGHTS", "be reached by the images"
-            got = f"none for {estimate.name} in {report.num_samples} images; nothing is written"
-            raise StatisticsError.of(thing, rule, got=got, remedy="Use more or larger images.")
 
 
 def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str, Any]) -> None:

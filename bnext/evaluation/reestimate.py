@@ -8,19 +8,21 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
+from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.utils import comm
 from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer, load_model
+from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.checkpoints.head_levels import describe_levels
+from bnext.config.blame import building_from_config
 from bnext.data.loader import build_train_loader
 from bnext.data.samplers import count_micro_batch
-from bnext.errors import ConfigError
+from bnext.errors import ConfigError, StatisticsError
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.statistics import choose_forward
@@ -34,10 +36,11 @@ from bnext.scope.model import drawing_from
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.data_pass import Forward
-from bnext.statistics.observe import select_norms
+from bnext.statistics.observe import find_replaceable, select_norms
 from bnext.tables import format_rows
 
 __all__ = [
+    "check_repaired",
     "format_report",
     "give_head_levels",
     "is_level_norm",
@@ -182,6 +185,23 @@ def format_report(report: RecomputeReport, most: int = 5) -> str:
     return f"{head}{format_rows(rows, headers)}\n\n{report}"
 
 
+def check_repaired(left_out: Sequence[str], report: RecomputeReport) -> None:
+    """Refuse to keep what was broken in a file with the values of a new norm.
+
+    Args:
+        left_out: of `Checkpointer.load`.
+        report: of the re-estimation that followed.
+
+    Raises:
+        StatisticsError: the images did not reach it.
+    """
+    for estimate in report.not_reached:
+        if any(owner == estimate.path or owner.startswith(f"{estimate.path}.") for owner in left_out):
+            thing, rule = "statistics that are not finite in MODEL.WEIGHTS", "be reached by the images"
+            got = f"none for {estimate.name} in {report.num_samples} images; nothing is written"
+            raise StatisticsError.of(thing, rule, got=got, remedy="Use more or larger images.")
+
+
 def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_level_norm) -> nn.Module:
     """A model of `cfg` with the weights of a checkpoint, its head's statistics estimated anew.
 
@@ -193,7 +213,8 @@ def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_
     Raises:
         ConfigError: OUTPUT_DIR/model_final.pth is that checkpoint.
         CheckpointError: it does not fit.
-        StatisticsError: the activations are not finite, or there are no data.
+        StatisticsError: the activations are not finite, or there are no data, or statistics that are not finite in the
+            checkpoint were not reached.
     """
     if is_same_file(os.path.join(cfg.OUTPUT_DIR, "model_final.pth"), weights):
         raise ConfigError.of(
@@ -204,8 +225,13 @@ def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_
             remedy="Choose another.",
         )
 
-    model = load_model(cfg, weights)
-    recompute_statistics(cfg, model, layers)
+    with building_from_config():
+        model = build_model(cfg)
+    loader = Checkpointer(model)
+    begins_with_them = cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"
+    replaced = () if begins_with_them else tuple(find_replaceable(model, layers))
+    loader.load(weights, checkpointables=[], complete=True, replaced=replaced)
+    check_repaired(loader.left_out, recompute_statistics(cfg, model, layers))
 
     saver = Checkpointer(model, cfg.OUTPUT_DIR, save_to_disk=comm.is_main_process())
     saver.save("model_final")

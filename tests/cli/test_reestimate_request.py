@@ -12,7 +12,6 @@ from PIL import Image
 
 from bnext.cli.reestimate import (
     RecomputeRequest,
-    _check_repaired,
     _write,
     find_file_faults,
     find_output_faults,
@@ -20,6 +19,7 @@ from bnext.cli.reestimate import (
 )
 from bnext.cli.reestimate import run_request as run
 from bnext.errors import CheckpointError, ConfigError, DatasetError, LaunchError, StatisticsError
+from bnext.evaluation.reestimate import check_repaired
 from bnext.statistics import PopulationEstimate, RecomputeReport
 from tests import tiny
 from tests.saved import NODE, buffers_that_differ, load, save
@@ -83,8 +83,8 @@ def test_statistics_that_are_not_finite_are_repaired_unless_they_count(weights, 
 def test_statistics_that_are_not_finite_and_not_reached_are_not_written():
     estimates = (PopulationEstimate("a.norm", (), 0), PopulationEstimate("b", ("p3",), 5))
     with pytest.raises(StatisticsError, match=r"must be reached by the images; got none for a\.norm in 4 images"):
-        _check_repaired(["a.norm"], RecomputeReport(estimates, 1, 4))
-    _check_repaired(["b.p3"], RecomputeReport(estimates, 1, 4))
+        check_repaired(["a.norm"], RecomputeReport(estimates, 1, 4))
+    check_repaired(["b.p3"], RecomputeReport(estimates, 1, 4))
 
 
 def test_outputs_that_are_refused(weights, tmp_path):

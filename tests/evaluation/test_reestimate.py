@@ -11,6 +11,7 @@ from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from bnext.evaluation.reestimate import needs_labels, recompute_statistics, repair_checkpoint
 from bnext.layers import TABLE5_ROWS
 from tests import tiny
+from tests.saved import save
 
 BOX, MASK = "roi_heads.box_head.conv1.norm", "roi_heads.mask_head.mask_fcn1.norm"
 # Of detectron2's mapper, for masks that pycocotools has decoded.
@@ -165,3 +166,10 @@ def test_only_as_much_is_run_as_the_norms_see(digits, tmp_path):
     assert needs_labels(load_rcnn(tmp_path), build_model(load_rcnn(tmp_path)))
     top_scored = load_rcnn(tmp_path, "TEST.BNEXT.PRECISE_BN.ROIS", "top_scored")
     assert not needs_labels(top_scored, build_model(top_scored))
+
+
+def test_a_repair_does_not_ask_for_itself(digits, tmp_path, bnext_log):
+    weights = save(tmp_path / "in.pth", tiny.CONFIG, *row_opts(3))
+    repair_checkpoint(tiny.load(tmp_path, *row_opts(4), "TEST.PRECISE_BN.NUM_ITER", 2), str(weights))
+    assert "re-estimated" in bnext_log.text
+    assert "are unknown" not in bnext_log.text
