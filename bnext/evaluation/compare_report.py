@@ -57,7 +57,8 @@ def describe_reading(results: Mapping[str, Any]) -> str:
         rows.append([words, f"{way['loss']:.3f}", part, *(_show(way.get(key)) for key in keys)])
     table = format_rows(rows, ["three-way reading", "loss", "part", *(NAMES[key] for key in keys)])
 
-    return f"{table}\n\nIn words: {judge_losses(fit, gap, inconsistency, results)}."
+    comparable = "Losses of runs with another number of images per worker cannot be compared with these."
+    return f"{table}\n\nIn words: {judge_losses(fit, gap, inconsistency, results)}. {comparable}"
 
 
 def format_comparison(results: Mapping[str, Any]) -> str:

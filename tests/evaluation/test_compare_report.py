@@ -205,3 +205,4 @@ def test_the_reading_in_words(gap, inconsistency, aps, said, denied):
     verdict = text.partition("In words: ")[2]
     assert said in verdict
     assert denied not in verdict
+    assert "images per worker" in verdict
