@@ -69,7 +69,7 @@ def gathering_notices() -> Iterator[None]:
 
 
 def _name_others(calls: Sequence[tuple[object, ...]]) -> str:
-    """Of which other things the first notice is said: the first argument, by which they differ."""
+    """The other things of which the first notice is said, by their first argument, in which they differ."""
     others = calls[1:]
     if not others:
         return ""

@@ -141,9 +141,11 @@ def _import(name: str) -> ModuleType:
             where = f"looked for in {Path.cwd()} and in Python's path"
             raise _NOT_FOUND.of(repr(name), where, remedy=near) from error
         raise _LACKING.of(*_describe(name, error), name=name) from error
+
     except SyntaxError as error:
         got = f"{type(error).__name__}: {error.msg}"
         raise _FAILED.of(got, f"{error.filename}, line {error.lineno}", name=name) from error
+
     except SystemExit as error:
         _, where = _describe(name, error, first=True)
         raise _ENDED.of(f"the end of the program (exit status {error.code})", where, name=name) from error

@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", required=True, metavar="FILE", help=f"of the model that is to load the output: {FILE_HELP}")
     add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
+
     add(
         "--domain-map",
         action="append",
@@ -254,8 +255,10 @@ def _write(request: ConvertRequest, content: dict[str, Any], report: dict[str, A
 
 def _format(report: Mapping[str, Any], request: ConvertRequest) -> str:
     lines = list(report["texts"])
+
     if not report["keeps_outputs"]:
         lines.append("In evaluation mode outputs are not what they were. `bnext compare` tells by how much.")
+
     left_out = [key for key in report["left_out"] if not key.endswith("num_batches_tracked")]  # of frozen norms
     if left_out:
         lines.append(f"Left out, as the model has no place for it: {list_few(left_out)}.")
@@ -265,7 +268,9 @@ def _format(report: Mapping[str, Any], request: ConvertRequest) -> str:
         lines.append(
             f"Of another shape than the model's, and so not in the output: {list_few(report['of_another_shape'])}."
         )
+
     if report["settings"]:
         pairs = ", ".join(f"{key}: {value}" for key, value in report["settings"].items())
         lines.append(f"Weights of torchvision and timm need other settings than the config has: {pairs}.")
+
     return "\n".join([*lines, "", f"{report['entries']} entries are written:", request.output, request.report])

@@ -308,7 +308,7 @@ def is_outdated_build() -> bool:
 
 
 def find_missing_requirements() -> list[str]:
-    """Those of `REQUIRES` of which no version is installed."""
+    """The names of `REQUIRES` of which no version is installed."""
     missing = []
     for requirement in REQUIRES:
         try:

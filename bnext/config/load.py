@@ -89,6 +89,7 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> dict[str, str
         if LAZY in values:
             rule, remedy = "be that of a YAML config", "Give the .py file itself, with the overrides that stand there."
             raise ConfigError.of(config_file, rule, got="what a run of a LazyConfig has written", remedy=remedy)
+
         version = _find_version(values, cfg.VERSION, config_file)
         if version == cfg.VERSION:
             merge_values(cfg, values, defaults, config_file)
@@ -96,6 +97,7 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> dict[str, str
             old = downgrade_config(cfg, to_version=version)
             merge_values(old, values, old.clone(), config_file)
             cfg.update(upgrade_config(old))
+
     merge_pairs(cfg, split_pairs(opts), defaults)
     return {}
 

@@ -90,12 +90,12 @@ class NormGroup:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of all norms."""
+        """The paths of all norms."""
         return tuple(record.path for record in self.records)
 
     @property
     def num_parameters(self) -> int:
-        """Of all norms together."""
+        """The number of parameters of all norms together."""
         return sum(record.num_parameters for record in self.records)
 
     @property
@@ -164,6 +164,7 @@ def format_norm_groups(groups: Sequence[NormGroup]) -> str:
     rows = []
     for group in groups:
         record = group.records[0]
+
         rows.append(
             [
                 group.pattern or "the model",
@@ -175,6 +176,7 @@ def format_norm_groups(groups: Sequence[NormGroup]) -> str:
                 _format_affine(record),
             ]
         )
+
     return format_rows(rows, headers, num_texts=len(headers))
 
 
@@ -318,7 +320,7 @@ def _join_frozen(statistics: bool, affine: bool) -> str:
 
 
 def _count_parameters(norm: nn.Module) -> int:
-    """Of a norm and its levels or domains; a frozen norm of detectron2 has its affine in buffers, which count too."""
+    """The parameters of a norm, its levels and domains; of a frozen one of detectron2, its buffers."""
     parameters = [parameter.numel() for parameter in norm.parameters() if not is_lazy(parameter)]
     affine = [buffer.numel() for name, buffer in norm.named_buffers() if name in ("weight", "bias")]
     return sum(parameters) + sum(affine)

@@ -217,7 +217,7 @@ def limit_iterations(cfg: CfgNode, start_iter: int, max_iter: int) -> int:
 
 
 def _read_evaluations(folder: str, metric: str, start_iter: int) -> list[Evaluation]:
-    """Those before an iteration that an earlier run of the training has remembered."""
+    """The evaluations before an iteration that an earlier run of the training has remembered."""
     path = os.path.join(folder, MEMORY)
     if start_iter == 0 or find_local_file(folder) is None or not os.path.isfile(path):
         return []

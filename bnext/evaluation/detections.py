@@ -54,7 +54,7 @@ class Detected:
     scores: np.ndarray
 
     def select(self, score: float) -> Detected:
-        """Those with that score or more."""
+        """The detections of that score or more."""
         kept = self.scores >= score
         return Detected(self.boxes[kept], self.classes[kept], self.scores[kept])
 
@@ -189,7 +189,7 @@ class _Collector(COCOEvaluator):
 
     @property
     def names(self) -> list[str]:
-        """Of the set's classes."""
+        """The names of the set's classes."""
         return list(self._metadata.thing_classes)
 
     def find_objects(self, image_id: Any) -> Objects:
@@ -211,7 +211,7 @@ def _to_arrays(output: Mapping[str, Any]) -> Detected:
 
 
 def _name_classes(cfg: CfgNode, detected: Any) -> tuple[str, ...]:
-    """Of a set without annotations: those of the training or, where they are not known, their numbers."""
+    """Names for a set without annotations: those of the training or, where they are not known, their numbers."""
     names = list(find_trained_classes(cfg) or ())
     largest = max((int(each.classes.max()) for each in detected if len(each.classes)), default=-1)
     names += [f"class {index}" for index in range(len(names), largest + 1)]

@@ -30,7 +30,7 @@ from bnext.scope.forward import count_levels
 from bnext.statistics import RecomputeReport, recompute_population_statistics
 from bnext.statistics.arguments import check_data
 from bnext.statistics.collector import Estimator
-from bnext.statistics.data_pass import Domain, Forward
+from bnext.statistics.data_pass import Domain, Forward, explain_batch
 from bnext.surgery import convert_norm
 from bnext.surgery.convert_state import ConversionReport
 
@@ -269,7 +269,7 @@ def find_levels(
 
 
 def _describe_frozen(model: nn.Module, treat_as: TreatAs | None) -> str:
-    """What is passed over, as frozen statistics normalize in training as they do at inference."""
+    """The norms that are passed over, as frozen statistics normalize in training as they do at inference."""
     forms = find_forms(model, treat_as)
     paths = dict.fromkeys(path for path, _, form in forms if form.is_batch_norm and form.is_frozen)
     return f"none, and frozen ones that were passed over ({list_few(paths)})" if paths else ""
@@ -279,14 +279,7 @@ def _run(model: nn.Module, batch: Any) -> None:
     try:
         model(batch)
     except (TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise StatisticsError.of(
-            "forward",
-            "say how the model takes a batch, as model(batch) fails",
-            got=f"a batch of type {type(batch).__name__} and {reason}",
-            where=_WHERE,
-            remedy="For (inputs, labels) use forward=lambda model, batch: model(batch[0]).",
-        ) from error
+        raise explain_batch(batch, error, _WHERE) from error
 
 
 def _find_candidates(

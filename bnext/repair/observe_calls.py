@@ -1,4 +1,4 @@
-"""Which norms of a model are called how often within one forward, with features of which size: seen, not read."""
+"""Calls of the norms of a model within one forward, and the sizes of their features: seen, not read."""
 
 from __future__ import annotations
 

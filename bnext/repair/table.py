@@ -209,7 +209,7 @@ def compare_statistics(
 def _plan_levels(
     model: nn.Module, loader: Iterable[Any], options: Mapping[str, Any]
 ) -> tuple[Callable[[nn.Module], object] | None, str]:
-    """How a copy of the model gets statistics for each level; or why it does not."""
+    """The function that gives a copy of the model statistics for each level; or why there is none."""
     first, _ = peek(loader, NUM_OBSERVED)
     try:
         plan = find_levels(model, first, **options)

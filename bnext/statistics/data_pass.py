@@ -112,14 +112,24 @@ class DataPass:
             except (TypeError, AttributeError) as error:
                 if any(collector.is_reached for collector in self._collectors):
                     raise  # the model has taken the batch
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                raise StatisticsError.of(
-                    "forward",
-                    "say how the model takes a batch, as model(batch) fails",
-                    got=f"a batch of type {type(batch).__name__} and {reason}",
-                    where=_WHERE,
-                    remedy="For (inputs, labels) use forward=lambda model, batch: model(batch[0]).",
-                ) from error
+                raise explain_batch(batch, error, _WHERE) from error
+
+
+def explain_batch(batch: Any, error: Exception, where: str) -> StatisticsError:
+    """The refusal of a batch that a model does not take as it is.
+
+    Args:
+        batch: of any type.
+        error: that model(batch) has raised.
+        where: whose argument `forward` is.
+    """
+    return StatisticsError.of(
+        "forward",
+        "say how the model takes a batch, as model(batch) fails",
+        got=f"a batch of type {type(batch).__name__} and {type(error).__name__}: {str(error).splitlines()[0]}",
+        where=where,
+        remedy="For (inputs, labels) use forward=lambda model, batch: model(batch[0]).",
+    )
 
 
 @contextlib.contextmanager
