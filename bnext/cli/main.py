@@ -1,8 +1,9 @@
 """The command `bnext`: a table of its commands, each of which is a module of this room.
 
-Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`; where something is
-kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED` says whether its options may stand
-among KEY VALUE pairs. It is imported when it is asked for. One of `_ALONE` has `main(argv, prog)` instead.
+Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`, which may return an
+exit status; where something is kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED`
+says whether its options may stand among KEY VALUE pairs. It is imported when it is asked for. One of `_ALONE` has
+`main(argv, prog)` instead.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("bnext.cli.evaluate", "COCO AP of a checkpoint"),
     "reestimate": ("bnext.cli.reestimate", "population statistics of a checkpoint, estimated anew without training"),
     "compare": ("bnext.cli.compare", "COCO AP of a checkpoint with each kind of statistics"),
+    "doctor": ("bnext.cli.doctor", "what is wrong with the batch norms of a config or a checkpoint, and what to do"),
     "draw": ("bnext.cli.draw", "pictures of what checkpoints detect, each box as right, wrong class, missed ..."),
     "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
     "convert": ("bnext.cli.convert", "a checkpoint in the form of another config: other norms, torchvision's names"),
@@ -134,9 +136,10 @@ def _run(name: str, words: Sequence[str], prog: str | None) -> int:
         args.config_file = find_config_file(args.config_file)
     find_kept = getattr(command, "find_kept", None)
 
-    def execute() -> None:
+    def execute() -> int | None:
         import_modules(args.imports)
-        command.execute(args)
+        wanted: int | None = command.execute(args)
+        return wanted
 
     return run_command(execute, find_kept(args) if find_kept else None)
 

@@ -21,21 +21,21 @@ from bnext.text import flatten_text
 __all__ = ["load_config_to_reestimate", "run_command"]
 
 
-def run_command(command: Callable[[], object], say_kept: Callable[[], str] | None = None) -> int:
+def run_command(command: Callable[[], int | None], say_kept: Callable[[], str] | None = None) -> int:
     """Run what a command line asks for; the status to exit with.
 
     Args:
-        command: does it.
+        command: does it; may return the status of a run that went well.
         say_kept: tells after Ctrl-C what there is of the results; None: what the interrupt itself says, if anything.
 
     Returns:
-        0; 2 after a mistake that the user can mend, whose message is one line on the standard error stream; 130 after
-        Ctrl-C, with such a line, too.
+        0, or what the command returned; 2 after a mistake that the user can mend, whose message is one line on the
+        standard error stream; 130 after Ctrl-C, with such a line, too.
     """
     guard_streams()
     try:
         with _taking_interrupts():
-            command()
+            status = command()
 
     except (Exception, KeyboardInterrupt) as error:
         if is_interrupted(error):
@@ -53,7 +53,7 @@ def run_command(command: Callable[[], object], say_kept: Callable[[], str] | Non
         print(f"error: {flatten_text(text)}", file=sys.stderr)
         return 2
 
-    return 0
+    return status or 0
 
 
 @contextlib.contextmanager

@@ -1,5 +1,10 @@
-"""The norms of any torch model: an inventory, and the mini-batches that they see."""
+"""The doctor: the norms of any torch model, what they see, and what is wrong with them.
 
+Facts are collected into one record (`facts`), checks read it (`checks`, a file each, found by `registry`), and reports
+write what they find (`report_text` and its like). What needs detectron2 is collected in the rooms above.
+"""
+
+from bnext.diagnostics.diagnose import Diagnosis, diagnose
 from bnext.diagnostics.inventory import (
     NormGroup,
     NormRecord,
@@ -11,10 +16,12 @@ from bnext.diagnostics.inventory import (
 from bnext.diagnostics.mini_batches import MiniBatch, describe_mini_batch, observing_mini_batches
 
 __all__ = [
+    "Diagnosis",
     "MiniBatch",
     "NormGroup",
     "NormRecord",
     "describe_mini_batch",
+    "diagnose",
     "find_norm_groups",
     "find_norm_records",
     "format_norm_groups",

@@ -29,7 +29,7 @@ from bnext.layers.walk import find_foreign_norms, replace_modules
 from bnext.notices import tell_once
 from bnext.surgery import convert_norm
 
-__all__ = ["add_norms", "give_norms", "make_buildable"]
+__all__ = ["add_norms", "find_parts", "give_norms", "make_buildable"]
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
         ConfigError: a place has a norm or changed keys in the recipe, but no norm in the model.
     """
     for name, norm in norms.places.items():
-        parts = _find_parts(model, name)
+        parts = find_parts(model, name)
         if name == "ROI_KEYPOINT_HEAD":
             for head in parts.values():
                 if isinstance(head, KRCNNConvDeconvUpsampleHead):
@@ -113,7 +113,7 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
     shuffle_heads(model, norms)
 
 
-def _find_parts(model: nn.Module, place: str) -> dict[str, nn.Module]:
+def find_parts(model: nn.Module, place: str) -> dict[str, nn.Module]:
     """Path -> part of a model that belongs to a place; RoI heads may be lists, one for each stage of a cascade."""
     backbone = getattr(model, "backbone", None)
     has_pyramid = hasattr(backbone, "bottom_up")

@@ -1,0 +1,357 @@
+"""The facts that checks read: one frozen record of a model, its training and its data, absent where nobody knows them.
+
+Here are the records alone. `bnext.diagnostics.read_norms` and `observe` fill in what a torch model says of itself;
+what a config, a checkpoint, an evaluation or a training know, the rooms above fill in by `dataclasses.replace`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+
+from bnext.diagnostics.inventory import NormRecord
+from bnext.functional import Moments
+
+__all__ = [
+    "Affine",
+    "Call",
+    "EvaluationFacts",
+    "Facts",
+    "ForwardFacts",
+    "LayerFacts",
+    "NormFacts",
+    "Origin",
+    "Population",
+    "StepFacts",
+    "TrainingFacts",
+    "WeightsFacts",
+]
+
+
+# ---- a norm
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Population:
+    """One set of population statistics.
+
+    Args:
+        owner: level or domain that it is of; "": all.
+        mean, var: running statistics [C], float64 on the CPU; the variance has correction 1.
+        num_updates: mini-batches that it has taken in; None: nobody counts.
+    """
+
+    owner: str
+    mean: Tensor
+    var: Tensor
+    num_updates: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Affine:
+    """One scale and shift.
+
+    Args:
+        owner: level or domain that it is of; "": all.
+        weight, bias: [C], float64 on the CPU; None: there is none.
+        is_trained: whether it is a parameter that takes gradients.
+    """
+
+    owner: str
+    weight: Tensor | None
+    bias: Tensor | None
+    is_trained: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerFacts:
+    """The layer whose output a norm gets.
+
+    Args:
+        path: its place in the model.
+        kind: class.
+        has_bias: whether it adds one, which the norm takes away again.
+        weight_std: standard deviation of its weight; NaN: it has none.
+    """
+
+    path: str
+    kind: str
+    has_bias: bool
+    weight_std: float = float("nan")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormFacts:
+    """One norm of a model.
+
+    Args:
+        record: its answers to "which batch?"; `record.path` is its name in every other fact.
+        type_name: module and class, as "torch.nn.modules.batchnorm.BatchNorm2d".
+        is_training: its mode.
+        reason: why it is frozen or in a mode other than the model's; "": it is not.
+        populations: its running statistics, those of each level or domain.
+        affines: its scale and shift, likewise.
+        place: where it is in a detector, as "RETINANET" of MODEL.BNEXT; "": not known.
+        levels: features that it is called on in one forward, where that is known without one.
+        sees_rois: whether its samples are RoIs; None: not known.
+        layer_before: the layer whose output it gets; None: not known.
+    """
+
+    record: NormRecord
+    type_name: str
+    is_training: bool
+    reason: str = ""
+    populations: tuple[Population, ...] = ()
+    affines: tuple[Affine, ...] = ()
+    place: str = ""
+    levels: tuple[str, ...] = ()
+    sees_rois: bool | None = None
+    layer_before: LayerFacts | None = None
+
+    @property
+    def path(self) -> str:
+        return self.record.path
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether it normalizes by a batch or by a population, and not each sample alone."""
+        return self.record.statistics != "sample"
+
+    @property
+    def is_by_mini_batch(self) -> bool:
+        """Whether mini-batches normalize in training, as far as its configuration says."""
+        return self.is_batch_norm and self.record.training != "population"
+
+
+# ---- what was run
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """A feature that a norm got.
+
+    Args:
+        level: its name, where the call says it; else "".
+        size: [N, C, ...].
+        samples: moments of each of its N samples: count [N], mean and var [N, C], float64 on the CPU.
+        is_joint: whether it came in one call with the one before, so that both are one mini-batch or may be.
+    """
+
+    level: str
+    size: tuple[int, ...]
+    samples: Moments
+    is_joint: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ForwardFacts:
+    """A forward of the model on one batch, which left the model as it was.
+
+    Args:
+        num_images: of the batch; 0: not known.
+        normalized_by: what the norms used meanwhile: "population", as at inference, or "mini_batch", as in training.
+        calls: path -> every call of the norm, in their order; norms that were not called are absent.
+        is_noise: whether the images were made up; then only the calls and their sizes say something.
+        domain: of all images; "": not known.
+    """
+
+    num_images: int
+    normalized_by: Literal["population", "mini_batch"]
+    calls: Mapping[str, tuple[Call, ...]]
+    is_noise: bool = False
+    domain: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationFacts:
+    """The model with one set of weights and several kinds of statistics, on the same images.
+
+    Args:
+        losses: kind -> mean loss. Kinds are "population" (those of the model), "mini_batch", "precise"
+            (re-estimated on training images).
+        ap: kind -> box AP from 0 to 100.
+        dataset: on which.
+    """
+
+    losses: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    ap: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dataset: str = ""
+
+
+# ---- how it is trained
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingFacts:
+    """A training that is planned, running, or over.
+
+    Args:
+        num_workers: processes; None: not known.
+        images_per_worker: that go through the model of a worker together; None: not known.
+        accumulation: micro-batches of an SGD step.
+        weight_decay: path of a norm -> decay of its affine; empty: not known.
+        decay_of_others: weight decay of the weights of other layers; None: not known.
+        ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
+            not wrapped, or not known.
+    """
+
+    num_workers: int | None = None
+    images_per_worker: int | None = None
+    accumulation: int = 1
+    weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    decay_of_others: float | None = None
+    ddp: Mapping[str, bool] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+    """Steps of a training as a hook has seen them.
+
+    Args:
+        num_steps: that were watched.
+        num_forwards: forwards of the model in training mode in them.
+        updates: path -> times that its running statistics took in a mini-batch in them.
+        changed_between: path of each norm whose running statistics changed between two steps (validation, warm-up)
+            -> after which iteration first.
+    """
+
+    num_steps: int
+    num_forwards: int
+    updates: Mapping[str, int]
+    changed_between: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFacts:
+    """The weights of the model.
+
+    Args:
+        source: file or address; "": a random initialization.
+        is_loaded: whether the facts of the norms are of these weights; False: they are named, but were not read.
+        iteration: that the file says; None: it says none.
+        is_complete: whether every norm of the model got its state from the file; None: not known.
+        missing: paths of norms to which the file gave nothing.
+        unexpected: names in the file that the model has no place for.
+        eps: path -> eps that the file says of its norm.
+        is_folded: whether statistics are folded into the affine or the convolutions; None: not known.
+    """
+
+    source: str = ""
+    is_loaded: bool = False
+    iteration: int | None = None
+    is_complete: bool | None = None
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+    eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    is_folded: bool | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """How the user came by the model, so that a remedy can be written as something to run.
+
+    Args:
+        kind: a model in Python, a config, or a checkpoint alone.
+        config_file: of the command line.
+        opts: KEY VALUE pairs of the command line, without MODEL.WEIGHTS.
+        weights: MODEL.WEIGHTS, or the checkpoint.
+    """
+
+    kind: Literal["model", "config", "checkpoint"] = "model"
+    config_file: str = ""
+    opts: tuple[str, ...] = ()
+    weights: str = ""
+
+    def write_command(self, command: str, *options: str, pairs: tuple[str, ...] = ()) -> str:
+        """A command line of `bnext` on this config and these weights.
+
+        Args:
+            command: as "reestimate".
+            options: of it, as "--population", "per_level".
+            pairs: KEY VALUE pairs besides those that the user gave.
+
+        Example:
+            >>> Origin("config", "a.yaml", weights="b.pth").write_command("evaluate")
+            'bnext evaluate --config-file a.yaml MODEL.WEIGHTS b.pth'
+        """
+        weights = ("MODEL.WEIGHTS", self.weights) if self.weights else ()
+        return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *self.opts, *pairs])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Facts:
+    """Everything that is known of a model, in one record.
+
+    Args:
+        norms: of the model, in the order of its modules.
+        model_name: class of the model; of a checkpoint alone its file.
+        is_training: the mode of the model.
+        num_parameters: of the whole model.
+        origin: how the user came by it.
+        config: key -> value of the whole config, as "MODEL.RETINANET.NORM"; None: there is none.
+        weights: None: nothing is known of them.
+        training: None: nothing is known of it.
+        forwards: what was run, in its order.
+        population: (path, owner) -> statistics of a pass over training images; empty: there was none.
+        evaluation: None: there was none.
+        worker_differences: path -> largest difference of running means between workers, in standard deviations; None:
+            one worker, or not known.
+        domains: domain -> path -> moments [C] of what the norm gets of that domain's images.
+        inputs: "train" and "test" -> moments [C] of the images as the model gets them, in the channels' order.
+        steps: of a running training; None: nobody watched.
+        averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
+        before: the norms of the model before a conversion, or as it was saved; None: not given.
+        failures: what could not be found out, and why, in sentences.
+    """
+
+    norms: tuple[NormFacts, ...]
+    model_name: str = ""
+    is_training: bool = True
+    num_parameters: int = 0
+    origin: Origin = Origin()
+    config: Mapping[str, object] | None = None
+    weights: WeightsFacts | None = None
+    training: TrainingFacts | None = None
+    forwards: tuple[ForwardFacts, ...] = ()
+    population: Mapping[tuple[str, str], Moments] = dataclasses.field(default_factory=dict)
+    evaluation: EvaluationFacts | None = None
+    worker_differences: Mapping[str, float] | None = None
+    domains: Mapping[str, Mapping[str, Moments]] = dataclasses.field(default_factory=dict)
+    inputs: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
+    steps: StepFacts | None = None
+    averaged: tuple[NormFacts, ...] | None = None
+    before: tuple[NormFacts, ...] | None = None
+    failures: tuple[str, ...] = ()
+
+    @property
+    def batch_norms(self) -> tuple[NormFacts, ...]:
+        """Norms that normalize by a batch or by a population."""
+        return tuple(norm for norm in self.norms if norm.is_batch_norm)
+
+    def find_norm(self, path: str) -> NormFacts | None:
+        """The norm at a path."""
+        return next((norm for norm in self.norms if norm.path == path), None)
+
+    def get_config(self, key: str, default: object = None) -> object:
+        """The value of a config key; `default` where there is no config, or no such key."""
+        return default if self.config is None else self.config.get(key, default)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether weights of a training are there: they were loaded, or a counter or an affine has moved.
+
+        A model that nobody has trained has every norm at its initial values, which is no fault.
+        """
+        if self.weights is not None and self.weights.is_loaded:
+            return True
+        return any(_has_moved(norm) for norm in self.batch_norms)
+
+
+def _has_moved(norm: NormFacts) -> bool:
+    if any(population.num_updates for population in norm.populations):
+        return True
+    return any(affine.bias is not None and bool(affine.bias.count_nonzero()) for affine in norm.affines)

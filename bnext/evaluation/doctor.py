@@ -1,0 +1,63 @@
+"""The doctor of a detector: what its config, its weights and its images say."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from bnext.checkpoints.checkpointer import Checkpointer
+from bnext.config.blame import building_from_config
+from bnext.diagnostics.diagnose import collect_facts
+from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
+from bnext.diagnostics.observe import observe_forward
+from bnext.files import find_local_file
+from bnext.heads.doctor_facts import add_config_facts
+
+__all__ = ["examine_detector"]
+
+_NOISE_SIZE = 128  # pixels, of a picture whose way through the model shows which norm is called how often
+
+
+def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = None) -> tuple[Facts, nn.Module]:
+    """The static facts of a detector, and the model itself, in training mode.
+
+    Args:
+        cfg: of the model; MODEL.WEIGHTS is read if it is a file of this machine, and never fetched.
+        origin: how the user came by it.
+        num_workers: that train it.
+    """
+    with building_from_config():
+        model = build_model(cfg)
+    weights = _load(cfg, model)
+    facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights)
+    return _probe(add_config_facts(facts, cfg, model, num_workers), model), model
+
+
+def _load(cfg: CfgNode, model: nn.Module) -> WeightsFacts:
+    file = find_local_file(cfg.MODEL.WEIGHTS)
+    if not file:
+        return WeightsFacts(source=cfg.MODEL.WEIGHTS)
+    rest = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    iteration = rest.get("iteration")
+    return WeightsFacts(cfg.MODEL.WEIGHTS, is_loaded=True, iteration=iteration if isinstance(iteration, int) else None)
+
+
+def _probe(facts: Facts, model: nn.Module) -> Facts:
+    """Facts with the calls of a forward of made-up pixels."""
+    norms: dict[str, nn.Module] = {norm.path: model.get_submodule(norm.path) for norm in facts.norms}
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(256, (3, _NOISE_SIZE, _NOISE_SIZE), generator=generator).float()
+    batch: list[dict[str, Any]] = [{"image": image, "height": _NOISE_SIZE, "width": _NOISE_SIZE}]
+
+    try:
+        forward = observe_forward(model, batch, norms, num_images=1, is_noise=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no message"
+        failure = f"A forward of made-up pixels failed: {type(error).__name__}: {reason}"
+        return dataclasses.replace(facts, failures=(*facts.failures, failure))
+    return dataclasses.replace(facts, forwards=(*facts.forwards, forward))

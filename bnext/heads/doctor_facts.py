@@ -1,0 +1,78 @@
+"""Facts for the doctor that a config knows of a detector: its places, its levels, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
+from torch import nn
+
+from bnext.config.check import flatten
+from bnext.config.places import PLACES
+from bnext.data.samplers import count_micro_batch
+from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
+from bnext.heads.places import find_parts
+
+__all__ = ["add_config_facts"]
+
+
+def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: int | None = None) -> Facts:
+    """Facts of a model with those of its config.
+
+    Args:
+        facts: see `collect_facts`.
+        cfg: of the model.
+        model: any of detectron2's architectures, or one of the user's.
+        num_workers: that train it; None: those of this run.
+    """
+    size = num_workers or comm.get_world_size()
+    training = dataclasses.replace(
+        facts.training or TrainingFacts(),
+        num_workers=size,
+        images_per_worker=max(1, count_micro_batch(cfg) // size),
+        accumulation=int(cfg.SOLVER.BNEXT.ACCUMULATE),
+    )
+    places = _find_places(model)
+    levels = _find_levels(model)
+
+    norms = []
+    for norm in facts.norms:
+        place = next((name for root, name in places.items() if norm.path.startswith(f"{root}.")), "")
+        changed: dict[str, Any] = {"place": place, "reason": _explain(cfg, model, norm, place)}
+        if place:
+            changed["sees_rois"] = PLACES[place].sees_rois
+        if place in levels:
+            changed["levels"] = levels[place]
+        norms.append(dataclasses.replace(norm, **changed))
+    return dataclasses.replace(facts, norms=tuple(norms), config=flatten(cfg), training=training)
+
+
+def _find_places(model: nn.Module) -> dict[str, str]:
+    """Path of each part of a detector -> its place."""
+    return {path: name for name in PLACES for path in find_parts(model, name)}
+
+
+def _find_levels(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Place -> the features that its norms are called on, one after the other or together."""
+    features = {"RETINANET": model, "RPN": getattr(model, "proposal_generator", None)}
+    names = {"RETINANET": "head_in_features", "RPN": "in_features"}
+
+    levels = {}
+    for place, part in features.items():
+        found = getattr(part, names[place], None)
+        if isinstance(found, (list, tuple)):
+            levels[place] = tuple(map(str, found))
+    return levels
+
+
+def _explain(cfg: CfgNode, model: nn.Module, norm: NormFacts, place: str) -> str:
+    """The key that froze a norm, where it was one."""
+    is_frozen = isinstance(model.get_submodule(norm.path), FrozenBatchNorm2d)
+    if not is_frozen or place != "RESNETS":
+        return norm.reason
+    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        return "MODEL.RESNETS.NORM is FrozenBN"
+    return f"MODEL.BACKBONE.FREEZE_AT is {cfg.MODEL.BACKBONE.FREEZE_AT}"
