@@ -107,8 +107,8 @@ CHECK = Check(
     title="one norm is called on several features of a forward, with one moving average for all",
     explanation=(
         "In training each call is normalized by its own mini-batch, at inference all of them by one moving average "
-        "that none of them has. A head that all levels of a pyramid share does that with a plain BN. Calls whose features "
-        "are alike, as two views of one image, lose nothing."
+        "that none of them has. A head that all levels of a pyramid share does that with a plain BN. Calls on features "
+        "that are alike, as two views of one image, lose nothing."
     ),
     cost="34.1 instead of 39.1 AP (RetinaNet R50-FPN on COCO, 3x)",
     source="Wu and Johnson 2021, Table 5, row 3",
