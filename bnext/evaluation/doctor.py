@@ -16,6 +16,7 @@ from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
 from bnext.diagnostics.observe import observe_forward
 from bnext.files import find_local_file
+from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.doctor_facts import add_config_facts
 
 __all__ = ["examine_detector"]
@@ -31,7 +32,7 @@ def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = Non
         origin: how the user came by it.
         num_workers: that train it.
     """
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
     weights = _load(cfg, model)
     facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights)
