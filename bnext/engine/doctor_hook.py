@@ -22,6 +22,7 @@ from bnext.diagnostics.tell_findings import tell_findings
 from bnext.diagnostics.watch_training import TrainingWatch
 from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
+from bnext.engine.population import PreciseBN
 from bnext.heads.doctor_facts import add_config_facts
 
 __all__ = ["DoctorHook", "Settle", "build_doctor"]
@@ -62,6 +63,7 @@ class DoctorHook(HookBase):
         self._optimizer: Any = None
         self._handle: Any = None
         self._has_ended = False
+        self._is_estimated = False
 
     def before_train(self) -> None:
         with self._guarded():
@@ -107,10 +109,15 @@ class DoctorHook(HookBase):
                 self._handle.remove()
 
     def accept(self) -> None:
-        """The statistics were written on purpose since the step; see `TrainingWatch.accept`."""
+        """Take what hooks before `Settle` have written into statistics for on purpose."""
         with self._guarded() as watch:
-            if watch is not None:
+            was_estimated, self._is_estimated = self._is_estimated, self._has_estimate()
+            if watch is not None and (was_estimated or self._is_estimated or watch.has_seen_writes):
                 watch.accept()
+
+    def _has_estimate(self) -> bool:
+        """Whether the statistics are those of bnext's PreciseBN, until the next step."""
+        return any(isinstance(hook, PreciseBN) and hook.is_in_force for hook in self.trainer._hooks)
 
     def _end_step(self, *_: Any) -> None:
         with self._guarded() as watch:
