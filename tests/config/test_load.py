@@ -53,7 +53,7 @@ def test_a_damaged_config_is_refused_in_a_line_that_names_it_or_can_be_run(seed,
 
 TAGS = {
     "SEED: !!python/object/apply:os.system ['touch {ran}']": "!!python/object/apply:os.system",
-    "MODEL: {{ANCHOR_GENERATOR: {{SIZES: !!python/object/apply:eval ['[[32]]']}}}}": "!!python/object/apply:eval",
+    "MODEL: {{ANCHOR_GENERATOR: {{SIZES: !!python/object/apply:eval ['[[len([32])]]']}}}}": "!!python/object/apply:eval",
     "INPUT: {{MIN_SIZE_TRAIN: !!python/tuple [48, 64]}}": "!!python/tuple",
     "SEED: !seed 3": "!seed",
 }
