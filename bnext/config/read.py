@@ -39,8 +39,7 @@ _TAG = Refusal(
     ConfigError,
     "{thing}",
     "be plain YAML, as a tag can run code",
-    "Write the values themselves in its place: a tuple as [1, 2], and what is to be computed as its result, as "
-    "configs/Base-RetinaNet.yaml has the anchors of Detectron2's.",
+    "Write the values themselves in its place: a tuple as [1, 2], and what is to be computed as its result.",
 )
 _TWICE = Refusal(
     ConfigError,
