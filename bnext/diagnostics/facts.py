@@ -99,6 +99,7 @@ class NormFacts:
         levels: features that it is called on in one forward, where that is known without one.
         sees_rois: whether its samples are RoIs; None: not known.
         layer_before: the layer whose output it gets; None: not known.
+        norm_key: config key that names the norms of its place; "": there is none.
         is_after_trained: whether the last layer with weights before it, in the order of modules, takes gradients;
             None: there is none.
         has_own_forward: whether its class computes something that no form describes, as with an activation in it.
@@ -116,6 +117,7 @@ class NormFacts:
     levels: tuple[str, ...] = ()
     sees_rois: bool | None = None
     layer_before: LayerFacts | None = None
+    norm_key: str = ""
     is_after_trained: bool | None = None
     has_own_forward: bool = False
     extras: tuple[str, ...] = ()
