@@ -50,17 +50,15 @@ def _advise(facts: Facts, norms: Sequence[NormFacts]) -> Remedy:
         paths = tuple(norm.path for norm in norms)
         return Remedy(text, call=f"paths = {paths}\n{live}\nfor path in paths:\n    model.get_submodule(path).train()")
 
-    norm = "SyncBN" if facts.training is not None and (facts.training.num_workers or 1) > 1 else "BN"
+    live = "SyncBN" if facts.training is not None and (facts.training.num_workers or 1) > 1 else "BN"
     keys: dict[str, object] = {}
-    for place in sorted({norm.place for norm in norms} - {""}):
-        if place == "RESNETS":
-            keys |= {"MODEL.RESNETS.NORM": norm, "MODEL.BACKBONE.FREEZE_AT": 0}
-        elif facts.get_config(f"MODEL.BNEXT.{place}.FROZEN") in ("statistics", "both"):
-            keys[f"MODEL.BNEXT.{place}.FROZEN"] = "none"
-        elif facts.get_config(f"MODEL.{place}.NORM") == "FrozenBN":
-            keys[f"MODEL.{place}.NORM"] = norm
-        else:
-            keys[f"MODEL.BNEXT.{place}.NORM"] = norm
+    for norm in norms:
+        if facts.get_config(f"MODEL.BNEXT.{norm.place}.FROZEN") in ("statistics", "both"):
+            keys[f"MODEL.BNEXT.{norm.place}.FROZEN"] = "none"
+        elif norm.norm_key:
+            keys[norm.norm_key] = live
+        if norm.place == "RESNETS":
+            keys["MODEL.BACKBONE.FREEZE_AT"] = 0
     text = "Give MODEL.WEIGHTS a file with statistics for them; or train from scratch with norms that are not frozen."
     return Remedy(text, keys=keys)
 

@@ -71,9 +71,7 @@ def _judge_affine(facts: Facts, live: Sequence[NormFacts]) -> Evidence:
 
     remedy = Remedy(f"Freeze them, or {_LOAD_OTHER[0].lower()}{_LOAD_OTHER[1:]}", call=_write_call(live))
     if facts.origin.kind == "config":
-        keys: dict[str, object] = {}
-        for place in sorted({norm.place for norm in live} - {""}):
-            keys[f"MODEL.{place}.NORM"] = "FrozenBN"
+        keys = {norm.norm_key: "FrozenBN" for norm in live if norm.norm_key}
         text_of_keys = "Freeze them; or train from weights with statistics, as torchvision's (`bnext convert`)."
         remedy = Remedy(text_of_keys, keys=keys)
 

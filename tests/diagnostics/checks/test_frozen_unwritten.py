@@ -75,7 +75,7 @@ def test_one_that_does_anything_is_healthy(field):
 
 def test_its_remedy_is_the_keys_of_a_config():
     facts = collect_facts(make_model())
-    norms = tuple(dataclasses.replace(norm, place="RESNETS") for norm in facts.norms)
+    norms = tuple(dataclasses.replace(norm, place="RESNETS", norm_key="MODEL.RESNETS.NORM") for norm in facts.norms)
     facts = dataclasses.replace(facts, norms=norms, origin=Origin("config", "a.yaml"), weights=WeightsFacts(""))
 
     (evidence,) = CHECK.examine(facts)

@@ -34,7 +34,7 @@ def test_finds_folded_weights_of_live_norms(is_loaded, severity):
 
 def test_its_remedy_is_a_key_of_a_config():
     facts = collect_facts(make_model())
-    norms = tuple(dataclasses.replace(norm, place="RESNETS") for norm in facts.norms)
+    norms = tuple(dataclasses.replace(norm, place="RESNETS", norm_key="MODEL.RESNETS.NORM") for norm in facts.norms)
     weights = WeightsFacts("R-50.pkl", is_folded=True, folded=("1",))
     facts = dataclasses.replace(facts, norms=norms, weights=weights, origin=Origin("config", "a.yaml"))
 
