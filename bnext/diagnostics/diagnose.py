@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bnext.diagnostics.facts import Facts, ForwardFacts, NormFacts, TrainingFacts
 from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.observe import observe_forward
-from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.read_norms import find_folded, read_norms
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
@@ -126,12 +127,13 @@ def collect_facts(
     norms = read_norms(model)
     decay, decay_of_others = _read_decay(model, norms, optimizer) if optimizer is not None else ({}, None)
 
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     num_workers = get_world_size()
     return Facts(
         norms=norms,
         model_name=type(model).__name__,
         is_training=model.training,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
         training=TrainingFacts(
             num_workers=num_workers if num_workers > 1 else None,
             weight_decay=decay,
@@ -140,6 +142,8 @@ def collect_facts(
         ),
         averaged=None if averaged is None else read_norms(unwrap_model(averaged)),
         before=None if before is None else read_norms(unwrap_model(before)),
+        num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        folded=find_folded(model, None if before is None else unwrap_model(before)),
     )
 
 

@@ -104,6 +104,11 @@ class NormFacts:
         num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
         single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
             output.
+        is_after_trained: whether the last layer with weights before it, in the order of modules, takes gradients;
+            None: there is none.
+        has_own_forward: whether its class computes something that no form describes, as with an activation in it.
+        extras: names of parameters, buffers and modules that it holds besides a norm's state, and "hooks".
+        dtype: of its statistics or its affine, as "float16"; "": it has none.
     """
 
     record: NormRecord
@@ -120,6 +125,10 @@ class NormFacts:
     shuffle: str = ""
     num_groups: int | None = None
     single_element: str = "error"
+    is_after_trained: bool | None = None
+    has_own_forward: bool = False
+    extras: tuple[str, ...] = ()
+    dtype: str = ""
 
     @property
     def path(self) -> str:
@@ -251,6 +260,9 @@ class WeightsFacts:
         unexpected: names in the file that the model has no place for.
         eps: path -> eps that the file says of its norm.
         is_folded: whether statistics are folded into the affine or the convolutions; None: not known.
+        folded: paths of norms whose statistics are folded into the affine that the file gave, or would give, them.
+        without_statistics: paths of norms to which the file gave an affine, and no statistics.
+        statistics: path -> over what the file says mini-batch statistics were computed in its training: "shared", ...
     """
 
     source: str = ""
@@ -261,6 +273,9 @@ class WeightsFacts:
     unexpected: tuple[str, ...] = ()
     eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     is_folded: bool | None = None
+    folded: tuple[str, ...] = ()
+    without_statistics: tuple[str, ...] = ()
+    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +334,8 @@ class Facts:
         averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
         before: the norms of the model before a conversion, or as it was saved; None: not given.
         failures: what could not be found out, and why, in sentences.
+        num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
+        folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
     """
 
     norms: tuple[NormFacts, ...]
@@ -339,6 +356,8 @@ class Facts:
     averaged: tuple[NormFacts, ...] | None = None
     before: tuple[NormFacts, ...] | None = None
     failures: tuple[str, ...] = ()
+    num_trained: int | None = None
+    folded: tuple[str, ...] = ()
 
     @property
     def batch_norms(self) -> tuple[NormFacts, ...]:
