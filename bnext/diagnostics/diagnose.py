@@ -22,7 +22,7 @@ from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.statistics.data_pass import Forward
 
-__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "observe_batches"]
+__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "observe_batches", "read_weight_decay"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,7 +125,7 @@ def collect_facts(
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)
-    decay, decay_of_others = _read_decay(model, norms, optimizer) if optimizer is not None else ({}, None)
+    decay, decay_of_others = read_weight_decay(model, norms, optimizer.param_groups) if optimizer else ({}, None)
 
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     num_workers = get_world_size()
@@ -154,15 +154,17 @@ def _read_ddp(model: nn.Module) -> dict[str, bool] | None:
     return {name: bool(getattr(model, name)) for name in names}
 
 
-def _read_decay(
-    model: nn.Module, norms: Iterable[NormFacts], optimizer: Optimizer
+def read_weight_decay(
+    model: nn.Module, norms: Iterable[NormFacts], groups: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, float], float | None]:
-    """Weight decay of the affine of each norm, and the largest of other weights."""
-    decays = {
-        parameter: float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    """Path of each norm -> weight decay of its affine, and the largest of the weights of other layers.
+
+    Args:
+        model: see `collect_facts`.
+        norms: of the model.
+        groups: "params" and "weight_decay" of each, as in the `param_groups` of an optimizer.
+    """
+    decays = {parameter: float(group.get("weight_decay", 0.0)) for group in groups for parameter in group["params"]}
     of_norms: dict[str, float] = {}
     affines: set[nn.Parameter] = set()
     for norm in norms:

@@ -235,16 +235,19 @@ class StepFacts:
 
     Args:
         num_steps: that were watched.
-        num_forwards: forwards of the model in training mode in them.
-        updates: path -> times that its running statistics took in a mini-batch in them.
+        num_forwards: forwards of the model in training mode in them; 0: not known.
+        updates: path -> times that its running statistics took in a mini-batch in them, of several populations the
+            most; norms that do not count are absent.
         changed_between: path of each norm whose running statistics changed between two steps (validation, warm-up)
-            -> after which iteration first.
+            -> after which iteration first; -1: before the first one.
+        calls: path -> calls of the norm in one forward, the most; empty: not known.
     """
 
     num_steps: int
     num_forwards: int
     updates: Mapping[str, int]
     changed_between: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
