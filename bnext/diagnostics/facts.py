@@ -26,6 +26,7 @@ __all__ = [
     "NormFacts",
     "Origin",
     "Population",
+    "StandardErrors",
     "StepFacts",
     "TrainingFacts",
     "WeightsFacts",
@@ -167,13 +168,29 @@ class ForwardFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class StandardErrors:
+    """How well a pass over images knows one set of statistics, from the differences between its mini-batches.
+
+    Args:
+        mean: standard error of the mean in standard deviations, 95th percentile over channels; infinite for fewer than
+            two mini-batches.
+        var: standard error of the variance relative to it, likewise.
+        num_batches: mini-batches that reached the norm.
+    """
+
+    mean: float
+    var: float
+    num_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationFacts:
     """The model with one set of weights and several kinds of statistics, on the same images.
 
     Args:
         losses: kind -> mean loss. Kinds are "population" (those of the model), "mini_batch", "precise"
             (re-estimated on training images).
-        ap: kind -> box AP from 0 to 100.
+        ap: kind -> box AP from 0 to 100, or another score of this range; the higher the better.
         dataset: on which.
     """
 
@@ -197,6 +214,7 @@ class TrainingFacts:
         decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
+        mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
     """
 
     num_workers: int | None = None
@@ -205,6 +223,7 @@ class TrainingFacts:
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
+    mixes_domains: bool | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,6 +325,8 @@ class Facts:
         averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
         before: the norms of the model before a conversion, or as it was saved; None: not given.
         failures: what could not be found out, and why, in sentences.
+        population_errors: of the statistics in `population`.
+        images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
     norms: tuple[NormFacts, ...]
@@ -326,6 +347,8 @@ class Facts:
     averaged: tuple[NormFacts, ...] | None = None
     before: tuple[NormFacts, ...] | None = None
     failures: tuple[str, ...] = ()
+    population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_norms(self) -> tuple[NormFacts, ...]:
