@@ -41,7 +41,7 @@ def train(model, domains):
 # ---- BN023
 
 
-@pytest.mark.parametrize(("offset", "severities"), [(0.0, []), (0.3, []), (0.8, ["note"]), (4.0, ["warning"])])
+@pytest.mark.parametrize(("offset", "severities"), [(0.0, []), (0.3, []), (0.6, ["note"]), (4.0, ["warning"])])
 def test_distance_between_domains_of_one_population(offset, severities):
     evidence = find("BN023", make_model(), domains=make_domains(offset))
 
