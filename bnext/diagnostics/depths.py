@@ -242,7 +242,7 @@ def examine_population(
     recompute: Callable[[nn.Module], RecomputeReport],
     *,
     loss: Callable[[nn.Module, Statistics], float] | None = None,
-    score: Callable[[nn.Module], float] | None = None,
+    score: Callable[[nn.Module, Statistics], float] | None = None,
     dataset: str = "",
 ) -> Facts:
     """Facts with the population statistics of training images, and what the model is worth with them.
@@ -252,7 +252,7 @@ def examine_population(
         model: as it was afterwards.
         recompute: called as recompute(model), re-estimates its statistics in place.
         loss: called as loss(model, statistics), where norms are to normalize by these.
-        score: called as score(model), evaluates it; from 0 to 100, the higher the better.
+        score: likewise, in evaluation mode; from 0 to 100, the higher the better.
         dataset: on which both are measured.
     """
     model = unwrap_model(model)
@@ -260,11 +260,12 @@ def examine_population(
     scores: dict[str, float] = {}
 
     def measure(facts: Facts, kind: str) -> Facts:
+        statistics: Statistics = "mini_batch" if kind == "mini_batch" else "population"
         try:
             if loss is not None:
-                losses[kind] = float(loss(model, "mini_batch" if kind == "mini_batch" else "population"))
+                losses[kind] = float(loss(model, statistics))
             if score is not None:
-                scores[kind] = _measure_score(model, score, kind)
+                scores[kind] = _measure_score(model, score, statistics)
         except Exception as error:
             return add_failure(facts, f"An evaluation by {kind.replace('_', '-')} statistics", error)
         return facts
@@ -289,13 +290,13 @@ def examine_population(
     return facts
 
 
-def _measure_score(model: nn.Module, score: Callable[[nn.Module], float], kind: str) -> float:
+def _measure_score(model: nn.Module, score: Callable[[nn.Module, Statistics], float], statistics: Statistics) -> float:
     with restoring(model, seed=_SEED), torch.no_grad():
         model.eval()
-        if kind != "mini_batch":
-            return float(score(model))
+        if statistics == "population":
+            return float(score(model, statistics))
         with normalizing_evaluation_by_mini_batch(model):
-            return float(score(model))
+            return float(score(model, statistics))
 
 
 def _add_population(facts: Facts, model: nn.Module, report: RecomputeReport) -> Facts:

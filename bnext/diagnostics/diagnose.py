@@ -148,7 +148,8 @@ def diagnose(
         options: dict[str, Any] = {"forward": forward, "domain": domain, "seed": _SEED, "progress": True}
         recompute = partial(recompute_population_statistics, data=every, **options)
         measure = None if loss is None else partial(_measure_loss, loss, few)
-        facts = examine_population(facts, model, recompute, loss=measure, score=evaluate)
+        score = None if evaluate is None else (lambda model, statistics: evaluate(model))
+        facts = examine_population(facts, model, recompute, loss=measure, score=score)
     return examine_facts(facts)
 
 

@@ -17,6 +17,7 @@ __all__ = ["CHECK"]
 _OTHER_SCALE = 3.0  # of standard deviations; sets of photographs differ by less than 2
 _FAR = 0.5  # standard deviations of pixels, between means
 _LEAST_Z = 5.0  # standard errors, from the differences between images
+_LEAST_IMAGES = 8  # of each part, from which on such an error is known
 _IMAGENET_RGB = (123.675, 116.28, 103.53)  # of 8-bit pixels
 _CLOSE = 1.0  # to these
 _OTHER_FEATURES = math.log(10)  # of variances, between what the first norm gets and its statistics
@@ -68,7 +69,7 @@ def _list(values: Sequence[float] | Tensor) -> str:
 
 def _find_shift(train: Moments, test: Moments) -> tuple[float, float]:
     """Largest distance of a channel's means in standard deviations of pixels, and in its standard error."""
-    if min(len(train.count), len(test.count)) < 2:
+    if min(len(train.count), len(test.count)) < _LEAST_IMAGES:
         return 0.0, 0.0
     difference = (train.mean.mean(0) - test.mean.mean(0)).abs()
     variances = [part.mean.var(0) / len(part.count) for part in (train, test)]
@@ -82,7 +83,7 @@ def _is_swapped(train: Moments, test: Moments) -> bool:
 
     The difference between the two says it, in which the brightness of an image is not.
     """
-    if train.mean.shape[1] != 3 or min(len(train.count), len(test.count)) < 2:
+    if train.mean.shape[1] != 3 or min(len(train.count), len(test.count)) < _LEAST_IMAGES:
         return False
     contrasts = [part.mean[:, 0] - part.mean[:, 2] for part in (train, test)]
     means = [contrast.mean() for contrast in contrasts]

@@ -20,6 +20,7 @@ _FAR_RATIO, _WRONG_RATIO = math.log(1.5), math.log(4)  # of variances
 # Times the noise that the moving average must have. At 4 the norms of a ResNet together give no false alarm, although
 # channels are correlated.
 _LEAST_Z = 4.0
+_LEAST_SHARE = 0.05  # of initial values in a moving average, to be told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,11 +112,26 @@ def _judge(facts: Facts, distances: dict[str, _Distance], number: int, *, is_noi
     else:
         largest = max(one.z for one in distances.values())
         text += f"The noise of mini-batches in a moving average explains {1 / largest:.0%} of it."
+        text += _explain_youth(facts, distances)
 
     is_wrong = any(one.mean >= _WRONG or one.log_ratio >= _WRONG_RATIO for one in distances.values())
     severity: Severity = "error" if is_wrong else "warning"
     numbers = {"sets": float(len(distances)), "mean": farthest.mean, "ratio": _factor(distances), "z": farthest.z}
     return Evidence("note" if is_noise else severity, tuple(distances), text, _advise(facts, is_noise), numbers)
+
+
+def _explain_youth(facts: Facts, distances: dict[str, _Distance]) -> str:
+    """That moving averages have taken in too little yet, where they have."""
+    numbers: dict[int, float] = {}
+    for norm in facts.batch_norms:
+        for population in norm.populations:
+            path, momentum = f"{norm.path}.{population.owner}".rstrip("."), norm.record.momentum
+            if path in distances and population.num_updates and momentum is not None:
+                numbers[population.num_updates] = (1 - momentum) ** population.num_updates
+    share = numbers[min(numbers)] if numbers else 0.0
+    if share < _LEAST_SHARE:
+        return ""
+    return f" After {min(numbers)} mini-batches the values that they began with count for {share:.0%}."
 
 
 def _factor(distances: dict[str, _Distance]) -> float:

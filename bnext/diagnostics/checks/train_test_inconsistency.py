@@ -38,7 +38,7 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
     if evaluation is None:
         return
 
-    by_score = "population" in evaluation.ap and len(evaluation.ap) > 1
+    by_score = "population" in evaluation.ap and max(evaluation.ap.values()) >= _LEAST_POINTS
     values = evaluation.ap if by_score else evaluation.losses
     to_precise, to_mini_batch = (_find_gap(values, kind, is_score=by_score) for kind in ("precise", "mini_batch"))
 
