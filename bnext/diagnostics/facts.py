@@ -101,6 +101,10 @@ class NormFacts:
         sees_rois: whether its samples are RoIs; None: not known.
         layer_before: the layer whose output it gets; None: not known.
         norm_key: config key that names the norms of its place; "": there is none.
+        shuffle: how its samples are dealt out at random: "statistics", "features"; "": they are not.
+        num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
+        single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
+            output.
     """
 
     record: NormRecord
@@ -114,6 +118,9 @@ class NormFacts:
     sees_rois: bool | None = None
     layer_before: LayerFacts | None = None
     norm_key: str = ""
+    shuffle: str = ""
+    num_groups: int | None = None
+    single_element: str = "error"
 
     @property
     def path(self) -> str:
@@ -160,6 +167,7 @@ class ForwardFacts:
         calls: path -> every call of the norm, in their order; norms that were not called are absent.
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
+        image_size: height and width of all images; (): not known.
     """
 
     num_images: int
@@ -167,6 +175,7 @@ class ForwardFacts:
     calls: Mapping[str, tuple[Call, ...]]
     is_noise: bool = False
     domain: str = ""
+    image_size: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +226,7 @@ class TrainingFacts:
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
         mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
+        virtual_images: of a worker, that enlarge its mini-batches by a forward alone.
     """
 
     num_workers: int | None = None
@@ -226,6 +236,7 @@ class TrainingFacts:
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
     mixes_domains: bool | None = None
+    virtual_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
