@@ -8,7 +8,9 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
+from bnext.errors import ConfigError
 from bnext.evaluation.doctor import examine_detector
+from bnext.evaluation.doctor_data import DEFAULT_IMAGES, add_data_facts
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute"]
 
@@ -16,6 +18,7 @@ DESCRIPTION = """Find what is wrong with the batch norms of a detector, before, 
 
     bnext doctor --config-file CONFIG.yaml
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --data
+    bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --depth full --num-images 500
 
 Nothing is written, no weight is fetched, nothing of a checkpoint is run."""
 IS_INTERMIXED = True
@@ -24,6 +27,17 @@ IS_INTERMIXED = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help=f"of the model: {FILE_HELP}")
+    add(
+        "--depth",
+        choices=("static", "forward", "full"),
+        default="static",
+        help="static: model and config alone. forward: a few batches of DATASETS.TRAIN, and pixels of DATASETS.TEST. "
+        "full: in addition statistics re-estimated on training images, and AP and loss of three kinds of statistics",
+    )
+    add("--data", action="store_const", const="forward", dest="depth", help="the same as --depth forward")
+    few, many = DEFAULT_IMAGES["forward"], DEFAULT_IMAGES["full"]
+    images_help = f"that are run at most (default: {few} at depth forward, {many} of training and of test at full)"
+    add("--num-images", type=int, metavar="N", help=images_help)
     add("--fail-on", choices=("error", "warning"), help="end with status 1 if there is a finding as bad as that")
     add("--num-gpus", type=int, metavar="N", help="workers that train the model (default: 1)")
     add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
@@ -31,9 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; the status is 1 where --fail-on is met."""
+    if args.num_images is not None and args.num_images < 1:
+        raise ConfigError.of(
+            "--num-images", "be 1 or more", got=args.num_images, remedy="Leave it out for the default."
+        )
     cfg = load_config(args.config_file, args.opts)
     origin = Origin("config", args.config_file, tuple(args.opts), cfg.MODEL.WEIGHTS)
-    facts, _ = examine_detector(cfg, origin, args.num_gpus)
+    facts, model = examine_detector(cfg, origin, args.num_gpus)
+    if args.depth != "static":
+        facts = add_data_facts(facts, cfg, model, args.depth, args.num_images)
     diagnosis = examine_facts(facts)
     print(diagnosis, flush=True)
     return 1 if args.fail_on and diagnosis.select(args.fail_on) else 0

@@ -26,6 +26,7 @@ __all__ = [
     "NormFacts",
     "Origin",
     "Population",
+    "StandardErrors",
     "StepFacts",
     "TrainingFacts",
     "WeightsFacts",
@@ -187,13 +188,29 @@ class ForwardFacts:
 
 
 @dataclasses.dataclass(frozen=True)
+class StandardErrors:
+    """How well a pass over images knows one set of statistics, from the differences between its mini-batches.
+
+    Args:
+        mean: standard error of the mean in standard deviations, 95th percentile over channels; infinite for fewer than
+            two mini-batches.
+        var: standard error of the variance relative to it, likewise.
+        num_batches: mini-batches that reached the norm.
+    """
+
+    mean: float
+    var: float
+    num_batches: int
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationFacts:
     """The model with one set of weights and several kinds of statistics, on the same images.
 
     Args:
         losses: kind -> mean loss. Kinds are "population" (those of the model), "mini_batch", "precise"
             (re-estimated on training images).
-        ap: kind -> box AP from 0 to 100.
+        ap: kind -> box AP from 0 to 100, or another score of this range; the higher the better.
         dataset: on which.
     """
 
@@ -217,6 +234,7 @@ class TrainingFacts:
         decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
+        mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
         virtual_images: of a worker, that enlarge its mini-batches by a forward alone.
     """
 
@@ -226,6 +244,7 @@ class TrainingFacts:
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
+    mixes_domains: bool | None = None
     virtual_images: int = 0
 
 
@@ -339,6 +358,8 @@ class Facts:
         failures: what could not be found out, and why, in sentences.
         num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
         folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
+        population_errors: of the statistics in `population`.
+        images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
     norms: tuple[NormFacts, ...]
@@ -361,6 +382,8 @@ class Facts:
     failures: tuple[str, ...] = ()
     num_trained: int | None = None
     folded: tuple[str, ...] = ()
+    population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
     @property
     def batch_norms(self) -> tuple[NormFacts, ...]:
