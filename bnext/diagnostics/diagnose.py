@@ -16,6 +16,7 @@ from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.observe import observe_forward
 from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.statistics.data_pass import Forward
@@ -59,6 +60,11 @@ class Diagnosis:
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
+
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """Norms for this batch, these workers, this data."""
+        return recommend(self.facts)
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
