@@ -19,7 +19,15 @@ from bnext.layers.norm_form import NormForm
 from bnext.layers.spec import Workers
 from bnext.tables import format_rows
 
-__all__ = ["NormGroup", "NormRecord", "find_norm_groups", "find_norm_records", "format_norm_groups", "group_norms"]
+__all__ = [
+    "NormGroup",
+    "NormRecord",
+    "describe_group",
+    "find_norm_groups",
+    "find_norm_records",
+    "format_norm_groups",
+    "group_norms",
+]
 
 Samples = int | Callable[[str], int | None] | None
 _FIELDS_OF_ONE = ("path", "num_features", "num_parameters")
@@ -158,25 +166,24 @@ def group_norms(records: Iterable[NormRecord]) -> list[NormGroup]:
     return sorted(groups, key=lambda group: order[group.records[0].path])
 
 
+def describe_group(group: NormGroup) -> dict[str, str]:
+    """Header -> cell of a group of norms: what is normalized by what, how many norms, and what no longer changes."""
+    record = group.records[0]
+    return {
+        "norms": group.pattern or "the model",
+        "kind": record.kind,
+        "number": str(len(group.records)),
+        "channels": _format_range([one.num_features for one in group.records]),
+        "mini-batch": _format_mini_batch(record),
+        "at inference": _format_population(record),
+        "affine": _format_affine(record),
+    }
+
+
 def format_norm_groups(groups: Sequence[NormGroup]) -> str:
-    """A table with a line for each group: what is normalized by what, how many norms, and what no longer changes."""
+    """A table with a line for each group; see `describe_group`."""
     headers = ["norms", "kind", "number", "channels", "mini-batch", "at inference", "affine"]
-    rows = []
-    for group in groups:
-        record = group.records[0]
-
-        rows.append(
-            [
-                group.pattern or "the model",
-                record.kind,
-                str(len(group.records)),
-                _format_range([one.num_features for one in group.records]),
-                _format_mini_batch(record),
-                _format_population(record),
-                _format_affine(record),
-            ]
-        )
-
+    rows = [list(describe_group(group).values()) for group in groups]
     return format_rows(rows, headers, num_texts=len(headers))
 
 
