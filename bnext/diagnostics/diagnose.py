@@ -12,10 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from bnext.diagnostics.facts import Facts, ForwardFacts, NormFacts, TrainingFacts
-from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
+from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.observe import observe_forward
 from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.statistics.data_pass import Forward
@@ -23,9 +24,9 @@ from bnext.statistics.data_pass import Forward
 __all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "observe_batches"]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
-    """What the doctor found. `str(diagnosis)` is the text for a terminal.
+    """The doctor's report on a model: print it, or take `as_dict()`, whose form is stable.
 
     Args:
         facts: that were read.
@@ -47,14 +48,39 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity in worst)
 
     @property
+    def depth(self) -> Depth:
+        """How much was looked at: the model alone, some batches, a pass over the data, or a running training."""
+        if self.facts.steps is not None:
+            return "training"
+        if self.facts.population or self.facts.evaluation is not None:
+            return "full"
+        return "forward" if any(not forward.is_noise for forward in self.facts.forwards) else "static"
+
+    @property
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
+
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """Norms for this batch, these workers, this data."""
+        return recommend(self.facts)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
+        from bnext.diagnostics.report_json import describe_diagnosis
+
+        return describe_diagnosis(self)
 
     def __str__(self) -> str:
         from bnext.diagnostics.report_text import format_text
 
         return format_text(self)
+
+    def __repr__(self) -> str:
+        from bnext.diagnostics.report_text import summarize
+
+        return f"<Diagnosis of {summarize(self)}>"
 
 
 def diagnose(

@@ -99,6 +99,9 @@ class NormFacts:
         levels: features that it is called on in one forward, where that is known without one.
         sees_rois: whether its samples are RoIs; None: not known.
         layer_before: the layer whose output it gets; None: not known.
+        norm_key: config key that names the norms of its place; "": there is none.
+        shuffle: how its samples are dealt out at random: "statistics", "features"; "": they are not.
+        num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
     """
 
     record: NormRecord
@@ -111,6 +114,9 @@ class NormFacts:
     levels: tuple[str, ...] = ()
     sees_rois: bool | None = None
     layer_before: LayerFacts | None = None
+    norm_key: str = ""
+    shuffle: str = ""
+    num_groups: int | None = None
 
     @property
     def path(self) -> str:
@@ -157,6 +163,7 @@ class ForwardFacts:
         calls: path -> every call of the norm, in their order; norms that were not called are absent.
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
+        image_size: height and width of all images; (): not known.
     """
 
     num_images: int
@@ -164,6 +171,7 @@ class ForwardFacts:
     calls: Mapping[str, tuple[Call, ...]]
     is_noise: bool = False
     domain: str = ""
+    image_size: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

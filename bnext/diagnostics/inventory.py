@@ -22,10 +22,13 @@ from bnext.tables import format_rows
 __all__ = [
     "NormGroup",
     "NormRecord",
-    "describe_group",
     "find_norm_groups",
     "find_norm_records",
+    "format_affine",
+    "format_mini_batch",
     "format_norm_groups",
+    "format_population",
+    "format_range",
     "group_norms",
 ]
 
@@ -90,9 +93,9 @@ class NormGroup:
 
     def __str__(self) -> str:
         record, number = self.records[0], len(self.records)
-        channels = _format_range([one.num_features for one in self.records])
+        channels = format_range([one.num_features for one in self.records])
         answers = (
-            f"{_format_mini_batch(record)}; at inference {_format_population(record)}; affine {_format_affine(record)}"
+            f"{format_mini_batch(record)}; at inference {format_population(record)}; affine {format_affine(record)}"
         )
         return f"{self.pattern or 'the model'}: {number} {record.kind}, {channels} channels, {answers}"
 
@@ -166,36 +169,46 @@ def group_norms(records: Iterable[NormRecord]) -> list[NormGroup]:
     return sorted(groups, key=lambda group: order[group.records[0].path])
 
 
-def describe_group(group: NormGroup) -> dict[str, str]:
-    """Header -> cell of a group of norms: what is normalized by what, how many norms, and what no longer changes."""
-    record = group.records[0]
-    return {
-        "norms": group.pattern or "the model",
-        "kind": record.kind,
-        "number": str(len(group.records)),
-        "channels": _format_range([one.num_features for one in group.records]),
-        "mini-batch": _format_mini_batch(record),
-        "at inference": _format_population(record),
-        "affine": _format_affine(record),
-    }
-
-
 def format_norm_groups(groups: Sequence[NormGroup]) -> str:
-    """A table with a line for each group; see `describe_group`."""
+    """A table with a line for each group: what is normalized by what, how many norms, and what no longer changes."""
     headers = ["norms", "kind", "number", "channels", "mini-batch", "at inference", "affine"]
-    rows = [list(describe_group(group).values()) for group in groups]
+    rows = []
+    for group in groups:
+        record = group.records[0]
+
+        rows.append(
+            [
+                group.pattern or "the model",
+                record.kind,
+                str(len(group.records)),
+                format_range([one.num_features for one in group.records]),
+                format_mini_batch(record),
+                format_population(record),
+                format_affine(record),
+            ]
+        )
+
     return format_rows(rows, headers, num_texts=len(headers))
 
 
-def _format_affine(record: NormRecord) -> str:
+def format_affine(record: NormRecord) -> str:
+    """Who owns scale and shift, and whether they still change."""
     return record.affine.replace("_", " ") + (", frozen" if record.frozen in ("affine", "both") else "")
 
 
-def _format_range(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
+def format_range(numbers: Sequence[int]) -> str:
+    """The least and the most of some numbers.
+
+    Example:
+        >>> format_range([64, 2048, 64]), format_range([256, 256])
+        ('64-2,048', '256')
+    """
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,}-{most:,}"
 
 
-def _format_mini_batch(record: NormRecord) -> str:
+def format_mini_batch(record: NormRecord) -> str:
+    """Who shares a mini-batch, or why there is none."""
     if record.training == "population":
         return "frozen" if record.frozen in ("statistics", "both") else "the population's"
     if record.statistics == "sample":
@@ -212,7 +225,8 @@ def _format_mini_batch(record: NormRecord) -> str:
     return ", ".join(words)
 
 
-def _format_population(record: NormRecord) -> str:
+def format_population(record: NormRecord) -> str:
+    """By whose statistics a norm normalizes in evaluation mode."""
     if record.inference != "population":
         return record.inference.replace("_", "-")
     if record.population == "shared":

@@ -10,8 +10,7 @@ from typing import Any
 
 from bnext.diagnostics.batch_sizes import count_elements, count_together
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.facts import Facts
-from bnext.diagnostics.inventory import NormGroup
+from bnext.diagnostics.overview import Overview, summarize_norms
 from bnext.diagnostics.profiles import compare_populations, divide_depth, measure_distances, profile_norms
 from bnext.text import flatten_text
 
@@ -39,7 +38,7 @@ class PageData:
     """
 
     paths: tuple[str, ...]
-    groups: tuple[NormGroup, ...]
+    groups: tuple[Overview, ...]
     sections: tuple[tuple[str, int, int], ...]
     findings: tuple[dict[str, str], ...]
     norms: dict[str, list[Any]]
@@ -64,7 +63,7 @@ def gather_page_data(diagnosis: Diagnosis) -> PageData:
     """
     facts = diagnosis.facts
     paths = [norm.path for norm in facts.norms]
-    groups = diagnosis.groups
+    groups = summarize_norms(facts)
     comparison = compare_populations(facts)
     number = {path: place for place, path in enumerate(paths)}
 
@@ -96,14 +95,13 @@ def _tabulate(rows: Sequence[Any], number: dict[str, int], names: Sequence[str],
     return {"norm": [number[row.path] for row in rows], "owner": [row.owner for row in rows], **columns}
 
 
-def _tabulate_norms(diagnosis: Diagnosis, groups: Sequence[NormGroup]) -> dict[str, list[Any]]:
+def _tabulate_norms(diagnosis: Diagnosis, groups: Sequence[Overview]) -> dict[str, list[Any]]:
     facts = diagnosis.facts
     group = {path: place for place, one in enumerate(groups) for path in one.paths}
     hits: dict[str, list[int]] = {}
     for place, finding in enumerate(diagnosis.findings):
         for path in dict.fromkeys(finding.evidence.layers):
             hits.setdefault(path, []).append(place)
-    calls = _count_calls(facts)
 
     columns: dict[str, list[Any]] = {}
     for norm in facts.norms:
@@ -114,7 +112,7 @@ def _tabulate_norms(diagnosis: Diagnosis, groups: Sequence[NormGroup]) -> dict[s
             "channels": norm.record.num_features,
             "together": count_together(facts, norm),
             "elements": count_elements(facts, norm),
-            "calls": calls.get(norm.path),
+            "calls": groups[group[norm.path]].num_calls,
             "updates": max(updates, default=None),
             "frozen": norm.record.frozen,
             "place": norm.place,
@@ -124,15 +122,6 @@ def _tabulate_norms(diagnosis: Diagnosis, groups: Sequence[NormGroup]) -> dict[s
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     return columns or {"findings": [], "group": [], "kind": []}
-
-
-def _count_calls(facts: Facts) -> dict[str, int]:
-    """Path -> calls in one forward, at most; 0: there were forwards, and none of them called it."""
-    counts = {norm.path: 0 for norm in facts.norms} if facts.forwards else {}
-    for forward in facts.forwards:
-        for path, calls in forward.calls.items():
-            counts[path] = max(counts.get(path, 0), len(calls))
-    return counts
 
 
 def _plain(value: Any) -> Any:

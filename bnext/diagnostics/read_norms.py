@@ -9,8 +9,11 @@ from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
+from bnext.layers.deal import StatisticsDeal
 
 __all__ = ["read_norms"]
+
+Shuffles = dict[nn.Module, tuple[str, int | None]]
 
 
 def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts, ...]:
@@ -23,11 +26,13 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
     Note:
         Nothing is run and nothing is changed. Of a model on the meta device there are no statistics.
     """
-    return tuple(_read(model, record) for record in find_norm_records(model, num_samples))
+    shuffles = _find_shuffles(model)
+    return tuple(_read(model, record, shuffles) for record in find_norm_records(model, num_samples))
 
 
-def _read(model: nn.Module, record: NormRecord) -> NormFacts:
+def _read(model: nn.Module, record: NormRecord, shuffles: Shuffles) -> NormFacts:
     norm = model.get_submodule(record.path)
+    shuffle, num_groups = shuffles.get(norm, ("", None))
     kind = type(norm)
     populations, affines = [], []
 
@@ -50,7 +55,23 @@ def _read(model: nn.Module, record: NormRecord) -> NormFacts:
         reason=_explain(model, norm, record),
         populations=tuple(populations),
         affines=tuple(affines),
+        shuffle=shuffle,
+        num_groups=num_groups,
     )
+
+
+def _find_shuffles(model: nn.Module) -> Shuffles:
+    """The modules whose samples are dealt out at random: how, and to how many groups."""
+    shuffles: Shuffles = {}
+    for module in model.modules():
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        deal = next((owner for owner in owners if isinstance(owner, StatisticsDeal)), None)
+
+        if deal is not None:
+            shuffles.update(dict.fromkeys(module.modules(), ("statistics", deal.num_groups)))
+        elif getattr(module, "shares_samples", False):  # see `shares_work`
+            shuffles.update(dict.fromkeys(module.modules(), ("features", None)))
+    return shuffles
 
 
 def _copy(value: object) -> Tensor | None:

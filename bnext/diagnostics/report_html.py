@@ -24,9 +24,11 @@ from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import SEVERITIES, Finding, Remedy
 from bnext.diagnostics.fold_paths import fold_paths
-from bnext.diagnostics.inventory import NormGroup, describe_group
+from bnext.diagnostics.overview import Overview, find_facets
 from bnext.diagnostics.page_data import PageData, gather_page_data
+from bnext.diagnostics.recommend import Advice, Option
 from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.report_text import DEEPER, find_next, write_pairs
 from bnext.text import flatten_text
 
 __all__ = ["format_html"]
@@ -58,6 +60,7 @@ def format_html(diagnosis: Diagnosis) -> str:
         "Averages": _write_comparison(data),
         "Distances": _write_distances(data),
         "Evaluation": _write_evaluation(diagnosis.facts),
+        "Which norm": _write_advice(diagnosis.advice),
         "Not known": _write_failures(diagnosis.failures),
     }
     links = [f'<a href="#{_name(title)}">{title}</a>' for title, text in sections.items() if text][1:]
@@ -71,7 +74,7 @@ def format_html(diagnosis: Diagnosis) -> str:
         navigation="".join(links),
         sections="\n".join(text for text in sections.values() if text),
         data=data.to_json(),
-        footer=_write_footer(diagnosis.facts),
+        footer=_write_footer(diagnosis),
     )
 
 
@@ -99,7 +102,7 @@ def _write_verdict(diagnosis: Diagnosis, data: PageData) -> str:
         for severity, number in numbers.items()
         if number
     ]
-    looked = f"{len(find_checks())} checks, {_tell_depth(facts)}"
+    looked = f"{len(find_checks())} checks looked at {DEEPER[diagnosis.depth][0]}"
     counts = f'<p class="counts">{"".join(badges)}</p>' if badges else ""
     figures = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in _list_figures(facts))
     return f"""<section class="verdict {state}" id="verdict">
@@ -170,16 +173,6 @@ order of the model">{"".join(bars)}</svg>
 <ol aria-hidden="true">{"".join(names)}</ol></figure>"""
 
 
-def _tell_depth(facts: Facts) -> str:
-    if facts.steps is not None:
-        return "within a training"
-    if facts.population or facts.evaluation is not None:
-        return "full depth: a pass over data"
-    if any(not forward.is_noise for forward in facts.forwards):
-        return "forward depth: a few batches"
-    return "static depth: no data was seen"
-
-
 # ---- findings
 
 
@@ -188,9 +181,9 @@ def _write_findings(diagnosis: Diagnosis, data: PageData) -> str:
         if not diagnosis.facts.norms:
             return ""
         words = "No check found anything: what normalizes in training and at inference agrees, as far as was seen."
-        if all(forward.is_noise for forward in diagnosis.facts.forwards):
-            words += " Batches of training data show more, such as stale statistics and domains that are far apart."
-        return f'<section id="findings"><h2>Nothing found</h2><p class="lead">{words}</p></section>'
+        more = find_next(diagnosis)
+        paste = _write_paste("Batches of training data show more:", more) if more else ""
+        return f'<section id="findings"><h2>Nothing found</h2><p class="lead">{words}</p>{paste}</section>'
 
     with_norms = {number for hits in data.norms["findings"] for number in hits}
     cards = [_write_card(finding, number in with_norms) for number, finding in enumerate(diagnosis.findings)]
@@ -229,14 +222,15 @@ def _write_layers(layers: Sequence[str], code: str) -> str:
 
 
 def _write_remedy(remedy: Remedy) -> str:
-    keys = "\n".join(f"{key} {flatten_text(repr(value))}" for key, value in remedy.keys.items())
-    blocks = {"Config keys": keys, "Command line": remedy.command, "Python": remedy.call}
-    figures = [
-        f'<figure class="paste"><figcaption>{title}</figcaption><pre>{escape(text)}</pre></figure>'
-        for title, text in blocks.items()
-        if text
-    ]
-    return f'<div class="remedy"><p>{_write_markdown(remedy.text)}</p>{"".join(figures)}</div>'
+    blocks = {"Config keys": "\n".join(write_pairs(remedy)), "Command line": remedy.command, "Python": remedy.call}
+    figures = "".join(_write_paste(title, text) for title, text in blocks.items())
+    return f'<div class="remedy"><p>{_write_markdown(remedy.text)}</p>{figures}</div>'
+
+
+def _write_paste(title: str, text: str) -> str:
+    if not text:
+        return ""
+    return f'<figure class="paste"><figcaption>{title}</figcaption><pre>{escape(text)}</pre></figure>'
 
 
 # ---- inventory
@@ -257,33 +251,27 @@ def _write_inventory(diagnosis: Diagnosis, data: PageData) -> str:
 <div class="groups">{groups}</div></section>"""
 
 
-def _write_group(group: NormGroup, number: int, diagnosis: Diagnosis, data: PageData) -> str:
-    record, cells = group.records[0], describe_group(group)
+def _write_group(group: Overview, number: int, diagnosis: Diagnosis, data: PageData) -> str:
+    facets = find_facets(group)
     members = [place for place, of in enumerate(data.norms["group"]) if of == number]
-    together = sorted({data.norms["together"][place] for place in members} - {None})
-    hits = sorted({hit for place in members for hit in data.norms["findings"][place]})
+    hits = sorted({hit for place in members for hit in data.norms["findings"][place]})  # worst first
+    codes: dict[str, str] = {}
+    for hit in hits:
+        codes.setdefault(diagnosis.findings[hit].code, diagnosis.findings[hit].severity)
 
-    chips = [f'<span class="chip"><b>{escape(record.kind)}</b></span>', _write_chip("channels", cells["channels"])]
-    chips += [_write_chip(name, cells[name]) for name in ("mini-batch", "at inference", "affine")]
-    if together:
-        chips.append(_write_chip("normalized together", _write_range(together)))
-    codes = {diagnosis.findings[hit].code: diagnosis.findings[hit].severity for hit in reversed(hits)}
-    chips += [f'<span class="chip hit {severity}">{escape(code)}</span>' for code, severity in reversed(codes.items())]
-
-    more = [_write_chip("eps", f"{record.eps:g}"), _write_chip("frozen", record.frozen)]
-    if record.momentum is not None:
-        more.append(_write_chip("momentum", f"{record.momentum:g}"))
-    more += [_write_chip("workers", str(record.workers)), _write_chip("parameters", f"{group.num_parameters:,}")]
-    if record.domains:
-        more.append(_write_chip("levels or domains", ", ".join(record.domains)))
+    name = ", ".join(group.patterns[:_MOST_PATTERNS])
+    if len(group.patterns) > _MOST_PATTERNS:
+        name += f" and {len(group.patterns) - _MOST_PATTERNS} more"
+    chips = [f'<span class="chip"><b>{escape(group.norms[0].record.kind)}</b></span>']
+    chips += [_write_chip(question, answer) for question, answer in facets.items()]
+    chips += [f'<span class="chip hit {severity}">{escape(code)}</span>' for code, severity in codes.items()]
 
     headers = ["norm", "channels", "samples together", "elements per channel", "calls", "updates"]
     head = "".join(f'<th scope="col">{header}</th>' for header in headers) + '<th scope="col" class="words"></th>'
-    return f"""<details class="group"><summary><span class="path">{_write_name(cells["norms"])}</span>
-<span class="number">{_count(len(group.records), "norm")}</span><span class="chips">{"".join(chips)}</span></summary>
-<div class="inside"><div class="chips">{"".join(more)}</div>
-<div class="scroll" tabindex="0" role="region" aria-label="Norms of this line"><table><thead><tr>{head}</tr></thead>\
-<tbody></tbody></table></div></div></details>"""
+    return f"""<details class="group"><summary><span class="path">{_write_name(name) or "the model"}</span>
+<span class="number">{_count(len(members), "norm")}</span><span class="chips">{"".join(chips)}</span></summary>
+<div class="inside"><div class="scroll" tabindex="0" role="region" aria-label="Norms of this line"><table><thead><tr>\
+{head}</tr></thead><tbody></tbody></table></div></div></details>"""
 
 
 def _write_chip(name: str, value: str) -> str:
@@ -383,6 +371,30 @@ def _write_evaluation(facts: Facts) -> str:
 <th scope="col">loss</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div></section>"""
 
 
+def _write_advice(every: Sequence[Advice]) -> str:
+    if not every:
+        return ""
+    figures = "".join(_write_place(advice) for advice in every)
+    return f"""<section id="which-norm"><h2>Which norm</h2>
+<p class="lead">What the literature measured for such batches, best first; on its models and data, not on yours.</p>
+{figures}</section>"""
+
+
+def _write_place(advice: Advice) -> str:
+    options = "".join(_write_option(option) for option in advice.options)
+    place = f"{_write_name(advice.place)}: " if advice.place else ""
+    return f'<article class="advice"><h3>{place}{_write_name(advice.situation)}</h3><ol>{options}</ol></article>'
+
+
+def _write_option(option: Option) -> str:
+    chosen = ' <span class="badge healthy">chosen</span>' if option.is_chosen else ""
+    figure = f": {escape(option.figure)}" if option.figure else ""
+    limit = f'<br><span class="muted">{escape(option.limit)}</span>' if option.limit else ""
+    keys = _write_paste("Config keys", "\n".join(write_pairs(Remedy("", keys=option.keys))))
+    return f"""<li><b>{escape(option.norm)}</b>{figure}{chosen} <span class="muted">({escape(option.source)})</span>{limit}\
+{'' if option.is_chosen else keys}</li>"""
+
+
 def _write_failures(failures: Sequence[str]) -> str:
     if not failures:
         return ""
@@ -390,7 +402,7 @@ def _write_failures(failures: Sequence[str]) -> str:
     return f'<section id="not-known"><h2>What could not be found out</h2><ul class="plain">{items}</ul></section>'
 
 
-def _write_footer(facts: Facts) -> str:
+def _write_footer(diagnosis: Diagnosis) -> str:
     versions = [f"bnext {bnext.__version__}", f"Python {platform.python_version()}"]
     for package in ("torch", "detectron2"):
         try:
@@ -398,7 +410,7 @@ def _write_footer(facts: Facts) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    return escape(f"{_tell_depth(facts).capitalize()}. {', '.join(versions)}. {now}.")
+    return escape(f"Depth {diagnosis.depth}: {DEEPER[diagnosis.depth][0]}. {', '.join(versions)}. {now}.")
 
 
 # ---- text

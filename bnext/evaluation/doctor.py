@@ -60,4 +60,5 @@ def _probe(facts: Facts, model: nn.Module) -> Facts:
         reason = str(error).splitlines()[0] if str(error) else "no message"
         failure = f"A forward of made-up pixels failed: {type(error).__name__}: {reason}"
         return dataclasses.replace(facts, failures=(*facts.failures, failure))
+    forward = dataclasses.replace(forward, image_size=(_NOISE_SIZE, _NOISE_SIZE))
     return dataclasses.replace(facts, forwards=(*facts.forwards, forward))

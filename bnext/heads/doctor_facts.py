@@ -40,10 +40,12 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
 
     norms = []
     for norm in facts.norms:
-        place = next((name for root, name in places.items() if norm.path.startswith(f"{root}.")), "")
+        root = next((root for root in places if norm.path.startswith(f"{root}.")), "")
+        place = places.get(root, "")
         changed: dict[str, Any] = {"place": place, "reason": _explain(cfg, model, norm, place)}
-        if place:
-            changed["sees_rois"] = PLACES[place].sees_rois
+        if place:  # the heads of C4 models are of the backbone's place
+            sees_rois = PLACES[place].sees_rois or root.startswith("roi_heads.")
+            changed |= {"sees_rois": sees_rois, "norm_key": PLACES[place].norm}
         if place in levels:
             changed["levels"] = levels[place]
         norms.append(dataclasses.replace(norm, **changed))
