@@ -13,6 +13,7 @@ from pathlib import Path
 from bnext.cli.output_file import find_folder_faults
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.report_html import format_html
 from bnext.diagnostics.report_json import format_json
 from bnext.diagnostics.report_sarif import format_sarif
 from bnext.diagnostics.report_text import explain_check, format_text, list_checks, summarize
@@ -120,10 +121,7 @@ def _format(args: argparse.Namespace, diagnosis: Diagnosis, status: int) -> str:
     if args.format == "sarif":
         return format_sarif(diagnosis, status=status)
     if args.format == "html":
-        from bnext.diagnostics.report_html import format_html
-
-        html: str = format_html(diagnosis)
-        return html
+        return format_html(diagnosis)
 
     is_shown = args.output is None and is_terminal(sys.stdout)
     has_colors = is_shown and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

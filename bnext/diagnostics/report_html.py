@@ -222,7 +222,7 @@ def _write_layers(layers: Sequence[str], code: str) -> str:
 
 
 def _write_remedy(remedy: Remedy) -> str:
-    blocks = {"Config keys": "\n".join(write_pairs(remedy)), "Command line": remedy.command, "Python": remedy.call}
+    blocks = {"Config keys": "\n".join(write_pairs(remedy.keys)), "Command line": remedy.command, "Python": remedy.call}
     figures = "".join(_write_paste(title, text) for title, text in blocks.items())
     return f'<div class="remedy"><p>{_write_markdown(remedy.text)}</p>{figures}</div>'
 
@@ -390,7 +390,7 @@ def _write_option(option: Option) -> str:
     chosen = ' <span class="badge healthy">chosen</span>' if option.is_chosen else ""
     figure = f": {escape(option.figure)}" if option.figure else ""
     limit = f'<br><span class="muted">{escape(option.limit)}</span>' if option.limit else ""
-    keys = _write_paste("Config keys", "\n".join(write_pairs(Remedy("", keys=option.keys))))
+    keys = _write_paste("Config keys", "\n".join(write_pairs(option.keys)))
     return f"""<li><b>{escape(option.norm)}</b>{figure}{chosen} <span class="muted">({escape(option.source)})</span>{limit}\
 {'' if option.is_chosen else keys}</li>"""
 
