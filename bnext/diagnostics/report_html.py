@@ -392,7 +392,7 @@ def _write_option(option: Option) -> str:
     limit = f'<br><span class="muted">{escape(option.limit)}</span>' if option.limit else ""
     keys = _write_paste("Config keys", "\n".join(write_pairs(option.keys)))
     return f"""<li><b>{escape(option.norm)}</b>{figure}{chosen} <span class="muted">({escape(option.source)})</span>{limit}\
-{'' if option.is_chosen else keys}</li>"""
+{"" if option.is_chosen else keys}</li>"""
 
 
 def _write_failures(failures: Sequence[str]) -> str:
