@@ -13,6 +13,7 @@ from bnext.cli.doctor_report import (
     tell_of_checks,
 )
 from bnext.config import load_config
+from bnext.config.files import name_config_file
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
 from bnext.evaluation.doctor import examine_detector
@@ -45,7 +46,7 @@ def execute(args: argparse.Namespace) -> int:
 
     with keeping_output_clean():
         cfg = load_config(args.config_file, args.opts)
-        origin = Origin("config", args.config_file, tuple(args.opts), cfg.MODEL.WEIGHTS)
+        origin = Origin("config", name_config_file(args.config_file), tuple(args.opts), cfg.MODEL.WEIGHTS)
         facts, _ = examine_detector(cfg, origin, args.num_gpus)
         diagnosis = examine_facts(facts)
     return give_report(args, diagnosis)
