@@ -102,6 +102,8 @@ class NormFacts:
         norm_key: config key that names the norms of its place; "": there is none.
         shuffle: how its samples are dealt out at random: "statistics", "features"; "": they are not.
         num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
+        single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
+            output.
     """
 
     record: NormRecord
@@ -117,6 +119,7 @@ class NormFacts:
     norm_key: str = ""
     shuffle: str = ""
     num_groups: int | None = None
+    single_element: str = "error"
 
     @property
     def path(self) -> str:
@@ -205,6 +208,7 @@ class TrainingFacts:
         decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
+        virtual_images: of a worker, that enlarge its mini-batches by a forward alone.
     """
 
     num_workers: int | None = None
@@ -213,6 +217,7 @@ class TrainingFacts:
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
+    virtual_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.deal import StatisticsDeal
 
 __all__ = ["read_norms"]
@@ -58,6 +59,7 @@ def _read(model: nn.Module, record: NormRecord, shuffles: Shuffles) -> NormFacts
         affines=tuple(affines),
         shuffle=shuffle,
         num_groups=num_groups,
+        single_element=norm.spec.single_element if isinstance(norm, BatchNorm2d) else "error",
     )
 
 

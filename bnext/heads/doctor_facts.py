@@ -34,6 +34,7 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
         num_workers=size,
         images_per_worker=max(1, count_micro_batch(cfg) // size),
         accumulation=int(cfg.SOLVER.BNEXT.ACCUMULATE),
+        virtual_images=int(cfg.SOLVER.BNEXT.VIRTUAL_IMAGES) // size,
     )
     places = _find_places(model)
     levels = _find_levels(model)
