@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bnext.diagnostics.depths import Statistics, examine_population, observe_batches, observe_images
 from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
-from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
+from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.read_norms import find_folded, read_norms
 from bnext.diagnostics.recommend import Advice, recommend
@@ -36,9 +36,9 @@ Loss = Callable[[nn.Module, Any], Any]
 _SEED = 0  # of what a pass over the data draws
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
-    """What the doctor found. `str(diagnosis)` is the text for a terminal.
+    """The doctor's report on a model: print it, or take `as_dict()`, whose form is stable.
 
     Args:
         facts: that were read.
@@ -60,6 +60,15 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity in worst)
 
     @property
+    def depth(self) -> Depth:
+        """How much was looked at: the model alone, some batches, a pass over the data, or a running training."""
+        if self.facts.steps is not None:
+            return "training"
+        if self.facts.population or self.facts.evaluation is not None:
+            return "full"
+        return "forward" if any(not forward.is_noise for forward in self.facts.forwards) else "static"
+
+    @property
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
@@ -69,10 +78,21 @@ class Diagnosis:
         """Norms for this batch, these workers, this data."""
         return recommend(self.facts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
+        from bnext.diagnostics.report_json import describe_diagnosis
+
+        return describe_diagnosis(self)
+
     def __str__(self) -> str:
         from bnext.diagnostics.report_text import format_text
 
         return format_text(self)
+
+    def __repr__(self) -> str:
+        from bnext.diagnostics.report_text import summarize
+
+        return f"<Diagnosis of {summarize(self)}>"
 
 
 def diagnose(
