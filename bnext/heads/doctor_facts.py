@@ -42,16 +42,19 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
         num_workers=size,
         images_per_worker=max(1, count_micro_batch(cfg) // size),
         accumulation=int(cfg.SOLVER.BNEXT.ACCUMULATE),
+        virtual_images=int(cfg.SOLVER.BNEXT.VIRTUAL_IMAGES) // size,
     )
     places = _find_places(model)
     levels = _find_levels(model)
 
     norms = []
     for norm in facts.norms:
-        place = next((name for root, name in places.items() if norm.path.startswith(f"{root}.")), "")
+        root = next((root for root in places if norm.path.startswith(f"{root}.")), "")
+        place = places.get(root, "")
         changed: dict[str, Any] = {"place": place, "reason": _explain(cfg, model, norm, place)}
-        if place:
-            changed["sees_rois"] = PLACES[place].sees_rois
+        if place:  # the heads of C4 models are of the backbone's place
+            sees_rois = PLACES[place].sees_rois or root.startswith("roi_heads.")
+            changed |= {"sees_rois": sees_rois, "norm_key": PLACES[place].norm}
         if place in levels:
             changed["levels"] = levels[place]
         norms.append(dataclasses.replace(norm, **changed))
