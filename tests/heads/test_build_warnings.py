@@ -13,6 +13,7 @@ from bnext.heads.build_warnings import building_unwarned
 from tests import tiny
 
 ROW_3 = ("MODEL.BNEXT.RETINANET.STATISTICS", "per_level", "MODEL.BNEXT.RETINANET.AFFINE", "shared")
+ENOUGH = ("SOLVER.IMS_PER_BATCH", 16)  # for a batch norm
 HEALTHY = {
     "row 1": ("MODEL.BNEXT.RETINANET.STATISTICS", "shared", "MODEL.BNEXT.RETINANET.AFFINE", "shared"),
     "row 4": (*ROW_3, "MODEL.BNEXT.RETINANET.POPULATION", "per_level"),
@@ -32,7 +33,7 @@ def said(bnext_log, monkeypatch):
 
 def build(folder, *opts):
     with torch.device("meta"):
-        return build_model(tiny.load(folder, "MODEL.DEVICE", "meta", *opts))
+        return build_model(tiny.load(folder, "MODEL.DEVICE", "meta", *ENOUGH, *opts))
 
 
 def test_row_3_is_said_once_with_the_key_that_mends_it(said, tmp_path):
@@ -77,6 +78,7 @@ def test_a_doctor_that_fails_prevents_no_model(said, tmp_path, monkeypatch):
 def test_the_model_of_a_lazy_config_is_examined_too(said, tmp_path):
     with torch.device("meta"):
         opts = ("train.device=meta", "norms.RETINANET.POPULATION=shared", "norms.RETINANET.STATISTICS=per_level")
+        opts += ("dataloader.train.total_batch_size=16",)
         build_model(tiny.load(tmp_path, *opts, config=tiny.LAZY))
 
     assert [line[:5] for line in set(said())] == ["BN001"]
