@@ -73,6 +73,7 @@ def test_the_output_directory_is_as_users_know_it(finished):
     last = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()][-1]
     assert "bbox/AP" in last
     assert "AP" in finished[1]["bbox"]
+    assert "BN001" in [finding["code"] for finding in json.loads((folder / "doctor.json").read_text())["findings"]]
 
 
 def test_evaluating_the_final_checkpoint_gives_the_results_of_the_training(finished, tmp_path):
