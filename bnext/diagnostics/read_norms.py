@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnext.diagnostics.facts import Affine, NormFacts, Population
+from bnext.diagnostics.facts import Affine, LayerFacts, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
+from bnext.diagnostics.layers_before import find_layers_before
 
 __all__ = ["read_norms"]
 
@@ -21,13 +22,16 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
         num_samples: see `find_norm_records`.
 
     Note:
-        Nothing is run and nothing is changed. Of a model on the meta device there are no statistics.
+        Nothing is run, though forwards may be traced (see `find_layers_before`), and nothing is changed.
+        Of a model on the meta device there are no statistics.
     """
-    return tuple(_read(model, record) for record in find_norm_records(model, num_samples))
+    records = find_norm_records(model, num_samples)
+    norms = {record.path: model.get_submodule(record.path) for record in records}
+    layers = find_layers_before(model, norms)
+    return tuple(_read(model, norms[record.path], record, layers.get(record.path)) for record in records)
 
 
-def _read(model: nn.Module, record: NormRecord) -> NormFacts:
-    norm = model.get_submodule(record.path)
+def _read(model: nn.Module, norm: nn.Module, record: NormRecord, layer_before: LayerFacts | None) -> NormFacts:
     kind = type(norm)
     populations, affines = [], []
 
@@ -50,6 +54,7 @@ def _read(model: nn.Module, record: NormRecord) -> NormFacts:
         reason=_explain(model, norm, record),
         populations=tuple(populations),
         affines=tuple(affines),
+        layer_before=layer_before,
     )
 
 

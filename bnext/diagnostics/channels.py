@@ -1,0 +1,38 @@
+"""Channels of a norm, as several checks look at them: which still do something."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bnext.diagnostics.facts import Affine, NormFacts
+
+__all__ = ["find_affine", "find_dead_channels"]
+
+# Of the scale of a layer's strong channels. In trained networks live channels are within a factor of 100 of each
+# other; dead ones, whose weights have decayed, are below by six orders of magnitude and more.
+_DEAD = 1e-3
+_STRONG = 20  # the channel after the strongest twentieth stands for them, so that a single huge one does not
+
+
+def find_affine(norm: NormFacts, owner: str) -> Affine | None:
+    """The scale and shift behind one set of population statistics: its own, or what all share; None: there is none."""
+    by_owner = {affine.owner: affine for affine in norm.affines}
+    return by_owner.get(owner, by_owner.get(""))
+
+
+def find_dead_channels(weight: Tensor | None, num_features: int) -> Tensor:
+    """Whether each channel's scale is 0, or next to nothing beside those of its layer.
+
+    Args:
+        weight: scales [C]; None: all are 1.
+        num_features: C.
+
+    Returns:
+        bool [C]; all False where a scale is not finite, or of another number of channels.
+    """
+    if weight is None or len(weight) != num_features or not bool(torch.isfinite(weight).all()):
+        return torch.zeros(num_features, dtype=torch.bool)
+    sizes = weight.abs()
+    strong = sizes.sort(descending=True).values[(num_features - 1) // _STRONG] if num_features else sizes
+    return sizes <= _DEAD * strong
