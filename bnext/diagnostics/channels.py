@@ -12,7 +12,9 @@ __all__ = ["find_affine", "find_dead_channels"]
 # Of the scale of a layer's strong channels. In trained networks live channels are within a factor of 100 of each
 # other; dead ones, whose weights have decayed, are below by six orders of magnitude and more.
 _DEAD = 1e-3
-_STRONG = 20  # the channel after the strongest twentieth stands for them, so that a single huge one does not
+# The channel after the strongest twentieth stands for the strong ones, and none counts as more than 10, as trained
+# scales are below it: a single huge one makes no other one dead.
+_STRONG, _LARGEST = 20, 10.0
 
 
 def find_affine(norm: NormFacts, owner: str) -> Affine | None:
@@ -34,5 +36,7 @@ def find_dead_channels(weight: Tensor | None, num_features: int) -> Tensor:
     if weight is None or len(weight) != num_features or not bool(torch.isfinite(weight).all()):
         return torch.zeros(num_features, dtype=torch.bool)
     sizes = weight.abs()
-    strong = sizes.sort(descending=True).values[(num_features - 1) // _STRONG] if num_features else sizes
-    return sizes <= _DEAD * strong
+    if not num_features:
+        return sizes > 0
+    strong = sizes.sort(descending=True).values[(num_features - 1) // _STRONG]
+    return sizes <= _DEAD * strong.clamp(max=_LARGEST)

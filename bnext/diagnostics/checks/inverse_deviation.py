@@ -213,7 +213,7 @@ CHECK = Check(
     title="a running variance that is none: an inverse or plain standard deviation, or a sum that needs a factor",
     explanation=(
         "Some files hold `1 / sqrt(var + eps)` or `sqrt(var)` under the name of a variance, and Caffe's norm holds "
-        "sums of means and variances, beside a `scale_factor` by which both are to be divided. Loaded as they are, they "
+        "sums of means and variances, beside a `scale_factor` by which both are to be divided. Loaded as they are they "
         "normalize wrongly without an error. That cannot be seen from values alone, but by comparison with the "
         "mini-batches of some images, over the channels of a norm, or by the names in a file."
     ),
