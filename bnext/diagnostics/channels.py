@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.facts import Affine, NormFacts
-
-__all__ = ["find_affine", "find_dead_channels"]
+__all__ = ["find_dead_channels"]
 
 # Of the scale of a layer's strong channels. In trained networks live channels are within a factor of 100 of each
 # other; dead ones, whose weights have decayed, are below by six orders of magnitude and more.
@@ -15,12 +13,6 @@ _DEAD = 1e-3
 # The channel after the strongest twentieth stands for the strong ones, and none counts as more than 10, as trained
 # scales are below it: a single huge one makes no other one dead.
 _STRONG, _LARGEST = 20, 10.0
-
-
-def find_affine(norm: NormFacts, owner: str) -> Affine | None:
-    """The scale and shift behind one set of population statistics: its own, or what all share; None: there is none."""
-    by_owner = {affine.owner: affine for affine in norm.affines}
-    return by_owner.get(owner, by_owner.get(""))
 
 
 def find_dead_channels(weight: Tensor | None, num_features: int) -> Tensor:

@@ -16,10 +16,14 @@ from torch import Tensor
 from bnext.diagnostics.facts import Affine, Facts, LayerFacts, NormFacts, Origin, Population
 from bnext.diagnostics.inventory import NormRecord
 from bnext.errors import ConfigError, list_few
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.norm_form import AFFINE, POPULATION
 from bnext.layers.spec import NormSpec
 
-__all__ = ["collect_state_facts", "read_state_dict"]
+__all__ = ["CONFIG_TO_NAME", "collect_state_facts", "read_state_dict"]
+
+# They stand in commands for what the user has.
+CONFIG_TO_NAME, FILE_TO_NAME = "CONFIG.yaml", "CHECKPOINT.pth"
 
 _EPS = 1e-5  # of torch, and of detectron2
 _FIELDS = (*AFFINE, *POPULATION)
@@ -48,19 +52,20 @@ def collect_state_facts(
         state: name -> tensor.
         name: of the file, or of whose state it is.
         specs: path of a norm -> fields of its `NormSpec`, where the file holds them.
-        origin: None: a checkpoint alone.
+        origin: None: a checkpoint of unknown name.
     """
     norms, odd = read_state_dict(state, specs)
     failures = [NOT_IN_A_FILE if norms else NO_STATISTICS]
     if odd:
         failures.append(ODD.format(names=list_few(odd)))
 
+    file = Origin("checkpoint", CONFIG_TO_NAME, weights=FILE_TO_NAME)
     return Facts(
         norms=norms,
         model_name=name,
         is_training=False,
         num_parameters=sum(value.numel() for key, value in state.items() if not key.endswith(POPULATION)),
-        origin=origin or Origin("checkpoint"),
+        origin=origin or file,
         failures=tuple(failures),
     )
 
@@ -121,12 +126,15 @@ def _find_owners(
     """Path of each norm -> level or domain -> the path where its state is; "" is what all share."""
     children = _list_children(state)
     owners: dict[str, dict[str, str]] = {}
+    has_levels: dict[str, bool] = {}  # of a module with norms in it
 
     for path, held in fields.items():
         if "running_mean" not in held or "running_var" not in held:
             continue
         parent, _, name = path.rpartition(".")
-        is_level = bool(path) and path not in specs and _is_of_level(parent, fields, children, specs)
+        if parent not in has_levels:
+            has_levels[parent] = _has_levels(parent, fields, children, specs)
+        is_level = bool(path) and path not in specs and has_levels[parent]
         owners.setdefault(parent if is_level else path, {})[name if is_level else ""] = path
 
     for path, places in owners.items():
@@ -154,7 +162,7 @@ def _list_children(state: StateDict) -> dict[str, dict[str, bool]]:
     return children
 
 
-def _is_of_level(
+def _has_levels(
     parent: str, fields: Mapping[str, Fields], children: Mapping[str, Mapping[str, bool]], specs: Mapping[str, NormSpec]
 ) -> bool:
     """Whether the norms in a module are the levels or domains of one, see `read_state_dict`."""
@@ -198,7 +206,7 @@ def _read_norm(
             if len(mean) == len(var):
                 populations.append(Population(owner, mean.double(), var.double(), _count(counter)))
             else:
-                odd.append(_join(place, "running_mean"))
+                odd.append(_join(place, "running_var"))
 
         weight, bias = held.get("weight"), held.get("bias")
         if weight is not None or bias is not None:
@@ -210,7 +218,8 @@ def _read_norm(
         odd.append(_join(places[affine_of.owner], "weight"))
 
     record = _describe(path, size, populations, affines, spec)
-    return NormFacts(record, "", is_training=False, populations=tuple(populations), affines=tuple(affines))
+    kind = "" if spec is None else f"{BatchNorm2d.__module__}.{BatchNorm2d.__qualname__}"
+    return NormFacts(record, kind, is_training=False, populations=tuple(populations), affines=tuple(affines))
 
 
 def _widen(value: Tensor | None) -> Tensor | None:
@@ -287,6 +296,6 @@ def _find_layer_before(norm: NormFacts, state: StateDict) -> LayerFacts | None:
             continue
         kind = "Linear" if weight.dim() == 2 else f"Conv{weight.dim() - 2}d"
         is_real = weight.is_floating_point() and not weight.is_meta
-        std = float(weight.double().std(correction=0)) if is_real else float("nan")
+        std = float(weight.float().std(correction=0)) if is_real else float("nan")
         return LayerFacts(path, kind, bias is not None and bias.dim() == 1, std)
     return None

@@ -13,13 +13,12 @@ from torch import Tensor
 from bnext.checkpoints.fit import to_tensors
 from bnext.checkpoints.reading import NO_STATE, read_checkpoint
 from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
-from bnext.diagnostics.read_state import collect_state_facts, read_state_dict
+from bnext.diagnostics.read_state import CONFIG_TO_NAME, collect_state_facts, read_state_dict
 from bnext.errors import CheckpointError, list_few
 from bnext.layers.norm_form import AFFINE, POPULATION
 
-__all__ = ["CONFIG_TO_NAME", "ENDINGS", "examine_checkpoint"]
+__all__ = ["ENDINGS", "examine_checkpoint"]
 
-CONFIG_TO_NAME = "CONFIG.yaml"  # stands in commands for the config that the user has
 ENDINGS = (".pth", ".pt", ".pkl", ".pyth", ".ckpt", ".tar", ".bin")  # of files that are taken for checkpoints
 _PREFIXES = ("module.", "_orig_mod.")  # of wrapped and compiled models
 _AVERAGED = ("ema", "teacher", "average", "swa")  # in names of states beside the model's

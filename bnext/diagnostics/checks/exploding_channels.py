@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.channels import find_affine
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy
+from bnext.diagnostics.initial_state import get_affine
 from bnext.diagnostics.merged_calls import merge_calls
 from bnext.diagnostics.re_estimation import advise_reestimation
 
@@ -113,7 +113,7 @@ def _find_huge_outputs(facts: Facts) -> dict[str, float]:
             continue
         power = moments.var + (moments.mean - population.mean).square()
         deviations = (power / (population.var + norm.record.eps)).sqrt()
-        affine = find_affine(norm, population.owner)
+        affine = get_affine(norm, population.owner)
         size = deviations if affine is None or affine.weight is None else deviations * affine.weight.abs()
         seen = deviations[(size >= _DEVIATIONS) & torch.isfinite(size)]
         if bool((seen >= _DEVIATIONS).any()):

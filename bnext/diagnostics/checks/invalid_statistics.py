@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.channels import find_affine, find_dead_channels
+from bnext.diagnostics.channels import find_dead_channels
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.initial_state import get_affine
 from bnext.diagnostics.re_estimation import advise_reestimation
 
 __all__ = ["CHECK"]
@@ -92,7 +93,7 @@ def _examine_zeros(facts: Facts, passed_over: set[str]) -> Iterator[Evidence]:
 
 
 def _count_zeros(norm: NormFacts, owner: str, var: Tensor) -> float:
-    affine = find_affine(norm, owner)
+    affine = get_affine(norm, owner)
     dead = find_dead_channels(None if affine is None else affine.weight, len(var))
     return float(((var == 0) & (~dead | bool((var == 0).all()))).double().mean())
 

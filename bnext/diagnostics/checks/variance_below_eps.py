@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnext.diagnostics.channels import find_affine, find_dead_channels
+from bnext.diagnostics.channels import find_dead_channels
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Severity
+from bnext.diagnostics.initial_state import get_affine
 from bnext.diagnostics.re_estimation import advise_reestimation
 
 __all__ = ["CHECK"]
@@ -42,7 +43,7 @@ def _measure(norm: NormFacts) -> float:
     """The largest share of channels below eps, of all levels and domains; a variance of 0 is another fault."""
     shares = [0.0]
     for population in norm.populations:
-        affine = find_affine(norm, population.owner)
+        affine = get_affine(norm, population.owner)
         dead = find_dead_channels(None if affine is None else affine.weight, len(population.var))
         is_below = (population.var > 0) & (population.var < norm.record.eps) & ~dead
         if len(is_below):
