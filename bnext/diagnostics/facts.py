@@ -339,6 +339,8 @@ class Facts:
         before: the norms of the model before a conversion, or as it was saved; None: not given.
         failures: what could not be found out, and why, in sentences.
         population_errors: of the statistics in `population`.
+        domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
+            samples; infinite for fewer than two.
         images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
@@ -361,6 +363,7 @@ class Facts:
     before: tuple[NormFacts, ...] | None = None
     failures: tuple[str, ...] = ()
     population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
     @property
