@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.gaps import find_gap
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]
@@ -73,6 +74,9 @@ def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *
         text += "Where a mini-batch is of one domain, training normalizes each by itself and inference does not."
 
     severity: Severity = "warning" if is_far and not is_mixed else "note"
+    gap = find_gap(facts.evaluation, "mini_batch")
+    if severity == "warning" and gap is not None and gap.is_wrong:
+        severity = "error"
     numbers = {"norms": float(len(seen)), "distance": distance}
     return Evidence(severity, tuple(seen), text, _advise(facts, tuple(seen)), numbers)
 
@@ -110,4 +114,5 @@ CHECK = Check(
     source="Wu and Johnson 2021, section 5",
     depth="forward",
     examine=_examine,
+    points=7.7,
 )
