@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bnext.diagnostics.depths import Statistics, examine_population, observe_batches, observe_images
@@ -135,6 +136,11 @@ def diagnose(
     for name, batches in {"data": data, "test_data": test_data, **(domains or {})}.items():
         if batches is not None:
             check_data(batches, "diagnose", name)
+    is_run = data is not None or bool(domains)
+    if is_run and any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+        failure = "The model is lazy and was not run, which would initialize it: run a batch through it first."
+        return examine_facts(dataclasses.replace(facts, failures=(*facts.failures, failure)))
+
     few, every = _open(data, num_batches, depth)
     run = partial(observe_batches, model=model, forward=forward, num_batches=num_batches)
     if few is not None:
@@ -201,7 +207,7 @@ def collect_facts(
         norms=norms,
         model_name=type(model).__name__,
         is_training=model.training,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
         training=TrainingFacts(
             num_workers=num_workers if num_workers > 1 else None,
             weight_decay=decay,

@@ -30,8 +30,8 @@ def _judge(facts: Facts, gap: Gap, *, is_mended: bool) -> Evidence:
         text += "The running statistics are wrong, the weights are not."
     else:
         text += (
-            "Re-estimated statistics are hardly better: one population does not describe what the norms see, as of several "
-            "levels or domains, of correlated samples, or of mini-batches of very few."
+            "Re-estimated statistics are hardly better: one population does not describe what the norms see, as of "
+            "several levels or domains, of correlated samples, or of mini-batches of very few."
         )
 
     layers = _find_layers(facts) if is_mended else ()
