@@ -5,7 +5,15 @@ from __future__ import annotations
 import argparse
 
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
+from bnext.cli.doctor_report import (
+    add_report_arguments,
+    check_report,
+    give_report,
+    keeping_output_clean,
+    tell_of_checks,
+)
 from bnext.config import load_config
+from bnext.config.files import name_config_file
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
 from bnext.errors import ConfigError
@@ -20,7 +28,8 @@ DESCRIPTION = """Find what is wrong with the batch norms of a detector, before, 
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --data
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --depth full --num-images 500
 
-Nothing is written, no weight is fetched, nothing of a checkpoint is run."""
+Nothing is written but --output, no weight is fetched, nothing of a checkpoint is run. The exit status is 1 where
+--fail-on is met, 2 for a mistake in the command."""
 IS_INTERMIXED = True
 
 
@@ -38,22 +47,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     few, many = DEFAULT_IMAGES["forward"], DEFAULT_IMAGES["full"]
     images_help = f"that are run at most (default: {few} at depth forward, {many} of training and of test at full)"
     add("--num-images", type=int, metavar="N", help=images_help)
-    add("--fail-on", choices=("error", "warning"), help="end with status 1 if there is a finding as bad as that")
     add("--num-gpus", type=int, metavar="N", help="workers that train the model (default: 1)")
+    add_report_arguments(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
 
 
 def execute(args: argparse.Namespace) -> int:
     """Run the command; the status is 1 where --fail-on is met."""
+    if tell_of_checks(args):
+        return 0
+    check_report(args)
     if args.num_images is not None and args.num_images < 1:
-        raise ConfigError.of(
-            "--num-images", "be 1 or more", got=args.num_images, remedy="Leave it out for the default."
-        )
-    cfg = load_config(args.config_file, args.opts)
-    origin = Origin("config", args.config_file, tuple(args.opts), cfg.MODEL.WEIGHTS)
-    facts, model = examine_detector(cfg, origin, args.num_gpus)
-    if args.depth != "static":
-        facts = add_data_facts(facts, cfg, model, args.depth, args.num_images)
-    diagnosis = examine_facts(facts)
-    print(diagnosis, flush=True)
-    return 1 if args.fail_on and diagnosis.select(args.fail_on) else 0
+        remedy = "Leave it out for the default."
+        raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy=remedy)
+
+    with keeping_output_clean():
+        cfg = load_config(args.config_file, args.opts)
+        origin = Origin("config", name_config_file(args.config_file), tuple(args.opts), cfg.MODEL.WEIGHTS)
+        facts, model = examine_detector(cfg, origin, args.num_gpus)
+        if args.depth != "static":
+            facts = add_data_facts(facts, cfg, model, args.depth, args.num_images)
+        diagnosis = examine_facts(facts)
+    return give_report(args, diagnosis)

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 
 from bnext.diagnostics.depths import Statistics, examine_population, observe_batches, observe_images
 from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
-from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
+from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
-from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.read_norms import find_folded, read_norms
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
@@ -29,16 +29,16 @@ from bnext.statistics import recompute_population_statistics
 from bnext.statistics.arguments import check_data
 from bnext.statistics.data_pass import Domain, Forward
 
-__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts"]
+__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "read_weight_decay"]
 
 DiagnoseDepth = Literal["static", "forward", "full"]
 Loss = Callable[[nn.Module, Any], Any]
 _SEED = 0  # of what a pass over the data draws
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
-    """What the doctor found. `str(diagnosis)` is the text for a terminal.
+    """The doctor's report on a model: print it, or take `as_dict()`, whose form is stable.
 
     Args:
         facts: that were read.
@@ -60,6 +60,15 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity in worst)
 
     @property
+    def depth(self) -> Depth:
+        """How much was looked at: the model alone, some batches, a pass over the data, or a running training."""
+        if self.facts.steps is not None:
+            return "training"
+        if self.facts.population or self.facts.evaluation is not None:
+            return "full"
+        return "forward" if any(not forward.is_noise for forward in self.facts.forwards) else "static"
+
+    @property
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
@@ -69,10 +78,21 @@ class Diagnosis:
         """Norms for this batch, these workers, this data."""
         return recommend(self.facts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
+        from bnext.diagnostics.report_json import describe_diagnosis
+
+        return describe_diagnosis(self)
+
     def __str__(self) -> str:
         from bnext.diagnostics.report_text import format_text
 
         return format_text(self)
+
+    def __repr__(self) -> str:
+        from bnext.diagnostics.report_text import summarize
+
+        return f"<Diagnosis of {summarize(self)}>"
 
 
 def diagnose(
@@ -200,14 +220,15 @@ def collect_facts(
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)
-    decay, decay_of_others = _read_decay(model, norms, optimizer) if optimizer is not None else ({}, None)
+    decay, decay_of_others = read_weight_decay(model, norms, optimizer.param_groups) if optimizer else ({}, None)
 
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     num_workers = get_world_size()
     return Facts(
         norms=norms,
         model_name=type(model).__name__,
         is_training=model.training,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
         training=TrainingFacts(
             num_workers=num_workers if num_workers > 1 else None,
             weight_decay=decay,
@@ -216,6 +237,8 @@ def collect_facts(
         ),
         averaged=None if averaged is None else read_norms(unwrap_model(averaged)),
         before=None if before is None else read_norms(unwrap_model(before)),
+        num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        folded=find_folded(model, None if before is None else unwrap_model(before)),
     )
 
 
@@ -226,15 +249,17 @@ def _read_ddp(model: nn.Module) -> dict[str, bool] | None:
     return {name: bool(getattr(model, name)) for name in names}
 
 
-def _read_decay(
-    model: nn.Module, norms: Iterable[NormFacts], optimizer: Optimizer
+def read_weight_decay(
+    model: nn.Module, norms: Iterable[NormFacts], groups: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, float], float | None]:
-    """Weight decay of the affine of each norm, and the largest of other weights."""
-    decays = {
-        parameter: float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    """Path of each norm -> weight decay of its affine, and the largest of the weights of other layers.
+
+    Args:
+        model: see `collect_facts`.
+        norms: of the model.
+        groups: "params" and "weight_decay" of each, as in the `param_groups` of an optimizer.
+    """
+    decays = {parameter: float(group.get("weight_decay", 0.0)) for group in groups for parameter in group["params"]}
     of_norms: dict[str, float] = {}
     affines: set[nn.Parameter] = set()
     for norm in norms:

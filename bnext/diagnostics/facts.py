@@ -105,6 +105,11 @@ class NormFacts:
         num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
         single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
             output.
+        is_after_trained: whether the last layer with weights before it, in the order of modules, takes gradients;
+            None: there is none.
+        has_own_forward: whether its class computes something that no form describes, as with an activation in it.
+        extras: names of parameters, buffers and modules that it holds besides a norm's state, and "hooks".
+        dtype: of its statistics or its affine, as "float16"; "": it has none.
     """
 
     record: NormRecord
@@ -121,6 +126,10 @@ class NormFacts:
     shuffle: str = ""
     num_groups: int | None = None
     single_element: str = "error"
+    is_after_trained: bool | None = None
+    has_own_forward: bool = False
+    extras: tuple[str, ...] = ()
+    dtype: str = ""
 
     @property
     def path(self) -> str:
@@ -168,6 +177,7 @@ class ForwardFacts:
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
         image_size: height and width of all images; (): not known.
+        is_alone: whether it is of one image taken out of a batch, to be compared with those: no training has it so.
     """
 
     num_images: int
@@ -176,6 +186,7 @@ class ForwardFacts:
     is_noise: bool = False
     domain: str = ""
     image_size: tuple[int, ...] = ()
+    is_alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,16 +256,19 @@ class StepFacts:
 
     Args:
         num_steps: that were watched.
-        num_forwards: forwards of the model in training mode in them.
-        updates: path -> times that its running statistics took in a mini-batch in them.
+        num_forwards: forwards of the model in training mode in them; 0: not known.
+        updates: path -> times that its running statistics took in a mini-batch in them, of several populations the
+            most; norms that do not count are absent.
         changed_between: path of each norm whose running statistics changed between two steps (validation, warm-up)
-            -> after which iteration first.
+            -> after which iteration first; -1: before the first one.
+        calls: path -> calls of the norm in one forward, the most; empty: not known.
     """
 
     num_steps: int
     num_forwards: int
     updates: Mapping[str, int]
     changed_between: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +284,9 @@ class WeightsFacts:
         unexpected: names in the file that the model has no place for.
         eps: path -> eps that the file says of its norm.
         is_folded: whether statistics are folded into the affine or the convolutions; None: not known.
+        folded: paths of norms whose statistics are folded into the affine that the file gave, or would give, them.
+        without_statistics: paths of norms to which the file gave an affine, and no statistics.
+        statistics: path -> over what the file says mini-batch statistics were computed in its training: "shared", ...
     """
 
     source: str = ""
@@ -280,6 +297,9 @@ class WeightsFacts:
     unexpected: tuple[str, ...] = ()
     eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     is_folded: bool | None = None
+    folded: tuple[str, ...] = ()
+    without_statistics: tuple[str, ...] = ()
+    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,6 +358,8 @@ class Facts:
         averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
         before: the norms of the model before a conversion, or as it was saved; None: not given.
         failures: what could not be found out, and why, in sentences.
+        num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
+        folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
         population_errors: of the statistics in `population`.
         domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
             samples; infinite for fewer than two.
@@ -362,6 +384,8 @@ class Facts:
     averaged: tuple[NormFacts, ...] | None = None
     before: tuple[NormFacts, ...] | None = None
     failures: tuple[str, ...] = ()
+    num_trained: int | None = None
+    folded: tuple[str, ...] = ()
     population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
     domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
