@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +165,7 @@ def tell_two_domains(seed: int, extent: Extent, folder: Path) -> Outcome:
                     accuracies.append(measure_accuracy(model, val))
             else:
                 accuracies.append(measure_accuracy(model, val))
-        return sum(accuracies) / len(accuracies)
+        return fmean(accuracies)
 
     data = {domain: [pair[domain].pixels for pair in pairs[:4]] for domain in domains}
     model = _train_on_two(build_classifier(seed), pairs, compute_loss=_add_losses)
@@ -186,7 +187,7 @@ def tell_two_domains(seed: int, extent: Extent, folder: Path) -> Outcome:
 
 
 class MultiScaleClassifier(Classifier):
-    """A head of convolutions and norms that is called on every scale; each scale votes.
+    """A head of convolutions and norms that is called on every scale; each scale answers for itself, as in a detector.
 
     Args:
         norm: of backbone and head.
@@ -201,20 +202,22 @@ class MultiScaleClassifier(Classifier):
         self.shared = nn.Sequential(*layers)
         self.head = nn.Linear(32, 10)
 
-    def score(self, pixels: Tensor) -> Iterator[Tensor]:
-        """Scores [N, 10] of each scale."""
-        feature = pixels
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Scores [scales, N, 10]."""
+        feature, scores = pixels, []
         for block, lateral in zip(self.backbone, self.laterals, strict=True):
             feature = block(feature)
-            yield self.head(self.shared(lateral(feature)).mean((2, 3)))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Their mean."""
-        return torch.stack(list(self.score(pixels))).mean(0)
+            scores.append(self.head(self.shared(lateral(feature)).mean((2, 3))))
+        return torch.stack(scores)
 
 
 def _add_losses_of_scales(model: nn.Module, batch: Images) -> Tensor:
-    return sum(F.cross_entropy(scores, batch.labels) for scores in model.score(batch.pixels))
+    return sum(F.cross_entropy(scores, batch.labels) for scores in model(batch.pixels))
+
+
+def _measure_scales(model: nn.Module, images: Images) -> list[float]:
+    """Accuracy of each scale's answers, from the largest feature to the smallest."""
+    return [measure_accuracy(model, images, forward=lambda *args, k=k: args[0](args[1])[k]) for k in range(3)]
 
 
 def tell_shared_head(seed: int, extent: Extent, folder: Path) -> Outcome:
@@ -225,12 +228,15 @@ def tell_shared_head(seed: int, extent: Extent, folder: Path) -> Outcome:
 
     data = _take(Batches(train, seed=seed, epochs=1), 20)
     diagnosis = bnext.diagnose(model.train(), data)
-    before = measure_accuracy(model.eval(), val)
+    before = _measure_scales(model.eval(), val)
 
     bnext.repair(model, data)  # the remedy
     again = bnext.diagnose(model.train(), data)
-    after = measure_accuracy(model.eval(), val)
-    return Outcome(before, after, None, diagnosis, again)
+    after = _measure_scales(model.eval(), val)
+
+    more = {f"scale {scale}, with the bug": accuracy for scale, accuracy in enumerate(before, 1)}
+    more |= {f"scale {scale}, after the remedy": accuracy for scale, accuracy in enumerate(after, 1)}
+    return Outcome(fmean(before), fmean(after), None, diagnosis, again, more)
 
 
 # ---- mini-batches of images that resemble one another
@@ -379,7 +385,9 @@ CLASSIFIER_STORIES = {
     "two_domains": Story(
         "a batch of each domain, moving averages of both", "BN023", f"{_ACCURACY}, mean of domains", tell_two_domains
     ),
-    "shared_head": Story("a plain norm in a head that sees three scales", "BN001", _ACCURACY, tell_shared_head),
+    "shared_head": Story(
+        "a plain norm in a head that sees three scales", "BN001", f"{_ACCURACY}, mean of scales", tell_shared_head
+    ),
     "correlated": Story("mini-batches of one class", "BN003", _ACCURACY, tell_correlated),
     "second_forward": Story("a loss to be shown, in training mode", "BN015", _ACCURACY, tell_second_forward),
     "checkpointing": Story("activation checkpointing of torch's norms", "BN015", _ACCURACY, tell_checkpointing),
