@@ -86,7 +86,7 @@ def load_images(split: str, domain: Domain = "scans", side: int = 16, limit: int
     """Digits of a split in a domain. Every domain has the same digits in the same order.
 
         scans:        bright ink on black
-        negatives:    black ink on grey
+        negatives:    grey ink on white
         photographs:  ink on a piece of a photograph, bright on dark or dark on bright
 
     Args:
@@ -106,7 +106,7 @@ def load_images(split: str, domain: Domain = "scans", side: int = 16, limit: int
     digits = sources.digits[:limit].astype(np.float32)
     ink = np.stack([np.asarray(_resize(digit, side)) for digit in digits]).clip(0, 1)
     if domain == "negatives":
-        pixels = 0.8 - 0.7 * ink
+        pixels = 1 - 0.7 * ink
     elif domain == "photographs":
         pixels = _paint_on_photographs(ink, sources, np.random.default_rng(_SPLITS.index(split)))
     else:

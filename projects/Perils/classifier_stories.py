@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
 import torch
 import torch.nn.functional as F
-from perils import Extent, Outcome, Story
+from perils import Extent, Outcome, Story, follow_remedy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bnext
-from bnext.diagnostics import TrainingWatch
+from bnext.diagnostics import Diagnosis, TrainingWatch
 from bnext.studies.classifiers import (
     Batches,
     Classifier,
     Images,
     build_classifier,
+    build_optimizer,
     compute_cross_entropy,
     load_images,
     measure_accuracy,
@@ -31,7 +31,7 @@ from bnext.studies.classifiers import (
 __all__ = ["CLASSIFIER_STORIES"]
 
 _WATCHED = 3  # steps, after the training, whose updates are counted
-_GROUPS, _GROUP_SIZE = 4, 16  # groups of like images in a step: the workers of a detector, and the RoIs of an image
+_PAGE, _PAGES = 16, 4  # digits of a page, as RoIs of an image; pages of a step, each on a worker
 
 
 def _load(extent: Extent, domain: str = "scans") -> tuple[Images, Images]:
@@ -51,7 +51,24 @@ def _take(batches: Iterable[Images], number: int = 4) -> list[Tensor]:
     return [batch.pixels for batch in itertools.islice(batches, number)]
 
 
-# ---- train mode, one picture at a time
+# ---- training mode, one picture at a time
+
+
+def tell_train_mode(seed: int, extent: Extent, folder: Path) -> Outcome:
+    """`model.eval()` was forgotten, and pictures are classified one by one."""
+    train, val = _load(extent)
+    model = _train(build_classifier(seed), train, extent, seed)
+    without = measure_accuracy(model, val)
+
+    model.train()
+    pictures = _take(Batches(train, size=1, seed=seed))
+    diagnosis = bnext.diagnose(model, pictures)
+    before, by_two = measure_accuracy(model, val, batch_size=1), measure_accuracy(model, val, batch_size=2)
+
+    follow_remedy(diagnosis, model=model)
+    again = bnext.diagnose(model, pictures)
+    after = measure_accuracy(model, val, batch_size=1)
+    return Outcome(before, after, without, diagnosis, again, {"two pictures at a time": by_two})
 
 
 class HandwrittenNorm(nn.BatchNorm2d):
@@ -70,22 +87,26 @@ class HandwrittenNorm(nn.BatchNorm2d):
         return (feature - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
 
 
-def tell_train_mode(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """`model.eval()` was forgotten, and pictures are classified one by one."""
+def tell_single_element(seed: int, extent: Extent, folder: Path) -> Outcome:
+    """A training by single pictures, whose last feature is one pixel: the norm there gives zeros."""
     train, val = _load(extent)
-    model = build_classifier(seed, norm=HandwrittenNorm, channels=(16, 32, 64, 64, 64))
-    without = measure_accuracy(_train(model, train, extent, seed), val)
+    train = train.select(torch.arange(min(len(train), 400)))
+    batches = Batches(train, size=1, epochs=max(1, extent.epochs // 3), seed=seed)
+    data = _take(batches)
 
-    model.train()
-    pictures = _take(Batches(train, size=1, seed=seed))
-    diagnosis = bnext.diagnose(model, pictures)
-    before = measure_accuracy(model, val, batch_size=1)
-    by_two = measure_accuracy(model, val, batch_size=2)
+    def build() -> Classifier:
+        return build_classifier(seed, norm=HandwrittenNorm, channels=(16, 32, 64, 64, 64)).train()
 
-    model.eval()
-    again = bnext.diagnose(model, pictures)
-    after = measure_accuracy(model, val, batch_size=1)
-    return Outcome(before, after, without, diagnosis, again, {"two pictures at a time": by_two})
+    def measure(model: nn.Module) -> float:
+        """After a training, in its mode: the mini-batches of the test are those of the training."""
+        train_classifier(model, batches, optimizer=build_optimizer(model, learning_rate=0.005))
+        return measure_accuracy(model, val, batch_size=1)
+
+    model, repaired = build(), build()
+    diagnosis = bnext.diagnose(model, data)
+    follow_remedy(diagnosis, model=repaired)
+    again = bnext.diagnose(repaired, data)
+    return Outcome(measure(model), measure(repaired), None, diagnosis, again)
 
 
 # ---- frozen parameters, live statistics
@@ -112,7 +133,7 @@ def tell_frozen_parameters(seed: int, extent: Extent, folder: Path) -> Outcome:
     diagnosis = bnext.diagnose(model, data)
 
     frozen = copy.deepcopy(model)
-    bnext.freeze_norms(frozen)  # the remedy
+    follow_remedy(diagnosis, model=frozen)
     again = bnext.diagnose(frozen, data)
 
     (before, new_before), (after, new_after) = fine_tune(model), fine_tune(frozen)
@@ -172,9 +193,8 @@ def tell_two_domains(seed: int, extent: Extent, folder: Path) -> Outcome:
     diagnosis = bnext.diagnose(model.train(), domains=data)
     before = measure(model.eval())
 
-    spec = bnext.NormSpec(statistics="per_domain", population="per_domain", domains=domains)  # the remedy
     repaired = build_classifier(seed)
-    bnext.convert_norm(repaired, {"": spec})
+    follow_remedy(diagnosis, model=repaired)
     _train_on_two(repaired, pairs, compute_loss=_add_losses_by_domain)
     again = bnext.diagnose(repaired.train(), domains=data)
     after = measure(repaired.eval(), knows_domains=True)
@@ -230,7 +250,7 @@ def tell_shared_head(seed: int, extent: Extent, folder: Path) -> Outcome:
     diagnosis = bnext.diagnose(model.train(), data)
     before = _measure_scales(model.eval(), val)
 
-    bnext.repair(model, data)  # the remedy
+    follow_remedy(diagnosis, model=model, data=data)
     again = bnext.diagnose(model.train(), data)
     after = _measure_scales(model.eval(), val)
 
@@ -239,107 +259,146 @@ def tell_shared_head(seed: int, extent: Extent, folder: Path) -> Outcome:
     return Outcome(fmean(before), fmean(after), None, diagnosis, again, more)
 
 
-# ---- mini-batches of images that resemble one another
+# ---- mini-batches of RoIs of one image
 
 
-def _add_losses_of_groups(model: nn.Module, groups: list[Images]) -> Tensor:
-    """Every group is a mini-batch of its own, as that of a worker with one image."""
-    return sum(compute_cross_entropy(model, group) for group in groups) / len(groups)
+class PageReader(nn.Module):
+    """A classifier of the digits on pages, 16 on each, as a box head is one of the RoIs of images."""
+
+    def __init__(self, seed: int, **options: object) -> None:
+        super().__init__()
+        self.classifier = build_classifier(seed, **options)
+
+    def forward(self, pages: Tensor) -> Tensor:
+        """Scores [pages * 16, 10] of pages [N, 1, 16 * S, S]: their digits stand below one another."""
+        side = pages.shape[-1]
+        return self.classifier(pages.unflatten(2, (-1, side)).transpose(1, 2).flatten(0, 1))
 
 
-def _deal_groups(model: nn.Module, groups: list[Images]) -> Tensor:
-    """All images at once; whose statistics normalize which of them is up to `deal_statistics`."""
-    pixels, labels = torch.cat([group.pixels for group in groups]), torch.cat([group.labels for group in groups])
-    return F.cross_entropy(model(pixels), labels)
+def _print_pages(digits: Images) -> Images:
+    """Digits on pages, 16 on each; labels [N, 16]."""
+    count, side = len(digits) // _PAGE * _PAGE, digits.pixels.shape[-1]
+    pixels = digits.pixels[:count].reshape(-1, _PAGE * side, side)
+    return Images(pixels[:, None], digits.labels[:count].reshape(-1, _PAGE), digits.domain)
+
+
+def _add_losses_of_pages(model: nn.Module, pages: Images) -> Tensor:
+    """Every page is a mini-batch of its own, as that of a worker with one image."""
+    losses = []
+    for page in torch.arange(len(pages)).split(1):
+        losses.append(_compute_loss_of_pages(model, pages.select(page)))
+    return sum(losses) / len(losses)
+
+
+def _compute_loss_of_pages(model: nn.Module, pages: Images) -> Tensor:
+    return F.cross_entropy(model(pages.pixels), pages.labels.flatten())
+
+
+@torch.no_grad()
+def _measure_pages(model: nn.Module, pages: Images) -> float:
+    """Accuracy of the digits, one page at a time, in %."""
+    right = [model(page).argmax(1) == labels for page, labels in zip(pages.pixels.split(1), pages.labels, strict=True)]
+    return 100 * float(torch.cat(right).float().mean())
 
 
 def tell_correlated(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """The 16 images of a mini-batch are of one class, as the RoIs of an image are of few."""
+    """A worker has one page, whose digits are alike, as the RoIs of an image are of few classes."""
     train, val = _load(extent)
 
-    def compose(composition: str) -> list[list[Images]]:
-        """Groups of images, four for each step."""
+    def print_steps(composition: str) -> list[Images]:
+        """Four pages for each step."""
         options = {"epochs": extent.epochs, "seed": seed, "composition": composition}
-        groups = list(Batches(train, _GROUP_SIZE, **options))
-        return [groups[start : start + _GROUPS] for start in range(0, len(groups) - _GROUPS + 1, _GROUPS)]
+        pages = [_print_pages(digits) for digits in Batches(train, _PAGE, **options)]
+        steps = [pages[start : start + _PAGES] for start in range(0, len(pages) - _PAGES + 1, _PAGES)]
+        return [_join(step) for step in steps]
 
-    like, mixed = compose("one_class"), compose("mixed")
-    model = build_classifier(seed).train()
-    train_classifier(model, like, compute_loss=_add_losses_of_groups)
-    data = [group.pixels for group in itertools.chain(*like[:4])]
+    like, mixed = print_steps("one_class"), print_steps("mixed")
+    tests = [_print_pages(digits) for digits in Batches(val, _PAGE, 1, seed, "one_class")]
+    test = _join(tests)
+
+    model = PageReader(seed).train()
+    train_classifier(model, like, compute_loss=_add_losses_of_pages)
+    data = [page for step in like[:4] for page in step.pixels.split(1)]
     diagnosis = bnext.diagnose(model, data, num_batches=len(data))
-    before = measure_accuracy(model.eval(), val)
+    before = _measure_pages(model.eval(), test)
 
-    repaired = build_classifier(seed).train()
-    train_classifier(repaired, mixed, compute_loss=_add_losses_of_groups)  # the remedy
-    data = [group.pixels for group in itertools.chain(*mixed[:4])]
-    again = bnext.diagnose(repaired, data, num_batches=len(data))
-    after = measure_accuracy(repaired.eval(), val)
+    follow_remedy(diagnosis, model=model)
+    again = bnext.diagnose(model.train(), data, num_batches=len(data))
+    after = _measure_pages(model.eval(), test)
 
-    dealt = build_classifier(seed, norm=bnext.BatchNorm2d).train()
-    bnext.deal_statistics(dealt.backbone, num_groups=_GROUPS)
-    train_classifier(dealt, like, compute_loss=_deal_groups)
-    more = {"the same images, dealt statistics": measure_accuracy(dealt.eval(), val)}
+    more = {}
+    others = PageReader(seed).train()
+    train_classifier(others, mixed, compute_loss=_add_losses_of_pages)
+    more["pages of all classes in training"] = _measure_pages(others.eval(), test)
+
+    dealt = PageReader(seed, norm=bnext.BatchNorm2d).train()
+    bnext.deal_statistics(dealt.classifier, num_groups=_PAGES)
+    train_classifier(dealt, like, compute_loss=_compute_loss_of_pages)
+    more["the same pages, dealt statistics"] = _measure_pages(dealt.eval(), test)
     return Outcome(before, after, None, diagnosis, again, more)
 
 
-# ---- statistics that are updated twice in a step
+def _join(pages: list[Images]) -> Images:
+    return Images(torch.cat([page.pixels for page in pages]), torch.cat([page.labels for page in pages]))
 
 
-def _watch(model: nn.Module, batches: Batches, compute_loss: object) -> bnext.diagnostics.Diagnosis:
-    """What the doctor says of a few steps; the model is a copy."""
+# ---- statistics that a training does not write, or writes twice
+
+
+def _watch(model: nn.Module, batches: Iterable[Images], **options: object) -> Diagnosis:
+    """What the doctor says of a few more steps, of a copy of the model."""
     model = copy.deepcopy(model).train()
     watch = TrainingWatch(model)
     few = list(itertools.islice(batches, _WATCHED))
-    train_classifier(model, few, compute_loss=compute_loss, around_step=watch.step)
+    train_classifier(model, few, around_step=watch.step, **options)
     return watch.diagnose()
 
 
-def tell_second_forward(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """Each step also computes the loss of another domain, to be shown, and the model stays in training mode for it."""
+def tell_validation_loss(seed: int, extent: Extent, folder: Path) -> Outcome:
+    """A validation loss, between steps, of images of another domain; the model stays in training mode for it."""
     (train, val), (others, _) = _load(extent), _load(extent, "negatives")
     batches = Batches(train, epochs=extent.epochs, seed=seed)
 
-    def compute_both(model: nn.Module, batch: Images, is_guarded: bool, stream: Iterator[Images]) -> Tensor:
-        loss = compute_cross_entropy(model, batch)
-        shown = next(stream)
+    def validate(model: nn.Module, iteration: int) -> None:
         with torch.no_grad():
-            if not is_guarded:
-                compute_cross_entropy(model, shown)
-                return loss
-            with bnext.frozen_statistics(model):  # the remedy
-                compute_cross_entropy(model, shown)
-        return loss
+            compute_cross_entropy(model, others.select(torch.arange(min(64, len(others)))))
 
-    numbers, diagnoses = [], []
-    for is_guarded in (False, True):
-        stream = itertools.cycle(Batches(others, epochs=1, seed=seed))
-        compute_loss = partial(compute_both, is_guarded=is_guarded, stream=stream)
-        model = _train(build_classifier(seed), train, extent, seed, compute_loss=compute_loss)
-        numbers.append(measure_accuracy(model, val))
-        diagnoses.append(_watch(model, batches, compute_loss))
+    def validate_apart(model: nn.Module, iteration: int) -> None:
+        with bnext.frozen_statistics(model):  # the remedy
+            validate(model, iteration)
 
+    model = _train(build_classifier(seed), train, extent, seed, after_step=validate)
+    repaired = _train(build_classifier(seed), train, extent, seed, after_step=validate_apart)
     without = measure_accuracy(_train(build_classifier(seed), train, extent, seed), val)
-    return Outcome(*numbers, without, *diagnoses)
+
+    diagnosis = _watch(model, batches, after_step=validate)
+    again = _watch(repaired, batches, after_step=validate_apart)
+    return Outcome(measure_accuracy(model, val), measure_accuracy(repaired, val), without, diagnosis, again)
 
 
-def _compute_with_checkpoint(model: nn.Module, batch: Images) -> Tensor:
-    """The backward pass runs the backbone, and its norms, once more."""
-    feature = checkpoint(model.backbone, batch.pixels, use_reentrant=False)
-    return F.cross_entropy(model.head(feature.mean((2, 3))), batch.labels)
+class CheckpointedClassifier(Classifier):
+    """A classifier whose backward pass runs the convolutions and their norms once more, to save memory."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        feature = checkpoint(self.backbone, pixels, use_reentrant=False)
+        return self.head(feature.mean((2, 3)))
 
 
 def tell_checkpointing(seed: int, extent: Extent, folder: Path) -> Outcome:
     """Activation checkpointing of torch's norms."""
     train, val = _load(extent)
     batches = Batches(train, epochs=extent.epochs, seed=seed)
-    model = _train(build_classifier(seed), train, extent, seed, compute_loss=_compute_with_checkpoint)
-    diagnosis = _watch(model, batches, _compute_with_checkpoint)
 
-    repaired = build_classifier(seed)
-    bnext.convert_norm(repaired, {"": bnext.NormSpec()})  # the remedy
-    _train(repaired, train, extent, seed, compute_loss=_compute_with_checkpoint)
-    again = _watch(repaired, batches, _compute_with_checkpoint)
+    def build() -> CheckpointedClassifier:
+        model = CheckpointedClassifier()
+        model.load_state_dict(build_classifier(seed).state_dict())
+        return model
+
+    model, repaired = _train(build(), train, extent, seed), build()
+    diagnosis = _watch(model, batches)
+    follow_remedy(diagnosis, model=repaired)
+    _train(repaired, train, extent, seed)
+    again = _watch(repaired, batches)
 
     without = measure_accuracy(_train(build_classifier(seed), train, extent, seed), val)
     return Outcome(measure_accuracy(model, val), measure_accuracy(repaired, val), without, diagnosis, again)
@@ -352,8 +411,7 @@ def tell_averaged_weights(seed: int, extent: Extent, folder: Path) -> Outcome:
     """An average of the parameters, in a copy of the model whose buffers nobody has looked at."""
     train, val = _load(extent)
     model = build_classifier(seed)
-    teacher = copy.deepcopy(model).eval()
-    average = bnext.AveragedWeights(model, decay=0.98)  # the remedy
+    teacher, average = copy.deepcopy(model).eval(), bnext.AveragedWeights(model, decay=0.98)
 
     @torch.no_grad()
     def update(model: nn.Module, iteration: int) -> None:
@@ -363,33 +421,33 @@ def tell_averaged_weights(seed: int, extent: Extent, folder: Path) -> Outcome:
         average.update(model)
 
     _train(model, train, extent, seed, after_step=update)
-    data = _take(Batches(train, seed=seed))
-    diagnosis = bnext.diagnose(model.train(), data, averaged=teacher)
-    before, without = measure_accuracy(teacher, val), measure_accuracy(model.eval(), val)
-
+    without = measure_accuracy(model, val)
     with average.lent_to(model):
-        averaged = copy.deepcopy(model)
-    again = bnext.diagnose(model.train(), data, averaged=averaged)
-    return Outcome(before, measure_accuracy(averaged, val), without, diagnosis, again)
+        more = {"bnext.AveragedWeights": measure_accuracy(model, val)}
+
+    data = _take(Batches(train, seed=seed, epochs=1), 20)
+    diagnosis = bnext.diagnose(model.train(), data, averaged=teacher)
+    before = measure_accuracy(teacher, val)
+    follow_remedy(diagnosis, model=model, averaged=teacher, data=data)
+    again = bnext.diagnose(model, data, averaged=teacher)
+    return Outcome(before, measure_accuracy(teacher.eval(), val), without, diagnosis, again, more)
 
 
 _ACCURACY = "accuracy, %"
 CLASSIFIER_STORIES = {
-    "train_mode": Story("classifying one picture at a time in training mode", "BN010", _ACCURACY, tell_train_mode),
+    "train_mode": Story("one picture at a time, in training mode", "BN008", _ACCURACY, tell_train_mode),
+    "single_element": Story("training by single pictures, down to one pixel", "BN010", _ACCURACY, tell_single_element),
     "frozen_parameters": Story(
-        "fine-tuning a head on a backbone with requires_grad=False",
-        "BN004",
-        f"{_ACCURACY}, old task",
-        tell_frozen_parameters,
+        "fine-tuning with requires_grad=False", "BN004", f"{_ACCURACY}, old task", tell_frozen_parameters
     ),
     "two_domains": Story(
-        "a batch of each domain, moving averages of both", "BN023", f"{_ACCURACY}, mean of domains", tell_two_domains
+        "a batch of each domain, one moving average", "BN023", f"{_ACCURACY}, mean of domains", tell_two_domains
     ),
     "shared_head": Story(
         "a plain norm in a head that sees three scales", "BN001", f"{_ACCURACY}, mean of scales", tell_shared_head
     ),
-    "correlated": Story("mini-batches of one class", "BN003", _ACCURACY, tell_correlated),
-    "second_forward": Story("a loss to be shown, in training mode", "BN015", _ACCURACY, tell_second_forward),
+    "correlated": Story("mini-batches of one page, whose digits are alike", "BN003", _ACCURACY, tell_correlated),
+    "validation_loss": Story("a validation loss in training mode", "BN025", _ACCURACY, tell_validation_loss),
     "checkpointing": Story("activation checkpointing of torch's norms", "BN015", _ACCURACY, tell_checkpointing),
     "averaged_weights": Story("an average of parameters, without buffers", "BN026", _ACCURACY, tell_averaged_weights),
 }

@@ -16,12 +16,13 @@ from typing import Any
 
 import torch
 
+import bnext
 from bnext.diagnostics import Diagnosis
 from bnext.engine.output import holding_output
 from bnext.engine.screen import set_up_logging
 from bnext.files import write_json
 
-__all__ = ["Extent", "Outcome", "Story", "find_misdiagnosed", "run_stories"]
+__all__ = ["Extent", "Outcome", "Story", "find_misdiagnosed", "follow_remedy", "run_stories"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,23 @@ def _using_threads(number: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def follow_remedy(diagnosis: Diagnosis, **names: object) -> None:
+    """Run the line of Python that the doctor's first finding gives, as its reader would.
+
+    Args:
+        diagnosis: of a model in Python.
+        names: of the line: `model`, `data` and what else the reader has.
+    """
+    if not diagnosis.findings:
+        return
+
+    first = diagnosis.findings[0]
+    try:
+        exec(first.evidence.remedy.call, {"bnext": bnext, **names})
+    except Exception as error:
+        logger.warning("The remedy of %s failed: %s: %s", first.code, type(error).__name__, error)
 
 
 def find_misdiagnosed(stories: Mapping[str, Story], results: Mapping[str, Any]) -> Sequence[str]:
