@@ -21,6 +21,7 @@ from bnext.diagnostics import Diagnosis
 from bnext.engine.output import holding_output
 from bnext.engine.screen import set_up_logging
 from bnext.files import write_json
+from bnext.seeding import seeded
 
 __all__ = ["Extent", "Outcome", "Story", "find_misdiagnosed", "follow_remedy", "run_stories"]
 
@@ -73,7 +74,7 @@ class Story:
         measured: the number, with its unit and its images.
         tell: called as tell(seed, extent, folder).
         num_seeds: with which it is told at most; None: as many as are wanted.
-        num_threads: of torch; one gives the same numbers wherever there are more. None: all that there are.
+        num_threads: of torch, as their number changes how it rounds; None: all that there are.
     """
 
     title: str
@@ -126,7 +127,7 @@ def run_stories(
 
 def _tell(story: Story, seed: int, extent: Extent, folder: Path) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
-    with _using_threads(story.num_threads):
+    with _using_threads(story.num_threads), seeded(seed):
         outcome = story.tell(seed, extent, folder)
 
     findings = outcome.diagnosis.findings
