@@ -44,17 +44,17 @@ def format_text(
         diagnosis: see `Diagnosis`.
         width: of the terminal, in letters; what can be pasted is never broken.
         has_colors: whether severities are in colours.
-        is_complete: all norms, and advice for every place; else of norms what fits a screen, and advice where the
-            model does otherwise.
+        is_complete: all of notes, all norms, and advice for every place; else of notes a line, of norms what fits a
+            screen, and advice where the model does otherwise.
     """
     width = max(width, _LEAST_WIDTH)
     paint: Callable[[str, str], str] = _paint if has_colors else _leave
     lines = _wrap(f"{summarize(diagnosis)}.", width)
     lines += _wrap(_tell_depth(diagnosis), width)
 
-    for finding in diagnosis.select("warning"):
+    for finding in diagnosis.select("note" if is_complete else "warning"):
         lines += ["", *_describe(finding, width, paint)]
-    notes = [finding for finding in diagnosis.findings if finding.severity == "note"]
+    notes = [finding for finding in diagnosis.findings if finding.severity == "note" and not is_complete]
     lines += [""] if notes else []
     for finding in notes:
         lines.append(_describe_note(finding, width, paint))
@@ -112,7 +112,8 @@ def _describe(finding: Finding, width: int, paint: Callable[[str, str], str]) ->
 
 
 def _describe_note(finding: Finding, width: int, paint: Callable[[str, str], str]) -> str:
-    text = f"note {finding.code}  {flatten_text(finding.evidence.text)}"
+    number = len(finding.evidence.layers)
+    text = f"note {finding.code}  {finding.check.title}{f' ({number:,} norms)' if number > 1 else ''}"
     short = text if len(text) <= width else f"{text[: width - 4]} ..."
     return paint("note", "note") + short.removeprefix("note")
 
@@ -271,7 +272,8 @@ def explain_check(check: Check, width: int = 100) -> str:
     lines += _wrap(check.explanation, width)
     if check.cost:
         lines += ["", *_wrap(f"Cost: {check.cost} [{check.source}]", width)]
-    return "\n".join([*lines, "", f"Seen with: {looked}. In the docs: {check.page}"])
+    lines += ["", *_wrap(f"Seen with: {looked}. In the docs: {check.page}", width)]
+    return "\n".join(lines)
 
 
 # ---- lines

@@ -45,9 +45,11 @@ def test_it_keeps_to_the_width_of_the_terminal_but_for_what_is_pasted():
     assert lines[-2:] == ["Next:", f"    {command.strip()}"]
 
 
-def test_notes_are_a_line_each():
-    lines = format_text(find_something(make_facts(), "note", "note", text="Long. " * 100), width=80).splitlines()
+def test_notes_are_a_line_each_unless_all_is_asked_for():
+    diagnosis = find_something(make_facts(), "note", "note", text="Long. " * 100)
+    assert format_text(diagnosis, is_complete=True).count("NOTE BN001") == 2
 
+    lines = format_text(diagnosis, width=80).splitlines()
     notes = [line for line in lines if line.startswith("note ")]
     assert len(notes) == 2
     assert max(map(len, notes)) <= 80
