@@ -16,7 +16,7 @@ from bnext.text import flatten_text
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
 
 _MOST_LINES = 24  # of an inventory that nobody has asked for: a screen
-_MOST_PATTERNS = 6  # of the layers of a finding
+_MOST_PATTERNS = 6  # of the layers of a finding, and of a group of norms
 _LEAST_WIDTH = 40
 _LABEL = 9  # letters before what a line of a finding says
 _COLORS = {"error": "1;31", "warning": "1;33", "note": "36", "quiet": "2"}
@@ -86,12 +86,19 @@ def summarize(diagnosis: Diagnosis) -> str:
 def _tell_depth(diagnosis: Diagnosis) -> str:
     from bnext.diagnostics.registry import find_checks
 
-    looked, more = DEEPER[diagnosis.depth]
-    mode = "training" if diagnosis.facts.is_training else "evaluation"
-    text = f"Looked at: {looked}, in {mode} mode; {len(find_checks())} checks."
-    if not diagnosis.facts.norms:
-        return f"{text} There is no norm to look at."
-    return f"{text} {more}." if more else text
+    facts, (looked, more) = diagnosis.facts, DEEPER[diagnosis.depth]
+    words = f"{looked}, in {'training' if facts.is_training else 'evaluation'} mode"
+    if facts.origin.kind == "checkpoint":
+        words, more = "a file alone", "More is seen with its config"
+    sentences = [f"Looked at: {words}; {len(find_checks())} checks."]
+
+    if facts.weights is not None and facts.weights.source and not facts.weights.is_loaded:
+        sentences.append(f"{flatten_text(facts.weights.source)} was not read.")
+    if not facts.norms:
+        sentences.append("There is no norm to look at.")
+    elif more:
+        sentences.append(f"{more}.")
+    return " ".join(sentences)
 
 
 # ---- findings
@@ -122,7 +129,7 @@ def _fold_layers(evidence: Evidence) -> str:
     patterns = list(fold_paths(evidence.layers))
     shown = ", ".join(flatten_text(pattern) or "the model" for pattern in patterns[:_MOST_PATTERNS])
     rest = len(patterns) - _MOST_PATTERNS
-    more = f" and {rest} more patterns" if rest > 0 else ""
+    more = f" and {rest:,} more" if rest > 0 else ""
     return f"{shown}{more} ({len(evidence.layers):,} norms)" if len(evidence.layers) > 1 else shown
 
 
@@ -162,7 +169,8 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
 
     for number, (group, answers) in enumerate(zip(groups, facets, strict=True)):
         rest = {question: answer for question, answer in answers.items() if question not in usual}
-        block = [*_wrap(_name_group(group), width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
+        names = _name_group(group, len(group.norms) if most is None else _MOST_PATTERNS)
+        block = [*_wrap(names, width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
         if most is not None and lines and len(lines) + len(block) > most:
             norms = sum(len(one.norms) for one in groups[number:])
             lines.append(f"... {len(groups) - number} more groups with {norms:,} norms: --all shows them")
@@ -171,13 +179,13 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
     return lines
 
 
-def _name_group(group: Overview) -> str:
+def _name_group(group: Overview, most: int) -> str:
     patterns = list(group.patterns)
     prefix = _find_prefix(patterns)
     inside = f" in {flatten_text(prefix)}" if prefix else ""
     names = [flatten_text(pattern.removeprefix(f"{prefix}.") if prefix else pattern) for pattern in patterns]
     names = [name or "the model itself" for name in names]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
     return f"{len(group.norms):,} {flatten_text(group.norms[0].record.kind)}{inside}: {shown}"
 
 
@@ -247,6 +255,8 @@ def find_next(diagnosis: Diagnosis) -> str:
 
     if diagnosis.depth != "static" or not diagnosis.facts.norms:
         return ""
+    if origin.kind == "checkpoint":
+        return shlex.join(["bnext", "doctor", "--config-file", "CONFIG.yaml", "MODEL.WEIGHTS", origin.weights])
     return origin.write_command("doctor", "--data") if origin.kind == "config" else "bnext.diagnose(model, data)"
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from bnext.diagnostics import diagnose
 from bnext.diagnostics.diagnose import collect_facts, examine_facts
+from bnext.diagnostics.facts import Origin, WeightsFacts
 from bnext.diagnostics.findings import Remedy
 from bnext.diagnostics.registry import find_checks
 from bnext.diagnostics.report_text import explain_check, format_text, list_checks
@@ -127,6 +128,16 @@ def test_a_model_without_norms_and_an_empty_one_are_reported():
 
 def test_a_diagnosis_shows_itself_in_a_line():
     assert repr(diagnose_ill()) == "<Diagnosis of Head, 1 norm: 2 errors>"
+
+
+def test_weights_that_were_not_read_and_a_file_alone_are_said():
+    facts = dataclasses.replace(make_facts(), weights=WeightsFacts("detectron2://a.pkl"))
+    assert "detectron2://a.pkl was not read." in str(examine_facts(facts))
+
+    alone = dataclasses.replace(make_facts(), origin=Origin("checkpoint", weights="my model.pth"))
+    text = str(examine_facts(alone))
+    assert "Looked at: a file alone;" in text
+    assert text.endswith("bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS 'my model.pth'")
 
 
 def test_forwards_are_counted_as_calls():
