@@ -28,6 +28,11 @@ DEEPER: Mapping[Depth, tuple[str, str]] = {
     "full": ("the model and a pass over the data", ""),
     "training": ("a running training", ""),
 }
+# Depth -> options of the command, and the call, that see more.
+_NEXT: Mapping[Depth, tuple[tuple[str, ...], str]] = {
+    "static": (("--data",), "bnext.diagnose(model, data)"),
+    "forward": (("--depth", "full"), 'bnext.diagnose(model, data, depth="full")'),
+}
 _LIST_OF_CHECKS = "bnext doctor --list"
 
 
@@ -253,11 +258,12 @@ def find_next(diagnosis: Diagnosis) -> str:
         if remedy.call:
             return remedy.call
 
-    if diagnosis.depth != "static" or not diagnosis.facts.norms:
+    if diagnosis.depth not in _NEXT or not diagnosis.facts.norms:
         return ""
     if origin.kind == "checkpoint":
         return shlex.join(["bnext", "doctor", "--config-file", "CONFIG.yaml", "MODEL.WEIGHTS", origin.weights])
-    return origin.write_command("doctor", "--data") if origin.kind == "config" else "bnext.diagnose(model, data)"
+    options, call = _NEXT[diagnosis.depth]
+    return origin.write_command("doctor", *options) if origin.kind == "config" else call
 
 
 def _tell_next(diagnosis: Diagnosis) -> list[str]:

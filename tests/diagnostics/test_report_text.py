@@ -13,7 +13,7 @@ from bnext.diagnostics.diagnose import collect_facts, examine_facts
 from bnext.diagnostics.facts import Origin, WeightsFacts
 from bnext.diagnostics.findings import Remedy
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_text import explain_check, format_text, list_checks
+from bnext.diagnostics.report_text import explain_check, find_next, format_text, list_checks
 from tests.diagnostics.reported import diagnose_ill, diagnose_nasty, find_something, place_in
 
 
@@ -62,6 +62,21 @@ def test_the_last_line_tries_the_keys_of_the_remedy():
     last = format_text(place_in(diagnosis, "a.yaml", "b.pth")).splitlines()[-1]
     command, pairs = "bnext doctor --config-file a.yaml", "MODEL.WEIGHTS b.pth SEED 1 MODEL.FPN.NORM GN"
     assert last.strip() == f"{command} {pairs}"
+
+
+def test_what_sees_more_is_what_to_run_where_nothing_is_wrong():
+    norm = nn.BatchNorm2d(4)
+    batches = [torch.randn(32, 4, 8, 8)]
+
+    static, forward = find_something(collect_facts(norm)), find_something(diagnose(norm, batches).facts)
+    full = find_something(diagnose(norm, batches, depth="full").facts)
+    assert [find_next(diagnosis) for diagnosis in (static, forward, full)] == [
+        "bnext.diagnose(model, data)",
+        'bnext.diagnose(model, data, depth="full")',
+        "",
+    ]
+    assert find_next(place_in(static, "a.yaml")) == "bnext doctor --config-file a.yaml --data SEED 1"
+    assert find_next(place_in(forward, "a.yaml")) == "bnext doctor --config-file a.yaml --depth full SEED 1"
 
 
 def test_what_is_healthy_is_one_line_that_says_what_was_looked_at():
