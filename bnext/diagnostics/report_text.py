@@ -16,7 +16,8 @@ from bnext.text import flatten_text
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
 
 _MOST_LINES = 24  # of an inventory that nobody has asked for: a screen
-_MOST_PATTERNS = 6  # of the layers of a finding, and of a group of norms
+_MOST_PATTERNS = 6  # of the layers of a finding
+_MOST_NAMES = 12  # of a group of norms
 _LEAST_WIDTH = 40
 _LABEL = 9  # letters before what a line of a finding says
 _COLORS = {"error": "1;31", "warning": "1;33", "note": "36", "quiet": "2"}
@@ -174,7 +175,7 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
 
     for number, (group, answers) in enumerate(zip(groups, facets, strict=True)):
         rest = {question: answer for question, answer in answers.items() if question not in usual}
-        names = _name_group(group, len(group.norms) if most is None else _MOST_PATTERNS)
+        names = _name_group(group, len(group.norms) if most is None else _MOST_NAMES)
         block = [*_wrap(names, width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
         if most is not None and lines and len(lines) + len(block) > most:
             norms = sum(len(one.norms) for one in groups[number:])
