@@ -164,6 +164,7 @@ def _observe_alone(
             added = observe_forward(model, one, norms, forward=forward, **options)
         except Exception as error:
             return add_failure(facts, "A forward of a single image by mini-batch statistics", error)
+        added = dataclasses.replace(added, is_alone=True)
         facts = dataclasses.replace(facts, forwards=(*facts.forwards, added))
     return facts
 

@@ -177,6 +177,7 @@ class ForwardFacts:
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
         image_size: height and width of all images; (): not known.
+        is_alone: whether it is of one image taken out of a batch, to be compared with those: no training has it so.
     """
 
     num_images: int
@@ -185,6 +186,7 @@ class ForwardFacts:
     is_noise: bool = False
     domain: str = ""
     image_size: tuple[int, ...] = ()
+    is_alone: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
