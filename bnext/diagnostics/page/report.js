@@ -107,11 +107,11 @@
   }
 
   const groups = $$(".group");
-  groups.forEach((group, number) => {
+  for (const group of groups) {
     group.members = [];
-    paths.forEach((_, norm) => norms.group[norm] === number && group.members.push(norm));
     group.addEventListener("toggle", () => group.open && fillGroup(group));
-  });
+  }
+  paths.forEach((_, norm) => groups[norms.group[norm]].members.push(norm));
 
   function filterInventory() {
     let total = 0;
@@ -168,7 +168,7 @@
     const positive = present.map((band) => band[0]).filter((value) => value > 0);
 
     if (chart.isPositive && positive.length && high / Math.max(low, 1e-30) > 30) {
-      const floor = Math.max(Math.min(...positive), high * 1e-9);
+      const floor = Math.max(Math.min(...positive), chart.floor ?? high * 1e-9);
       const map = (value) => Math.log10(Math.max(value, floor));
       return { map, low: map(floor), high: map(high) + 0.05, ticks: listDecades(floor, high), isLog: true };
     }
@@ -220,9 +220,13 @@
       return top + (1 - Math.min(1, Math.max(0, share))) * (height - top - bottom);
     };
 
+    function findSides(number) {
+      const step = toX(1) - toX(0), inset = step > 5 ? step * 0.14 : 0;
+      return [toX(number) + inset, toX(number + 1) - inset].map((x) => x.toFixed(2));
+    }
+
     function box(number, low, high) {
-      const step = toX(1) - toX(0), inset = step > 5 ? step * 0.16 : 0;
-      const [from, to] = [toX(number) + inset, toX(number + 1) - inset].map((x) => x.toFixed(2));
+      const [from, to] = findSides(number);
       const y = toY(high), size = Math.max(toY(low) - y, 1);
       return `M${from} ${y.toFixed(1)}H${to}v${size.toFixed(1)}H${from}Z`;
     }
@@ -251,7 +255,10 @@
         if (letters > 3) svg.append(draw("text", { x: x + 3, y: height - 8 }, text));
       }
 
-      const middle = columns.map((column, number) => `M${toX(number).toFixed(2)} ${toY(column.band[2]).toFixed(1)}H${toX(number + 1).toFixed(2)}`);
+      const middle = columns.map((column, number) => {
+        const [from, to] = findSides(number);
+        return `M${from} ${toY(column.band[2]).toFixed(1)}H${to}`;
+      });
       if (!chart.isBar) {
         svg.append(draw("path", { class: "all", d: columns.map((column, number) => box(number, column.band[0], column.band[4])).join("") }));
         svg.append(draw("path", { class: "most", d: columns.map((column, number) => box(number, column.band[1], column.band[3])).join("") }));
@@ -320,14 +327,14 @@
     mean: { table: "profile", unit: "running mean", line: 0, include: 0 },
     std: { table: "profile", unit: "running standard deviation", isPositive: true },
     weight: { table: "profile", unit: "weight", line: 0, include: 0 },
-    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0 },
+    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0, floor: 0.01 },
     ratio: { table: "comparison", unit: "standard deviation over the running one", isPositive: true, line: 1, include: 1 },
   };
   for (const [key, chart] of Object.entries(CHARTS)) {
     const figure = $(`#chart-${key}`);
     if (!figure) continue;
     const table = data[chart.table];
-    const invalid = (place) => (key === "weight" || !table.invalid?.[place] ? "" : `; ${count(table.invalid[place], "channel")} not valid`);
+    const invalid = (place) => (key === "weight" || !table.num_invalid?.[place] ? "" : `; ${count(table.num_invalid[place], "channel")} not valid`);
     drawChart(figure, { ...chart, columns: listColumns(table, key, invalid), label: $("figcaption", figure).firstChild.textContent });
   }
 
@@ -359,7 +366,7 @@
           const value = values[row][column];
           if (row === column) return make("td", { class: "same" }, "·");
           const share = value === null ? 0 : Math.min(1, isRatio ? Math.log(value) / Math.log(top) : value / top);
-          const cell = make("td", { class: share > 0.55 ? "strong" : "", tabindex: 0 }, format(value));
+          const cell = make("td", { class: share > 0.55 ? "strong" : "", tabindex: row === 0 && column === 1 ? 0 : -1 }, format(value));
           cell.style.setProperty("--share", share);
           const tell = () => readout.replaceChildren(...describe(row, column));
           cell.addEventListener("pointerenter", tell);
@@ -369,12 +376,21 @@
         return make("tr", {}, make("th", { scope: "row" }, each), ...cells);
       });
       holder.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
-      readout.textContent = "Point at a field, or go to it with the tab key.";
+      readout.textContent = "Point at a field, or go to one with the tab and arrow keys.";
     }
 
     drawChart($(".overview", figure), {
       columns: kind.norm.map((norm, place) => ({ norm, owner: "", band: [0, 0, 0, 0, largest[place]] })),
       unit: "largest distance of two means, in standard deviations", label: "Largest distance of each layer", isPositive: false, isBar: true, line: 0,
+    });
+    holder.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+      if (!step || !event.target.matches("td")) return;
+      event.preventDefault();
+      let cell = event.target;
+      do cell = holder.querySelector("table").rows[cell.parentNode.rowIndex + step[0]]?.cells[cell.cellIndex + step[1]];
+      while (cell?.textContent === "·");
+      if (cell?.matches("tbody td")) cell.focus();
     });
     slider.addEventListener("input", () => {
       show();
