@@ -13,6 +13,7 @@ from pathlib import Path
 from bnext.cli.output_file import find_folder_faults
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.report_html import format_html
 from bnext.diagnostics.report_json import format_json
 from bnext.diagnostics.report_sarif import format_sarif
 from bnext.diagnostics.report_text import explain_check, format_text, list_checks, summarize
@@ -32,7 +33,11 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--format", choices=_FORMATS, help="of the report (default: by the ending of --output, else text)")
     add("--output", metavar="FILE", help=f"where the report is written ({', '.join(_BY_ENDING)}), instead of shown")
-    add("--inventory", action="store_true", help="all norms in the text, also where they are more than a screen")
+    add(
+        "--all",
+        action="store_true",
+        help="all norms and all advice in the text, also where they are more than a screen",
+    )
     add("--fail-on", choices=("error", "warning"), help="end with status 1 if there is a finding as bad as that")
     add("--list", action="store_true", help="show all checks with their codes, and end")
     add("--explain", metavar="CODE", help="show what a code means, such as BN001, and end")
@@ -116,15 +121,12 @@ def _format(args: argparse.Namespace, diagnosis: Diagnosis, status: int) -> str:
     if args.format == "sarif":
         return format_sarif(diagnosis, status=status)
     if args.format == "html":
-        from bnext.diagnostics.report_html import format_html
-
-        html: str = format_html(diagnosis)
-        return html
+        return format_html(diagnosis)
 
     is_shown = args.output is None and is_terminal(sys.stdout)
     has_colors = is_shown and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    inventory = "all" if args.inventory or args.output is not None else "short"
-    return format_text(diagnosis, width=_find_width(), has_colors=has_colors, inventory=inventory)
+    is_complete = args.all or args.output is not None
+    return format_text(diagnosis, width=_find_width(), has_colors=has_colors, is_complete=is_complete)
 
 
 def _find_width() -> int:

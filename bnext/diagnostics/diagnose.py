@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from bnext.diagnostics.facts import Facts, ForwardFacts, NormFacts, TrainingFacts
@@ -151,7 +152,7 @@ def collect_facts(
         norms=norms,
         model_name=type(model).__name__,
         is_training=model.training,
-        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters() if not is_lazy(parameter)),
         training=TrainingFacts(
             num_workers=num_workers if num_workers > 1 else None,
             weight_decay=decay,

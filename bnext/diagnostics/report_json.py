@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping
@@ -47,6 +48,7 @@ def describe_diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         "checks": list(find_checks()),
         "findings": [_describe(finding) for finding in diagnosis.findings],
         "inventory": [describe_overview(group) for group in summarize_norms(facts)],
+        "advice": [dataclasses.asdict(advice) for advice in diagnosis.advice],
         "failures": list(diagnosis.failures),
     }
     plain: dict[str, Any] = _simplify(drop_nan(report))

@@ -107,7 +107,7 @@ def _describe_result(finding: Finding, index: int, place: str, lines: Mapping[st
 def _write_message(finding: Finding) -> str:
     """The evidence and the remedy."""
     remedy = finding.evidence.remedy
-    parts = [finding.evidence.text, remedy.text, *write_pairs(remedy), remedy.command, remedy.call]
+    parts = [finding.evidence.text, remedy.text, *write_pairs(remedy.keys), remedy.command, remedy.call]
     text = "\n".join(part for part in parts if part)
     return text.replace("](", "]\\(")  # which would be a link
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
 
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.findings import SEVERITIES, Check, Depth, Evidence, Finding, Remedy
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.overview import Overview, find_facets, summarize_norms
+from bnext.diagnostics.recommend import Advice
 from bnext.text import flatten_text
 
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
@@ -36,7 +36,7 @@ def format_text(
     *,
     width: int = 100,
     has_colors: bool = False,
-    inventory: Literal["short", "all", "none"] = "short",
+    is_complete: bool = False,
 ) -> str:
     """The whole report as text.
 
@@ -44,7 +44,8 @@ def format_text(
         diagnosis: see `Diagnosis`.
         width: of the terminal, in letters; what can be pasted is never broken.
         has_colors: whether severities are in colours.
-        inventory: a screen of it, all of it, or none.
+        is_complete: all norms, and advice for every place; else of norms what fits a screen, and advice where the
+            model does otherwise.
     """
     width = max(width, _LEAST_WIDTH)
     paint: Callable[[str, str], str] = _paint if has_colors else _leave
@@ -61,8 +62,10 @@ def format_text(
     for failure in diagnosis.failures:
         lines += _wrap(f"not known: {flatten_text(failure)}", width, "  ")
 
-    if inventory != "none" and diagnosis.facts.norms:
-        lines += ["", *_list_norms(diagnosis, width, None if inventory == "all" else _MOST_LINES)]
+    if diagnosis.facts.norms:
+        lines += ["", *_list_norms(diagnosis, width, None if is_complete else _MOST_LINES)]
+    if diagnosis.advice:
+        lines += ["", *_list_advice(diagnosis, width, is_complete=is_complete)]
     lines += ["", *_tell_next(diagnosis)]
     return "\n".join(lines)
 
@@ -124,16 +127,21 @@ def _fold_layers(evidence: Evidence) -> str:
 
 def _list_pastes(remedy: Remedy) -> list[str]:
     """Lines to paste, unbroken: keys as a command line takes them, a command, Python."""
-    lines = [flatten_text(pair) for pair in write_pairs(remedy)]
+    lines = [flatten_text(pair) for pair in write_pairs(remedy.keys)]
     lines += [flatten_text(remedy.command)] if remedy.command else []
     if remedy.call:
         lines += [flatten_text(line) for line in remedy.call.split("\n")]
     return lines
 
 
-def write_pairs(remedy: Remedy) -> list[str]:
-    """The keys of a remedy as KEY VALUE pairs of a command line."""
-    return [f"{key} {shlex.quote(str(value))}" for key, value in remedy.keys.items()]
+def write_pairs(keys: Mapping[str, object]) -> list[str]:
+    """Keys as KEY VALUE pairs of a command line.
+
+    Example:
+        >>> write_pairs({"MODEL.FPN.NORM": "SyncBN", "TEST.AUG.MIN_SIZES": (400, 500)})
+        ['MODEL.FPN.NORM SyncBN', "TEST.AUG.MIN_SIZES '(400, 500)'"]
+    """
+    return [f"{key} {shlex.quote(str(value))}" for key, value in keys.items()]
 
 
 # ---- the inventory
@@ -156,7 +164,7 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
         block = [*_wrap(_name_group(group), width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
         if most is not None and lines and len(lines) + len(block) > most:
             norms = sum(len(one.norms) for one in groups[number:])
-            lines.append(f"... {len(groups) - number} more groups with {norms:,} norms: --inventory shows all")
+            lines.append(f"... {len(groups) - number} more groups with {norms:,} norms: --all shows them")
             break
         lines += block
     return lines
@@ -189,6 +197,35 @@ def _join(facets: Mapping[str, str]) -> str:
     for question, answer in facets.items():
         words.append(answer if question == "together" else f"{question}: {answer}")
     return flatten_text("; ".join(words))
+
+
+# ---- advice
+
+
+def _list_advice(diagnosis: Diagnosis, width: int, *, is_complete: bool) -> list[str]:
+    """Places whose norm is none of those that are advised, with their choices; the others are named."""
+    followed = [advice.place or "the model" for advice in diagnosis.advice if advice.is_followed]
+    shown = [advice for advice in diagnosis.advice if is_complete or not advice.is_followed]
+
+    lines = ["Which norm?"] if diagnosis.advice else []
+    if followed:
+        lines += _wrap(f"  Yours is one of those with good figures: {', '.join(followed)}.", width, "    ")
+    for advice in shown:
+        lines += _describe_advice(advice, width, len(advice.options) if is_complete else 1)
+    return lines
+
+
+def _describe_advice(advice: Advice, width: int, most: int) -> list[str]:
+    others = ", ".join(option.norm for option in advice.options[most:])
+    rest = f"; else {others}" if others else ""
+    lines = _wrap(flatten_text(f"  {advice.place or 'The model'}: {advice.situation}{rest}"), width, "    ")
+    for option in advice.options[:most]:
+        facts = "; ".join(part for part in (option.figure, option.limit) if part)
+        words = f"    - {option.norm}{' (yours)' if option.is_chosen else ''}: {facts} [{option.source}]"
+        lines += _wrap(flatten_text(words), width, "      ")
+        if not advice.is_followed:
+            lines += [f"          {flatten_text(pair)}" for pair in write_pairs(option.keys)]
+    return lines
 
 
 # ---- the end

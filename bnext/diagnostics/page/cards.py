@@ -66,7 +66,7 @@ def _write_layers(layers: Sequence[str], code: str) -> str:
 
 
 def _write_remedy(remedy: Remedy) -> str:
-    blocks = {"Config keys": "\n".join(write_pairs(remedy)), "Command line": remedy.command, "Python": remedy.call}
+    blocks = {"Config keys": "\n".join(write_pairs(remedy.keys)), "Command line": remedy.command, "Python": remedy.call}
     figures = "".join(write_paste(title, text) for title, text in blocks.items())
     return f'<div class="remedy"><p>{write_markdown(remedy.text)}</p>{figures}</div>'
 
@@ -99,5 +99,5 @@ def _write_option(option: Option) -> str:
     parts.append(f' <span class="muted">({escape(option.source)})</span>')
     parts += [f'<br><span class="muted">{escape(option.limit)}</span>'] if option.limit else []
 
-    pairs = "" if option.is_chosen else "\n".join(write_pairs(Remedy("", keys=option.keys)))
+    pairs = "" if option.is_chosen else "\n".join(write_pairs(option.keys))
     return f"<li>{''.join(parts)}{write_paste('Config keys', pairs)}</li>"
