@@ -14,7 +14,7 @@ from torch import nn
 import bnext
 from bnext import LevelBatchNorm2d, NormSpec, diagnose
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.facts import EvaluationFacts, Facts
+from bnext.diagnostics.facts import EvaluationFacts, Facts, Origin, WeightsFacts
 from bnext.diagnostics.findings import Check, Evidence, Finding, Remedy
 from bnext.diagnostics.profiles import QUANTILES, measure_distances
 from bnext.diagnostics.report_html import format_html
@@ -292,7 +292,17 @@ def test_empty_facts():
 
 @pytest.fixture(scope="module")
 def sick_page(facts):
-    findings = (find("error", ["head"]), find("warning", ["stem.1"], code="BN902"), find("note", [], code="BN903"))
+    name = "a_name_that_is_as_long_as_names_of_folders_are/"
+    command = f"bnext reestimate --config-file {name * 2}config.yaml --population per_level --output repaired.pth"
+    remedy = Remedy("Do it.", keys={"MODEL.BNEXT.RETINANET.STATISTICS": "shared"}, command=command)
+    facts = dataclasses.replace(
+        facts, model_name=name, origin=Origin("config", name * 2), weights=WeightsFacts(name * 2)
+    )
+    findings = (
+        find("error", ["head", name], remedy=remedy),
+        find("warning", ["stem.1"], code="BN902"),
+        find("note", [], code="BN903"),
+    )
     return format_html(Diagnosis(facts, findings, failures=("Nobody knows.",)))
 
 

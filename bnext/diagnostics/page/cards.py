@@ -87,9 +87,11 @@ def write_advice(every: Sequence[Advice]) -> str:
 def _write_place(advice: Advice) -> str:
     options = "".join(_write_option(option) for option in advice.options)
     place = f"{write_name(advice.place)}: " if advice.place else ""
-    best = escape(advice.options[0].norm) if advice.options else ""
-    return f"""<details class="advice"><summary>{place}{write_name(advice.situation)} <span class="muted">→ \
-{best}</span></summary><ol>{options}</ol></details>"""
+    best = f'<span class="muted">→ {escape(advice.options[0].norm)}</span>' if advice.options else ""
+    if advice.is_followed:
+        best = '<span class="badge healthy">followed</span>'
+    summary = f"<summary>{place}{write_name(advice.situation)} {best}</summary>"
+    return f'<details class="advice">{summary}<ol>{options}</ol></details>'
 
 
 def _write_option(option: Option) -> str:

@@ -192,12 +192,12 @@
   }
 
   function listDecades(low, high) {
-    const first = Math.ceil(Math.log10(low) - 1e-9);
-    const last = Math.floor(Math.log10(high) + 1e-9);
-    const step = Math.max(1, Math.ceil((last - first) / 5));
+    const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+    const steps = Math.log10(high / low) < 2 ? [1, 2, 5] : [1];
+    const skip = steps.length > 1 ? 1 : Math.max(1, Math.ceil((last - first) / 6));
     const ticks = [];
-    for (let power = first; power <= last; power += step) ticks.push(10 ** power);
-    return ticks.length > 1 ? ticks : [low, high];
+    for (let power = first; power <= last; power += skip) ticks.push(...steps.map((step) => step * 10 ** power));
+    return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
   }
 
   function nameColumn(column) {
