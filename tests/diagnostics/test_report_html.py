@@ -255,9 +255,9 @@ def test_the_policy_allows_the_script_of_the_page_alone(facts):
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in page
 
 
-def multiply(facts, number):
+def multiply(facts, number, **options):
     norm = facts.norms[0]
-    records = [dataclasses.replace(norm.record, path=f"layers.{place}.norm") for place in range(number)]
+    records = [dataclasses.replace(norm.record, path=f"layers.{place}.norm", **options) for place in range(number)]
     norms = tuple(dataclasses.replace(norm, record=record) for record in records)
     calls = [{record.path: forward.calls[norm.path] for record in records} for forward in facts.forwards]
     pairs = zip(facts.forwards, calls, strict=True)
@@ -445,21 +445,23 @@ def test_markup_in_names_stays_text():
 
 @pytest.mark.slow
 def test_thousands_of_norms_stay_usable(facts):
-    page = format_html(Diagnosis(multiply(facts, 5000), (find("error", ["layers.17.norm", "layers.4999.norm"]),)))
+    facts = multiply(facts, 5000, num_features=1234)
+    page = format_html(Diagnosis(facts, (find("error", ["layers.17.norm", "layers.4999.norm"]),)))
 
     seen = run_in_browser(
         page,
         """
         get("#unfold").click();
         await wait();
-        const rows = all("tbody tr").length;
+        const rows = all("tbody tr").length, first = [...get("tbody tr").children].map((cell) => cell.textContent);
         get("#query").value = "bn901";
         get("#query").dispatchEvent(new Event("input"));
-        return { rows, shown: get("#shown").textContent, elements: all("*").length };
+        return { rows, first, shown: get("#shown").textContent, elements: all("*").length };
         """,
     )
 
     assert len(page) < 5e6
     assert seen["rows"] == 201
+    assert seen["first"] == ["layers.0.norm", "1,234", "4", "144", "1", "2", ""]
     assert seen["shown"] == "2 of 5,000 norms"
     assert seen["elements"] < 3000

@@ -27,7 +27,8 @@
     return Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 }).replace("-", "−");
   }
 
-  const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+  const whole = (number) => number?.toLocaleString("en") ?? "–"; // counts, which are not rounded
+  const count = (number, word) => `${whole(number)} ${word}${number === 1 ? "" : "s"}`;
 
   // ---- dark and light
 
@@ -86,10 +87,11 @@
 
   function makeRow(norm) {
     const elements = norms.elements[norm];
-    const range = elements && (elements[0] === elements[1] ? format(elements[0]) : `${format(elements[0])} – ${format(elements[1])}`);
+    const range = elements && [...new Set(elements)].map(whole).join(" – ");
+    const numbers = [norms.channels[norm] || null, norms.together[norm], norms.calls[norm], norms.updates[norm]].map(whole);
+    const cells = [...numbers.slice(0, 2), range || "–", ...numbers.slice(2)];
     const row = make("tr", {}, make("th", { scope: "row", class: "path" }, paths[norm] || "the model"));
-    const cells = [norms.channels[norm] || null, norms.together[norm], range, norms.calls[norm], norms.updates[norm]];
-    for (const cell of cells) row.append(make("td", {}, typeof cell === "string" ? cell : format(cell)));
+    row.append(...cells.map((cell) => make("td", {}, cell)));
     const codes = [...new Set(norms.findings[norm].map((number) => findings[number].code))].join(", ");
     row.append(make("td", { class: "words" }, [codes, norms.reason[norm]].filter(Boolean).join("; ")));
     return row;
@@ -100,7 +102,7 @@
     const shown = group.members.filter(isShown);
     body.replaceChildren(...shown.slice(0, most).map(makeRow));
     if (shown.length > most) {
-      const more = make("button", { type: "button" }, `Show all ${shown.length.toLocaleString("en")}`);
+      const more = make("button", { type: "button" }, `Show all ${whole(shown.length)}`);
       more.addEventListener("click", () => fillGroup(group, Infinity));
       body.append(make("tr", {}, make("td", { colspan: 7 }, more)));
     }
@@ -121,7 +123,7 @@
       group.hidden = number === 0;
       if (group.open) fillGroup(group);
     }
-    $("#shown").textContent = total === paths.length ? count(total, "norm") : `${total.toLocaleString("en")} of ${count(paths.length, "norm")}`;
+    $("#shown").textContent = total === paths.length ? count(total, "norm") : `${whole(total)} of ${count(paths.length, "norm")}`;
   }
 
   if (query) {
