@@ -119,6 +119,7 @@ def test_the_numbers_of_the_page_are_those_of_the_facts(facts):
     distance = (means.mean(0) - population.mean).abs() / (population.var + 1e-5).sqrt()
     expected = torch.quantile(distance, torch.tensor(QUANTILES, dtype=distance.dtype))
     assert comparison["distance"][0] == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-9)
+    assert comparison["ratio"][0] == pytest.approx(expect_ratio(forwards, population), rel=1e-3)
 
     means = distances["levels"]["means"][0]
     assert distances["levels"]["names"] == [list(LEVELS)]
@@ -127,6 +128,15 @@ def test_the_numbers_of_the_page_are_those_of_the_facts(facts):
     assert means[1][1] == 0
     assert data["norms"]["together"] == [4, 4]
     assert data["norms"]["updates"] == [2, 2]
+
+
+def expect_ratio(forwards, population):
+    samples = [forward.calls["stem.1"][0].samples for forward in forwards]
+    means, variances = (torch.cat([getattr(each, name) for each in samples]) for name in ("mean", "var"))
+    var = variances.mean(0) + means.var(0, correction=0)
+    number = sum(float(each.count.sum()) for each in samples)
+    ratio = ((var * number / (number - 1) + 1e-5) / (population.var + 1e-5)).sqrt()
+    return torch.quantile(ratio, torch.tensor(QUANTILES, dtype=ratio.dtype)).tolist()
 
 
 def test_a_population_of_training_images_stands_before_batches(facts):
@@ -318,20 +328,20 @@ def test_groups_unfold_and_are_searched(sick_page):
         const unfolded = rows();
         get("#query").value = "bn902";
         get("#query").dispatchEvent(new Event("input"));
-        const found = rows(), shown = get("#shown").textContent;
+        const found = rows(), shown = get("#shown").textContent, hidden = all(".group[hidden]").length;
         get("#unfold").click();
         await wait();
         const folded = rows();
         get(".show").click();
         await wait();
-        return { before, unfolded, found, shown, folded, asked: rows() };
+        return { before, unfolded, found, shown, hidden, folded, asked: rows() };
         """,
     )
 
     assert seen["before"] == seen["folded"] == []
     assert seen["unfolded"] == ["stem.1", "head"]
     assert seen["found"] == ["stem.1"]
-    assert seen["shown"] == "1 of 2 norms"
+    assert (seen["shown"], seen["hidden"]) == ("1 of 2 norms", 1)
     assert seen["asked"] == ["head"]
 
 
