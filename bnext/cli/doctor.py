@@ -13,9 +13,12 @@ from bnext.cli.doctor_report import (
     tell_of_checks,
 )
 from bnext.config import load_config
+from bnext.config.files import name_config_file
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
+from bnext.errors import ConfigError
 from bnext.evaluation.doctor import examine_detector
+from bnext.evaluation.doctor_data import DEFAULT_IMAGES, add_data_facts
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute"]
 
@@ -23,6 +26,7 @@ DESCRIPTION = """Find what is wrong with the batch norms of a detector, before, 
 
     bnext doctor --config-file CONFIG.yaml
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --data
+    bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --depth full --num-images 500
 
 Nothing is written but --output, no weight is fetched, nothing of a checkpoint is run. The exit status is 1 where
 --fail-on is met, 2 for a mistake in the command."""
@@ -32,6 +36,17 @@ IS_INTERMIXED = True
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config-file", default="", metavar="FILE", help=f"of the model: {FILE_HELP}")
+    add(
+        "--depth",
+        choices=("static", "forward", "full"),
+        default="static",
+        help="static: model and config alone. forward: a few batches of DATASETS.TRAIN, and pixels of DATASETS.TEST. "
+        "full: in addition statistics re-estimated on training images, and AP and loss of three kinds of statistics",
+    )
+    add("--data", action="store_const", const="forward", dest="depth", help="the same as --depth forward")
+    few, many = DEFAULT_IMAGES["forward"], DEFAULT_IMAGES["full"]
+    images_help = f"that are run at most (default: {few} at depth forward, {many} of training and of test at full)"
+    add("--num-images", type=int, metavar="N", help=images_help)
     add("--num-gpus", type=int, metavar="N", help="workers that train the model (default: 1)")
     add_report_arguments(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
@@ -42,10 +57,15 @@ def execute(args: argparse.Namespace) -> int:
     if tell_of_checks(args):
         return 0
     check_report(args)
+    if args.num_images is not None and args.num_images < 1:
+        remedy = "Leave it out for the default."
+        raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy=remedy)
 
     with keeping_output_clean():
         cfg = load_config(args.config_file, args.opts)
-        origin = Origin("config", args.config_file, tuple(args.opts), cfg.MODEL.WEIGHTS)
-        facts, _ = examine_detector(cfg, origin, args.num_gpus)
+        origin = Origin("config", name_config_file(args.config_file), tuple(args.opts), cfg.MODEL.WEIGHTS)
+        facts, model = examine_detector(cfg, origin, args.num_gpus)
+        if args.depth != "static":
+            facts = add_data_facts(facts, cfg, model, args.depth, args.num_images)
         diagnosis = examine_facts(facts)
     return give_report(args, diagnosis)

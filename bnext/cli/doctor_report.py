@@ -119,7 +119,7 @@ def _format(args: argparse.Namespace, diagnosis: Diagnosis, status: int) -> str:
     if args.format == "json":
         return format_json(diagnosis)
     if args.format == "sarif":
-        return format_sarif(diagnosis, status=status)
+        return format_sarif(diagnosis, status=status, config_file=args.config_file)
     if args.format == "html":
         return format_html(diagnosis)
 

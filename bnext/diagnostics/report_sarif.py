@@ -15,7 +15,6 @@ import yaml
 
 import bnext
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.facts import Origin
 from bnext.diagnostics.findings import Check, Finding
 from bnext.diagnostics.registry import find_checks
 from bnext.diagnostics.report_text import write_pairs
@@ -27,22 +26,26 @@ _SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 _MOST_LAYERS = 100  # of a finding; code scanning shows no more
 
 
-def format_sarif(diagnosis: Diagnosis, *, status: int = 0) -> str:
+def format_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = "") -> str:
     """The report as a SARIF text; see `describe_sarif`."""
-    return json.dumps(describe_sarif(diagnosis, status=status), indent=2, allow_nan=False)
+    log = describe_sarif(diagnosis, status=status, config_file=config_file)
+    return json.dumps(log, indent=2, allow_nan=False)
 
 
-def describe_sarif(diagnosis: Diagnosis, *, status: int = 0) -> dict[str, Any]:
+def describe_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = "") -> dict[str, Any]:
     """The report as a SARIF log with one run.
 
     Args:
         diagnosis: see `Diagnosis`. Its findings are placed in the config file, at the key that the remedy sets where
             the file has it, else in the checkpoint; those of a model in Python have layers alone.
         status: exit status of the command.
+        config_file: path of the config; "": as in the diagnosis.
     """
+    origin = diagnosis.facts.origin
+    config_file = config_file or origin.config_file
     checks = find_checks()
     findings = [finding for finding in diagnosis.findings if finding.code in checks]
-    place, lines = _find_place(diagnosis.facts.origin), _read_lines(diagnosis.facts.origin.config_file)
+    place, lines = _find_place(config_file or origin.weights), _read_lines(config_file)
     numbers: collections.Counter[str] = collections.Counter()
     results = []
 
@@ -125,9 +128,8 @@ def _identify(finding: Finding, place: str) -> str:
 # ---- where it is
 
 
-def _find_place(origin: Origin) -> str:
-    """The config file, else the checkpoint, as a URI: relative to the working directory where it is below; ""."""
-    path = origin.config_file or origin.weights
+def _find_place(path: str) -> str:
+    """A file as a URI, which is relative to the working directory where the file is below it."""
     if "://" in path:
         return path
     file = find_local_file(path)
