@@ -11,6 +11,7 @@ from bnext.diagnostics.findings import SEVERITIES, Check, Depth, Evidence, Findi
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.overview import Overview, find_facets, summarize_norms
 from bnext.diagnostics.recommend import Advice
+from bnext.diagnostics.registry import find_checks
 from bnext.text import flatten_text
 
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
@@ -20,7 +21,7 @@ _MOST_PATTERNS = 6  # of the layers of a finding
 _MOST_NAMES = 12  # of a group of norms
 _LEAST_WIDTH = 40
 _LABEL = 9  # letters before what a line of a finding says
-_COLORS = {"error": "1;31", "warning": "1;33", "note": "36", "quiet": "2"}
+_COLORS = {"error": "1;31", "warning": "1;33", "note": "36"}
 
 # Depth -> words for it, and for what sees more.
 DEEPER: Mapping[Depth, tuple[str, str]] = {
@@ -34,7 +35,6 @@ _NEXT: Mapping[Depth, tuple[tuple[str, ...], str]] = {
     "static": (("--data",), "bnext.diagnose(model, data)"),
     "forward": (("--depth", "full"), 'bnext.diagnose(model, data, depth="full")'),
 }
-_LIST_OF_CHECKS = "bnext doctor --list"
 
 
 def format_text(
@@ -86,12 +86,10 @@ def summarize(diagnosis: Diagnosis) -> str:
 
     name, number = flatten_text(diagnosis.facts.model_name) or "the model", len(diagnosis.facts.norms)
     norms = "no norm" if not number else f"{number:,} norm{'s' if number > 1 else ''}"
-    return f"{name}, {norms}: {', '.join(counts) or 'nothing is wrong'}"
+    return f"{name}, {norms}: {', '.join(counts) or 'nothing wrong was found'}"
 
 
 def _tell_depth(diagnosis: Diagnosis) -> str:
-    from bnext.diagnostics.registry import find_checks
-
     facts, (looked, more) = diagnosis.facts, DEEPER[diagnosis.depth]
     words = f"{looked}, in {'training' if facts.is_training else 'evaluation'} mode"
     if facts.origin.kind == "checkpoint":
@@ -258,6 +256,8 @@ def find_next(diagnosis: Diagnosis) -> str:
             return origin.write_command("doctor", pairs=tuple(pairs))
         if remedy.call:
             return remedy.call
+    for finding in diagnosis.select("warning"):
+        return f"bnext doctor --explain {finding.code}"
 
     if diagnosis.depth not in _NEXT or not diagnosis.facts.norms:
         return ""
@@ -270,7 +270,7 @@ def find_next(diagnosis: Diagnosis) -> str:
 def _tell_next(diagnosis: Diagnosis) -> list[str]:
     command = find_next(diagnosis)
     if not command:
-        return ["Nothing is to be done." if not diagnosis.select("warning") else f"Every check: {_LIST_OF_CHECKS}"]
+        return ["Nothing is to be done."]
     return ["Next:", *(f"    {flatten_text(line)}" for line in command.split("\n"))]
 
 

@@ -30,7 +30,8 @@ def test_findings_come_worst_first_with_all_that_is_known_of_them():
     for label, words in {"layers": "{0-2} (3 norms)", "seen": "Seen.", "remedy": "Do it."}.items():
         assert f"  {label:9}{words}" in lines
     assert find_checks()["BN001"].source.split()[0] in text
-    assert "bnext doctor --explain BN001" in text
+    assert "  more     bnext doctor --explain BN001" in lines
+    assert lines[-2:] == ["Next:", "    bnext doctor --explain BN001"], "there is nothing to paste"
 
 
 def test_it_keeps_to_the_width_of_the_terminal_but_for_what_is_pasted():
@@ -84,7 +85,7 @@ def test_what_is_healthy_is_one_line_that_says_what_was_looked_at():
         model = torchvision.models.resnet50()
 
     lines = str(diagnose(model)).splitlines()
-    assert lines[0] == "ResNet, 53 norms: nothing is wrong."
+    assert lines[0] == "ResNet, 53 norms: nothing wrong was found."
     assert "without data" in lines[1]
     assert "More is seen with data" in lines[1]
     assert lines[-1].strip() == "bnext.diagnose(model, data)"
