@@ -98,6 +98,10 @@ def find_facets(group: Overview) -> dict[str, str]:
     facets["calls per forward"] = "" if group.num_calls is None else str(group.num_calls)
     facets["channels"] = format_range([one.record.num_features for one in group.norms])
 
+    if not norm.type_name:  # of a checkpoint alone, which says no more
+        del facets["in training"]
+        return {question: answer for question, answer in facets.items() if answer}
+
     facets["eps"] = f"{record.eps:g}"
     if norm.is_by_mini_batch and record.population != "none":
         facets["momentum"] = "cumulative" if record.momentum is None else f"{record.momentum:g}"

@@ -261,10 +261,8 @@ def find_next(diagnosis: Diagnosis) -> str:
 
     if diagnosis.depth not in _NEXT or not diagnosis.facts.norms:
         return ""
-    if origin.kind == "checkpoint":
-        return shlex.join(["bnext", "doctor", "--config-file", "CONFIG.yaml", "MODEL.WEIGHTS", origin.weights])
     options, call = _NEXT[diagnosis.depth]
-    return origin.write_command("doctor", *options) if origin.kind == "config" else call
+    return origin.write_command("doctor", *options) if origin.kind != "model" else call
 
 
 def _tell_next(diagnosis: Diagnosis) -> list[str]:

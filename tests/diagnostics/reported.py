@@ -60,7 +60,7 @@ def find_something(facts, *severities, **changes):
     return dataclasses.replace(examine_facts(facts), findings=tuple(findings))
 
 
-def place_in(diagnosis, config_file, weights=""):
-    """The diagnosis as that of a config."""
-    origin = Origin("config", str(config_file), ("SEED", "1"), weights)
+def place_in(diagnosis, config_file, weights="", kind="config"):
+    """The diagnosis as that of a config, or of a checkpoint alone."""
+    origin = Origin(kind, str(config_file), ("SEED", "1"), weights)
     return dataclasses.replace(diagnosis, facts=dataclasses.replace(diagnosis.facts, origin=origin))

@@ -150,10 +150,10 @@ def test_weights_that_were_not_read_and_a_file_alone_are_said():
     facts = dataclasses.replace(make_facts(), weights=WeightsFacts("detectron2://a.pkl"))
     assert "detectron2://a.pkl was not read." in str(examine_facts(facts))
 
-    alone = dataclasses.replace(make_facts(), origin=Origin("checkpoint", weights="my model.pth"))
+    alone = dataclasses.replace(make_facts(), origin=Origin("checkpoint", "my.yaml", weights="my model.pth"))
     text = str(examine_facts(alone))
     assert "Looked at: a file alone;" in text
-    assert text.endswith("bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS 'my model.pth'")
+    assert text.endswith("bnext doctor --config-file my.yaml --data MODEL.WEIGHTS 'my model.pth'")
 
 
 def test_forwards_are_counted_as_calls():
