@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import errno
 import os
 import stat
@@ -12,8 +13,9 @@ from typing import Any
 
 import yaml
 from detectron2.utils.file_io import PathManager
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from bnext.config.arithmetic import compute
 from bnext.config.files import find_config_file, find_near_configs
 from bnext.errors import ConfigError, LaunchError, Refusal
 
@@ -37,8 +39,7 @@ _TAG = Refusal(
     ConfigError,
     "{thing}",
     "be plain YAML, as a tag can run code",
-    "Write the values themselves in its place: a tuple as [1, 2], and what is to be computed as its result, as "
-    "configs/Base-RetinaNet.yaml has the anchors of Detectron2's.",
+    "Write the values themselves in its place: a tuple as [1, 2], and what is to be computed as its result.",
 )
 _TWICE = Refusal(
     ConfigError,
@@ -76,8 +77,17 @@ class _Loader(yaml.SafeLoader):
     def refuse_tag(self, node: Node) -> Any:
         raise _UnreadableError(_TAG, f"the tag {node.tag.replace('tag:yaml.org,2002:', '!!')}", node)
 
+    def compute_text(self, node: Node) -> Any:
+        """The value of `!!python/object/apply:eval [text]`, as Detectron2's own configs have it; nothing is run."""
+        match node:
+            case SequenceNode(value=[ScalarNode(value=str() as text)]):
+                with contextlib.suppress(ValueError):
+                    return compute(text)
+        return self.refuse_tag(node)
+
 
 _Loader.add_constructor(None, _Loader.refuse_tag)
+_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _Loader.compute_text)
 
 
 def read_file(path: str, thing: str = "--config-file", behind: tuple[str, ...] = ()) -> dict[str, Any]:

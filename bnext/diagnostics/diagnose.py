@@ -16,6 +16,7 @@ from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.observe import observe_forward
 from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.statistics.data_pass import Forward
@@ -50,6 +51,11 @@ class Diagnosis:
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
+
+    @property
+    def advice(self) -> tuple[Advice, ...]:
+        """Norms for this batch, these workers, this data."""
+        return recommend(self.facts)
 
     def __str__(self) -> str:
         from bnext.diagnostics.report_text import format_text

@@ -99,6 +99,7 @@ class NormFacts:
         levels: features that it is called on in one forward, where that is known without one.
         sees_rois: whether its samples are RoIs; None: not known.
         layer_before: the layer whose output it gets; None: not known.
+        norm_key: config key that names the norms of its place; "": there is none.
     """
 
     record: NormRecord
@@ -111,6 +112,7 @@ class NormFacts:
     levels: tuple[str, ...] = ()
     sees_rois: bool | None = None
     layer_before: LayerFacts | None = None
+    norm_key: str = ""
 
     @property
     def path(self) -> str:

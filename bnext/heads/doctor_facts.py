@@ -43,7 +43,7 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
         place = next((name for root, name in places.items() if norm.path.startswith(f"{root}.")), "")
         changed: dict[str, Any] = {"place": place, "reason": _explain(cfg, model, norm, place)}
         if place:
-            changed["sees_rois"] = PLACES[place].sees_rois
+            changed |= {"sees_rois": PLACES[place].sees_rois, "norm_key": PLACES[place].norm}
         if place in levels:
             changed["levels"] = levels[place]
         norms.append(dataclasses.replace(norm, **changed))
