@@ -67,7 +67,7 @@ def test_it_can_be_switched_off_and_is_silent_for_who_repairs_and_on_other_worke
 
 
 def test_a_doctor_that_fails_prevents_no_model(said, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError
 
     monkeypatch.setattr(build_warnings, "collect_facts", fail)
