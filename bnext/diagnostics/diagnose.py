@@ -18,6 +18,7 @@ from bnext.diagnostics.observe import observe_forward
 from bnext.diagnostics.read_norms import read_norms
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
+from bnext.diagnostics.worker_differences import compare_workers
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.statistics.data_pass import Forward
 
@@ -91,7 +92,8 @@ def diagnose(
 
     Note:
         Nothing of the model changes: modes, buffers, attributes and random numbers are bit by bit as before, also
-        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data.
+        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Where
+        several workers run, all must call it: their running statistics are compared, which is a collective.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8, momentum=0.9))
@@ -120,7 +122,7 @@ def collect_facts(
     averaged: nn.Module | None = None,
     before: nn.Module | None = None,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose`."""
+    """What a model says without being run; arguments as in `diagnose`. A collective where several workers run."""
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)
@@ -138,6 +140,7 @@ def collect_facts(
             decay_of_others=decay_of_others,
             ddp=ddp,
         ),
+        worker_differences=compare_workers(norms),
         averaged=None if averaged is None else read_norms(unwrap_model(averaged)),
         before=None if before is None else read_norms(unwrap_model(before)),
     )

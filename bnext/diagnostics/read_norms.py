@@ -44,7 +44,8 @@ def _read(model: nn.Module, record: NormRecord, shuffles: Shuffles) -> NormFacts
             populations.append(Population(owner, mean, var, _count_updates(own)))
 
         weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
-        tensors = [value for value in (weight, bias) if isinstance(value, Tensor) and value.dim() == 1]
+        given = [value for value in (weight, bias) if isinstance(value, Tensor) and not is_lazy(value)]
+        tensors = [value for value in given if value.dim() == 1]
         if tensors:
             is_trained = any(isinstance(value, nn.Parameter) and value.requires_grad for value in tensors)
             affines.append(Affine(owner, _copy(weight), _copy(bias), is_trained))
