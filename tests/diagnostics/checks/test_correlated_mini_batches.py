@@ -94,14 +94,17 @@ def test_finds_samples_of_one_image_that_are_alike():
 def test_samples_of_one_image_that_are_as_apart_as_others_are_healthy():
     assert not find("BN003", Crops(0.0), make_images())
     assert not find("BN003", Crops(2.0), make_images(8))
-    assert not find("BN003", Crops(2.0), make_images()[:1] * 4)  # nothing is known from one image
 
 
-def test_rois_that_are_not_alike_are_a_note():
-    facts = observe_batches(collect_facts(Crops(0.0)), Crops(0.0), make_images())
+@pytest.mark.parametrize(
+    ("data", "severity"),
+    [(make_images(), "note"), (make_images()[:1] * 4, "error")],  # from one image nothing is known
+)
+def test_rois_that_are_not_alike_are_a_note(data, severity):
+    facts = observe_batches(collect_facts(Crops(0.0)), Crops(0.0), data)
     facts = dataclasses.replace(facts, norms=tuple(dataclasses.replace(n, sees_rois=True) for n in facts.norms))
 
-    assert [evidence.severity for evidence in examine("BN003", facts)] == ["note"]
+    assert [evidence.severity for evidence in examine("BN003", facts)] == [severity]
 
 
 @pytest.mark.parametrize("num_workers", [None, 4])

@@ -35,7 +35,10 @@ def test_by_the_number_of_elements(size, severity):
 
 
 def test_vectors_have_an_element_of_each_sample():
-    assert find("BN010", nn.Sequential(nn.BatchNorm1d(3)), [torch.zeros(1, 3)])[0].severity == "error"
+    (evidence,) = find("BN010", nn.Sequential(nn.BatchNorm1d(3)), [torch.zeros(1, 3)])
+
+    assert evidence.severity == "error"
+    assert not evidence.remedy.call  # which convert_norm would refuse
     assert not find("BN010", nn.Sequential(nn.BatchNorm1d(3)), [torch.zeros(16, 3)])
 
 
