@@ -57,7 +57,7 @@ def count_samples(facts: Facts, norm: NormFacts) -> int | None:
 
     numbers = []
     for forward in facts.forwards:
-        if forward.is_noise and norm.sees_rois:
+        if forward.is_alone or (forward.is_noise and norm.sees_rois):
             continue  # how many RoIs are found in noise says nothing
         sizes = [call.size[0] for call in forward.calls.get(norm.path, ())]
         if sizes and images is not None and forward.num_images:
@@ -104,7 +104,7 @@ def count_elements(facts: Facts, norm: NormFacts) -> tuple[int, int] | None:
     if together is None:
         return None
 
-    forwards = [forward for forward in facts.forwards if norm.path in forward.calls]
+    forwards = [forward for forward in facts.forwards if norm.path in forward.calls and not forward.is_alone]
     real = [forward for forward in forwards if not forward.is_noise]
     largest = max((forward.num_images for forward in forwards), default=0)
     numbers = []

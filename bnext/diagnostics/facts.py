@@ -7,6 +7,7 @@ what a config, a checkpoint, an evaluation or a training know, the rooms above f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -26,6 +27,7 @@ __all__ = [
     "NormFacts",
     "Origin",
     "Population",
+    "StandardErrors",
     "StepFacts",
     "TrainingFacts",
     "WeightsFacts",
@@ -104,6 +106,11 @@ class NormFacts:
         num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
         single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
             output.
+        is_after_trained: whether the last layer with weights before it, in the order of modules, takes gradients;
+            None: there is none.
+        has_own_forward: whether its class computes something that no form describes, as with an activation in it.
+        extras: names of parameters, buffers and modules that it holds besides a norm's state, and "hooks".
+        dtype: of its statistics or its affine, as "float16"; "": it has none.
     """
 
     record: NormRecord
@@ -120,6 +127,10 @@ class NormFacts:
     shuffle: str = ""
     num_groups: int | None = None
     single_element: str = "error"
+    is_after_trained: bool | None = None
+    has_own_forward: bool = False
+    extras: tuple[str, ...] = ()
+    dtype: str = ""
 
     @property
     def path(self) -> str:
@@ -167,6 +178,7 @@ class ForwardFacts:
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
         image_size: height and width of all images; (): not known.
+        is_alone: whether it is of one image taken out of a batch, to be compared with those: no training has it so.
     """
 
     num_images: int
@@ -175,6 +187,23 @@ class ForwardFacts:
     is_noise: bool = False
     domain: str = ""
     image_size: tuple[int, ...] = ()
+    is_alone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardErrors:
+    """How well a pass over images knows one set of statistics, from the differences between its mini-batches.
+
+    Args:
+        mean: standard error of the mean in standard deviations, 95th percentile over channels; infinite for fewer than
+            two mini-batches.
+        var: standard error of the variance relative to it, likewise.
+        num_batches: mini-batches that reached the norm.
+    """
+
+    mean: float
+    var: float
+    num_batches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +213,7 @@ class EvaluationFacts:
     Args:
         losses: kind -> mean loss. Kinds are "population" (those of the model), "mini_batch", "precise"
             (re-estimated on training images).
-        ap: kind -> box AP from 0 to 100.
+        ap: kind -> box AP from 0 to 100, or another score of this range; the higher the better.
         dataset: on which.
     """
 
@@ -208,6 +237,7 @@ class TrainingFacts:
         decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
+        mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
         virtual_images: of a worker, that enlarge its mini-batches by a forward alone.
     """
 
@@ -217,6 +247,7 @@ class TrainingFacts:
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
+    mixes_domains: bool | None = None
     virtual_images: int = 0
 
 
@@ -226,16 +257,19 @@ class StepFacts:
 
     Args:
         num_steps: that were watched.
-        num_forwards: forwards of the model in training mode in them.
-        updates: path -> times that its running statistics took in a mini-batch in them.
+        num_forwards: forwards of the model in training mode in them; 0: not known.
+        updates: path -> times that its running statistics took in a mini-batch in them, of several populations the
+            most; norms that do not count are absent.
         changed_between: path of each norm whose running statistics changed between two steps (validation, warm-up)
-            -> after which iteration first.
+            -> after which iteration first; -1: before the first one.
+        calls: path -> calls of the norm in one forward, the most; empty: not known.
     """
 
     num_steps: int
     num_forwards: int
     updates: Mapping[str, int]
     changed_between: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +285,9 @@ class WeightsFacts:
         unexpected: names in the file that the model has no place for.
         eps: path -> eps that the file says of its norm.
         is_folded: whether statistics are folded into the affine or the convolutions; None: not known.
+        folded: paths of norms whose statistics are folded into the affine that the file gave, or would give, them.
+        without_statistics: paths of norms to which the file gave an affine, and no statistics.
+        statistics: path -> over what the file says mini-batch statistics were computed in its training: "shared", ...
     """
 
     source: str = ""
@@ -261,6 +298,9 @@ class WeightsFacts:
     unexpected: tuple[str, ...] = ()
     eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
     is_folded: bool | None = None
+    folded: tuple[str, ...] = ()
+    without_statistics: tuple[str, ...] = ()
+    statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +359,12 @@ class Facts:
         averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
         before: the norms of the model before a conversion, or as it was saved; None: not given.
         failures: what could not be found out, and why, in sentences.
+        num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
+        folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
+        population_errors: of the statistics in `population`.
+        domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
+            samples; infinite for fewer than two.
+        images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
     norms: tuple[NormFacts, ...]
@@ -339,21 +385,30 @@ class Facts:
     averaged: tuple[NormFacts, ...] | None = None
     before: tuple[NormFacts, ...] | None = None
     failures: tuple[str, ...] = ()
+    num_trained: int | None = None
+    folded: tuple[str, ...] = ()
+    population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def batch_norms(self) -> tuple[NormFacts, ...]:
         """Norms that normalize by a batch or by a population."""
         return tuple(norm for norm in self.norms if norm.is_batch_norm)
 
     def find_norm(self, path: str) -> NormFacts | None:
         """The norm at a path."""
-        return next((norm for norm in self.norms if norm.path == path), None)
+        return self._by_path.get(path)
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, NormFacts]:
+        return {norm.path: norm for norm in self.norms}
 
     def get_config(self, key: str, default: object = None) -> object:
         """The value of a config key; `default` where there is no config, or no such key."""
         return default if self.config is None else self.config.get(key, default)
 
-    @property
+    @functools.cached_property
     def is_trained(self) -> bool:
         """Whether weights of a training are there: they were loaded, or a counter or an affine has moved.
 

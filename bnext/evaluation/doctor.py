@@ -10,12 +10,12 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torch import nn
 
-from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.config.blame import building_from_config
 from bnext.diagnostics.diagnose import collect_facts
-from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
+from bnext.diagnostics.facts import Facts, Origin
 from bnext.diagnostics.observe import observe_forward
-from bnext.files import find_local_file
+from bnext.evaluation.doctor_weights import load_weights
+from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.doctor_facts import add_config_facts
 
 __all__ = ["examine_detector"]
@@ -31,20 +31,11 @@ def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = Non
         origin: how the user came by it.
         num_workers: that train it.
     """
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
-    weights = _load(cfg, model)
-    facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights)
+    weights, failures = load_weights(cfg, model)
+    facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights, failures=failures)
     return _probe(add_config_facts(facts, cfg, model, num_workers), model), model
-
-
-def _load(cfg: CfgNode, model: nn.Module) -> WeightsFacts:
-    file = find_local_file(cfg.MODEL.WEIGHTS)
-    if not file:
-        return WeightsFacts(source=cfg.MODEL.WEIGHTS)
-    rest = Checkpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
-    iteration = rest.get("iteration")
-    return WeightsFacts(cfg.MODEL.WEIGHTS, is_loaded=True, iteration=iteration if isinstance(iteration, int) else None)
 
 
 def _probe(facts: Facts, model: nn.Module) -> Facts:

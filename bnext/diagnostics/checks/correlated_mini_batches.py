@@ -67,7 +67,7 @@ def _tell(facts: Facts, images: int, severity: Severity, norms: dict[NormFacts, 
             f", whose means differ from image to image {max(ratios):.3g} times as much (in variance) as those of "
             "independent samples would"
         )
-    text += ". These statistics tell of the image, which the network learns to use; those of the population do not."
+    text += ". Their statistics tell of the image, which the network learns to use; the population's do not."
     paths = tuple(norm.path for norm in norms)
     return Evidence(severity, paths, text, _advise(facts, list(norms)), numbers, _POINTS.get(images, 0.0))
 

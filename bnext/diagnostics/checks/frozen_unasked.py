@@ -75,8 +75,8 @@ CHECK = Check(
     title="norms are frozen by a switch that speaks of something else",
     explanation=(
         "Stages that FREEZE_AT freezes get frozen norms whatever NORM says, and a norm_eval switch leaves norms in "
-        "evaluation mode. Both are common on purpose, with a small batch and pre-trained weights. A SyncBN in such a "
-        "mode is not: whoever asks for a SyncBN wants the mini-batches that it no longer has."
+        "evaluation mode. Both are common on purpose, with a small batch and pre-trained weights. A SyncBN in "
+        "evaluation mode is not: whoever asks for a SyncBN wants the mini-batches that it no longer has."
     ),
     cost="",
     source="detectron2#2022, mmdetection#9877",

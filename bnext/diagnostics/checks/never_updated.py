@@ -1,0 +1,85 @@
+"""BN013: running statistics that no mini-batch has ever entered, in a model that is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved
+
+__all__ = ["CHECK"]
+
+
+def _examine(facts: Facts) -> Iterator[Evidence]:
+    norms = [norm for norm in facts.batch_norms if _keeps_statistics(norm)]
+    folded = () if facts.weights is None else facts.weights.folded
+
+    initial = [norm for norm in norms if norm.path not in folded and _is_left_out(facts, norm)]
+    if initial:
+        yield _judge_initial(facts, initial, len(norms))
+
+    still = [norm for norm in norms if norm.record.momentum == 0]
+    if still:
+        yield _judge_still(facts, still, len(norms))
+
+
+def _keeps_statistics(norm: NormFacts) -> bool:
+    return norm.is_by_mini_batch and norm.record.inference == "population" and bool(norm.populations)
+
+
+def _is_left_out(facts: Facts, norm: NormFacts) -> bool:
+    """Whether its affine was trained or loaded, and some of its statistics are those that it was made with.
+
+    New norms on loaded weights have both at their initial values.
+    """
+    unwritten = find_unwritten(norm)
+    if facts.weights is not None and facts.weights.is_loaded and norm.path in facts.weights.without_statistics:
+        return bool(unwritten)
+    return any(has_moved(get_affine(norm, population.owner)) for population in unwritten)
+
+
+def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:
+    owners = sorted({population.owner for norm in norms for population in find_unwritten(norm)} - {""})
+    of_owners = f" of {', '.join(owners)}" if owners else ""
+    text = (
+        f"{len(norms)} of {number} batch norms have a scale and shift that were trained, and population "
+        f"statistics{of_owners} as they were made (mean 0, variance 1, or all 0): at inference they hardly normalize."
+    )
+    remedy = Remedy("Estimate them; no weight is trained.", call="bnext.recompute_population_statistics(model, data)")
+    if facts.origin.kind != "model" and facts.weights is not None and facts.weights.is_loaded:
+        command = facts.origin.write_command("reestimate", "--output", "repaired.pth")
+        remedy = Remedy(remedy.text, command=command, call=remedy.call)
+    numbers = {"norms": float(len(norms)), "of": float(number)}
+    return Evidence("error", tuple(norm.path for norm in norms), text, remedy, numbers)
+
+
+def _judge_still(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:
+    text = (
+        f"{len(norms)} of {number} batch norms have momentum 0: mini-batches normalize in training, and never enter "
+        "the running statistics that normalize at inference."
+    )
+    paths = tuple(norm.path for norm in norms)
+    remedy = Remedy(
+        "Let statistics move; or freeze them with bnext.freeze_norms, so that they normalize in training as well.",
+        call=f"for path in {paths}:\n    model.get_submodule(path).momentum = 0.1",
+    )
+    severity: Severity = "error" if any(find_unwritten(norm) for norm in norms) else "warning"
+    return Evidence(severity, paths, text, remedy, {"norms": float(len(norms)), "of": float(number)})
+
+
+CHECK = Check(
+    code="BN013",
+    name="never-updated",
+    title="population statistics that nothing was ever written into",
+    explanation=(
+        "Training goes by mini-batches and looks well; inference goes by mean 0 and variance 1. It happens where "
+        "momentum is 0, where a checkpoint was saved or averaged without buffers, where another one had no statistics "
+        "(a GroupNorm's), or where a level or domain never came in training. A new norm that nobody has trained yet "
+        "has these values rightly."
+    ),
+    cost="",
+    source="",
+    depth="static",
+    examine=_examine,
+)
