@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -19,6 +19,7 @@ from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
 from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.read_norms import find_folded, read_norms
+from bnext.diagnostics.read_state import collect_state_facts
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
@@ -96,7 +97,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     data: Iterable[Any] | None = None,
     *,
     depth: DiagnoseDepth = "forward",
@@ -114,7 +115,8 @@ def diagnose(
     """Find what is wrong with the batch norms of a model, before, during or after its training.
 
     Args:
-        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do.
+        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do. Or a
+            state dict alone, of which everything else is passed over.
         data: batches like those of its training; None: the model is not run.
         depth: how much of the data is used: "static": none; "forward": a few batches; "full": all of them, for
             population statistics that those of the model are compared with.
@@ -149,6 +151,8 @@ def diagnose(
         ['BN017']
     """
     check_choice("depth", depth, get_args(DiagnoseDepth), where="diagnose")
+    if isinstance(model, Mapping):
+        return examine_facts(collect_state_facts(model))
     facts = collect_facts(model, optimizer=optimizer, averaged=averaged, before=before)
     if depth == "static":
         return examine_facts(facts)
@@ -156,6 +160,11 @@ def diagnose(
     for name, batches in {"data": data, "test_data": test_data, **(domains or {})}.items():
         if batches is not None:
             check_data(batches, "diagnose", name)
+    is_run = data is not None or bool(domains)
+    if is_run and any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+        failure = "The model is lazy and was not run, which would initialize it: run a batch through it first."
+        return examine_facts(dataclasses.replace(facts, failures=(*facts.failures, failure)))
+
     few, every = _open(data, num_batches, depth)
     run = partial(observe_batches, model=model, forward=forward, num_batches=num_batches)
     if few is not None:

@@ -7,6 +7,7 @@ what a config, a checkpoint, an evaluation or a training know, the rooms above f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -361,6 +362,8 @@ class Facts:
         num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
         folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
         population_errors: of the statistics in `population`.
+        domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
+            samples; infinite for fewer than two.
         images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
@@ -385,22 +388,27 @@ class Facts:
     num_trained: int | None = None
     folded: tuple[str, ...] = ()
     population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def batch_norms(self) -> tuple[NormFacts, ...]:
         """Norms that normalize by a batch or by a population."""
         return tuple(norm for norm in self.norms if norm.is_batch_norm)
 
     def find_norm(self, path: str) -> NormFacts | None:
         """The norm at a path."""
-        return next((norm for norm in self.norms if norm.path == path), None)
+        return self._by_path.get(path)
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, NormFacts]:
+        return {norm.path: norm for norm in self.norms}
 
     def get_config(self, key: str, default: object = None) -> object:
         """The value of a config key; `default` where there is no config, or no such key."""
         return default if self.config is None else self.config.get(key, default)
 
-    @property
+    @functools.cached_property
     def is_trained(self) -> bool:
         """Whether weights of a training are there: they were loaded, or a counter or an affine has moved.
 
