@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.doctor_report import (
@@ -14,10 +15,12 @@ from bnext.cli.doctor_report import (
 )
 from bnext.config import load_config
 from bnext.config.files import name_config_file
+from bnext.config.merge import split_pairs
 from bnext.diagnostics.diagnose import examine_facts
-from bnext.diagnostics.facts import Origin
+from bnext.diagnostics.facts import Facts, Origin
 from bnext.errors import ConfigError
 from bnext.evaluation.doctor import examine_detector
+from bnext.evaluation.doctor_checkpoint import ENDINGS, examine_checkpoint
 from bnext.evaluation.doctor_data import DEFAULT_IMAGES, add_data_facts
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute"]
@@ -27,6 +30,7 @@ DESCRIPTION = """Find what is wrong with the batch norms of a detector, before, 
     bnext doctor --config-file CONFIG.yaml
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --data
     bnext doctor --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth --depth full --num-images 500
+    bnext doctor model_final.pth    # the file alone, of any library: less is known of it
 
 Nothing is written but --output, no weight is fetched, nothing of a checkpoint is run. The exit status is 1 where
 --fail-on is met, 2 for a mistake in the command."""
@@ -49,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--num-images", type=int, metavar="N", help=images_help)
     add("--num-gpus", type=int, metavar="N", help="workers that train the model (default: 1)")
     add_report_arguments(parser)
-    add("opts", nargs="*", metavar="KEY VALUE", help=PAIRS_HELP)
+    add("opts", nargs="*", metavar="KEY VALUE", help=f"a checkpoint alone; or {PAIRS_HELP}")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -62,10 +66,38 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy=remedy)
 
     with keeping_output_clean():
-        cfg = load_config(args.config_file, args.opts)
-        origin = Origin("config", name_config_file(args.config_file), tuple(args.opts), cfg.MODEL.WEIGHTS)
-        facts, model = examine_detector(cfg, origin, args.num_gpus)
-        if args.depth != "static":
-            facts = add_data_facts(facts, cfg, model, args.depth, args.num_images)
+        is_file = bool(args.opts) and args.opts[0].endswith(ENDINGS)
+        facts = _examine_file(args) if is_file else _examine_config(args)
         diagnosis = examine_facts(facts)
     return give_report(args, diagnosis)
+
+
+def _examine_config(args: argparse.Namespace) -> Facts:
+    cfg = load_config(args.config_file, args.opts)
+    origin = Origin("config", name_config_file(args.config_file), _leave_out_weights(args.opts), cfg.MODEL.WEIGHTS)
+    facts, model = examine_detector(cfg, origin, args.num_gpus)
+    if args.depth == "static":
+        return facts
+    return add_data_facts(facts, cfg, model, args.depth, args.num_images)
+
+
+def _leave_out_weights(opts: Sequence[str]) -> tuple[str, ...]:
+    """Pairs that override a config, but for the weights, which a remedy names by themselves."""
+    words: list[str] = []
+    pairs = split_pairs(opts)
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        words += [] if key == "MODEL.WEIGHTS" else [key, value]
+    return tuple(words)
+
+
+def _examine_file(args: argparse.Namespace) -> Facts:
+    """The facts of a checkpoint alone, which is all that was given."""
+    file, *others = args.opts
+    if args.config_file:
+        remedy = f"Write MODEL.WEIGHTS {file}."
+        raise ConfigError.of("A checkpoint beside a config", "be given by its key", got=repr(file), remedy=remedy)
+    if others or args.depth != "static":
+        got = repr(others[0]) if others else f"--depth {args.depth}"
+        remedy = "Give the config with --config-file, and the checkpoint as MODEL.WEIGHTS."
+        raise ConfigError.of("A checkpoint alone", "be all that is given", got=got, remedy=remedy)
+    return examine_checkpoint(file)

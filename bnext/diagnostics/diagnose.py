@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -19,8 +19,10 @@ from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
 from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.read_norms import find_folded, read_norms
+from bnext.diagnostics.read_state import collect_state_facts
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
+from bnext.diagnostics.worker_differences import compare_workers
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.errors import check_choice
 from bnext.scope.model import restoring
@@ -96,7 +98,7 @@ class Diagnosis:
 
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     data: Iterable[Any] | None = None,
     *,
     depth: DiagnoseDepth = "forward",
@@ -114,7 +116,8 @@ def diagnose(
     """Find what is wrong with the batch norms of a model, before, during or after its training.
 
     Args:
-        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do.
+        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do. Or a
+            state dict alone, of which everything else is passed over.
         data: batches like those of its training; None: the model is not run.
         depth: how much of the data is used: "static": none; "forward": a few batches; "full": all of them, for
             population statistics that those of the model are compared with.
@@ -140,7 +143,8 @@ def diagnose(
 
     Note:
         Nothing of the model changes: modes, buffers, attributes and random numbers are bit by bit as before, also
-        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Of an
+        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Where
+        several workers run, all must call it: their running statistics are compared, which is a collective. Of an
         iterator no more batches are taken than are used.
 
     Example:
@@ -149,7 +153,10 @@ def diagnose(
         ['BN017']
     """
     check_choice("depth", depth, get_args(DiagnoseDepth), where="diagnose")
+    if isinstance(model, Mapping):
+        return examine_facts(collect_state_facts(model))
     facts = collect_facts(model, optimizer=optimizer, averaged=averaged, before=before)
+    facts = dataclasses.replace(facts, worker_differences=compare_workers(facts.norms))
     if depth == "static":
         return examine_facts(facts)
 
@@ -216,7 +223,7 @@ def collect_facts(
     averaged: nn.Module | None = None,
     before: nn.Module | None = None,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose`."""
+    """What a model says without being run; arguments as in `diagnose`. No collective: one worker may call it alone."""
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)

@@ -7,6 +7,7 @@ what a config, a checkpoint, an evaluation or a training know, the rooms above f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -350,8 +351,8 @@ class Facts:
         forwards: what was run, in its order.
         population: (path, owner) -> statistics of a pass over training images; empty: there was none.
         evaluation: None: there was none.
-        worker_differences: path -> largest difference of running means between workers, in standard deviations; None:
-            one worker, or not known.
+        worker_differences: path -> largest distance of the running means of two workers, mean over channels in standard
+            deviations; None: one worker, or not known.
         domains: domain -> path -> moments [C] of what the norm gets of that domain's images.
         inputs: "train" and "test" -> moments [C] of the images as the model gets them, in the channels' order.
         steps: of a running training; None: nobody watched.
@@ -390,20 +391,24 @@ class Facts:
     domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def batch_norms(self) -> tuple[NormFacts, ...]:
         """Norms that normalize by a batch or by a population."""
         return tuple(norm for norm in self.norms if norm.is_batch_norm)
 
     def find_norm(self, path: str) -> NormFacts | None:
         """The norm at a path."""
-        return next((norm for norm in self.norms if norm.path == path), None)
+        return self._by_path.get(path)
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, NormFacts]:
+        return {norm.path: norm for norm in self.norms}
 
     def get_config(self, key: str, default: object = None) -> object:
         """The value of a config key; `default` where there is no config, or no such key."""
         return default if self.config is None else self.config.get(key, default)
 
-    @property
+    @functools.cached_property
     def is_trained(self) -> bool:
         """Whether weights of a training are there: they were loaded, or a counter or an affine has moved.
 

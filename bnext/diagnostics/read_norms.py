@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
+from bnext.diagnostics.layers_before import find_layers_before
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.deal import StatisticsDeal
 from bnext.layers.folded_norm import FoldedNorm
@@ -30,12 +32,19 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
         num_samples: see `find_norm_records`.
 
     Note:
-        Nothing is run and nothing is changed. Of a model on the meta device there are no statistics.
+        Nothing is run, though forwards may be traced (see `find_layers_before`), and nothing is changed.
+        Of a model on the meta device there are no statistics.
     """
     records = find_norm_records(model, num_samples)
+    norms = {record.path: model.get_submodule(record.path) for record in records}
     trained = _find_trained_before(model, {record.path for record in records})
     shuffles = _find_shuffles(model)
-    return tuple(_read(model, record, trained.get(record.path), shuffles) for record in records)
+    layers = find_layers_before(model, norms)
+    facts = []
+    for record in records:
+        norm = _read(model, record, trained.get(record.path), shuffles)
+        facts.append(dataclasses.replace(norm, layer_before=layers.get(record.path)))
+    return tuple(facts)
 
 
 def find_folded(model: nn.Module, before: nn.Module | None = None) -> tuple[str, ...]:
