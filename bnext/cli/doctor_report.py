@@ -25,6 +25,7 @@ from bnext.text import flatten_text, suggest
 __all__ = ["add_report_arguments", "check_report", "give_report", "keeping_output_clean", "tell_of_checks"]
 
 _BY_ENDING = {".txt": "text", ".log": "text", ".json": "json", ".html": "html", ".sarif": "sarif"}
+_MOST_WIDTH = 120  # letters
 _FORMATS = ("text", "json", "html", "sarif")
 
 
@@ -130,5 +131,5 @@ def _format(args: argparse.Namespace, diagnosis: Diagnosis, status: int) -> str:
 
 
 def _find_width() -> int:
-    """Of the terminal; 100 where it is none."""
-    return shutil.get_terminal_size((100, 24)).columns if is_terminal(sys.stdout) else 100
+    """Of the terminal, as far as lines can be read; 100 where it is none."""
+    return min(shutil.get_terminal_size((100, 24)).columns, _MOST_WIDTH) if is_terminal(sys.stdout) else 100

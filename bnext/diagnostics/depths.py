@@ -109,7 +109,7 @@ def observe_batches(
         training = dataclasses.replace(training, images_per_worker=max(sizes) or None)
     if callable(domain) and mixes:
         training = dataclasses.replace(training, mixes_domains=any(mixes))
-    facts = dataclasses.replace(facts, training=training, domains=_merge_domains(facts.domains, by_domain))
+    facts = _add_domains(dataclasses.replace(facts, training=training), by_domain)
 
     if not sizes and not facts.failures:
         facts = dataclasses.replace(facts, failures=("There was no batch in the data.",))
@@ -194,16 +194,18 @@ def _divide_by_domain(
                 by_domain.setdefault(name, {}).setdefault(path, []).append(part)
 
 
-def _merge_domains(
-    before: Mapping[str, Mapping[str, Moments]], parts: Mapping[str, Mapping[str, list[Moments]]]
-) -> dict[str, Mapping[str, Moments]]:
-    merged: dict[str, Mapping[str, Moments]] = dict(before)
+def _add_domains(facts: Facts, parts: Mapping[str, Mapping[str, list[Moments]]]) -> Facts:
+    domains, errors = dict(facts.domains), dict(facts.domain_errors)
     for name, of_norms in parts.items():
-        moments = {}
+        moments, of_means = dict(domains.get(name, {})), dict(errors.get(name, {}))
         for path, samples in of_norms.items():
-            moments[path] = merge_moments(Moments(*(torch.cat(fields) for fields in zip(*samples, strict=True))))
-        merged[name] = {**before.get(name, {}), **moments}
-    return merged
+            every = Moments(*(torch.cat(fields) for fields in zip(*samples, strict=True)))
+            number = len(every.count)
+            moments[path] = merge_moments(every)
+            spread = every.mean.std(0) if number > 1 else torch.full_like(every.mean[0], torch.inf)
+            of_means[path] = spread / number**0.5
+        domains[name], errors[name] = moments, of_means
+    return dataclasses.replace(facts, domains=domains, domain_errors=errors)
 
 
 # ---- images

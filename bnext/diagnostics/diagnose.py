@@ -160,6 +160,11 @@ def diagnose(
     for name, batches in {"data": data, "test_data": test_data, **(domains or {})}.items():
         if batches is not None:
             check_data(batches, "diagnose", name)
+    is_run = data is not None or bool(domains)
+    if is_run and any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+        failure = "The model is lazy and was not run, which would initialize it: run a batch through it first."
+        return examine_facts(dataclasses.replace(facts, failures=(*facts.failures, failure)))
+
     few, every = _open(data, num_batches, depth)
     run = partial(observe_batches, model=model, forward=forward, num_batches=num_batches)
     if few is not None:

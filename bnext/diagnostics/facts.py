@@ -362,6 +362,8 @@ class Facts:
         num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
         folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
         population_errors: of the statistics in `population`.
+        domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
+            samples; infinite for fewer than two.
         images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
@@ -386,6 +388,7 @@ class Facts:
     num_trained: int | None = None
     folded: tuple[str, ...] = ()
     population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
     images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property

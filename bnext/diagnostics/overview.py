@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from bnext.diagnostics.batch_sizes import count_elements, count_together
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.inventory import format_affine, format_mini_batch, format_population, format_range
@@ -61,8 +62,6 @@ def summarize_norms(facts: Facts) -> list[Overview]:
 
 
 def _summarize(facts: Facts, norms: tuple[NormFacts, ...]) -> Overview:
-    from bnext.diagnostics.batch_sizes import count_elements, count_together
-
     updates = [population.num_updates for norm in norms for population in norm.populations]
     elements = [count_elements(facts, norm) for norm in norms]
     return Overview(

@@ -104,6 +104,11 @@ class Distances:
         """The distance of the two that are farthest apart."""
         return max((value for row in self.means for value in row if math.isfinite(value)), default=0.0)
 
+    @property
+    def is_alike(self) -> bool:
+        """Whether there is no difference at all."""
+        return self.largest == 0 and all(value == 1 for row in self.ratios for value in row)
+
 
 def summarize(values: Tensor) -> Summary:
     """Quantiles over channels, of those that are finite.
@@ -202,7 +207,8 @@ def _find_moments(norm: NormFacts, owner: str, forwards: Sequence[ForwardFacts])
 
 
 def measure_distances(facts: Facts) -> list[Distances]:
-    """Distances between domains, between the features of a forward, and between stored statistics, in this order.
+    """Distances between domains, between the features of a forward, and between stored statistics that are
+    not all alike, in this order.
 
     Args:
         facts: `domains`, forwards of real images, and the populations of norms are read.
@@ -214,6 +220,8 @@ def measure_distances(facts: Facts) -> list[Distances]:
     kept: list[Distances] = []
     for kind, by_path in _gather_kinds(facts).items():
         measured = [_measure(kind, path, moments, eps[path]) for path, moments in by_path.items()]
+        if kind == "stored" and all(one.is_alike for one in measured):
+            continue  # as initialized
         most = max(1, _MOST_CELLS // max((len(one.names) ** 2 for one in measured), default=1))
         farthest = {one.path for one in sorted(measured, key=lambda one: -one.largest)[:most]}
         kept += [one for one in measured if one.path in farthest]
@@ -312,11 +320,19 @@ def divide_depth(paths: Sequence[str], most: int = 12) -> Iterator[tuple[str, in
     runs: list[tuple[str, int, int]] = []
     for depth in range(1, 9):
         finer = _find_runs([".".join(path.split(".")[:-1][:depth]) or path for path in paths])
-        if runs and (len(finer) > most or finer == runs):
+        has_numbers = any(name.rpartition(".")[2].isdigit() for name, _, _ in finer)
+        if runs and (finer == runs or len(finer) > most or (len(runs) > 1 and has_numbers)):
             break
         runs = finer
     for prefix, first, last in runs:
-        yield prefix.rpartition(".")[2], first, last
+        yield _shorten(prefix), first, last
+
+
+def _shorten(prefix: str) -> str:
+    """The last part of a path that is no number, and the numbers after it."""
+    parts = prefix.split(".")
+    first = max((place for place, part in enumerate(parts) if not part.isdigit()), default=0)
+    return ".".join(parts[first:])
 
 
 def _find_runs(prefixes: Sequence[str]) -> list[tuple[str, int, int]]:

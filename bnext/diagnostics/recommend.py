@@ -84,7 +84,11 @@ def recommend(facts: Facts) -> tuple[Advice, ...]:
 
 
 def _is_chosen(facts: Facts, option: Option) -> bool:
-    return bool(option.keys) and all(facts.get_config(key) == value for key, value in option.keys.items())
+    is_alone = facts.training is None or (facts.training.num_workers or 1) == 1
+    same = {"SyncBN": "BN"} if is_alone else {}  # which one worker cannot tell apart
+
+    chosen = [(facts.get_config(key), value) for key, value in option.keys.items()]
+    return bool(chosen) and all(same.get(str(has), has) == same.get(str(value), value) for has, value in chosen)
 
 
 # ---- places
@@ -173,9 +177,9 @@ def _advise_on_rois(place: str, norm: NormFacts, num_images: int, num_workers: i
 
 def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: int, num_workers: int) -> Advice:
     total = num_images * num_workers
-    has_weights = facts.weights is not None and bool(facts.weights.source) and place in ("RESNETS", "")
+    has_weights = place in ("RESNETS", "") and _begins_with_weights(facts)
     words = f"{num_images} images on each of {num_workers} workers" if num_workers > 1 else f"{total} images"
-    situation = f"{words}, {'weights of a training' if has_weights else 'no weights to begin with'}"
+    situation = f"{words}, weights to begin with" if has_weights else words
 
     frozen = Option(
         "FrozenBN",
@@ -202,6 +206,11 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     if has_weights and frozen not in options:
         options.append(frozen)
     return Advice(place, situation, (*options, group))
+
+
+def _begins_with_weights(facts: Facts) -> bool:
+    """Whether a training would begin with weights; a checkpoint that says its iteration is what came of one."""
+    return facts.weights is not None and bool(facts.weights.source) and facts.weights.iteration is None
 
 
 # Error of ResNet-50 by population statistics, by normalization batch size.

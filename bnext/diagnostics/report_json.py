@@ -40,7 +40,7 @@ def describe_diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         },
         "origin": {
             "kind": origin.kind,
-            "config_file": origin.config_file,
+            "config_file": origin.config_file if origin.kind == "config" else "",
             "opts": [str(word) for word in origin.opts],
             "weights": origin.weights,
         },

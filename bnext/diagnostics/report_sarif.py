@@ -42,7 +42,8 @@ def describe_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = 
         config_file: path of the config; "": as in the diagnosis.
     """
     origin = diagnosis.facts.origin
-    config_file = config_file or origin.config_file
+    if origin.kind == "config":  # that of a checkpoint alone is one to be named
+        config_file = config_file or origin.config_file
     checks = find_checks()
     findings = [finding for finding in diagnosis.findings if finding.code in checks]
     place, lines = _find_place(config_file or origin.weights), _read_lines(config_file)

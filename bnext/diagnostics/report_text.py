@@ -11,15 +11,17 @@ from bnext.diagnostics.findings import SEVERITIES, Check, Depth, Evidence, Findi
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.overview import Overview, find_facets, summarize_norms
 from bnext.diagnostics.recommend import Advice
+from bnext.diagnostics.registry import find_checks
 from bnext.text import flatten_text
 
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
 
 _MOST_LINES = 24  # of an inventory that nobody has asked for: a screen
 _MOST_PATTERNS = 6  # of the layers of a finding
+_MOST_NAMES = 12  # of a group of norms
 _LEAST_WIDTH = 40
 _LABEL = 9  # letters before what a line of a finding says
-_COLORS = {"error": "1;31", "warning": "1;33", "note": "36", "quiet": "2"}
+_COLORS = {"error": "1;31", "warning": "1;33", "note": "36"}
 
 # Depth -> words for it, and for what sees more.
 DEEPER: Mapping[Depth, tuple[str, str]] = {
@@ -28,7 +30,11 @@ DEEPER: Mapping[Depth, tuple[str, str]] = {
     "full": ("the model and a pass over the data", ""),
     "training": ("a running training", ""),
 }
-_LIST_OF_CHECKS = "bnext doctor --list"
+# Depth -> options of the command, and the call, that see more.
+_NEXT: Mapping[Depth, tuple[tuple[str, ...], str]] = {
+    "static": (("--data",), "bnext.diagnose(model, data)"),
+    "forward": (("--depth", "full"), 'bnext.diagnose(model, data, depth="full")'),
+}
 
 
 def format_text(
@@ -44,17 +50,17 @@ def format_text(
         diagnosis: see `Diagnosis`.
         width: of the terminal, in letters; what can be pasted is never broken.
         has_colors: whether severities are in colours.
-        is_complete: all norms, and advice for every place; else of norms what fits a screen, and advice where the
-            model does otherwise.
+        is_complete: all of notes, all norms, and advice for every place; else of notes a line, of norms what fits a
+            screen, and advice where the model does otherwise.
     """
     width = max(width, _LEAST_WIDTH)
     paint: Callable[[str, str], str] = _paint if has_colors else _leave
     lines = _wrap(f"{summarize(diagnosis)}.", width)
     lines += _wrap(_tell_depth(diagnosis), width)
 
-    for finding in diagnosis.select("warning"):
+    for finding in diagnosis.select("note" if is_complete else "warning"):
         lines += ["", *_describe(finding, width, paint)]
-    notes = [finding for finding in diagnosis.findings if finding.severity == "note"]
+    notes = [finding for finding in diagnosis.findings if finding.severity == "note" and not is_complete]
     lines += [""] if notes else []
     for finding in notes:
         lines.append(_describe_note(finding, width, paint))
@@ -80,18 +86,23 @@ def summarize(diagnosis: Diagnosis) -> str:
 
     name, number = flatten_text(diagnosis.facts.model_name) or "the model", len(diagnosis.facts.norms)
     norms = "no norm" if not number else f"{number:,} norm{'s' if number > 1 else ''}"
-    return f"{name}, {norms}: {', '.join(counts) or 'nothing is wrong'}"
+    return f"{name}, {norms}: {', '.join(counts) or 'nothing wrong was found'}"
 
 
 def _tell_depth(diagnosis: Diagnosis) -> str:
-    from bnext.diagnostics.registry import find_checks
+    facts, (looked, more) = diagnosis.facts, DEEPER[diagnosis.depth]
+    words = f"{looked}, in {'training' if facts.is_training else 'evaluation'} mode"
+    if facts.origin.kind == "checkpoint":
+        words, more = "a file alone", "More is seen with its config"
+    sentences = [f"Looked at: {words}; {len(find_checks())} checks."]
 
-    looked, more = DEEPER[diagnosis.depth]
-    mode = "training" if diagnosis.facts.is_training else "evaluation"
-    text = f"Looked at: {looked}, in {mode} mode; {len(find_checks())} checks."
-    if not diagnosis.facts.norms:
-        return f"{text} There is no norm to look at."
-    return f"{text} {more}." if more else text
+    if facts.weights is not None and facts.weights.source and not facts.weights.is_loaded:
+        sentences.append(f"{flatten_text(facts.weights.source)} was not read.")
+    if not facts.norms:
+        sentences.append("There is no norm to look at.")
+    elif more:
+        sentences.append(f"{more}.")
+    return " ".join(sentences)
 
 
 # ---- findings
@@ -112,7 +123,8 @@ def _describe(finding: Finding, width: int, paint: Callable[[str, str], str]) ->
 
 
 def _describe_note(finding: Finding, width: int, paint: Callable[[str, str], str]) -> str:
-    text = f"note {finding.code}  {flatten_text(finding.evidence.text)}"
+    number = len(finding.evidence.layers)
+    text = f"note {finding.code}  {finding.check.title}{f' ({number:,} norms)' if number > 1 else ''}"
     short = text if len(text) <= width else f"{text[: width - 4]} ..."
     return paint("note", "note") + short.removeprefix("note")
 
@@ -121,7 +133,7 @@ def _fold_layers(evidence: Evidence) -> str:
     patterns = list(fold_paths(evidence.layers))
     shown = ", ".join(flatten_text(pattern) or "the model" for pattern in patterns[:_MOST_PATTERNS])
     rest = len(patterns) - _MOST_PATTERNS
-    more = f" and {rest} more patterns" if rest > 0 else ""
+    more = f" and {rest:,} more" if rest > 0 else ""
     return f"{shown}{more} ({len(evidence.layers):,} norms)" if len(evidence.layers) > 1 else shown
 
 
@@ -161,7 +173,8 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
 
     for number, (group, answers) in enumerate(zip(groups, facets, strict=True)):
         rest = {question: answer for question, answer in answers.items() if question not in usual}
-        block = [*_wrap(_name_group(group), width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
+        names = _name_group(group, len(group.norms) if most is None else _MOST_NAMES)
+        block = [*_wrap(names, width, "        "), *_wrap(f"    {_join(rest)}", width, "    ")]
         if most is not None and lines and len(lines) + len(block) > most:
             norms = sum(len(one.norms) for one in groups[number:])
             lines.append(f"... {len(groups) - number} more groups with {norms:,} norms: --all shows them")
@@ -170,13 +183,13 @@ def _list_norms(diagnosis: Diagnosis, width: int, most: int | None) -> list[str]
     return lines
 
 
-def _name_group(group: Overview) -> str:
+def _name_group(group: Overview, most: int) -> str:
     patterns = list(group.patterns)
     prefix = _find_prefix(patterns)
     inside = f" in {flatten_text(prefix)}" if prefix else ""
     names = [flatten_text(pattern.removeprefix(f"{prefix}.") if prefix else pattern) for pattern in patterns]
     names = [name or "the model itself" for name in names]
-    shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+    shown = ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
     return f"{len(group.norms):,} {flatten_text(group.norms[0].record.kind)}{inside}: {shown}"
 
 
@@ -243,16 +256,19 @@ def find_next(diagnosis: Diagnosis) -> str:
             return origin.write_command("doctor", pairs=tuple(pairs))
         if remedy.call:
             return remedy.call
+    for finding in diagnosis.select("warning"):
+        return f"bnext doctor --explain {finding.code}"
 
-    if diagnosis.depth != "static" or not diagnosis.facts.norms:
+    if diagnosis.depth not in _NEXT or not diagnosis.facts.norms:
         return ""
-    return origin.write_command("doctor", "--data") if origin.kind != "model" else "bnext.diagnose(model, data)"
+    options, call = _NEXT[diagnosis.depth]
+    return origin.write_command("doctor", *options) if origin.kind != "model" else call
 
 
 def _tell_next(diagnosis: Diagnosis) -> list[str]:
     command = find_next(diagnosis)
     if not command:
-        return ["Nothing is to be done." if not diagnosis.select("warning") else f"Every check: {_LIST_OF_CHECKS}"]
+        return ["Nothing is to be done."]
     return ["Next:", *(f"    {flatten_text(line)}" for line in command.split("\n"))]
 
 
@@ -271,7 +287,8 @@ def explain_check(check: Check, width: int = 100) -> str:
     lines += _wrap(check.explanation, width)
     if check.cost:
         lines += ["", *_wrap(f"Cost: {check.cost} [{check.source}]", width)]
-    return "\n".join([*lines, "", f"Seen with: {looked}. In the docs: {check.page}"])
+    lines += ["", *_wrap(f"Seen with: {looked}. In the docs: {check.page}", width)]
+    return "\n".join(lines)
 
 
 # ---- lines

@@ -152,7 +152,7 @@ class TrainingWatch:
         """The beginning of `step`, for loops that cannot write a `with`."""
         self.look()
         if self._num_steps == 0:
-            self._first = self._settled
+            self._first = self._settled = self._snap()
             self._others_updates.clear()
         elif self._num_steps == _STEPS_WITH_CALLS:
             self._call_hooks.close()
@@ -175,11 +175,24 @@ class TrainingWatch:
 
     def look(self) -> None:
         """Find what has changed statistics since the last step; every step begins with it."""
-        self._settle(is_on_purpose=False)
+        if self.has_seen_writes:
+            self._settle(is_on_purpose=False)
 
     def accept(self) -> None:
-        """Take the statistics of now: since the last step they were written on purpose, as by a re-estimation."""
+        """Take the statistics of now: since the last step they were written on purpose, as by a re-estimation.
+
+        Note:
+            It waits for the device.
+        """
         self._settle(is_on_purpose=True)
+
+    @property
+    def has_seen_writes(self) -> bool:
+        """Whether statistics may be others than after the last step; torch does not count writes to a `.data`."""
+        start = time.perf_counter()
+        is_written = self._read_versions() != self._settled.versions
+        self.seconds += time.perf_counter() - start
+        return is_written or any(part.is_seen_by_value for part in self._parts)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -188,15 +201,13 @@ class TrainingWatch:
 
     def _settle(self, *, is_on_purpose: bool) -> None:
         start = time.perf_counter()
-        before = self._settled
-        if self._read_versions() != before.versions or any(part.is_seen_by_value for part in self._parts):
-            self._settled = self._snap()
-            uncounted = self._find_uncounted(before)
-            for number, (counted, has_moved) in enumerate(self._compare(before, self._settled)):
-                self._others_updates[number] += counted
-                is_update = counted > 0 or (has_moved and number in uncounted)
-                if is_update and not is_on_purpose:
-                    self._changed_between.setdefault(self._parts[number].path, self._iteration)
+        before, self._settled = self._settled, self._snap()
+        uncounted = self._find_uncounted(before)
+        for number, (counted, has_moved) in enumerate(self._compare(before, self._settled)):
+            self._others_updates[number] += counted
+            is_update = counted > 0 or (has_moved and number in uncounted)
+            if is_update and not is_on_purpose:
+                self._changed_between.setdefault(self._parts[number].path, self._iteration)
         self.seconds += time.perf_counter() - start
 
     # ---- what it has seen

@@ -18,16 +18,20 @@ from torch import nn
 
 from bnext.diagnostics.diagnose import Diagnosis, collect_facts, examine_facts
 from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
+from bnext.diagnostics.report_json import describe_diagnosis
 from bnext.diagnostics.tell_findings import tell_findings
 from bnext.diagnostics.watch_training import TrainingWatch
 from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
+from bnext.engine.population import PreciseBN
+from bnext.files import find_local_file, write_json
 from bnext.heads.doctor_facts import add_config_facts
 
 __all__ = ["DoctorHook", "Settle", "build_doctor"]
 
 log = logging.getLogger(__name__)
 
+FILE = "doctor.json"
 _FIRST = 20  # steps after which there is a first look, early enough to begin anew
 
 
@@ -39,7 +43,8 @@ class DoctorHook(HookBase):
 
     Args:
         period: iterations between looks; 0: only after the first steps and at the end.
-        cfg: of the training, with bnext's keys; None: what it says is not known.
+        cfg: of the training, with bnext's keys; OUTPUT_DIR/doctor.json takes the report, as `bnext doctor` writes it.
+            None: what it says is not known, and there is no file.
         averaged: a model with averaged weights, see `bnext.diagnose`.
 
     Attributes:
@@ -62,6 +67,7 @@ class DoctorHook(HookBase):
         self._optimizer: Any = None
         self._handle: Any = None
         self._has_ended = False
+        self._is_estimated = False
 
     def before_train(self) -> None:
         with self._guarded():
@@ -107,10 +113,15 @@ class DoctorHook(HookBase):
                 self._handle.remove()
 
     def accept(self) -> None:
-        """The statistics were written on purpose since the step; see `TrainingWatch.accept`."""
+        """Take what hooks before `Settle` have written into statistics for on purpose."""
         with self._guarded() as watch:
-            if watch is not None:
+            was_estimated, self._is_estimated = self._is_estimated, self._has_estimate()
+            if watch is not None and (was_estimated or self._is_estimated or watch.has_seen_writes):
                 watch.accept()
+
+    def _has_estimate(self) -> bool:
+        """Whether the statistics are those of bnext's PreciseBN, until the next step."""
+        return any(isinstance(hook, PreciseBN) and hook.is_in_force for hook in self.trainer._hooks)
 
     def _end_step(self, *_: Any) -> None:
         with self._guarded() as watch:
@@ -128,6 +139,8 @@ class DoctorHook(HookBase):
         tell_findings(log, self.diagnosis.findings)
         for failure in self.diagnosis.failures:
             log.debug("%s", failure)
+        if self._cfg is not None and find_local_file(self._cfg.OUTPUT_DIR) is not None:
+            write_json(os.path.join(self._cfg.OUTPUT_DIR, FILE), describe_diagnosis(self.diagnosis))
 
     def _collect(self, watch: TrainingWatch) -> Facts:
         model, cfg = self.trainer.model, self._cfg
@@ -138,7 +151,7 @@ class DoctorHook(HookBase):
 
         final = os.path.join(cfg.OUTPUT_DIR, "model_final.pth")
         is_over = self.trainer.iter >= self.trainer.max_iter and os.path.isfile(final)
-        weights = WeightsFacts(final if is_over else cfg.MODEL.WEIGHTS, is_loaded=is_over)
+        weights = WeightsFacts(final, is_loaded=True) if is_over else WeightsFacts()  # those of now are in no file
         origin = Origin("config", os.path.join(cfg.OUTPUT_DIR, "config.yaml"), weights=weights.source)
         facts = dataclasses.replace(facts, origin=origin, weights=weights)
         return add_config_facts(facts, cfg, unwrap_model(model))

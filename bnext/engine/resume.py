@@ -62,6 +62,7 @@ _FILES_OF_A_TRAINING = (
     "model_ema.pth",
     "model_best.pth",
     "best.json",
+    "doctor.json",
 )
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")

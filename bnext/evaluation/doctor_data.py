@@ -36,7 +36,8 @@ from bnext.scope.model import restoring, setting
 
 __all__ = ["DEFAULT_IMAGES", "add_data_facts"]
 
-DEFAULT_IMAGES = {"forward": 4, "full": 1000}  # half a minute of a R50-FPN on two cores; enough for statistics
+DEFAULT_IMAGES = {"forward": 2, "full": 1000}  # half a minute of a R50-FPN on two cores; enough for statistics
+_NUM_OF_DOMAIN = 4  # images that are run at least, so that what differs by chance is known
 _NUM_PICTURES = 16  # that are read for their pixels alone
 _SEED = 0
 
@@ -55,14 +56,14 @@ def add_data_facts(
         num_images: of training that are run at depth "forward", or of training and of test at "full", at most; None:
             `DEFAULT_IMAGES`.
     """
-    number = num_images or DEFAULT_IMAGES["forward"]
-    few = number if depth == "forward" else min(number, DEFAULT_IMAGES["forward"])
+    number = num_images or DEFAULT_IMAGES[depth]
+    few = number if depth == "forward" else min(number, _count_images(facts))
     with gathering_notices(), restoring(model, seed=_SEED):
         facts = _observe_training(facts, cfg, model, few)
         facts = _observe_test(facts, cfg)
 
     if depth == "full":
-        facts = _examine_fully(facts, cfg, model, num_images or DEFAULT_IMAGES["full"])
+        facts = _examine_fully(facts, cfg, model, number)
     return facts
 
 
@@ -83,7 +84,8 @@ def _observe_training(facts: Facts, cfg: CfgNode, model: nn.Module, num_images: 
 
     for domain, names in domains.items():
         part = _change(cfg, **{"DATASETS.TRAIN": names})
-        facts = _observe_sets(facts, _with_batches_of(part, size), model, domain or None, max(1, num_images // size))
+        number = -(-max(num_images, _NUM_OF_DOMAIN if domain else 1) // size)
+        facts = _observe_sets(facts, _with_batches_of(part, size), model, domain or None, number)
     if len(domains) > 1 and facts.training is not None:
         facts = dataclasses.replace(facts, training=dataclasses.replace(facts.training, mixes_domains=wanted > 1))
     return facts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -85,7 +86,7 @@ def _find_levels(model: nn.Module) -> dict[str, tuple[str, ...]]:
     levels = {}
     for place, part in features.items():
         found = getattr(part, names[place], None)
-        if isinstance(found, (list, tuple)):
+        if isinstance(found, Sequence) and not isinstance(found, str):  # of a LazyConfig it is no list
             levels[place] = tuple(map(str, found))
     return levels
 

@@ -180,6 +180,13 @@ def test_no_norm_has_statistics_to_estimate():
     assert "not frozen" in failure
 
 
+def test_a_lazy_model_is_left_as_it_is():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d())
+
+    assert "lazy" in diagnose(model, [torch.randn(2, 3, 6, 6)]).failures[0]
+    assert isinstance(model[1], nn.LazyBatchNorm2d)
+
+
 def test_arguments_that_are_none():
     with pytest.raises(ConfigError, match="depth"):
         diagnose(make_model(), depth="deep")

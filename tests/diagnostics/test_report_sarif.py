@@ -97,14 +97,14 @@ def test_the_file_is_the_checkpoint_where_there_is_no_config(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     diagnosis = find_something(make_facts(), "error")
 
-    def find_uri(config_file, weights):
-        location = get_results(place_in(diagnosis, config_file, weights))[0]["locations"][0]
+    def find_uri(weights):
+        location = get_results(place_in(diagnosis, "to_be_named.yaml", weights, kind="checkpoint"))[0]["locations"][0]
         return location.get("physicalLocation", {}).get("artifactLocation", {}).get("uri")
 
-    assert find_uri("", "out/model.pth") == "out/model.pth"
-    assert find_uri("", "/elsewhere/model.pth") == "file:///elsewhere/model.pth"
-    assert find_uri("", "https://x.org/model.pth") == "https://x.org/model.pth"
-    assert find_uri("", "") is None
+    assert find_uri("out/model.pth") == "out/model.pth"
+    assert find_uri("/elsewhere/model.pth") == "file:///elsewhere/model.pth"
+    assert find_uri("https://x.org/model.pth") == "https://x.org/model.pth"
+    assert find_uri("") is None
 
 
 def test_a_finding_is_known_again_when_its_numbers_have_changed():

@@ -10,9 +10,10 @@ from torch import nn
 
 from bnext.diagnostics import diagnose
 from bnext.diagnostics.diagnose import collect_facts, examine_facts
+from bnext.diagnostics.facts import Origin, WeightsFacts
 from bnext.diagnostics.findings import Remedy
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_text import explain_check, format_text, list_checks
+from bnext.diagnostics.report_text import explain_check, find_next, format_text, list_checks
 from tests.diagnostics.reported import diagnose_ill, diagnose_nasty, find_something, place_in
 
 
@@ -29,7 +30,8 @@ def test_findings_come_worst_first_with_all_that_is_known_of_them():
     for label, words in {"layers": "{0-2} (3 norms)", "seen": "Seen.", "remedy": "Do it."}.items():
         assert f"  {label:9}{words}" in lines
     assert find_checks()["BN001"].source.split()[0] in text
-    assert "bnext doctor --explain BN001" in text
+    assert "  more     bnext doctor --explain BN001" in lines
+    assert lines[-2:] == ["Next:", "    bnext doctor --explain BN001"], "there is nothing to paste"
 
 
 def test_it_keeps_to_the_width_of_the_terminal_but_for_what_is_pasted():
@@ -45,9 +47,11 @@ def test_it_keeps_to_the_width_of_the_terminal_but_for_what_is_pasted():
     assert lines[-2:] == ["Next:", f"    {command.strip()}"]
 
 
-def test_notes_are_a_line_each():
-    lines = format_text(find_something(make_facts(), "note", "note", text="Long. " * 100), width=80).splitlines()
+def test_notes_are_a_line_each_unless_all_is_asked_for():
+    diagnosis = find_something(make_facts(), "note", "note", text="Long. " * 100)
+    assert format_text(diagnosis, is_complete=True).count("NOTE BN001") == 2
 
+    lines = format_text(diagnosis, width=80).splitlines()
     notes = [line for line in lines if line.startswith("note ")]
     assert len(notes) == 2
     assert max(map(len, notes)) <= 80
@@ -61,12 +65,27 @@ def test_the_last_line_tries_the_keys_of_the_remedy():
     assert last.strip() == f"{command} {pairs}"
 
 
+def test_what_sees_more_is_what_to_run_where_nothing_is_wrong():
+    norm = nn.BatchNorm2d(4)
+    batches = [torch.randn(32, 4, 8, 8)]
+
+    static, forward = find_something(collect_facts(norm)), find_something(diagnose(norm, batches).facts)
+    full = find_something(diagnose(norm, batches, depth="full").facts)
+    assert [find_next(diagnosis) for diagnosis in (static, forward, full)] == [
+        "bnext.diagnose(model, data)",
+        'bnext.diagnose(model, data, depth="full")',
+        "",
+    ]
+    assert find_next(place_in(static, "a.yaml")) == "bnext doctor --config-file a.yaml --data SEED 1"
+    assert find_next(place_in(forward, "a.yaml")) == "bnext doctor --config-file a.yaml --depth full SEED 1"
+
+
 def test_what_is_healthy_is_one_line_that_says_what_was_looked_at():
     with torch.device("meta"):
         model = torchvision.models.resnet50()
 
     lines = str(diagnose(model)).splitlines()
-    assert lines[0] == "ResNet, 53 norms: nothing is wrong."
+    assert lines[0] == "ResNet, 53 norms: nothing wrong was found."
     assert "without data" in lines[1]
     assert "More is seen with data" in lines[1]
     assert lines[-1].strip() == "bnext.diagnose(model, data)"
@@ -125,6 +144,16 @@ def test_a_model_without_norms_and_an_empty_one_are_reported():
 
 def test_a_diagnosis_shows_itself_in_a_line():
     assert repr(diagnose_ill()) == "<Diagnosis of Head, 1 norm: 2 errors>"
+
+
+def test_weights_that_were_not_read_and_a_file_alone_are_said():
+    facts = dataclasses.replace(make_facts(), weights=WeightsFacts("detectron2://a.pkl"))
+    assert "detectron2://a.pkl was not read." in str(examine_facts(facts))
+
+    alone = dataclasses.replace(make_facts(), origin=Origin("checkpoint", "my.yaml", weights="my model.pth"))
+    text = str(examine_facts(alone))
+    assert "Looked at: a file alone;" in text
+    assert text.endswith("bnext doctor --config-file my.yaml --data MODEL.WEIGHTS 'my model.pth'")
 
 
 def test_forwards_are_counted_as_calls():

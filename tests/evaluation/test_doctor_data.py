@@ -31,7 +31,7 @@ def list_forwards(facts):
 
 
 def test_a_few_batches_as_a_worker_has_them(digits, tmp_path):
-    facts = examine(tiny.load(tmp_path / "out"))
+    facts = examine(tiny.load(tmp_path / "out"), num_images=4)
 
     assert list_forwards(facts) == [("population", 4), ("mini_batch", 4)]
     assert not facts.failures
@@ -41,7 +41,7 @@ def test_a_few_batches_as_a_worker_has_them(digits, tmp_path):
 
 
 def test_rois_of_single_images_as_in_training(digits, tmp_path):
-    facts = examine(tiny.load(tmp_path, "SOLVER.IMS_PER_BATCH", 4, config=tiny.RCNN), num_images=2)
+    facts = examine(tiny.load(tmp_path, "SOLVER.IMS_PER_BATCH", 4, config=tiny.RCNN))
 
     assert list_forwards(facts) == [("population", 2), ("mini_batch", 2), ("mini_batch", 1), ("mini_batch", 1)]
     sizes = [forward.calls["roi_heads.box_head.conv1.norm"][0].size[0] for forward in facts.forwards[2:]]

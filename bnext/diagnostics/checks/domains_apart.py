@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
-import torch
+from torch import Tensor
 
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.gaps import find_gap
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]
 
-# Standard deviations between means, mean over channels. Halves of one data set are below 0.1 with a few images of each;
-# from 0.5 on more than a fifth of the elements change sides of a ReLU.
+# Standard deviations between means, root mean square over channels. Halves of one data set are below 0.1 with enough
+# images; from 0.6 on more than a fifth of the elements changes sides of a ReLU.
 _NOTABLE, _FAR = 0.3, 0.6
+_LEAST_Z = 4.0  # standard errors, which four images of each domain know well enough
 _LEAST_SHARE = 0.1  # of the norms: the first layers see a shift that a network removes by itself
 
 
@@ -40,18 +43,22 @@ def _measure(facts: Facts, path: str) -> list[tuple[float, str, str]]:
     found = {name: of_norms[path] for name, of_norms in facts.domains.items() if path in of_norms}
     pairs = []
     for one, other in itertools.combinations(sorted(found), 2):
-        distance = _find_distance(found[one], found[other])
+        noise = [facts.domain_errors.get(name, {}).get(path) for name in (one, other)]
+        distance = _find_distance(found[one], found[other], [error for error in noise if error is not None])
         if distance is not None:
             pairs.append((distance, one, other))
     return pairs
 
 
-def _find_distance(one: Moments, other: Moments) -> float | None:
+def _find_distance(one: Moments, other: Moments, errors: Sequence[Tensor]) -> float | None:
     if not float(one.count) or not float(other.count) or one.mean.shape != other.mean.shape:
         return None
-    scale = ((one.var + other.var) / 2).sqrt().clamp(min=1e-6)  # a dead channel is no distance
-    distance = ((one.mean - other.mean).abs() / scale)[torch.isfinite(scale)]
-    return float(distance.mean()) if len(distance) and bool(torch.isfinite(distance).all()) else None
+    var = ((one.var + other.var) / 2).clamp(min=1e-12)  # a dead channel is no distance
+    square = float(((one.mean - other.mean).square() / var).mean())
+    by_chance = sum(float((error.square() / var).mean()) for error in errors)
+    if not math.isfinite(square) or not square > _LEAST_Z**2 * by_chance:
+        return None
+    return math.sqrt(square)
 
 
 def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *, is_far: bool) -> Evidence:
@@ -59,7 +66,7 @@ def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *
     is_mixed = facts.training is not None and facts.training.mixes_domains
     text = (
         f"What {len(seen)} of {number} norms get of the domains {one!r} and {other!r} differs in its means by up to "
-        f"{distance:.2g} standard deviations (mean over channels), and one population normalizes both at inference. "
+        f"{distance:.2g} standard deviations (root mean square), and one population normalizes both at inference. "
     )
     if is_mixed:
         text += "Mini-batches hold images of both, so that training does the same: statistics for each may gain more."
@@ -67,6 +74,9 @@ def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *
         text += "Where a mini-batch is of one domain, training normalizes each by itself and inference does not."
 
     severity: Severity = "warning" if is_far and not is_mixed else "note"
+    gap = find_gap(facts.evaluation, "mini_batch")
+    if severity == "warning" and gap is not None and gap.is_wrong:
+        severity = "error"
     numbers = {"norms": float(len(seen)), "distance": distance}
     return Evidence(severity, tuple(seen), text, _advise(facts, tuple(seen)), numbers)
 
@@ -104,4 +114,5 @@ CHECK = Check(
     source="Wu and Johnson 2021, section 5",
     depth="forward",
     examine=_examine,
+    points=7.7,
 )

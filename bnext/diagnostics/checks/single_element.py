@@ -13,6 +13,7 @@ __all__ = ["CHECK"]
 
 # The standard error of a variance of n independent normal elements is sqrt(2 / n) of it: 35 % with 16, 71 % with 4.
 _FEW, _VERY_FEW = 16, 4
+_POINTS = 10.0  # of a single one: nothing comes through, which is worse than few samples (BN008)
 
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
@@ -47,7 +48,8 @@ def _tell(facts: Facts, severity: Severity, norms: dict[NormFacts, tuple[int, in
         )
     paths = tuple(norm.path for norm in norms)
     numbers = {"norms": float(len(norms)), "elements": float(least)}
-    return Evidence(severity, paths, text, _advise(facts, norms), numbers)
+    points = _POINTS if severity == "error" else None
+    return Evidence(severity, paths, text, _advise(facts, norms), numbers, points)
 
 
 def _advise(facts: Facts, norms: dict[NormFacts, tuple[int, int]]) -> Remedy:

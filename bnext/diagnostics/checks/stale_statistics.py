@@ -10,6 +10,7 @@ import torch
 
 from bnext.diagnostics.facts import Facts, NormFacts, Population, StandardErrors
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.gaps import find_gap
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]
@@ -114,7 +115,9 @@ def _judge(facts: Facts, distances: dict[str, _Distance], number: int, *, is_noi
         text += f"The noise of mini-batches in a moving average explains {1 / largest:.0%} of it."
         text += _explain_youth(facts, distances)
 
-    is_wrong = any(one.mean >= _WRONG or one.log_ratio >= _WRONG_RATIO for one in distances.values())
+    gap = find_gap(facts.evaluation, "precise")
+    is_wrong = gap is not None and gap.is_wrong
+    is_wrong |= any(one.mean >= _WRONG or one.log_ratio >= _WRONG_RATIO for one in distances.values())
     severity: Severity = "error" if is_wrong else "warning"
     numbers = {"sets": float(len(distances)), "mean": farthest.mean, "ratio": _factor(distances), "z": farthest.z}
     return Evidence("note" if is_noise else severity, tuple(distances), text, _advise(facts, is_noise), numbers)
@@ -166,4 +169,5 @@ CHECK = Check(
     source="Wu and Johnson 2021, section 3",
     depth="full",
     examine=_examine,
+    points=0.3,
 )

@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.gaps import Gap, find_gap
 
 __all__ = ["CHECK"]
 
-# Of a score, in points and relative to the better one. All kinds see the same images, so that repeating moves COCO's
-# AP by less than half a point; weights near convergence gain 0.2 points by precise statistics.
-_LEAST_POINTS, _LEAST_SHARE = 1.0, 0.03
-_LEAST_LOSS = 0.1  # of a loss, relative to the better one; the same images again
-_WRONG = 0.2  # of the better one, from which on it is no loss of accuracy but a fault
 _WORDS = {"population": "as they are", "mini_batch": "of the mini-batch", "precise": "re-estimated"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gap:
-    """By how much population statistics are worse than another kind, relative to it; negative: better.
-
-    Args:
-        share: of the other's loss or score.
-        points: of the score; None: it is one of losses.
-        is_seen: whether it is more than chance.
-    """
-
-    share: float
-    points: float | None
-    is_seen: bool
-
-
 def _examine(facts: Facts) -> Iterator[Evidence]:
-    evaluation = facts.evaluation
-    if evaluation is None:
-        return
-
-    by_score = "population" in evaluation.ap and max(evaluation.ap.values()) >= _LEAST_POINTS
-    values = evaluation.ap if by_score else evaluation.losses
-    to_precise, to_mini_batch = (_find_gap(values, kind, is_score=by_score) for kind in ("precise", "mini_batch"))
+    to_precise, to_mini_batch = (find_gap(facts.evaluation, kind) for kind in ("precise", "mini_batch"))
 
     if to_precise is not None and to_precise.is_seen:
         yield _judge(facts, to_precise, is_mended=True)
@@ -48,28 +22,16 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
         yield _judge(facts, to_mini_batch, is_mended=False)
 
 
-def _find_gap(values: Mapping[str, float], kind: str, *, is_score: bool) -> _Gap | None:
-    if kind not in values or "population" not in values:
-        return None
-    here, there = values["population"], values[kind]
-    if is_score:
-        points = there - here
-        share = points / max(there, 1e-12)
-        return _Gap(share, points, points >= _LEAST_POINTS and share >= _LEAST_SHARE)
-    share = (here - there) / max(abs(there), 1e-12)
-    return _Gap(share, None, not share < _LEAST_LOSS)  # a loss that is no number counts
-
-
-def _judge(facts: Facts, gap: _Gap, *, is_mended: bool) -> Evidence:
-    severity: Severity = "warning" if gap.share < _WRONG else "error"
+def _judge(facts: Facts, gap: Gap, *, is_mended: bool) -> Evidence:
+    severity: Severity = "error" if gap.is_wrong else "warning"
     where = f" on {facts.evaluation.dataset}" if facts.evaluation is not None and facts.evaluation.dataset else ""
     text = f"With one set of weights and three kinds of statistics{where}: {_describe(facts)}. "
     if is_mended:
         text += "The running statistics are wrong, the weights are not."
     else:
         text += (
-            "Re-estimated statistics are no better: one population does not describe what the norms see, as of several "
-            "levels or domains, of correlated samples, or of mini-batches of very few."
+            "Re-estimated statistics are hardly better: one population does not describe what the norms see, as of "
+            "several levels or domains, of correlated samples, or of mini-batches of very few."
         )
 
     layers = _find_layers(facts) if is_mended else ()

@@ -27,7 +27,8 @@
     return Number(value.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 }).replace("-", "−");
   }
 
-  const count = (number, word) => `${number.toLocaleString("en")} ${word}${number === 1 ? "" : "s"}`;
+  const whole = (number) => number?.toLocaleString("en") ?? "–"; // counts, which are not rounded
+  const count = (number, word) => `${whole(number)} ${word}${number === 1 ? "" : "s"}`;
 
   // ---- dark and light
 
@@ -86,10 +87,11 @@
 
   function makeRow(norm) {
     const elements = norms.elements[norm];
-    const range = elements && (elements[0] === elements[1] ? format(elements[0]) : `${format(elements[0])} – ${format(elements[1])}`);
+    const range = elements && [...new Set(elements)].map(whole).join(" – ");
+    const numbers = [norms.channels[norm] || null, norms.together[norm], norms.calls[norm], norms.updates[norm]].map(whole);
+    const cells = [...numbers.slice(0, 2), range || "–", ...numbers.slice(2)];
     const row = make("tr", {}, make("th", { scope: "row", class: "path" }, paths[norm] || "the model"));
-    const cells = [norms.channels[norm] || null, norms.together[norm], range, norms.calls[norm], norms.updates[norm]];
-    for (const cell of cells) row.append(make("td", {}, typeof cell === "string" ? cell : format(cell)));
+    row.append(...cells.map((cell) => make("td", {}, cell)));
     const codes = [...new Set(norms.findings[norm].map((number) => findings[number].code))].join(", ");
     row.append(make("td", { class: "words" }, [codes, norms.reason[norm]].filter(Boolean).join("; ")));
     return row;
@@ -100,18 +102,18 @@
     const shown = group.members.filter(isShown);
     body.replaceChildren(...shown.slice(0, most).map(makeRow));
     if (shown.length > most) {
-      const more = make("button", { type: "button" }, `Show all ${shown.length.toLocaleString("en")}`);
+      const more = make("button", { type: "button" }, `Show all ${whole(shown.length)}`);
       more.addEventListener("click", () => fillGroup(group, Infinity));
       body.append(make("tr", {}, make("td", { colspan: 7 }, more)));
     }
   }
 
   const groups = $$(".group");
-  groups.forEach((group, number) => {
+  for (const group of groups) {
     group.members = [];
-    paths.forEach((_, norm) => norms.group[norm] === number && group.members.push(norm));
     group.addEventListener("toggle", () => group.open && fillGroup(group));
-  });
+  }
+  paths.forEach((_, norm) => groups[norms.group[norm]].members.push(norm));
 
   function filterInventory() {
     let total = 0;
@@ -121,7 +123,7 @@
       group.hidden = number === 0;
       if (group.open) fillGroup(group);
     }
-    $("#shown").textContent = total === paths.length ? count(total, "norm") : `${total.toLocaleString("en")} of ${count(paths.length, "norm")}`;
+    $("#shown").textContent = total === paths.length ? count(total, "norm") : `${whole(total)} of ${count(paths.length, "norm")}`;
   }
 
   if (query) {
@@ -168,7 +170,7 @@
     const positive = present.map((band) => band[0]).filter((value) => value > 0);
 
     if (chart.isPositive && positive.length && high / Math.max(low, 1e-30) > 30) {
-      const floor = Math.max(Math.min(...positive), high * 1e-9);
+      const floor = Math.max(Math.min(...positive), chart.floor ?? high * 1e-9);
       const map = (value) => Math.log10(Math.max(value, floor));
       return { map, low: map(floor), high: map(high) + 0.05, ticks: listDecades(floor, high), isLog: true };
     }
@@ -192,12 +194,12 @@
   }
 
   function listDecades(low, high) {
-    const first = Math.ceil(Math.log10(low) - 1e-9);
-    const last = Math.floor(Math.log10(high) + 1e-9);
-    const step = Math.max(1, Math.ceil((last - first) / 5));
+    const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
+    const steps = Math.log10(high / low) < 2 ? [1, 2, 5] : [1];
+    const skip = steps.length > 1 ? 1 : Math.max(1, Math.ceil((last - first) / 6));
     const ticks = [];
-    for (let power = first; power <= last; power += step) ticks.push(10 ** power);
-    return ticks.length > 1 ? ticks : [low, high];
+    for (let power = first; power <= last; power += skip) ticks.push(...steps.map((step) => step * 10 ** power));
+    return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
   }
 
   function nameColumn(column) {
@@ -220,9 +222,13 @@
       return top + (1 - Math.min(1, Math.max(0, share))) * (height - top - bottom);
     };
 
+    function findSides(number) {
+      const step = toX(1) - toX(0), inset = step > 5 ? step * 0.14 : 0;
+      return [toX(number) + inset, toX(number + 1) - inset].map((x) => x.toFixed(2));
+    }
+
     function box(number, low, high) {
-      const step = toX(1) - toX(0), inset = step > 5 ? step * 0.16 : 0;
-      const [from, to] = [toX(number) + inset, toX(number + 1) - inset].map((x) => x.toFixed(2));
+      const [from, to] = findSides(number);
       const y = toY(high), size = Math.max(toY(low) - y, 1);
       return `M${from} ${y.toFixed(1)}H${to}v${size.toFixed(1)}H${from}Z`;
     }
@@ -251,7 +257,10 @@
         if (letters > 3) svg.append(draw("text", { x: x + 3, y: height - 8 }, text));
       }
 
-      const middle = columns.map((column, number) => `M${toX(number).toFixed(2)} ${toY(column.band[2]).toFixed(1)}H${toX(number + 1).toFixed(2)}`);
+      const middle = columns.map((column, number) => {
+        const [from, to] = findSides(number);
+        return `M${from} ${toY(column.band[2]).toFixed(1)}H${to}`;
+      });
       if (!chart.isBar) {
         svg.append(draw("path", { class: "all", d: columns.map((column, number) => box(number, column.band[0], column.band[4])).join("") }));
         svg.append(draw("path", { class: "most", d: columns.map((column, number) => box(number, column.band[1], column.band[3])).join("") }));
@@ -320,14 +329,14 @@
     mean: { table: "profile", unit: "running mean", line: 0, include: 0 },
     std: { table: "profile", unit: "running standard deviation", isPositive: true },
     weight: { table: "profile", unit: "weight", line: 0, include: 0 },
-    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0 },
+    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0, floor: 0.01 },
     ratio: { table: "comparison", unit: "standard deviation over the running one", isPositive: true, line: 1, include: 1 },
   };
   for (const [key, chart] of Object.entries(CHARTS)) {
     const figure = $(`#chart-${key}`);
     if (!figure) continue;
     const table = data[chart.table];
-    const invalid = (place) => (key === "weight" || !table.invalid?.[place] ? "" : `; ${count(table.invalid[place], "channel")} not valid`);
+    const invalid = (place) => (key === "weight" || !table.num_invalid?.[place] ? "" : `; ${count(table.num_invalid[place], "channel")} not valid`);
     drawChart(figure, { ...chart, columns: listColumns(table, key, invalid), label: $("figcaption", figure).firstChild.textContent });
   }
 
@@ -359,7 +368,7 @@
           const value = values[row][column];
           if (row === column) return make("td", { class: "same" }, "·");
           const share = value === null ? 0 : Math.min(1, isRatio ? Math.log(value) / Math.log(top) : value / top);
-          const cell = make("td", { class: share > 0.55 ? "strong" : "", tabindex: 0 }, format(value));
+          const cell = make("td", { class: share > 0.55 ? "strong" : "", tabindex: row === 0 && column === 1 ? 0 : -1 }, format(value));
           cell.style.setProperty("--share", share);
           const tell = () => readout.replaceChildren(...describe(row, column));
           cell.addEventListener("pointerenter", tell);
@@ -369,12 +378,21 @@
         return make("tr", {}, make("th", { scope: "row" }, each), ...cells);
       });
       holder.replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
-      readout.textContent = "Point at a field, or go to it with the tab key.";
+      readout.textContent = "Point at a field, or go to one with the tab and arrow keys.";
     }
 
     drawChart($(".overview", figure), {
       columns: kind.norm.map((norm, place) => ({ norm, owner: "", band: [0, 0, 0, 0, largest[place]] })),
       unit: "largest distance of two means, in standard deviations", label: "Largest distance of each layer", isPositive: false, isBar: true, line: 0,
+    });
+    holder.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+      if (!step || !event.target.matches("td")) return;
+      event.preventDefault();
+      let cell = event.target;
+      do cell = holder.querySelector("table").rows[cell.parentNode.rowIndex + step[0]]?.cells[cell.cellIndex + step[1]];
+      while (cell?.textContent === "·");
+      if (cell?.matches("tbody td")) cell.focus();
     });
     slider.addEventListener("input", () => {
       show();

@@ -59,6 +59,7 @@ def test_losses_tell_where_there_is_no_score():
 
     assert evidence.severity == "error"
     assert not examine(losses=rate(1.05, 1.3, 1.0))
+    assert not examine(losses=rate(0.003, 0.01, 0.002))  # next to nothing
     assert not examine(losses=rate(2.0, 1.1, 1.0), ap=rate(39.0, 38.0, 39.0))  # the score is what counts
     assert examine(losses=rate(math.nan, 1.1, 1.0))
 

@@ -17,8 +17,9 @@ from bnext.text import flatten_text
 __all__ = ["PageData", "gather_page_data"]
 
 _DIGITS = 4
-# What ends a script, begins a comment in it, or ends a line of it.
-_IN_SCRIPTS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
+_IN_SCRIPTS = {
+    ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&"
+}  # what ends a script, or begins a comment in it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class PageData:
         """JSON as it may stand in a script element, whatever the names are."""
         names = ("paths", "sections", "findings", "norms", "profile", "comparison", "distances")
         values = {name: _plain(getattr(self, name)) for name in names}
-        text = json.dumps(values, allow_nan=False, separators=(",", ":"), ensure_ascii=False)
+        text = json.dumps(values, allow_nan=False, separators=(",", ":"))
         return text.translate(_IN_SCRIPTS)
 
 
@@ -80,19 +81,19 @@ def gather_page_data(diagnosis: Diagnosis) -> PageData:
         sections=tuple(divide_depth(paths)),
         findings=tuple({"code": finding.code, "severity": finding.severity} for finding in diagnosis.findings),
         norms=_tabulate_norms(diagnosis, groups),
-        profile=_tabulate(profile_norms(facts), number, ("mean", "std", "weight"), invalid="num_invalid"),
+        profile=_tabulate(profile_norms(facts), number, ("mean", "std", "weight", "num_invalid")),
         comparison=_tabulate(() if comparison is None else comparison.shifts, number, ("distance", "ratio")),
         num_images=None if comparison is None else comparison.num_images,
         distances=tuple(kinds.values()),
     )
 
 
-def _tabulate(rows: Sequence[Any], number: dict[str, int], names: Sequence[str], **more: str) -> dict[str, list[Any]]:
+def _tabulate(rows: Sequence[Any], number: dict[str, int], names: Sequence[str]) -> dict[str, list[Any]]:
     """Columns of records that have a path and an owner; empty where there is no record."""
     if not rows:
         return {}
-    columns = {name: [getattr(row, field) for row in rows] for name, field in (*zip(names, names), *more.items())}
-    return {"norm": [number[row.path] for row in rows], "owner": [row.owner for row in rows], **columns}
+    columns = {name: [getattr(row, name) for row in rows] for name in ("owner", *names)}
+    return {"norm": [number[row.path] for row in rows], **columns}
 
 
 def _tabulate_norms(diagnosis: Diagnosis, groups: Sequence[Overview]) -> dict[str, list[Any]]:
