@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved
 
@@ -50,8 +50,15 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
     if facts.origin.kind != "model" and facts.weights is not None and facts.weights.is_loaded:
         command = facts.origin.write_command("reestimate", "--output", "repaired.pth")
         remedy = Remedy(remedy.text, command=command, call=remedy.call)
+    is_known = facts.steps is not None or (facts.weights is not None and facts.weights.is_loaded)
+    is_alone = any(population.num_updates or bool(population.mean.any()) for population in _list_populations(facts))
+    severity: Severity = "error" if is_known or is_alone else "warning"  # some models draw their shifts at random
     numbers = {"norms": float(len(norms)), "of": float(number)}
-    return Evidence("error", tuple(norm.path for norm in norms), text, remedy, numbers)
+    return Evidence(severity, tuple(norm.path for norm in norms), text, remedy, numbers)
+
+
+def _list_populations(facts: Facts) -> list[Population]:
+    return [population for norm in facts.batch_norms for population in norm.populations]
 
 
 def _judge_still(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:

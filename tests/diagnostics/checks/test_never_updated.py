@@ -26,7 +26,8 @@ def run(model):
 
 
 def test_finds_statistics_that_were_left_out():
-    model = make_model()
+    model = run(make_model())
+    model[1].reset_running_stats()
     move(model[1])
 
     (evidence,) = find("BN013", model)
@@ -35,6 +36,13 @@ def test_finds_statistics_that_were_left_out():
     assert evidence.layers == ("1",)
     exec(evidence.remedy.call, {"bnext": bnext, "model": model, "data": [torch.randn(4, 3, 8, 8)] * 2})
     assert not find("BN013", model)
+
+
+def test_shifts_that_may_have_been_drawn_at_random_are_a_warning():
+    model = make_model()
+    move(model[1])
+
+    assert [evidence.severity for evidence in find("BN013", model)] == ["warning"]
 
 
 def test_new_norms_on_trained_ones_are_healthy():
