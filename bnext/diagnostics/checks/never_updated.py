@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved
+from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
 
 __all__ = ["CHECK"]
 
@@ -33,10 +33,16 @@ def _is_left_out(facts: Facts, norm: NormFacts) -> bool:
 
     New norms on loaded weights have both at their initial values.
     """
-    unwritten = find_unwritten(norm)
+    unwritten = [population for population in find_unwritten(norm) if _is_live(facts, population)]
     if facts.weights is not None and facts.weights.is_loaded and norm.path in facts.weights.without_statistics:
         return bool(unwritten)
     return any(has_moved(get_affine(norm, population.owner)) for population in unwritten)
+
+
+def _is_live(facts: Facts, population: Population) -> bool:
+    """Whether mini-batches were to write it; a file does not say so of what nobody counts in it."""
+    is_counted = population.num_updates is not None or facts.origin.kind != "checkpoint"
+    return is_counted and not is_of_frozen(population)
 
 
 def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:

@@ -91,7 +91,7 @@ def _advise(facts: Facts, place: str, trained: str, norms: Sequence[NormFacts]) 
     if place and any(norm.record.statistics != trained for norm in norms):
         pairs = (f"MODEL.BNEXT.{place}.STATISTICS", trained)  # else the output would say that it was trained otherwise
         keys[pairs[0]] = trained
-    if facts.weights is None or not facts.weights.is_loaded:
+    if facts.origin.kind == "config" and (facts.weights is None or not facts.weights.is_loaded):
         return Remedy("Train with the population statistics of the mini-batches.", keys=keys)
 
     options = ("--population", trained, "--output", "repaired.pth")

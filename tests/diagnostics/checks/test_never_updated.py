@@ -79,6 +79,20 @@ def test_an_affine_from_a_file_without_statistics_is_found():
     assert not list(CHECK.examine(dataclasses.replace(facts, weights=folded)))  # of which another check speaks
 
 
+@pytest.mark.parametrize(("num_updates", "number"), [(0, 1), (None, 0)])
+def test_a_checkpoint_alone_may_be_of_frozen_norms(num_updates, number):
+    """Whose affine does all, and which nobody counts."""
+    model = make_model()
+    move(model[1])
+    facts = dataclasses.replace(collect_facts(model), origin=Origin("checkpoint", "CONFIG.yaml", weights="model.pth"))
+    norms = []
+    for norm in facts.norms:
+        populations = tuple(dataclasses.replace(one, num_updates=num_updates) for one in norm.populations)
+        norms.append(dataclasses.replace(norm, populations=populations))
+
+    assert len(list(CHECK.examine(dataclasses.replace(facts, norms=tuple(norms))))) == number
+
+
 @pytest.mark.parametrize(("is_run", "severity"), [(False, "error"), (True, "warning")])
 def test_momentum_0_never_updates(is_run, severity):
     model = make_model(momentum=0.0)
