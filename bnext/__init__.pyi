@@ -6,6 +6,8 @@ from .cli.from_python import train as train
 from .config import add_bnext_config as add_bnext_config
 from .config import load_config as load_config
 from .config.files import get_config_file as get_config_file
+from .diagnostics import Diagnosis as Diagnosis
+from .diagnostics import TrainingWatch as TrainingWatch
 from .diagnostics import diagnose as diagnose
 from .diagnostics import find_norm_groups as find_norm_groups
 from .diagnostics import format_norm_groups as format_norm_groups

@@ -12,13 +12,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 __all__ = [
     "has_numbers",
+    "is_compiled",
     "is_exported",
     "is_exported_to_onnx",
     "is_ordinary",
@@ -81,6 +82,11 @@ def has_numbers(tensor: Tensor) -> bool:
 def is_ordinary() -> bool:
     """Whether tensors of this call are numbers: no compiler, transform or mode of torch stands between."""
     return not is_traced() and not is_under_mode()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has this very module in its hands: a hook on it, or within, would be compiled, too."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 # ---- forwards that are written down

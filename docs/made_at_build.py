@@ -1,7 +1,7 @@
-"""Parts of the pages that are made at build from the code: keys, options of commands, the API, the notebook.
+"""Parts of the pages that are made at build from the code: keys, commands, checks of the doctor, the API, the notebook.
 
 A page says where with `<!-- made at build: PART ARGUMENT -->`; `PARTS` has a function for each, which gives Markdown.
-Keys that stand in a text as code are linked to their entry.
+Keys and codes of the doctor that stand in a text as code are linked to their entry.
 """
 
 from __future__ import annotations
@@ -22,10 +22,18 @@ from sphinx.application import Sphinx
 
 import bnext
 from bnext.cli.main import COMMANDS, build_parser
+from bnext.config import load_config
 from bnext.config.keys import KEYS, PLACE_KEYS, Key, Need
 from bnext.config.places import PLACES
+from bnext.diagnostics.diagnose import examine_facts
+from bnext.diagnostics.facts import Origin
+from bnext.diagnostics.findings import Check
+from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.report_json import read_schema
+from bnext.diagnostics.report_text import DEEPER
+from bnext.evaluation.doctor import examine_detector
 
-_MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w.]*) -->$", flags=re.MULTILINE)
+_MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w./-]*) -->$", flags=re.MULTILINE)
 _NO_LINK_IN = (nodes.reference, nodes.title, addnodes.pending_xref, addnodes.desc_signature)
 _PLACE_KEYS = {key.name: key for keys in PLACE_KEYS.values() for key in keys}
 
@@ -165,6 +173,83 @@ def _make_option(action: argparse.Action) -> str:
     return f":::{{option}} {names}\n{help_text}{required}.\n:::"
 
 
+# ---- the doctor
+
+
+def make_diagnosis(config: str) -> str:
+    """What the doctor says of a config of the package, and the command that prints it."""
+    cfg = load_config(config)
+    facts, _ = examine_detector(cfg, Origin("config", config, weights=cfg.MODEL.WEIGHTS))
+    return f"```text\n$ bnext doctor --config-file {config}\n{examine_facts(facts)}\n```"
+
+
+def make_checks(_: str) -> str:
+    """Every check of the doctor: the fault, why it is one, its cost, and the symptoms that name it."""
+    checks = find_checks()
+    rows = ["| code | the fault | seen with |", "|---|---|---|"]
+    for code, check in checks.items():
+        rows.append(f"| [{code}](#{code.lower()}) | {check.title} | {DEEPER[check.depth][0]} |")
+    return "\n\n".join(["\n".join(rows), *(_make_check(check) for check in checks.values())])
+
+
+def _make_check(check: Check) -> str:
+    parts = [f"({check.code.lower()})=\n## {check.code} {check.name}", f"**{_make_sentence(check.title)}**"]
+    parts.append(check.explanation)
+    if check.cost:
+        parts.append(f"Cost: {check.cost}{f' ({check.source})' if check.source else ''}.")
+    parts.append(f"Seen with: {DEEPER[check.depth][0]}.")
+
+    symptoms = _find_symptoms(check.code)
+    if symptoms:
+        links = [f"[{title}](symptoms/{page})" for page, title in symptoms.items()]
+        parts.append(f"How it shows: {', '.join(links)}.")
+    return "\n\n".join(parts)
+
+
+def _find_symptoms(code: str) -> dict[str, str]:
+    """File of each symptom that names a code -> its title."""
+    titles = {}
+    for page in sorted(Path(__file__).parent.glob("symptoms/*.md")):
+        text = page.read_text(encoding="utf-8")
+        if f"`{code}`" in text:
+            titles[page.name] = text.splitlines()[0].removeprefix("# ")
+    return titles
+
+
+def make_report_schema(_: str) -> str:
+    """The names of the JSON report, by its parts."""
+    schema = read_schema()
+    parts = [_make_properties(schema["properties"])]
+    for name in ("finding", "group", "advice"):
+        parts.append(f"### {name}\n\n{_make_properties(schema['$defs'][name]['properties'])}")
+    return "\n\n".join(parts)
+
+
+def _make_properties(properties: Mapping[str, Any]) -> str:
+    rows = ["| name | | |", "|---|---|---|"]
+    for name, rule in properties.items():
+        rows.append(f"| `{name}` | {_describe_type(rule)} | {_describe_rule(rule)} |")
+    return "\n".join(rows)
+
+
+def _describe_type(rule: Mapping[str, Any]) -> str:
+    if "$ref" in rule:
+        return _describe_type(read_schema()["$defs"][rule["$ref"].rpartition("/")[2]])
+    if "const" in rule:
+        return f'`"{rule["const"]}"`'
+    if "enum" in rule:
+        return ", ".join(f'`"{value}"`' for value in rule["enum"])
+    kind = rule["type"]
+    return kind if isinstance(kind, str) else " or ".join(kind)
+
+
+def _describe_rule(rule: Mapping[str, Any]) -> str:
+    reference = rule.get("$ref") or rule.get("items", {}).get("$ref", "")
+    part = read_schema()["$defs"].get(reference.rpartition("/")[2], {})
+    text = rule.get("description") or part.get("description", "")
+    return text or ", ".join(f"`{name}`" for name in rule.get("properties", {}))
+
+
 # ---- the API
 
 
@@ -230,6 +315,9 @@ PARTS: dict[str, Callable[[str], str]] = {
     "other_keys": make_other_keys,
     "names": make_names,
     "commands": make_commands,
+    "diagnosis": make_diagnosis,
+    "checks": make_checks,
+    "report_schema": make_report_schema,
     "notebook": make_notebook,
 }
 
@@ -240,19 +328,29 @@ def fill_page(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def link_keys(app: Sphinx, doctree: nodes.document) -> None:
-    """Code that begins with a key of bnext becomes a link to the key's entry."""
+    """Code that begins with a key of bnext, or a code of the doctor, becomes a link to its entry."""
     for literal in list(doctree.findall(nodes.literal)):
         words = literal.astext().split()
-        if not words or words[0] not in KEYS or _is_within(literal, *_NO_LINK_IN):
+        if not words or _is_within(literal, *_NO_LINK_IN):
+            continue
+        if words[0] in find_checks():
+            _link(app, literal, "ref", words[0].lower())
+            continue
+        if words[0] not in KEYS:
             continue
         target = words[0]
         if target in _PLACE_KEYS:
             target = f"MODEL.BNEXT.PLACE.{target.split('.')[-1]}"
 
-        link = addnodes.pending_xref("", refdomain="std", reftype="confval", reftarget=target, refwarn=True)
-        link["refdoc"] = app.env.current_document.docname
-        literal.replace_self(link)
-        link += literal
+        _link(app, literal, "confval", target)
+
+
+def _link(app: Sphinx, literal: nodes.literal, kind: str, target: str) -> None:
+    options = {"refdomain": "std", "reftype": kind, "reftarget": target, "refexplicit": True, "refwarn": True}
+    link = addnodes.pending_xref("", **options)
+    link["refdoc"] = app.env.current_document.docname
+    literal.replace_self(link)
+    link += literal
 
 
 def _is_within(node: nodes.Node, *kinds: type) -> bool:

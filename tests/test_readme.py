@@ -1,11 +1,13 @@
 """What the documents show runs: Python blocks are executed, YAML blocks are configs, files exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 
+from bnext.cli.main import main
 from bnext.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -69,6 +71,15 @@ def test_files_that_are_named_exist(document):
 def test_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", (ROOT / document).read_text())
     assert not [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
+
+
+def test_the_doctor_says_what_the_readme_shows(capsys):
+    (block,) = [block for block in find_blocks("README.md", "text") if block.startswith("$ bnext doctor ")]
+    command, *shown = block.splitlines()
+
+    assert main(shlex.split(command.removeprefix("$ bnext "))) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line not in said] == []
 
 
 def test_the_readme_is_read_in_one_go():

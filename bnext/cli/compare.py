@@ -30,6 +30,7 @@ from bnext.evaluation.compare import check_domain, compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
 from bnext.evaluation.verdict import judge_rows
 from bnext.files import find_local_file, write_json
+from bnext.heads.build_warnings import building_unwarned
 from bnext.repair.kinds import KINDS
 from bnext.statistics.observe import find_replaceable
 from bnext.text import name_folder
@@ -184,7 +185,7 @@ def _compare(
 def _measure(
     cfg: CfgNode, kinds: Sequence[str], domain: str | None, domain_dataset: str | None, command: Sequence[str]
 ) -> None:
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
     checkpointer = Checkpointer(model)
     checkpointer.load(cfg.MODEL.WEIGHTS, checkpointables=[], complete=True, replaced=find_replaceable(model))

@@ -1,8 +1,9 @@
-"""The main job: see a plain BN in a shared head fail, repair its checkpoint, see the difference."""
+"""The main job: see a plain BN in a shared head fail, be told why, repair its checkpoint, see the difference."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,14 +18,18 @@ from bnext.config import load_config
 from bnext.config.files import get_config_file
 from bnext.data.catalog import ensure_digits
 from bnext.data.records import load_records
+from bnext.diagnostics.diagnose import examine_facts
+from bnext.diagnostics.facts import Origin
+from bnext.diagnostics.report_html import format_html
 from bnext.engine import train
 from bnext.engine.output import holding_output
 from bnext.engine.screen import set_up_logging
 from bnext.evaluation import evaluate_model
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.detections import choose_images, examine
+from bnext.evaluation.doctor import examine_detector
 from bnext.evaluation.reestimate import repair_checkpoint
-from bnext.files import write_json
+from bnext.files import replace_file, write_json
 from bnext.studies.pictures import Layout, draw_detections
 from bnext.studies.runner import find_final_model, prepare_folder, timed
 from bnext.tables import format_rows
@@ -35,8 +40,8 @@ DESCRIPTION = """The main job in five minutes: a BN in a RetinaNet head fails, a
 
     bnext demo
 
-Trains a plain BN in the shared head on the digits set (made on first use), re-estimates its population statistics for
-each level, and writes results.json and detections.png."""
+Trains a plain BN in the shared head on the digits set (made on first use), asks the doctor what is wrong with it,
+re-estimates its population statistics for each level, and writes results.json, doctor.html and detections.png."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,12 +82,23 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
     configs = {}
     for name, config_file in (("trained", trained), ("re-estimated", repaired)):
         configs[name] = load_config(config_file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
+    configs["trained"] = _say_nothing_yet(configs["trained"])
     check_run(configs["trained"])
     with holding_output(output, "--output"):
-        _run(configs, output)
+        _run(configs, output, Origin("config", trained, tuple(opts)))
 
 
-def _run(configs: Mapping[str, CfgNode], output: str) -> None:
+def _say_nothing_yet(cfg: CfgNode) -> CfgNode:
+    """The config of the training without the doctor's warnings: it is asked afterwards."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.BNEXT.DOCTOR.WARN = False
+    cfg.SOLVER.BNEXT.DOCTOR.PERIOD = 0
+    cfg.freeze()
+    return cfg
+
+
+def _run(configs: Mapping[str, CfgNode], output: str, origin: Origin) -> None:
     set_up_logging(output)
     for cfg in configs.values():
         prepare_folder(cfg)
@@ -95,6 +111,8 @@ def _run(configs: Mapping[str, CfgNode], output: str) -> None:
         metrics = train(configs["trained"])
     results["AP"]["trained"] = flatten_metrics(metrics)["bbox/AP"]
 
+    page = _ask_doctor(configs["trained"], origin, Path(output, "doctor.html"))
+
     logger.info("The same weights: statistics re-estimated for each level, without training.")
     with timed(seconds, "re-estimate"):
         model = repair_checkpoint(configs["re-estimated"], find_final_model(configs["trained"]))
@@ -105,7 +123,25 @@ def _run(configs: Mapping[str, CfgNode], output: str) -> None:
     file = Path(output, "results.json")
     write_json(file, results)
     picture = _draw(configs, Path(output, "detections.png"))
-    print(f"\n{format_results(results)}\n\n{file}\n{picture}")
+    print(f"\n{format_results(results)}\n\n{file}\n{page}\n{picture}")
+
+
+def _ask_doctor(cfg: CfgNode, origin: Origin, page: Path) -> Path:
+    """Say in three lines what the doctor finds first, and write all of it as a page."""
+    weights = find_final_model(cfg)
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.WEIGHTS = weights
+    cfg.freeze()
+
+    facts, _ = examine_detector(cfg, dataclasses.replace(origin, weights=weights))
+    diagnosis = examine_facts(facts)
+    replace_file(page, lambda file: file.write(format_html(diagnosis).encode()))
+    for finding in diagnosis.findings[:1]:
+        logger.info("The doctor: %s, %s %s.", finding.severity, finding.code, finding.check.title)
+        logger.info("    it cost %s (%s)", finding.check.cost, finding.check.source)
+        logger.info("    its remedy: %s", finding.evidence.remedy.command)
+    return page
 
 
 def _draw(configs: Mapping[str, CfgNode], path: Path) -> Path:

@@ -43,6 +43,7 @@ from bnext.evaluation.reestimate import (
     recompute_statistics,
 )
 from bnext.files import remove_partials, replace_file, write_json
+from bnext.heads.build_warnings import building_unwarned
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
 from bnext.statistics import RecomputeReport
@@ -365,7 +366,7 @@ def recompute_checkpoint(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRe
 
 
 def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
 
     checkpointer = Checkpointer(model)

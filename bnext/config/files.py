@@ -9,7 +9,7 @@ from pathlib import Path
 from bnext.errors import ConfigError
 from bnext.text import find_near
 
-__all__ = ["CONFIGS", "find_config_file", "find_near_configs", "get_config_file"]
+__all__ = ["CONFIGS", "find_config_file", "find_near_configs", "get_config_file", "name_config_file"]
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -29,6 +29,21 @@ def find_config_file(path: str, folder: str = "") -> str:
 
     file, config = os.path.join(folder, path), os.path.join(CONFIGS, path)
     return config if not os.path.lexists(file) and os.path.isfile(config) else file
+
+
+def name_config_file(path: str) -> str:
+    """A path as a command line may name it: that of a config of the package by its name, where that leads to it.
+
+    Args:
+        path: of `find_config_file`.
+    """
+    if "://" in path or not os.path.isfile(path):
+        return path
+    file, configs = Path(path).resolve(), CONFIGS.resolve()  # a link, in a checkout
+    if not file.is_relative_to(configs):
+        return path
+    name = str(file.relative_to(configs))
+    return path if os.path.lexists(name) else name
 
 
 def find_near_configs(path: str) -> list[str]:

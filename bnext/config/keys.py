@@ -351,6 +351,22 @@ _METRICS = (
     Key("SOLVER.BNEXT.WANDB.NAME", "", "of the run; empty: as W&B chooses", needs=(_IS_IN_WANDB,)),
 )
 
+_DOCTOR = (
+    Key(
+        "SOLVER.BNEXT.DOCTOR.WARN",
+        True,
+        "when a model is built, warn once of what the doctor finds wrong with its norms, without running it",
+        _one_of(True, False),
+    ),
+    Key(
+        "SOLVER.BNEXT.DOCTOR.PERIOD",
+        1000,
+        "every so many iterations of a training, after the first 20 and at the end, warn of what the doctor finds; 0: "
+        "never",
+        Values("a whole number of 0 or more", is_count, "Use 0 for never."),
+    ),
+)
+
 _IS_EVALUATED = Need({"TEST.EVAL_PERIOD": Values("1 or more", lambda value: value >= 1)})
 _HAS_METRIC = Need({"TEST.BNEXT.BEST.METRIC": _NOT_EMPTY})
 _BEST = (
@@ -475,7 +491,7 @@ _DATASETS = (
     ),
 )
 
-_TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _ESTIMATES, _BEST, _DATASETS)
+_TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _DOCTOR, _ESTIMATES, _BEST, _DATASETS)
 KEYS = {key.name: key for key in itertools.chain(*_TABLES)}
 
 

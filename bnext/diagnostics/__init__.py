@@ -14,12 +14,14 @@ from bnext.diagnostics.inventory import (
     group_norms,
 )
 from bnext.diagnostics.mini_batches import MiniBatch, describe_mini_batch, observing_mini_batches
+from bnext.diagnostics.watch_training import TrainingWatch
 
 __all__ = [
     "Diagnosis",
     "MiniBatch",
     "NormGroup",
     "NormRecord",
+    "TrainingWatch",
     "describe_mini_batch",
     "diagnose",
     "find_norm_groups",

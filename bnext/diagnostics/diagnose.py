@@ -4,30 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any, Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from bnext.diagnostics.facts import Facts, ForwardFacts, NormFacts, TrainingFacts
-from bnext.diagnostics.findings import SEVERITIES, Finding, Severity
+from bnext.diagnostics.depths import Statistics, examine_population, observe_batches, observe_images
+from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
+from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
-from bnext.diagnostics.observe import observe_forward
 from bnext.diagnostics.read_norms import find_folded, read_norms
+from bnext.diagnostics.read_state import collect_state_facts
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
-from bnext.statistics.data_pass import Forward
+from bnext.errors import check_choice
+from bnext.scope.model import restoring
+from bnext.scope.statistics import as_in_training
+from bnext.statistics import recompute_population_statistics
+from bnext.statistics.arguments import check_data
+from bnext.statistics.data_pass import Domain, Forward
 
-__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "observe_batches"]
+__all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "read_weight_decay"]
+
+DiagnoseDepth = Literal["static", "forward", "full"]
+Loss = Callable[[nn.Module, Any], Any]
+_SEED = 0  # of what a pass over the data draws
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Diagnosis:
-    """What the doctor found. `str(diagnosis)` is the text for a terminal.
+    """The doctor's report on a model: print it, or take `as_dict()`, whose form is stable.
 
     Args:
         facts: that were read.
@@ -49,6 +61,15 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity in worst)
 
     @property
+    def depth(self) -> Depth:
+        """How much was looked at: the model alone, some batches, a pass over the data, or a running training."""
+        if self.facts.steps is not None:
+            return "training"
+        if self.facts.population or self.facts.evaluation is not None:
+            return "full"
+        return "forward" if any(not forward.is_noise for forward in self.facts.forwards) else "static"
+
+    @property
     def groups(self) -> list[NormGroup]:
         """The inventory: the norms, those together that give the same answers."""
         return group_norms(norm.record for norm in self.facts.norms)
@@ -58,19 +79,35 @@ class Diagnosis:
         """Norms for this batch, these workers, this data."""
         return recommend(self.facts)
 
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
+        from bnext.diagnostics.report_json import describe_diagnosis
+
+        return describe_diagnosis(self)
+
     def __str__(self) -> str:
         from bnext.diagnostics.report_text import format_text
 
         return format_text(self)
 
+    def __repr__(self) -> str:
+        from bnext.diagnostics.report_text import summarize
+
+        return f"<Diagnosis of {summarize(self)}>"
+
 
 def diagnose(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     data: Iterable[Any] | None = None,
     *,
+    depth: DiagnoseDepth = "forward",
     forward: Forward | None = None,
     num_batches: int = 4,
-    domain: str | None = None,
+    domain: Domain | None = None,
+    domains: Mapping[str, Iterable[Any]] | None = None,
+    test_data: Iterable[Any] | None = None,
+    loss: Loss | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
     optimizer: Optimizer | None = None,
     averaged: nn.Module | None = None,
     before: nn.Module | None = None,
@@ -78,11 +115,20 @@ def diagnose(
     """Find what is wrong with the batch norms of a model, before, during or after its training.
 
     Args:
-        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do.
+        model: any torch model, also in DistributedDataParallel. Its norms and modes say what a training would do. Or a
+            state dict alone, of which everything else is passed over.
         data: batches like those of its training; None: the model is not run.
-        forward: called as forward(model, batch), leaves modes as they are; default model(batch).
-        num_batches: of `data` that are used at most.
-        domain: of all images, where norms have domains; see `use_domain`.
+        depth: how much of the data is used: "static": none; "forward": a few batches; "full": all of them, for
+            population statistics that those of the model are compared with.
+        forward: called as forward(model, batch), leaves modes as they are; default model(batch). Of (inputs, labels) it
+            takes the inputs: forward=lambda model, batch: model(batch[0]).
+        num_batches: of `data`, of each of `domains` and of `test_data` that are run or looked at, at most.
+        domain: of all images, or called as domain(batch) for that of a batch or of each image; see `use_domain`.
+        domains: name -> batches of this domain alone, instead of `data` or besides it.
+        test_data: batches as the model gets them at inference, whose pixels are compared with those of `data`.
+        loss: called as loss(model, batch) at depth "full", on batches of `data`; the model is in training mode, without
+            dropout, its norms as `Facts.evaluation` says.
+        evaluate: called as evaluate(model) at depth "full", gives accuracy or AP from 0 to 100.
         optimizer: that trains the model.
         averaged: a model with the averaged weights of this one: EMA, SWA, a teacher.
         before: the model before a conversion.
@@ -90,19 +136,72 @@ def diagnose(
     Returns:
         The findings, worst first; print it.
 
+    Raises:
+        ConfigError: another depth.
+        StatisticsError: `data`, or another of these, gives no batches.
+
     Note:
         Nothing of the model changes: modes, buffers, attributes and random numbers are bit by bit as before, also
-        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data.
+        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Of an
+        iterator no more batches are taken than are used.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8, momentum=0.9))
         >>> [finding.code for finding in diagnose(model).findings]
         ['BN017']
     """
+    check_choice("depth", depth, get_args(DiagnoseDepth), where="diagnose")
+    if isinstance(model, Mapping):
+        return examine_facts(collect_state_facts(model))
     facts = collect_facts(model, optimizer=optimizer, averaged=averaged, before=before)
-    if data is not None:
-        facts = observe_batches(facts, model, data, forward=forward, num_batches=num_batches, domain=domain)
+    if depth == "static":
+        return examine_facts(facts)
+
+    for name, batches in {"data": data, "test_data": test_data, **(domains or {})}.items():
+        if batches is not None:
+            check_data(batches, "diagnose", name)
+    is_run = data is not None or bool(domains)
+    if is_run and any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
+        failure = "The model is lazy and was not run, which would initialize it: run a batch through it first."
+        return examine_facts(dataclasses.replace(facts, failures=(*facts.failures, failure)))
+
+    few, every = _open(data, num_batches, depth)
+    run = partial(observe_batches, model=model, forward=forward, num_batches=num_batches)
+    if few is not None:
+        facts = run(facts, data=few, domain=domain)
+    for name, of_domain in (domains or {}).items():
+        facts = run(facts, data=of_domain, domain=name)
+    if test_data is not None:
+        facts = observe_images(facts, "test", itertools.islice(test_data, num_batches))
+
+    if depth == "full" and few is not None and every is not None:
+        options: dict[str, Any] = {"forward": forward, "domain": domain, "seed": _SEED, "progress": True}
+        recompute = partial(recompute_population_statistics, data=every, **options)
+        measure = None if loss is None else partial(_measure_loss, loss, few)
+        score = None if evaluate is None else (lambda model, statistics: evaluate(model))
+        facts = examine_population(facts, model, recompute, loss=measure, score=score)
     return examine_facts(facts)
+
+
+def _open(
+    data: Iterable[Any] | None, num_batches: int, depth: DiagnoseDepth
+) -> tuple[Iterable[Any] | None, Iterable[Any] | None]:
+    """The batches that are run, and all of them; those of an iterator are kept as they are taken."""
+    if data is None or not isinstance(data, Iterator) or depth == "forward":
+        return data, data
+    few = list(itertools.islice(data, num_batches))
+    return few, itertools.chain(few, data)
+
+
+def _measure_loss(loss: Loss, batches: Iterable[Any], model: nn.Module, statistics: Statistics) -> float:
+    """Mean over images."""
+    total, number = 0.0, 0
+    with torch.no_grad(), as_in_training(model, by_population=statistics == "population"):
+        for batch in batches:
+            with restoring(model, seed=_SEED):
+                total += count_images(batch) * float(loss(model, batch))
+            number += count_images(batch)
+    return total / max(number, 1)
 
 
 def examine_facts(facts: Facts) -> Diagnosis:
@@ -125,7 +224,7 @@ def collect_facts(
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)
-    decay, decay_of_others = _read_decay(model, norms, optimizer) if optimizer is not None else ({}, None)
+    decay, decay_of_others = read_weight_decay(model, norms, optimizer.param_groups) if optimizer else ({}, None)
 
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     num_workers = get_world_size()
@@ -154,15 +253,17 @@ def _read_ddp(model: nn.Module) -> dict[str, bool] | None:
     return {name: bool(getattr(model, name)) for name in names}
 
 
-def _read_decay(
-    model: nn.Module, norms: Iterable[NormFacts], optimizer: Optimizer
+def read_weight_decay(
+    model: nn.Module, norms: Iterable[NormFacts], groups: Iterable[Mapping[str, Any]]
 ) -> tuple[dict[str, float], float | None]:
-    """Weight decay of the affine of each norm, and the largest of other weights."""
-    decays = {
-        parameter: float(group.get("weight_decay", 0.0))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    """Path of each norm -> weight decay of its affine, and the largest of the weights of other layers.
+
+    Args:
+        model: see `collect_facts`.
+        norms: of the model.
+        groups: "params" and "weight_decay" of each, as in the `param_groups` of an optimizer.
+    """
+    decays = {parameter: float(group.get("weight_decay", 0.0)) for group in groups for parameter in group["params"]}
     of_norms: dict[str, float] = {}
     affines: set[nn.Parameter] = set()
     for norm in norms:
@@ -173,44 +274,3 @@ def _read_decay(
 
     others = [decay for parameter, decay in decays.items() if parameter not in affines and parameter.dim() > 1]
     return of_norms, max(others, default=None)
-
-
-def observe_batches(
-    facts: Facts,
-    model: nn.Module,
-    data: Iterable[Any],
-    *,
-    forward: Forward | None = None,
-    num_batches: int = 4,
-    domain: str | None = None,
-) -> Facts:
-    """Facts with what a few batches show, each by population and by mini-batch statistics; see `diagnose`."""
-    model = unwrap_model(model)
-    norms: Mapping[str, nn.Module] = {norm.path: model.get_submodule(norm.path) for norm in facts.norms}
-    forwards: list[ForwardFacts] = []
-    failures: list[str] = []
-    images: list[int] = []
-
-    for batch in itertools.islice(data, num_batches):
-        images.append(count_images(batch))
-        for kind in ("population", "mini_batch"):
-            options: dict[str, Any] = {"normalized_by": kind, "num_images": images[-1], "domain": domain}
-            try:
-                forwards.append(observe_forward(model, batch, norms, forward=forward, **options))
-            except Exception as error:
-                reason = str(error).splitlines()[0] if str(error) else "no message"
-                failures.append(f"A forward by {kind} statistics failed: {type(error).__name__}: {reason}")
-        if failures:
-            break
-
-    training = facts.training or TrainingFacts()
-    if training.images_per_worker is None and images:
-        training = dataclasses.replace(training, images_per_worker=max(images) or None)
-    if not images:
-        failures.append("There was no batch in the data.")
-    return dataclasses.replace(
-        facts,
-        forwards=(*facts.forwards, *forwards),
-        training=training,
-        failures=(*facts.failures, *failures),
-    )

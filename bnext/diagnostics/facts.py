@@ -7,6 +7,7 @@ what a config, a checkpoint, an evaluation or a training know, the rooms above f
 from __future__ import annotations
 
 import dataclasses
+import functools
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -26,6 +27,7 @@ __all__ = [
     "NormFacts",
     "Origin",
     "Population",
+    "StandardErrors",
     "StepFacts",
     "TrainingFacts",
     "WeightsFacts",
@@ -100,6 +102,10 @@ class NormFacts:
         sees_rois: whether its samples are RoIs; None: not known.
         layer_before: the layer whose output it gets; None: not known.
         norm_key: config key that names the norms of its place; "": there is none.
+        shuffle: how its samples are dealt out at random: "statistics", "features"; "": they are not.
+        num_groups: of a deal of statistics, over the workers that share; None: one for each worker.
+        single_element: what a mini-batch of one element per channel gives in training: "error", or the "population"'s
+            output.
         is_after_trained: whether the last layer with weights before it, in the order of modules, takes gradients;
             None: there is none.
         has_own_forward: whether its class computes something that no form describes, as with an activation in it.
@@ -118,6 +124,9 @@ class NormFacts:
     sees_rois: bool | None = None
     layer_before: LayerFacts | None = None
     norm_key: str = ""
+    shuffle: str = ""
+    num_groups: int | None = None
+    single_element: str = "error"
     is_after_trained: bool | None = None
     has_own_forward: bool = False
     extras: tuple[str, ...] = ()
@@ -168,6 +177,8 @@ class ForwardFacts:
         calls: path -> every call of the norm, in their order; norms that were not called are absent.
         is_noise: whether the images were made up; then only the calls and their sizes say something.
         domain: of all images; "": not known.
+        image_size: height and width of all images; (): not known.
+        is_alone: whether it is of one image taken out of a batch, to be compared with those: no training has it so.
     """
 
     num_images: int
@@ -175,6 +186,24 @@ class ForwardFacts:
     calls: Mapping[str, tuple[Call, ...]]
     is_noise: bool = False
     domain: str = ""
+    image_size: tuple[int, ...] = ()
+    is_alone: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class StandardErrors:
+    """How well a pass over images knows one set of statistics, from the differences between its mini-batches.
+
+    Args:
+        mean: standard error of the mean in standard deviations, 95th percentile over channels; infinite for fewer than
+            two mini-batches.
+        var: standard error of the variance relative to it, likewise.
+        num_batches: mini-batches that reached the norm.
+    """
+
+    mean: float
+    var: float
+    num_batches: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +213,7 @@ class EvaluationFacts:
     Args:
         losses: kind -> mean loss. Kinds are "population" (those of the model), "mini_batch", "precise"
             (re-estimated on training images).
-        ap: kind -> box AP from 0 to 100.
+        ap: kind -> box AP from 0 to 100, or another score of this range; the higher the better.
         dataset: on which.
     """
 
@@ -208,6 +237,8 @@ class TrainingFacts:
         decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
+        mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
+        virtual_images: of a worker, that enlarge its mini-batches by a forward alone.
     """
 
     num_workers: int | None = None
@@ -216,6 +247,8 @@ class TrainingFacts:
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
     decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
+    mixes_domains: bool | None = None
+    virtual_images: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,16 +257,19 @@ class StepFacts:
 
     Args:
         num_steps: that were watched.
-        num_forwards: forwards of the model in training mode in them.
-        updates: path -> times that its running statistics took in a mini-batch in them.
+        num_forwards: forwards of the model in training mode in them; 0: not known.
+        updates: path -> times that its running statistics took in a mini-batch in them, of several populations the
+            most; norms that do not count are absent.
         changed_between: path of each norm whose running statistics changed between two steps (validation, warm-up)
-            -> after which iteration first.
+            -> after which iteration first; -1: before the first one.
+        calls: path -> calls of the norm in one forward, the most; empty: not known.
     """
 
     num_steps: int
     num_forwards: int
     updates: Mapping[str, int]
     changed_between: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +365,10 @@ class Facts:
         failures: what could not be found out, and why, in sentences.
         num_trained: parameters, of `num_parameters`, that take gradients; None: not known.
         folded: paths of modules that do nothing in the place of a norm: folded ones, and where a norm of `before` was.
+        population_errors: of the statistics in `population`.
+        domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
+            samples; infinite for fewer than two.
+        images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
     """
 
     norms: tuple[NormFacts, ...]
@@ -351,21 +391,28 @@ class Facts:
     failures: tuple[str, ...] = ()
     num_trained: int | None = None
     folded: tuple[str, ...] = ()
+    population_errors: Mapping[tuple[str, str], StandardErrors] = dataclasses.field(default_factory=dict)
+    domain_errors: Mapping[str, Mapping[str, Tensor]] = dataclasses.field(default_factory=dict)
+    images: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def batch_norms(self) -> tuple[NormFacts, ...]:
         """Norms that normalize by a batch or by a population."""
         return tuple(norm for norm in self.norms if norm.is_batch_norm)
 
     def find_norm(self, path: str) -> NormFacts | None:
         """The norm at a path."""
-        return next((norm for norm in self.norms if norm.path == path), None)
+        return self._by_path.get(path)
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, NormFacts]:
+        return {norm.path: norm for norm in self.norms}
 
     def get_config(self, key: str, default: object = None) -> object:
         """The value of a config key; `default` where there is no config, or no such key."""
         return default if self.config is None else self.config.get(key, default)
 
-    @property
+    @functools.cached_property
     def is_trained(self) -> bool:
         """Whether weights of a training are there: they were loaded, or a counter or an affine has moved.
 

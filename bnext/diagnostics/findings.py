@@ -60,7 +60,7 @@ class Check:
 
     Args:
         code: "BN001", ...; never given to another check.
-        name: of its page, as "repeated-calls".
+        name: the fault in two words or three, as "repeated-calls".
         title: the fault in one line, without numbers.
         explanation: why it is one, and when it is none; a paragraph in Markdown.
         cost: what it cost somebody, in numbers; "": nobody has measured it.
@@ -79,6 +79,11 @@ class Check:
     depth: Depth
     examine: Callable[[Facts], Iterable[Evidence]]
     points: float = 0.0
+
+    @property
+    def page(self) -> str:
+        """Its place in the site, from the site's first page."""
+        return f"doctor-codes.html#{self.code.lower()}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,19 +49,26 @@ def _read_part(part: str) -> _Part:
 
 def _merge(patterns: dict[_Pattern, list[str]], place: int) -> dict[_Pattern, list[str]]:
     """Join patterns that differ in the numbers at one place alone: their union stands for the same paths."""
-    unions: dict[tuple[object, ...], tuple[_Pattern, list[str]]] = {}
+    unions: dict[tuple[object, ...], tuple[_Pattern, set[int], list[str]]] = {}
     for pattern, members in patterns.items():
-        if place >= len(pattern) or not pattern[place][1]:
-            unions[pattern] = pattern, members
-            continue
+        has_number = place < len(pattern) and bool(pattern[place][1])
+        key: tuple[object, ...] = pattern
+        if has_number:
+            before, _, after = pattern[place]
+            key = (*pattern[:place], (before, after), *pattern[place + 1 :])
 
-        before, numbers, after = pattern[place]
-        key = (*pattern[:place], (before, after), *pattern[place + 1 :])
-        joined, joined_members = unions.get(key, (pattern, []))
-        part: _Part = (before, joined[place][1] | numbers, after)
-        unions[key] = (*pattern[:place], part, *pattern[place + 1 :]), joined_members + members
+        _, numbers, of_union = unions.setdefault(key, (pattern, set(), []))
+        of_union += members
+        if has_number:
+            numbers |= pattern[place][1]
 
-    return dict(unions.values())
+    merged: dict[_Pattern, list[str]] = {}
+    for pattern, numbers, members in unions.values():
+        if numbers:
+            before, _, after = pattern[place]
+            pattern = (*pattern[:place], (before, frozenset(numbers), after), *pattern[place + 1 :])
+        merged[pattern] = members
+    return merged
 
 
 def _write_part(part: _Part) -> str:

@@ -19,7 +19,18 @@ from bnext.layers.norm_form import NormForm
 from bnext.layers.spec import Workers
 from bnext.tables import format_rows
 
-__all__ = ["NormGroup", "NormRecord", "find_norm_groups", "find_norm_records", "format_norm_groups", "group_norms"]
+__all__ = [
+    "NormGroup",
+    "NormRecord",
+    "find_norm_groups",
+    "find_norm_records",
+    "format_affine",
+    "format_mini_batch",
+    "format_norm_groups",
+    "format_population",
+    "format_range",
+    "group_norms",
+]
 
 Samples = int | Callable[[str], int | None] | None
 _FIELDS_OF_ONE = ("path", "num_features", "num_parameters")
@@ -82,9 +93,9 @@ class NormGroup:
 
     def __str__(self) -> str:
         record, number = self.records[0], len(self.records)
-        channels = _format_range([one.num_features for one in self.records])
+        channels = format_range([one.num_features for one in self.records])
         answers = (
-            f"{_format_mini_batch(record)}; at inference {_format_population(record)}; affine {_format_affine(record)}"
+            f"{format_mini_batch(record)}; at inference {format_population(record)}; affine {format_affine(record)}"
         )
         return f"{self.pattern or 'the model'}: {number} {record.kind}, {channels} channels, {answers}"
 
@@ -170,25 +181,34 @@ def format_norm_groups(groups: Sequence[NormGroup]) -> str:
                 group.pattern or "the model",
                 record.kind,
                 str(len(group.records)),
-                _format_range([one.num_features for one in group.records]),
-                _format_mini_batch(record),
-                _format_population(record),
-                _format_affine(record),
+                format_range([one.num_features for one in group.records]),
+                format_mini_batch(record),
+                format_population(record),
+                format_affine(record),
             ]
         )
 
     return format_rows(rows, headers, num_texts=len(headers))
 
 
-def _format_affine(record: NormRecord) -> str:
+def format_affine(record: NormRecord) -> str:
+    """Who owns scale and shift, and whether they still change."""
     return record.affine.replace("_", " ") + (", frozen" if record.frozen in ("affine", "both") else "")
 
 
-def _format_range(numbers: Sequence[int]) -> str:
-    return str(numbers[0]) if min(numbers) == max(numbers) else f"{min(numbers)}-{max(numbers)}"
+def format_range(numbers: Sequence[int]) -> str:
+    """The least and the most of some numbers.
+
+    Example:
+        >>> format_range([64, 2048, 64]), format_range([256, 256])
+        ('64-2,048', '256')
+    """
+    least, most = min(numbers), max(numbers)
+    return f"{least:,}" if least == most else f"{least:,}-{most:,}"
 
 
-def _format_mini_batch(record: NormRecord) -> str:
+def format_mini_batch(record: NormRecord) -> str:
+    """Who shares a mini-batch, or why there is none."""
     if record.training == "population":
         return "frozen" if record.frozen in ("statistics", "both") else "the population's"
     if record.statistics == "sample":
@@ -205,7 +225,8 @@ def _format_mini_batch(record: NormRecord) -> str:
     return ", ".join(words)
 
 
-def _format_population(record: NormRecord) -> str:
+def format_population(record: NormRecord) -> str:
+    """By whose statistics a norm normalizes in evaluation mode."""
     if record.inference != "population":
         return record.inference.replace("_", "-")
     if record.population == "shared":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ def observe_forward(
     normalized_by: Literal["population", "mini_batch"] = "population",
     forward: Forward | None = None,
     num_images: int = 0,
-    domain: str | None = None,
+    domain: str | Sequence[str] | None = None,
     is_noise: bool = False,
 ) -> ForwardFacts:
     """Run a model on one batch, everything of it in evaluation mode, and see what its norms get.
@@ -43,7 +43,7 @@ def observe_forward(
         normalized_by: "mini_batch": batch norms that are in the mode of the model are in training mode meanwhile.
         forward: called as forward(model, batch); None: model(batch).
         num_images: of the batch.
-        domain: of its images, see `use_domain`.
+        domain: of all its images or of each, see `use_domain`.
         is_noise: see `ForwardFacts`.
 
     Raises:
@@ -63,7 +63,7 @@ def observe_forward(
                 forward(model, batch)
 
     seen = {path: tuple(of_norm) for path, of_norm in calls.items()}
-    return ForwardFacts(num_images, normalized_by, seen, is_noise, domain or "")
+    return ForwardFacts(num_images, normalized_by, seen, is_noise, domain if isinstance(domain, str) else "")
 
 
 @contextlib.contextmanager

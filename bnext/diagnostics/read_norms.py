@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -10,13 +11,17 @@ from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
+from bnext.diagnostics.layers_before import find_layers_before
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.deal import StatisticsDeal
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.forms import AFFINE, POPULATION, find_kind
 
 __all__ = ["find_folded", "read_norms"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Shuffles = dict[nn.Module, tuple[str, int | None]]
 
 
 def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts, ...]:
@@ -27,11 +32,19 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
         num_samples: see `find_norm_records`.
 
     Note:
-        Nothing is run and nothing is changed. Of a model on the meta device there are no statistics.
+        Nothing is run, though forwards may be traced (see `find_layers_before`), and nothing is changed.
+        Of a model on the meta device there are no statistics.
     """
     records = find_norm_records(model, num_samples)
+    norms = {record.path: model.get_submodule(record.path) for record in records}
     trained = _find_trained_before(model, {record.path for record in records})
-    return tuple(_read(model, record, trained.get(record.path)) for record in records)
+    shuffles = _find_shuffles(model)
+    layers = find_layers_before(model, norms)
+    facts = []
+    for record in records:
+        norm = _read(model, record, trained.get(record.path), shuffles)
+        facts.append(dataclasses.replace(norm, layer_before=layers.get(record.path)))
+    return tuple(facts)
 
 
 def find_folded(model: nn.Module, before: nn.Module | None = None) -> tuple[str, ...]:
@@ -67,8 +80,9 @@ def _find_trained_before(model: nn.Module, norms: set[str]) -> dict[str, bool | 
     return trained
 
 
-def _read(model: nn.Module, record: NormRecord, is_after_trained: bool | None) -> NormFacts:
+def _read(model: nn.Module, record: NormRecord, is_after_trained: bool | None, shuffles: Shuffles) -> NormFacts:
     norm = model.get_submodule(record.path)
+    shuffle, num_groups = shuffles.get(norm, ("", None))
     kind = type(norm)
     populations, affines = [], []
 
@@ -91,11 +105,28 @@ def _read(model: nn.Module, record: NormRecord, is_after_trained: bool | None) -
         reason=_explain(model, norm, record),
         populations=tuple(populations),
         affines=tuple(affines),
+        shuffle=shuffle,
+        num_groups=num_groups,
+        single_element=norm.spec.single_element if isinstance(norm, BatchNorm2d) else "error",
         is_after_trained=is_after_trained,
         has_own_forward=record.statistics != "sample" and find_kind(norm) is None,
         extras=_list_extras(norm),
         dtype=_find_dtype(norm),
     )
+
+
+def _find_shuffles(model: nn.Module) -> Shuffles:
+    """The modules whose samples are dealt out at random: how, and to how many groups."""
+    shuffles: Shuffles = {}
+    for module in model.modules():
+        owners = [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
+        deal = next((owner for owner in owners if isinstance(owner, StatisticsDeal)), None)
+
+        if deal is not None:
+            shuffles.update(dict.fromkeys(module.modules(), ("statistics", deal.num_groups)))
+        elif getattr(module, "shares_samples", False):  # see `shares_work`
+            shuffles.update(dict.fromkeys(module.modules(), ("features", None)))
+    return shuffles
 
 
 def _list_extras(norm: nn.Module) -> tuple[str, ...]:

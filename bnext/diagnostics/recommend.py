@@ -84,7 +84,11 @@ def recommend(facts: Facts) -> tuple[Advice, ...]:
 
 
 def _is_chosen(facts: Facts, option: Option) -> bool:
-    return bool(option.keys) and all(facts.get_config(key) == value for key, value in option.keys.items())
+    is_alone = facts.training is None or (facts.training.num_workers or 1) == 1
+    same = {"SyncBN": "BN"} if is_alone else {}  # which one worker cannot tell apart
+
+    chosen = [(facts.get_config(key), value) for key, value in option.keys.items()]
+    return bool(chosen) and all(same.get(str(has), has) == same.get(str(value), value) for has, value in chosen)
 
 
 # ---- places

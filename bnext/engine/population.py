@@ -64,6 +64,11 @@ class PreciseBN(HookBase):
         self._frozen_from = frozen_from
         self._averages: dict[str, Tensor] = {}
 
+    @property
+    def is_in_force(self) -> bool:
+        """Whether the model has an estimate, in the place of which the next step puts the moving averages."""
+        return bool(self._averages)
+
     def before_step(self) -> None:
         averages, self._averages = self._averages, {}
         if not averages or self.trainer.iter >= self._frozen_from:

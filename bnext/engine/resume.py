@@ -62,11 +62,12 @@ _FILES_OF_A_TRAINING = (
     "model_ema.pth",
     "model_best.pth",
     "best.json",
+    "doctor.json",
 )
 # What the images and the steps depend on, without the keys whose change is told apart or changes nothing.
 _NODES = ("SOLVER", "DATASETS", "DATALOADER", "INPUT", "MODEL")
 _NO_INFLUENCE = {"WEIGHTS", "DEVICE", "INFERENCE", "IMS_PER_BATCH", "OPTIMIZER", "CHECKPOINT_PERIOD"}
-_NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS", "NORM_METRICS", "WANDB"}
+_NO_INFLUENCE |= {"REFERENCE_WORLD_SIZE", "NUM_WORKERS", "NORM_METRICS", "WANDB", "DOCTOR"}
 _NO_INFLUENCE_IN_LAZY: tuple[str, ...] = (
     "train.",
     "dataloader.test.",

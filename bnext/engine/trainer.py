@@ -39,6 +39,7 @@ from bnext.engine import hooks
 from bnext.engine.accumulation import build_step
 from bnext.engine.averaged_weights import AverageWeights, build_averages
 from bnext.engine.best import build_best, limit_iterations
+from bnext.engine.doctor_hook import build_doctor
 from bnext.engine.loop import run_iterations
 from bnext.engine.metrics_file import MetricsWriter
 from bnext.engine.norm_counts import build_norm_counts
@@ -67,6 +68,7 @@ from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
+from bnext.heads.build_warnings import warn_of_faults
 from bnext.layers.single_element import explaining_single_values
 from bnext.lazy_config import copy_node, is_lazy
 from bnext.notices import gathering_notices
@@ -121,6 +123,7 @@ class Trainer(DefaultTrainer):
 
         with seeded(derive_seed(self.seed, Purpose.INITIALIZE)):
             model = self.build_model(cfg)
+        warn_of_faults(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
 
@@ -157,10 +160,12 @@ class Trainer(DefaultTrainer):
         cfg, model = self.cfg, unwrap_model(self.model)
         tell_counts, *last = build_norm_counts(model, _LOG_PERIOD, cfg.SOLVER.CHECKPOINT_PERIOD) or [None]
         self._averages, save_averages = build_averages(cfg, model) or (None, None)
+        doctor, settle = build_doctor(cfg) or (None, None)
         shared = [
             d2_hooks.IterationTimer(),
             hooks.SeedSteps(),
             *build_virtual_images(cfg, model),  # over when the next hooks look at the model
+            doctor,
             d2_hooks.LRScheduler(),
             hooks.RememberMetrics(),
             *build_norm_metrics(cfg, model),
@@ -169,6 +174,7 @@ class Trainer(DefaultTrainer):
             *build_norm_schedules(cfg, model),
             tell_counts,
             hooks.EqualizeBuffers(cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD),
+            settle,  # nothing that comes now may change statistics
             save_averages,
             hooks.PeriodicCheckpointer(self.checkpointer, cfg.SOLVER.CHECKPOINT_PERIOD),
             *build_validation_loss(cfg),

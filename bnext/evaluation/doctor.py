@@ -15,6 +15,7 @@ from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.facts import Facts, Origin
 from bnext.diagnostics.observe import observe_forward
 from bnext.evaluation.doctor_weights import load_weights
+from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.doctor_facts import add_config_facts
 
 __all__ = ["examine_detector"]
@@ -30,7 +31,7 @@ def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = Non
         origin: how the user came by it.
         num_workers: that train it.
     """
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
     weights, failures = load_weights(cfg, model)
     facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights, failures=failures)
@@ -50,4 +51,5 @@ def _probe(facts: Facts, model: nn.Module) -> Facts:
         reason = str(error).splitlines()[0] if str(error) else "no message"
         failure = f"A forward of made-up pixels failed: {type(error).__name__}: {reason}"
         return dataclasses.replace(facts, failures=(*facts.failures, failure))
+    forward = dataclasses.replace(forward, image_size=(_NOISE_SIZE, _NOISE_SIZE))
     return dataclasses.replace(facts, forwards=(*facts.forwards, forward))

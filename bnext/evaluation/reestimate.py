@@ -25,6 +25,7 @@ from bnext.data.samplers import count_micro_batch
 from bnext.errors import ConfigError, StatisticsError
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
+from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.statistics import choose_forward
 from bnext.layers import LevelBatchNorm2d
 from bnext.layers.walk import Selection
@@ -225,7 +226,7 @@ def repair_checkpoint(cfg: CfgNode, weights: str, layers: Selection | None = is_
             remedy="Choose another.",
         )
 
-    with building_from_config():
+    with building_from_config(), building_unwarned():
         model = build_model(cfg)
     loader = Checkpointer(model)
     begins_with_them = cfg.TEST.BNEXT.PRECISE_BN.ESTIMATOR == "moving_average"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -11,16 +10,14 @@ import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from bnext.distributed import LockStep, count_images, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.shuffled import shares_work
 from bnext.progress import showing_progress
-from bnext.scope import frozen_statistics
 from bnext.scope.model import restoring
+from bnext.scope.statistics import as_in_training
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.arguments import check_data
 from bnext.statistics.data_pass import Forward
@@ -100,7 +97,7 @@ def compute_validation_loss(
     with torch.no_grad(), restoring(model, seed=derive_seed(seed, Purpose.LOAD_VALIDATION, rank)):
         if statistics == "population":
             equalize_buffers(model)
-        with _as_in_training(model, by_population=statistics == "population"):
+        with as_in_training(model, by_population=statistics == "population"):
             shares = shares_work(model)
             rounds = LockStep(batches, find_device(model), _WHERE, shares_work=shares, repeats_last=True)
             with showing_progress("validation loss", unit="batch", is_wanted=rank == 0) as bar:
@@ -120,23 +117,6 @@ def compute_validation_loss(
 def find_device(model: nn.Module) -> torch.device:
     """The device of the first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextlib.contextmanager
-def _as_in_training(model: nn.Module, *, by_population: bool) -> Iterator[None]:
-    """Training mode in this scope, but without dropout, pictures and moving statistics.
-
-    Args:
-        by_population: batch norms are as at inference.
-    """
-    with restoring(model), frozen_statistics(model):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, _DropoutNd) or (by_population and isinstance(module, _BatchNorm)):
-                module.training = False
-            if getattr(module, "vis_period", 0):
-                module.vis_period = 0  # type: ignore[assignment]
-        yield
 
 
 def _measure(model: nn.Module, batch: Any, forward: Forward | None, seed: int) -> dict[str, float]:

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, PanopticFPN
 from torch import nn
 
 from bnext.config.recipe import resolve_norms
+from bnext.heads.build_warnings import warn_of_faults
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "BNextSemanticSegmentor"]
@@ -46,4 +47,5 @@ def _build(architecture: Callable[[CfgNode], nn.Module], cfg: CfgNode) -> nn.Mod
     norms = resolve_norms(cfg)
     model = architecture(make_buildable(cfg, norms))
     give_norms(model, norms)
+    warn_of_faults(cfg, model)
     return model

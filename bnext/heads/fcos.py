@@ -11,6 +11,7 @@ from detectron2.modeling.meta_arch import fcos as detectron2_fcos
 from torch import Tensor
 
 from bnext.config.recipe import resolve_norms
+from bnext.heads.build_warnings import warn_of_faults
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -82,4 +83,5 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
     give_norms(model, norms)
+    warn_of_faults(cfg, model)
     return model

@@ -14,6 +14,7 @@ from bnext.config.lazy import tell_unheeded
 from bnext.config.places import LAZY_ARCHITECTURE
 from bnext.config.recipe import NormRecipe, resolve_norms
 from bnext.errors import ConfigError
+from bnext.heads.build_warnings import warn_of_faults
 from bnext.heads.places import give_norms
 from bnext.heads.retinanet import RetinaNetHead
 from bnext.heads.rpn import RPNHead
@@ -51,6 +52,7 @@ def build_lazy_model(cfg: CfgNode) -> nn.Module:
         remedy = "Call the class of a model there."
         raise ConfigError.of("model", "be a call that makes a torch module", got=type(model).__name__, remedy=remedy)
     give_norms(model, norms)
+    warn_of_faults(cfg, model)
     return model
 
 

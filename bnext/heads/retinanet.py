@@ -16,6 +16,7 @@ from detectron2.modeling.meta_arch import retinanet as detectron2_retinanet
 from torch import Tensor
 
 from bnext.config.recipe import read_place, resolve_norms
+from bnext.heads.build_warnings import warn_of_faults
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -72,4 +73,5 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
 
     model = RetinaNet(**arguments)
     give_norms(model, norms)
+    warn_of_faults(cfg, model)
     return model

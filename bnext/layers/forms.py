@@ -213,12 +213,13 @@ def find_forms(model: nn.Module, treat_as: TreatAs | None = None) -> list[tuple[
 
 def find_other_norms(model: nn.Module, treat_as: TreatAs | None = None) -> dict[str, tuple[nn.Module, str]]:
     """Path -> norm, and why it has no form: those that `find_forms` passes over. One at several places comes once."""
-    known = [path for path, *_ in find_forms(model, treat_as)]
+    known = {path for path, *_ in find_forms(model, treat_as)}
     others: dict[str, tuple[nn.Module, str]] = {}
 
     for path, module in model.named_modules():
         reason = _explain_no_form(module)
-        is_part = any(not norm or path == norm or path.startswith(f"{norm}.") for norm in known)
+        parts = path.split(".")
+        is_part = "" in known or any(".".join(parts[:number]) in known for number in range(1, len(parts) + 1))
         if reason and not is_part:
             others[path] = (module, reason)
 

@@ -9,12 +9,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedBuffer
 
-from bnext.scope.model import keeping_buffers
+from bnext.scope.model import keeping_buffers, restoring
 from bnext.scope.record import Scope
 
-__all__ = ["answering", "frozen_statistics"]
+__all__ = ["answering", "as_in_training", "frozen_statistics"]
 
 
 @contextlib.contextmanager
@@ -84,6 +85,24 @@ def _tracking_nothing(norms: Iterable[nn.Module]) -> Iterator[None]:
         for norm, values in before.items():
             if values:  # of a call that was broken off
                 norm.track_running_stats = values[0]  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def as_in_training(model: nn.Module, *, by_population: bool) -> Iterator[None]:
+    """Training mode in this scope, but without dropout, pictures and moving statistics.
+
+    Args:
+        model: any module.
+        by_population: batch norms are as at inference.
+    """
+    with restoring(model), frozen_statistics(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, _DropoutNd) or (by_population and isinstance(module, _BatchNorm)):
+                module.training = False
+            if getattr(module, "vis_period", 0):
+                module.vis_period = 0  # type: ignore[assignment]
+        yield
 
 
 def answering(norms: Iterable[Any], **answers: object) -> Scope:

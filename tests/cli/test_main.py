@@ -10,7 +10,7 @@ from detectron2.engine import default_argument_parser
 
 from bnext.cli.main import COMMANDS, build_parser, main
 from bnext.config import load_config
-from bnext.config.files import find_config_file, get_config_file
+from bnext.config.files import find_config_file, get_config_file, name_config_file
 from bnext.errors import ConfigError
 from bnext.packages import explain_missing
 from tests import tiny
@@ -114,9 +114,12 @@ def test_a_config_of_the_package_by_its_name(tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(f"_BASE_: {NAME}\nSOLVER: {{MAX_ITER: 7}}\n")
     assert load_config("mine.yaml").SOLVER.MAX_ITER == 7
 
+    assert name_config_file(get_config_file(NAME)) == NAME
+    assert name_config_file("mine.yaml") == "mine.yaml"
     (tmp_path / "Digits-Detection").mkdir()
     (tmp_path / NAME).write_text("SOLVER: {MAX_ITER: 8}\n")
     assert find_config_file(NAME) == NAME, "a file of the user comes first"
+    assert name_config_file(get_config_file(NAME)) == get_config_file(NAME)
     assert load_config(NAME).SOLVER.MAX_ITER == 8
 
 

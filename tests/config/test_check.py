@@ -70,6 +70,7 @@ OUTSIDE = {
     f"{EMA}.DECAY": [1.0, -0.1, float("nan")],
     f"{EMA}.BUFFERS": ["kept"],
     "SOLVER.BNEXT.NORM_METRICS.PERIOD": [-1, 0.5],
+    "SOLVER.BNEXT.DOCTOR.PERIOD": [-1, True],
     f"{BEST}.MODE": ["most"],
     f"{BEST}.PATIENCE": [-1, True],
     f"{PRECISE}.ROIS": ["all"],

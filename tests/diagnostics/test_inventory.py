@@ -107,7 +107,7 @@ def test_a_resnet_50_is_a_screen():
     assert sum(group.num_parameters for group in groups) == 2 * 26560
     table = format_norm_groups(groups)
     assert str(groups[0]) == "bn1: 1 BatchNorm2d, 64 channels, all samples of 2; at inference population; affine shared"
-    assert "64-2048" in table
+    assert "64-2,048" in table
     assert max(map(len, table.splitlines())) <= 120
 
 

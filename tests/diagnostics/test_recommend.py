@@ -79,3 +79,9 @@ def test_accumulation_does_not_help():
 
 def test_nothing_is_said_where_nothing_is_known():
     assert recommend(collect_facts(nn.BatchNorm2d(4))) == ()
+
+
+def test_a_synchronized_norm_on_one_worker_is_the_plain_one():
+    options = describe(DIGITS, "MODEL.RESNETS.NORM", "SyncBN", "SOLVER.IMS_PER_BATCH", "16")["RESNETS"].options
+
+    assert [option.norm for option in options if option.is_chosen] == ["BN"]

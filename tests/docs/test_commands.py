@@ -27,6 +27,9 @@ def test_a_command_is_parsed(page, words):
         get_config_file(config)
 
     opts = getattr(args, "opts", [])
+    if name == "doctor" and opts and not config:  # a checkpoint alone
+        assert len(opts) == 1
+        return
     if config.endswith(".py"):
         assert not [word for word in opts if "=" not in word]
     else:

@@ -7,6 +7,7 @@ import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.config import load_config
+from bnext.diagnostics.registry import find_checks
 from tests.docs.pages import DOCS, PAGES, ROOT, find_blocks, has_key, read
 from tests.faults.__main__ import KINDS
 
@@ -85,3 +86,10 @@ def test_the_damage_that_is_told_of_is_what_is_tried():
     attempts = re.findall(r"^\| [^|]+ \| ([\d,]+) \|", read("docs/robustness.md"), flags=re.MULTILINE)
     counts = [count for count, _ in KINDS.values()]
     assert [int(number.replace(",", "")) for number in attempts] == counts
+
+
+def test_codes_that_are_named_exist():
+    unknown = []
+    for page in [*PAGES, "README.md"]:
+        unknown += [f"{page}: {code}" for code in re.findall(r"\bBN\d{3}\b", read(page)) if code not in find_checks()]
+    assert not unknown

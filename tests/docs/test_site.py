@@ -9,6 +9,8 @@ import pytest
 
 from bnext.cli.main import COMMANDS
 from bnext.config.keys import KEYS, PLACE_KEYS
+from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.report_json import read_schema
 from tests.docs.pages import DOCS, PAGES, ROOT
 
 
@@ -55,6 +57,21 @@ def test_every_key_and_every_command_has_its_entry(site):
     names = [f"MODEL.BNEXT.PLACE.{name.split('.')[-1]}" if name in of_places else name for name in KEYS]
     assert not [name for name in names if f'id="confval-{name}"' not in keys]
     assert not [name for name in COMMANDS if f">bnext {name}<" not in commands]
+
+
+def test_every_check_has_its_section_and_its_symptoms(site):
+    page = (site / "doctor-codes.html").read_text()
+    for check in find_checks().values():
+        assert f'id="{check.page.rpartition("#")[2]}"' in page
+    assert 'href="symptoms/half-ap.html"' in page
+    assert 'href="../doctor-codes.html#bn001"' in (site / "symptoms/half-ap.html").read_text()
+
+
+def test_every_name_of_the_json_report_is_told(site):
+    page = (site / "doctor.html").read_text()
+    schema = read_schema()
+    names = [*schema["properties"], *schema["$defs"]["finding"]["properties"], *schema["$defs"]["group"]["properties"]]
+    assert not [name for name in names if f">{name}<" not in page]
 
 
 def test_keys_in_the_text_are_links(site):

@@ -37,7 +37,8 @@ def assert_same(first, second):
 
 def test_a_resumed_training_is_the_uninterrupted_one(finished, tmp_path):
     whole = finished[0].OUTPUT_DIR
-    cfg = tiny.load(tmp_path, "DATALOADER.NUM_WORKERS", 1)  # loading processes have no influence either
+    opts = ("DATALOADER.NUM_WORKERS", 1, "SOLVER.BNEXT.DOCTOR.PERIOD", 0)
+    cfg = tiny.load(tmp_path, *opts)  # neither loading processes nor the doctor have any influence
     tiny.train_until(cfg, 4)
     assert Path(tmp_path, "last_checkpoint").read_text() == "model_0000002.pth"
     torch.manual_seed(99)  # where the global generators stand has no influence
@@ -72,6 +73,7 @@ def test_the_output_directory_is_as_users_know_it(finished):
     last = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()][-1]
     assert "bbox/AP" in last
     assert "AP" in finished[1]["bbox"]
+    assert "BN001" in [finding["code"] for finding in json.loads((folder / "doctor.json").read_text())["findings"]]
 
 
 def test_evaluating_the_final_checkpoint_gives_the_results_of_the_training(finished, tmp_path):

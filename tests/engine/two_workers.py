@@ -23,6 +23,7 @@ from bnext.data.check_coco import check_datasets
 from bnext.distributed.equal_buffers import equalize_buffers, norm_buffers
 from bnext.distributed.groups import count_cores
 from bnext.engine import Trainer, launch, train
+from bnext.engine.doctor_hook import DoctorHook
 from bnext.errors import DatasetError, StatisticsError
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.user_modules import import_modules
@@ -53,6 +54,22 @@ def watch(cfg):
     trainer.train()
     comm.synchronize()
     return trainer
+
+
+def check_doctor(trainer, num_steps, num_forwards):
+    """On the main worker alone: no hook of bnext changes statistics between steps, and updates are those of steps."""
+    doctors = [hook for hook in trainer._hooks if isinstance(hook, DoctorHook)]
+    assert len(doctors) == (1 if comm.is_main_process() else 0)
+    for doctor in doctors:
+        facts = doctor.diagnosis.facts
+        assert (facts.steps.num_steps, facts.steps.num_forwards) == (num_steps, num_forwards)
+        assert facts.steps.changed_between == {}
+        assert facts.steps.updates["backbone.bottom_up.stem.conv1.norm"] == num_forwards
+        assert facts.training.ddp is not None
+        assert facts.training.num_workers == 2
+        assert set(facts.training.weight_decay.values()) == {0.0}
+        assert facts.weights.is_loaded
+        assert not {finding.code for finding in doctor.diagnosis.findings} & {"BN015", "BN016", "BN025", "BN027"}
 
 
 def copy_state(model):
@@ -111,6 +128,7 @@ def check_saved_is_evaluated(folder):
     for name, opts in (("moving", ()), ("precise", ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 1))):
         trainer = watch(tiny.load(folder / name, *SHORT, *opts))
         assert len(trainer.evaluated) == 2
+        check_doctor(trainer, num_steps=4, num_forwards=4)
         for evaluated, file in zip(trainer.evaluated, ("model_0000001", "model_final"), strict=True):
             assert differ(evaluated, load_state(folder / name, file)) == []
             assert are_equal_on_workers(evaluated)
@@ -226,6 +244,7 @@ def check_around(folder):
     comm.synchronize()
 
     assert (trainer.iter, len(trainer.steps), len(trainer.evaluated)) == (3, 3, 6)
+    check_doctor(trainer, num_steps=3, num_forwards=6)
     assert all(are_equal_on_workers(state) for state in trainer.evaluated)
     weights, average = trainer.evaluated[-2:]
     assert differ(weights, load_state(folder / "around", "model_final")) == []

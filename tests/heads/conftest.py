@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from tests.detector_fixtures import bnext_log  # noqa: F401
+
 
 @pytest.fixture(autouse=True)
 def _one_thread():

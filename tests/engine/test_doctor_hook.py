@@ -1,0 +1,135 @@
+"""The doctor in a training: what it sees, and what it says.
+
+Whole trainings are elsewhere: bitwise the one without it in test_trainer.py, among other hooks in two_workers.py.
+"""
+
+import logging
+
+import pytest
+import torch
+from detectron2.engine import SimpleTrainer
+from detectron2.engine import hooks as d2_hooks
+from detectron2.engine.hooks import CallbackHook
+from torch import nn
+
+from bnext import notices
+from bnext.engine import Trainer, doctor_hook
+from bnext.engine.doctor_hook import DoctorHook
+from tests import tiny
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, image):
+        return {"loss": self.layers(image).square().mean()}
+
+
+def make_data(number=30):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, 3, 4, 4, generator=generator) for _ in range(number)]
+
+
+def run(*others, doctor=None, num_steps=25):
+    """A training by detectron2's own loop, with the doctor after other hooks, as a user registers it."""
+    model = Net()
+    trainer = SimpleTrainer(model, make_data(), torch.optim.SGD(model.parameters(), 0.1))
+    trainer.register_hooks([*others, doctor])
+    trainer.train(0, num_steps)
+    return model
+
+
+@pytest.fixture
+def said(bnext_log, monkeypatch):
+    """Lines of the doctor, which has said nothing in this process yet."""
+    monkeypatch.setattr(notices, "_told_names", set())
+    bnext_log.set_level(logging.DEBUG, "bnext")
+    return lambda: {r.getMessage() for r in bnext_log.records if r.name == doctor_hook.__name__}
+
+
+def validate(trainer):
+    """As people do: in training mode, for the losses."""
+    if (trainer.iter + 1) % 10 == 0:
+        with torch.no_grad():
+            trainer.model(make_data(1)[0])
+
+
+def test_sees_the_steps_of_any_trainer(said):
+    doctor = DoctorHook()
+    model = run(doctor=doctor)
+    facts = doctor.diagnosis.facts
+
+    assert (facts.steps.num_steps, facts.steps.num_forwards) == (25, 25)
+    assert facts.steps.updates == {"layers.1": 25}
+    assert facts.steps.changed_between == {}
+    assert facts.training.weight_decay == {"layers.1": 0.0}
+    assert said() == set()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert doctor.seconds > 0
+
+
+def test_finds_a_validation_in_training_mode_whatever_the_order_of_hooks(said):
+    doctor = DoctorHook()
+    run(CallbackHook(after_step=validate), doctor=doctor)
+
+    assert doctor.diagnosis.facts.steps.changed_between == {"layers.1": 9}
+    (line,) = said()
+    assert line.startswith("BN025: ")
+
+
+def test_an_estimate_by_detectron2s_hook_is_on_purpose(said):
+    model, doctor = Net(), DoctorHook()
+    trainer = SimpleTrainer(model, make_data(), torch.optim.SGD(model.parameters(), 0.1))
+    trainer.register_hooks([d2_hooks.PreciseBN(10, model, make_data(), num_iter=2), doctor])
+    trainer.train(0, 25)
+
+    assert doctor.diagnosis.facts.steps.changed_between == {}
+    assert doctor.diagnosis.facts.steps.updates == {"layers.1": 25}
+    assert said() == set()
+
+
+def test_an_optimizer_that_tells_nothing_ends_its_steps_with_the_iteration():
+    class Plain:
+        def __init__(self):
+            self.param_groups = []
+
+        def zero_grad(self):
+            pass
+
+        def step(self):
+            pass
+
+    model, doctor = Net(), DoctorHook()
+    trainer = SimpleTrainer(model, make_data(), Plain())
+    trainer.register_hooks([doctor])
+    trainer.train(0, 3)
+
+    assert doctor.diagnosis.facts.steps.updates == {"layers.1": 3}
+
+
+def test_looks_after_20_steps_then_every_period_and_at_the_end(monkeypatch):
+    looks = []
+    monkeypatch.setattr(DoctorHook, "_examine", lambda self, watch: looks.append(self.trainer.iter))
+    run(doctor=DoctorHook(period=12), num_steps=30)
+
+    assert looks == [11, 19, 23, 30]
+
+
+def test_a_doctor_that_fails_ends_no_training(said, monkeypatch):
+    monkeypatch.setattr(doctor_hook, "collect_facts", lambda *_, **__: 1 / 0)
+    run(doctor=DoctorHook())
+
+    assert said() == {"The doctor failed."}
+
+
+@pytest.mark.slow
+def test_takes_2_percent_of_100_iterations_at_most(digits, tmp_path):
+    trainer = Trainer(tiny.load(tmp_path, "SOLVER.MAX_ITER", 100, "SOLVER.STEPS", "()", "DATASETS.TEST", "()"))
+    trainer.train()
+    (doctor,) = (hook for hook in trainer._hooks if isinstance(hook, DoctorHook))
+    seconds = sum(trainer.storage.history("time").values()[i][0] for i in range(1, 99))
+
+    assert doctor.seconds < 0.02 * seconds
