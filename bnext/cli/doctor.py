@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.doctor_report import (
@@ -14,6 +15,7 @@ from bnext.cli.doctor_report import (
 )
 from bnext.config import load_config
 from bnext.config.files import name_config_file
+from bnext.config.merge import split_pairs
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Facts, Origin
 from bnext.errors import ConfigError
@@ -72,11 +74,20 @@ def execute(args: argparse.Namespace) -> int:
 
 def _examine_config(args: argparse.Namespace) -> Facts:
     cfg = load_config(args.config_file, args.opts)
-    origin = Origin("config", name_config_file(args.config_file), tuple(args.opts), cfg.MODEL.WEIGHTS)
+    origin = Origin("config", name_config_file(args.config_file), _leave_out_weights(args.opts), cfg.MODEL.WEIGHTS)
     facts, model = examine_detector(cfg, origin, args.num_gpus)
     if args.depth == "static":
         return facts
     return add_data_facts(facts, cfg, model, args.depth, args.num_images)
+
+
+def _leave_out_weights(opts: Sequence[str]) -> tuple[str, ...]:
+    """Pairs that override a config, but for the weights, which a remedy names by themselves."""
+    words: list[str] = []
+    pairs = split_pairs(opts)
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        words += [] if key == "MODEL.WEIGHTS" else [key, value]
+    return tuple(words)
 
 
 def _examine_file(args: argparse.Namespace) -> Facts:

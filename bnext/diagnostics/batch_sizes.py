@@ -168,7 +168,7 @@ def _count_deals(norm: NormFacts, workers: int) -> int:
 def _count_images(facts: Facts) -> int | None:
     """Images that a worker runs together."""
     training = facts.training
-    if training is None or training.images_per_worker is None:
+    if training is None or not training.images_per_worker:
         return None
     return training.images_per_worker + training.virtual_images
 
@@ -176,7 +176,7 @@ def _count_images(facts: Facts) -> int | None:
 def _count_rois(facts: Facts, norm: NormFacts) -> int | None:
     """RoIs of an image in training, at most, as a config says."""
     number = facts.get_config("MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE")
-    if not norm.sees_rois or not isinstance(number, int):
+    if not norm.sees_rois or not isinstance(number, int) or number < 1:
         return None
 
     share = facts.get_config("MODEL.ROI_HEADS.POSITIVE_FRACTION")
@@ -189,6 +189,5 @@ def _scale_positions(facts: Facts, forward: ForwardFacts) -> float:
     """Positions of a feature of the training's smallest images, for one of the forward's."""
     sizes = facts.get_config("INPUT.MIN_SIZE_TRAIN")
     smallest = min(sizes, default=0) if isinstance(sizes, (tuple, list)) else 0
-    if not forward.is_noise or not forward.image_size or not smallest:
-        return 1.0
-    return smallest**2 / math.prod(forward.image_size)
+    pixels = math.prod(forward.image_size) if forward.image_size else 0
+    return smallest**2 / pixels if forward.is_noise and pixels and smallest else 1.0

@@ -22,6 +22,7 @@ from bnext.diagnostics.read_norms import find_folded, read_norms
 from bnext.diagnostics.read_state import collect_state_facts
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
+from bnext.diagnostics.worker_differences import compare_workers
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.errors import check_choice
 from bnext.scope.model import restoring
@@ -142,7 +143,8 @@ def diagnose(
 
     Note:
         Nothing of the model changes: modes, buffers, attributes and random numbers are bit by bit as before, also
-        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Of an
+        where a forward fails; that is then one of the `failures`. Every worker sees its own share of the data. Where
+        several workers run, all must call it: their running statistics are compared, which is a collective. Of an
         iterator no more batches are taken than are used.
 
     Example:
@@ -154,6 +156,7 @@ def diagnose(
     if isinstance(model, Mapping):
         return examine_facts(collect_state_facts(model))
     facts = collect_facts(model, optimizer=optimizer, averaged=averaged, before=before)
+    facts = dataclasses.replace(facts, worker_differences=compare_workers(facts.norms))
     if depth == "static":
         return examine_facts(facts)
 
@@ -220,7 +223,7 @@ def collect_facts(
     averaged: nn.Module | None = None,
     before: nn.Module | None = None,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose`."""
+    """What a model says without being run; arguments as in `diagnose`. No collective: one worker may call it alone."""
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model)

@@ -355,8 +355,8 @@ class Facts:
         forwards: what was run, in its order.
         population: (path, owner) -> statistics of a pass over training images; empty: there was none.
         evaluation: None: there was none.
-        worker_differences: path -> largest difference of running means between workers, in standard deviations; None:
-            one worker, or not known.
+        worker_differences: path -> largest distance of the running means of two workers, mean over channels in standard
+            deviations; None: one worker, or not known.
         domains: domain -> path -> moments [C] of what the norm gets of that domain's images.
         inputs: "train" and "test" -> moments [C] of the images as the model gets them, in the channels' order.
         steps: of a running training; None: nobody watched.

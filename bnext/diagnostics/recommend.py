@@ -177,9 +177,9 @@ def _advise_on_rois(place: str, norm: NormFacts, num_images: int, num_workers: i
 
 def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: int, num_workers: int) -> Advice:
     total = num_images * num_workers
-    has_weights = facts.weights is not None and bool(facts.weights.source) and place in ("RESNETS", "")
+    has_weights = place in ("RESNETS", "") and _begins_with_weights(facts)
     words = f"{num_images} images on each of {num_workers} workers" if num_workers > 1 else f"{total} images"
-    situation = f"{words}, {'weights of a training' if has_weights else 'no weights to begin with'}"
+    situation = f"{words}, weights to begin with" if has_weights else words
 
     frozen = Option(
         "FrozenBN",
@@ -206,6 +206,11 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     if has_weights and frozen not in options:
         options.append(frozen)
     return Advice(place, situation, (*options, group))
+
+
+def _begins_with_weights(facts: Facts) -> bool:
+    """Whether a training would begin with weights; a checkpoint that says its iteration is what came of one."""
+    return facts.weights is not None and bool(facts.weights.source) and facts.weights.iteration is None
 
 
 # Error of ResNet-50 by population statistics, by normalization batch size.

@@ -42,8 +42,9 @@ def _tell(facts: Facts, severity: Severity, norms: dict[NormFacts, tuple[int, in
             "refuses it, and where a norm does not, its output is the bias whatever comes in."
         )
     else:
+        number = f"{least}" if least == most else f"{least} to {most}"
         text = (
-            f"{len(norms)} batch norms get mini-batches of {least} to {most} elements per channel, whose variance is "
+            f"{len(norms)} batch norms get mini-batches of {number} elements per channel; a variance of {least} is "
             f"known to {100 * (2 / least) ** 0.5:.0f} %."
         )
     paths = tuple(norm.path for norm in norms)

@@ -36,7 +36,7 @@ def _judge(facts: Facts, number: int, norms: Sequence[NormFacts]) -> Evidence:
     samples = "a single sample" if number == 1 else f"{number} samples"
     text = (
         f"{len(norms)} of {total} batch norms normalize {samples} at a time in training, by statistics that change "
-        "from batch to batch; at inference those of the population normalize, to which the weights are not used."
+        "from batch to batch; at inference the steady ones of the population do."
     )
     points = next(value for size, value in sorted(_POINTS.items()) if size >= number)
     paths = tuple(norm.path for norm in norms)
