@@ -57,8 +57,12 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
         command = facts.origin.write_command("reestimate", "--output", "repaired.pth")
         remedy = Remedy(remedy.text, command=command, call=remedy.call)
     is_known = facts.steps is not None or (facts.weights is not None and facts.weights.is_loaded)
-    others_are_written = any(population.num_updates or bool(population.mean.any()) for population in _list_populations(facts))
-    severity: Severity = "error" if is_known or others_are_written else "warning"  # some models draw their shifts at random
+    others_are_written = any(
+        population.num_updates or bool(population.mean.any()) for population in _list_populations(facts)
+    )
+    severity: Severity = (
+        "error" if is_known or others_are_written else "warning"
+    )  # some models draw their shifts at random
     numbers = {"norms": float(len(norms)), "of": float(number)}
     return Evidence(severity, tuple(norm.path for norm in norms), text, remedy, numbers)
 
