@@ -24,12 +24,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 Shuffles = dict[nn.Module, tuple[str, int | None]]
 
 
-def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts, ...]:
+def read_norms(model: nn.Module, num_samples: Samples = None, *, with_layers: bool = True) -> tuple[NormFacts, ...]:
     """The norms of a model, with copies of their state.
 
     Args:
         model: any module.
         num_samples: see `find_norm_records`.
+        with_layers: whether the layers before them are looked for, which takes the most time.
 
     Note:
         Nothing is run, though forwards may be traced (see `find_layers_before`), and nothing is changed.
@@ -39,7 +40,7 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
     norms = {record.path: model.get_submodule(record.path) for record in records}
     trained = _find_trained_before(model, {record.path for record in records})
     shuffles = _find_shuffles(model)
-    layers = find_layers_before(model, norms)
+    layers = find_layers_before(model, norms) if with_layers else {}
     facts = []
     for record in records:
         norm = _read(model, record, trained.get(record.path), shuffles)
