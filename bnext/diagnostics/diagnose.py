@@ -224,7 +224,7 @@ def collect_facts(
     before: nn.Module | None = None,
     with_layers: bool = True,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose` and `read_norms`.
+    """What a model says without being run; arguments as in `diagnose`, and of `read_norms`.
 
     No collective: one worker may call it alone.
     """

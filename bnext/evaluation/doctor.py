@@ -14,7 +14,9 @@ from bnext.config.blame import building_from_config
 from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.facts import Facts, Origin
 from bnext.diagnostics.observe import observe_forward
+from bnext.evaluation.doctor_checkpoint import add_stored_statistics
 from bnext.evaluation.doctor_weights import load_weights
+from bnext.files import find_local_file
 from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.doctor_facts import add_config_facts
 
@@ -35,6 +37,9 @@ def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = Non
         model = build_model(cfg)
     weights, failures = load_weights(cfg, model)
     facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights, failures=failures)
+    file = find_local_file(cfg.MODEL.WEIGHTS)
+    if failures and file:
+        facts = add_stored_statistics(facts, file)
     return _probe(add_config_facts(facts, cfg, model, num_workers), model), model
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bnext.checkpoints.fit import to_tensors
 from bnext.checkpoints.reading import NO_STATE, read_checkpoint
-from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
+from bnext.diagnostics.facts import Facts, NormFacts, Origin, WeightsFacts
 from bnext.diagnostics.read_state import CONFIG_TO_NAME, collect_state_facts, read_state_dict
 from bnext.errors import CheckpointError, list_few
 from bnext.layers.norm_form import AFFINE, POPULATION
 
-__all__ = ["ENDINGS", "examine_checkpoint"]
+__all__ = ["ENDINGS", "add_stored_statistics", "examine_checkpoint"]
 
 ENDINGS = (".pth", ".pt", ".pkl", ".pyth", ".ckpt", ".tar", ".bin")  # of files that are taken for checkpoints
 _PREFIXES = ("module.", "_orig_mod.")  # of wrapped and compiled models
@@ -53,6 +53,33 @@ def examine_checkpoint(file: str) -> Facts:
     facts = collect_state_facts(states[name], file, specs=specs if isinstance(specs, Mapping) else None, origin=origin)
     average = read_state_dict(states[averaged[0]])[0] if averaged else None
     return dataclasses.replace(facts, weights=_describe(facts, content, states[name], file), averaged=average)
+
+
+def add_stored_statistics(facts: Facts, file: str) -> Facts:
+    """Facts of a model with the state that a file has for its norms, which no model loads as something is wrong in it.
+
+    Args:
+        facts: of the model.
+        file: see `examine_checkpoint`; of one that cannot be read nothing is added.
+    """
+    try:
+        stored = examine_checkpoint(file)
+    except CheckpointError:
+        return facts
+
+    norms = []
+    for norm in facts.norms:
+        other = stored.find_norm(norm.path)
+        is_same = other is not None and other.record.num_features == norm.record.num_features
+        if other is not None and is_same and _list_owners(other) == _list_owners(norm):
+            norm = dataclasses.replace(norm, populations=other.populations, affines=other.affines)
+        norms.append(norm)
+    return dataclasses.replace(facts, norms=tuple(norms))
+
+
+def _list_owners(norm: NormFacts) -> tuple[list[str], list[str]]:
+    """Levels or domains of the statistics and of the affines of a norm."""
+    return sorted(one.owner for one in norm.populations), sorted(affine.owner for affine in norm.affines)
 
 
 def _find_states(content: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

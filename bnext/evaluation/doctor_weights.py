@@ -54,7 +54,7 @@ def load_weights(cfg: CfgNode, model: nn.Module) -> tuple[WeightsFacts, tuple[st
             rest, is_whole = _load(checkpointer, source)
     except (CheckpointError, AssertionError) as error:  # the latter of detectron2 0.6, for a query
         is_folded = _is_folded(file, model) or None
-        failure = f"The weights could not be loaded, and nothing is said of them: {error}"
+        failure = f"The weights could not be loaded, and little is said of them: {error}"
         return WeightsFacts(source, is_folded=is_folded), (failure,)
     return _describe(source, model, checkpointer, rest, is_whole), ()
 

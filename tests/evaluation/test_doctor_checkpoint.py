@@ -3,15 +3,17 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from detectron2.modeling import build_model
 from torch import nn
 
-from bnext import NormSpec
+from bnext import NormSpec, load_config
 from bnext.cli.main import main
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.errors import CheckpointError
 from bnext.evaluation.doctor_checkpoint import examine_checkpoint
 from bnext.layers import BatchNorm2d
 from bnext.surgery.convert_state import collect_norm_specs
+from tests import tiny
 
 
 def make_state(value=-1.0):
@@ -129,3 +131,18 @@ def test_the_command_refuses_more_beside_the_file(tmp_path, capsys, words):
 def test_the_command_refuses_a_file_that_is_not_there(capsys):
     assert main(["doctor", "absent.pth"]) == 2
     assert "absent.pth" in capsys.readouterr().err
+
+
+def test_statistics_that_no_model_loads_are_told_with_their_config(tmp_path, capsys):
+    model = build_model(load_config(str(tiny.CONFIG)))
+    state = model.state_dict()
+    name = next(key for key in state if key.endswith("running_var"))
+    state[name][2] = -1
+    file = save(tmp_path, {"model": state})
+
+    assert main(["doctor", "--config-file", str(tiny.CONFIG), "MODEL.WEIGHTS", file]) == 0
+
+    output = " ".join(capsys.readouterr().out.split())
+    assert "BN011" in output
+    assert "running_var is -1 in channel 2" in output
+    assert f"reestimate --config-file {tiny.CONFIG} --output repaired.pth MODEL.WEIGHTS {file}" in output

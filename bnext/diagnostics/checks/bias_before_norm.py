@@ -22,7 +22,7 @@ with torch.no_grad():
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
     useless = {norm.path: norm.layer_before for norm in facts.batch_norms if norm.layer_before and _is_useless(norm)}
-    if not useless:
+    if not useless or facts.origin.kind == "checkpoint":  # of layers that are built already, and by whom is not known
         return
 
     layers = [layer.path for layer in useless.values()]
@@ -54,7 +54,7 @@ CHECK = Check(
         "A batch norm subtracts the mean, and a bias with it; its own shift stands for the bias. The gradient of such "
         "a bias is rounding noise, which SGD ignores and Adam enlarges to steps of full size: the bias then wanders, "
         "and the running mean lags behind. It is harmless else. Only layers that a norm follows without a doubt count; "
-        "heads that detectron2 builds with a bias are left alone."
+        "heads that detectron2 builds with a bias, and checkpoints alone, are left alone."
     ),
     cost="",
     source="",

@@ -84,11 +84,12 @@ def _examine_zeros(facts: Facts, passed_over: set[str]) -> Iterator[Evidence]:
     for severity, seen in shares.items():
         if not seen:
             continue
+        largest = max(seen.values())
         text = (
-            f"In {len(seen)} norms the running variance of up to {max(seen.values()):.0%} of the channels is 0: "
-            "whatever differs from the running mean there is divided by the square root of eps alone."
+            f"In {len(seen)} of {len(facts.batch_norms)} norms the running variance of up to {largest:.0%} of the "
+            "channels is 0: whatever differs from the running mean there is divided by the square root of eps alone."
         )
-        numbers = {"norms": float(len(seen)), "share": max(seen.values())}
+        numbers = {"norms": float(len(seen)), "share": largest}
         yield Evidence(severity, tuple(seen), text, advise_reestimation(facts, seen), numbers)
 
 

@@ -97,3 +97,10 @@ def test_looking_for_layers_changes_nothing():
     assert facts.norms[0].layer_before.path == "conv1"
     assert torch.equal(torch.get_rng_state(), state)
     assert not hasattr(model, "drawn")
+
+
+def test_a_checkpoint_alone_is_not_built_again():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8))
+
+    assert find("BN031", model)
+    assert not find("BN031", model.state_dict())
