@@ -73,6 +73,9 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def _examine_config(args: argparse.Namespace) -> Facts:
+    if not args.config_file and not args.opts:
+        remedy = "Give --config-file FILE, or a checkpoint."
+        raise ConfigError.of("doctor", "be told of a model", got="none", remedy=remedy)
     cfg = load_config(args.config_file, args.opts)
     origin = Origin("config", name_config_file(args.config_file), _leave_out_weights(args.opts), cfg.MODEL.WEIGHTS)
     facts, model = examine_detector(cfg, origin, args.num_gpus)

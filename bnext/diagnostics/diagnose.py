@@ -222,11 +222,15 @@ def collect_facts(
     optimizer: Optimizer | None = None,
     averaged: nn.Module | None = None,
     before: nn.Module | None = None,
+    with_layers: bool = True,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose`. No collective: one worker may call it alone."""
+    """What a model says without being run; arguments as in `diagnose`, and of `read_norms`.
+
+    No collective: one worker may call it alone.
+    """
     ddp = _read_ddp(model)
     model = unwrap_model(model)
-    norms = read_norms(model)
+    norms = read_norms(model, with_layers=with_layers)
     decay, decay_of_others = read_weight_decay(model, norms, optimizer.param_groups) if optimizer else ({}, None)
 
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]

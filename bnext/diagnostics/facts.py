@@ -310,7 +310,7 @@ class Origin:
     Args:
         kind: a model in Python, a config, or a checkpoint alone.
         config_file: of the command line.
-        opts: KEY VALUE pairs of the command line, without MODEL.WEIGHTS.
+        opts: KEY VALUE pairs of the command line; MODEL.WEIGHTS among them is left out of commands.
         weights: MODEL.WEIGHTS, or the checkpoint.
     """
 
@@ -332,7 +332,11 @@ class Origin:
             'bnext evaluate --config-file a.yaml MODEL.WEIGHTS b.pth'
         """
         weights = ("MODEL.WEIGHTS", self.weights) if self.weights else ()
-        return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *self.opts, *pairs])
+        opts = list(self.opts)
+        while "MODEL.WEIGHTS" in opts:
+            place = opts.index("MODEL.WEIGHTS")
+            del opts[place : place + 2]
+        return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *opts, *pairs])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ import torch
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.surgery.check_state import is_unwritten
 
-__all__ = ["find_unwritten", "get_affine", "has_moved", "is_unit"]
+__all__ = ["find_unwritten", "get_affine", "has_moved", "is_of_frozen", "is_unit"]
 
 
 def find_unwritten(norm: NormFacts) -> tuple[Population, ...]:
@@ -20,6 +20,15 @@ def find_unwritten(norm: NormFacts) -> tuple[Population, ...]:
         if is_unwritten(fields):
             unwritten.append(population)
     return tuple(unwritten)
+
+
+def is_of_frozen(population: Population) -> bool:
+    """Whether population statistics are those of a frozen norm of detectron2 into which none were loaded: 0, 1 - eps.
+
+    What it does is in its affine then.
+    """
+    is_below_1 = bool((population.var > 0).all()) and bool((population.var < 1).all())
+    return is_below_1 and not bool(population.mean.any())
 
 
 def get_affine(norm: NormFacts, owner: str) -> Affine | None:

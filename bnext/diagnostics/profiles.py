@@ -275,8 +275,8 @@ def _measure(kind: str, path: str, by_name: Mapping[str, Moments], eps: float) -
 
 
 def _find_forwards(facts: Facts) -> list[ForwardFacts]:
-    """Forwards of real images: as in training, where there are such ones."""
-    real = [forward for forward in facts.forwards if not forward.is_noise]
+    """Forwards of real batches: as in training, where there are such ones."""
+    real = [forward for forward in facts.forwards if not forward.is_noise and not forward.is_alone]
     return [forward for forward in real if forward.normalized_by == "mini_batch"] or real
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,12 +24,13 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 Shuffles = dict[nn.Module, tuple[str, int | None]]
 
 
-def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts, ...]:
+def read_norms(model: nn.Module, num_samples: Samples = None, *, with_layers: bool = True) -> tuple[NormFacts, ...]:
     """The norms of a model, with copies of their state.
 
     Args:
         model: any module.
         num_samples: see `find_norm_records`.
+        with_layers: whether the layers before them are looked for, which takes the most time.
 
     Note:
         Nothing is run, though forwards may be traced (see `find_layers_before`), and nothing is changed.
@@ -39,7 +40,7 @@ def read_norms(model: nn.Module, num_samples: Samples = None) -> tuple[NormFacts
     norms = {record.path: model.get_submodule(record.path) for record in records}
     trained = _find_trained_before(model, {record.path for record in records})
     shuffles = _find_shuffles(model)
-    layers = find_layers_before(model, norms)
+    layers = find_layers_before(model, norms) if with_layers else {}
     facts = []
     for record in records:
         norm = _read(model, record, trained.get(record.path), shuffles)
@@ -93,8 +94,7 @@ def _read(model: nn.Module, record: NormRecord, is_after_trained: bool | None, s
             populations.append(Population(owner, mean, var, _count_updates(own)))
 
         weight, bias = getattr(own, "weight", None), getattr(own, "bias", None)
-        known = [value for value in (weight, bias) if isinstance(value, Tensor) and not is_lazy(value)]
-        tensors = [value for value in known if value.dim() == 1]
+        tensors = [value for value in (weight, bias) if _is_vector(value)]
         if tensors:
             is_trained = any(isinstance(value, nn.Parameter) and value.requires_grad for value in tensors)
             affines.append(Affine(owner, _copy(weight), _copy(bias), is_trained))
@@ -147,9 +147,12 @@ def _find_dtype(norm: nn.Module) -> str:
 
 
 def _copy(value: object) -> Tensor | None:
-    if not isinstance(value, Tensor) or is_lazy(value) or value.is_meta or value.dim() != 1:
-        return None
-    return value.detach().double().cpu().clone()
+    return value.detach().double().cpu().clone() if _is_vector(value) and not value.is_meta else None
+
+
+def _is_vector(value: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor with one number for each channel."""
+    return isinstance(value, Tensor) and not is_lazy(value) and value.dim() == 1
 
 
 def _count_updates(norm: Any) -> int | None:

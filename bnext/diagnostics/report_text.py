@@ -131,7 +131,7 @@ def _describe_note(finding: Finding, width: int, paint: Callable[[str, str], str
 
 def _fold_layers(evidence: Evidence) -> str:
     patterns = list(fold_paths(evidence.layers))
-    shown = ", ".join(flatten_text(pattern) or "the model" for pattern in patterns[:_MOST_PATTERNS])
+    shown = ", ".join(pattern or "the model" for pattern in patterns[:_MOST_PATTERNS])
     rest = len(patterns) - _MOST_PATTERNS
     more = f" and {rest:,} more" if rest > 0 else ""
     return f"{shown}{more} ({len(evidence.layers):,} norms)" if len(evidence.layers) > 1 else shown

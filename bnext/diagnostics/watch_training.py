@@ -89,7 +89,6 @@ class TrainingWatch:
         self.seconds = 0.0
         self._num_steps = self._num_forwards = 0
         self._new_forwards = 0  # since the step began, or since its last end
-        self._is_in_forward = False
         self._calls: Counter[str] = Counter()  # of norms, in this forward
         self._most_calls: dict[str, int] = {}
         self._changed_between: dict[str, int] = {}
@@ -119,19 +118,15 @@ class TrainingWatch:
                 self._call_hooks.callback(norm.register_forward_pre_hook(partial(self._see_call, path)).remove)
 
     def _enter_forward(self, model: nn.Module, args: Any) -> None:
-        if model.training:
-            self._is_in_forward = True
-            self._new_forwards += 1
-            self._calls.clear()
+        self._calls.clear()  # also of what activation checkpointing called in the backward
+        self._new_forwards += model.training
 
     def _leave_forward(self, model: nn.Module, args: Any, output: Any) -> None:
-        self._is_in_forward = False
         for path, number in self._calls.items():
             self._most_calls[path] = max(number, self._most_calls.get(path, 0))
 
     def _see_call(self, path: str, norm: nn.Module, args: Any) -> None:
-        if self._is_in_forward:  # in the backward, activation checkpointing calls once more
-            self._calls[path] += 1
+        self._calls[path] += 1
 
     # ---- a loop
 

@@ -144,7 +144,7 @@ class DoctorHook(HookBase):
 
     def _collect(self, watch: TrainingWatch) -> Facts:
         model, cfg = self.trainer.model, self._cfg
-        facts = collect_facts(model, optimizer=self._optimizer, averaged=self._averaged)
+        facts = collect_facts(model, optimizer=self._optimizer, averaged=self._averaged, with_layers=False)
         facts = dataclasses.replace(facts, steps=watch.collect())
         if cfg is None:
             return facts

@@ -52,7 +52,7 @@ def warn_of_faults(cfg: CfgNode, model: nn.Module) -> None:
 
     try:
         origin, weights = Origin("config", weights=cfg.MODEL.WEIGHTS), WeightsFacts(source=cfg.MODEL.WEIGHTS)
-        facts = dataclasses.replace(collect_facts(model), origin=origin, weights=weights)
+        facts = dataclasses.replace(collect_facts(model, with_layers=False), origin=origin, weights=weights)
         static = [check for check in find_checks().values() if check.depth == "static"]
         findings, failures = run_checks(add_config_facts(facts, cfg, model), static)
         tell_findings(log, findings, MORE)

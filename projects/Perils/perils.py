@@ -1,6 +1,7 @@
 """A story of a bug: numbers with the bug and after the doctor's remedy, what the doctor said, for each of some seeds.
 
-The stories themselves are in `classifier_stories` and `detector_story`, tables and picture in `perils_tables`.
+The stories are in `mini_batch_stories`, `training_stories` and `detector_story`, tables and picture in
+`perils_tables`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from bnext.seeding import seeded
 
 __all__ = ["Extent", "Outcome", "Story", "find_misdiagnosed", "follow_remedy", "run_stories"]
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("bnext.perils")  # the screen shows what bnext logs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Extent:
 
     epochs: int = 10
     images: int | None = None
-    iterations: int = 500
+    iterations: int = 400
     opts: tuple[str, ...] = ()
 
 

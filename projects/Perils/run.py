@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from classifier_stories import CLASSIFIER_STORIES
 from detector_story import DETECTOR_STORY
+from mini_batch_stories import MINI_BATCH_STORIES
 from perils import Extent, Story, find_misdiagnosed, run_stories
 from perils_tables import draw_stories, format_more, format_stories
+from training_stories import TRAINING_STORIES
 
 from bnext.cli.run_command import run_command
 
-STORIES: dict[str, Story] = {**CLASSIFIER_STORIES, "row_3": DETECTOR_STORY}
+STORIES: dict[str, Story] = {**MINI_BATCH_STORIES, "row_3": DETECTOR_STORY, **TRAINING_STORIES}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from bnext.cli.main import main
 from bnext.diagnostics.registry import find_checks
@@ -50,6 +52,23 @@ def test_the_output_is_json_and_nothing_else(tmp_path, capsys):
     said = capsys.readouterr()
     assert not find_faults(read_schema(), json.loads(said.out))
     assert "code of a config" in said.err
+
+
+@pytest.mark.parametrize("form", ["text", "json", "sarif", "html"])
+def test_a_checkpoint_alone_is_reported_in_every_form(form, tmp_path, capsys):
+    file = tmp_path / "model.pth"
+    torch.save({"model": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()}, file)
+
+    assert run(file, "--format", form) == 0
+    said = capsys.readouterr().out
+    if form == "json":
+        assert not find_faults(read_schema(), json.loads(said))
+        assert json.loads(said)["origin"]["weights"] == str(file)
+
+
+def test_a_model_must_be_named(capsys):
+    assert run() == 2
+    assert capsys.readouterr().err.startswith("error: doctor must be told of a model")
 
 
 @pytest.mark.parametrize(("ending", "begin"), [(".json", "{"), (".sarif", "{"), (".html", "<!"), (".txt", "Retina")])

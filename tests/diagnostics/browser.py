@@ -89,8 +89,8 @@ def run_in_browser(page: str, script: str, *, width: int = 1200, is_dark: bool =
     match = re.search(r'<pre id="result">(.*?)</pre>', dumped, re.DOTALL)
     assert match is not None, "the page was not loaded, or its script did not end"
     answer = json.loads(html.unescape(match[1]))
-    assert not answer["faults"]
-    assert not answer["requests"]
+    assert not answer["faults"], answer["faults"]
+    assert not answer["requests"], answer["requests"]
     return answer["result"]
 
 

@@ -144,9 +144,16 @@ def test_a_pass_over_all_data(is_iterator):
     data = iter(make_pairs()) if is_iterator else make_pairs()
     options = {"depth": "full", "forward": take_inputs, "num_batches": 2, "evaluate": lambda model: 50}
 
-    facts = diagnose(model, data, loss=measure_loss, **options).facts
+    measured = []
+
+    def measure(model, batch):
+        measured.append(len(batch))
+        return measure_loss(model, batch)
+
+    facts = diagnose(model, data, loss=measure, **options).facts
 
     assert not facts.failures
+    assert len(measured) == 3 * (2 if is_iterator else 6)  # no more of an iterator are kept
     assert float(facts.population["1", ""].count) == 6 * 8 * 16
     assert facts.population_errors["1", ""].num_batches == 6
     assert facts.evaluation.ap == {"population": 50, "mini_batch": 50, "precise": 50}

@@ -47,6 +47,13 @@ def test_it_keeps_to_the_width_of_the_terminal_but_for_what_is_pasted():
     assert lines[-2:] == ["Next:", f"    {command.strip()}"]
 
 
+def test_a_long_path_stays_whole():
+    path = "backbone." * 20 + "norm-of-res2"
+
+    lines = format_text(find_something(make_facts(), "error", layers=(path,)), width=60).splitlines()
+    assert path in [line.strip() for line in lines]
+
+
 def test_notes_are_a_line_each_unless_all_is_asked_for():
     diagnosis = find_something(make_facts(), "note", "note", text="Long. " * 100)
     assert format_text(diagnosis, is_complete=True).count("NOTE BN001") == 2

@@ -21,9 +21,9 @@ from tests.cases import randomize
 R50 = "detectron2://ImageNetPretrained/MSRA/R-50.pkl"
 
 
-def make_model(norm=bnext.BatchNorm2d, **options):
+def make_model(norm=bnext.BatchNorm2d, bias=False):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norm(4, **options), nn.Conv2d(4, 4, 1, bias=False), norm(4))
+    return nn.Sequential(nn.Conv2d(3, 4, 1, bias=bias), norm(4), nn.Conv2d(4, 4, 1, bias=bias), norm(4))
 
 
 def save(model, path, *left_out, **others):
@@ -52,6 +52,7 @@ def test_a_file_of_ours_says_everything(tmp_path):
     assert weights.is_loaded
     assert weights.is_complete
     assert weights.is_folded is False
+    assert weights.without_statistics == ()
     assert weights.iteration == 7
     assert weights.eps == {"1": 1e-3, "3": 1e-5}
     assert weights.statistics == {"1": "shared", "3": "shared"}
@@ -74,6 +75,16 @@ def test_a_part_says_what_is_missing(tmp_path):
     assert weights.missing == ("3",)
     assert weights.without_statistics == ("1",)
     assert weights.iteration is None
+
+
+def test_a_file_without_statistics_is_not_complete(tmp_path):
+    keys = [key for key in make_model().state_dict() if key.endswith(("mean", "var", "tracked"))]
+
+    weights, _ = read(save(make_model(), tmp_path / "affine.pth", *keys))
+
+    assert weights.is_complete is False
+    assert weights.missing == ()
+    assert weights.without_statistics == ("1", "3")
 
 
 def test_what_has_no_place_is_named(tmp_path):
@@ -132,12 +143,13 @@ def test_norms_that_are_gone_are_folded(tmp_path):
     assert weights.missing == ("1", "3")
 
 
-def test_a_file_of_a_folded_model_that_says_so_is_refused(tmp_path):
-    model = make_model(nn.BatchNorm2d)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_file_of_a_folded_model_that_says_so_is_refused(tmp_path, bias):
+    model = make_model(nn.BatchNorm2d, bias=bias)
     randomize(model)
     bnext.fold_norms(model.eval())
 
-    weights, failures = read(save(model, tmp_path / "folded.pth"))
+    weights, failures = read(save(model, tmp_path / "folded.pth"), make_model(bias=bias))
 
     assert weights.is_folded
     assert not weights.is_loaded

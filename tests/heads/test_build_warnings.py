@@ -9,7 +9,7 @@ from detectron2.utils import comm
 
 import bnext.heads.build_warnings as build_warnings
 from bnext import notices
-from bnext.heads.build_warnings import building_unwarned
+from bnext.heads.build_warnings import building_unwarned, warn_of_faults
 from tests import tiny
 
 ROW_3 = ("MODEL.BNEXT.RETINANET.STATISTICS", "per_level", "MODEL.BNEXT.RETINANET.AFFINE", "shared")
@@ -67,7 +67,7 @@ def test_it_can_be_switched_off_and_is_silent_for_who_repairs_and_on_other_worke
 
 
 def test_a_doctor_that_fails_prevents_no_model(said, tmp_path, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError
 
     monkeypatch.setattr(build_warnings, "collect_facts", fail)
@@ -82,3 +82,16 @@ def test_the_model_of_a_lazy_config_is_examined_too(said, tmp_path):
         build_model(tiny.load(tmp_path, *opts, config=tiny.LAZY))
 
     assert [line[:5] for line in set(said())] == ["BN001"]
+
+
+def test_norms_that_detectron2_decays_alone_are_mended_by_its_key(said, tmp_path):
+    """As a training warns of models that are not bnext's."""
+    opts = ("MODEL.META_ARCHITECTURE", "RetinaNet", *tiny.NO_LEVELS)
+    cfg = tiny.load(tmp_path, "MODEL.DEVICE", "meta", *ENOUGH, *opts)
+    with torch.device("meta"):
+        warn_of_faults(cfg, build_model(cfg))
+
+    (line,) = (line for line in set(said()) if line.startswith("BN027"))
+    assert "MODEL.META_ARCHITECTURE BNextRetinaNet" in line
+    build(tmp_path, *opts, "MODEL.META_ARCHITECTURE", "BNextRetinaNet")
+    assert len([line for line in set(said()) if line.startswith("BN027")]) == 1

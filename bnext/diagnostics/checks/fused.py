@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved
+from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
 
 __all__ = ["CHECK"]
 
@@ -25,17 +25,14 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
         live = [norm for norm in live if norm.path in weights.folded]
     else:
         live = [norm for norm in live if _is_of_frozen(norm)]
-    if live:
+    if live and facts.is_training:
         yield _judge_affine(facts, live)
 
 
 def _is_of_frozen(norm: NormFacts) -> bool:
     """Whether its state is that of detectron2's frozen norm without statistics: mean 0, variance 1 - eps."""
-    for population in find_unwritten(norm):
-        is_below_1 = bool((population.var > 0).all()) and bool((population.var < 1).all())
-        if is_below_1 and has_moved(get_affine(norm, population.owner)):
-            return True
-    return False
+    folded = [population for population in find_unwritten(norm) if is_of_frozen(population)]
+    return any(has_moved(get_affine(norm, population.owner)) for population in folded)
 
 
 def _judge_convolutions(facts: Facts) -> Evidence:

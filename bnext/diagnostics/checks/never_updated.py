@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved
+from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
 
 __all__ = ["CHECK"]
 
@@ -33,10 +33,16 @@ def _is_left_out(facts: Facts, norm: NormFacts) -> bool:
 
     New norms on loaded weights have both at their initial values.
     """
-    unwritten = find_unwritten(norm)
+    unwritten = [population for population in find_unwritten(norm) if _is_live(facts, population)]
     if facts.weights is not None and facts.weights.is_loaded and norm.path in facts.weights.without_statistics:
         return bool(unwritten)
     return any(has_moved(get_affine(norm, population.owner)) for population in unwritten)
+
+
+def _is_live(facts: Facts, population: Population) -> bool:
+    """Whether mini-batches were to write it; a file does not say so of what nobody counts in it."""
+    is_counted = population.num_updates is not None or facts.origin.kind != "checkpoint"
+    return is_counted and not is_of_frozen(population)
 
 
 def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:
@@ -50,8 +56,19 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
     if facts.origin.kind != "model" and facts.weights is not None and facts.weights.is_loaded:
         command = facts.origin.write_command("reestimate", "--output", "repaired.pth")
         remedy = Remedy(remedy.text, command=command, call=remedy.call)
+    is_known = facts.steps is not None or (facts.weights is not None and facts.weights.is_loaded)
+    others_are_written = any(
+        population.num_updates or bool(population.mean.any()) for population in _list_populations(facts)
+    )
+    severity: Severity = (
+        "error" if is_known or others_are_written else "warning"
+    )  # some models draw their shifts at random
     numbers = {"norms": float(len(norms)), "of": float(number)}
-    return Evidence("error", tuple(norm.path for norm in norms), text, remedy, numbers)
+    return Evidence(severity, tuple(norm.path for norm in norms), text, remedy, numbers)
+
+
+def _list_populations(facts: Facts) -> list[Population]:
+    return [population for norm in facts.batch_norms for population in norm.populations]
 
 
 def _judge_still(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evidence:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -43,15 +43,17 @@ def _judge(facts: Facts, place: str, seen: dict[str, tuple[int, float | None]]) 
         numbers["distance"] = distance
 
     severity: Severity = "note" if distance is not None and distance < _ALIKE else "error"
-    return Evidence(severity, tuple(seen), words, _advise(facts, place), numbers)
+    return Evidence(severity, tuple(seen), words, _advise(facts, place, seen), numbers)
 
 
-def _advise(facts: Facts, place: str) -> Remedy:
+def _advise(facts: Facts, place: str, paths: Iterable[str]) -> Remedy:
     call = "bnext.repair(model, data)  # before an evaluation; statistics for each of them"
     if facts.origin.kind != "config":
         return Remedy("Give each its own population statistics; no weight is trained.", call=call)
 
-    if facts.weights is not None and facts.weights.is_loaded:
+    weights = facts.weights
+    is_shared = weights is not None and all(weights.statistics.get(path) == "shared" for path in paths)  # in training
+    if weights is not None and weights.is_loaded and not is_shared:
         command = facts.origin.write_command("reestimate", "--population", "per_level", "--output", "repaired.pth")
         return Remedy("Re-estimate the statistics for each level; no weight is trained.", command=command, call=call)
     keys: dict[str, object] = {}

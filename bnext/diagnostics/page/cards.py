@@ -11,7 +11,7 @@ from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.page.markup import count_of, draw_sign, write_markdown, write_name, write_paste
 from bnext.diagnostics.page.page_data import PageData
 from bnext.diagnostics.recommend import Advice, Option
-from bnext.diagnostics.report_text import find_next, write_pairs
+from bnext.diagnostics.report_text import DEEPER, find_next, write_pairs
 
 __all__ = ["write_advice", "write_findings"]
 
@@ -25,7 +25,7 @@ def write_findings(diagnosis: Diagnosis, data: PageData) -> str:
             return ""
         words = "No check found anything: what normalizes in training and at inference agrees, as far as was seen."
         more = find_next(diagnosis)
-        paste = write_paste("Batches of training data show more:", more) if more else ""
+        paste = write_paste(f"{DEEPER[diagnosis.depth][1]}:", more) if more else ""
         return f'<h2>Nothing found</h2><p class="lead">{words}</p>{paste}'
 
     with_norms = {number for hits in data.norms["findings"] for number in hits}

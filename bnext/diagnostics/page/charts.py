@@ -117,5 +117,5 @@ def write_evaluation(facts: Facts) -> str:
     on = f" on {write_name(evaluation.dataset)}" if evaluation.dataset else ""
     return f"""<h2>Evaluation</h2>
 <p class="lead">The same weights and images{on}; only what normalizes differs.</p>
-<div class="scroll chart"><table><thead><tr><th scope="col">normalized by</th><th scope="col">box AP</th>\
+<div class="scroll chart"><table><thead><tr><th scope="col">normalized by</th><th scope="col">AP or score</th>\
 <th scope="col">loss</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>"""

@@ -38,9 +38,10 @@ def _write_group(group: Overview, diagnosis: Diagnosis) -> str:
         if not paths.isdisjoint(finding.evidence.layers):
             codes.setdefault(finding.code, finding.severity)  # findings are worst first
 
-    name = ", ".join(group.patterns[:_MOST_PATTERNS])
-    if len(group.patterns) > _MOST_PATTERNS:
-        name += f" and {len(group.patterns) - _MOST_PATTERNS} more"
+    patterns = group.patterns
+    name = ", ".join(patterns[:_MOST_PATTERNS])
+    if len(patterns) > _MOST_PATTERNS:
+        name += f" and {len(patterns) - _MOST_PATTERNS} more"
     chips = [f'<span class="chip"><b>{escape(group.norms[0].record.kind)}</b></span>']
     chips += [write_chip(question, answer) for question, answer in facets.items()]
     chips += [f'<span class="chip hit {severity}">{escape(code)}</span>' for code, severity in codes.items()]

@@ -213,7 +213,7 @@
     const readout = make("output", { class: "readout", "aria-live": "polite" });
     figure.append(svg, readout);
     const scale = chooseScale(columns.map((column) => column.band), chart);
-    const height = 210, left = 52, right = 6, top = 10, bottom = 24;
+    const height = 210 /* as in the style */, left = 52, right = 6, top = 10, bottom = 24;
     let width = 0, line = null, place = null;
 
     const toX = (number) => left + (number / columns.length) * (width - left - right);
@@ -238,7 +238,6 @@
       if (!now || now === width) return;
       width = now;
       svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
-      svg.setAttribute("height", height);
       svg.replaceChildren();
 
       for (const tick of scale.ticks) {
@@ -329,7 +328,7 @@
     mean: { table: "profile", unit: "running mean", line: 0, include: 0 },
     std: { table: "profile", unit: "running standard deviation", isPositive: true },
     weight: { table: "profile", unit: "weight", line: 0, include: 0 },
-    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0, floor: 0.01 },
+    distance: { table: "comparison", unit: "distance of the means, in standard deviations", isPositive: true, line: 0, floor: 0.01, include: 0.1 },
     ratio: { table: "comparison", unit: "standard deviation over the running one", isPositive: true, line: 1, include: 1 },
   };
   for (const [key, chart] of Object.entries(CHARTS)) {

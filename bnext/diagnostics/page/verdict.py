@@ -74,11 +74,12 @@ def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
         yield "weights", words
     if facts.origin.config_file:
         yield "config", flatten_text(facts.origin.config_file, 120)
-    images = [forward.num_images for forward in facts.forwards if not forward.is_noise]
-    if images:
-        kinds = [forward.normalized_by for forward in facts.forwards if not forward.is_noise]
+    batches = [forward for forward in facts.forwards if not forward.is_noise and not forward.is_alone]
+    if batches:
+        kinds = [forward.normalized_by for forward in batches]
         number = max(kinds.count(kind) for kind in set(kinds))  # each batch is run by both kinds of statistics
-        yield "looked at", f"{count_of(number, 'batch', 'batches')} of {count_of(max(images), 'image')}"
+        size = max(forward.num_images for forward in batches)
+        yield "looked at", f"{count_of(number, 'batch', 'batches')} of {count_of(size, 'image')}"
 
 
 def _draw_strip(diagnosis: Diagnosis, data: PageData) -> str:

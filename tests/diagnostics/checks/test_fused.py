@@ -56,7 +56,12 @@ def test_finds_the_state_of_a_frozen_norm_in_one_that_is_not():
     (evidence,) = find("BN020", model)
 
     assert evidence.layers == ("1",)
+    assert not find("BN013", model)  # of which this is another case
     assert not find("BN020", frozen)
+    assert not find("BN020", model.eval())
+
+    model.train()[1].running_var.fill_(1)
+    assert not find("BN020", model)
     assert not find("BN020", make_model())
 
 

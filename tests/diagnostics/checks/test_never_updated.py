@@ -26,7 +26,8 @@ def run(model):
 
 
 def test_finds_statistics_that_were_left_out():
-    model = make_model()
+    model = run(make_model())
+    model[1].reset_running_stats()
     move(model[1])
 
     (evidence,) = find("BN013", model)
@@ -35,6 +36,13 @@ def test_finds_statistics_that_were_left_out():
     assert evidence.layers == ("1",)
     exec(evidence.remedy.call, {"bnext": bnext, "model": model, "data": [torch.randn(4, 3, 8, 8)] * 2})
     assert not find("BN013", model)
+
+
+def test_shifts_that_may_have_been_drawn_at_random_are_a_warning():
+    model = make_model()
+    move(model[1])
+
+    assert [evidence.severity for evidence in find("BN013", model)] == ["warning"]
 
 
 def test_new_norms_on_trained_ones_are_healthy():
@@ -69,6 +77,20 @@ def test_an_affine_from_a_file_without_statistics_is_found():
     assert evidence.remedy.command.startswith("bnext reestimate --config-file a.yaml")
     folded = dataclasses.replace(weights, folded=("1",))
     assert not list(CHECK.examine(dataclasses.replace(facts, weights=folded)))  # of which another check speaks
+
+
+@pytest.mark.parametrize(("num_updates", "number"), [(0, 1), (None, 0)])
+def test_a_checkpoint_alone_may_be_of_frozen_norms(num_updates, number):
+    """Whose affine does all, and which nobody counts."""
+    model = make_model()
+    move(model[1])
+    facts = dataclasses.replace(collect_facts(model), origin=Origin("checkpoint", "CONFIG.yaml", weights="model.pth"))
+    norms = []
+    for norm in facts.norms:
+        populations = tuple(dataclasses.replace(one, num_updates=num_updates) for one in norm.populations)
+        norms.append(dataclasses.replace(norm, populations=populations))
+
+    assert len(list(CHECK.examine(dataclasses.replace(facts, norms=tuple(norms))))) == number
 
 
 @pytest.mark.parametrize(("is_run", "severity"), [(False, "error"), (True, "warning")])

@@ -1,7 +1,13 @@
+import dataclasses
+
+import pytest
 import torch
 from torch import nn
 
 from bnext import LevelBatchNorm2d, NormSpec, repair
+from bnext.diagnostics.checks.repeated_calls import CHECK
+from bnext.diagnostics.diagnose import collect_facts
+from bnext.diagnostics.facts import Origin, WeightsFacts
 from tests.diagnostics.checks.diagnosing import find
 
 
@@ -67,3 +73,25 @@ def test_levels_that_are_one_mini_batch_are_healthy():
 
     assert not find("BN001", Named("shared"), make_levels())
     assert find("BN001", Named("per_level"), make_levels())  # row 3
+
+
+@pytest.mark.parametrize(("row", "number"), [(1, 0), (2, 0), (3, 1), (4, 0), (5, 1), (6, 0)])
+def test_rows_of_a_level_norm(row, number):
+    """Row 5, of which each level has an affine, stores as wrongly as row 3."""
+    head = LevelBatchNorm2d(3, ("p3", "p4"), NormSpec.from_table5_row(row))
+    data = [dict(zip(("p3", "p4"), features, strict=True)) for features in make_levels()]
+
+    assert len(find("BN001", head, data)) == number
+
+
+@pytest.mark.parametrize(("said", "is_command"), [("per_level", True), ("shared", False)])
+def test_heeds_how_a_file_says_that_it_was_trained(said, is_command):
+    facts = collect_facts(nn.ModuleDict({"norm": LevelBatchNorm2d(3, ("p3", "p4"), NormSpec.from_table5_row(3))}))
+    norms = tuple(dataclasses.replace(norm, place="RETINANET", levels=("p3", "p4")) for norm in facts.norms)
+    weights = WeightsFacts("model.pth", is_loaded=True, statistics={"norm": said})
+    origin = Origin("config", "a.yaml", weights="model.pth")
+
+    (evidence,) = CHECK.examine(dataclasses.replace(facts, norms=norms, weights=weights, origin=origin))
+
+    assert bool(evidence.remedy.command) == is_command
+    assert bool(evidence.remedy.keys) != is_command

@@ -91,3 +91,4 @@ def test_heeds_how_a_file_says_that_it_was_trained(row, said, points):
     for evidence in found:
         assert evidence.remedy.keys["MODEL.BNEXT.RETINANET.POPULATION"] == said
         assert f"--population {said}" in evidence.remedy.command
+        assert evidence.remedy.command.endswith(f"MODEL.BNEXT.RETINANET.STATISTICS {said}")

@@ -1,10 +1,8 @@
-"""Bugs of classifiers: each as users write it, what the doctor says of it, and its remedy, applied."""
+"""Bugs of what is normalized together: single pictures, domains, scales, and the digits of one page."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -12,11 +10,10 @@ from statistics import fmean
 import torch
 import torch.nn.functional as F
 from perils import Extent, Outcome, Story, follow_remedy
+from small_trainings import ACCURACY, load_digits, take_pixels, train_model
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import bnext
-from bnext.diagnostics import Diagnosis, TrainingWatch
 from bnext.studies.classifiers import (
     Batches,
     Classifier,
@@ -24,32 +21,13 @@ from bnext.studies.classifiers import (
     build_classifier,
     build_optimizer,
     compute_cross_entropy,
-    load_images,
     measure_accuracy,
     train_classifier,
 )
 
-__all__ = ["CLASSIFIER_STORIES"]
+__all__ = ["MINI_BATCH_STORIES"]
 
-_WATCHED = 3  # steps, after the training, whose updates are counted
 _PAGE, _PAGES = 16, 4  # digits of a page, as RoIs of an image; pages of a step, each on a worker
-
-
-def _load(extent: Extent, domain: str = "scans") -> tuple[Images, Images]:
-    """Images for training and for test."""
-    options = {"domain": domain, "limit": extent.images}
-    return load_images("train", **options), load_images("val", **options)
-
-
-def _train(model: nn.Module, images: Images, extent: Extent, seed: int, **options: object) -> nn.Module:
-    """The model, trained, in evaluation mode."""
-    train_classifier(model.train(), Batches(images, epochs=extent.epochs, seed=seed), **options)
-    return model.eval()
-
-
-def _take(batches: Iterable[Images], number: int = 4) -> list[Tensor]:
-    """Pixels of the first batches: the data that the doctor gets."""
-    return [batch.pixels for batch in itertools.islice(batches, number)]
 
 
 # ---- training mode, one picture at a time
@@ -57,12 +35,12 @@ def _take(batches: Iterable[Images], number: int = 4) -> list[Tensor]:
 
 def tell_train_mode(seed: int, extent: Extent, folder: Path) -> Outcome:
     """`model.eval()` was forgotten, and pictures are classified one by one."""
-    train, val = _load(extent)
-    model = _train(build_classifier(seed), train, extent, seed)
+    train, val = load_digits(extent)
+    model = train_model(build_classifier(seed), train, extent, seed)
     without = measure_accuracy(model, val)
 
     model.train()
-    pictures = _take(Batches(train, size=1, seed=seed))
+    pictures = take_pixels(Batches(train, size=1, seed=seed))
     diagnosis = bnext.diagnose(model, pictures)
     before, by_two = measure_accuracy(model, val, batch_size=1), measure_accuracy(model, val, batch_size=2)
 
@@ -90,10 +68,10 @@ class HandwrittenNorm(nn.BatchNorm2d):
 
 def tell_single_element(seed: int, extent: Extent, folder: Path) -> Outcome:
     """A training by single pictures, whose last feature is one pixel: the norm there gives zeros."""
-    train, val = _load(extent)
+    train, val = load_digits(extent)
     train = train.select(torch.arange(min(len(train), 400)))
     batches = Batches(train, size=1, epochs=max(1, extent.epochs // 3), seed=seed)
-    data = _take(batches)
+    data = take_pixels(batches)
 
     def build(norm: Callable[[int], nn.Module]) -> Classifier:
         return build_classifier(seed, norm=norm, channels=(16, 32, 64, 64, 64)).train()
@@ -108,38 +86,6 @@ def tell_single_element(seed: int, extent: Extent, folder: Path) -> Outcome:
     repaired = build(partial(nn.GroupNorm, 8))  # the remedy, by hand: no line can say what a handwritten norm becomes
     again = bnext.diagnose(repaired, data)
     return Outcome(measure(model), measure(repaired), None, diagnosis, again)
-
-
-# ---- frozen parameters, live statistics
-
-
-def tell_frozen_parameters(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """A head for another domain is trained on a backbone whose parameters alone are frozen."""
-    (scans, scans_val), (photographs, photographs_val) = _load(extent), _load(extent, "photographs")
-    trained = _train(build_classifier(seed), scans, extent, seed)
-    without = measure_accuracy(trained, scans_val)
-    head = copy.deepcopy(trained.head)
-
-    def fine_tune(model: Classifier) -> tuple[float, float]:
-        """Accuracy with the old head on the old domain, with the new head on the new one."""
-        _train(model, photographs, extent, seed)
-        new = measure_accuracy(model, photographs_val)
-        model.head = head
-        return measure_accuracy(model, scans_val), new
-
-    model = copy.deepcopy(trained).train()
-    for parameter in model.backbone.parameters():
-        parameter.requires_grad = False
-    data = _take(Batches(photographs, seed=seed))
-    diagnosis = bnext.diagnose(model, data)
-
-    frozen = copy.deepcopy(model)
-    follow_remedy(diagnosis, model=frozen)
-    again = bnext.diagnose(frozen, data)
-
-    (before, new_before), (after, new_after) = fine_tune(model), fine_tune(frozen)
-    more = {"new domain, with the bug": new_before, "new domain, after the remedy": new_after}
-    return Outcome(before, after, without, diagnosis, again, more)
 
 
 # ---- two domains
@@ -172,7 +118,7 @@ def _merge_pair(model: nn.Module, pair: dict[str, Images]) -> Tensor:
 def tell_two_domains(seed: int, extent: Extent, folder: Path) -> Outcome:
     """Each step runs a batch of each of two domains; both write into the same moving averages."""
     domains = ("scans", "negatives")
-    loaded = {domain: _load(extent, domain) for domain in domains}
+    loaded = {domain: load_digits(extent, domain) for domain in domains}
     batches = []
     for number, (train, _) in enumerate(loaded.values()):
         batches.append(Batches(train, size=32, epochs=extent.epochs, seed=2 * seed + number))
@@ -238,15 +184,22 @@ def _add_losses_of_scales(model: nn.Module, batch: Images) -> Tensor:
 
 def _measure_scales(model: nn.Module, images: Images) -> list[float]:
     """Accuracy of each scale's answers, from the largest feature to the smallest."""
-    return [measure_accuracy(model, images, forward=lambda *args, k=k: args[0](args[1])[k]) for k in range(3)]
+    accuracies = []
+    for scale in range(len(model.laterals)):
+        accuracies.append(measure_accuracy(model, images, forward=partial(_score_scale, scale=scale)))
+    return accuracies
+
+
+def _score_scale(model: nn.Module, pixels: Tensor, scale: int) -> Tensor:
+    return model(pixels)[scale]
 
 
 def tell_shared_head(seed: int, extent: Extent, folder: Path) -> Outcome:
     """A plain norm in a head that is called on three scales: row 3, in small."""
-    train, val = _load(extent)
-    model = _train(MultiScaleClassifier(), train, extent, seed, compute_loss=_add_losses_of_scales)
+    train, val = load_digits(extent)
+    model = train_model(MultiScaleClassifier(), train, extent, seed, compute_loss=_add_losses_of_scales)
 
-    data = _take(Batches(train, seed=seed, epochs=1), 20)
+    data = take_pixels(Batches(train, seed=seed, epochs=1), 20)
     diagnosis = bnext.diagnose(model.train(), data)
     before = _measure_scales(model.eval(), val)
 
@@ -303,7 +256,7 @@ def _measure_pages(model: nn.Module, pages: Images) -> float:
 
 def tell_correlated(seed: int, extent: Extent, folder: Path) -> Outcome:
     """A worker has one page, whose digits are alike, as the RoIs of an image are of few classes."""
-    train, val = _load(extent)
+    train, val = load_digits(extent)
 
     def print_steps(composition: str) -> list[Images]:
         """Four pages for each step."""
@@ -342,112 +295,14 @@ def _join(pages: list[Images]) -> Images:
     return Images(torch.cat([page.pixels for page in pages]), torch.cat([page.labels for page in pages]))
 
 
-# ---- statistics that a training does not write, or writes twice
-
-
-def _watch(model: nn.Module, batches: Iterable[Images], **options: object) -> Diagnosis:
-    """What the doctor says of a few more steps, of a copy of the model."""
-    model = copy.deepcopy(model).train()
-    watch = TrainingWatch(model)
-    few = list(itertools.islice(batches, _WATCHED))
-    train_classifier(model, few, around_step=watch.step, **options)
-    return watch.diagnose()
-
-
-def tell_validation_loss(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """A validation loss, between steps, of images of another domain; the model stays in training mode for it."""
-    (train, val), (others, _) = _load(extent), _load(extent, "negatives")
-    batches = Batches(train, epochs=extent.epochs, seed=seed)
-
-    def validate(model: nn.Module, iteration: int) -> None:
-        with torch.no_grad():
-            compute_cross_entropy(model, others.select(torch.arange(min(64, len(others)))))
-
-    def validate_apart(model: nn.Module, iteration: int) -> None:
-        with bnext.frozen_statistics(model):  # the remedy
-            validate(model, iteration)
-
-    model = _train(build_classifier(seed), train, extent, seed, after_step=validate)
-    repaired = _train(build_classifier(seed), train, extent, seed, after_step=validate_apart)
-    without = measure_accuracy(_train(build_classifier(seed), train, extent, seed), val)
-
-    diagnosis = _watch(model, batches, after_step=validate)
-    again = _watch(repaired, batches, after_step=validate_apart)
-    return Outcome(measure_accuracy(model, val), measure_accuracy(repaired, val), without, diagnosis, again)
-
-
-class CheckpointedClassifier(Classifier):
-    """A classifier whose backward pass runs the convolutions and their norms once more, to save memory."""
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        feature = checkpoint(self.backbone, pixels, use_reentrant=False)
-        return self.head(feature.mean((2, 3)))
-
-
-def tell_checkpointing(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """Activation checkpointing of torch's norms."""
-    train, val = _load(extent)
-    batches = Batches(train, epochs=extent.epochs, seed=seed)
-
-    def build() -> CheckpointedClassifier:
-        model = CheckpointedClassifier()
-        model.load_state_dict(build_classifier(seed).state_dict())
-        return model
-
-    model, repaired = _train(build(), train, extent, seed), build()
-    diagnosis = _watch(model, batches)
-    follow_remedy(diagnosis, model=repaired)
-    _train(repaired, train, extent, seed)
-    again = _watch(repaired, batches)
-
-    without = measure_accuracy(_train(build_classifier(seed), train, extent, seed), val)
-    return Outcome(measure_accuracy(model, val), measure_accuracy(repaired, val), without, diagnosis, again)
-
-
-# ---- averaged weights
-
-
-def tell_averaged_weights(seed: int, extent: Extent, folder: Path) -> Outcome:
-    """An average of the parameters, in a copy of the model whose buffers nobody has looked at."""
-    train, val = _load(extent)
-    model = build_classifier(seed)
-    teacher, average = copy.deepcopy(model).eval(), bnext.AveragedWeights(model, decay=0.98)
-
-    @torch.no_grad()
-    def update(model: nn.Module, iteration: int) -> None:
-        decay = min(0.98, (1 + iteration) / (10 + iteration))  # that of AveragedWeights
-        for averaged, parameter in zip(teacher.parameters(), model.parameters(), strict=True):
-            averaged.lerp_(parameter, 1 - decay)
-        average.update(model)
-
-    _train(model, train, extent, seed, after_step=update)
-    without = measure_accuracy(model, val)
-    with average.lent_to(model):
-        more = {"bnext.AveragedWeights": measure_accuracy(model, val)}
-
-    data = _take(Batches(train, seed=seed, epochs=1), 20)
-    diagnosis = bnext.diagnose(model.train(), data, averaged=teacher)
-    before = measure_accuracy(teacher, val)
-    follow_remedy(diagnosis, model=model, averaged=teacher, data=data)
-    again = bnext.diagnose(model, data, averaged=teacher)
-    return Outcome(before, measure_accuracy(teacher.eval(), val), without, diagnosis, again, more)
-
-
-_ACCURACY = "accuracy, %"
-CLASSIFIER_STORIES = {
-    "train_mode": Story("one picture at a time, in training mode", "BN008", _ACCURACY, tell_train_mode),
-    "single_element": Story("training by single pictures, down to one pixel", "BN010", _ACCURACY, tell_single_element),
-    "frozen_parameters": Story(
-        "fine-tuning with requires_grad=False", "BN004", f"{_ACCURACY}, old task", tell_frozen_parameters
-    ),
+MINI_BATCH_STORIES = {
+    "train_mode": Story("one picture at a time, in training mode", "BN008", ACCURACY, tell_train_mode),
+    "single_element": Story("training by single pictures, down to one pixel", "BN010", ACCURACY, tell_single_element),
     "two_domains": Story(
-        "a batch of each domain, one moving average", "BN023", f"{_ACCURACY}, mean of domains", tell_two_domains
+        "a batch of each domain, one moving average", "BN023", f"{ACCURACY}, mean of domains", tell_two_domains
     ),
     "shared_head": Story(
-        "a plain norm in a head that sees three scales", "BN001", f"{_ACCURACY}, mean of scales", tell_shared_head
+        "a plain norm in a head that sees three scales", "BN001", f"{ACCURACY}, mean of scales", tell_shared_head
     ),
-    "correlated": Story("mini-batches of one page, whose digits are alike", "BN003", _ACCURACY, tell_correlated),
-    "validation_loss": Story("a validation loss in training mode", "BN025", _ACCURACY, tell_validation_loss),
-    "checkpointing": Story("activation checkpointing of torch's norms", "BN015", _ACCURACY, tell_checkpointing),
-    "averaged_weights": Story("an average of parameters, without buffers", "BN026", _ACCURACY, tell_averaged_weights),
+    "correlated": Story("mini-batches of one page, whose digits are alike", "BN003", ACCURACY, tell_correlated),
 }
