@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from bnext import BatchNorm2d, CycleBatchNormList, LevelBatchNorm2d, NormSpec, diagnose
+from bnext.diagnostics.collecting.read_norms import read_norms
+from bnext.diagnostics.collecting.read_state import collect_state_facts, read_state_dict
 from bnext.diagnostics.diagnose import examine_facts
-from bnext.diagnostics.read_norms import read_norms
-from bnext.diagnostics.read_state import collect_state_facts, read_state_dict
 from bnext.surgery.convert_state import collect_norm_specs
 
 
