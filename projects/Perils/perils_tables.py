@@ -102,7 +102,7 @@ def draw_stories(stories: Mapping[str, Story], results: Mapping[str, Any], path:
     labels = []
     for name in told:
         measured = f"({stories[name].measured})"
-        labels.append("\n".join([*textwrap.wrap(stories[name].title, 40), measured]))
+        labels.append("\n".join([*textwrap.wrap(stories[name].title, 48), measured]))
     axes.set_yticks(range(len(told)), labels)
     axes.invert_yaxis()
     axes.set_ylim(len(told) - 0.5, -0.5)

@@ -42,6 +42,11 @@ def test_vectors_have_an_element_of_each_sample():
     assert not find("BN010", nn.Sequential(nn.BatchNorm1d(3)), [torch.zeros(16, 3)])
 
 
+def test_a_single_element_comes_before_the_single_sample_that_it_is_of():
+    codes = [finding.code for finding in bnext.diagnose(make(), [torch.zeros(1, 3, 1, 1)]).findings]
+    assert codes[:2] == ["BN010", "BN008"]
+
+
 def test_what_a_single_element_gives_may_be_chosen():
     norm = BatchNorm2d(32, NormSpec(single_element="population"))
     assert find("BN010", make(norm), [torch.zeros(1, 3, 1, 1)])[0].severity == "note"
