@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
@@ -64,12 +65,21 @@ def execute(args: argparse.Namespace) -> int:
     if args.num_images is not None and args.num_images < 1:
         remedy = "Leave it out for the default."
         raise ConfigError.of("--num-images", "be 1 or more", got=args.num_images, remedy=remedy)
+    if args.num_gpus is not None and args.num_gpus < 1:
+        remedy = "Workers without a GPU count, too; leave it out for one."
+        raise ConfigError.of("--num-gpus", "be 1 or more", got=args.num_gpus, remedy=remedy)
 
     with keeping_output_clean():
-        is_file = bool(args.opts) and args.opts[0].endswith(ENDINGS)
-        facts = _examine_file(args) if is_file else _examine_config(args)
+        facts = _examine_file(args) if _names_file(args) else _examine_config(args)
         diagnosis = examine_facts(facts)
     return give_report(args, diagnosis)
+
+
+def _names_file(args: argparse.Namespace) -> bool:
+    """Whether the first word is a checkpoint, and not the key of a pair."""
+    word = args.opts[0] if args.opts else ""
+    is_path = os.path.exists(word) or ("/" in word and "=" not in word)
+    return word.endswith(ENDINGS) or (is_path and not args.config_file)
 
 
 def _examine_config(args: argparse.Namespace) -> Facts:
@@ -77,7 +87,8 @@ def _examine_config(args: argparse.Namespace) -> Facts:
         remedy = "Give --config-file FILE, or a checkpoint."
         raise ConfigError.of("doctor", "be told of a model", got="none", remedy=remedy)
     cfg = load_config(args.config_file, args.opts)
-    origin = Origin("config", name_config_file(args.config_file), _leave_out_weights(args.opts), cfg.MODEL.WEIGHTS)
+    file, opts = name_config_file(args.config_file), _leave_out_weights(args.opts)
+    origin = Origin("config", file, opts, cfg.MODEL.WEIGHTS, tuple(args.imports), args.num_gpus)
     facts, model = examine_detector(cfg, origin, args.num_gpus)
     if args.depth == "static":
         return facts

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -52,9 +53,11 @@ def tell_of_checks(args: argparse.Namespace) -> bool:
     """
     checks = find_checks()
     if args.explain is not None:
-        code = args.explain.strip().upper()
+        word = args.explain.strip()
+        number = re.fullmatch(r"(?:BN)?0*([1-9]\d*)", word, re.IGNORECASE)
+        code = f"BN{number[1]:>03}" if number else word.upper()
         by_name = {check.name: check for check in checks.values()}
-        check = checks.get(code) or by_name.get(args.explain.strip())
+        check = checks.get(code) or by_name.get(word.lower().replace("_", "-"))
         if check is None:
             remedy = suggest(code, checks, "See bnext doctor --list.")
             raise ConfigError.of("--explain", "be the code of a check", got=repr(args.explain), remedy=remedy)

@@ -288,6 +288,7 @@ class WeightsFacts:
         folded: paths of norms whose statistics are folded into the affine that the file gave, or would give, them.
         without_statistics: paths of norms to which the file gave an affine, and no statistics.
         statistics: path -> over what the file says mini-batch statistics were computed in its training: "shared", ...
+        populations: path -> whose population statistics the file says that it has: "shared", "per_level", ...
     """
 
     source: str = ""
@@ -301,6 +302,7 @@ class WeightsFacts:
     folded: tuple[str, ...] = ()
     without_statistics: tuple[str, ...] = ()
     statistics: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    populations: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,12 +314,16 @@ class Origin:
         config_file: of the command line.
         opts: KEY VALUE pairs of the command line; MODEL.WEIGHTS among them is left out of commands.
         weights: MODEL.WEIGHTS, or the checkpoint.
+        imports: modules of the user's that the command line imports, without which the config builds no model.
+        num_workers: that the command line said train the model, which the doctor is to be told again.
     """
 
     kind: Literal["model", "config", "checkpoint"] = "model"
     config_file: str = ""
     opts: tuple[str, ...] = ()
     weights: str = ""
+    imports: tuple[str, ...] = ()
+    num_workers: int | None = None
 
     def write_command(self, command: str, *options: str, pairs: tuple[str, ...] = ()) -> str:
         """A command line of `bnext` on this config and these weights.
@@ -336,6 +342,9 @@ class Origin:
         while "MODEL.WEIGHTS" in opts:
             place = opts.index("MODEL.WEIGHTS")
             del opts[place : place + 2]
+        modules = [word for module in self.imports for word in ("--import", module)]
+        workers = ("--num-gpus", str(self.num_workers)) if self.num_workers and command == "doctor" else ()
+        options = (*modules, *workers, *options)
         return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *opts, *pairs])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from bnext.config.blame import building_from_config
 from bnext.diagnostics.collecting.observe import observe_forward
 from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.facts import Facts, Origin
+from bnext.errors import BNextError, ConfigError
 from bnext.evaluation.doctor_checkpoint import add_stored_statistics
 from bnext.evaluation.doctor_weights import load_weights
 from bnext.files import find_local_file
 from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.doctor_facts import add_config_facts
+from bnext.packages import explain_missing
 
 __all__ = ["examine_detector"]
 
@@ -33,14 +36,29 @@ def examine_detector(cfg: CfgNode, origin: Origin, num_workers: int | None = Non
         origin: how the user came by it.
         num_workers: that train it.
     """
-    with building_from_config(), building_unwarned():
-        model = build_model(cfg)
+    model = _build(cfg)
     weights, failures = load_weights(cfg, model)
     facts = dataclasses.replace(collect_facts(model.train()), origin=origin, weights=weights, failures=failures)
     file = find_local_file(cfg.MODEL.WEIGHTS)
     if failures and file:
         facts = add_stored_statistics(facts, file)
     return _probe(add_config_facts(facts, cfg, model, num_workers), model), model
+
+
+def _build(cfg: CfgNode) -> nn.Module:
+    try:
+        with building_from_config(), building_unwarned():
+            return build_model(cfg)
+    except (BNextError, MemoryError):
+        raise
+    except Exception as error:
+        if explain_missing(error) is not None:
+            raise
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        reason = str(error).partition("\n")[0] or "no message"
+        got, where = f"{type(error).__name__}: {reason}", f"{line.filename}, line {line.lineno}"
+        remedy = "Correct the config, or the code there."
+        raise ConfigError.of("The model", "be one that can be built", got=got, where=where, remedy=remedy) from error
 
 
 def _probe(facts: Facts, model: nn.Module) -> Facts:

@@ -41,7 +41,8 @@ def examine_checkpoint(file: str) -> Facts:
     content = read_checkpoint(file)
     states = {name: _read_state(state, file) for name, state in _find_states(content)}
     if not states:
-        entries = [f"{key!r} ({type(value).__name__})" for key, value in content.items()]
+        named = content["model"] if content.keys() == {"model"} and isinstance(content["model"], Mapping) else content
+        entries = [f"{key!r} ({type(value).__name__})" for key, value in named.items()]
         raise NO_STATE.of(f"a dictionary with {list_few(entries) or 'nothing'}", file)
     averaged = [name for name in states if any(word in name.lower() for word in _AVERAGED)]
     name = max((name for name in states if name not in averaged), key=lambda name: len(states[name]), default="")

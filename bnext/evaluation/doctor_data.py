@@ -80,7 +80,7 @@ def _observe_training(facts: Facts, cfg: CfgNode, model: nn.Module, num_images: 
     wanted = _count_images(facts)
     size = min(wanted, num_images)
     if size < wanted:
-        cut = f"Batches of {size} images were run (--num-images), where a worker has {wanted} in training."
+        cut = f"Batches of {size} images were run, where a worker has {wanted} in training (--num-images {wanted})."
         facts = dataclasses.replace(facts, failures=(*facts.failures, cut))
 
     try:

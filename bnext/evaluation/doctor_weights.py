@@ -137,6 +137,7 @@ def _describe(
         folded=tuple(folded),
         without_statistics=without,
         statistics={path: str(spec["statistics"]) for path, spec in specs.items() if "statistics" in spec},
+        populations={path: str(spec["population"]) for path, spec in specs.items() if "population" in spec},
     )
 
 

@@ -74,8 +74,10 @@ def _read_weight_decay(facts: Facts, cfg: CfgNode, model: nn.Module) -> tuple[di
 
 
 def _find_places(model: nn.Module) -> dict[str, str]:
-    """Path of each part of a detector -> its place."""
-    return {path: name for name in PLACES for path in find_parts(model, name)}
+    """Path of each part of a detector -> its place; a head of another detector than detectron2's heeds no key."""
+    is_dense = hasattr(model, "head_in_features")
+    names = [name for name in PLACES if name != "RETINANET" or is_dense]
+    return {path: name for name in names for path in find_parts(model, name)}
 
 
 def _find_levels(model: nn.Module) -> dict[str, tuple[str, ...]]:

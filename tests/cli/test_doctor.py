@@ -1,6 +1,7 @@
 """`bnext doctor`: the report in four forms, where it is asked for, and an exit status for CI."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -124,6 +125,9 @@ def test_checks_are_listed_and_explained_without_a_config(capsys):
     assert run("--explain", "bn001") == run("--explain", "repeated-calls") == 0
     assert capsys.readouterr().out.count("BN001 repeated-calls") == 2
 
+    assert run("--explain", "1") == run("--explain", "bn1") == run("--explain", "repeated_calls") == 0
+    assert capsys.readouterr().out.count("BN001 repeated-calls") == 3
+
     assert run("--explain", "BN0O1") == 2
     assert "Did you mean 'BN0" in capsys.readouterr().err
 
@@ -142,3 +146,78 @@ def test_colors_are_for_terminals_without_no_color(capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert max(len(line) for line in out.splitlines() if line.startswith(("ERROR", "  seen"))) <= 60
+
+
+@pytest.mark.parametrize("number", [0, -3])
+def test_workers_are_one_or_more(number, capsys):
+    assert run(*ILL, "--num-gpus", number) == 2
+    assert capsys.readouterr().err.startswith("error: --num-gpus must ")
+
+
+def test_a_checkpoint_is_known_by_being_there_not_by_its_ending_alone(tmp_path, capsys):
+    file = tmp_path / "weights"
+    torch.save({"model": nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).state_dict()}, file)
+
+    assert run(file) == 0
+    assert run(tmp_path) == run(tmp_path / "absent") == 2
+    folder, absent = capsys.readouterr().err.splitlines()
+    assert "which is a folder" in folder
+    assert "does not exist" in absent
+
+
+@pytest.fixture
+def own_module(tmp_path, monkeypatch):
+    """A module of the user's with two architectures: one has the fault of row 3, the other cannot be built."""
+    lines = [
+        "import torch",
+        "from torch import nn",
+        "from detectron2.modeling import META_ARCH_REGISTRY",
+        "class DoctoredHead(nn.Module):",
+        "    def __init__(self, cfg):",
+        "        super().__init__()",
+        "        self.head = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))",
+        "    def forward(self, batch):",
+        "        x = torch.stack([one['image'] for one in batch])",
+        "        return {'loss': sum(self.head(x[..., ::step, ::step]).mean() for step in (1, 2, 4))}",
+        "class DoctoredUnbuilt(nn.Module):",
+        "    def __init__(self, cfg):",
+        "        raise ValueError('no anchors')",
+        "for kind in (DoctoredHead, DoctoredUnbuilt):",
+        "    if kind.__name__ not in META_ARCH_REGISTRY:",
+        "        META_ARCH_REGISTRY.register(kind)",
+    ]
+    monkeypatch.delitem(sys.modules, "doctored_module", raising=False)
+    (tmp_path / "doctored_module.py").write_text("\n".join(lines))
+    (tmp_path / "own.yaml").write_text("VERSION: 2\nMODEL:\n  META_ARCHITECTURE: DoctoredHead\n  WEIGHTS: ''\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    return ("--config-file", "own.yaml", "--import", "doctored_module")
+
+
+def test_a_detector_of_the_users_gets_no_keys_that_it_does_not_heed(own_module, capsys):
+    assert run(*own_module, "--format", "json") == 0
+
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert findings[0]["code"] == "BN001"
+    assert not any(finding["remedy"]["keys"] for finding in findings)
+
+
+def test_the_next_command_imports_the_modules_of_the_user(own_module, tmp_path, capsys):
+    torch.save({"head.1.weight": torch.ones(4)}, tmp_path / "model.pth")
+    assert run(*own_module, "MODEL.WEIGHTS", "model.pth", "SOLVER.IMS_PER_BATCH", 32) == 0
+
+    assert "reestimate --config-file own.yaml --import doctored_module" in capsys.readouterr().out
+
+
+def test_the_next_command_has_as_many_workers(capsys):
+    assert run(*ILL, "--num-gpus", 2) == 0
+
+    assert "--num-gpus 2" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_model_that_cannot_be_built_is_one_line_and_not_the_status_of_a_finding(own_module, capsys):
+    assert run(*own_module, "MODEL.META_ARCHITECTURE", "DoctoredUnbuilt", "--fail-on", "error") == 2
+
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: The model must be one that can be built; got ValueError: no anchors (")
+    assert "doctored_module.py, line 13" in said

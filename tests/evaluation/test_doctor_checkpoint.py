@@ -146,3 +146,10 @@ def test_statistics_that_no_model_loads_are_told_with_their_config(tmp_path, cap
     assert "BN011" in output
     assert "running_var is -1 in channel 2" in output
     assert f"reestimate --config-file {tiny.CONFIG} --output repaired.pth MODEL.WEIGHTS {file}" in output
+
+
+def test_a_file_of_an_optimizer_alone_is_named_by_its_entries(tmp_path, capsys):
+    file = save(tmp_path, {"optimizer": {"state": {}}, "iteration": 3})
+
+    assert main(["doctor", file]) == 2
+    assert "a dictionary with 'optimizer' (dict)" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from bnext.diagnostics.batch_remedies import name_architecture
 from bnext.diagnostics.facts import Call, Facts, ForwardFacts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.functional import Moments, merge_moments
@@ -36,8 +37,9 @@ def _judge(facts: Facts, place: str, seen: dict[str, tuple[int, float | None]]) 
     measured = [distance for _, distance in seen.values() if distance is not None]
     distance = max(measured, default=None)
 
-    words = f"{len(seen)} norms normalize {number} features of a forward each by its own statistics, and keep one "
-    words += "moving average for all of them, which normalizes at inference."
+    deed = "1 norm normalizes" if len(seen) == 1 else f"{len(seen)} norms normalize"
+    words = f"{deed} {number} features of a forward each by its own statistics, with one moving average for all of "
+    words += "them, which normalizes at inference."
     numbers = {"norms": float(len(seen)), "calls": float(number)}
     if distance is not None:
         words += f" Their means are up to {distance:.2g} standard deviations apart."
@@ -53,15 +55,26 @@ def _advise(facts: Facts, place: str, paths: Iterable[str]) -> Remedy:
         return Remedy("Give each its own population statistics; no weight is trained.", call=call)
 
     weights = facts.weights
+    keys = _choose_keys(facts, place)
+    if keys is not None and weights is not None and all(weights.populations.get(path) == "per_level" for path in paths):
+        keys[f"MODEL.BNEXT.{place}.POPULATION"] = "per_level"
+        return Remedy("The file has statistics for each level, which this config makes one: keep them.", keys=keys)
     is_shared = weights is not None and all(weights.statistics.get(path) == "shared" for path in paths)  # in training
     if weights is not None and weights.is_loaded and not is_shared:
         command = facts.origin.write_command("reestimate", "--population", "per_level", "--output", "repaired.pth")
         return Remedy("Re-estimate the statistics for each level; no weight is trained.", command=command, call=call)
-    keys: dict[str, object] = {}
-    if place:
-        keys[f"MODEL.BNEXT.{place}.STATISTICS"] = "shared"
+    if keys is None:
+        return Remedy("Give each its own population statistics; no weight is trained.", call=call)
+    keys[f"MODEL.BNEXT.{place}.STATISTICS"] = "shared"
     text = "Train with one mini-batch of all levels, or with a population for each (POPULATION per_level)."
     return Remedy(text, keys=keys, call=call)
+
+
+def _choose_keys(facts: Facts, place: str) -> dict[str, object] | None:
+    """What makes an architecture heed MODEL.BNEXT; None: no key reaches these norms, as in one of the user's own."""
+    keys = name_architecture(facts)
+    is_heeded = bool(keys) or str(facts.get_config("MODEL.META_ARCHITECTURE")).startswith("BNext")
+    return keys if place and is_heeded else None
 
 
 def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:

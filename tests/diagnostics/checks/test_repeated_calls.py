@@ -86,15 +86,42 @@ def test_rows_of_a_level_norm(row, number):
 
 @pytest.mark.parametrize(("said", "is_command"), [("per_level", True), ("shared", False)])
 def test_heeds_how_a_file_says_that_it_was_trained(said, is_command):
-    facts = collect_facts(nn.ModuleDict({"norm": LevelBatchNorm2d(3, ("p3", "p4"), NormSpec.from_table5_row(3))}))
-    norms = tuple(dataclasses.replace(norm, place="RETINANET", levels=("p3", "p4")) for norm in facts.norms)
     weights = WeightsFacts("model.pth", is_loaded=True, statistics={"norm": said})
-    origin = Origin("config", "a.yaml", weights="model.pth")
-
-    (evidence,) = CHECK.examine(dataclasses.replace(facts, norms=norms, weights=weights, origin=origin))
+    (evidence,) = CHECK.examine(make_row_3(weights=weights, config={"MODEL.META_ARCHITECTURE": "BNextRetinaNet"}))
 
     assert bool(evidence.remedy.command) == is_command
     assert bool(evidence.remedy.keys) != is_command
+
+
+def make_row_3(**facts_of_config):
+    facts = collect_facts(nn.ModuleDict({"norm": LevelBatchNorm2d(3, ("p3", "p4"), NormSpec.from_table5_row(3))}))
+    norms = tuple(dataclasses.replace(norm, place="RETINANET", levels=("p3", "p4")) for norm in facts.norms)
+    origin = Origin("config", "a.yaml", weights="model.pth")
+    return dataclasses.replace(facts, norms=norms, origin=origin, **facts_of_config)
+
+
+def test_a_repaired_file_without_its_key_needs_the_key_alone():
+    weights = WeightsFacts("model.pth", is_loaded=True, populations={"norm": "per_level"})
+
+    (evidence,) = CHECK.examine(make_row_3(weights=weights, config={"MODEL.META_ARCHITECTURE": "BNextRetinaNet"}))
+
+    assert evidence.remedy.keys == {"MODEL.BNEXT.RETINANET.POPULATION": "per_level"}
+    assert not evidence.remedy.command
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys"),
+    [
+        ("BNextFCOS", {"MODEL.BNEXT.RETINANET.STATISTICS"}),
+        ("RetinaNet", {"MODEL.BNEXT.RETINANET.STATISTICS", "MODEL.META_ARCHITECTURE"}),
+        ("Theirs", set()),
+    ],
+)
+def test_names_keys_that_the_architecture_heeds(architecture, keys):
+    (evidence,) = CHECK.examine(make_row_3(config={"MODEL.META_ARCHITECTURE": architecture}))
+
+    assert set(evidence.remedy.keys) == keys
+    assert evidence.remedy.call.startswith("bnext.repair(")
 
 
 def make_counted(head, *others):
