@@ -210,7 +210,15 @@ def _measure_loss(loss: Loss, batches: Iterable[Any], model: nn.Module, statisti
 def examine_facts(facts: Facts) -> Diagnosis:
     """Run all checks on facts that were collected elsewhere."""
     findings, failures = run_checks(facts)
-    return Diagnosis(facts, tuple(findings), (*facts.failures, *failures))
+    return Diagnosis(facts, tuple(_name_keys(facts, one) for one in findings), (*facts.failures, *failures))
+
+
+def _name_keys(facts: Facts, finding: Finding) -> Finding:
+    """A finding whose remedy has the keys as the user's config has them."""
+    remedy = finding.evidence.remedy
+    keys = {facts.origin.name_key(key): value for key, value in remedy.keys.items()}
+    evidence = dataclasses.replace(finding.evidence, remedy=dataclasses.replace(remedy, keys=keys))
+    return dataclasses.replace(finding, evidence=evidence)
 
 
 # ---- facts of a torch model

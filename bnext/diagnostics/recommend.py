@@ -76,11 +76,15 @@ def recommend(facts: Facts) -> tuple[Advice, ...]:
     for place, norm in places.items():
         advice = _advise_place(facts, place, norm)
         if advice is not None:
-            options = tuple(
-                dataclasses.replace(option, is_chosen=_is_chosen(facts, option)) for option in advice.options
-            )
+            options = tuple(_choose_option(facts, option) for option in advice.options)
             every.append(dataclasses.replace(advice, options=options))
     return (*every, *_advise_on_data(facts))
+
+
+def _choose_option(facts: Facts, option: Option) -> Option:
+    """An option that says whether it is the user's, with keys as the user's config has them."""
+    keys = {facts.origin.name_key(key): value for key, value in option.keys.items()}
+    return dataclasses.replace(option, is_chosen=_is_chosen(facts, option), keys=keys)
 
 
 def _is_chosen(facts: Facts, option: Option) -> bool:

@@ -209,6 +209,16 @@ def test_the_next_command_imports_the_modules_of_the_user(own_module, tmp_path, 
     assert "reestimate --config-file own.yaml --import doctored_module" in capsys.readouterr().out
 
 
+def test_the_next_command_has_keys_that_a_lazy_config_takes(capsys):
+    words = ("--config-file", "Digits-Detection/retinanet_R_18_FPN.py", "norms.RETINANET.POPULATION=shared")
+    assert run(*words, "--fail-on", "error") == 1
+    (*_, command) = capsys.readouterr().out.splitlines()
+    assert "norms.RETINANET.STATISTICS shared" in command
+
+    assert run(*command.split()[2:], "--fail-on", "error") == 0
+    assert "MODEL." not in capsys.readouterr().out
+
+
 def test_the_next_command_has_as_many_workers(capsys):
     assert run(*ILL, "--num-gpus", 2) == 0
 
