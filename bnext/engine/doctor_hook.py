@@ -24,7 +24,7 @@ from bnext.diagnostics.findings import Finding
 from bnext.diagnostics.reports.report_json import describe_diagnosis
 from bnext.diagnostics.tell_findings import tell_findings
 from bnext.distributed import unwrap_model
-from bnext.engine.hooks import is_due
+from bnext.engine.hooks import EqualizeBuffers, is_due
 from bnext.engine.population import PreciseBN
 from bnext.files import find_local_file, write_json
 from bnext.heads.doctor_facts import add_config_facts
@@ -154,7 +154,7 @@ class DoctorHook(HookBase):
     def _collect(self, watch: TrainingWatch) -> Facts:
         model, cfg = self.trainer.model, self._cfg
         facts = collect_facts(model, optimizer=self._optimizer, averaged=self._averaged, with_layers=False)
-        facts = dataclasses.replace(facts, steps=watch.collect())
+        facts = self._take_as_equalized(dataclasses.replace(facts, steps=watch.collect()))
         if cfg is None:
             return facts
 
@@ -164,6 +164,15 @@ class DoctorHook(HookBase):
         origin = Origin("config", os.path.join(cfg.OUTPUT_DIR, "config.yaml"), weights=weights.source)
         facts = dataclasses.replace(facts, origin=origin, weights=weights)
         return add_config_facts(facts, cfg, unwrap_model(model))
+
+    def _take_as_equalized(self, facts: Facts) -> Facts:
+        """Facts without the switch of DistributedDataParallel whose work a hook of the trainer does."""
+        training = facts.training
+        is_done = any(isinstance(hook, EqualizeBuffers) for hook in getattr(self.trainer, "_hooks", ()))
+        if not is_done or training is None or training.ddp is None:
+            return facts
+        ddp = {name: value for name, value in training.ddp.items() if name != "broadcast_buffers"}
+        return dataclasses.replace(facts, training=dataclasses.replace(training, ddp=ddp))
 
     def _leave(self) -> None:
         """Take everything off the model and the optimizer."""
