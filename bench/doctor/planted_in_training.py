@@ -154,7 +154,7 @@ def _work(rank: int, model: nn.Module, folder: str) -> None:
     """A worker that trains by its own images, and says what the doctor finds."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
-    case = classify(model)
+    case = classify(copy.deepcopy(model))  # the tensors that it comes with are shared with the other worker
     case.data = [images + 2 * rank for images in case.data]
     diagnosis = bnext.diagnose(train(case).model)
     if rank == 0:
