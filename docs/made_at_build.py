@@ -29,8 +29,8 @@ from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
 from bnext.diagnostics.findings import Check
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_json import read_schema
-from bnext.diagnostics.report_text import DEEPER
+from bnext.diagnostics.reports.report_json import read_schema
+from bnext.diagnostics.reports.report_text import DEEPER
 from bnext.evaluation.doctor import examine_detector
 
 _MARK = re.compile(r"^<!-- made at build: (\w+) ?([\w./-]*) -->$", flags=re.MULTILINE)

@@ -20,7 +20,7 @@ from bnext.data.catalog import ensure_digits
 from bnext.data.records import load_records
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
-from bnext.diagnostics.report_html import format_html
+from bnext.diagnostics.reports.report_html import format_html
 from bnext.engine import train
 from bnext.engine.output import holding_output
 from bnext.engine.screen import set_up_logging

@@ -13,10 +13,10 @@ from pathlib import Path
 from bnext.cli.output_file import find_folder_faults
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_html import format_html
-from bnext.diagnostics.report_json import format_json
-from bnext.diagnostics.report_sarif import format_sarif
-from bnext.diagnostics.report_text import explain_check, format_text, list_checks, summarize
+from bnext.diagnostics.reports.report_html import format_html
+from bnext.diagnostics.reports.report_json import format_json
+from bnext.diagnostics.reports.report_sarif import format_sarif
+from bnext.diagnostics.reports.report_text import explain_check, format_text, list_checks, summarize
 from bnext.errors import ConfigError
 from bnext.files import replace_file
 from bnext.progress import is_terminal

@@ -1,9 +1,10 @@
 """The doctor: the norms of any torch model, what they see, and what is wrong with them.
 
-Facts are collected into one record (`facts`), checks read it (`checks`, a file each, found by `registry`), and reports
-write what they find (`report_text` and its like). What needs detectron2 is collected in the rooms above.
+`collecting` reads facts into one record (`facts`), `checks` read it, a file each (`registry` finds them, `measures` has
+what several need), and `reports` write what they find. What needs detectron2 is collected in the rooms above.
 """
 
+from bnext.diagnostics.collecting.watch_training import TrainingWatch
 from bnext.diagnostics.diagnose import Diagnosis, diagnose
 from bnext.diagnostics.inventory import (
     NormGroup,
@@ -14,7 +15,6 @@ from bnext.diagnostics.inventory import (
     group_norms,
 )
 from bnext.diagnostics.mini_batches import MiniBatch, describe_mini_batch, observing_mini_batches
-from bnext.diagnostics.watch_training import TrainingWatch
 
 __all__ = [
     "Diagnosis",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bnext.diagnostics.batch_sizes import count_workers
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Remedy
+from bnext.diagnostics.measures.batch_sizes import count_workers
 
 __all__ = ["NO_MORE", "choose_larger_batch", "name_architecture", "write_conversion"]
 

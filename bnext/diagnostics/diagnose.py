@@ -14,15 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from bnext.diagnostics.depths import Statistics, examine_population, observe_batches, observe_images
+from bnext.diagnostics.collecting.depths import Statistics, examine_population, observe_batches, observe_images
+from bnext.diagnostics.collecting.read_norms import find_folded, read_norms
+from bnext.diagnostics.collecting.read_state import collect_state_facts
+from bnext.diagnostics.collecting.worker_differences import compare_workers
 from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
 from bnext.diagnostics.findings import SEVERITIES, Depth, Finding, Severity
 from bnext.diagnostics.inventory import NormGroup, group_norms
-from bnext.diagnostics.read_norms import find_folded, read_norms
-from bnext.diagnostics.read_state import collect_state_facts
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
-from bnext.diagnostics.worker_differences import compare_workers
 from bnext.distributed import count_images, get_world_size, unwrap_model
 from bnext.errors import check_choice
 from bnext.scope.model import restoring
@@ -82,17 +82,17 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as dictionaries, lists, strings and numbers, in the form of `doctor.schema.json`."""
-        from bnext.diagnostics.report_json import describe_diagnosis
+        from bnext.diagnostics.reports.report_json import describe_diagnosis
 
         return describe_diagnosis(self)
 
     def __str__(self) -> str:
-        from bnext.diagnostics.report_text import format_text
+        from bnext.diagnostics.reports.report_text import format_text
 
         return format_text(self)
 
     def __repr__(self) -> str:
-        from bnext.diagnostics.report_text import summarize
+        from bnext.diagnostics.reports.report_text import summarize
 
         return f"<Diagnosis of {summarize(self)}>"
 

@@ -1,7 +1,7 @@
 """The facts that checks read: one frozen record of a model, its training and its data, absent where nobody knows them.
 
-Here are the records alone. `bnext.diagnostics.read_norms` and `observe` fill in what a torch model says of itself;
-what a config, a checkpoint, an evaluation or a training know, the rooms above fill in by `dataclasses.replace`.
+Here are the records alone. `bnext.diagnostics.collecting` fills in what a torch model says of itself; what a config, a
+checkpoint, an evaluation or a training know, the rooms above fill in by `dataclasses.replace`.
 """
 
 from __future__ import annotations

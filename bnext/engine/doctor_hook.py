@@ -16,11 +16,11 @@ from detectron2.engine import hooks as d2_hooks
 from detectron2.utils import comm
 from torch import nn
 
+from bnext.diagnostics.collecting.watch_training import TrainingWatch
 from bnext.diagnostics.diagnose import Diagnosis, collect_facts, examine_facts
 from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
-from bnext.diagnostics.report_json import describe_diagnosis
+from bnext.diagnostics.reports.report_json import describe_diagnosis
 from bnext.diagnostics.tell_findings import tell_findings
-from bnext.diagnostics.watch_training import TrainingWatch
 from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
 from bnext.engine.population import PreciseBN

@@ -11,9 +11,9 @@ from detectron2.modeling import build_model
 from torch import nn
 
 from bnext.config.blame import building_from_config
+from bnext.diagnostics.collecting.observe import observe_forward
 from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.facts import Facts, Origin
-from bnext.diagnostics.observe import observe_forward
 from bnext.evaluation.doctor_checkpoint import add_stored_statistics
 from bnext.evaluation.doctor_weights import load_weights
 from bnext.files import find_local_file

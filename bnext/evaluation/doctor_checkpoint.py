@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bnext.checkpoints.fit import to_tensors
 from bnext.checkpoints.reading import NO_STATE, read_checkpoint
+from bnext.diagnostics.collecting.read_state import CONFIG_TO_NAME, collect_state_facts, read_state_dict
 from bnext.diagnostics.facts import Facts, NormFacts, Origin, WeightsFacts
-from bnext.diagnostics.read_state import CONFIG_TO_NAME, collect_state_facts, read_state_dict
 from bnext.errors import CheckpointError, list_few
 from bnext.layers.norm_form import AFFINE, POPULATION
 

@@ -23,7 +23,13 @@ from bnext.data.batches import build_evaluation_batches, build_validation_batche
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.loader import build_train_loader
 from bnext.data.records import load_records
-from bnext.diagnostics.depths import Statistics, add_failure, examine_population, observe_batches, observe_images
+from bnext.diagnostics.collecting.depths import (
+    Statistics,
+    add_failure,
+    examine_population,
+    observe_batches,
+    observe_images,
+)
 from bnext.diagnostics.facts import Facts
 from bnext.evaluation.coco import build_evaluator, flatten_metrics
 from bnext.evaluation.reestimate import recompute_statistics

@@ -8,9 +8,9 @@ from torch import nn
 
 from bnext.cli.main import main
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_json import read_schema
+from bnext.diagnostics.reports.report_json import read_schema
 from tests import tiny
-from tests.diagnostics.json_schema import find_faults
+from tests.diagnostics.reports.json_schema import find_faults
 
 # Its head has per-level statistics in training and one population: BN001.
 ILL = ("--config-file", str(tiny.CONFIG))

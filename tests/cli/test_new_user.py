@@ -191,7 +191,7 @@ def test_the_wheel_is_a_whole_package(programs, tmp_path):
         assert "torch" not in sys.modules
         package = files("bnext")
         for name in ("py.typed", "__init__.pyi", "cli/install_detectron2.py", "configs/Base-RetinaNet.yaml",
-                     "diagnostics/page/report.js"):
+                     "diagnostics/reports/page/report.js"):
             assert package.joinpath(name).is_file(), name
     """)
     run(programs, tmp_path, "python", "-c", code)

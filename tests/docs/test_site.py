@@ -10,7 +10,7 @@ import pytest
 from bnext.cli.main import COMMANDS
 from bnext.config.keys import KEYS, PLACE_KEYS
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_json import read_schema
+from bnext.diagnostics.reports.report_json import read_schema
 from tests.docs.pages import DOCS, PAGES, ROOT
 
 

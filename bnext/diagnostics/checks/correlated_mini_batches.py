@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from bnext.diagnostics.batch_remedies import name_architecture, write_conversion
-from bnext.diagnostics.batch_sizes import count_images_together, count_samples, divide_calls, has_many_samples
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.batch_sizes import count_images_together, count_samples, divide_calls, has_many_samples
 
 __all__ = ["CHECK"]
 

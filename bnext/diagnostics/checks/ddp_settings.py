@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from bnext.diagnostics.batch_sizes import has_many_samples
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy
+from bnext.diagnostics.measures.batch_sizes import has_many_samples
 
 __all__ = ["CHECK"]
 

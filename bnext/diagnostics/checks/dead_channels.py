@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from bnext.diagnostics.channels import find_dead_channels
 from bnext.diagnostics.facts import Affine, Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.channels import find_dead_channels
 
 __all__ = ["CHECK"]
 

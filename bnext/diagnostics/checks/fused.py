@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
+from bnext.diagnostics.measures.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
 
 __all__ = ["CHECK"]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.channels import find_dead_channels
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import get_affine
+from bnext.diagnostics.measures.channels import find_dead_channels
+from bnext.diagnostics.measures.initial_state import get_affine
 from bnext.diagnostics.re_estimation import advise_reestimation
 
 __all__ = ["CHECK"]

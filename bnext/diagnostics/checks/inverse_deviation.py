@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy
-from bnext.diagnostics.merged_calls import merge_calls
+from bnext.diagnostics.measures.merged_calls import merge_calls
 from bnext.diagnostics.re_estimation import advise_reestimation
 
 __all__ = ["CHECK"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnext.diagnostics.facts import Affine, Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.initial_state import find_unwritten
+from bnext.diagnostics.measures.initial_state import find_unwritten
 from bnext.errors import list_few
 
 __all__ = ["CHECK"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 
-from bnext.diagnostics.counted_updates import find_live_norms
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.counted_updates import find_live_norms
 
 __all__ = ["CHECK"]
 

@@ -13,6 +13,7 @@ from bnext.functional import Moments, merge_moments
 
 __all__ = ["CHECK"]
 
+_LEAST_BY_UPDATES = 3
 _ALIKE = 0.2  # standard deviations between calls from which on one moving average cannot stand for both
 
 
@@ -48,7 +49,7 @@ def _judge(facts: Facts, place: str, seen: dict[str, tuple[int, float | None]]) 
 
 def _advise(facts: Facts, place: str, paths: Iterable[str]) -> Remedy:
     call = "bnext.repair(model, data)  # before an evaluation; statistics for each of them"
-    if facts.origin.kind != "config":
+    if facts.origin.kind == "model":
         return Remedy("Give each its own population statistics; no weight is trained.", call=call)
 
     weights = facts.weights
@@ -74,8 +75,23 @@ def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
             distances.append(_measure(groups))
 
     if number == 0 and (is_apart or not norm.record.domains):
-        number = len(norm.levels)
+        number = len(norm.levels) or _count_by_updates(facts, norm)
     return number, max(distances, default=None)
+
+
+def _count_by_updates(facts: Facts, norm: NormFacts) -> int:
+    """The features of a forward by the updates that a file has counted, for one of those that most norms have.
+
+    Twice as many are not taken for two features: a recomputation counts them, too. 0: not known.
+    """
+    counts = [population.num_updates for other in facts.batch_norms for population in other.populations]
+    usual = max(set(counts), key=counts.count, default=None)
+    updates = norm.populations[0].num_updates if norm.populations else None
+    if not usual or not updates or facts.steps is not None:
+        return 0
+
+    number, rest = divmod(updates, usual)
+    return number if not rest and number >= _LEAST_BY_UPDATES else 0
 
 
 def _divide(forward: ForwardFacts, path: str, is_apart: bool) -> list[list[Call]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from bnext.diagnostics.batch_remedies import write_conversion
-from bnext.diagnostics.batch_sizes import count_elements
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.batch_sizes import count_elements
 
 __all__ = ["CHECK"]
 

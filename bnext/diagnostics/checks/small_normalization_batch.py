@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bnext.diagnostics.batch_remedies import NO_MORE, choose_larger_batch
-from bnext.diagnostics.batch_sizes import count_together, has_many_samples
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Severity
+from bnext.diagnostics.measures.batch_sizes import count_together, has_many_samples
 
 __all__ = ["CHECK"]
 

@@ -10,7 +10,7 @@ import torch
 
 from bnext.diagnostics.facts import Facts, NormFacts, Population, StandardErrors
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.gaps import find_gap
+from bnext.diagnostics.measures.gaps import find_gap
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]

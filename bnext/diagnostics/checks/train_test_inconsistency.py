@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
-from bnext.diagnostics.gaps import Gap, find_gap
+from bnext.diagnostics.measures.gaps import Gap, find_gap
 
 __all__ = ["CHECK"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnext.diagnostics.counted_updates import expect_updates, find_live_norms
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.counted_updates import expect_updates, find_live_norms
 
 __all__ = ["CHECK"]
 

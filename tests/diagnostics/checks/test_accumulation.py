@@ -1,7 +1,7 @@
 import pytest
 
+from bnext.diagnostics.collecting.read_norms import read_norms
 from bnext.diagnostics.facts import Facts, TrainingFacts
-from bnext.diagnostics.read_norms import read_norms
 from tests.diagnostics.checks.configs import RETINANET, describe, examine, list_pairs
 from tests.diagnostics.checks.test_small_normalization_batch import make
 

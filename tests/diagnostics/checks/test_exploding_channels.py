@@ -44,6 +44,13 @@ def test_finds_a_channel_of_huge_variance():
     assert not find("BN033", model)
 
 
+def test_a_channel_of_large_variance_is_healthy():
+    model = make_model()
+    model[3].running_var[2] = 1e4
+
+    assert not find("BN033", model)
+
+
 def test_finds_a_layer_of_huge_variances():
     model = make_model()
     model[5].running_var *= 1e9

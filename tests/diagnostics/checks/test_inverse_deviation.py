@@ -77,6 +77,20 @@ def test_a_moving_average_on_its_way_is_healthy():
         assert not find("BN019", model, make_data())
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+@pytest.mark.parametrize("rest", [0.2, 0.5, 0.8, 0.9])
+def test_a_moving_average_on_its_way_looks_like_a_root_and_is_none(scale, rest):
+    model = make_model()
+    for conv in model[::3]:
+        conv.weight.data *= scale * torch.logspace(0.75, -0.75, 16).view(-1, 1, 1, 1)
+    bnext.recompute_population_statistics(model, make_data())
+    for norm in model[1::3]:
+        norm.running_var.mul_(1 - rest).add_(rest)
+        norm.running_mean.mul_(1 - rest)
+
+    assert not find("BN019", model, make_data())
+
+
 def test_the_first_of_frozen_norms_speaks_for_all():
     model = make_model("inverse")
     for index in (1, 4, 7):

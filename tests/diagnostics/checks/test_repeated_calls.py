@@ -95,3 +95,22 @@ def test_heeds_how_a_file_says_that_it_was_trained(said, is_command):
 
     assert bool(evidence.remedy.command) == is_command
     assert bool(evidence.remedy.keys) != is_command
+
+
+def make_counted(head, *others):
+    model = nn.Sequential(Head(nn.BatchNorm2d(4)), *(nn.BatchNorm2d(4) for _ in others))
+    for norm, count in zip((model[0].tower[1], *model[1:]), (head, *others), strict=True):
+        norm.num_batches_tracked.fill_(count)
+    return model
+
+
+def test_counters_of_a_file_tell_how_often_a_norm_was_called():
+    (evidence,) = find("BN001", make_counted(500, 100, 100).state_dict())
+
+    assert evidence.layers == ("0.tower.1",)
+    assert evidence.numbers["calls"] == 5
+
+
+def test_counters_that_say_something_else_tell_nothing():
+    for counts in ((200, 100, 100), (503, 100, 100), (100, 100, 100), (0, 100, 100), (500, 0, 0)):
+        assert not find("BN001", make_counted(*counts).state_dict())

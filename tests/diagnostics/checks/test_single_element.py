@@ -6,8 +6,8 @@ from torch import nn
 
 import bnext
 from bnext import LevelBatchNorm2d, NormSpec
+from bnext.diagnostics.collecting.observe import observe_forward
 from bnext.diagnostics.facts import ForwardFacts
-from bnext.diagnostics.observe import observe_forward
 from bnext.layers import BatchNorm2d
 from tests.diagnostics.checks.configs import RETINANET, describe, examine, list_pairs
 from tests.diagnostics.checks.diagnosing import find

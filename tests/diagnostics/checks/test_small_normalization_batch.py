@@ -6,8 +6,8 @@ from torch import nn
 
 import bnext
 from bnext import NormSpec
+from bnext.diagnostics.collecting.read_norms import read_norms
 from bnext.diagnostics.facts import Facts, Population, TrainingFacts
-from bnext.diagnostics.read_norms import read_norms
 from bnext.layers import BatchNorm2d
 from tests.diagnostics.checks.configs import RETINANET, describe, examine, list_pairs
 from tests.diagnostics.checks.diagnosing import find

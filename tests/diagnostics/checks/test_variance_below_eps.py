@@ -13,7 +13,7 @@ def make_model(eps=1e-5):
 @pytest.mark.parametrize(("number", "severity"), [(8, "warning"), (6, "warning"), (5, "note"), (2, "note")])
 def test_finds_variances_below_eps_by_their_share(number, severity):
     model = make_model()
-    model[1].running_var[:number] = 1e-6
+    model[1].running_var[:number] = 5e-7
 
     (evidence,) = find("BN012", model)
 
@@ -23,9 +23,16 @@ def test_finds_variances_below_eps_by_their_share(number, severity):
     assert not find("BN012", model)
 
 
+def test_variances_just_below_eps_are_a_note():
+    model = make_model()
+    model[1].running_var[:] = 5e-6
+
+    assert find("BN012", model)[0].severity == "note"
+
+
 def test_a_single_channel_is_healthy():
     model = make_model()
-    model[1].running_var[0] = 1e-6
+    model[1].running_var[0] = 5e-7
 
     assert not find("BN012", model)
 
@@ -39,7 +46,17 @@ def test_variances_just_above_eps_are_healthy():
 
 def test_dead_channels_are_another_matter():
     model = make_model()
-    model[1].running_var[:4] = 1e-6
+    model[1].running_var[:4] = 5e-7
     model[1].weight.data[:4] = 0
 
     assert not find("BN012", model)
+
+
+def test_finds_features_below_eps_before_the_moving_average_knows():
+    model, data = make_model(), [torch.randn(2, 3, 4, 4)]
+    model[0].weight.data *= 1e-4
+
+    assert not find("BN012", model)
+    assert find("BN012", model, data)[0].severity == "warning"
+    model[0].weight.data *= 1e3
+    assert not find("BN012", model, data)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
+from bnext.diagnostics.collecting.read_norms import read_norms
+from bnext.diagnostics.collecting.worker_differences import compare_workers
 from bnext.diagnostics.facts import Facts
-from bnext.diagnostics.read_norms import read_norms
-from bnext.diagnostics.worker_differences import compare_workers
 from tests.diagnostics.checks.configs import examine
 from tests.diagnostics.checks.diagnosing import find
 from tests.workers import run_workers

@@ -16,10 +16,10 @@ from bnext import LevelBatchNorm2d, NormSpec, diagnose
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.facts import EvaluationFacts, Facts, Origin, WeightsFacts
 from bnext.diagnostics.findings import Check, Evidence, Finding, Remedy
-from bnext.diagnostics.profiles import QUANTILES, measure_distances
-from bnext.diagnostics.report_html import format_html
+from bnext.diagnostics.reports.profiles import QUANTILES, measure_distances
+from bnext.diagnostics.reports.report_html import format_html
 from bnext.functional import Moments
-from tests.diagnostics.browser import run_in_browser
+from tests.diagnostics.reports.browser import run_in_browser
 
 LEVELS = ("p3", "p4", "p5")
 EVIL = "</script><script>window[`evil`]=1</script><img src=x onerror=evil()><!--"

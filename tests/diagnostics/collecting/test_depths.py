@@ -6,7 +6,7 @@ import torchvision
 from torch import nn
 
 from bnext import NormSpec, diagnose
-from bnext.diagnostics.batches import list_images, take_one
+from bnext.diagnostics.collecting.batches import list_images, take_one
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.overview import Overview, find_facets
-from bnext.diagnostics.page.markup import count_of, write_chip, write_name
-from bnext.diagnostics.page.page_data import PageData
+from bnext.diagnostics.reports.overview import Overview, find_facets
+from bnext.diagnostics.reports.page.markup import count_of, write_chip, write_name
+from bnext.diagnostics.reports.page.page_data import PageData
 
 __all__ = ["write_inventory"]
 

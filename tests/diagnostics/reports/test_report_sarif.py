@@ -10,9 +10,9 @@ from torch import nn
 from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.findings import Remedy
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_sarif import describe_sarif, format_sarif
-from tests.diagnostics.json_schema import find_faults
-from tests.diagnostics.reported import diagnose_ill, diagnose_nasty, find_something, place_in
+from bnext.diagnostics.reports.report_sarif import describe_sarif, format_sarif
+from tests.diagnostics.reports.json_schema import find_faults
+from tests.diagnostics.reports.reported import diagnose_ill, diagnose_nasty, find_something, place_in
 
 SCHEMA = json.loads(Path(__file__).with_name("sarif.schema.json").read_text())
 YAML = """# A config.

@@ -14,8 +14,8 @@ import torch
 import bnext
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.findings import SEVERITIES, Finding
-from bnext.diagnostics.overview import describe_overview, summarize_norms
 from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.reports.overview import describe_overview, summarize_norms
 from bnext.files import drop_nan
 
 __all__ = ["SCHEMA", "describe_diagnosis", "format_json", "read_schema"]

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bnext.diagnostics.batches import list_images, measure_images, take_one
+from bnext.diagnostics.collecting.batches import list_images, measure_images, take_one
+from bnext.diagnostics.collecting.observe import observe_forward
+from bnext.diagnostics.collecting.read_norms import read_norms
 from bnext.diagnostics.facts import EvaluationFacts, Facts, ForwardFacts, Population, StandardErrors, TrainingFacts
-from bnext.diagnostics.observe import observe_forward
-from bnext.diagnostics.read_norms import read_norms
 from bnext.distributed import count_images, unwrap_model
 from bnext.functional import Moments, merge_moments
 from bnext.progress import track

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from bnext.diagnostics.facts import Facts
-from bnext.diagnostics.page.markup import count_of, write_name
-from bnext.diagnostics.page.page_data import PageData
+from bnext.diagnostics.reports.page.markup import count_of, write_name
+from bnext.diagnostics.reports.page.page_data import PageData
 
 __all__ = ["write_comparison", "write_distances", "write_evaluation", "write_profile"]
 

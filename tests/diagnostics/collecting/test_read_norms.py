@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 import bnext
-from bnext.diagnostics.read_norms import find_folded, read_norms
+from bnext.diagnostics.collecting.read_norms import find_folded, read_norms
 
 
 class Conv(nn.Conv2d):

@@ -13,8 +13,8 @@ from bnext.diagnostics.diagnose import collect_facts, examine_facts
 from bnext.diagnostics.facts import Origin, WeightsFacts
 from bnext.diagnostics.findings import Remedy
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_text import explain_check, find_next, format_text, list_checks
-from tests.diagnostics.reported import diagnose_ill, diagnose_nasty, find_something, place_in
+from bnext.diagnostics.reports.report_text import explain_check, find_next, format_text, list_checks
+from tests.diagnostics.reports.reported import diagnose_ill, diagnose_nasty, find_something, place_in
 
 
 def make_facts(number=1):

@@ -8,10 +8,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from bnext.diagnostics.batch_sizes import count_elements, count_together
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.overview import Overview, summarize_norms
-from bnext.diagnostics.profiles import compare_populations, divide_depth, measure_distances, profile_norms
+from bnext.diagnostics.measures.batch_sizes import count_elements, count_together
+from bnext.diagnostics.reports.overview import Overview, summarize_norms
+from bnext.diagnostics.reports.profiles import compare_populations, divide_depth, measure_distances, profile_norms
 from bnext.text import flatten_text
 
 __all__ = ["PageData", "gather_page_data"]

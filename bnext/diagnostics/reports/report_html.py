@@ -18,13 +18,13 @@ from importlib import resources
 
 import bnext
 from bnext.diagnostics.diagnose import Diagnosis
-from bnext.diagnostics.page.cards import write_advice, write_findings
-from bnext.diagnostics.page.charts import write_comparison, write_distances, write_evaluation, write_profile
-from bnext.diagnostics.page.markup import write_name
-from bnext.diagnostics.page.norm_list import write_inventory
-from bnext.diagnostics.page.page_data import gather_page_data
-from bnext.diagnostics.page.verdict import write_verdict
-from bnext.diagnostics.report_text import DEEPER
+from bnext.diagnostics.reports.page.cards import write_advice, write_findings
+from bnext.diagnostics.reports.page.charts import write_comparison, write_distances, write_evaluation, write_profile
+from bnext.diagnostics.reports.page.markup import write_name
+from bnext.diagnostics.reports.page.norm_list import write_inventory
+from bnext.diagnostics.reports.page.page_data import gather_page_data
+from bnext.diagnostics.reports.page.verdict import write_verdict
+from bnext.diagnostics.reports.report_text import DEEPER
 from bnext.text import flatten_text
 
 __all__ = ["format_html"]
@@ -66,7 +66,7 @@ def format_html(diagnosis: Diagnosis) -> str:
 
 
 def _read_part(name: str) -> str:
-    return (resources.files("bnext.diagnostics") / "page" / name).read_text(encoding="utf-8")
+    return (resources.files(__package__) / "page" / name).read_text(encoding="utf-8")
 
 
 def _write_failures(failures: Sequence[str]) -> str:

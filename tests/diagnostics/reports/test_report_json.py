@@ -12,9 +12,9 @@ from bnext import LevelBatchNorm2d
 from bnext.diagnostics import diagnose
 from bnext.diagnostics.diagnose import collect_facts
 from bnext.diagnostics.findings import Remedy
-from bnext.diagnostics.report_json import format_json, read_schema
-from tests.diagnostics.json_schema import find_faults
-from tests.diagnostics.reported import diagnose_ill, diagnose_nasty, find_something, place_in
+from bnext.diagnostics.reports.report_json import format_json, read_schema
+from tests.diagnostics.reports.json_schema import find_faults
+from tests.diagnostics.reports.reported import diagnose_ill, diagnose_nasty, find_something, place_in
 
 
 def read(diagnosis):

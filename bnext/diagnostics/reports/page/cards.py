@@ -8,10 +8,10 @@ from html import escape
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.findings import Finding, Remedy
 from bnext.diagnostics.fold_paths import fold_paths
-from bnext.diagnostics.page.markup import count_of, draw_sign, write_markdown, write_name, write_paste
-from bnext.diagnostics.page.page_data import PageData
 from bnext.diagnostics.recommend import Advice, Option
-from bnext.diagnostics.report_text import DEEPER, find_next, write_pairs
+from bnext.diagnostics.reports.page.markup import count_of, draw_sign, write_markdown, write_name, write_paste
+from bnext.diagnostics.reports.page.page_data import PageData
+from bnext.diagnostics.reports.report_text import DEEPER, find_next, write_pairs
 
 __all__ = ["write_advice", "write_findings"]
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from bnext import BatchNorm2d, CycleBatchNormList, LevelBatchNorm2d, NormSpec, diagnose
+from bnext.diagnostics.collecting.read_norms import read_norms
+from bnext.diagnostics.collecting.read_state import collect_state_facts, read_state_dict
 from bnext.diagnostics.diagnose import examine_facts
-from bnext.diagnostics.read_norms import read_norms
-from bnext.diagnostics.read_state import collect_state_facts, read_state_dict
 from bnext.surgery.convert_state import collect_norm_specs
 
 
@@ -58,8 +58,8 @@ def test_a_list_of_norms_under_one_affine_is_one_norm_and_a_list_of_layers_is_no
     (norm,) = read(numbered.state_dict())
     assert list_owners(norm) == (["0", "1"], [""])
 
-    layers = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
-    assert [norm.path for norm in read(layers.state_dict())] == ["0", "1"]
+    layers = nn.ModuleDict({"norms": nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])})
+    assert [norm.path for norm in read(layers.state_dict())] == ["norms.0", "norms.1"]
     block = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 1), "bn1": nn.BatchNorm2d(4), "bn2": nn.BatchNorm2d(4)})
     assert [norm.path for norm in read(block.state_dict())] == ["bn1", "bn2"]
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from bnext import LevelBatchNorm2d, NormSpec, deal_statistics
-from bnext.diagnostics.batch_sizes import count_elements, count_together
+from bnext.diagnostics.collecting.read_norms import read_norms
 from bnext.diagnostics.diagnose import collect_facts, observe_batches
 from bnext.diagnostics.facts import Facts, ForwardFacts, TrainingFacts
-from bnext.diagnostics.read_norms import read_norms
+from bnext.diagnostics.measures.batch_sizes import count_elements, count_together
 from bnext.layers import BatchNorm2d, Shuffled
 
 

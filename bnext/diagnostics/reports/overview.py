@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from bnext.diagnostics.batch_sizes import count_elements, count_together
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.inventory import format_affine, format_mini_batch, format_population, format_range
+from bnext.diagnostics.measures.batch_sizes import count_elements, count_together
 
 __all__ = ["Overview", "describe_overview", "find_facets", "summarize_norms"]
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from bnext.diagnostics.collecting.layers_before import find_layers_before
 from bnext.diagnostics.facts import Affine, NormFacts, Population
 from bnext.diagnostics.inventory import NormRecord, Samples, find_norm_records
-from bnext.diagnostics.layers_before import find_layers_before
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.deal import StatisticsDeal
 from bnext.layers.folded_norm import FoldedNorm

@@ -9,10 +9,10 @@ from html import escape
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import SEVERITIES
-from bnext.diagnostics.page.markup import count_of, draw_sign, write_name
-from bnext.diagnostics.page.page_data import PageData
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_text import DEEPER
+from bnext.diagnostics.reports.page.markup import count_of, draw_sign, write_name
+from bnext.diagnostics.reports.page.page_data import PageData
+from bnext.diagnostics.reports.report_text import DEEPER
 from bnext.text import flatten_text
 
 __all__ = ["write_verdict"]

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.findings import SEVERITIES, Check, Depth, Evidence, Finding, Remedy
 from bnext.diagnostics.fold_paths import fold_paths
-from bnext.diagnostics.overview import Overview, find_facets, summarize_norms
 from bnext.diagnostics.recommend import Advice
 from bnext.diagnostics.registry import find_checks
+from bnext.diagnostics.reports.overview import Overview, find_facets, summarize_norms
 from bnext.text import flatten_text
 
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]

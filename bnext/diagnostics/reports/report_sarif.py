@@ -17,7 +17,7 @@ import bnext
 from bnext.diagnostics.diagnose import Diagnosis
 from bnext.diagnostics.findings import Check, Finding
 from bnext.diagnostics.registry import find_checks
-from bnext.diagnostics.report_text import write_pairs
+from bnext.diagnostics.reports.report_text import write_pairs
 from bnext.files import find_local_file
 
 __all__ = ["describe_sarif", "format_sarif"]
