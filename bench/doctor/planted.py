@@ -62,7 +62,7 @@ class Pyramid(nn.Module):
 
 def classify(model: nn.Module, size: int = 32, num_images: int = 16, **options: Any) -> Case:
     data, labels = draw_images(size, num_images)
-    return Case(model.train(), data, labels, num_classes=4, **options)
+    return Case(model.train(), data, labels, **options)
 
 
 def make_resnet(**options: Any) -> nn.Module:
