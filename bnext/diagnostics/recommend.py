@@ -137,7 +137,7 @@ def _advise_on_levels(facts: Facts, place: str, norm: NormFacts) -> Advice:
     apart = _choose(norm, "SyncBN", STATISTICS="per_level", POPULATION="per_level")
 
     options = [
-        Option("GroupNorm", "39.5 AP", TABLE_5, "no batch is needed; somewhat slower", _choose(norm, "GN")),
+        Option("GroupNorm", "39.5 AP", TABLE_5, "no batch is needed", _choose(norm, "GN")),
         Option("BN of all levels together (row 1)", "39.1 AP", TABLE_5, limit, together),
         Option("BN of each level, with a population for each (row 4)", "39.1 AP", TABLE_5, limit, apart),
         Option("no norm", "38.7 AP", TABLE_5, "", _choose(norm, "")),
