@@ -12,12 +12,12 @@ from bnext.diagnostics.facts import Facts, NormFacts
 
 __all__ = ["Advice", "Option", "recommend"]
 
-TABLE_2 = "Wu and Johnson 2021, Table 2 (ResNet-50, ImageNet)"
+SECTION_4 = "Wu and Johnson 2021, section 4 (ResNet-50, ImageNet)"
 TABLE_3 = "Wu and Johnson 2021, Tables 3 and 6 (Mask R-CNN R50-FPN, COCO, 3x)"
 TABLE_5 = "Wu and Johnson 2021, Table 5 (RetinaNet R50-FPN, COCO, 3x)"
 SCRATCH = "detectron2's scratch_mask_rcnn_R_50_FPN_3x_gn"
 
-# Normalization batch sizes of Table 2: up to SMALL frozen norms win, from LARGE on population statistics do.
+# Normalization batch sizes of section 4: up to SMALL frozen norms win, from LARGE on population statistics do.
 _SMALL, _LARGE = 8, 16
 
 
@@ -184,7 +184,7 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     frozen = Option(
         "FrozenBN",
         "25.2 % error at 2 images, where live statistics have 32.5 %",
-        TABLE_2,
+        SECTION_4,
         "with weights of a training alone: frozen initial statistics normalize nothing (vision PR#5443)",
         _choose(norm, "FrozenBN"),
     )
@@ -192,11 +192,11 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     synchronized = Option(
         "SyncBN",
         _read_table(total),
-        TABLE_2,
+        SECTION_4,
         f"of {total} images over {num_workers} workers",
         _choose(norm, "SyncBN"),
     )
-    plain = Option("BN", _read_table(num_images), TABLE_2, f"of {num_images} images", _choose(norm, "BN"))
+    plain = Option("BN", _read_table(num_images), SECTION_4, f"of {num_images} images", _choose(norm, "BN"))
 
     options = [frozen] if has_weights and num_images <= _SMALL else []
     if num_workers > 1 and total >= _LARGE:
