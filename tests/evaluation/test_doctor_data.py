@@ -36,8 +36,8 @@ def test_a_few_batches_as_a_worker_has_them(digits, tmp_path):
 
     assert list_forwards(facts) == [("population", 4), ("mini_batch", 4)]
     assert not facts.failures
-    assert facts.inputs.keys() == {"train", "test"}
-    assert 20 < float(facts.inputs["train"].mean.mean()) < 230  # pixels as the mapper gives them
+    assert facts.images.keys() == {"train", "test"}
+    assert 20 < float(facts.images["train"].mean.mean()) < 230  # pixels as the mapper gives them
     assert not (tmp_path / "out").exists()  # nothing is written
 
 
