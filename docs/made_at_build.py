@@ -197,6 +197,8 @@ def _make_check(check: Check) -> str:
     parts.append(check.explanation)
     if check.cost:
         parts.append(f"Cost: {check.cost}{f' ({check.source})' if check.source else ''}.")
+    elif check.source:
+        parts.append(f"Source: {check.source}.")
     parts.append(f"Seen with: {DEEPER[check.depth][0]}.")
 
     symptoms = _find_symptoms(check.code)

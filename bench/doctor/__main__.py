@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import bench.doctor.planted  # noqa: F401  fills PATIENTS
+import bench.doctor.planted_in_training  # noqa: F401  fills PATIENTS, as `planted` does, which it imports
 from bench.doctor.case import PATIENTS, Patient
 from bench.doctor.healthy import list_healthy
 from bench.doctor.tools import TOOLS, find_version, silent

@@ -21,7 +21,6 @@ class Case:
         model: in the mode in which it is trained.
         data: batches as the model takes them.
         labels: of each batch, whole numbers; (): it is no classifier.
-        num_classes: of a classifier.
         optimizer: that trains it; None: not at hand.
         options: further ones of `bnext.diagnose`: averaged, before, domains ...
         config: (file, pairs) of a detector, whose model this is.
@@ -31,7 +30,6 @@ class Case:
     model: Any  # nn.Module, whose parts are read by name
     data: Sequence[Any] = ()
     labels: Sequence[Tensor] = ()
-    num_classes: int = 0
     optimizer: Optimizer | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     config: tuple[str, tuple[str, ...]] | None = None

@@ -13,7 +13,7 @@ from torchvision import models
 from torchvision.models import detection
 
 from bench.doctor.case import Case, Patient, train
-from bench.doctor.planted import RCNN, RETINANET, Pyramid, SmallNet, classify, detect
+from bench.doctor.planted import RCNN, RETINANET, SMALL, Pyramid, SmallNet, classify, detect
 
 __all__ = ["list_healthy"]
 
@@ -70,5 +70,6 @@ def _make_evaluated() -> Case:
 
 def _make_detector(name: str) -> Case:
     build: Any = getattr(detection, name)
-    model = build(weights=None, weights_backbone=None, num_classes=4)
+    options = {} if name.startswith("ssd") else SMALL
+    model = build(weights=None, weights_backbone=None, num_classes=4, **options)
     return Case(model.train(), [[torch.rand(3, 128, 128) for _ in range(16)]])

@@ -62,7 +62,7 @@ class Pyramid(nn.Module):
 
 def classify(model: nn.Module, size: int = 32, num_images: int = 16, **options: Any) -> Case:
     data, labels = draw_images(size, num_images)
-    return Case(model.train(), data, labels, num_classes=4, **options)
+    return Case(model.train(), data, labels, **options)
 
 
 def make_resnet(**options: Any) -> nn.Module:
@@ -81,6 +81,7 @@ def find_norms(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
+SMALL = {"min_size": 128, "max_size": 128}  # pixels, instead of 800 and more
 RETINANET, RCNN = "Digits-Detection/retinanet_R_18_FPN.yaml", "Base-MaskRCNN-Digits.yaml"
 
 
@@ -99,7 +100,7 @@ def _() -> Case:
 
 @patient("BN001", "torchvision", "RetinaNet with BN in its head")
 def _() -> Case:
-    model = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4)
+    model = detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, num_classes=4, **SMALL)
     kinds = (model.head.classification_head, model.head.regression_head)
     for head in kinds:
         head.conv = nn.Sequential(*(nn.Sequential(conv[0], nn.BatchNorm2d(256), nn.ReLU()) for conv in head.conv))
@@ -198,7 +199,7 @@ def _() -> Case:
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
     backbone = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
-    return Case(detection.FasterRCNN(backbone, num_classes=4).train(), [[torch.rand(3, 128, 128)] * 16])
+    return Case(detection.FasterRCNN(backbone, num_classes=4, **SMALL).train(), [[torch.rand(3, 128, 128)] * 16])
 
 
 @patient("BN007", "detectron2", "SyncBN asked for, stages frozen")

@@ -239,7 +239,6 @@ def collect_facts(
     ddp = _read_ddp(model)
     model = unwrap_model(model)
     norms = read_norms(model, with_layers=with_layers)
-    decay, decay_of_others = read_weight_decay(model, norms, optimizer.param_groups) if optimizer else ({}, None)
 
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
     num_workers = get_world_size()
@@ -250,8 +249,7 @@ def collect_facts(
         num_parameters=sum(parameter.numel() for parameter in parameters),
         training=TrainingFacts(
             num_workers=num_workers if num_workers > 1 else None,
-            weight_decay=decay,
-            decay_of_others=decay_of_others,
+            weight_decay={} if optimizer is None else read_weight_decay(model, norms, optimizer.param_groups),
             ddp=ddp,
         ),
         averaged=None if averaged is None else read_norms(unwrap_model(averaged)),
@@ -270,8 +268,8 @@ def _read_ddp(model: nn.Module) -> dict[str, bool] | None:
 
 def read_weight_decay(
     model: nn.Module, norms: Iterable[NormFacts], groups: Iterable[Mapping[str, Any]]
-) -> tuple[dict[str, float], float | None]:
-    """Path of each norm -> weight decay of its affine, and the largest of the weights of other layers.
+) -> dict[str, float]:
+    """Path of each norm -> weight decay of its affine; norms that nobody trains are absent.
 
     Args:
         model: see `collect_facts`.
@@ -280,12 +278,8 @@ def read_weight_decay(
     """
     decays = {parameter: float(group.get("weight_decay", 0.0)) for group in groups for parameter in group["params"]}
     of_norms: dict[str, float] = {}
-    affines: set[nn.Parameter] = set()
     for norm in norms:
         parameters = [parameter for parameter in model.get_submodule(norm.path).parameters() if parameter in decays]
-        affines.update(parameters)
         if parameters:
             of_norms[norm.path] = max(decays[parameter] for parameter in parameters)
-
-    others = [decay for parameter, decay in decays.items() if parameter not in affines and parameter.dim() > 1]
-    return of_norms, max(others, default=None)
+    return of_norms

@@ -76,15 +76,11 @@ class LayerFacts:
 
     Args:
         path: its place in the model.
-        kind: class.
         has_bias: whether it adds one, which the norm takes away again.
-        weight_std: standard deviation of its weight; NaN: it has none.
     """
 
     path: str
-    kind: str
     has_bias: bool
-    weight_std: float = float("nan")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -235,7 +231,6 @@ class TrainingFacts:
         images_per_worker: that go through the model of a worker together; None: not known.
         accumulation: micro-batches of an SGD step.
         weight_decay: path of a norm -> decay of its affine; empty: not known.
-        decay_of_others: weight decay of the weights of other layers; None: not known.
         ddp: settings of DistributedDataParallel: broadcast_buffers, find_unused_parameters, static_graph; None: it is
             not wrapped, or not known.
         mixes_domains: whether images of several domains come in one mini-batch; None: not known, or there are none.
@@ -246,7 +241,6 @@ class TrainingFacts:
     images_per_worker: int | None = None
     accumulation: int = 1
     weight_decay: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    decay_of_others: float | None = None
     ddp: Mapping[str, bool] | None = None
     mixes_domains: bool | None = None
     virtual_images: int = 0
@@ -281,7 +275,6 @@ class WeightsFacts:
         source: file or address; "": a random initialization.
         is_loaded: whether the facts of the norms are of these weights; False: they are named, but were not read.
         iteration: that the file says; None: it says none.
-        is_complete: whether every norm of the model got its state from the file; None: not known.
         missing: paths of norms to which the file gave nothing.
         unexpected: names in the file that the model has no place for.
         eps: path -> eps that the file says of its norm.
@@ -295,7 +288,6 @@ class WeightsFacts:
     source: str = ""
     is_loaded: bool = False
     iteration: int | None = None
-    is_complete: bool | None = None
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     eps: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -383,7 +375,6 @@ class Facts:
         worker_differences: path -> largest distance of the running means of two workers, mean over channels in standard
             deviations; None: one worker, or not known.
         domains: domain -> path -> moments [C] of what the norm gets of that domain's images.
-        inputs: "train" and "test" -> moments [C] of the images as the model gets them, in the channels' order.
         steps: of a running training; None: nobody watched.
         averaged: the norms of an average of the weights (EMA, SWA, teacher); None: there is none.
         before: the norms of the model before a conversion, or as it was saved; None: not given.
@@ -393,7 +384,8 @@ class Facts:
         population_errors: of the statistics in `population`.
         domain_errors: domain -> path -> standard error of the mean in `domains` [C], from the differences between
             samples; infinite for fewer than two.
-        images: "train" and "test" -> moments of each image, count [N], mean and var [N, C]; those of `inputs`, apart.
+        images: "train" and "test" -> moments of each image as the model gets it, count [N], mean and var [N, C], in the
+            channels' order.
     """
 
     norms: tuple[NormFacts, ...]
@@ -409,7 +401,6 @@ class Facts:
     evaluation: EvaluationFacts | None = None
     worker_differences: Mapping[str, float] | None = None
     domains: Mapping[str, Mapping[str, Moments]] = dataclasses.field(default_factory=dict)
-    inputs: Mapping[str, Moments] = dataclasses.field(default_factory=dict)
     steps: StepFacts | None = None
     averaged: tuple[NormFacts, ...] | None = None
     before: tuple[NormFacts, ...] | None = None

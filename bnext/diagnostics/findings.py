@@ -64,7 +64,7 @@ class Check:
         title: the fault in one line, without numbers.
         explanation: why it is one, and when it is none; a paragraph in Markdown.
         cost: what it cost somebody, in numbers; "": nobody has measured it.
-        source: of the cost: paper and table, or public thread.
+        source: of the cost, or of the fault where nobody has measured one: paper and table, or public thread.
         depth: what must have been run for it to see anything.
         examine: facts -> what it saw; nothing where a fact that it needs is absent.
         points: AP or accuracy points that it cost in the source; 0: not known.

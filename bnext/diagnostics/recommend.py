@@ -12,12 +12,12 @@ from bnext.diagnostics.facts import Facts, NormFacts
 
 __all__ = ["Advice", "Option", "recommend"]
 
-TABLE_2 = "Wu and Johnson 2021, Table 2 (ResNet-50, ImageNet)"
+SECTION_4 = "Wu and Johnson 2021, section 4 (ResNet-50, ImageNet)"
 TABLE_3 = "Wu and Johnson 2021, Tables 3 and 6 (Mask R-CNN R50-FPN, COCO, 3x)"
 TABLE_5 = "Wu and Johnson 2021, Table 5 (RetinaNet R50-FPN, COCO, 3x)"
 SCRATCH = "detectron2's scratch_mask_rcnn_R_50_FPN_3x_gn"
 
-# Normalization batch sizes of Table 2: up to SMALL frozen norms win, from LARGE on population statistics do.
+# Normalization batch sizes of section 4: up to SMALL frozen norms win, from LARGE on population statistics do.
 _SMALL, _LARGE = 8, 16
 
 
@@ -141,7 +141,7 @@ def _advise_on_levels(facts: Facts, place: str, norm: NormFacts) -> Advice:
     apart = _choose(norm, "SyncBN", STATISTICS="per_level", POPULATION="per_level")
 
     options = [
-        Option("GroupNorm", "39.5 AP", TABLE_5, "no batch is needed; somewhat slower", _choose(norm, "GN")),
+        Option("GroupNorm", "39.5 AP", TABLE_5, "no batch is needed", _choose(norm, "GN")),
         Option("BN of all levels together (row 1)", "39.1 AP", TABLE_5, limit, together),
         Option("BN of each level, with a population for each (row 4)", "39.1 AP", TABLE_5, limit, apart),
         Option("no norm", "38.7 AP", TABLE_5, "", _choose(norm, "")),
@@ -188,7 +188,7 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     frozen = Option(
         "FrozenBN",
         "25.2 % error at 2 images, where live statistics have 32.5 %",
-        TABLE_2,
+        SECTION_4,
         "with weights of a training alone: frozen initial statistics normalize nothing (vision PR#5443)",
         _choose(norm, "FrozenBN"),
     )
@@ -196,11 +196,11 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     synchronized = Option(
         "SyncBN",
         _read_table(total),
-        TABLE_2,
+        SECTION_4,
         f"of {total} images over {num_workers} workers",
         _choose(norm, "SyncBN"),
     )
-    plain = Option("BN", _read_table(num_images), TABLE_2, f"of {num_images} images", _choose(norm, "BN"))
+    plain = Option("BN", _read_table(num_images), SECTION_4, f"of {num_images} images", _choose(norm, "BN"))
 
     options = [frozen] if has_weights and num_images <= _SMALL else []
     if num_workers > 1 and total >= _LARGE:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from bnext.diagnostics import checks
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import SEVERITIES, Check, Finding
+from bnext.diagnostics.lazy_keys import suit_config
 
 __all__ = ["find_checks", "run_checks"]
 
@@ -39,7 +40,7 @@ def run_checks(facts: Facts, only: Iterable[Check] | None = None) -> tuple[list[
     failures: list[str] = []
     for check in find_checks().values() if only is None else only:
         try:
-            findings += [Finding(check, evidence) for evidence in check.examine(facts)]
+            findings += [Finding(check, suit_config(facts, evidence)) for evidence in check.examine(facts)]
         except Exception as error:
             failures.append(f"{check.code} {check.name} failed: {type(error).__name__}: {error}")
 

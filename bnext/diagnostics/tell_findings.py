@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 
-from bnext.diagnostics.findings import Finding
+from bnext.diagnostics.findings import Finding, Remedy
 from bnext.notices import tell_once
 
 __all__ = ["tell_findings"]
+
+_LONGEST = 200  # letters of code in a line of a log
 
 
 def tell_findings(logger: logging.Logger, findings: Iterable[Finding], more: str = "") -> None:
@@ -23,8 +25,14 @@ def tell_findings(logger: logging.Logger, findings: Iterable[Finding], more: str
         if finding.severity == "note":
             continue
 
-        remedy = finding.evidence.remedy
-        keys = ", ".join(f"{key} {value}" for key, value in remedy.keys.items())
-        mend = f"{remedy.text.removesuffix('.')}: {keys}." if keys else remedy.text
-        words = f"{finding.check.title}. {finding.evidence.text} {mend} {more}".rstrip()
+        parts = (f"{finding.check.title}.", finding.evidence.text, _describe_remedy(finding.evidence.remedy), more)
+        words = " ".join(filter(None, parts))
         tell_once(logger, (finding.code, *finding.evidence.layers), f"{finding.code}: %s", words)
+
+
+def _describe_remedy(remedy: Remedy) -> str:
+    """In words, and what can be pasted: keys, else a command, else Python; not where it makes the line a page."""
+    if remedy.keys:
+        return f"{remedy.text} In the config: {', '.join(f'{key} {value}' for key, value in remedy.keys.items())}."
+    code = remedy.command or remedy.call
+    return f"{remedy.text} `{code}`" if 0 < len(code) <= _LONGEST else remedy.text

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -19,10 +20,11 @@ from torch import nn
 from bnext.diagnostics.collecting.watch_training import TrainingWatch
 from bnext.diagnostics.diagnose import Diagnosis, collect_facts, examine_facts
 from bnext.diagnostics.facts import Facts, Origin, WeightsFacts
+from bnext.diagnostics.findings import Finding
 from bnext.diagnostics.reports.report_json import describe_diagnosis
 from bnext.diagnostics.tell_findings import tell_findings
 from bnext.distributed import unwrap_model
-from bnext.engine.hooks import is_due
+from bnext.engine.hooks import EqualizeBuffers, is_due
 from bnext.engine.population import PreciseBN
 from bnext.files import find_local_file, write_json
 from bnext.heads.doctor_facts import add_config_facts
@@ -66,6 +68,7 @@ class DoctorHook(HookBase):
         self._watch: TrainingWatch | None = None
         self._optimizer: Any = None
         self._handle: Any = None
+        self._told: dict[tuple[str, str], set[str]] = {}  # code and severity -> norms
         self._has_ended = False
         self._is_estimated = False
 
@@ -108,9 +111,7 @@ class DoctorHook(HookBase):
         with self._guarded() as watch:
             if watch is not None:
                 self._examine(watch)
-                watch.close()
-            if self._handle is not None:
-                self._handle.remove()
+        self._leave()
 
     def accept(self) -> None:
         """Take what hooks before `Settle` have written into statistics for on purpose."""
@@ -136,16 +137,24 @@ class DoctorHook(HookBase):
 
     def _examine(self, watch: TrainingWatch) -> None:
         self.diagnosis = examine_facts(self._collect(watch))
-        tell_findings(log, self.diagnosis.findings)
+        tell_findings(log, self._choose_new(self.diagnosis.findings))
         for failure in self.diagnosis.failures:
             log.debug("%s", failure)
         if self._cfg is not None and find_local_file(self._cfg.OUTPUT_DIR) is not None:
             write_json(os.path.join(self._cfg.OUTPUT_DIR, FILE), describe_diagnosis(self.diagnosis))
 
+    def _choose_new(self, findings: Sequence[Finding]) -> list[Finding]:
+        """Those that name a norm of which the same was not yet said: a threshold is passed by others in every look."""
+        kinds = [((finding.code, finding.severity), set(finding.evidence.layers)) for finding in findings]
+        is_new = [kind not in self._told or not layers <= self._told[kind] for kind, layers in kinds]
+        for kind, layers in kinds:
+            self._told.setdefault(kind, set()).update(layers)
+        return list(itertools.compress(findings, is_new))
+
     def _collect(self, watch: TrainingWatch) -> Facts:
         model, cfg = self.trainer.model, self._cfg
         facts = collect_facts(model, optimizer=self._optimizer, averaged=self._averaged, with_layers=False)
-        facts = dataclasses.replace(facts, steps=watch.collect())
+        facts = self._take_as_equalized(dataclasses.replace(facts, steps=watch.collect()))
         if cfg is None:
             return facts
 
@@ -156,6 +165,23 @@ class DoctorHook(HookBase):
         facts = dataclasses.replace(facts, origin=origin, weights=weights)
         return add_config_facts(facts, cfg, unwrap_model(model))
 
+    def _take_as_equalized(self, facts: Facts) -> Facts:
+        """Facts without the switch of DistributedDataParallel whose work a hook of the trainer does."""
+        training = facts.training
+        is_done = any(isinstance(hook, EqualizeBuffers) for hook in getattr(self.trainer, "_hooks", ()))
+        if not is_done or training is None or training.ddp is None:
+            return facts
+        ddp = {name: value for name, value in training.ddp.items() if name != "broadcast_buffers"}
+        return dataclasses.replace(facts, training=dataclasses.replace(training, ddp=ddp))
+
+    def _leave(self) -> None:
+        """Take everything off the model and the optimizer."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+        if self._handle is not None:
+            self._handle.remove()
+
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[TrainingWatch | None]:
         """Its time is counted, and no error of it gets into the training."""
@@ -164,7 +190,7 @@ class DoctorHook(HookBase):
             yield self._watch
         except Exception:
             log.debug("The doctor failed.", exc_info=True)
-            self._watch = None
+            self._leave()
         finally:
             self.seconds += time.perf_counter() - start
 

@@ -120,7 +120,6 @@ def _describe(facts: Facts, content: Mapping[str, Any], state: Mapping[str, Tens
         source=file,
         is_loaded=True,
         iteration=iteration if isinstance(iteration, int) else None,
-        is_complete=True,
         unexpected=unexpected,
         eps={norm.path: norm.record.eps for norm in facts.norms if norm.path in said},
     )

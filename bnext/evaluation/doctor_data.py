@@ -85,8 +85,13 @@ def _observe_training(facts: Facts, cfg: CfgNode, model: nn.Module, num_images: 
 
     try:
         domains = _find_domains(cfg)
+        loader = build_train_loader(_with_batches_of(cfg, size))
     except Exception as error:
         return add_failure(facts, "Reading DATASETS.TRAIN", error)
+    try:
+        facts = observe_images(facts, "train", itertools.islice(loader, -(-_NUM_PICTURES // size)))  # of all domains
+    except Exception as error:
+        return add_failure(facts, "Reading training images", error)
 
     for domain, names in domains.items():
         part = _change(cfg, **{"DATASETS.TRAIN": names})
@@ -107,12 +112,6 @@ def _observe_sets(facts: Facts, cfg: CfgNode, model: nn.Module, domain: str | No
     names = resolve_norms(cfg).domains
     if names and domain not in names:
         domain = None  # the fallback is taken, if there is one
-    if "train" not in facts.images:
-        number = -(-_NUM_PICTURES // cfg.SOLVER.IMS_PER_BATCH)
-        try:
-            facts = observe_images(facts, "train", itertools.islice(loader, number))
-        except Exception as error:
-            return add_failure(facts, "Reading training images", error)
 
     in_training = choose_forward(model, [norm.path for norm in facts.norms])
     forward = None if in_training is forward_sampled_rois else in_training

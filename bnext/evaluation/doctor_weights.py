@@ -51,20 +51,20 @@ def load_weights(cfg: CfgNode, model: nn.Module) -> tuple[WeightsFacts, tuple[st
     checkpointer = Checkpointer(model)
     try:
         with _quiet():
-            rest, is_whole = _load(checkpointer, source)
+            rest = _load(checkpointer, source)
     except (CheckpointError, AssertionError) as error:  # the latter of detectron2 0.6, for a query
         is_folded = _is_folded(file, model) or None
         failure = f"The weights could not be loaded, and little is said of them: {error}"
         return WeightsFacts(source, is_folded=is_folded), (failure,)
-    return _describe(source, model, checkpointer, rest, is_whole), ()
+    return _describe(source, model, checkpointer, rest), ()
 
 
-def _load(checkpointer: Checkpointer, source: str) -> tuple[dict[str, Any], bool]:
-    """What else the file holds, and whether it has everything of the model: a whole one may bring its levels along."""
+def _load(checkpointer: Checkpointer, source: str) -> dict[str, Any]:
+    """All else that the file holds; one with everything of the model may bring its levels along."""
     try:
-        return checkpointer.load(source, checkpointables=[], complete=True), True
+        return checkpointer.load(source, checkpointables=[], complete=True)
     except CheckpointError:
-        return checkpointer.load(source, checkpointables=[]), False
+        return checkpointer.load(source, checkpointables=[])
 
 
 @contextmanager
@@ -107,9 +107,7 @@ def _is_folded(file: str, model: nn.Module) -> bool:
 # ---- weights that were
 
 
-def _describe(
-    source: str, model: nn.Module, checkpointer: Checkpointer, rest: Mapping[str, Any], is_whole: bool
-) -> WeightsFacts:
+def _describe(source: str, model: nn.Module, checkpointer: Checkpointer, rest: Mapping[str, Any]) -> WeightsFacts:
     entries = model.state_dict()
     given = {key for key, shape in checkpointer.shapes.items() if key in entries and tuple(entries[key].shape) == shape}
     norms = [(path, form, _select(given, path)) for path, _, form in find_state_forms(model)]
@@ -129,7 +127,6 @@ def _describe(
         source,
         is_loaded=True,
         iteration=iteration if isinstance(iteration, int) else None,
-        is_complete=is_whole or not (missing or without),
         missing=missing,
         unexpected=unexpected,
         eps={path: float(spec["eps"]) for path, spec in specs.items() if _is_number(spec.get("eps"))},

@@ -35,8 +35,7 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
     size = num_workers or comm.get_world_size()
     known = facts.training or TrainingFacts()
     if not known.weight_decay and not is_lazy(cfg):
-        decay, of_others = _read_weight_decay(facts, cfg, model)
-        known = dataclasses.replace(known, weight_decay=decay, decay_of_others=of_others)
+        known = dataclasses.replace(known, weight_decay=_read_weight_decay(facts, cfg, model))
     training = dataclasses.replace(
         known,
         num_workers=size,
@@ -61,8 +60,8 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
     return dataclasses.replace(facts, norms=tuple(norms), config=flatten(cfg), training=training)
 
 
-def _read_weight_decay(facts: Facts, cfg: CfgNode, model: nn.Module) -> tuple[dict[str, float], float | None]:
-    """Of the norms and of others, as the optimizer of the config would have it."""
+def _read_weight_decay(facts: Facts, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
+    """Of the norms, as the optimizer of the config would have it."""
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
         model,

@@ -15,6 +15,9 @@ from torch import nn
 
 from bnext import notices
 from bnext.config.files import get_config_file
+from bnext.diagnostics.diagnose import Diagnosis
+from bnext.diagnostics.findings import Evidence, Finding, Remedy
+from bnext.diagnostics.registry import find_checks
 from bnext.engine import Trainer, doctor_hook
 from bnext.engine.doctor_hook import DoctorHook
 from tests import tiny
@@ -125,6 +128,34 @@ def test_a_doctor_that_fails_ends_no_training(said, monkeypatch):
     run(doctor=DoctorHook())
 
     assert said() == {"The doctor failed."}
+
+
+def test_a_doctor_that_fails_leaves_nothing_in_the_training(monkeypatch):
+    monkeypatch.setattr(doctor_hook, "collect_facts", lambda *_, **__: 1 / 0)
+    hooked = []
+
+    def see(trainer):
+        modules = [module for module in trainer.model.modules() if module._forward_hooks or module._forward_pre_hooks]
+        hooked.append((trainer.iter, len(modules), len(trainer.optimizer._optimizer_step_post_hooks)))
+
+    run(CallbackHook(before_step=see), doctor=DoctorHook())
+
+    assert hooked[1] == (1, 2, 1)
+    assert hooked[20] == (20, 0, 0), "it has failed after 20 steps"
+
+
+def test_says_the_same_of_other_norms_but_not_again_of_fewer(said, monkeypatch, bnext_log):
+    """Whether a norm is past a threshold changes from look to look."""
+    looks = iter([("a", "b"), ("a",), ("b", "c"), ("c", "a"), ("c",)])
+    check = next(iter(find_checks().values()))
+
+    def examine(facts):
+        return Diagnosis(facts, (Finding(check, Evidence("warning", next(looks), "Tired.", Remedy("Rest."))),))
+
+    monkeypatch.setattr(doctor_hook, "examine_facts", examine)
+    run(doctor=DoctorHook(period=5), num_steps=20)
+
+    assert len({id(r) for r in bnext_log.records if r.levelno == logging.WARNING}) == 2
 
 
 @pytest.mark.slow

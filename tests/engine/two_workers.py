@@ -69,7 +69,13 @@ def check_doctor(trainer, num_steps, num_forwards):
         assert facts.training.num_workers == 2
         assert set(facts.training.weight_decay.values()) == {0.0}
         assert facts.weights.is_loaded
-        assert not {finding.code for finding in doctor.diagnosis.findings} & {"BN015", "BN016", "BN025", "BN027"}
+        assert not {finding.code for finding in doctor.diagnosis.findings} & {
+            "BN015",
+            "BN016",
+            "BN025",
+            "BN027",
+            "BN028",
+        }
 
 
 def copy_state(model):

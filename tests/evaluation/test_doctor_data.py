@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from bnext.diagnostics.diagnose import examine_facts
 from bnext.diagnostics.facts import Origin
@@ -35,8 +36,8 @@ def test_a_few_batches_as_a_worker_has_them(digits, tmp_path):
 
     assert list_forwards(facts) == [("population", 4), ("mini_batch", 4)]
     assert not facts.failures
-    assert facts.inputs.keys() == {"train", "test"}
-    assert 20 < float(facts.inputs["train"].mean.mean()) < 230  # pixels as the mapper gives them
+    assert facts.images.keys() == {"train", "test"}
+    assert 20 < float(facts.images["train"].mean.mean()) < 230  # pixels as the mapper gives them
     assert not (tmp_path / "out").exists()  # nothing is written
 
 
@@ -61,6 +62,24 @@ def test_training_sets_of_several_domains_are_run_apart(digits, tmp_path):
     assert facts.domains["day"].keys() == {norm.path for norm in facts.norms}
     assert facts.training.mixes_domains
     assert not [finding for finding in examine_facts(facts).findings if finding.code == "BN023"]  # the same images
+
+
+def test_pixels_of_training_are_those_of_all_domains(digits, tmp_path):
+    """Else test images would be compared with those of the first domain alone."""
+    file, folder = next(digits.rglob("*train*.json")), next(digits.rglob("*train*/"))
+    (tmp_path / "white").mkdir()
+    for image in folder.iterdir():
+        Image.new("RGB", (64, 64), "white").save(tmp_path / "white" / image.name)
+    sets = [
+        {"name": f"digits_of_{domain}", "domain": domain, "json": str(file), "folder": str(images)}
+        for domain, images in (("night", folder), ("snow", tmp_path / "white"))
+    ]
+    opts = ["DATASETS.BNEXT.COCO", sets, "DATASETS.TRAIN", ("digits_of_night", "digits_of_snow")]
+
+    facts = examine(tiny.load(tmp_path, *opts), num_images=2)
+
+    means = facts.images["train"].mean.mean(1)
+    assert 0 < (means == 255).sum() < len(means)
 
 
 def test_what_cannot_be_found_out_leaves_the_rest_known(digits, tmp_path):

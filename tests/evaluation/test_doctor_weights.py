@@ -50,7 +50,7 @@ def test_a_file_of_ours_says_everything(tmp_path):
 
     assert not failures
     assert weights.is_loaded
-    assert weights.is_complete
+    assert not weights.missing + weights.without_statistics
     assert weights.is_folded is False
     assert weights.without_statistics == ()
     assert weights.iteration == 7
@@ -71,18 +71,16 @@ def test_a_part_says_what_is_missing(tmp_path):
     weights, _ = read(path)
 
     assert weights.is_loaded
-    assert weights.is_complete is False
     assert weights.missing == ("3",)
     assert weights.without_statistics == ("1",)
     assert weights.iteration is None
 
 
-def test_a_file_without_statistics_is_not_complete(tmp_path):
+def test_a_file_without_statistics_is_told(tmp_path):
     keys = [key for key in make_model().state_dict() if key.endswith(("mean", "var", "tracked"))]
 
     weights, _ = read(save(make_model(), tmp_path / "affine.pth", *keys))
 
-    assert weights.is_complete is False
     assert weights.missing == ()
     assert weights.without_statistics == ("1", "3")
 
@@ -94,7 +92,7 @@ def test_what_has_no_place_is_named(tmp_path):
     weights, _ = read(tmp_path / "more.pth")
 
     assert weights.unexpected == ("7.weight",)
-    assert weights.is_complete
+    assert not weights.missing + weights.without_statistics
 
 
 def test_frozen_norms_whose_affine_does_all_are_folded(tmp_path):

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy
 
 __all__ = ["CHECK"]
 
 _APART = 0.5  # standard deviations between means; statistics of neighbouring weights differ by about a tenth of it
 _SCALE = 1.1  # |log| of the ratio of variances: a factor of 3
-_NEAR = (
-    0.2  # difference of affines, in parts of the scale, below which the averaged weights are neighbours of the model's
-)
+_NEAR = 0.2  # difference of affines, in parts of the scale, up to which averaged weights are neighbours of the model's
 
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
@@ -51,15 +48,15 @@ def _pair(facts: Facts) -> list[tuple[NormFacts, NormFacts]]:
     return list(zip(ours, theirs, strict=True)) if len(ours) == len(theirs) else []
 
 
-def _are_finite(*populations: Any) -> bool:
+def _are_finite(*populations: Population) -> bool:
     return all(bool(torch.isfinite(p.mean).all() and torch.isfinite(p.var).all()) for p in populations)
 
 
-def _is_initial(population: Any) -> bool:
+def _is_initial(population: Population) -> bool:
     return not bool(population.mean.count_nonzero()) and bool((population.var == 1).all())
 
 
-def _measure(ours: Any, theirs: Any) -> tuple[float, float]:
+def _measure(ours: Population, theirs: Population) -> tuple[float, float]:
     """Distance of the means in the model's standard deviations, and |log| of the ratio of variances: over channels."""
     least = 1e-5 * ours.var.abs().max().clamp(min=1e-12)  # dead channels have neither
     var, other = ours.var.clamp(min=least), theirs.var.clamp(min=least)

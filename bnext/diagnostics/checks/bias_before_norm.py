@@ -22,7 +22,7 @@ with torch.no_grad():
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
     useless = {norm.path: norm.layer_before for norm in facts.batch_norms if norm.layer_before and _is_useless(norm)}
-    if not useless or facts.origin.kind == "checkpoint":  # of layers that are built already, and by whom is not known
+    if not useless:
         return
 
     layers = [layer.path for layer in useless.values()]

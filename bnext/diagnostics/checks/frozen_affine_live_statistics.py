@@ -65,7 +65,7 @@ CHECK = Check(
         "normalizes by itself and moves the running statistics, so that a frozen part of a model gives other features "
         "after every step. A norm behind a layer that is trained may follow it with a fixed affine, on purpose."
     ),
-    cost="a frozen backbone that drifts",
+    cost="",
     source="pytorch#86590, lightly#1438",
     depth="static",
     examine=_examine,

@@ -14,7 +14,7 @@ from bnext.functional import Moments, merge_moments
 
 __all__ = ["CHECK"]
 
-_LEAST_BY_UPDATES = 3
+_LEAST_UNSEEN = 3  # features, where nobody saw how far apart they are: two may be views of one image
 _ALIKE = 0.2  # standard deviations between calls from which on one moving average cannot stand for both
 
 
@@ -88,8 +88,14 @@ def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
             distances.append(_measure(groups))
 
     if number == 0 and (is_apart or not norm.record.domains):
-        number = len(norm.levels) or _count_by_updates(facts, norm)
+        number = len(norm.levels) or _count_in_steps(facts, norm) or _count_by_updates(facts, norm)
     return number, max(distances, default=None)
+
+
+def _count_in_steps(facts: Facts, norm: NormFacts) -> int:
+    """The features of a forward of a running training. 0: not known."""
+    number = facts.steps.calls.get(norm.path, 0) if facts.steps is not None else 0
+    return number if number >= _LEAST_UNSEEN else 0
 
 
 def _count_by_updates(facts: Facts, norm: NormFacts) -> int:
@@ -104,7 +110,7 @@ def _count_by_updates(facts: Facts, norm: NormFacts) -> int:
         return 0
 
     number, rest = divmod(updates, usual)
-    return number if not rest and number >= _LEAST_BY_UPDATES else 0
+    return number if not rest and number >= _LEAST_UNSEEN else 0
 
 
 def _divide(forward: ForwardFacts, path: str, is_apart: bool) -> list[list[Call]]:

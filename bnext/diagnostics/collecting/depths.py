@@ -232,8 +232,7 @@ def _add_images(facts: Facts, part: str, pictures: list[torch.Tensor]) -> Facts:
     moments = measure_images(pictures)
     if moments is None:
         return facts
-    images, inputs = {**facts.images, part: moments}, {**facts.inputs, part: merge_moments(moments)}
-    return dataclasses.replace(facts, images=images, inputs=inputs)
+    return dataclasses.replace(facts, images={**facts.images, part: moments})
 
 
 # ---- a pass over images

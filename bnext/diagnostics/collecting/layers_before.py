@@ -6,9 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.parameter import is_lazy
 
 from bnext.diagnostics.facts import LayerFacts
 from bnext.scope.model import restoring
@@ -36,7 +35,7 @@ def find_layers_before(model: nn.Module, norms: Mapping[str, nn.Module]) -> dict
             if pair.norm_path in norms:
                 layers.setdefault(pair.norm_path, (pair.conv_path, pair.conv))
 
-    return {path: _describe(place, layer) for path, (place, layer) in layers.items()}
+    return {path: LayerFacts(place, layer.bias is not None) for path, (place, layer) in layers.items()}
 
 
 def _trace_pairs(model: nn.Module) -> list[Pair]:
@@ -65,10 +64,3 @@ def _find_in_sequences(model: nn.Module, norms: Mapping[str, nn.Module]) -> dict
             if is_layer and norm in paths and len(places[layer]) == len(places[norm]) == 1:
                 layers[paths[norm]] = places[layer][0], layer
     return layers
-
-
-def _describe(path: str, layer: Any) -> LayerFacts:
-    weight: Any = getattr(layer, "weight", None)
-    has_values = isinstance(weight, Tensor) and not is_lazy(weight) and not weight.is_meta and weight.numel() > 0
-    std = float(weight.detach().float().std(correction=0)) if has_values else float("nan")
-    return LayerFacts(path, type(layer).__name__, layer.bias is not None, std)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.facts import Affine, Facts, LayerFacts, NormFacts, Origin, Population
+from bnext.diagnostics.facts import Affine, Facts, NormFacts, Origin, Population
 from bnext.diagnostics.inventory import NormRecord
 from bnext.errors import ConfigError, list_few
 from bnext.layers.batch_norm import BatchNorm2d
@@ -85,10 +85,7 @@ def read_state_dict(state: StateDict, specs: Specs | None = None) -> tuple[tuple
     fields, odd = _sort_fields(state)
     owners = _find_owners(fields, state, known)
 
-    norms = []
-    for path, places in owners.items():
-        norm = _read_norm(path, places, fields, known.get(path), odd)
-        norms.append(dataclasses.replace(norm, layer_before=_find_layer_before(norm, state)))
+    norms = [_read_norm(path, places, fields, known.get(path), odd) for path, places in owners.items()]
     return tuple(norms), odd
 
 
@@ -279,23 +276,3 @@ def _describe(
         momentum=spec.momentum if spec.average == "moving" else None,
         frozen=spec.frozen,
     )
-
-
-def _find_layer_before(norm: NormFacts, state: StateDict) -> LayerFacts | None:
-    """The layer that a norm follows, where the names leave no doubt.
-
-    It owns the norm, as detectron2's convolutions do, or it has the number before the norm's in the same module:
-    an activation between the two would have a number, too.
-    """
-    parent, _, name = norm.path.rpartition(".")
-    paths = [parent, _join(parent, str(int(name) - 1))] if name.isdecimal() and int(name) else [parent]
-
-    for path in paths:
-        weight, bias = state.get(_join(path, "weight")), state.get(_join(path, "bias"))
-        if weight is None or weight.dim() < 2 or weight.shape[0] != norm.record.num_features:
-            continue
-        kind = "Linear" if weight.dim() == 2 else f"Conv{weight.dim() - 2}d"
-        is_real = weight.is_floating_point() and not weight.is_meta
-        std = float(weight.float().std(correction=0)) if is_real else float("nan")
-        return LayerFacts(path, kind, bias is not None and bias.dim() == 1, std)
-    return None

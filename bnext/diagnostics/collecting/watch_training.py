@@ -128,6 +128,10 @@ class TrainingWatch:
     def _see_call(self, path: str, norm: nn.Module, args: Any) -> None:
         self._calls[path] += 1
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of the copy that a copied or saved model brings along in its hooks: it counts, and watches nothing."""
+        return {"_calls": Counter(), "_most_calls": {}, "_new_forwards": 0}
+
     # ---- a loop
 
     @contextlib.contextmanager

@@ -15,6 +15,7 @@ import yaml
 
 import bnext
 from bnext.diagnostics.diagnose import Diagnosis
+from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Finding
 from bnext.diagnostics.registry import find_checks
 from bnext.diagnostics.reports.report_text import write_pairs
@@ -36,8 +37,9 @@ def describe_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = 
     """The report as a SARIF log with one run.
 
     Args:
-        diagnosis: see `Diagnosis`. Its findings are placed in the config file, at the key that the remedy sets where
-            the file has it, else in the checkpoint; those of a model in Python have layers alone.
+        diagnosis: see `Diagnosis`. Its findings are placed in the config file, at the key that the remedy sets, or that
+            names the norms, where the file has it; else in the checkpoint. Those of a model in Python have layers
+            alone.
         status: exit status of the command.
         config_file: path of the config; "": as in the diagnosis.
     """
@@ -53,7 +55,8 @@ def describe_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = 
     for finding in findings:
         identity = _identify(finding, place)
         numbers[identity] += 1
-        results.append(_describe_result(finding, list(checks).index(finding.code), place, lines))
+        line = _find_line([*finding.evidence.remedy.keys, *_find_norm_keys(diagnosis.facts, finding)], lines)
+        results.append(_describe_result(finding, list(checks).index(finding.code), place, line))
         # The number tells two findings apart that agree in code, file and layers.
         results[-1]["partialFingerprints"] = {"primaryLocationLineHash": f"{identity}:{numbers[identity]}"}
 
@@ -76,9 +79,12 @@ def describe_sarif(diagnosis: Diagnosis, *, status: int = 0, config_file: str = 
 
 
 def _describe_rule(check: Check) -> dict[str, Any]:
-    cost = f"\n\nCost: {check.cost}" if check.cost else ""
-    cost += f" ({check.source})" if check.cost and check.source else ""
-    text = f"{check.explanation}{cost}\n\nMore: bnext doctor --explain {check.code}"
+    parts = [check.explanation]
+    if check.cost:
+        parts.append(f"Cost: {check.cost}{f' ({check.source})' if check.source else ''}")
+    elif check.source:
+        parts.append(f"Source: {check.source}")
+    text = "\n\n".join([*parts, f"More: bnext doctor --explain {check.code}"])
     return {
         "id": check.code,
         "name": "".join(word.capitalize() for word in check.name.split("-")),
@@ -90,13 +96,12 @@ def _describe_rule(check: Check) -> dict[str, Any]:
     }
 
 
-def _describe_result(finding: Finding, index: int, place: str, lines: Mapping[str, int]) -> dict[str, Any]:
+def _describe_result(finding: Finding, index: int, place: str, line: int) -> dict[str, Any]:
     evidence, check = finding.evidence, finding.check
     layers = [{"fullyQualifiedName": layer, "kind": "member"} for layer in evidence.layers[:_MOST_LAYERS]]
     location: dict[str, Any] = {"logicalLocations": layers} if layers else {}
     if place:
-        region = {"startLine": _find_line(evidence.remedy.keys, lines)}
-        location["physicalLocation"] = {"artifactLocation": {"uri": place}, "region": region}
+        location["physicalLocation"] = {"artifactLocation": {"uri": place}, "region": {"startLine": line}}
 
     return {
         "ruleId": check.code,
@@ -142,6 +147,12 @@ def _find_place(path: str) -> str:
     if relative == os.pardir or relative.startswith(f"{os.pardir}{os.sep}"):
         return Path(absolute).as_uri()
     return quote(os.fsencode(relative))
+
+
+def _find_norm_keys(facts: Facts, finding: Finding) -> list[str]:
+    """Keys that name the norms of a finding."""
+    norms = [facts.find_norm(path) for path in finding.evidence.layers]
+    return list(dict.fromkeys(norm.norm_key for norm in norms if norm is not None and norm.norm_key))
 
 
 def _find_line(keys: Iterable[str], lines: Mapping[str, int]) -> int:

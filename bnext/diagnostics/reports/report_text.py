@@ -117,6 +117,8 @@ def _describe(finding: Finding, width: int, paint: Callable[[str, str], str]) ->
     lines = [*head, *_label("layers", _fold_layers(evidence), width), *_label("seen", evidence.text, width)]
     if check.cost:
         lines += _label("cost", f"{check.cost} [{check.source}]" if check.source else check.cost, width)
+    else:
+        lines += _label("source", check.source, width)
     lines += _label("remedy", evidence.remedy.text, width)
     lines += [f"{' ' * (_LABEL + 4)}{line}" for line in _list_pastes(evidence.remedy)]
     return [*lines, *_label("more", f"bnext doctor --explain {check.code}", width)]
@@ -287,6 +289,8 @@ def explain_check(check: Check, width: int = 100) -> str:
     lines += _wrap(check.explanation, width)
     if check.cost:
         lines += ["", *_wrap(f"Cost: {check.cost} [{check.source}]", width)]
+    elif check.source:
+        lines += ["", *_wrap(f"Source: {check.source}", width)]
     lines += ["", *_wrap(f"Seen with: {looked}. In the docs: {check.page}", width)]
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from torch import nn
 from bnext import LevelBatchNorm2d, NormSpec, repair
 from bnext.diagnostics.checks.repeated_calls import CHECK
 from bnext.diagnostics.diagnose import collect_facts
-from bnext.diagnostics.facts import Origin, WeightsFacts
+from bnext.diagnostics.facts import Origin, StepFacts, WeightsFacts
 from tests.diagnostics.checks.diagnosing import find
 
 
@@ -141,3 +141,13 @@ def test_counters_of_a_file_tell_how_often_a_norm_was_called():
 def test_counters_that_say_something_else_tell_nothing():
     for counts in ((200, 100, 100), (503, 100, 100), (100, 100, 100), (0, 100, 100), (500, 0, 0)):
         assert not find("BN001", make_counted(*counts).state_dict())
+
+
+@pytest.mark.parametrize(("number", "expected"), [(3, 3), (2, None), (1, None)])
+def test_calls_in_the_steps_of_a_training_are_known_without_a_config(number, expected):
+    """Two may be views of one image, and nobody saw how far apart they are."""
+    facts = dataclasses.replace(
+        collect_facts(Head(nn.BatchNorm2d(4))), steps=StepFacts(20, 20, {}, {}, {"tower.1": number})
+    )
+
+    assert [evidence.numbers["calls"] for evidence in CHECK.examine(facts)] == ([expected] if expected else [])

@@ -100,7 +100,7 @@ def test_detectors_of_torchvision():
     facts = diagnose(model, [(images, targets)], forward=take_inputs, loss=lambda model, batch: 0).facts
     assert not facts.failures
     assert {forward.num_images for forward in facts.forwards} == {2}
-    assert float(facts.inputs["train"].count) == 2 * 48 * 40
+    assert float(facts.images["train"].count.sum()) == 2 * 48 * 40
 
 
 def test_single_images_are_run_where_a_norm_sees_parts_of_them():

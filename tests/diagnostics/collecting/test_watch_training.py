@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from detectron2.layers import NaiveSyncBatchNorm
@@ -182,3 +184,18 @@ def test_its_diagnosis_knows_the_steps():
 
     assert facts.steps.num_steps == 3
     assert facts.training.weight_decay["once"] == 0.1
+
+
+def test_a_model_that_is_watched_can_be_copied_and_saved_whole(tmp_path):
+    """As hooks of users do, for an average or a snapshot; what they run counts for nobody."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    watch = TrainingWatch(model)
+    with watch.step():
+        model(torch.randn(2, 3, 4, 4))
+
+    torch.save(model, tmp_path / "model.pth")
+    for other in (copy.deepcopy(model), torch.load(tmp_path / "model.pth", weights_only=False)):
+        with watch.step():
+            other(torch.randn(2, 3, 4, 4))
+
+    assert watch.collect().num_forwards == 1

@@ -96,6 +96,16 @@ class Reader(HTMLParser):
         return [attributes["id"] for _, attributes in self.elements if "id" in attributes]
 
 
+def test_the_strip_shows_where_it_hurts(facts):
+    def list_bars(*findings):
+        strip = re.search(r'<figure class="strip">.*?</figure>', format_html(Diagnosis(facts, findings)), re.DOTALL)[0]
+        return re.findall(r"<rect(?: class=\"(\w+)\")?", strip)
+
+    everywhere = find("error", ["stem.1", "head"])
+    assert list_bars(everywhere) == ["error", "error"]
+    assert list_bars(everywhere, find("warning", ["head"])) == ["", "warning"], "what all norms have is no place"
+
+
 def test_the_numbers_of_the_page_are_those_of_the_facts(facts):
     data = read_data(format_html(Diagnosis(facts, ())))
     stem, head = facts.norms

@@ -85,6 +85,15 @@ def test_a_finding_is_at_the_key_that_mends_it(key, line, tmp_path, monkeypatch)
     assert [layer["fullyQualifiedName"] for layer in location["logicalLocations"]] == ["0"]
 
 
+def test_a_finding_without_keys_is_at_the_key_that_names_its_norms(tmp_path):
+    facts = make_facts()
+    facts = dataclasses.replace(facts, norms=(dataclasses.replace(facts.norms[0], norm_key="MODEL.RETINANET.NORM"),))
+    file = tmp_path / "a.yaml"
+    file.write_text(YAML)
+
+    assert get_line(place_in(find_something(facts, "error", remedy=Remedy("Call it.", call="f()")), file)) == 5
+
+
 @pytest.mark.parametrize("text", ["", "a: [", "- 1\n- 2", "!!python/object:os.system {}", "x: \x00"])
 def test_a_file_that_is_no_config_gives_its_first_line(text, tmp_path):
     file = tmp_path / "a.yaml"

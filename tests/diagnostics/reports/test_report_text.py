@@ -176,4 +176,5 @@ def test_every_check_is_listed_and_explained(check):
 
     text = explain_check(check, width=72)
     assert check.page in text
+    assert check.source.split(",")[0] in " ".join(text.split())  # also where nobody has measured a cost
     assert max(map(len, text.splitlines())) <= 72 or "`" in text

@@ -39,6 +39,8 @@ def _write_card(finding: Finding, has_norms: bool) -> str:
     if check.cost:
         source = f' <span class="muted">({escape(check.source)})</span>' if check.source else ""
         parts.append(f'<p class="cost"><b>It cost</b><span>{escape(check.cost)}{source}</span></p>')
+    elif check.source:
+        parts.append(f'<p class="muted">Source: {escape(check.source)}</p>')
     if evidence.layers:
         parts.append(_write_layers(evidence.layers, check.code if has_norms else ""))
     parts.append(

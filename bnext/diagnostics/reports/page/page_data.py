@@ -17,9 +17,8 @@ from bnext.text import flatten_text
 __all__ = ["PageData", "gather_page_data"]
 
 _DIGITS = 4
-_IN_SCRIPTS = {
-    ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&"
-}  # what ends a script, or begins a comment in it
+# What ends a script, or begins a comment in it.
+_IN_SCRIPTS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&"}
 
 
 @dataclasses.dataclass(frozen=True)

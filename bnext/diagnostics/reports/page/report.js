@@ -251,7 +251,7 @@
         const to = columns.findLastIndex((column) => column.norm >= first && column.norm < last) + 1;
         const x = Math.round(toX(from)) + 0.5, room = toX(to) - toX(from);
         svg.append(draw("line", { class: "grid", x1: x, x2: x, y1: top, y2: height - bottom + 6 }));
-        const letters = Math.floor(room / 7);
+        const letters = Math.floor((room - 6) / 7);
         const text = name.length <= letters ? name : `${name.slice(0, Math.max(letters - 1, 0))}…`;
         if (letters > 3) svg.append(draw("text", { x: x + 3, y: height - 8 }, text));
       }

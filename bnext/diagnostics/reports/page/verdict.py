@@ -18,6 +18,7 @@ from bnext.text import flatten_text
 __all__ = ["write_verdict"]
 
 _MOST_BARS = 150  # norms with a bar of their own
+_LONG = 30  # letters of a figure that gets twice the room
 
 
 def write_verdict(diagnosis: Diagnosis, data: PageData) -> str:
@@ -40,7 +41,7 @@ def write_verdict(diagnosis: Diagnosis, data: PageData) -> str:
     ]
     looked = f"{len(find_checks())} checks looked at {DEEPER[diagnosis.depth][0]}"
     counts = f'<p class="counts">{"".join(badges)}</p>' if badges else ""
-    figures = "".join(f"<div><dt>{key}</dt><dd>{escape(value)}</dd></div>" for key, value in _list_figures(facts))
+    figures = "".join(_write_figure(key, value) for key, value in _list_figures(facts))
     return f"""<div class="verdict {state}">
 <div class="says">{draw_sign(state)}<div>
 <h1>{words}</h1>
@@ -48,6 +49,11 @@ def write_verdict(diagnosis: Diagnosis, data: PageData) -> str:
 </div></div>
 {counts}{_draw_strip(diagnosis, data)}
 <dl class="figures">{figures}</dl></div>"""
+
+
+def _write_figure(key: str, value: str) -> str:
+    kind = ' class="wide"' if len(value) > _LONG else ""
+    return f"<div{kind}><dt>{key}</dt><dd>{escape(value)}</dd></div>"
 
 
 def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
@@ -79,16 +85,23 @@ def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
         kinds = [forward.normalized_by for forward in batches]
         number = max(kinds.count(kind) for kind in set(kinds))  # each batch is run by both kinds of statistics
         size = max(forward.num_images for forward in batches)
-        yield "looked at", f"{count_of(number, 'batch', 'batches')} of {count_of(size, 'image')}"
+        words = f"{count_of(number, 'batch', 'batches')} of {count_of(size, 'image')}"
+        yield "looked at", f"{words}, and a pass over the data" if facts.population else words
 
 
 def _draw_strip(diagnosis: Diagnosis, data: PageData) -> str:
-    """All norms in the order of the model, as bars: the worse the finding, the higher."""
+    """All norms in the order of the model, as bars: the worse the finding, the higher.
+
+    Findings that all norms have say nothing of where: they count where there are no others.
+    """
     if not data.paths:
         return ""
     heights = {"error": 40, "warning": 30, "note": 20, "": 12}
     worst = {number: finding.severity for number, finding in enumerate(diagnosis.findings)}
-    of_norms = [worst[min(hits)] if hits else "" for hits in data.norms["findings"]]  # findings are worst first
+    everywhere = set.intersection(*map(set, data.norms["findings"]))
+    here = [[hit for hit in hits if hit not in everywhere] for hits in data.norms["findings"]]
+    shown = here if any(here) else data.norms["findings"]
+    of_norms = [worst[min(hits)] if hits else "" for hits in shown]  # findings are worst first
 
     bars = []
     is_single = len(of_norms) <= _MOST_BARS
@@ -99,7 +112,7 @@ def _draw_strip(diagnosis: Diagnosis, data: PageData) -> str:
         for first in places if is_single else places[:1]:
             name = write_name(data.paths[first]) if is_single else count_of(len(places), "norm")
             width = 0.8 if is_single else len(places)
-            title = f"<title>{name}: {severity or 'nothing found'}</title>"
+            title = f"<title>{name}: {severity or 'nothing of its own'}</title>"
             bars.append(f'<rect{kind} x="{first}" y="{40 - height}" width="{width}" height="{height}">{title}</rect>')
 
     names = [
