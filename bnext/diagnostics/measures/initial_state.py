@@ -27,11 +27,16 @@ _REST, _BEGINNING = 2e-3, 100
 
 
 def find_unwritten(norm: NormFacts) -> tuple[Population, ...]:
-    """The population statistics of a norm that nobody wrote; see `is_unwritten`."""
+    """The population statistics of a norm that nobody wrote; see `is_unwritten`.
+
+    Also those that are mean 0 and variance 1 to the digit after mini-batches that were counted: a moving average of
+    these never is, so that they were reset, or averaged weights got the counter alone.
+    """
     unwritten = []
     for population in norm.populations:
         fields = {"running_mean": population.mean, "running_var": population.var}
-        if population.num_updates is not None:
+        is_exact = not bool(population.mean.any()) and bool((population.var == 1).all())
+        if population.num_updates is not None and not is_exact:
             fields["num_batches_tracked"] = torch.tensor(population.num_updates)
         if is_unwritten(fields):
             unwritten.append(population)

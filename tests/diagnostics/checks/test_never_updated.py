@@ -38,6 +38,16 @@ def test_finds_statistics_that_were_left_out():
     assert not find("BN013", model)
 
 
+def test_finds_statistics_that_were_reset_beside_a_counter_that_was_not():
+    model = run(make_model())
+    model[1].running_mean.zero_()
+    model[1].running_var.fill_(1)
+    move(model[1])
+
+    (evidence,) = find("BN013", model)
+    assert (evidence.severity, evidence.layers) == ("error", ("1",))
+
+
 def test_shifts_that_may_have_been_drawn_at_random_are_a_warning():
     model = make_model()
     move(model[1])
