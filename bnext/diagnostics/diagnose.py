@@ -24,7 +24,7 @@ from bnext.diagnostics.inventory import NormGroup, group_norms
 from bnext.diagnostics.recommend import Advice, recommend
 from bnext.diagnostics.registry import run_checks
 from bnext.distributed import count_images, get_world_size, unwrap_model
-from bnext.errors import check_choice
+from bnext.errors import ConfigError, check_choice
 from bnext.scope.model import restoring
 from bnext.scope.statistics import as_in_training
 from bnext.statistics import recompute_population_statistics
@@ -35,6 +35,7 @@ __all__ = ["Diagnosis", "collect_facts", "diagnose", "examine_facts", "read_weig
 
 DiagnoseDepth = Literal["static", "forward", "full"]
 Loss = Callable[[nn.Module, Any], Any]
+_SCRIPTED = "The norms of what is scripted or traced are not seen: give the model that it was made from."
 _SEED = 0  # of what a pass over the data draws
 
 
@@ -138,7 +139,7 @@ def diagnose(
         The findings, worst first; print it.
 
     Raises:
-        ConfigError: another depth.
+        ConfigError: another depth, another kind of model, no batches to run.
         StatisticsError: `data`, or another of these, gives no batches.
 
     Note:
@@ -153,6 +154,13 @@ def diagnose(
         ['BN017']
     """
     check_choice("depth", depth, get_args(DiagnoseDepth), where="diagnose")
+    if not isinstance(model, (nn.Module, Mapping)):
+        kind = type(model).__name__
+        remedy = "Load a file first, or run bnext doctor on it."
+        raise ConfigError.of("model", "be a module or a state dict", got=kind, where="diagnose", remedy=remedy)
+    if num_batches < 1:
+        remedy = 'For none, depth="static".'
+        raise ConfigError.of("num_batches", "be at least 1", got=num_batches, where="diagnose", remedy=remedy)
     if isinstance(model, Mapping):
         return examine_facts(collect_state_facts(model))
     facts = collect_facts(model, optimizer=optimizer, averaged=averaged, before=before)
@@ -164,8 +172,8 @@ def diagnose(
         if batches is not None:
             check_data(batches, "diagnose", name)
     is_run = data is not None or bool(domains)
-    if is_run and any(map(is_lazy, itertools.chain(model.parameters(), model.buffers()))):
-        failure = "The model is lazy and was not run, which would initialize it: run a batch through it first."
+    failure = _explain_not_run(model)
+    if is_run and failure:
         return examine_facts(dataclasses.replace(facts, failures=(*facts.failures, failure)))
 
     few, every = _open(data, num_batches, depth)
@@ -184,6 +192,16 @@ def diagnose(
         score = None if evaluate is None else (lambda model, statistics: evaluate(model))
         facts = examine_population(facts, model, recompute, loss=measure, score=score)
     return examine_facts(facts)
+
+
+def _explain_not_run(model: nn.Module) -> str:
+    """Why a model cannot be run; "": it can."""
+    tensors = list(itertools.chain(model.parameters(), model.buffers()))
+    if any(map(is_lazy, tensors)):
+        return "The model is lazy and was not run, which would initialize it: run a batch through it first."
+    if any(tensor.is_meta for tensor in tensors):
+        return "The model is on the meta device, without values, and was not run: build it on another one first."
+    return ""
 
 
 def _open(
@@ -210,15 +228,7 @@ def _measure_loss(loss: Loss, batches: Iterable[Any], model: nn.Module, statisti
 def examine_facts(facts: Facts) -> Diagnosis:
     """Run all checks on facts that were collected elsewhere."""
     findings, failures = run_checks(facts)
-    return Diagnosis(facts, tuple(_name_keys(facts, one) for one in findings), (*facts.failures, *failures))
-
-
-def _name_keys(facts: Facts, finding: Finding) -> Finding:
-    """A finding whose remedy has the keys as the user's config has them."""
-    remedy = finding.evidence.remedy
-    keys = {facts.origin.name_key(key): value for key, value in remedy.keys.items()}
-    evidence = dataclasses.replace(finding.evidence, remedy=dataclasses.replace(remedy, keys=keys))
-    return dataclasses.replace(finding, evidence=evidence)
+    return Diagnosis(facts, tuple(findings), (*facts.failures, *failures))
 
 
 # ---- facts of a torch model
@@ -241,6 +251,8 @@ def collect_facts(
     norms = read_norms(model, with_layers=with_layers)
 
     parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    is_scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+    failures = (_SCRIPTED,) if is_scripted else ()
     num_workers = get_world_size()
     return Facts(
         norms=norms,
@@ -256,6 +268,7 @@ def collect_facts(
         before=None if before is None else read_norms(unwrap_model(before)),
         num_trained=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         folded=find_folded(model, None if before is None else unwrap_model(before)),
+        failures=failures,
     )
 
 

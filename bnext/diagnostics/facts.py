@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 from torch import Tensor
 
 from bnext.diagnostics.inventory import NormRecord
+from bnext.diagnostics.lazy_keys import name_lazily
 from bnext.functional import Moments
 
 __all__ = [
@@ -338,22 +338,9 @@ class Origin:
         modules = [word for module in self.imports for word in ("--import", module)]
         workers = ("--num-gpus", str(self.num_workers)) if self.num_workers and command == "doctor" else ()
         options = (*modules, *workers, *options)
-        named = map(self.name_key, pairs)
-        return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *opts, *named])
-
-    def name_key(self, key: str) -> str:
-        """A config key as the config of the user has it: the norms of a LazyConfig have names of their own.
-
-        Example:
-            >>> Origin("config", "a.py").name_key("MODEL.BNEXT.FPN.WORKERS")
-            'norms.FPN.WORKERS'
-            >>> Origin("config", "a.py").name_key("MODEL.FPN.NORM")
-            'norms.FPN.NORM'
-        """
-        if not self.config_file.endswith(".py"):
-            return key
-        match = re.fullmatch(r"MODEL\.(?:BNEXT\.(\w+\.\w+)|(\w+\.NORM))", key)
-        return f"norms.{match[1] or match[2]}" if match else key
+        if self.config_file.endswith(".py"):
+            pairs = tuple(name_lazily(word) or word for word in pairs)
+        return shlex.join(["bnext", command, "--config-file", self.config_file, *options, *weights, *opts, *pairs])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.lazy_keys import name_keys
 
 __all__ = ["Advice", "Option", "recommend"]
 
@@ -83,7 +84,7 @@ def recommend(facts: Facts) -> tuple[Advice, ...]:
 
 def _choose_option(facts: Facts, option: Option) -> Option:
     """An option that says whether it is the user's, with keys as the user's config has them."""
-    keys = {facts.origin.name_key(key): value for key, value in option.keys.items()}
+    keys = name_keys(facts, option.keys)
     return dataclasses.replace(option, is_chosen=_is_chosen(facts, option), keys=keys)
 
 

@@ -106,7 +106,7 @@ def find_kind(module: nn.Module, treat_as: TreatAs | None = None) -> type[nn.Mod
         ConfigError: see `register_form`.
     """
     _check_bases(treat_as or {})
-    forward: Callable[..., object] = type(module).forward
+    forward: Callable[..., object] | None = getattr(type(module), "forward", None)  # of scripted modules it raises
 
     for kind, base in {**_find_detectron2(), **_REGISTERED, **(treat_as or {})}.items():
         if forward is kind.forward and isinstance(module, kind):

@@ -40,8 +40,11 @@ def _advise(facts: Facts) -> Remedy:
     text = "Put scale and shift of all norms into a group of parameters without weight decay."
     call = (
         "norms = {p for m in model.modules() if 'Norm' in type(m).__name__ for p in m.parameters()}\n"
-        "others = [p for p in model.parameters() if p not in norms]\n"
-        "groups = [{'params': others}, {'params': list(norms), 'weight_decay': 0.0}]  # for the optimizer"
+        "for group in list(optimizer.param_groups):  # before a scheduler is built\n"
+        "    moved = [p for p in group['params'] if p in norms]\n"
+        "    group['params'] = [p for p in group['params'] if p not in norms]\n"
+        "    if moved:\n"
+        "        optimizer.add_param_group({**group, 'params': moved, 'weight_decay': 0.0})"
     )
     architecture = facts.get_config("MODEL.META_ARCHITECTURE")
     if architecture in _HEADS_OF_OURS:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy
-from bnext.diagnostics.measures.initial_state import get_affine
+from bnext.diagnostics.measures.initial_state import drop_initial, get_affine, is_young
 from bnext.diagnostics.measures.merged_calls import merge_calls
 from bnext.diagnostics.re_estimation import advise_reestimation
+from bnext.functional import Moments
 
 __all__ = ["CHECK"]
 
@@ -99,26 +100,40 @@ def _find_huge_scale(norm: NormFacts) -> float:
 
 
 def _find_huge_outputs(facts: Facts) -> dict[str, float]:
-    """Path -> standard deviations, if every norm has statistics: else features grow with depth, and rightly so."""
-    if any(_is_unwritten(one.mean, one.var) for norm in facts.batch_norms for one in norm.populations):
+    """Path -> standard deviations, if every norm has statistics: else features grow with depth, and rightly so.
+
+    They do, too, while statistics are on their way; each norm is then seen behind others that mini-batches normalize.
+    """
+    populations = [(norm, one) for norm in facts.batch_norms for one in norm.populations]
+    if any(_is_unwritten(one.mean, one.var) for _, one in populations):
         return {}
 
+    is_beginning = any(is_young(norm, one) for norm, one in populations)
+    merged = merge_calls(facts, "mini_batch" if is_beginning else "population")
     huge = {}
-    merged = merge_calls(facts, "population")
     for norm in facts.batch_norms:
-        if norm.path not in merged or len(norm.populations) != 1:
-            continue
-        moments, population = merged[norm.path], norm.populations[0]
-        if len(population.var) != moments.mean.shape[-1] or not bool((population.var >= 0).all()):
-            continue
-        power = moments.var + (moments.mean - population.mean).square()
-        deviations = (power / (population.var + norm.record.eps)).sqrt()
-        affine = get_affine(norm, population.owner)
-        size = deviations if affine is None or affine.weight is None else deviations * affine.weight.abs()
-        seen = deviations[(size >= _DEVIATIONS) & torch.isfinite(size)]
-        if bool((seen >= _DEVIATIONS).any()):
-            huge[norm.path] = float(seen.max())
+        if norm.path in merged and len(norm.populations) == 1:
+            ways = [_measure_deviation(norm, merged[norm.path], one) for one in _list_ways(norm)]
+            if min(ways) > 0:
+                huge[norm.path] = min(ways)
     return huge
+
+
+def _list_ways(norm: NormFacts) -> tuple[Population, Population]:
+    """The population as it is, and without the values that it began with."""
+    return norm.populations[0], drop_initial(norm, norm.populations[0])
+
+
+def _measure_deviation(norm: NormFacts, moments: Moments, population: Population) -> float:
+    """The largest distance of features from the running mean in standard deviations, where it is huge; else 0."""
+    if len(population.var) != moments.mean.shape[-1] or not bool((population.var >= 0).all()):
+        return 0.0
+    power = moments.var + (moments.mean - population.mean).square()
+    deviations = (power / (population.var + norm.record.eps)).sqrt()
+    affine = get_affine(norm, population.owner)
+    size = deviations if affine is None or affine.weight is None else deviations * affine.weight.abs()
+    seen = deviations[(size >= _DEVIATIONS) & (deviations >= _DEVIATIONS) & torch.isfinite(size)]
+    return float(seen.max()) if len(seen) else 0.0
 
 
 def _is_unwritten(mean: Tensor, var: Tensor) -> bool:

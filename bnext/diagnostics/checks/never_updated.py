@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import torch
+
 from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.initial_state import find_unwritten, get_affine, has_moved, is_of_frozen
 
 __all__ = ["CHECK"]
+
+_DRAWN = 0.1  # of the scales are negative; of trained ones hardly any
 
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
@@ -60,11 +64,17 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
     others_are_written = any(
         population.num_updates or bool(population.mean.any()) for population in _list_populations(facts)
     )
-    severity: Severity = (
-        "error" if is_known or others_are_written else "warning"
-    )  # some models draw their shifts at random
+    severity: Severity = "error" if is_known or others_are_written else "warning"
+    if severity == "warning" and _are_drawn(norms):
+        severity = "note"
     numbers = {"norms": float(len(norms)), "of": float(number)}
     return Evidence(severity, tuple(norm.path for norm in norms), text, remedy, numbers)
+
+
+def _are_drawn(norms: Sequence[NormFacts]) -> bool:
+    """Whether scales were drawn around 0, as RepVGG begins with; those that begin with 1 stay above it."""
+    scales = [affine.weight for norm in norms for affine in norm.affines if affine.weight is not None]
+    return bool(scales) and float((torch.cat(scales) < 0).double().mean()) > _DRAWN
 
 
 def _list_populations(facts: Facts) -> list[Population]:

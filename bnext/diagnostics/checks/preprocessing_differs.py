@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.initial_state import drop_initial
 from bnext.functional import Moments, merge_moments
 
 __all__ = ["CHECK"]
@@ -158,10 +159,12 @@ def _compare_with_first_norm(facts: Facts) -> Iterator[Evidence]:
     if is_initial or given.var.shape != population.var.shape:
         return
 
-    log_ratio = ((given.var + norm.record.eps) / (population.var + norm.record.eps)).log().median()
-    if not bool(torch.isfinite(log_ratio)) or abs(float(log_ratio)) < _OTHER_FEATURES:
+    ways = [population.var, drop_initial(norm, population).var]  # of a training that has just begun
+    log_ratios = [float(((given.var + norm.record.eps) / (var + norm.record.eps)).log().median()) for var in ways]
+    log_ratio = min(log_ratios, key=abs)
+    if not math.isfinite(log_ratio) or abs(log_ratio) < _OTHER_FEATURES:
         return
-    ratio = math.exp(float(log_ratio))
+    ratio = math.exp(log_ratio)
     text = (
         f"The first norm gets features whose variance is {ratio:.3g} times that of its running statistics (median over "
         f"channels): pixels are {math.sqrt(ratio):.2g} times as large as when these were taken."

@@ -50,7 +50,8 @@ def _judge(facts: Facts, place: str, seen: dict[str, tuple[int, float | None]]) 
 
 
 def _advise(facts: Facts, place: str, paths: Iterable[str]) -> Remedy:
-    call = "bnext.repair(model, data)  # before an evaluation; statistics for each of them"
+    selected = f", layers=lambda path, norm: path in {list(paths)!r}" if _has_one_size(facts, paths) else ""
+    call = f"bnext.repair(model, data{selected})  # before an evaluation; statistics for each of them"
     if facts.origin.kind == "model":
         return Remedy("Give each its own population statistics; no weight is trained.", call=call)
 
@@ -75,6 +76,12 @@ def _choose_keys(facts: Facts, place: str) -> dict[str, object] | None:
     keys = name_architecture(facts)
     is_heeded = bool(keys) or str(facts.get_config("MODEL.META_ARCHITECTURE")).startswith("BNext")
     return keys if place and is_heeded else None
+
+
+def _has_one_size(facts: Facts, paths: Iterable[str]) -> bool:
+    """Whether some norm got features of the same size in all its calls of a forward."""
+    every = [forward.calls[path] for forward in facts.forwards for path in paths if path in forward.calls]
+    return any(len(calls) > 1 and len({call.size for call in calls}) == 1 for calls in every)
 
 
 def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:

@@ -11,6 +11,7 @@ import torch
 from bnext.diagnostics.facts import Facts, NormFacts, Population, StandardErrors
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.gaps import find_gap
+from bnext.diagnostics.measures.initial_state import drop_initial, is_young, weigh_initial
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]
@@ -22,6 +23,8 @@ _FAR_RATIO, _WRONG_RATIO = math.log(1.5), math.log(4)  # of variances
 # channels are correlated.
 _LEAST_Z = 4.0
 _LEAST_SHARE = 0.05  # of initial values in a moving average, to be told
+_MILD = 2.0  # times the least that matters, which weights give that have just begun to change
+_MOSTLY = 0.5  # of them, from which on nothing else can be seen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +35,22 @@ class _Distance:
         mean: absolute, mean over channels, in standard deviations.
         log_ratio: of variances, likewise.
         z: the larger of both in units of what the noise of mini-batches explains.
+        is_young: whether a training that has just begun explains it.
     """
 
     mean: float
     log_ratio: float
     z: float
+    is_young: bool = False
 
     @property
     def size(self) -> float:
         """Times the least that matters."""
         return max(self.mean / _FAR, self.log_ratio / _FAR_RATIO)
+
+    @property
+    def is_wrong(self) -> bool:
+        return self.mean >= _WRONG or self.log_ratio >= _WRONG_RATIO
 
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
@@ -59,13 +68,16 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
                 continue
             number += 1
             distance = _measure(norm, population, now, errors)
+            if distance is not None:
+                distance = dataclasses.replace(distance, is_young=_is_young(norm, population, now, errors))
             if distance is not None and distance.size >= 1:
                 distances[f"{norm.path}.{population.owner}".rstrip(".")] = distance
 
     stale = {path: distance for path, distance in distances.items() if distance.z >= _LEAST_Z}
     noisy = {path: distance for path, distance in distances.items() if distance.z < _LEAST_Z}
+    old = {path: distance for path, distance in stale.items() if not distance.is_young}
     if stale:
-        yield _judge(facts, stale, number, is_noise=False)
+        yield _judge(facts, old or stale, number, is_noise=False)
     elif noisy:
         yield _judge(facts, noisy, number, is_noise=True)
 
@@ -93,6 +105,17 @@ def _measure(norm: NormFacts, population: Population, now: Moments, errors: Stan
     return _Distance(of_mean, of_ratio, z)
 
 
+def _is_young(norm: NormFacts, population: Population, now: Moments, errors: StandardErrors) -> bool:
+    """Whether the values that it began with, or weights that have just begun to change, explain a distance."""
+    if not is_young(norm, population):
+        return False
+    here, rest = (_measure(norm, one, now, errors) for one in (population, drop_initial(norm, population)))
+    if weigh_initial(norm, population) >= _MOSTLY or here is None or rest is None:
+        return True
+    has_begun_so = rest.size <= 1.1 * here.size  # else a re-estimation has counted, too
+    return not rest.is_wrong and (has_begun_so or here.size < _MILD)
+
+
 def _find_share(norm: NormFacts, population: Population) -> float:
     """Variance of the moving average, in that of one mini-batch."""
     momentum = norm.record.momentum
@@ -117,10 +140,13 @@ def _judge(facts: Facts, distances: dict[str, _Distance], number: int, *, is_noi
 
     gap = find_gap(facts.evaluation, "precise")
     is_wrong = gap is not None and gap.is_wrong
-    is_wrong |= any(one.mean >= _WRONG or one.log_ratio >= _WRONG_RATIO for one in distances.values())
+    is_wrong |= any(one.is_wrong for one in distances.values())
     severity: Severity = "error" if is_wrong else "warning"
+    is_young = all(one.is_young for one in distances.values()) and not (gap is not None and gap.is_seen)
     numbers = {"sets": float(len(distances)), "mean": farthest.mean, "ratio": _factor(distances), "z": farthest.z}
-    return Evidence("note" if is_noise else severity, tuple(distances), text, _advise(facts, is_noise), numbers)
+    if is_noise or is_young:
+        severity = "note"  # every training begins so; an evaluation that is worse for it is no note
+    return Evidence(severity, tuple(distances), text, _advise(facts, is_noise), numbers)
 
 
 def _explain_youth(facts: Facts, distances: dict[str, _Distance]) -> str:
@@ -128,13 +154,13 @@ def _explain_youth(facts: Facts, distances: dict[str, _Distance]) -> str:
     numbers: dict[int, float] = {}
     for norm in facts.batch_norms:
         for population in norm.populations:
-            path, momentum = f"{norm.path}.{population.owner}".rstrip("."), norm.record.momentum
-            if path in distances and population.num_updates and momentum is not None:
-                numbers[population.num_updates] = (1 - momentum) ** population.num_updates
+            path = f"{norm.path}.{population.owner}".rstrip(".")
+            if path in distances and population.num_updates:
+                numbers[population.num_updates] = weigh_initial(norm, population)
     share = numbers[min(numbers)] if numbers else 0.0
-    if share < _LEAST_SHARE:
+    if share < _LEAST_SHARE and not all(one.is_young for one in distances.values()):
         return ""
-    return f" After {min(numbers)} mini-batches the values that they began with count for {share:.0%}."
+    return f" After {min(numbers)} mini-batches the values that they began with count for {share:.2g} of them."
 
 
 def _factor(distances: dict[str, _Distance]) -> float:

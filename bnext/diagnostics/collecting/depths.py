@@ -32,6 +32,7 @@ __all__ = ["Statistics", "add_failure", "examine_population", "observe_batches",
 Statistics = Literal["population", "mini_batch"]
 Ways = Mapping[Statistics, Forward | None]
 _SEED = 0  # of what the model draws meanwhile
+_REFUSED = "Expected more than 1 value per channel"  # of a mini-batch, by torch
 _NUM_SINGLES = 2  # images that are also run alone, where a norm sees several samples of each
 
 
@@ -163,6 +164,8 @@ def _observe_alone(
         try:
             added = observe_forward(model, one, norms, forward=forward, **options)
         except Exception as error:
+            if _REFUSED in str(error):
+                break  # a norm of the images themselves, which no training gives a single one
             return add_failure(facts, "A forward of a single image by mini-batch statistics", error)
         added = dataclasses.replace(added, is_alone=True)
         facts = dataclasses.replace(facts, forwards=(*facts.forwards, added))

@@ -56,7 +56,7 @@ def _find_in_sequences(model: nn.Module, norms: Mapping[str, nn.Module]) -> dict
     paths = {norm: path for path, norm in norms.items()}
     layers: dict[str, tuple[str, Any]] = {}
     for module in places:
-        if type(module).forward is not nn.Sequential.forward:
+        if getattr(type(module), "forward", None) is not nn.Sequential.forward:  # a scripted one has none
             continue
         children = list(module.children())
         for layer, norm in zip(children, children[1:], strict=False):

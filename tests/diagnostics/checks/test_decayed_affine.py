@@ -32,12 +32,13 @@ def test_finds_norms_that_the_optimizer_does_not_know_for_norms():
 
 def test_all_decayed_alike_is_a_note_and_its_remedy_leaves_none():
     model = make_model()
-    (evidence,) = find("BN027", model, optimizer=make_optimizer(model.parameters()))
+    optimizer = make_optimizer(model.parameters())
+    (evidence,) = find("BN027", model, optimizer=optimizer)
     assert evidence.severity == "note"
 
-    names = {"model": model}
-    exec(evidence.remedy.call, names)
-    assert not find("BN027", model, optimizer=make_optimizer(names["groups"]))
+    exec(evidence.remedy.call, {"model": model, "optimizer": optimizer})
+    assert not find("BN027", model, optimizer=optimizer)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 0.0]
 
 
 def test_frozen_affines_and_an_unknown_optimizer_say_nothing():

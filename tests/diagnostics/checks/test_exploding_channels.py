@@ -89,3 +89,17 @@ def test_a_fresh_model_that_normalizes_nothing_is_healthy():
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))))
 
     assert not find("BN033", model, make_data(1e6))
+
+
+@pytest.mark.parametrize(("scale", "is_found"), [(1.0, False), (1e7, True)])
+def test_features_grow_behind_statistics_on_their_way(scale, is_found):
+    """Each norm divides by too little, and the next one by what came of it in training."""
+    layers = (layer for _ in range(8) for layer in (nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8, momentum=1e-3)))
+    model, data = nn.Sequential(*layers), make_data()
+    for conv in model[::2]:
+        conv.weight.data *= 1e3
+    for batch in data:
+        model(batch)
+    model[8].weight.data *= scale
+
+    assert bool(find("BN033", model, data)) == is_found

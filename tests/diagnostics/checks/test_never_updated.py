@@ -38,11 +38,30 @@ def test_finds_statistics_that_were_left_out():
     assert not find("BN013", model)
 
 
+def test_finds_statistics_that_were_reset_beside_a_counter_that_was_not():
+    model = run(make_model())
+    model[1].running_mean.zero_()
+    model[1].running_var.fill_(1)
+    move(model[1])
+
+    (evidence,) = find("BN013", model)
+    assert (evidence.severity, evidence.layers) == ("error", ("1",))
+
+
 def test_shifts_that_may_have_been_drawn_at_random_are_a_warning():
     model = make_model()
     move(model[1])
 
     assert [evidence.severity for evidence in find("BN013", model)] == ["warning"]
+
+
+def test_scales_that_were_drawn_around_0_are_a_note():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.BatchNorm2d(32))
+    for parameter in model[1].parameters():
+        nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+
+    (evidence,) = find("BN013", model)
+    assert evidence.severity == "note"
 
 
 def test_new_norms_on_trained_ones_are_healthy():

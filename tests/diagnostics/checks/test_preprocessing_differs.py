@@ -123,3 +123,12 @@ def test_finds_pixels_in_another_range_than_the_first_statistics():
     assert evidence.layers == ("1",)
     assert not find("BN030", model, [batch / 255 for batch in make_images(0)])
     assert not find("BN030", model, [2 * batch / 255 for batch in make_images(0)])  # a near miss
+
+
+@pytest.mark.parametrize(("scale", "is_found"), [(1, False), (255, True)])
+def test_first_statistics_on_their_way(scale, is_found):
+    model, data = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, momentum=1e-3)), make_images(0)
+    for batch in data:
+        model(batch)
+
+    assert bool(find("BN030", model, [batch / scale for batch in data])) == is_found

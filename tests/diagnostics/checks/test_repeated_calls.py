@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import bnext
 from bnext import LevelBatchNorm2d, NormSpec, repair
 from bnext.diagnostics.checks.repeated_calls import CHECK
 from bnext.diagnostics.diagnose import collect_facts
@@ -151,3 +152,20 @@ def test_calls_in_the_steps_of_a_training_are_known_without_a_config(number, exp
     )
 
     assert [evidence.numbers["calls"] for evidence in CHECK.examine(facts)] == ([expected] if expected else [])
+
+
+def test_the_remedy_repairs_views_of_one_size_too():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+
+        def forward(self, images):
+            return self.part(images) + self.part(3 * images + 2)
+
+    model, data = Pair(), [torch.randn(16, 3, 6, 6) for _ in range(4)]
+    (evidence,) = find("BN001", model, data)
+    assert evidence.severity == "error"
+
+    exec(evidence.remedy.call, {"bnext": bnext, "model": model, "data": data})
+    assert not find("BN001", model, data)

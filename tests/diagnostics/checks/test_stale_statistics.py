@@ -102,3 +102,20 @@ def test_broken_statistics_raise_nothing(trained):
     model[1].running_mean.fill_(float("nan"))
 
     find_stale(model)
+
+
+@pytest.mark.parametrize(("number", "share", "severity"), [(20, 1.0, "note"), (20, 1.2, "error"), (200, 1.0, "error")])
+def test_a_moving_average_on_its_way_is_healthy(number, share, severity):
+    """Over small features it is far from them for as long as it holds some of the 1 that it began with."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, momentum=0.1 * 20 / number))
+    model[0].weight.data *= 0.05
+    with torch.no_grad():
+        for _ in range(number // 20):
+            for batch in make_data(20):
+                model(batch)
+    model[1].running_var *= share
+
+    (evidence,) = find("BN014", model, make_data(20), depth="full")
+
+    assert evidence.severity == severity
+    assert "the values that they began with count for" in evidence.text

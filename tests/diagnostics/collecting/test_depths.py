@@ -194,7 +194,32 @@ def test_a_lazy_model_is_left_as_it_is():
     assert isinstance(model[1], nn.LazyBatchNorm2d)
 
 
+def test_a_single_image_that_a_norm_refuses_is_no_failure():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Flatten(0, 1), nn.BatchNorm1d(3), nn.Unflatten(0, (-1, 2)))
+    model += nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6))
+
+    assert not diagnose(model, [torch.randn(16, 2, 3)] * 2).failures
+
+
+def test_a_model_without_values_is_not_run():
+    with torch.device("meta"):
+        model = make_model()
+
+    assert "on the meta device" in diagnose(model, [torch.randn(2, 3, 6, 6)]).failures[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_scripted_model_says_that_its_norms_are_not_seen():
+    scripted = torch.jit.trace(make_model().eval(), torch.randn(2, 3, 6, 6))
+
+    assert "scripted or traced" in diagnose(scripted, [torch.randn(2, 3, 6, 6)]).failures[0]
+
+
 def test_arguments_that_are_none():
+    with pytest.raises(ConfigError, match="model must be a module or a state dict; got str"):
+        diagnose("model.pth")
+    with pytest.raises(ConfigError, match="num_batches"):
+        diagnose(make_model(), make_pairs(), num_batches=0)
     with pytest.raises(ConfigError, match="depth"):
         diagnose(make_model(), depth="deep")
     with pytest.raises(StatisticsError, match="test_data"):
