@@ -10,7 +10,7 @@ from tests import tiny
 from tests.faults.__main__ import KINDS
 from tests.faults.attempt import BAD, Attempt, Outcome, Verdict, run_all
 
-SHORT = {"configs": 3, "checkpoints": 6, "datasets": 4, "folders": 2, "kills": 1, "numerics": 60}
+SHORT = {"configs": 2, "checkpoints": 3, "datasets": 2, "folders": 1, "kills": 1, "numerics": 30}
 
 
 def inject(tmp_path, kinds, *options, seconds):
