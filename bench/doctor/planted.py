@@ -290,6 +290,7 @@ def _() -> Case:
             parameter.mul_(3.0)
         for name, buffer in case.model.named_buffers():
             buffer.copy_(buffers[name])
+    case.options = {"depth": "full"}
     return case
 
 
@@ -297,6 +298,7 @@ def _() -> Case:
 def _() -> Case:
     case = train(classify(make_resnet(), 64), num_steps=24)
     case.data = [3 * images + 2 for images in case.data]
+    case.options = {"depth": "full"}
     return case
 
 
