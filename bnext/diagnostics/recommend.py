@@ -151,7 +151,7 @@ def _advise_on_levels(facts: Facts, place: str, norm: NormFacts) -> Advice:
 
 
 def _advise_on_rois(place: str, norm: NormFacts, num_images: int, num_workers: int) -> Advice:
-    situation = f"RoIs of {num_images} images on each of {num_workers} workers"
+    situation = f"RoIs of {_count(num_images, num_workers)}"
     no_batch = [
         Option("GroupNorm", "41.4 box AP", TABLE_3, "no batch is needed", _choose(norm, "GN")),
         Option("no norm", "41.1 box AP", TABLE_3, "", _choose(norm, "")),
@@ -183,7 +183,7 @@ def _advise_on_rois(place: str, norm: NormFacts, num_images: int, num_workers: i
 def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: int, num_workers: int) -> Advice:
     total = num_images * num_workers
     has_weights = place in ("RESNETS", "") and _begins_with_weights(facts)
-    words = f"{num_images} images on each of {num_workers} workers" if num_workers > 1 else f"{total} images"
+    words = _count(num_images, num_workers)
     situation = f"{words}, weights to begin with" if has_weights else words
 
     frozen = Option(
@@ -211,6 +211,11 @@ def _advise_on_features(facts: Facts, place: str, norm: NormFacts, num_images: i
     if has_weights and frozen not in options:
         options.append(frozen)
     return Advice(place, situation, (*options, group))
+
+
+def _count(num_images: int, num_workers: int) -> str:
+    images = "1 image" if num_images == 1 else f"{num_images} images"
+    return f"{images} on each of {num_workers} workers" if num_workers > 1 else images
 
 
 def _begins_with_weights(facts: Facts) -> bool:

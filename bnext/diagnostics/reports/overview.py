@@ -120,6 +120,8 @@ def _format_together(group: Overview) -> str:
     if group.together is None:
         return ""
     samples = "RoIs" if group.norms[0].sees_rois else "samples"
+    if max(group.together) == 1:
+        samples = samples.removesuffix("s")
     words = f"{format_range(group.together)} {samples}"
     return words if group.elements is None else f"{words}, {format_range(group.elements)} elements per channel"
 
