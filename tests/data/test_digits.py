@@ -249,6 +249,7 @@ def heed_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing_that_passes_as_whole(folder: Path, tmp_path: Path) -> None:
     """kill -9 leaves rubbish that the next run removes; Ctrl-C leaves nothing."""
     roots = [tmp_path / "killed", tmp_path / "interrupted"]
@@ -282,6 +283,7 @@ def test_an_interrupted_run_leaves_nothing_that_passes_as_whole(folder: Path, tm
     assert os.listdir(killed) == ["digits"]
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_make_one_set(folder: Path, tmp_path: Path) -> None:
     command = [*COMMAND, str(tmp_path), "--num-train", "24", "--num-val", "12"]
     processes = [

@@ -59,6 +59,7 @@ def test_buffers_that_were_made_equal_are_told(finished_work):
     assert "Norm buffers of the 2 workers were made equal" in finished_work[1].stdout
 
 
+@pytest.mark.slow
 def test_torchrun_workers_join_the_world_that_is_there(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

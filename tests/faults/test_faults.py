@@ -1,4 +1,4 @@
-"""A short share of the injected faults of every kind; all of them where slow tests run."""
+"""A short share of the injected faults of most kinds; all of them where slow tests run."""
 
 import json
 import subprocess
@@ -10,7 +10,7 @@ from tests import tiny
 from tests.faults.__main__ import KINDS
 from tests.faults.attempt import BAD, Attempt, Outcome, Verdict, run_all
 
-SHORT = {"configs": 2, "checkpoints": 3, "datasets": 2, "folders": 1, "kills": 1, "numerics": 30}
+SHORT = {"configs": 2, "checkpoints": 2, "datasets": 2, "numerics": 30}  # folders and kills are slow ones
 
 
 def inject(tmp_path, kinds, *options, seconds):
@@ -31,7 +31,7 @@ def name_bad(reports):
     ]
 
 
-def test_a_share_of_every_kind(tmp_path):
+def test_a_share_of_most_kinds(tmp_path):
     counts = [f"{kind}={count}" for kind, count in SHORT.items()]
     reports = inject(tmp_path, counts, seconds=300)
     assert {kind: len(made) for kind, made in reports.items()} == SHORT
