@@ -7,7 +7,7 @@ import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
-__all__ = ["HeldNotice", "gathering_notices", "holding_notices", "log_notices", "tell_once"]
+__all__ = ["HeldNotice", "gathering_notices", "holding_notices", "log_notices", "tell_once", "without_warnings"]
 
 HeldNotice = tuple[str, int, str]  # logger, level, message
 
@@ -66,6 +66,17 @@ def gathering_notices() -> Iterator[None]:
         for (logger, message), calls in _gathered.pop().items():
             others = _name_others(calls)
             logger.warning(f"{message}%s This is said once.", *calls[0], f" {others}" if others else "")
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Nothing up to warnings is logged in this scope, as somebody else says it better."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(level)
 
 
 def _name_others(calls: Sequence[tuple[object, ...]]) -> str:

@@ -38,7 +38,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Patient:
-    """How a case is made.
+    """A case by the function that makes it.
 
     Args:
         name: in the table.

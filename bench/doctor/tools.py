@@ -176,6 +176,6 @@ def find_version(tool: str) -> str:
 
 @contextlib.contextmanager
 def silent() -> Any:
-    """What a tool prints is not for the table."""
+    """Nothing that a tool prints is shown in this scope: it is not for the table."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         yield

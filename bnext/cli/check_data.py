@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from detectron2.config import CfgNode
@@ -22,6 +20,7 @@ from bnext.data.records import read_registered
 from bnext.errors import BNextError, ConfigError
 from bnext.evaluation.coco import build_evaluator
 from bnext.evaluation.rehearsal import rehearse
+from bnext.notices import without_warnings
 from bnext.tables import format_rows
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute"]
@@ -117,18 +116,8 @@ def _examine(name: str, task: Task) -> tuple[list[BNextError], list[Notice]]:
     return errors, notices
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(level)
-
-
 def _count(name: str) -> Census | None:
-    with _quietly():  # of detectron2's reader, which says again what the checks have found
+    with without_warnings():  # of detectron2's reader, which says again what the checks have found
         records = read_registered(name)
     return count_records(records) if isinstance(records, (list, tuple)) else None
 

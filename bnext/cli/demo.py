@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 # COCO AP of the same two heads, RetinaNet R50-FPN, 3x; Wu and Johnson 2021, Table 5, rows 3 and 4.
 PAPER_AP = {"trained": 34.1, "re-estimated": 39.1}
+_UNWATCHED = ("SOLVER.BNEXT.DOCTOR.WARN", "False", "SOLVER.BNEXT.DOCTOR.PERIOD", "0")  # the doctor is asked afterwards
 # Of the boxes that are drawn: where the statistics do not fit, they lie loosely on the objects.
 SCORE, IOU = 0.4, 0.75
 
@@ -81,21 +82,10 @@ def run_demo(trained: str, repaired: str, output: str, opts: Sequence[str] = ())
 
     configs = {}
     for name, config_file in (("trained", trained), ("re-estimated", repaired)):
-        configs[name] = load_config(config_file, [*opts, "OUTPUT_DIR", str(Path(output, name))])
-    configs["trained"] = _say_nothing_yet(configs["trained"])
+        configs[name] = load_config(config_file, [*opts, *_UNWATCHED, "OUTPUT_DIR", str(Path(output, name))])
     check_run(configs["trained"])
     with holding_output(output, "--output"):
         _run(configs, output, Origin("config", trained, tuple(opts)))
-
-
-def _say_nothing_yet(cfg: CfgNode) -> CfgNode:
-    """The config of the training without the doctor's warnings: it is asked afterwards."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.SOLVER.BNEXT.DOCTOR.WARN = False
-    cfg.SOLVER.BNEXT.DOCTOR.PERIOD = 0
-    cfg.freeze()
-    return cfg
 
 
 def _run(configs: Mapping[str, CfgNode], output: str, origin: Origin) -> None:
@@ -129,10 +119,7 @@ def _run(configs: Mapping[str, CfgNode], output: str, origin: Origin) -> None:
 def _ask_doctor(cfg: CfgNode, origin: Origin, page: Path) -> Path:
     """Say in three lines what the doctor finds first, and write all of it as a page."""
     weights = find_final_model(cfg)
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.MODEL.WEIGHTS = weights
-    cfg.freeze()
+    cfg = load_config(origin.config_file, [*origin.opts, "MODEL.WEIGHTS", weights])
 
     facts, _ = examine_detector(cfg, dataclasses.replace(origin, weights=weights))
     diagnosis = examine_facts(facts)

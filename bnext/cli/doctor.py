@@ -48,10 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="static: model and config alone. forward: a few batches of DATASETS.TRAIN, and pixels of DATASETS.TEST. "
         "full: in addition statistics re-estimated on training images, and AP and loss of three kinds of statistics",
     )
+
     add("--data", action="store_const", const="forward", dest="depth", help="the same as --depth forward")
     few, many = DEFAULT_IMAGES["forward"], DEFAULT_IMAGES["full"]
     images_help = f"that are run at most (default: {few} at depth forward, {many} of training and of test at full)"
     add("--num-images", type=int, metavar="N", help=images_help)
+
     add("--num-gpus", type=int, metavar="N", help="workers that train the model (default: 1)")
     add_report_arguments(parser)
     add("opts", nargs="*", metavar="KEY VALUE", help=f"a checkpoint alone; or {PAIRS_HELP}")

@@ -134,5 +134,5 @@ def _format(args: argparse.Namespace, diagnosis: Diagnosis, status: int) -> str:
 
 
 def _find_width() -> int:
-    """Of the terminal, as far as lines can be read; 100 where it is none."""
+    """Width of the terminal, as far as lines can be read; 100 where it is none."""
     return min(shutil.get_terminal_size((100, 24)).columns, _MOST_WIDTH) if is_terminal(sys.stdout) else 100

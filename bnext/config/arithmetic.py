@@ -52,10 +52,12 @@ def _compute(node: ast.AST, names: Mapping[str, Any]) -> Any:
             return value
         case ast.Name(id=name) if name in names:
             return names[name]
+
         case ast.List(elts=items):
             return [_compute(item, names) for item in items]
         case ast.Tuple(elts=items):
             return tuple(_compute(item, names) for item in items)
+
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -_number(_compute(operand, names))
         case ast.BinOp(left=left, op=sign, right=right) if type(sign) in _OPERATIONS:
@@ -63,6 +65,7 @@ def _compute(node: ast.AST, names: Mapping[str, Any]) -> Any:
             if isinstance(sign, ast.Pow) and max(abs(one), abs(other)) > _MOST_OF_A_POWER:
                 raise ValueError("a power of large numbers")
             return _OPERATIONS[type(sign)](one, other)
+
         case ast.ListComp(elt=element, generators=[ast.comprehension(target=ast.Name(id=name), iter=items, ifs=[])]):
             values = _compute(items, names)
             if len(values) > _MOST_ITEMS:

@@ -10,7 +10,7 @@ from bnext.diagnostics.measures.batch_sizes import count_workers
 
 __all__ = ["NO_MORE", "choose_larger_batch", "name_architecture", "write_conversion"]
 
-NO_MORE = 8  # samples up to which frozen statistics win over those of the mini-batch (Wu and Johnson 2021, Table 2)
+NO_MORE = 8  # samples up to which frozen statistics win over those of the mini-batch (Wu and Johnson 2021, section 4)
 _ARCHITECTURES = {
     "GeneralizedRCNN": "BNextGeneralizedRCNN",
     "PanopticFPN": "BNextPanopticFPN",

@@ -64,7 +64,7 @@ class Diagnosis:
 
     @property
     def depth(self) -> Depth:
-        """How much was looked at: the model alone, some batches, a pass over the data, or a running training."""
+        """The depth of the facts: the model alone, some batches, a pass over the data, or a running training."""
         if self.facts.steps is not None:
             return "training"
         if self.facts.population or self.facts.evaluation is not None:
@@ -242,7 +242,7 @@ def collect_facts(
     before: nn.Module | None = None,
     with_layers: bool = True,
 ) -> Facts:
-    """What a model says without being run; arguments as in `diagnose`, and of `read_norms`.
+    """Facts of a model that is not run; arguments as in `diagnose`, and of `read_norms`.
 
     No collective: one worker may call it alone.
     """

@@ -189,7 +189,7 @@ class ForwardFacts:
 
 @dataclasses.dataclass(frozen=True)
 class StandardErrors:
-    """How well a pass over images knows one set of statistics, from the differences between its mini-batches.
+    """Errors of one set of statistics as a pass over images knows it, from the differences between its mini-batches.
 
     Args:
         mean: standard error of the mean in standard deviations, 95th percentile over channels; infinite for fewer than
@@ -300,7 +300,7 @@ class WeightsFacts:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """How the user came by the model, so that a remedy can be written as something to run.
+    """The way by which the user came to the model, so that a remedy can be written as something to run.
 
     Args:
         kind: a model in Python, a config, or a checkpoint alone.

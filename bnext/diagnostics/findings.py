@@ -17,7 +17,7 @@ Depth = Literal["static", "forward", "full", "training"]
 
 @dataclasses.dataclass(frozen=True)
 class Remedy:
-    """How to make it right: in words, and as what can be pasted. Whoever follows it ends up right.
+    """A way to make it right: in words, and as what can be pasted. Whoever follows it ends up right.
 
     Args:
         text: one or two sentences.
@@ -34,7 +34,7 @@ class Remedy:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence:
-    """What a check saw.
+    """An observation of a check.
 
     Args:
         severity: "error": results are wrong, or will be; "warning": probably; "note": worth knowing, often on purpose.
@@ -88,7 +88,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a check found: `check` says what it means, `evidence` what was seen."""
+    """A finding: `check` says what it means, `evidence` what was seen."""
 
     check: Check
     evidence: Evidence

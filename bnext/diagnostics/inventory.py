@@ -192,7 +192,7 @@ def format_norm_groups(groups: Sequence[NormGroup]) -> str:
 
 
 def format_affine(record: NormRecord) -> str:
-    """Who owns scale and shift, and whether they still change."""
+    """The owner of scale and shift, and whether they still change."""
     return record.affine.replace("_", " ") + (", frozen" if record.frozen in ("affine", "both") else "")
 
 
@@ -208,7 +208,7 @@ def format_range(numbers: Sequence[int]) -> str:
 
 
 def format_mini_batch(record: NormRecord) -> str:
-    """Who shares a mini-batch, or why there is none."""
+    """The samples of a mini-batch, or why there is none."""
     if record.training == "population":
         return "frozen" if record.frozen in ("statistics", "both") else "the population's"
     if record.statistics == "sample":

@@ -7,8 +7,11 @@ from collections.abc import Iterable
 from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Remedy
 
-__all__ = ["advise_reestimation"]
+__all__ = ["advise_precise_statistics", "advise_reestimation"]
 
+_PRECISE_CALL = (
+    "from bnext.statistics import recompute_population_statistics\nrecompute_population_statistics(model, data)"
+)
 _CALL = "bnext.recompute_population_statistics(model, data)  # batches like those of its training"
 _FROZEN_CALL = """frozen = {
     path: "BN"
@@ -46,3 +49,19 @@ def advise_reestimation(facts: Facts, paths: Iterable[str], text: str = "") -> R
     if facts.origin.kind == "checkpoint":
         words += " CONFIG.yaml stands for the config that the checkpoint was trained with."
     return Remedy(words, command=facts.origin.write_command("reestimate", "--output", "repaired.pth", pairs=pairs))
+
+
+def advise_precise_statistics(facts: Facts, text: str) -> Remedy:
+    """Estimate all population statistics anew, now and in every training to come.
+
+    Args:
+        facts: of the model.
+        text: says so.
+    """
+    if facts.origin.kind != "config":
+        return Remedy(text, call=_PRECISE_CALL)
+
+    command = ""
+    if facts.weights is not None and facts.weights.is_loaded:
+        command = facts.origin.write_command("reestimate", "--output", "reestimated.pth")
+    return Remedy(text, {"TEST.PRECISE_BN.ENABLED": True}, command, _PRECISE_CALL)

@@ -1,4 +1,4 @@
-"""Which norm for this batch, these workers, this data: advice for each place of a model, with its source and limit.
+"""Advice on norms for this batch, these workers, this data: for each place of a model, with its source and limit.
 
 The figures are those of the literature, measured on its models and data; nothing is measured here.
 """

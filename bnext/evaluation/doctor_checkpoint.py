@@ -108,7 +108,7 @@ def _read_state(state: dict[str, Any], file: str) -> dict[str, Tensor]:
 
 
 def _describe(facts: Facts, content: Mapping[str, Any], state: Mapping[str, Tensor], file: str) -> WeightsFacts:
-    """What the file says of itself; names beside a norm's state that no norm of torch has are unexpected."""
+    """Facts that the file says of itself; names beside a norm's state that no norm of torch has are unexpected."""
     paths = {key.rpartition(".")[0] for key in state if key.endswith(POPULATION[0])}
     beside = [key for key in state if key.rpartition(".")[0] in paths]
     unexpected = tuple(key for key in beside if key.rpartition(".")[2] not in (*AFFINE, *POPULATION))

@@ -5,9 +5,7 @@ Nothing is fetched or written, and nothing that a file holds is run.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +21,8 @@ from bnext.files import find_local_file
 from bnext.heads.places import find_parts
 from bnext.layers.folded_norm import is_marked_as_folded
 from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_forms, find_state_forms
+from bnext.notices import without_warnings
+from bnext.numbers import is_number
 from bnext.surgery.check_state import is_unwritten
 
 __all__ = ["load_weights"]
@@ -50,7 +50,7 @@ def load_weights(cfg: CfgNode, model: nn.Module) -> tuple[WeightsFacts, tuple[st
 
     checkpointer = Checkpointer(model)
     try:
-        with _quiet():
+        with without_warnings():
             rest = _load(checkpointer, source)
     except (CheckpointError, AssertionError) as error:  # the latter of detectron2 0.6, for a query
         is_folded = _is_folded(file, model) or None
@@ -65,17 +65,6 @@ def _load(checkpointer: Checkpointer, source: str) -> dict[str, Any]:
         return checkpointer.load(source, checkpointables=[], complete=True)
     except CheckpointError:
         return checkpointer.load(source, checkpointables=[])
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the warnings of a load: the findings say it."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 # ---- weights that were not read
@@ -129,7 +118,7 @@ def _describe(source: str, model: nn.Module, checkpointer: Checkpointer, rest: M
         iteration=iteration if isinstance(iteration, int) else None,
         missing=missing,
         unexpected=unexpected,
-        eps={path: float(spec["eps"]) for path, spec in specs.items() if _is_number(spec.get("eps"))},
+        eps={path: float(spec["eps"]) for path, spec in specs.items() if is_number(spec.get("eps"))},
         is_folded=bool(folded or biases),
         folded=tuple(folded),
         without_statistics=without,
@@ -162,7 +151,3 @@ def _is_identity(entries: Mapping[str, Tensor], path: str, keys: set[str], is_fr
 
     statistics = {name: entries[prefix + name] for name in _STATISTICS}
     return is_unwritten(statistics) and bool(entries[f"{prefix}bias"].any())
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -61,7 +61,7 @@ def add_config_facts(facts: Facts, cfg: CfgNode, model: nn.Module, num_workers: 
 
 
 def _read_weight_decay(facts: Facts, cfg: CfgNode, model: nn.Module) -> dict[str, float]:
-    """Of the norms, as the optimizer of the config would have it."""
+    """Weight decay of the norms, as the optimizer of the config would have it."""
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
         model,

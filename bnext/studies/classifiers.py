@@ -172,7 +172,7 @@ class Batches:
             raise ConfigError.of("size", rule, got=size, where="Batches", remedy="Choose a smaller one.")
 
     def _count(self) -> int:
-        """Of an epoch."""
+        """Batches of an epoch."""
         return sum(len(kind) // self.size for kind in self._kinds) if self.size >= 1 else 0
 
     def __len__(self) -> int:

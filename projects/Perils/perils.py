@@ -31,7 +31,7 @@ logger = logging.getLogger("bnext.perils")  # the screen shows what bnext logs
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """How much is trained.
+    """The extent of a training.
 
     Args:
         epochs: of a classifier.
@@ -186,7 +186,7 @@ def follow_remedy(diagnosis: Diagnosis, **names: object) -> None:
 
 
 def find_misdiagnosed(stories: Mapping[str, Story], results: Mapping[str, Any]) -> Sequence[str]:
-    """What the doctor named first where it is not the bug, in sentences."""
+    """First findings of the doctor where it is not the bug, in sentences."""
     wrong = []
     for name, story in stories.items():
         for seed, seen in results["stories"].get(name, {}).items():

@@ -26,7 +26,7 @@ _TEXT = 13  # pixels
 
 
 def format_stories(stories: Mapping[str, Story], results: Mapping[str, Any]) -> str:
-    """What each bug costs, what the doctor names first, and what its remedy gives back."""
+    """A row for each bug: its cost, the first finding, and the gain of its remedy."""
     rows = []
     for name, seeds in _select(stories, results).items():
         story = stories[name]

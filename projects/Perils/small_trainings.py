@@ -1,4 +1,4 @@
-"""What the stories of classifiers share: digits, a training, and the data that the doctor gets."""
+"""Shared by the stories of classifiers: digits, a training, and the data that the doctor gets."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def tell_frozen_parameters(seed: int, extent: Extent, folder: Path) -> Outcome:
 
 
 def _watch(model: nn.Module, batches: Iterable[Images], **options: object) -> Diagnosis:
-    """What the doctor says of a few more steps, of a copy of the model."""
+    """The diagnosis of a few more steps of a copy of the model."""
     model = copy.deepcopy(model).train()
     watch = TrainingWatch(model)
     few = list(itertools.islice(batches, _WATCHED))

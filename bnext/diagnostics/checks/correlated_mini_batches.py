@@ -38,7 +38,7 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
 
 
 def _judge(norm: NormFacts, images: int | None, ratio: float | None) -> Severity | None:
-    """How bad it is; None: it is not."""
+    """The finding on norms of one kind; None: there is none."""
     is_seen = ratio is not None and ratio >= _CORRELATED
     is_shared = norm.record.workers not in ("one", 1) or bool(norm.shuffle)
     if images is None or images > _FEW or (images > 1 and is_shared):

@@ -46,6 +46,7 @@ def _advise(facts: Facts) -> Remedy:
         "    if moved:\n"
         "        optimizer.add_param_group({**group, 'params': moved, 'weight_decay': 0.0})"
     )
+
     architecture = facts.get_config("MODEL.META_ARCHITECTURE")
     if architecture in _HEADS_OF_OURS:
         text = (

@@ -41,13 +41,8 @@ def _compare(facts: Facts, norms: Sequence[NormFacts], expected: Mapping[str, fl
     if not wanted:
         return
 
-    others = [norm for norm in norms if norm.path in wanted]
-    change = max(_measure(norm, wanted[norm.path]) for norm in others)
-    text = (
-        f"{len(wanted)} norms have eps {_list(norm.record.eps for norm in others)} where {where} "
-        f"{_list(wanted.values())}: the scale of a channel changes by up to {change:.2g} of it."
-    )
-    yield Evidence(_weigh(change), tuple(wanted), text, _advise(facts, others, wanted), {"change": change})
+    words = "{number} norms have eps {eps} where " + where
+    yield _judge(facts, norms, wanted, words + " {wanted}: the scale of a channel changes by up to {change:.2g} of it.")
 
 
 def _compare_frozen(facts: Facts, norms: Sequence[NormFacts]) -> Iterator[Evidence]:
@@ -66,13 +61,18 @@ def _compare_frozen(facts: Facts, norms: Sequence[NormFacts]) -> Iterator[Eviden
     if not wanted:
         return
 
+    words = "{number} frozen norms have eps {eps}, and those of the same part that are not frozen {wanted}"
+    yield _judge(facts, norms, wanted, words + ": a difference of up to {change:.2g} of a channel's scale.")
+
+
+def _judge(facts: Facts, norms: Sequence[NormFacts], wanted: Mapping[str, float], words: str) -> Evidence:
+    """Norms whose eps is another than it should be; words with number, eps, wanted and change in braces."""
     others = [norm for norm in norms if norm.path in wanted]
     change = max(_measure(norm, wanted[norm.path]) for norm in others)
-    text = (
-        f"{len(wanted)} frozen norms have eps {_list(norm.record.eps for norm in others)}, and those of the same part "
-        f"that are not frozen {_list(wanted.values())}: a difference of up to {change:.2g} of a channel's scale."
-    )
-    yield Evidence(_weigh(change), tuple(wanted), text, _advise(facts, others, wanted), {"change": change})
+    eps = _list(norm.record.eps for norm in others)
+    text = words.format(number=len(wanted), eps=eps, wanted=_list(wanted.values()), change=change)
+    severity: Severity = "warning" if change >= _VISIBLE else "note"
+    return Evidence(severity, tuple(wanted), text, _advise(facts, others, wanted), {"change": change})
 
 
 def _find_none(facts: Facts, norms: Sequence[NormFacts]) -> Iterator[Evidence]:
@@ -117,10 +117,6 @@ def _measure(norm: NormFacts, eps: float) -> float:
             ratio = (var + norm.record.eps) / (var + eps).clamp(min=1e-30)
             changes.append(float((ratio.sqrt() - 1).abs().max()))
     return max(changes)
-
-
-def _weigh(change: float) -> Severity:
-    return "warning" if change >= _VISIBLE else "note"
 
 
 def _list(values: object) -> str:

@@ -20,7 +20,7 @@ def _examine(facts: Facts) -> Iterator[Evidence]:
     if facts.is_training and facts.folded:
         yield _judge_convolutions(facts)
     if weights is not None and weights.is_folded and not weights.folded:
-        yield _judge_file(facts)
+        yield _judge_file(facts, weights.missing)
     if weights is not None and weights.is_folded:
         live = [norm for norm in live if norm.path in weights.folded]
     else:
@@ -47,9 +47,7 @@ def _judge_convolutions(facts: Facts) -> Evidence:
     return Evidence("error", facts.folded, text, remedy, {"norms": float(len(facts.folded))})
 
 
-def _judge_file(facts: Facts) -> Evidence:
-    assert facts.weights is not None
-    missing = facts.weights.missing
+def _judge_file(facts: Facts, missing: tuple[str, ...]) -> Evidence:
     number = len(missing) or len(facts.batch_norms)
     text = (
         f"The file is of a model whose norms were folded into its convolutions: it has nothing for {number} norms of "

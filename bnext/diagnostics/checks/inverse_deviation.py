@@ -35,7 +35,7 @@ _NAMES = {
 
 @dataclasses.dataclass(frozen=True)
 class _Channels:
-    """What is stored, and what was seen, of the same channels: means and logarithms of variances."""
+    """Stored and seen values of the same channels: means and logarithms of variances."""
 
     seen_mean: Tensor
     stored_mean: Tensor
@@ -114,7 +114,7 @@ def _join(parts: Sequence[_Channels]) -> _Channels:
 
 
 def _classify(channels: _Channels) -> str:
-    """What the stored values are; "" for variances, and where it cannot be told."""
+    """Kind of the stored values; "" for variances, and where it cannot be told."""
     seen, stored = channels.seen, channels.stored
     if len(seen) < _FEWEST:
         return ""

@@ -56,10 +56,12 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
         f"{len(norms)} of {number} batch norms have a scale and shift that were trained, and population "
         f"statistics{of_owners} as they were made (mean 0, variance 1, or all 0): at inference they hardly normalize."
     )
+
     remedy = Remedy("Estimate them; no weight is trained.", call="bnext.recompute_population_statistics(model, data)")
     if facts.origin.kind != "model" and facts.weights is not None and facts.weights.is_loaded:
         command = facts.origin.write_command("reestimate", "--output", "repaired.pth")
         remedy = Remedy(remedy.text, command=command, call=remedy.call)
+
     is_known = facts.steps is not None or (facts.weights is not None and facts.weights.is_loaded)
     others_are_written = any(
         population.num_updates or bool(population.mean.any()) for population in _list_populations(facts)
@@ -67,6 +69,7 @@ def _judge_initial(facts: Facts, norms: Sequence[NormFacts], number: int) -> Evi
     severity: Severity = "error" if is_known or others_are_written else "warning"
     if severity == "warning" and _are_drawn(norms):
         severity = "note"
+
     numbers = {"norms": float(len(norms)), "of": float(number)}
     return Evidence(severity, tuple(norm.path for norm in norms), text, remedy, numbers)
 

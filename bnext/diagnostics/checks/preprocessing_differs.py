@@ -145,7 +145,7 @@ def _is_close(values: Sequence[float], expected: Sequence[float]) -> bool:
 
 
 def _compare_with_first_norm(facts: Facts) -> Iterator[Evidence]:
-    """What the first norm gets, against the statistics that it was trained with, frozen or not."""
+    """The first norm's input against the statistics that it was trained with, frozen or not."""
     forward = next((one for one in facts.forwards if one.normalized_by == "population" and not one.is_noise), None)
     path = next(iter(forward.calls), None) if forward is not None else None
     norm = facts.find_norm(path) if path is not None else None

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from bnext.diagnostics.batch_remedies import name_architecture
-from bnext.diagnostics.facts import Call, Facts, ForwardFacts, NormFacts
+from bnext.diagnostics.facts import Call, Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
+from bnext.diagnostics.measures.batch_sizes import divide_calls
 from bnext.functional import Moments, merge_moments
 
 __all__ = ["CHECK"]
@@ -72,7 +73,7 @@ def _advise(facts: Facts, place: str, paths: Iterable[str]) -> Remedy:
 
 
 def _choose_keys(facts: Facts, place: str) -> dict[str, object] | None:
-    """What makes an architecture heed MODEL.BNEXT; None: no key reaches these norms, as in one of the user's own."""
+    """Keys that make an architecture heed MODEL.BNEXT; None: none reaches these norms, as in one of the user's own."""
     keys = name_architecture(facts)
     is_heeded = bool(keys) or str(facts.get_config("MODEL.META_ARCHITECTURE")).startswith("BNext")
     return keys if place and is_heeded else None
@@ -89,7 +90,7 @@ def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
     is_apart = norm.record.statistics == "per_level"
     number, distances = 0, []
     for forward in facts.forwards:
-        groups = _divide(forward, norm.path, is_apart)
+        groups = list(divide_calls(norm, forward))
         number = max(number, len(groups))
         if len(groups) > 1 and not forward.is_noise:
             distances.append(_measure(groups))
@@ -118,17 +119,6 @@ def _count_by_updates(facts: Facts, norm: NormFacts) -> int:
 
     number, rest = divmod(updates, usual)
     return number if not rest and number >= _LEAST_UNSEEN else 0
-
-
-def _divide(forward: ForwardFacts, path: str, is_apart: bool) -> list[list[Call]]:
-    """The features of each mini-batch of a norm."""
-    groups: list[list[Call]] = []
-    for call in forward.calls.get(path, ()):
-        if groups and call.is_joint and not is_apart:
-            groups[-1].append(call)
-        else:
-            groups.append([call])
-    return groups
 
 
 def _measure(groups: Sequence[Sequence[Call]]) -> float:

@@ -36,6 +36,7 @@ def _judge(norm: NormFacts, least: int) -> Severity:
 def _tell(facts: Facts, severity: Severity, norms: dict[NormFacts, tuple[int, int]]) -> Evidence:
     least = min(least for least, _ in norms.values())
     most = min(most for _, most in norms.values())
+
     if severity == "error":
         text = (
             f"{len(norms)} batch norms get mini-batches of a single element per channel, which has no variance: torch "
@@ -47,6 +48,7 @@ def _tell(facts: Facts, severity: Severity, norms: dict[NormFacts, tuple[int, in
             f"{len(norms)} batch norms get mini-batches of {number} elements per channel; a variance of {least} is "
             f"known to {100 * (2 / least) ** 0.5:.0f} %."
         )
+
     paths = tuple(norm.path for norm in norms)
     numbers = {"norms": float(len(norms)), "elements": float(least)}
     points = _POINTS if severity == "error" else None

@@ -12,7 +12,7 @@ from bnext.diagnostics.measures.batch_sizes import count_together, has_many_samp
 __all__ = ["CHECK"]
 
 _FEW = 4  # up to here even mini-batches at inference, which are a makeshift, win over population statistics
-# Points of validation error by population statistics, over those of 32 samples: Wu and Johnson 2021, Table 2.
+# Points of validation error by population statistics, over those of 32 samples: Wu and Johnson 2021, section 4.
 _POINTS = {8: 0.9, 4: 3.0, 2: 9.1, 1: 9.1}  # of a single sample nothing was published; it is no better than two
 
 

@@ -12,6 +12,7 @@ from bnext.diagnostics.facts import Facts, NormFacts, Population, StandardErrors
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.gaps import find_gap
 from bnext.diagnostics.measures.initial_state import drop_initial, is_young, weigh_initial
+from bnext.diagnostics.re_estimation import advise_precise_statistics
 from bnext.functional import Moments
 
 __all__ = ["CHECK"]
@@ -29,7 +30,7 @@ _MOSTLY = 0.5  # of them, from which on nothing else can be seen
 
 @dataclasses.dataclass(frozen=True)
 class _Distance:
-    """Of the running statistics of one set from the population.
+    """Distance of the running statistics of one set from the population.
 
     Args:
         mean: absolute, mean over channels, in standard deviations.
@@ -150,7 +151,7 @@ def _judge(facts: Facts, distances: dict[str, _Distance], number: int, *, is_noi
 
 
 def _explain_youth(facts: Facts, distances: dict[str, _Distance]) -> str:
-    """That moving averages have taken in too little yet, where they have."""
+    """A sentence where moving averages have taken in too little yet; else ""."""
     numbers: dict[int, float] = {}
     for norm in facts.batch_norms:
         for population in norm.populations:
@@ -168,17 +169,10 @@ def _factor(distances: dict[str, _Distance]) -> float:
 
 
 def _advise(facts: Facts, is_noise: bool) -> Remedy:
-    call = "from bnext.statistics import recompute_population_statistics\nrecompute_population_statistics(model, data)"
     text = "Re-estimate the statistics on training images before the evaluation; no weight is trained."
-    if facts.origin.kind != "config":
-        return Remedy(text, call=call)
-
-    command = ""
-    if facts.weights is not None and facts.weights.is_loaded:
-        command = facts.origin.write_command("reestimate", "--output", "reestimated.pth")
-    if is_noise:
+    if is_noise and facts.origin.kind == "config":
         text += " TEST.PRECISE_BN.ENABLED does it in every training."
-    return Remedy(text, {"TEST.PRECISE_BN.ENABLED": True}, command, call)
+    return advise_precise_statistics(facts, text)
 
 
 CHECK = Check(

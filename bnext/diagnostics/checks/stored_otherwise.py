@@ -63,7 +63,7 @@ def _is_said(facts: Facts, norms: Sequence[NormFacts]) -> bool:
 
 
 def _measure(norm: NormFacts) -> float | None:
-    """How far the populations of a norm are apart, at most; None: there are no two that were written."""
+    """Largest distance between populations of a norm; None: there are no two that were written."""
     unwritten = find_unwritten(norm)
     written = [population for population in norm.populations if population not in unwritten]
     if len(written) < 2:

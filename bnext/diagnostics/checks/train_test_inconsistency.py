@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnext.diagnostics.facts import Facts
+from bnext.diagnostics.facts import EvaluationFacts, Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.gaps import Gap, find_gap
+from bnext.diagnostics.re_estimation import advise_precise_statistics
 
 __all__ = ["CHECK"]
 
@@ -41,9 +42,9 @@ def _judge(facts: Facts, gap: Gap, *, is_mended: bool) -> Evidence:
 
 
 def _describe(facts: Facts) -> str:
-    assert facts.evaluation is not None
+    evaluation = facts.evaluation or EvaluationFacts()
     parts = []
-    for name, values in {"AP or accuracy": facts.evaluation.ap, "loss": facts.evaluation.losses}.items():
+    for name, values in {"AP or accuracy": evaluation.ap, "loss": evaluation.losses}.items():
         if values:
             of_kinds = (f"{values[kind]:.4g} {words}" for kind, words in _WORDS.items() if kind in values)
             parts.append(f"{name} {', '.join(of_kinds)}")
@@ -56,14 +57,7 @@ def _find_layers(facts: Facts) -> tuple[str, ...]:
 
 
 def _advise_estimate(facts: Facts) -> Remedy:
-    text = "Re-estimate the statistics on training images; no weight is trained."
-    call = "from bnext.statistics import recompute_population_statistics\nrecompute_population_statistics(model, data)"
-    if facts.origin.kind != "config":
-        return Remedy(text, call=call)
-    command = ""
-    if facts.weights is not None and facts.weights.is_loaded:
-        command = facts.origin.write_command("reestimate", "--output", "reestimated.pth")
-    return Remedy(text, {"TEST.PRECISE_BN.ENABLED": True}, command, call)
+    return advise_precise_statistics(facts, "Re-estimate the statistics on training images; no weight is trained.")
 
 
 def _advise_consistency(facts: Facts) -> Remedy:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from bnext.diagnostics.facts import Facts
+from bnext.diagnostics.facts import Facts, StepFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.counted_updates import expect_updates, find_live_norms
 
@@ -19,14 +19,12 @@ _LISTED = 8  # norms that a remedy names one by one
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
     if facts.steps is not None and facts.steps.num_forwards:
-        yield from _look_at_steps(facts)
+        yield from _look_at_steps(facts, facts.steps)
     elif facts.weights is not None and facts.weights.is_loaded and facts.weights.iteration is not None:
         yield from _look_at_file(facts, facts.weights.iteration + 1)
 
 
-def _look_at_steps(facts: Facts) -> Iterator[Evidence]:
-    steps = facts.steps
-    assert steps is not None
+def _look_at_steps(facts: Facts, steps: StepFacts) -> Iterator[Evidence]:
     ratios = {}
     for norm in find_live_norms(facts):
         expected = expect_updates(facts, norm)

@@ -1,4 +1,4 @@
-"""What a model shows when it is run: on a few batches (depth "forward"), and in a pass over images (depth "full").
+"""Facts of a model that is run: on a few batches (depth "forward"), and in a pass over images (depth "full").
 
 Whatever fails becomes a sentence of the facts; the rest stays known.
 """

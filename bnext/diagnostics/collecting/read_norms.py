@@ -1,4 +1,4 @@
-"""What a torch model says of its norms without being run."""
+"""Facts of the norms of a torch model that is not run."""
 
 from __future__ import annotations
 

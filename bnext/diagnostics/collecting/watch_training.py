@@ -129,7 +129,7 @@ class TrainingWatch:
         self._calls[path] += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of the copy that a copied or saved model brings along in its hooks: it counts, and watches nothing."""
+        """State of a copy, which a copied or saved model brings along in its hooks: it counts, and watches nothing."""
         return {"_calls": Counter(), "_most_calls": {}, "_new_forwards": 0}
 
     # ---- a loop
@@ -257,7 +257,7 @@ class TrainingWatch:
         ]
 
     def _compare(self, before: _Snapshot, after: _Snapshot) -> list[tuple[int, bool]]:
-        """Of each part: the updates that its counter has counted, and whether its statistics are others."""
+        """For each part the updates that its counter has counted, and whether its statistics are others."""
         if before.sizes != after.sizes:
             return [(0, False)] * len(self._parts)
 

@@ -1,4 +1,4 @@
-"""How far the running statistics of workers are apart."""
+"""Distances between the running statistics of workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much a norm normalizes together in training: samples, images and elements per channel, over workers that share.
+"""Sizes of the mini-batches of a training: samples, images and elements per channel, over workers that share.
 
 Micro-batches of an SGD step are never normalized together: images of a worker are those of one micro-batch.
 """

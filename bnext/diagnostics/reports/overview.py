@@ -130,6 +130,7 @@ def describe_overview(group: Overview) -> Mapping[str, Any]:
     """A group as dictionaries, lists, strings and numbers; see `doctor.schema.json`."""
     record, norm = group.norms[0].record, group.norms[0]
     channels = [one.record.num_features for one in group.norms]
+
     return {
         "patterns": list(group.patterns),
         "layers": list(group.paths),

@@ -83,7 +83,7 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Distances:
-    """How far apart the features of a norm are.
+    """Distances between the features of a norm.
 
     Args:
         kind: between what: "domains", "levels" (or calls) of a forward, or "stored" statistics.
@@ -186,7 +186,7 @@ def _measure_shift(norm: NormFacts, population: Population, moments: Moments) ->
 
 
 def _find_moments(norm: NormFacts, owner: str, forwards: Sequence[ForwardFacts]) -> Moments | None:
-    """What a norm got for one of its populations."""
+    """Moments of the features of one population of a norm."""
     by_call = _gather_calls(norm.path, forwards)
     if not owner:
         return _merge([moments for of_call in by_call.values() for moments in of_call])

@@ -28,6 +28,7 @@ def describe_diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
     facts = diagnosis.facts
     origin = facts.origin
     severities = [finding.severity for finding in diagnosis.findings]
+
     report = {
         "schema": SCHEMA,
         "versions": {"bnext": bnext.__version__, "torch": torch.__version__},
@@ -51,6 +52,7 @@ def describe_diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
         "advice": [dataclasses.asdict(advice) for advice in diagnosis.advice],
         "failures": list(diagnosis.failures),
     }
+
     plain: dict[str, Any] = _simplify(drop_nan(report))
     return plain
 
@@ -58,6 +60,7 @@ def describe_diagnosis(diagnosis: Diagnosis) -> dict[str, Any]:
 def _describe(finding: Finding) -> dict[str, Any]:
     check, evidence = finding.check, finding.evidence
     remedy = evidence.remedy
+
     return {
         "code": check.code,
         "name": check.name,

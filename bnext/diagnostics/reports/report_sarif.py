@@ -84,6 +84,7 @@ def _describe_rule(check: Check) -> dict[str, Any]:
         parts.append(f"Cost: {check.cost}{f' ({check.source})' if check.source else ''}")
     elif check.source:
         parts.append(f"Source: {check.source}")
+
     text = "\n\n".join([*parts, f"More: bnext doctor --explain {check.code}"])
     return {
         "id": check.code,

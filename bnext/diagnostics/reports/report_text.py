@@ -247,7 +247,7 @@ def _describe_advice(advice: Advice, width: int, most: int) -> list[str]:
 
 
 def find_next(diagnosis: Diagnosis) -> str:
-    """What to run next: the first remedy, else what sees more; "": nothing."""
+    """The line to run next: the first remedy, else what sees more; "": nothing."""
     origin = diagnosis.facts.origin
     for finding in diagnosis.select("warning"):
         remedy = finding.evidence.remedy

@@ -77,7 +77,7 @@ def _write_remedy(remedy: Remedy) -> str:
 
 
 def write_advice(every: Sequence[Advice]) -> str:
-    """Which norm fits, place by place, best first."""
+    """Advice on norms, place by place, best first."""
     if not every:
         return ""
     figures = "".join(_write_place(advice) for advice in every)

@@ -53,6 +53,7 @@ def write_comparison(facts: Facts, data: PageData) -> str:
         )
     if not facts.is_trained:
         lead += " Nobody has trained these norms: their statistics are those of no images yet."
+
     charts = {
         "distance": ("Distance of the means", "in running standard deviations; 0 is right"),
         "ratio": ("Ratio of the standard deviations", "those of the images over the running ones; 1 is right"),
@@ -96,6 +97,7 @@ def write_distances(data: PageData) -> str:
     ]
     if not figures:
         return ""
+
     lead = "How many standard deviations apart two sources are: far apart, one set of statistics fits neither."
     title = "Distances between domains and levels"
     return f'<h2>{title}</h2><p class="lead">{lead}</p>{_NO_SCRIPT}{"".join(figures)}'

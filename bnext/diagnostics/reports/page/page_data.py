@@ -1,4 +1,4 @@
-"""What the script of the page draws, as plain numbers: the norms, their profiles, and distances, to four digits."""
+"""Numbers that the script of the page draws: the norms, their profiles, and distances, to four digits."""
 
 from __future__ import annotations
 

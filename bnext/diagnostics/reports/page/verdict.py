@@ -64,6 +64,7 @@ def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
     if facts.num_parameters:
         millions = f"{facts.num_parameters / 1e6:,.1f} million"
         yield "parameters of the model", millions if facts.num_parameters >= 1e6 else f"{facts.num_parameters:,}"
+
     if facts.training is not None and facts.training.images_per_worker:
         training = facts.training
         workers = training.num_workers or 1
@@ -71,6 +72,7 @@ def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
         if training.accumulation > 1:
             words += f", {training.accumulation} micro-batches"
         yield "images of a training step", words
+
     if facts.weights is not None:
         words = flatten_text(facts.weights.source, 120) or "a random initialization"
         if facts.weights.source and not facts.weights.is_loaded:
@@ -80,6 +82,7 @@ def _list_figures(facts: Facts) -> Iterable[tuple[str, str]]:
         yield "weights", words
     if facts.origin.config_file:
         yield "config", flatten_text(facts.origin.config_file, 120)
+
     batches = [forward for forward in facts.forwards if not forward.is_noise and not forward.is_alone]
     if batches:
         kinds = [forward.normalized_by for forward in batches]
