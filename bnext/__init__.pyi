@@ -19,6 +19,7 @@ from .errors import DomainError as DomainError
 from .errors import LaunchError as LaunchError
 from .errors import StatisticsError as StatisticsError
 from .errors import WorkerError as WorkerError
+from .evaluation.adversarial import make_adversarial as make_adversarial
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import CycleBatchNormList as CycleBatchNormList
 from .layers import LevelBatchNorm2d as LevelBatchNorm2d

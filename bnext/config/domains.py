@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from detectron2.config import CfgNode
 
 from bnext.config.recipe import NormRecipe, resolve_norms
-from bnext.data.domains import check_domain_lists, count_domains, find_domain
+from bnext.data.domains import check_domain_lists, count_domains, find_auxiliary_domain, find_domain
 from bnext.data.records import load_records, load_train_records
 from bnext.errors import ConfigError, Refusal, list_few
 from bnext.notices import tell_once
@@ -44,6 +44,12 @@ NO_IMAGES = Refusal(
     "have an image to train on where norms have domains",
     "Annotate images of it, leave the set out, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on images "
     "without objects.",
+)
+NO_AUXILIARY = Refusal(
+    ConfigError,
+    NAMES,
+    "have the domain of auxiliary images, {domain!r}",
+    "Add it, leave NAMES empty, or correct SOLVER.BNEXT.AUXILIARY.DOMAIN.",
 )
 NEVER_SEEN = (
     "No image of DATASETS.TRAIN is of the domain(s) %s of " + NAMES + ": what the norms keep for them stays as it is "
@@ -88,13 +94,17 @@ def _check_train(cfg: CfgNode, norms: NormRecipe) -> None:
         if unknown:
             raise UNKNOWN.of(_describe(unknown), f"data set {name!r}", names=names)
 
+    auxiliary = find_auxiliary_domain(cfg)
+    if auxiliary and auxiliary not in norms.domains:
+        raise NO_AUXILIARY.of(names, "config", domain=auxiliary)
+
     seen = count_domains(records)
     for name in cfg.DATASETS.TRAIN:
         domain = find_domain(cfg, name)
         if domain and not seen[domain]:
             raise NO_IMAGES.of(f"none of {domain!r}", f"data set {name!r}; there are {_describe(seen)}")
 
-    never = [repr(name) for name in norms.domains if not seen[name]]
+    never = [repr(name) for name in norms.domains if not seen[name] and name != auxiliary]
     if never:
         tell_once(logging.getLogger(__name__), cfg.OUTPUT_DIR, NEVER_SEEN, list_few(never), _describe(seen))
 

@@ -3,7 +3,8 @@
     a config, the catalogs  --find_domain-->  the domain of a set  --name_source-->  records with `domain`
 
 A record's own `domain` comes first: the function of a registered set may give one for each image. Then
-DATASETS.DOMAINS.TRAIN and TEST, the `domain` of an entry of DATASETS.BNEXT.COCO, and the metadata of the set.
+DATASETS.DOMAINS.TRAIN and TEST, the `domain` of an entry of DATASETS.BNEXT.COCO, and the metadata of the set. Where a
+training makes images of an auxiliary domain (SOLVER.BNEXT.AUXILIARY), those of a set without a domain are "clean".
 """
 
 from __future__ import annotations
@@ -17,9 +18,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.errors import ConfigError, DatasetError, Refusal
 
-__all__ = ["check_domain_lists", "count_domains", "find_domain", "find_train_domains", "name_source"]
+__all__ = [
+    "check_domain_lists",
+    "count_domains",
+    "find_auxiliary_domain",
+    "find_domain",
+    "find_train_domains",
+    "name_source",
+]
 
 KEY = "DATASETS.DOMAINS"
+CLEAN = "clean"
 _LENGTH = Refusal(
     ConfigError,
     KEY + ".{part}",
@@ -61,9 +70,13 @@ def find_domain(cfg: CfgNode, name: str) -> str:
     """The domain of all images of a set; "": it is not said, or by its records alone.
 
     Args:
-        cfg: DATASETS is read.
+        cfg: DATASETS and SOLVER.BNEXT.AUXILIARY are read.
         name: of the set, which need not be registered yet where the config lists it.
     """
+    return _find_said_domain(cfg, name) or (CLEAN if find_auxiliary_domain(cfg) else "")
+
+
+def _find_said_domain(cfg: CfgNode, name: str) -> str:
     node = cfg.DATASETS.get("DOMAINS") or {}
     for part in ("TRAIN", "TEST"):
         for one, domain in zip(cfg.DATASETS[part], node.get(part) or (), strict=False):
@@ -77,9 +90,20 @@ def find_domain(cfg: CfgNode, name: str) -> str:
     return str(MetadataCatalog.get(name).get("domain", "") or "") if name in DatasetCatalog else ""
 
 
+def find_auxiliary_domain(cfg: CfgNode) -> str:
+    """The domain of the images that a training makes of its own (SOLVER.BNEXT.AUXILIARY); "" if it makes none."""
+    node = (cfg.SOLVER.get("BNEXT") or {}).get("AUXILIARY") or {}
+    kind = node.get("KIND", "none")
+    return "" if kind == "none" else str(node.get("DOMAIN") or kind)
+
+
 def find_train_domains(cfg: CfgNode) -> tuple[str, ...]:
-    """The domains that the training sets are said to be of, in their order; several sets may be of one."""
+    """The domains that the training sets are said to be of, in their order, and last that of auxiliary images.
+
+    Several sets may be of one.
+    """
     domains = [find_domain(cfg, name) for name in cfg.DATASETS.TRAIN]
+    domains.append(find_auxiliary_domain(cfg))
     return tuple(dict.fromkeys(filter(None, domains)))
 
 

@@ -9,15 +9,16 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from bnext.data.loader import TrainLoader
+from bnext.engine.auxiliary import describe_auxiliary
 
 __all__ = ["describe_training"]
 
 
 def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
-    """The data and the schedule in a line.
+    """The data, the schedule and the auxiliary images in a line.
 
     Args:
-        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH and MAX_ITER are read.
+        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, MAX_ITER and BNEXT.AUXILIARY are read.
         loader: of the training; of a foreign one the number of images is not known.
         start_iter: the iteration to begin with.
     """
@@ -31,4 +32,5 @@ def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
         epochs = batch * steps / max(1, loader.num_images)
         shown = f"{epochs:.1f}" if epochs < 10 else f"{math.floor(epochs):,}"
         words += f": {loader.num_images:,} images, {shown} epochs"
-    return f"{words}; {batch} images a step{share}, {steps:,} steps{rest}."
+    words += f"; {batch} images a step{share}, {steps:,} steps{rest}."
+    return f"{words} {describe_auxiliary(cfg)}".rstrip()
