@@ -32,6 +32,7 @@ class Purpose(enum.IntEnum):
     VALIDATE = 10
     ORDER = 11
     LOAD_VALIDATION = 12
+    CORRUPT = 15
 
 
 def derive_seed(*entropy: int) -> int:

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from torch.utils.data import Dataset
 
+from bnext.data.corrupted_sets import register_variant
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.text import find_near
@@ -89,7 +90,8 @@ _NOTHING_LEFT = Refusal(
 
 
 def check_registered(name: str) -> None:
-    """Raise DatasetError, with the nearest names, unless a data set of that name is registered."""
+    """Raise DatasetError, with the nearest names, unless a data set of that name is registered, or can be."""
+    register_variant(name)
     if name in DatasetCatalog:
         return
 
