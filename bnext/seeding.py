@@ -32,7 +32,10 @@ class Purpose(enum.IntEnum):
     VALIDATE = 10
     ORDER = 11
     LOAD_VALIDATION = 12
-    AUXILIARY = 15
+    SHUFFLE_DOMAIN = 13
+    DRAW_DOMAIN = 14
+    CORRUPT = 15
+    AUXILIARY = 17
 
 
 def derive_seed(*entropy: int) -> int:

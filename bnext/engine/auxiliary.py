@@ -100,15 +100,14 @@ def describe_auxiliary(cfg: CfgNode) -> str:
     if not domain:
         return ""
 
-    copies, passes = "strongly augmented copies", 2
+    way, passes = "strongly augmented", 2
     if node.KIND == "adversarial":
-        ways, aim = (2, "the stronger of two losses") if node.LOSS == "stronger" else (1, f"the {node.LOSS} loss")
-        copies = f"adversarial copies (PGD of {node.STEPS} step(s), epsilon {node.EPSILON:g} of 255, on {aim})"
-        passes = 2 + ways * node.STEPS
+        attacks, aim = (2, "the stronger of two losses") if node.LOSS == "stronger" else (1, f"the {node.LOSS} loss")
+        steps = "1 step" if node.STEPS == 1 else f"{node.STEPS} steps"
+        way = f"adversarial, by PGD of {steps} on {aim}, up to {node.EPSILON:g} of 255"
+        passes += attacks * node.STEPS
 
-    shares = (
-        f"in norms with something per domain they are of {domain!r}"
-        if domain in resolve_norms(cfg, says_unused=False).domains
-        else "no norm has anything per domain, so they share all statistics with the images"
-    )
-    return f"Each step also trains on {copies} of its images, about {passes} times the time of a step; {shares}."
+    shares = "they share all statistics and affines with the images, as no norm has anything per domain"
+    if domain in resolve_norms(cfg, says_unused=False).domains:
+        shares = f"in norms with something per domain they are of {domain!r}"
+    return f"Each step also trains on copies of its images ({way}): it takes about {passes} times as long; {shares}."
