@@ -396,7 +396,23 @@ def check_domain_batches(folder):
     assert all(["day", "night"] in map(sorted, seen) for seen in workers), "both workers see both domains"
 
 
+ATTACKED = ("SOLVER.BNEXT.AUXILIARY.KIND", "adversarial", "SOLVER.BNEXT.AUXILIARY.LOSS", "stronger")
+ATTACKED += ("MODEL.RESNETS.NORM", "SyncBN", "MODEL.BNEXT.RESNETS.STATISTICS", "per_domain")
+ATTACKED += ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "SOLVER.MAX_ITER", 2)
+
+
+def check_auxiliary_domain(folder):
+    """Adversarial copies of each worker's images: attacks come to the shared mini-batches in step."""
+    trainer = watch(tiny.load(folder / "attacked", *SHORT, *NO_TEST, *SYNC, *ATTACKED))
+    stem = trainer.model.module.backbone.bottom_up.stem.conv1.norm
+    assert [int(state.num_batches_tracked) for state in (stem.clean, stem.adversarial)] == [2, 2]
+    assert not torch.equal(stem.clean.running_mean, stem.adversarial.running_mean)
+    assert are_equal_on_workers(copy_state(trainer.model))
+    check_doctor(trainer, num_steps=2, num_forwards=4)
+
+
 CHECKS = {
+    "auxiliary_domain": check_auxiliary_domain,
     "own_code": check_own_code,
     "domain_batches": check_domain_batches,
     "world": check_world,
