@@ -25,6 +25,7 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import find_existing_faults, find_kept, find_path_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
+from bnext.config.keys import KEYS
 from bnext.config.places import ARCHITECTURES, PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches, read_domain
@@ -307,11 +308,13 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     nodes = cfg.LAZY.NORMS if is_lazy(cfg) else cfg.MODEL.BNEXT
     for place in places:
         nodes[place].POPULATION = population
-    names = nodes.setdefault("DOMAINS", CfgNode({"NAMES": (), "FALLBACK": ""}))
+    start = "MODEL.BNEXT.DOMAINS."
+    defaults = {name.removeprefix(start): key.default for name, key in KEYS.items() if name.startswith(start)}
+    names = nodes.setdefault("DOMAINS", CfgNode(defaults))
     if population == "per_domain" and not names.get("NAMES"):
         names.NAMES = tuple(dict.fromkeys(domains))
     elif population == "shared" and not any("per_domain" in node.values() for node in nodes.values()):
-        names.NAMES, names.FALLBACK = (), ""
+        names.update(defaults)
 
     resolve_norms(cfg)
     cfg.freeze()

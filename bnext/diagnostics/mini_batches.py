@@ -130,6 +130,7 @@ def _observe_ours(norm: BatchNorm2d, given: Any, seen: MiniBatch) -> None:
         features, domains = [given[level] for level in levels], [names.index(level) for level in levels]
     else:
         features, domains = [given], [norm.find_domains(record.domain, len(given))]
+        names = norm.name_domains(domains[0])
 
     spec, groups = norm.spec, record.groups.get(norm)
     size = spec.normalization_batch_size if norm.uses_mini_batch else None

@@ -29,7 +29,7 @@ TAKEN_TOGETHER = (
     "code of yours opens `use_domain`, all images are trained as the fallback domain %r, whichever set they are of. "
     "A domain that no sample had is an error at the end of the training."
 )
-FALLBACK = "%d samples were taken for the fallback domain %r in training and evaluation, as counted by %s: %s."
+FALLBACK = "%d samples were taken for the fallback domain %r in training, as counted by %s: %s."
 NEVER_ACTIVE = Refusal(
     DomainError,
     "every domain of a norm",

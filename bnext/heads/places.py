@@ -25,6 +25,7 @@ from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import find_forms
+from bnext.layers.unseen import tell_forwards
 from bnext.layers.walk import find_foreign_norms, replace_modules
 from bnext.notices import tell_once
 from bnext.surgery import convert_norm
@@ -110,6 +111,8 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
 
     name_norms(model)
     tell_images(model)
+    if any(norm.spec.domains for norm in norms.places.values()):
+        tell_forwards(model)
     shuffle_heads(model, norms)
 
 

@@ -36,6 +36,7 @@ from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.layers.unseen import is_unseen, normalize_unseen, settle_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
 
@@ -150,11 +151,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
-        domains = self.find_domains(call.domain, input.shape[0])
+        domains = self.find_domains(call.domain, input.shape[0], call.spec)
         self.count_domains(call, input.shape[0])
         if self._last_call is not None and self.training and not is_traced():
             self._last_call = watch_call(self, input, self._last_call)
-        return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
+        return self.normalize_features([input], [domains], self.name_domains(domains), call)[0]
 
     @property
     def uses_mini_batch(self) -> bool:
@@ -179,11 +180,13 @@ class BatchNorm2d(OwnedBatchNorm2d):
             names: of the domains that may occur.
             call: what the call knows besides.
         """
+        if is_unseen(names[-1]):
+            domains = settle_unseen(self, features, domains, names, call)
         if self._is_by_mini_batch(call.spec):
             return self._normalize_by_mini_batch(features, domains, names, call)
 
         moves = any(self.is_moving(name, call) for name in names)
-        outputs = self._normalize_by_population(features, domains, names, moves)
+        outputs = self._normalize_by_population(features, domains, names, moves, call)
         if moves:
             group = resolve_group(call.spec.workers)
             moments, grouping = self._collect_moments(features, domains, names, None, group, call)
@@ -193,15 +196,16 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the population
 
     def _normalize_by_population(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool
+        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool, call: NormCall
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
         indices = {index for domain in domains for index in ((domain,) if isinstance(domain, int) else domain)}
-        used_names = [names[index] for index in indices]
+        used_names = [source for index in indices for source in self.list_sources(names[index])]
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
-        if all(isinstance(domain, int) for domain in domains):
+        has_unseen = is_unseen(names[-1])
+        if all(isinstance(domain, int) for domain in domains) and not has_unseen:
             used: list[int] = domains  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._infer(x, names[d], affines[d], moves) for x, d in zip(features, used, strict=True)]
@@ -209,6 +213,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
         parts = _to_parts(domains, weight.device)
+        if has_unseen:
+            return normalize_unseen(self, features, parts, names, (weight, bias), populations, call)
         return normalize_parts(features, parts, weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:

@@ -19,14 +19,22 @@ from torch.nn.utils import fusion
 from bnext.dispatch import has_numbers, is_exported, is_ordinary, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
-from bnext.layers.counts import counts_of
+from bnext.functional import (
+    Moments,
+    group_moments,
+    make_index,
+    merge_moments,
+    take_finite,
+    update_running_statistics,
+)
+from bnext.layers.counts import UnseenCount, counts_of
 from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
 from bnext.layers.spec import NormSpec
+from bnext.layers.unseen import UNSEEN, is_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 from bnext.scope.record import get_record
@@ -56,6 +64,10 @@ NOT_ONE_PER_SAMPLE = Refusal(
 NAME_THE_DOMAIN = (
     "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
     "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+)
+CHOOSE_A_RULE = (
+    "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at inference: "
+    "the 'mixture' of all domains, a 'blend' of it and the image's own statistics, the 'nearest' domain, or another rule."
 )
 FALLBACK = "%s are taken for the fallback domain %r (first in %s), and share its statistics and affine."
 BROKEN_STATISTICS = Refusal(
@@ -368,18 +380,25 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if self._spec.affine == "shared":
             return self.weight.expand(size), self.bias.expand(size) if has_bias else like.new_zeros(size)
 
-        states = [self.affine_state(name) for name in names]
-        bias = torch.stack([state.bias for state in states]) if has_bias else like.new_zeros(size)
-        return torch.stack([state.weight for state in states]), bias
+        weight = torch.stack([self._mix_affines(name, "weight") for name in names])
+        bias = torch.stack([self._mix_affines(name, "bias") for name in names]) if has_bias else like.new_zeros(size)
+        return weight, bias
+
+    def _mix_affines(self, name: str, field: str) -> Tensor:
+        """Weight or bias of a level or domain, [C]; of what stands for several the mean of theirs."""
+        tensors: list[Tensor] = [getattr(self.affine_state(source), field) for source in self.list_sources(name)]
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
 
     def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[Affine]:
         """Weight and bias for each name, of which `used` are needed.
 
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
-        states = [self.affine_state(name) for name in names]
-        is_owned = self._spec.affine.startswith("per_")
-        if not is_owned or len(set(used)) == len(names) or not torch.is_grad_enabled():
+        sources = [self.list_sources(name) for name in names]
+        states = [self.affine_state(of_name[0]) for of_name in sources]
+        is_mixed = any(len(of_name) > 1 for of_name in sources)
+        is_needed = len(set(used)) < len(names) and torch.is_grad_enabled()
+        if not self._spec.affine.startswith("per_") or not (is_mixed or is_needed):
             return [(state.weight, state.bias) for state in states]
 
         weight, bias = self.stack_affines(names, states[0].weight)
@@ -390,30 +409,71 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Their count is infinity: to the gradient they are constants.
         """
-        states: list[Any] = [self.population_state(name) for name in names]
+        pairs = [self._mix_populations(name) for name in names]
+        mean, var = (torch.stack(fields) for fields in zip(*pairs, strict=True))
+        return Moments(mean.new_full((len(names),), float("inf")), mean, var)
+
+    def _mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
+        states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_sources(name))))
+        if len(states) == 1:
+            return states[0].running_mean, states[0].running_var
+
         mean = torch.stack([state.running_mean for state in states])
         var = torch.stack([state.running_var for state in states])
-        return Moments(mean.new_full((len(states),), float("inf")), mean, var)
+        _, mean, var = merge_moments(Moments(mean.new_ones(len(states)), mean, var))
+        return mean, var
+
+    def list_sources(self, name: str) -> Sequence[str]:
+        """The levels or domains that a name stands for: itself, or, of unseen domains, all that there are."""
+        return self.domains if is_unseen(name) else (name,)
 
     # ---- domains of a call
 
-    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Domains:
-        """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains."""
+    def find_domains(
+        self, active: str | tuple[str, ...] | None, num_samples: int, spec: NormSpec | None = None
+    ) -> Domains:
+        """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains.
+
+        Args:
+            active: as the call names it.
+            num_samples: N.
+            spec: in force; None: as it is now.
+
+        Returns:
+            For a domain that the norm has not, by the rule of the spec: that of the fallback domain; or, at inference,
+            the number of domains, behind the last of them.
+
+        Raises:
+            DomainError: there is no rule, or the names are not one per sample.
+        """
         if not self.domains:
             return 0
+        spec = spec or self.spec
         if not isinstance(active, tuple):
-            return self._find_domain(active)
+            return self._find_domain(active, spec)
 
         if len(active) != num_samples:
             raise NOT_ONE_PER_SAMPLE.of(f"{len(active)} names for {num_samples} samples", self.where)
-        return tuple(self._find_domain(name) for name in active)
+        return tuple(self._find_domain(name, spec) for name in active)
 
-    def _find_domain(self, name: str | None) -> int:
-        known = name if name in self.domains else self._spec.fallback_domain
-        if known is None:
-            subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {NAME_THE_DOMAIN}")
-        return self.domains.index(known)
+    def _find_domain(self, name: str | None, spec: NormSpec) -> int:
+        if name in self.domains:
+            return self.domains.index(name)
+        if spec.unseen == "fallback":
+            return self.domains.index(cast(str, spec.fallback_domain))
+        if spec.unseen != "error" and not self.training:
+            return len(self.domains)
+
+        subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+        remedy = NAME_THE_DOMAIN if self.training else f"{NAME_THE_DOMAIN} {CHOOSE_A_RULE}"
+        raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {remedy}")
+
+    def name_domains(self, domains: Domains) -> tuple[str, ...]:
+        """The names that indices of `find_domains` are of: the last one is that of unseen domains, if there are any."""
+        names = self.domains or ("",)
+        is_used = len(names) in ((domains,) if isinstance(domains, int) else domains)
+        return (*names, UNSEEN) if is_used else names
 
     def count_domains(self, call: NormCall, num_samples: int) -> None:
         """Count the samples of each domain in training, and those that were taken for the fallback domain."""
@@ -425,13 +485,20 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         counts = counts_of(self)
         for name, number in active.items():
             is_known = name in self.domains
-            taken = name if is_known else self._spec.fallback_domain
-            if self.training and taken is not None:
+            if not is_known and call.spec.unseen != "fallback":
+                continue  # an image of it is counted where its rule is applied
+            taken = cast(str, name if is_known else call.spec.fallback_domain)
+            if self.training:
                 counts.domains[taken] += number
-            if not is_known and number:
+            if is_known or not number:
+                continue
+
+            if self.training:
                 counts.fallbacks[name] += number
-                subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
-                tell_once(log, (subject, str(taken)), FALLBACK, subject, taken, self.where)
+            else:
+                counts.unseen[UnseenCount(name, "fallback", taken)] += number
+            subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+            tell_once(log, (subject, taken), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
 

@@ -243,7 +243,8 @@ def _make_folded_norm(pair: Pair, domain: str, allow_training: bool) -> FoldedNo
     if isinstance(norm, LevelBatchNorm2d):
         names = {"domain": domain, "levels": norm.domains}
     elif isinstance(norm, BatchNorm2d) and domain:
-        names = {"domain": domain, "domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
+        fallback = norm.spec.fallback_domain if norm.spec.unseen == "fallback" else None
+        names = {"domain": domain, "domains": norm.domains, "fallback_domain": fallback}
 
     folded = FoldedNorm(pair.conv.out_channels, **names, allow_training=allow_training, path=pair.norm_path)
     return folded.eval()
