@@ -66,8 +66,8 @@ NAME_THE_DOMAIN = (
     "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
 )
 CHOOSE_A_RULE = (
-    "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at inference: "
-    "the 'mixture' of all domains, a 'blend' of it and the image's own statistics, the 'nearest' domain, or another rule."
+    "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at "
+    "inference: the 'mixture' of all domains, a 'blend' of it and the image's own statistics, or another rule."
 )
 FALLBACK = "%s are taken for the fallback domain %r (first in %s), and share its statistics and affine."
 BROKEN_STATISTICS = Refusal(

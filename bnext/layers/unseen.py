@@ -3,8 +3,8 @@
     mixture      the populations of all domains, merged with equal weight
     mini_batch   each image's own statistics
     blend        (S * mixture + image) / (S + 1), the moments of the union of S images like the mixture and the image
-    stream       (S * mixture + n * stream) / (S + n), the n images of unseen domains so far, of which the last 64 count;
-                 one that is nearer to the mixture than to what the norm has come to leads back to the mixture
+    stream       (S * mixture + n * stream) / (S + n), of n images of unseen domains so far, of which the last 64
+                 count; one that is nearer to the mixture than to what the norm has come to leads back to the mixture
     nearest      the population, and the affine, of the domain that is nearest to the image's statistics
 
 S is `source_images`: with 0 a blend is the image's own statistics, with infinity it is the mixture. "auto" gives the
@@ -12,8 +12,9 @@ image's statistics the share that is left of their distance d from the mixture w
 off, as the estimator of James and Stein does: 1 - 1/d^2, or 0. Where the affine belongs to domains, the mean of all
 weights and biases scales and shifts, but for "nearest". The RoIs of an image are its mini-batch.
 
-The rules "error" and "fallback" need no more than a look at names: see `OwnedBatchNorm2d.find_domains`. What an image is
-nearest to is found once in a forward, by its first norm that has a population for each domain, and holds in all others.
+The rules "error" and "fallback" need no more than a look at names: see `OwnedBatchNorm2d.find_domains`. What an image
+is nearest to is found once in a forward, by its first norm that has a population for each domain, and holds in all
+others.
 """
 
 from __future__ import annotations

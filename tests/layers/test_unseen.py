@@ -128,7 +128,7 @@ rules = pytest.mark.parametrize(("rule", "source_images"), RULES)
 
 @rules
 @given(seed=strategies.seeds)
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=3, deadline=None)
 def test_a_mixed_batch_by_every_rule_is_its_definition(rule, source_images, seed):
     norm, x = build(OWN.replace(unseen=rule, source_images=source_images), seed), draw(seed)
     with one_forward():
@@ -226,7 +226,8 @@ def test_the_nearest_is_found_once_in_a_forward(population):
         with use_domain(name):
             torch.testing.assert_close(output[index : index + 1], model(image), **EXACT)
     counts = take_unseen_counts(model)
-    assert sum(counts.values()) == 8 and {key.rule for key in counts} == {"nearest"}
+    assert sum(counts.values()) == 8
+    assert {key.rule for key in counts} == {"nearest"}
     assert len({key.taken for key in counts}) > 1, "or any one would do"
 
 
@@ -235,7 +236,7 @@ def test_another_forward_finds_it_anew_and_a_broken_one_leaves_nothing():
     far = model[0].population_state("fog")
     far.running_mean.fill_(100)
     expected = model(x)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="features must be"):
         model(torch.zeros(1, NUM_CHANNELS + 1, 2, 2).double())
     torch.testing.assert_close(model(x + 100), copy.deepcopy(model)(x + 100), rtol=0, atol=0)
     assert {key.taken for key in take_unseen_counts(model)} > {"fog"}
@@ -248,9 +249,10 @@ def test_what_cannot_be_found_is_refused():
         model[0](x)
     with pytest.raises(DomainError, match="POPULATION"), one_forward():
         build(OWN.replace(unseen="nearest", population="shared"))(x)
-    with pytest.raises(DomainError, match="6 images"), one_forward():
+    with one_forward():
         model[0](x)
-        model[2](x[:2])
+        with pytest.raises(DomainError, match="6 images"):
+            model[2](x[:2])
 
 
 # ---- the stream
@@ -290,7 +292,7 @@ def test_a_stream_follows_its_definition_and_begins_anew_when_it_is_told(source_
         expected = reference.inference_norm(x, *follow(norm, x, source_images, seen), *affine, norm.eps)
         torch.testing.assert_close(run(norm, x, "rain").detach(), expected, **EXACT)
         lengths.append(len(seen))
-    assert lengths[:5] == [1, 2, 3, 4, 5] and lengths[5] == 0, "it has come back to the source by itself"
+    assert lengths[:6] == [1, 2, 3, 4, 5, 0], "it has come back to the source by itself"
     forget_stream(norm)
     first = reference.inference_norm(x, *follow(norm, x, source_images, []), *affine, norm.eps)
     torch.testing.assert_close(run(norm, x, None).detach(), first, **EXACT)
@@ -336,8 +338,7 @@ def test_a_rule_is_applied_for_a_while_and_leaves_the_stream_as_it_was():
     with frozen_statistics(norm):
         followed = run(norm, x, None)
     with pytest.raises(KeyError), applying_rule(model, "stream", source_images=2):
-        run(norm, x + 9, None)
-        raise KeyError
+        run(norm, x + 9, {}["an error"])
     with applying_rule(model, "mini_batch"):
         torch.testing.assert_close(run(norm, x, "rain").detach(), normalize_slowly(norm, x, "mini_batch"), **EXACT)
     with applying_rule(model, "error"), pytest.raises(DomainError, match="'rain'"):
@@ -360,7 +361,8 @@ def test_images_are_counted_by_domain_and_rule_once_in_a_forward():
     assert counts == {**expected, ("rain", "fallback", "fog"): 6}
     assert not take_unseen_counts(norm)
     lines = describe_unseen({UnseenCount("rain", "stream"): 1, UnseenCount(None, "nearest", "day"): 3})
-    assert "one image" in lines[0] and "3 images without a domain" in lines[1]
+    assert "one image" in lines[0]
+    assert "3 images without a domain" in lines[1]
 
 
 @pytest.mark.parametrize("rule", ["mixture", "mini_batch", "blend", "stream", "nearest"])
