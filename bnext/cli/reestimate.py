@@ -291,7 +291,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         return cfg
 
     norms = resolve_norms(cfg).places
-    places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
+    places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].answers]
     if not places:
         got = f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
         rule = "be of a model with batch norms that can have it"

@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import NormSpec
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.numbers import is_count, is_number
 from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
@@ -114,8 +114,8 @@ def _answer(name: str, help: str, **changes: Any) -> Key:
     return dataclasses.replace(Key(name, default, help, choices), **changes)
 
 
-# Answers that a place gives for all together, or for each level or domain.
-_OWNED = ("STATISTICS", "POPULATION", "AFFINE")
+# Answers that a place gives for all together, or for each level, domain, or both.
+_OWNED = tuple(name.upper() for name in OWNED)
 
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
@@ -192,7 +192,7 @@ def _make_place_keys(name: str) -> tuple[Key, ...]:
     for row in rows:
         default, values = row.default, row.values
         if row.name in _OWNED:
-            values = _one_of(*place.sources, *([] if row.name == "STATISTICS" else ["none"]))
+            values = _one_of(*place.answers, *([] if row.name == "STATISTICS" else ["none"]))
         if row.name in ("STATISTICS", "POPULATION") and place.levels:
             default = "per_level"
 
@@ -229,7 +229,7 @@ def _find_place_needs(row: Key, name: str) -> list[Need]:
         needs.append(Need(conditions, of=_none_of("features"), is_said=True))
 
     if row.name in _OWNED and place.levels:
-        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))
+        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none", "per_domain")))
     return needs
 
 
@@ -242,7 +242,7 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; code names that of an image, see "
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; code names that of an image, see "
         "`bnext.use_domain`",
         Values(
             "names",

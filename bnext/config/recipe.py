@@ -19,7 +19,8 @@ from bnext.config.norm_names import check_norm_name
 from bnext.config.places import BATCH_NORMS, PLACES
 from bnext.errors import ConfigError, check_choice
 from bnext.layers.build import NAMED_NORMS
-from bnext.layers.spec import NormSpec
+from bnext.layers.sources import is_per_domain
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.lazy_config import is_lazy
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
@@ -80,7 +81,7 @@ class NormRecipe:
 
     Args:
         places: name of each place that the detector has -> its norm.
-        domains: names of the domains, wherever something is per_domain.
+        domains: names of the domains, wherever an answer tells them apart.
         fallback_domain: of samples without one; None: that is an error.
     """
 
@@ -182,12 +183,12 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
     """The recipe of places, from values by the whole names of their keys, and from those that have an effect."""
     norms = {place: _make_place(place, used) for place in places}
     has_domains = any(norm.spec.domains for norm in norms.values())
-    had_domains = any(values[name] == "per_domain" for name in values if used[name] != values[name])
+    had_domains = any(is_per_domain(values[name]) for name in values if used[name] != values[name])
 
     for key in ("MODEL.BNEXT.DOMAINS.NAMES", "MODEL.BNEXT.DOMAINS.FALLBACK"):
         if values[key] and not has_domains and not had_domains:
-            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place is 'per_domain'"
-            remedy = "Set one so, such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
+            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place tells domains apart"
+            remedy = "Set one to 'per_domain', such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
             raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
 
     if not has_domains:
@@ -215,7 +216,7 @@ def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
         answers["normalization_batch_size"] = None
     if answers["workers"] is None:
         answers["workers"] = "all" if norm == "SyncBN" or shuffle == "statistics" else "one"
-    if "per_domain" in answers.values():
+    if any(is_per_domain(answers[owned]) for owned in OWNED):
         answers["domains"] = tuple(values["MODEL.BNEXT.DOMAINS.NAMES"])
         answers["fallback_domain"] = values["MODEL.BNEXT.DOMAINS.FALLBACK"] or None
 

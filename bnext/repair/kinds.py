@@ -105,7 +105,7 @@ def _find_no_levels(model: nn.Module, num_images: int) -> str | None:
 
     if not levels:
         return "the model has no batch norm that sees several levels"
-    if all(norm.spec.population == "per_level" for norm in levels):
+    if all(is_per_level(norm.spec.population) for norm in levels):
         return "the statistics are per level already, see the precise ones"
     return None
 
