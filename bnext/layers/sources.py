@@ -14,6 +14,7 @@ __all__ = [
     "Ownership",
     "Sharing",
     "Source",
+    "add_domains",
     "add_levels",
     "find_origin",
     "is_owned",
@@ -27,12 +28,12 @@ Sharing = Literal["shared", "per_level", "per_domain", "per_level_and_domain"]
 Ownership = Literal["shared", "per_level", "per_domain", "per_level_and_domain", "none"]
 
 
-def is_per_level(answer: str) -> bool:
+def is_per_level(answer: object) -> bool:
     """Whether an answer tells levels apart."""
     return answer in ("per_level", "per_level_and_domain")
 
 
-def is_per_domain(answer: str) -> bool:
+def is_per_domain(answer: object) -> bool:
     """Whether an answer tells domains apart."""
     return answer in ("per_domain", "per_level_and_domain")
 
@@ -42,9 +43,14 @@ def is_owned(answer: str) -> bool:
     return is_per_level(answer) or is_per_domain(answer)
 
 
-def add_levels(answer: Ownership) -> Ownership:
-    """The answer that tells levels apart besides what an answer tells apart."""
+def add_levels(answer: str) -> Literal["per_level", "per_level_and_domain"]:
+    """The answer that tells levels apart, and domains if an answer does."""
     return "per_level_and_domain" if is_per_domain(answer) else "per_level"
+
+
+def add_domains(answer: str) -> Literal["per_domain", "per_level_and_domain"]:
+    """The answer that tells domains apart, and levels if an answer does."""
+    return "per_level_and_domain" if is_per_level(answer) else "per_domain"
 
 
 class Source(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bnext.errors import ConfigError, StatisticsError
-from bnext.layers import BatchNorm2d, NormSpec, build_norm, name_norms
+from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.scope import use_domain
 from tests.cases import DOMAINS, NUM_CHANNELS, Case, pick_cases, randomize
 
