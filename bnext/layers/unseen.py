@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -42,6 +41,7 @@ from bnext.functional import (
     stack_parts,
 )
 from bnext.layers.counts import UnseenCount, counts_of
+from bnext.layers.sources import is_per_domain
 from bnext.layers.spec import Unseen
 from bnext.layers.streams import Stream, keep_near
 from bnext.notices import tell_once
@@ -108,13 +108,15 @@ class UnseenImages:
     Attributes:
         nearest: number of the image in its batch -> domain that was nearest.
         num_images: of the batch; None: no norm has asked.
-        num_calls: norm -> its calls so far.
+        counted: norms that have counted the images.
+        followed: norms and names of sources whose stream has them.
     """
 
     def __init__(self) -> None:
         self.nearest: dict[int, str] = {}
         self.num_images: int | None = None
-        self.num_calls: Counter[nn.Module] = Counter()
+        self.counted: set[nn.Module] = set()
+        self.followed: set[tuple[nn.Module, str]] = set()
 
 
 def is_unseen(name: str) -> bool:
@@ -163,23 +165,23 @@ def _number_images(features: Sequence[Tensor], call: NormCall) -> tuple[list[Ten
 def settle_unseen(
     norm: BatchNorm2d,
     features: Sequence[Tensor],
-    domains: Sequence[int | tuple[int, ...]],
+    sources: Sequence[int | tuple[int, ...]],
     names: Sequence[str],
     call: NormCall,
 ) -> list[int | tuple[int, ...]]:
-    """The domains of a call, where "nearest" has a known one for every sample; and count them.
+    """The sources of a call, where "nearest" has a known one for every sample; and count them.
 
     Args:
         norm: in evaluation mode, with another rule than "error" and "fallback".
         features: [N_l, C, H_l, W_l].
-        domains: for each feature the index in `names` of all its samples, or of each.
-        names: of the domains that may occur; some stand for unseen ones, see `is_unseen`.
+        sources: for each feature the index in `names` of all its samples, or of each.
+        names: of the sources that may occur; some stand for unseen domains, see `is_unseen`.
         call: of the norm.
 
     Raises:
         DomainError: see the module's rule "nearest".
     """
-    rule, settled = call.spec.unseen, list(domains)
+    rule, settled = call.spec.unseen, list(sources)
     if not is_ordinary():
         if rule == "nearest":
             raise WRITTEN_DOWN.of("an export, a compiled model or a transform", norm.where)
@@ -187,7 +189,7 @@ def settle_unseen(
 
     images, num_images = _number_images(features, call)
     numbers = [image.tolist() for image in images]
-    of_samples = [[d] * len(x) if isinstance(d, int) else list(d) for x, d in zip(features, domains, strict=True)]
+    of_samples = [[d] * len(x) if isinstance(d, int) else list(d) for x, d in zip(features, sources, strict=True)]
 
     unseen: set[int] = set()  # images
     for indices, of_feature in zip(of_samples, numbers, strict=True):
@@ -209,7 +211,7 @@ def _replace(norm: BatchNorm2d, names: Sequence[str], index: int, domain: str | 
     """The index of a domain in the place of an unseen one."""
     if domain is None or not is_unseen(names[index]):
         return index
-    return names.index(norm.list_sources(names[index])[norm.spec.domains.index(domain)])
+    return names.index(norm.list_members(names[index])[norm.spec.domains.index(domain)])
 
 
 def _count(norm: BatchNorm2d, images: Sequence[int], unseen: set[int], call: NormCall) -> None:
@@ -217,9 +219,9 @@ def _count(norm: BatchNorm2d, images: Sequence[int], unseen: set[int], call: Nor
     nearest: dict[int, str] = {}
     if call.images is not None:
         nearest = call.images.nearest
-        call.images.num_calls[norm] += 1
-        if call.images.num_calls[norm] > 1:
+        if norm in call.images.counted:
             return
+        call.images.counted.add(norm)
 
     rule: Any = call.spec.unseen
     if not call.moves or (rule == "nearest" and not unseen <= nearest.keys()):  # a norm before the one that finds it
@@ -264,13 +266,13 @@ def _find_nearest(
     for feature, indices in enumerate(of_samples):
         stand_in = next((names[index] for index in indices if is_unseen(names[index])), None)
         if stand_in is not None:
-            candidates = norm.list_sources(stand_in)
+            candidates = norm.list_members(stand_in)
             states = tuple(map(norm.population_state, candidates))
             sets.setdefault(states, []).append(feature)
             sources[states] = candidates
 
     if any(len(set(states)) < len(domains) for states in sets):
-        if "domain" in norm.spec.affine:
+        if is_per_domain(norm.spec.affine):
             raise NO_POPULATIONS.of(f"population={norm.spec.population!r}", norm.where)
         return dict.fromkeys(unseen, domains[0])  # all share what normalizes them here
 
@@ -337,7 +339,7 @@ def normalize_unseen(
 
     images, num_images = _number_images(features, call)
     num_known = sum(not is_unseen(name) for name in names)
-    states = [norm.population_state(norm.list_sources(name)[0]) for name in names[num_known:]]
+    states = [norm.population_state(norm.list_members(name)[0]) for name in names[num_known:]]
     sets = [states.index(state) for state in states]  # of names that share their populations, as levels may
 
     # Behind the parts of known domains is one for each unseen name and image.
@@ -430,8 +432,9 @@ def _follow(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call
         if _measure_divergence(batch, first, norm.eps) < _measure_divergence(batch, now, norm.eps):
             stream.begin_anew()
         else:
-            is_again = call.images is not None and call.images.num_calls[norm] > 1
-            stream.take_in(batch, 0 if is_again else int((images.count > 0).sum()))
+            followed = set() if call.images is None else call.images.followed
+            stream.take_in(batch, 0 if (norm, name) in followed else int((images.count > 0).sum()))
+            followed.add((norm, name))
 
     now = _read_stream(stream, first, norm.eps, call)
     return Moments(source.count, now.mean.expand_as(source.mean), now.var.expand_as(source.var))

@@ -83,20 +83,12 @@ def _divide(norm: nn.Module, given: Any) -> Features:
         yield norm, given
         return
 
-    if isinstance(given, Mapping):
-        for level in filter(norm.domains.__contains__, given):  # the norm itself refuses an unknown level
-            yield norm.population_state(level), given[level]
-        return
-
-    domains = norm.find_domains(get_record().domain, len(given))
-    names = norm.name_domains(domains)
-    if isinstance(domains, int):
-        if is_unseen(names[domains]):
-            return
-        yield norm.population_state(names[domains]), given
-        return
-
-    for domain in sorted(set(domains)):
-        if is_unseen(names[domain]):
-            continue
-        yield norm.population_state(names[domain]), given[[index == domain for index in domains]]
+    features, of_features = norm.list_features(given, get_record().domain)
+    names = norm.name_sources(of_features)
+    for feature, sources in zip(features, of_features, strict=True):
+        for number in [sources] if isinstance(sources, int) else sorted(set(sources)):
+            if is_unseen(names[number]):
+                continue
+            is_all = isinstance(sources, int)
+            own = feature if is_all else feature[[source == number for source in sources]]
+            yield norm.population_state(names[number]), own

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from torch import nn
 
 from bnext.errors import ConfigError, DomainError
-from bnext.layers import BatchNorm2d, NormSpec, use_groups
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_groups
 from bnext.layers.counts import UnseenCount, describe_unseen, take_unseen_counts
 from bnext.layers.unseen import (
     NOISE_OF_LOG_VAR,
@@ -23,7 +23,7 @@ from bnext.layers.unseen import (
 )
 from bnext.scope import frozen_statistics, use_domain
 from tests import reference, strategies
-from tests.cases import DOMAINS, NUM_CHANNELS, randomize
+from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, make_features, randomize
 
 EXACT = {"rtol": 1e-11, "atol": 1e-11}
 OWN = NormSpec(statistics="per_domain", population="per_domain", affine="per_domain", domains=DOMAINS)
@@ -50,16 +50,16 @@ def run(norm, x, names):
 # ---- slow definitions
 
 
-def mix(norm):
+def mix(norm, names=DOMAINS):
     """Mean and variance of a mixture of normal distributions with equal weight."""
-    states = [norm.population_state(name) for name in DOMAINS]
+    states = [norm.population_state(name) for name in names]
     mean = sum(state.running_mean for state in states) / len(states)
     var = sum(state.running_var + (state.running_mean - mean) ** 2 for state in states) / len(states)
     return mean, var
 
 
-def average_affine(norm):
-    states = [norm.affine_state(name) for name in DOMAINS]
+def average_affine(norm, names=DOMAINS):
+    states = [norm.affine_state(name) for name in names]
     return [sum(getattr(state, field).detach() for state in states) / len(states) for field in ("weight", "bias")]
 
 
@@ -104,11 +104,14 @@ def normalize_slowly(norm, image, rule, source_images=16):
     source, affine = mix(norm), average_affine(norm)
     if rule == "nearest":
         return normalize_known(norm, image, find_nearest(norm, own))
-    if rule == "blend" and source_images == "auto":
-        share = find_share(source, own, norm.eps)
-    else:
-        share = {"mixture": 0.0, "mini_batch": 1.0}.get(rule, 1 / (1 + source_images))
+    share = find_rule_share(norm, rule, source_images, source, own)
     return reference.inference_norm(image, *join(source, own, share), *affine, norm.eps)
+
+
+def find_rule_share(norm, rule, source_images, source, own):
+    if rule == "blend" and source_images == "auto":
+        return find_share(source, own, norm.eps)
+    return {"mixture": 0.0, "mini_batch": 1.0}.get(rule, 1 / (1 + source_images) if source_images != "auto" else 0.0)
 
 
 def normalize_known(norm, image, name):
@@ -203,6 +206,45 @@ def test_norms_of_mini_batches_take_unseen_ones_for_one_more_domain():
     weight, bias = average_affine(norm)
     (expected,) = reference.concatenated_batch_norm([x[unseen]], [weight], [bias], norm.eps)
     torch.testing.assert_close(output[unseen].detach(), expected, **EXACT)
+
+
+LEVEL_SPECS = {
+    "pairs": OWN.replace(population="per_level_and_domain", affine="per_level_and_domain"),
+    "domains": OWN,
+    "levels_of_shared_affine": OWN.replace(population="per_level_and_domain", affine="shared"),
+}
+
+
+@pytest.mark.parametrize("spec", LEVEL_SPECS.values(), ids=LEVEL_SPECS)
+@rules
+def test_levels_in_a_mixed_batch(spec, rule, source_images):
+    """Levels that share their populations are one mini-batch of an image, and it is near to one domain at all levels."""
+    spec = spec.replace(unseen=rule, source_images=source_images)
+    norm = randomize(LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double()).eval()
+    features = make_features(sizes=((3, 6, 5), (3, 3, 3), (3, 2, 1)))
+    with one_forward(), use_domain(["rain", "day", "snow"]):
+        outputs = norm(features)
+    is_apart = spec.population == "per_level_and_domain"
+    for index, active in enumerate(("rain", "day", "snow")):
+        images = {level: x[index : index + 1] for level, x in features.items()}
+        own = {}
+        for level in LEVELS:
+            own[level] = reference.moments_of([images[level]] if is_apart else list(images.values()))[1:]
+        total = dict.fromkeys(DOMAINS, 0.0)
+        for domain in DOMAINS:
+            for level in LEVELS if is_apart else LEVELS[:1]:
+                state = norm.population_state(f"{domain}_{level}")
+                total[domain] += measure_divergence(own[level], (state.running_mean, state.running_var), norm.eps)
+        for level in LEVELS:
+            names = [f"{domain}_{level}" for domain in DOMAINS]
+            known = active if active in DOMAINS else min(total, key=total.get) if rule == "nearest" else None
+            source, affine = mix(norm, names), average_affine(norm, names)
+            if known is not None:
+                expected = normalize_known(norm, images[level], f"{known}_{level}")
+            else:
+                share = find_rule_share(norm, rule, source_images, source, own[level])
+                expected = reference.inference_norm(images[level], *join(source, own[level], share), *affine, norm.eps)
+            torch.testing.assert_close(outputs[level][index : index + 1], expected, **EXACT)
 
 
 # ---- nearest
