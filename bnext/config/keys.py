@@ -553,7 +553,8 @@ _DATASETS = (
         "DATASETS.BNEXT.COCO",
         [],
         "data sets in COCO format: `[{name: my_train, json: my/train.json, folder: my/train}]`, and the `domain` of "
-        "their images, if they have one; see datasets/README.md",
+        "their images, if they have one; with `corruption: fog, severity: 3` all pictures are changed when they are "
+        "read; see datasets/README.md",
     ),
 )
 
