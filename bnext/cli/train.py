@@ -24,8 +24,9 @@ from bnext.checkpoints.last import find_last_checkpoint
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.config.differences import describe_differences
+from bnext.data.check_classes import check_class_map, check_classes
 from bnext.data.check_coco import check_datasets
-from bnext.data.classes import check_classes, count_classes
+from bnext.data.classes import count_classes
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
@@ -260,6 +261,8 @@ def check_run(
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
         check_classes(cfg, is_new=not resume)
+    else:
+        check_class_map(cfg)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)

@@ -489,6 +489,19 @@ _DATASETS = (
         "data sets in COCO format: `[{name: my_train, json: my/train.json, folder: my/train}]`, and the `domain` of "
         "their images, if they have one; see datasets/README.md",
     ),
+    Key(
+        "DATASETS.BNEXT.CLASSES",
+        (),
+        "the classes of the model, in their order, among which the categories of all sets are found by name; images of "
+        "a set are no negatives for a class that it does not annotate; empty: the categories of `DATASETS.TRAIN`, "
+        "which are then the same in all of its sets",
+    ),
+    Key(
+        "DATASETS.BNEXT.CLASS_MAP",
+        [],
+        'classes of categories by other names: `[{my_night_train: {pedestrian: person, tram: "", rider: "?"}}]`; '
+        '`""`: none of the classes, `"?"`: perhaps one of them, so that the losses ignore the region',
+    ),
 )
 
 _TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _DOCTOR, _ESTIMATES, _BEST, _DATASETS)

@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from torch.utils.data import Dataset
 
+from bnext.data.classes import relabel_records
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.text import find_near
@@ -198,18 +199,34 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
         check_registered(name)
 
     try:
+        if cfg.DATASETS.BNEXT.CLASSES:
+            joined = []
+            for name in names:
+                records = get_detection_dataset_dicts([name], filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS)
+                joined += join_records(cfg, name, records)
+            return joined
         return get_detection_dataset_dicts(
             names,
             filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
             min_keypoints=keypoints,
             proposal_files=proposals,
         )
+    except BNextError:
+        raise
     except Exception as error:
         for name in names:
             _refuse_unreadable(name)
         if isinstance(error, AssertionError) and "No valid data" in str(error):
             raise _NOTHING_LEFT.of("none", where=", ".join(names)) from error
         raise _name_error(names, error) from error
+
+
+def join_records(cfg: CfgNode, name: str, records: list[Record]) -> list[Record]:
+    """The records of a training set with the class indices of the model, without those that lose all their objects."""
+    relabelled = relabel_records(cfg, name, records)
+    if relabelled is records or not cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        return relabelled
+    return [record for record in relabelled if has_labels([record]) or "annotations" not in record]
 
 
 def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:

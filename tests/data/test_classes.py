@@ -3,7 +3,8 @@
 import pytest
 
 from bnext.data.batches import build_validation_batches
-from bnext.data.classes import check_classes, find_trained_classes, match_classes, relabel_records
+from bnext.data.check_classes import check_classes
+from bnext.data.classes import find_trained_classes, match_classes, relabel_records
 from bnext.data.records import load_records
 from bnext.errors import BNextError, ConfigError, DatasetError
 from tests.evaluation.own_sets import NAMES, load, make_set, registered, renumber
