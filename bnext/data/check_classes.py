@@ -71,8 +71,8 @@ _DIFFERENT = Refusal(
     "DATASETS.TRAIN",
     f"name sets with the same categories in the same order unless {CLASSES} joins them, as a class index has one "
     "meaning in a training",
-    f"Name the classes of the model, and set {{key}} to their number: {CLASSES}: {{classes}}. Where two names mean one "
-    f"class, leave one of them out and map it: {CLASS_MAP}: {_FORM}.",
+    f"Write {CLASSES}: {{classes}} and {{key}}: {{number}}. Where two names mean one class, leave one of them out and map "
+    f"it: {CLASS_MAP}: {_FORM}.",
 )
 _UNSEEN = (
     "No set of DATASETS.TRAIN annotates the classes %s of DATASETS.BNEXT.CLASSES: the training leaves them as they are."
@@ -218,7 +218,7 @@ def _check_equal(cfg: CfgNode, is_new: bool) -> None:
         got = "; ".join(_describe_difference(first, classes, name, names) for name, names in different.items())
         joint = list(dict.fromkeys((*classes, *(each for names in different.values() for each in names))))
         key = number[0] if number is not None else "NUM_CLASSES"
-        raise _DIFFERENT.of(got, key=key, classes=f"[{', '.join(map(repr, joint))}]")
+        raise _DIFFERENT.of(got, key=key, classes=f"[{', '.join(map(repr, joint))}]", number=len(joint))
 
     if number is not None and number[1] != len(classes) and is_new:
         raise _name_number(number[0], number[1], classes, f"of categories of training set {first!r}")

@@ -3,10 +3,9 @@
 import pytest
 
 from bnext.data.batches import build_validation_batches
-from bnext.data.check_classes import check_classes
 from bnext.data.classes import find_trained_classes, match_classes, relabel_records
 from bnext.data.records import load_records
-from bnext.errors import BNextError, ConfigError, DatasetError
+from bnext.errors import DatasetError
 from tests.evaluation.own_sets import NAMES, load, make_set, registered, renumber
 
 VAL = make_set(2)
@@ -17,22 +16,6 @@ def test_names_are_matched_one_by_one():
     assert match_classes(("a", "a", "b"), ("a", "a", "b")) == [0, 1, 2], "as they are, if they are equal"
     assert match_classes(("a", "a", "b"), ("b", "a")) == [2, None], "two of one name cannot be told apart"
     assert match_classes(("Cat", "cat"), ("cat", "CAT")) == [1, None]
-
-
-@pytest.mark.parametrize(("number", "kind"), [(10, ConfigError), (2, BNextError)])
-def test_the_number_of_classes_is_the_trainings(tmp_path, number, kind):
-    with registered(tmp_path, val=VAL):
-        cfg = load(tmp_path, "MODEL.RETINANET.NUM_CLASSES", number)
-        with pytest.raises(kind, match="NUM_CLASSES must be 3"):
-            check_classes(cfg)
-        check_classes(cfg, is_new=False)
-
-
-def test_training_sets_have_the_same_classes(tmp_path):
-    with registered(tmp_path, val=VAL, other=renumber(VAL, (3, 1, 2))):
-        with pytest.raises(ConfigError, match="own_other"):
-            check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_other')"))
-        check_classes(load(tmp_path, "DATASETS.TRAIN", "('own_train', 'own_val')"))
 
 
 def test_the_classes_of_another_set_than_the_trained_one_are_not_the_models(tmp_path):
