@@ -48,6 +48,12 @@ _ODD_MAP = Refusal(
     f"Write it as {_FORM}, names in quotes where YAML would take them for numbers.",
 )
 _MAPPED_TWICE = Refusal(ConfigError, CLASS_MAP, "map each category of a set once", "Keep one entry for each data set.")
+_WITHOUT_CLASSES = Refusal(
+    ConfigError,
+    CLASS_MAP,
+    f"speak of no set of DATASETS.TRAIN unless {CLASSES} names the classes of the model",
+    f"Write {CLASSES}: [...], or leave the set out of the map.",
+)
 _UNKNOWN_SET = Refusal(ConfigError, f"The data sets in {CLASS_MAP}", "be registered", "{remedy}")
 _UNKNOWN_CATEGORY = Refusal(ConfigError, f"The categories of {{name!r}} in {CLASS_MAP}", "be some of it", "{remedy}")
 _UNKNOWN_TARGET = Refusal(
@@ -71,8 +77,8 @@ _DIFFERENT = Refusal(
     "DATASETS.TRAIN",
     f"name sets with the same categories in the same order unless {CLASSES} joins them, as a class index has one "
     "meaning in a training",
-    f"Write {CLASSES}: {{classes}} and {{key}}: {{number}}. Where two names mean one class, leave one of them out and map "
-    f"it: {CLASS_MAP}: {_FORM}.",
+    f"Write {CLASSES}: {{classes}} and {{key}}: {{number}}. Where two names mean one class, leave one of them out and "
+    f"map it: {CLASS_MAP}: {_FORM}.",
 )
 _UNSEEN = (
     "No set of DATASETS.TRAIN annotates the classes %s of DATASETS.BNEXT.CLASSES: the training leaves them as they are."
@@ -167,6 +173,8 @@ def check_class_map(cfg: CfgNode) -> None:
         if name not in DatasetCatalog:
             remedy = suggest(name, DatasetCatalog.list(), "Correct the name, or leave it out.")
             raise _UNKNOWN_SET.of(repr(name), remedy=remedy)
+        if name in cfg.DATASETS.TRAIN and not joint:
+            raise _WITHOUT_CLASSES.of(repr(name))
         _check_mapping(name, read_class_map(cfg, name), read_classes(name), trained)
 
 

@@ -6,6 +6,7 @@ import bnext.config
 import bnext.heads.architectures
 import bnext.heads.lazy_model  # noqa: F401  both register classes
 from bnext.heads.class_masks import mask_classes
+from bnext.heads.domains import tell_domains
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead
 from bnext.heads.roi import mixing_images, tell_images
@@ -21,6 +22,7 @@ __all__ = [
     "make_buildable",
     "mask_classes",
     "mixing_images",
+    "tell_domains",
     "tell_images",
 ]
 
