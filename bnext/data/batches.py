@@ -175,6 +175,8 @@ def build_shuffled_batches(
                 where="TEST.BNEXT.PRECISE_BN.ROIS is 'sampled'",
                 remedy="Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'.",
             )
+        if labelled and are_found_by_name(cfg, is_training=True):
+            added = relabel_records(cfg, name, added)
         if domains:
             added = [{**record, "domain": domains[index]} for record in added]
 
