@@ -5,23 +5,24 @@
 
 Sigmoid and softmax of a hidden logit are 0 in every precision: the focal loss of a RetinaNet or FCOS is the sum over
 the columns that are left, the softmax of an R-CNN is over these and the background. Box, mask and keypoint losses are
-of annotated objects alone. An RPN knows no classes: its loss stays as it is.
+of annotated objects alone. An RPN knows no classes: what it would call an object in another set may be a negative here.
 
 A record says what is hidden in its image, see `bnext.data.classes`:
 
     annotated_classes   class indices; without the key all are annotated
     ignored_boxes       [M, 4] x0, y0, x1, y1 in pixels of the mapped image; an anchor or RoI of the background of which
-                        half lies in one of them is a negative for no class
+                        half lies in one of them is a negative for no class, and none of an RPN
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads.fast_rcnn import FastRCNNOutputLayers
 from detectron2.structures import Boxes, pairwise_ioa
 from torch import Tensor, nn
@@ -95,11 +96,24 @@ class ClassMasks:
             return None
 
         hidden = []
-        for record, of_image, places in zip(self._records, labels, boxes, strict=True):
+        ignored = self.find_ignored(labels, boxes, num_classes)
+        for record, of_image in zip(self._records, ignored, strict=True):
             columns = _find_columns(record, num_classes).to(of_image.device)
-            ignored = (of_image == num_classes) & _find_covered(places, record)
-            hidden.append(columns[None, :] | ignored[:, None])
+            hidden.append(columns[None, :] | of_image[:, None])
         return torch.cat(hidden)
+
+    def find_ignored(self, labels: Sequence[Tensor], boxes: Sequence[Tensor], background: int) -> list[Tensor]:
+        """Of each image [R_i], whether an anchor or RoI is of the background and lies in an ignored box.
+
+        Args:
+            labels, boxes: see `find_hidden`.
+            background: its label.
+        """
+        if not self._records:
+            return [torch.zeros_like(of_image, dtype=torch.bool) for of_image in labels]
+
+        triples = zip(self._records, labels, boxes, strict=True)
+        return [(of_image == background) & _find_covered(places, record) for record, of_image, places in triples]
 
 
 def _hides(record: Any) -> bool:
@@ -170,6 +184,24 @@ class _RoiLosses:
         return type(self._predictor).losses(self._predictor, predictions, proposals)
 
 
+class _RpnLosses:
+    """`losses` of an RPN without the negatives in ignored boxes."""
+
+    def __init__(self, rpn: nn.Module, masks: ClassMasks) -> None:
+        self._rpn, self._masks = rpn, masks
+
+    def __call__(self, anchors: list[Boxes], logits: list[Tensor], labels: list[Tensor], *others: Any) -> Any:
+        places = Boxes.cat(anchors).tensor
+        ignored = self._masks.find_ignored(labels, [places] * len(labels), 0)
+        labels = [of_image.masked_fill(mask, -1) for of_image, mask in zip(labels, ignored, strict=True)]
+
+        return type(self._rpn).losses(self._rpn, anchors, logits, labels, *others)
+
+
+# The parts of a detector that compute losses of objects and background.
+_WRAPPERS: dict[type[nn.Module], Any] = {DenseDetector: _DenseLosses, FastRCNNOutputLayers: _RoiLosses, RPN: _RpnLosses}
+
+
 def mask_classes(model: nn.Module) -> bool:
     """Let the losses of a detectron2 RetinaNet, FCOS or R-CNN leave out what the records of a batch do not annotate.
 
@@ -186,26 +218,22 @@ def mask_classes(model: nn.Module) -> bool:
         Puts a `losses` of its own in the place of the method, on this model alone. Only in training mode, in which
         detectors compute losses.
     """
-    owners = list(_find_owners(model))
-    if any("losses" in vars(owner) for owner in owners):
-        return True
+    if not _has_classes(model):
+        return False
 
-    masks = ClassMasks(model) if owners else None
-    for owner in owners:
-        wrapper = _DenseLosses if isinstance(owner, DenseDetector) else _RoiLosses
-        vars(owner)["losses"] = wrapper(owner, masks)
-    return bool(owners)
+    owners = [part for part in model.modules() if isinstance(part, tuple(_WRAPPERS)) and hasattr(part, "losses")]
+    if not any("losses" in vars(owner) for owner in owners):
+        masks = ClassMasks(model)
+        for owner in owners:
+            wrapper = next(wrapper for kind, wrapper in _WRAPPERS.items() if isinstance(owner, kind))
+            vars(owner)["losses"] = wrapper(owner, masks)
+    return True
 
 
-def _find_owners(model: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a detector that compute classification losses."""
-    if isinstance(model, DenseDetector) and hasattr(model, "losses"):
-        yield model
-
-    predictors = getattr(getattr(model, "roi_heads", None), "box_predictor", None)
-    for part in predictors if isinstance(predictors, nn.ModuleList) else [predictors]:
-        if isinstance(part, FastRCNNOutputLayers):
-            yield part
+def _has_classes(model: nn.Module) -> bool:
+    """Whether a detector has a classification loss that can be masked."""
+    kinds = (DenseDetector, FastRCNNOutputLayers)
+    return any(isinstance(part, kinds) and hasattr(part, "losses") for part in model.modules())
 
 
 def check_maskable(cfg: CfgNode, model: nn.Module) -> None:
@@ -219,6 +247,6 @@ def check_maskable(cfg: CfgNode, model: nn.Module) -> None:
         ConfigError: names the sets.
     """
     partial = find_partial_sets(cfg)
-    if partial and not any(_find_owners(model)):
+    if partial and not _has_classes(model):
         sets = list_few(map(repr, partial))
         raise _NOT_MASKABLE.of(cfg.MODEL.META_ARCHITECTURE, f"{sets} annotate a part of the classes")

@@ -118,6 +118,15 @@ def test_the_softmax_of_rois_is_over_what_is_annotated_and_the_background(archit
         assert not each.grad[: len(parts[0]), 1].any(), "exactly 0"
 
 
+def test_negatives_of_an_rpn_in_ignored_boxes_are_none():
+    model, batch = make("Faster"), make_partial_batch(ignored=([[0.0, 0.0, 64.0, 64.0]], ()))
+    outputs = []
+    watch(model.proposal_generator.rpn_head, outputs)
+    run_step(model, batch)
+    signs = [torch.cat([of_level.grad[image].flatten() for of_level in outputs[0][0]]).sign() for image in (0, 1)]
+    assert [set(of_image.tolist()) for of_image in signs] == [{-1.0, 0.0}, {-1.0, 0.0, 1.0}], "objects alone, both"
+
+
 @pytest.mark.parametrize("architecture", [*DENSE, "Faster"])
 def test_where_all_classes_are_annotated_it_is_bitwise_detectron2(architecture):
     masked = run_step(make(architecture), make_partial_batch([ALL, None]))
