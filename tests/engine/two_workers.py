@@ -388,6 +388,7 @@ def check_domain_batches(folder):
     bnext.train(tiny.load(folder / "composed", *opts), hooks=[whole])
     bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 2), hooks=[first])
     bnext.train(tiny.load(folder / "continued", *opts), resume=True, hooks=[rest])
+    comm.synchronize()
     assert differ(load_state(folder / "composed", "model_final"), load_state(folder / "continued", "model_final")) == []
     assert first.seen + rest.seen == whole.seen
 
@@ -414,7 +415,6 @@ def check_auxiliary_domain(folder):
 
 
 CHECKS = {
-    "auxiliary_domain": check_auxiliary_domain,
     "own_code": check_own_code,
     "domain_batches": check_domain_batches,
     "world": check_world,
@@ -428,6 +428,7 @@ CHECKS = {
     "around": check_around,
     "shuffling": check_shuffling,
     "lazy_config": check_lazy_config,
+    "auxiliary_domain": check_auxiliary_domain,
 }
 
 
