@@ -24,6 +24,8 @@ from bnext.statistics.data_pass import Forward
 
 __all__ = ["AuxiliaryImages", "build_auxiliary", "describe_auxiliary"]
 
+_COST_OF_AN_ATTACK = 0.75  # of a step, for each step of an attack: a forward, and a backward without weights
+
 
 class AuxiliaryImages:
     """Copies of the images of a step, in a domain of their own.
@@ -100,14 +102,14 @@ def describe_auxiliary(cfg: CfgNode) -> str:
     if not domain:
         return ""
 
-    way, passes = "strongly augmented", 2
+    way, times = "strongly augmented", 2.0
     if node.KIND == "adversarial":
         attacks, aim = (2, "the stronger of two losses") if node.LOSS == "stronger" else (1, f"the {node.LOSS} loss")
         steps = "1 step" if node.STEPS == 1 else f"{node.STEPS} steps"
         way = f"adversarial, by PGD of {steps} on {aim}, up to {node.EPSILON:g} of 255"
-        passes += attacks * node.STEPS
+        times += _COST_OF_AN_ATTACK * attacks * node.STEPS
 
     shares = "they share all statistics and affines with the images, as no norm has anything per domain"
     if domain in resolve_norms(cfg, says_unused=False).domains:
         shares = f"in norms with something per domain they are of {domain!r}"
-    return f"Each step also trains on copies of its images ({way}): it takes about {passes} times as long; {shares}."
+    return f"Each step also trains on copies of its images ({way}): it takes about {times:.2g} times as long; {shares}."
