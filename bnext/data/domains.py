@@ -23,6 +23,7 @@ __all__ = [
     "count_domains",
     "find_auxiliary_domain",
     "find_domain",
+    "find_norm_domains",
     "find_train_domains",
     "name_source",
 ]
@@ -98,12 +99,14 @@ def find_auxiliary_domain(cfg: CfgNode) -> str:
 
 
 def find_train_domains(cfg: CfgNode) -> tuple[str, ...]:
-    """The domains that the training sets are said to be of, in their order, and last that of auxiliary images.
-
-    Several sets may be of one.
-    """
+    """The domains that the training sets are said to be of, in their order; several sets may be of one."""
     domains = [find_domain(cfg, name) for name in cfg.DATASETS.TRAIN]
-    domains.append(find_auxiliary_domain(cfg))
+    return tuple(dict.fromkeys(filter(None, domains)))
+
+
+def find_norm_domains(cfg: CfgNode) -> tuple[str, ...]:
+    """The domains whose images norms see in a training: those of its sets, and last that of auxiliary images."""
+    domains = (*find_train_domains(cfg), find_auxiliary_domain(cfg))
     return tuple(dict.fromkeys(filter(None, domains)))
 
 

@@ -9,6 +9,8 @@ from detectron2.engine.hooks import CallbackHook
 from torch import nn
 
 from bnext.cli.train import check_run
+from bnext.data.records import load_train_records
+from bnext.data.sampling.shares import read_domains
 from bnext.data.strong_augmentation import augment_strongly
 from bnext.engine import Trainer, train
 from bnext.engine.accumulation import AccumulatingTrainer
@@ -170,6 +172,13 @@ def test_ap_under_attack_is_of_the_sets_with_their_labels(finished, tmp_path):
 def test_what_does_not_fit_is_refused_before_a_training(digits, tmp_path, opts, named):
     with pytest.raises(ConfigError, match=named):
         check_run(tiny.load(tmp_path, *opts))
+
+
+def test_samplers_deal_out_the_images_alone(digits, tmp_path):
+    """Copies have a domain in the norms, and no images in the data; images of a set without a domain are clean."""
+    cfg = tiny.load(tmp_path, *ATTACKED, *APART)
+    assert read_domains(cfg, load_train_records(cfg)) == ["clean"] * 12
+    assert cfg.MODEL.BNEXT.DOMAINS.NAMES == ("clean", "adversarial")
 
 
 def test_without_the_key_steps_are_detectron2s(digits, tmp_path):
