@@ -5,6 +5,7 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
@@ -86,6 +87,9 @@ OTHER_ANSWERS = Refusal(
 
 Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
+
+# An answer about whose state it is -> the same in a norm without domains.
+_WITHOUT_DOMAINS = {"per_domain": "shared"}
 
 # Answers of a spec that say which state there is.
 _STATE = ("population", "affine", "domains")
@@ -204,16 +208,19 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
     def _add_domain_states(self, place: dict[str, Any]) -> None:
-        for name in self.domains:
-            is_name = isinstance(name, str) and name and "." not in name
-            is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
-            if is_taken or self.domains.count(name) > 1:
-                raise NO_DOMAIN_NAME.of(repr(self.domains), f"{type(self).__name__}, {name!r}")
-
+        self._check_names(self.domains, self.domains)
         has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
         for name in self.domains if has_affine or has_population else ():
             state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population, **place)
             self.add_module(name, state)
+
+    def _check_names(self, new: Sequence[str], every: Sequence[str]) -> None:
+        """Refuse names that the modules of new levels or domains cannot have."""
+        for name in new:
+            is_name = isinstance(name, str) and name and "." not in name
+            is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
+            if is_taken or every.count(name) > 1:
+                raise NO_DOMAIN_NAME.of(repr(tuple(every)), f"{type(self).__name__}, {name!r}")
 
     @property
     def spec(self) -> NormSpec:
@@ -394,6 +401,59 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         mean = torch.stack([state.running_mean for state in states])
         var = torch.stack([state.running_var for state in states])
         return Moments(mean.new_full((len(states),), float("inf")), mean, var)
+
+    # ---- other domains than it was built with
+
+    def domain_states(self, domain: str) -> list[DomainState]:
+        """The modules that hold what a domain owns, in an order that is the same for all domains."""
+        return [cast(DomainState, self._modules[name]) for name in self._name_states(domain)]
+
+    def _name_states(self, domain: str) -> list[str]:
+        owns = any(getattr(self._spec, field) == "per_domain" for field in ("population", "affine"))
+        return [domain] if owns else []
+
+    def check_domain_name(self, name: str) -> None:
+        """Refuse a name that a new domain cannot have."""
+        self._check_names([name], [*self._spec.domains, name])
+
+    def set_domains(self, sources: Mapping[str, str], fallback_domain: str | None) -> None:
+        """Have other domains, each with the state that one has now. In place.
+
+        Args:
+            sources: name -> domain of now. What it owns stays the same tensors if it keeps its name, else it is a copy.
+            fallback_domain: see `NormSpec`.
+
+        Raises:
+            ConfigError: a name that a module cannot have.
+        """
+        before = {domain: self.domain_states(domain) for domain in self._spec.domains}
+        self._check_names([name for name in sources if name not in before], list(sources))
+        spec = self._spec.replace(domains=tuple(sources), fallback_domain=fallback_domain)
+
+        for domain in before:
+            for name in self._name_states(domain):
+                del self._modules[name]
+        self._spec, self.domains, self._checked = spec, spec.domains, {}
+
+        for domain, source in sources.items():
+            for name, state in zip(self._name_states(domain), before[source], strict=True):
+                self.add_module(name, state if domain == source else copy.deepcopy(state))
+
+    def keep_domain(self, domain: str) -> None:
+        """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's. In place."""
+        self.set_domains({domain: domain}, None)
+        for name, state in zip(self._name_states(domain), self.domain_states(domain), strict=True):
+            del self._modules[name]
+            if self._spec.affine == "per_domain":
+                self._parameters.update(state._parameters)
+            if self._spec.population == "per_domain":
+                self._buffers.update(state._buffers)
+                self.track_running_stats = state.track_running_stats
+
+        answers = {field: getattr(self._spec, field) for field in ("statistics", "population", "affine")}
+        answers = {field: _WITHOUT_DOMAINS.get(answer, answer) for field, answer in answers.items()}
+        self._spec, self.domains = self._spec.replace(**answers, domains=()), ()
+        self.note_statistics()
 
     # ---- domains of a call
 
