@@ -53,10 +53,12 @@ from bnext.surgery.convert_state import collect_norm_specs
 
 __all__ = [
     "DESCRIPTION",
+    "LEFT_OUT",
     "POPULATIONS",
     "RecomputeRequest",
     "add_arguments",
     "execute",
+    "find_keys",
     "find_kept",
     "give_population",
     "recompute_checkpoint",
@@ -74,7 +76,7 @@ workers."""
 IS_INTERMIXED = True
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
-_LEFT_OUT = (
+LEFT_OUT = (
     "model",
     "optimizer",
     "scheduler",
@@ -386,7 +388,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     if comm.is_main_process():
         done = _describe(cfg, request, report, levels)
         changed = levels if model.state_dict().keys() != entries else {}
-        others = {key: value for key, value in others.items() if key not in _LEFT_OUT}
+        others = {key: value for key, value in others.items() if key not in LEFT_OUT}
         data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, RE_ESTIMATED: done}
         _write(request, data, {**done, "report": report.as_dict()})
         print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request, changed)}", flush=True)

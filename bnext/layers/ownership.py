@@ -406,9 +406,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def domain_states(self, domain: str) -> list[DomainState]:
         """The modules that hold what a domain owns, in an order that is the same for all domains."""
-        return [cast(DomainState, self._modules[name]) for name in self._name_states(domain)]
+        return [cast(DomainState, self._modules[name]) for name in self.find_owners(domain)]
 
-    def _name_states(self, domain: str) -> list[str]:
+    def find_owners(self, domain: str) -> list[str]:
+        """Names of these modules."""
         owns = any(getattr(self._spec, field) == "per_domain" for field in ("population", "affine"))
         return [domain] if owns else []
 
@@ -431,18 +432,18 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         spec = self._spec.replace(domains=tuple(sources), fallback_domain=fallback_domain)
 
         for domain in before:
-            for name in self._name_states(domain):
+            for name in self.find_owners(domain):
                 del self._modules[name]
         self._spec, self.domains, self._checked = spec, spec.domains, {}
 
         for domain, source in sources.items():
-            for name, state in zip(self._name_states(domain), before[source], strict=True):
+            for name, state in zip(self.find_owners(domain), before[source], strict=True):
                 self.add_module(name, state if domain == source else copy.deepcopy(state))
 
     def keep_domain(self, domain: str) -> None:
         """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's. In place."""
         self.set_domains({domain: domain}, None)
-        for name, state in zip(self._name_states(domain), self.domain_states(domain), strict=True):
+        for name, state in zip(self.find_owners(domain), self.domain_states(domain), strict=True):
             del self._modules[name]
             if self._spec.affine == "per_domain":
                 self._parameters.update(state._parameters)
