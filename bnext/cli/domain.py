@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.modeling import build_model
-from torch import nn
+from detectron2.modeling import ProposalNetwork, SemanticSegmentor, build_model
+from torch import Tensor, nn
 
 from bnext.checkpoints.checkpointer import RE_ESTIMATED, Checkpointer, find_missing_weights
 from bnext.checkpoints.plain_detectron2 import make_plain_config, make_plain_model
@@ -120,6 +121,11 @@ OTHER_ENTRIES = Refusal(
     "Please report this one; nothing is written.",
 )
 
+COMPARED = "Compared with the whole detector on {pictures} pictures of {source}: {detections} detections, the same."
+NOT_COMPARED = "Outputs were not compared with the whole model's: it gives no detections."
+AS_IT_BEGINS = "No images were given: train on it, or estimate its statistics (bnext reestimate --domain)."
+TOP_SCORED = "Statistics of RoI heads are of the RoIs that score best, as the images have no labels."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -128,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--config-file", required=True, metavar="FILE", help=f"of the model of MODEL.WEIGHTS: {FILE_HELP}")
     add("--output", required=True, metavar="FOLDER", help="the folder to make")
 
-    add("--images", metavar="FOLDER", help="add: a folder of pictures, or a registered set; its labels are not used")
+    add("--images", metavar="FOLDER", help="add: a folder of pictures, or a registered set, labelled or not")
     add("--like", metavar="NAME", help="add: the domain that it begins as (default: the mixture of all)")
     add(
         "--source-samples", type=float, metavar="N", help="add: images that what it begins with counts for (default: 0)"
@@ -289,7 +295,7 @@ def _add(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | N
     changes = add_domain(model, request.name, request.like)
     new_cfg = _name_domains(cfg, list_domains(model), {})
     if images is None:
-        return _Changed(model, new_cfg, changes, notes=["No images were given: train on it, or re-estimate it."])
+        return _Changed(model, new_cfg, changes, notes=[AS_IT_BEGINS])
 
     paths = _find_own_populations(model)
     if not paths:
@@ -302,7 +308,7 @@ def _add(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | N
     labelled = needs_labels(cfg, model, is_of_domains)
     if labelled and not has_labels(load_records(images, cfg)):
         cfg, labelled = _with_top_scored_rois(cfg), False
-        notes.append("Statistics of RoI heads are of the RoIs that score best, as the images have no labels.")
+        notes.append(TOP_SCORED)
 
     batches = build_shuffled_batches(cfg, [images], domains=[request.name], labelled=labelled)
     estimates = recompute_statistics(
@@ -352,26 +358,34 @@ def _merge(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str |
 @torch.no_grad()
 def _select(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | None) -> _Changed:
     """The selected detector, which was seen to detect what the whole one does."""
-    pictures, source = choose_pictures(cfg, _NUM_PICTURES)
-    pictures = [picture.to(next(model.parameters()).device) for picture in pictures]
-    expected = []
-    if request.name in list_domains(model):  # else it is refused below
-        with use_domain(request.name):
-            expected = [detect(model, [{"image": picture}])[0] for picture in pictures]
-
+    whole = copy.deepcopy(model)
     changes = select_domain(model, request.name)
     cfg = _without_domains(cfg)
     if request.form == "detectron2":
         cfg = make_plain_config(cfg)
         model = make_plain_model(cfg, model)
 
-    for picture, instances in zip(pictures, expected, strict=True):
-        (found_again,) = detect(model, [{"image": picture}])
-        fields = {name: getattr(value, "tensor", value) for name, value in found_again.get_fields().items()}
-        compare_detections(fields, instances)
-    number = sum(map(len, expected))
-    note = f"Compared with the whole detector on {len(pictures)} pictures of {source}: {number} detections, the same."
+    if isinstance(model, (ProposalNetwork, SemanticSegmentor)):
+        return _Changed(model, cfg, changes, notes=[NOT_COMPARED])
+    pictures, source = choose_pictures(cfg, _NUM_PICTURES)
+    number = _compare(whole, model, pictures, request.name)
+    note = COMPARED.format(pictures=len(pictures), source=source, detections=number)
     return _Changed(model, cfg, changes, notes=[note])
+
+
+def _compare(whole: nn.Module, model: nn.Module, pictures: Sequence[Tensor], domain: str) -> int:
+    """The number of detections of two detectors, which are the same; else it is refused."""
+    device = next(model.parameters()).device
+    number = 0
+    for picture in pictures:
+        inputs = [{"image": picture.to(device)}]
+        with use_domain(domain):
+            (expected,) = detect(whole, inputs)
+        (instances,) = detect(model, inputs)
+
+        compare_detections({name: getattr(v, "tensor", v) for name, v in instances.get_fields().items()}, expected)
+        number += len(expected)
+    return number
 
 
 # ---- the config of the output

@@ -34,6 +34,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.packages import explain_missing
 from bnext.scope.domain import use_domain
+from bnext.surgery.domains import select_domain
 from bnext.surgery.fold import FoldReport, fold_norms
 
 __all__ = [
@@ -165,8 +166,11 @@ def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dic
     pictures, source = choose_pictures(cfg, request.num_images)
     export = export_network if request.ending == ".pt2" else export_detector
     with use_domain(request.domain) if request.domain else contextlib.nullcontext(), torch.no_grad(), _quiet():
-        reference = copy.deepcopy(model) if request.fold else model  # compared with what it was before
-        folded = fold_parts(model, request.domain) if request.fold else None
+        is_changed = request.fold or request.domain
+        reference = copy.deepcopy(model) if is_changed else model  # compared with what it was before
+        if request.domain:
+            select_domain(model, request.domain)
+        folded = fold_parts(model) if request.fold else None
         exported, compared = export(model, reference, pictures, request.ending)
 
     report = {
