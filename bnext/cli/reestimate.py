@@ -27,7 +27,7 @@ from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
 from bnext.config.places import ARCHITECTURES, PLACES
 from bnext.config.recipe import resolve_norms
-from bnext.data.batches import build_shuffled_batches, read_domain
+from bnext.data.batches import build_shuffled_batches
 from bnext.data.check_coco import check_datasets
 from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
@@ -411,8 +411,7 @@ def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) ->
 
     labelled = needs_labels(cfg, model)
     batches = build_shuffled_batches(cfg, request.datasets, domains=request.domains, labelled=labelled)
-    domain = read_domain if request.domains else None
-    return {"num_samples": request.num_samples, "batches": batches, "domain": domain}
+    return {"num_samples": request.num_samples, "batches": batches}
 
 
 def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:

@@ -24,8 +24,10 @@ from bnext.checkpoints.last import find_last_checkpoint
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.config.differences import describe_differences
+from bnext.config.domains import check_domains
 from bnext.data.check_coco import check_datasets
 from bnext.data.classes import check_classes, count_classes
+from bnext.data.domains import check_domain_lists
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
 from bnext.data.samplers import check_batch_size
@@ -256,11 +258,13 @@ def check_run(
         if name in DatasetCatalog:  # else check_datasets says so
             check_evaluator(name)
 
+    check_domain_lists(cfg)
     _, num_classes = count_classes(cfg) or ("", None)
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
         check_classes(cfg, is_new=not resume)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
+    check_domains(cfg, eval_only=eval_only)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)

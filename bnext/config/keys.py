@@ -242,8 +242,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; code names that of an image, see "
-        "`bnext.use_domain`",
+        "names of the domains, in every place where something is `per_domain`; (): those of the training sets, see "
+        "`DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
@@ -483,6 +483,13 @@ _ESTIMATES = (
 )
 
 _DATASETS = (
+    Key(
+        "DATASETS.DOMAINS.TRAIN",
+        (),
+        "domain of each set of `DATASETS.TRAIN`, such as `('day', 'night')`; (), or '' for one: as its registration "
+        "says; sets may share one",
+    ),
+    Key("DATASETS.DOMAINS.TEST", (), "domain of each set of `DATASETS.TEST`, likewise"),
     Key(
         "DATASETS.BNEXT.COCO",
         [],

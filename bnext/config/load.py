@@ -20,7 +20,7 @@ from bnext.config.recipe import resolve_norms
 from bnext.config.rules import check_detectron2_keys
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import ConfigError, LaunchError
-from bnext.lazy_config import is_lazy_file
+from bnext.lazy_config import is_lazy, is_lazy_file
 from bnext.lazy_config.nodes import LAZY
 
 __all__ = ["finish_config", "load_config"]
@@ -63,7 +63,9 @@ def finish_config(cfg: CfgNode, names: Mapping[str, str] | None = None) -> CfgNo
     cfg.defrost()
 
     check_detectron2_keys(flatten(cfg), names)
-    resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
+    norms = resolve_norms(cfg, says_unused=False)  # whoever builds the model says so, into the log of the training
+    if not is_lazy(cfg):
+        cfg.MODEL.BNEXT.DOMAINS.NAMES = norms.domains  # a config that is written says them, whatever sets it has later
     check_values([KEYS["SOLVER.OPTIMIZER"]], {"SOLVER.OPTIMIZER": cfg.SOLVER.OPTIMIZER})
 
     register_listed_sets(cfg)

@@ -17,13 +17,21 @@ from bnext.config.check import check_keys, check_values, flatten, leave_out_unus
 from bnext.config.keys import KEYS, PLACE_KEYS
 from bnext.config.norm_names import check_norm_name
 from bnext.config.places import BATCH_NORMS, PLACES
-from bnext.errors import ConfigError, check_choice
+from bnext.data.domains import find_train_domains
+from bnext.errors import ConfigError, Refusal, check_choice
 from bnext.layers.build import NAMED_NORMS
 from bnext.layers.spec import NormSpec
 from bnext.lazy_config import is_lazy
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
 
+NAMES = "MODEL.BNEXT.DOMAINS.NAMES"
+NO_NAMES = Refusal(
+    ConfigError,
+    "DATASETS.DOMAINS.TRAIN",
+    "say of which domain each set of DATASETS.TRAIN is, where norms have something per domain",
+    "Write one name for each set, such as ('day', 'night'), or name the domains in " + NAMES + ".",
+)
 _PLACE_ROWS = tuple(key for keys in PLACE_KEYS.values() for key in keys)
 
 
@@ -132,11 +140,11 @@ def resolve_norms(cfg: CfgNode, *, says_unused: bool = True) -> NormRecipe:
         ConfigError: a key has a value outside its set, would have no effect, or contradicts another; the error names
             the key, its value, and what is allowed.
     """
-    values = flatten(cfg)
+    values = _name_domains(cfg)
     check_keys(values)
     if is_lazy(cfg):
         try:
-            return NormRecipe.of(cfg.LAZY.NORMS)
+            return NormRecipe.of(_name_lazy_domains(cfg))
         except ConfigError as error:
             raise ConfigError(_name_lazily(str(error))) from error
 
@@ -164,7 +172,29 @@ def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
         cfg: a whole config.
         place: one of `PLACES`, whether the model has it or not.
     """
-    return _make_place(place, leave_out_unused(_PLACE_ROWS, flatten(cfg)))
+    return _make_place(place, leave_out_unused(_PLACE_ROWS, _name_domains(cfg)))
+
+
+def _name_domains(cfg: CfgNode) -> dict[str, Any]:
+    """The values of a config by their keys; the norms' domains are those of the training sets, unless it names them."""
+    values = flatten(cfg)
+    if not values.get(NAMES, True) and any(_has_domains(values.get(key.name)) for key in _PLACE_ROWS):
+        values[NAMES] = find_train_domains(cfg)
+    return values
+
+
+def _name_lazy_domains(cfg: CfgNode) -> dict[str, Any]:
+    nodes = dict(cfg.LAZY.NORMS)
+    has_domains = any(_has_domains(value) for name, node in nodes.items() if name in PLACES for value in node.values())
+    domains = dict(nodes.get("DOMAINS") or {})
+    if has_domains and not domains.get("NAMES"):
+        nodes["DOMAINS"] = {**domains, "NAMES": find_train_domains(cfg)}
+    return nodes
+
+
+def _has_domains(answer: object) -> bool:
+    """Whether domains own something by an answer of a place."""
+    return isinstance(answer, str) and answer.startswith("per_") and "domain" in answer
 
 
 def _name_keys(node: str) -> dict[str, str]:
@@ -184,7 +214,7 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
     has_domains = any(norm.spec.domains for norm in norms.values())
     had_domains = any(values[name] == "per_domain" for name in values if used[name] != values[name])
 
-    for key in ("MODEL.BNEXT.DOMAINS.NAMES", "MODEL.BNEXT.DOMAINS.FALLBACK"):
+    for key in (NAMES, "MODEL.BNEXT.DOMAINS.FALLBACK"):
         if values[key] and not has_domains and not had_domains:
             rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place is 'per_domain'"
             remedy = "Set one so, such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
@@ -192,7 +222,7 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
 
     if not has_domains:
         return NormRecipe(MappingProxyType(norms))
-    domains, fallback = values["MODEL.BNEXT.DOMAINS.NAMES"], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
+    domains, fallback = values[NAMES], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
     return NormRecipe(MappingProxyType(norms), tuple(domains), fallback or None)
 
 
@@ -216,7 +246,9 @@ def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
     if answers["workers"] is None:
         answers["workers"] = "all" if norm == "SyncBN" or shuffle == "statistics" else "one"
     if "per_domain" in answers.values():
-        answers["domains"] = tuple(values["MODEL.BNEXT.DOMAINS.NAMES"])
+        if not values[NAMES]:
+            raise NO_NAMES.of("none", f"MODEL.BNEXT.{name}")
+        answers["domains"] = tuple(values[NAMES])
         answers["fallback_domain"] = values["MODEL.BNEXT.DOMAINS.FALLBACK"] or None
 
     spec, levels = _make_spec(name, answers), tuple(values.get(place.levels, ()))

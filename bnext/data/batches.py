@@ -33,10 +33,7 @@ __all__ = [
     "build_validation_batches",
     "limit_loader_workers",
     "load_batches",
-    "read_domain",
 ]
-
-_DOMAIN = "bnext_domain"  # in a record: the domain of its image
 
 
 def limit_loader_workers(wanted: int) -> int:
@@ -153,7 +150,7 @@ def build_shuffled_batches(
     Args:
         cfg: INPUT.* of the test, SOLVER.IMS_PER_BATCH, SEED and DATALOADER.NUM_WORKERS are read.
         names: registered data sets; no annotations are needed.
-        domains: one for each data set, if norms have statistics per domain; see `read_domain`.
+        domains: one for each data set, in place of its own.
         labelled: whether labels are to be given as in training, for RoIs that are sampled by them.
 
     Returns:
@@ -179,18 +176,13 @@ def build_shuffled_batches(
                 remedy="Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'.",
             )
         if domains:
-            added = [{**record, _DOMAIN: domains[index]} for record in added]
+            added = [{**record, "domain": domains[index]} for record in added]
 
         order = np.random.default_rng(derive_seed(max(cfg.SEED, 0), Purpose.ORDER, index)).permutation(len(added))
         parts.append(_cut(len(records) + order, count_micro_batch(cfg)))
         records += added
 
     return _load_records(cfg, records, _take_shares(_interleave(parts)), labelled=labelled)
-
-
-def read_domain(batch: Sequence[Record]) -> str:
-    """The domain that `build_shuffled_batches` was given for the data set of a batch."""
-    return str(batch[0][_DOMAIN])
 
 
 def _cut(order: np.ndarray, size: int) -> list[list[int]]:

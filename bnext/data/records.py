@@ -7,9 +7,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.build import (
+    filter_images_with_few_keypoints,
+    filter_images_with_only_crowd_annotations,
+    print_instances_class_histogram,
+)
+from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Dataset
 
+from bnext.data.domains import name_source
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.text import find_near
@@ -114,6 +121,9 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
         name: of a registered data set.
         cfg: DATASETS.PROPOSAL_FILES_TEST is read where the model wants proposals.
 
+    Returns:
+        Records with `dataset_source` and, where it is known, `domain`: see `name_source`.
+
     Raises:
         DatasetError: it is unknown, empty, no list of records, or cannot be read.
     """
@@ -128,7 +138,7 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
         raise _name_error([name], error) from error
 
     check_records_are_dicts(name, records)
-    return records
+    return name_source(cfg, name, records)
 
 
 def read_registered(name: str) -> Any:
@@ -187,6 +197,9 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
         cfg: DATASETS.TRAIN, DATALOADER.FILTER_EMPTY_ANNOTATIONS and the number of keypoints and the proposals that the
             model wants are read.
 
+    Returns:
+        Records of one set after the other, with `dataset_source` and, where it is known, `domain`: see `name_source`.
+
     Raises:
         DatasetError: a set is unknown or cannot be read, sets do not fit one another, or no image is left.
     """
@@ -198,18 +211,45 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
         check_registered(name)
 
     try:
-        return get_detection_dataset_dicts(
-            names,
-            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-            min_keypoints=keypoints,
-            proposal_files=proposals,
-        )
+        joined = _join_sets(cfg, names, proposals)
+        return _drop_empty(joined, names, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints)
+    except BNextError:
+        raise
     except Exception as error:
         for name in names:
             _refuse_unreadable(name)
-        if isinstance(error, AssertionError) and "No valid data" in str(error):
-            raise _NOTHING_LEFT.of("none", where=", ".join(names)) from error
         raise _name_error(names, error) from error
+
+
+def _join_sets(cfg: CfgNode, names: Sequence[str], proposals: Sequence[str] | None) -> Any:
+    """The records of several sets; of those that are torch's Datasets one that joins them, without sources."""
+    joined: list[Record] = []
+    for index, name in enumerate(names):
+        files = None if proposals is None else [proposals[index]]
+        records = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=files, check_consistency=False)
+        if isinstance(records, Dataset):
+            return get_detection_dataset_dicts(list(names), proposal_files=proposals)
+        joined += name_source(cfg, name, records)
+    return joined
+
+
+def _drop_empty(joined: Any, names: Sequence[str], filters_empty: bool, min_keypoints: int) -> Any:
+    """Records that something can be learned from, of sets with the same classes; as Detectron2 does it."""
+    if isinstance(joined, Dataset) or "annotations" not in joined[0]:
+        return joined
+
+    if filters_empty:
+        joined = filter_images_with_only_crowd_annotations(joined)
+    if min_keypoints:
+        joined = filter_images_with_few_keypoints(joined, min_keypoints)
+
+    classes = MetadataCatalog.get(names[0]).get("thing_classes")
+    if classes is not None:
+        check_metadata_consistency("thing_classes", names)
+        print_instances_class_histogram(joined, classes)
+    if not joined:
+        raise _NOTHING_LEFT.of("none", where=", ".join(names))
+    return joined
 
 
 def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:

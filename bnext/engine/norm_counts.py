@@ -1,7 +1,7 @@
 """Hooks that say what norms have counted in a training: mini-batches left out of statistics, and domains.
 
-`TellNormCounts` comes before checkpoints are written, as its counts are in them; `RequireDomains` is the last hook, as
-it ends a training with an error when all is saved, evaluated and written.
+`TellNormCounts` comes before checkpoints are written, as its counts are in them; `TellDomains` is the last hook, as it
+sums up a training with its evaluations.
 """
 
 from __future__ import annotations
@@ -16,27 +16,18 @@ from torch import nn
 
 from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
-from bnext.errors import DomainError, Refusal, list_few
+from bnext.errors import list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.counts import count_skipped, counts_of, tell_skipped
 from bnext.layers.walk import find_bnext_norms
 
-__all__ = ["RequireDomains", "TellNormCounts", "build_norm_counts"]
+__all__ = ["TellDomains", "TellNormCounts", "build_norm_counts"]
 
 METRIC = "bnext/num_skipped_statistics"
-TAKEN_TOGETHER = (
-    "The norms have the domains %s, and a training does not take the domain of an image from its data set: unless "
-    "code of yours opens `use_domain`, all images are trained as the fallback domain %r, whichever set they are of. "
-    "A domain that no sample had is an error at the end of the training."
-)
 FALLBACK = "%d samples were taken for the fallback domain %r in training and evaluation, as counted by %s: %s."
-NEVER_ACTIVE = Refusal(
-    DomainError,
-    "every domain of a norm",
-    "have samples in a training",
-    "Checkpoints and evaluation are done, but what belongs to {domains} is as it was before. A config alone cannot say "
-    "of which domain an image is: open `use_domain` in code of yours, or set STATISTICS, POPULATION and AFFINE of the "
-    "places to 'shared' and MODEL.BNEXT.DOMAINS.NAMES to ().",
+DOMAINS = "Samples of this training by their domain: %s."
+NEVER_ACTIVE = (
+    "No sample of this training was of the domain(s) %s: what the norms keep for them is as it was before. Samples: %s."
 )
 
 
@@ -79,11 +70,6 @@ class TellNormCounts(HookBase):
         self._before = {norm: counts_of(norm).domains.copy() for norm in norms.values()}
         self._skipped_before = count_skipped(self._norms.values())
 
-        fallback = next((norm.spec for norm in norms.values() if norm.spec.fallback_domain is not None), None)
-        if fallback is not None:
-            names = list_few(fallback.domains)
-            logging.getLogger(__name__).warning(TAKEN_TOGETHER, names, fallback.fallback_domain)
-
     def after_step(self) -> None:
         trainer = self.trainer
         if not any(is_due(trainer.iter, period, trainer.max_iter) for period in self._periods):
@@ -109,17 +95,14 @@ class TellNormCounts(HookBase):
         return seen
 
 
-class RequireDomains(HookBase):
-    """End a training with an error if a domain of its norms had no sample; say how many the fallback domain got.
+class TellDomains(HookBase):
+    """Say at the end of a training how many samples each domain of its norms had, and how many a fallback got.
 
     Args:
         counts: a hook of the same trainer.
 
-    Raises:
-        DomainError: after the training; names the domains.
-
     Note:
-        Nothing is known, nor refused, of a model that torch.compile calls.
+        Nothing is known of a model that torch.compile calls.
     """
 
     def __init__(self, counts: TellNormCounts) -> None:
@@ -135,10 +118,11 @@ class RequireDomains(HookBase):
 
         names = dict.fromkeys(name for norm in norms.values() for name in norm.spec.domains)
         missing = [name for name in names if not seen[name]]
-        if missing and any(seen.values()):
-            counted = ", ".join(f"{number} of {name!r}" for name, number in seen.items() if number)
-            domains = list_few(map(repr, missing))
-            raise NEVER_ACTIVE.of(f"none of {domains}", f"samples: {counted}", domains=domains)
+        counted = list_few([f"{number:,} of {name!r}" for name, number in seen.items() if number])
+        if missing and counted:
+            logging.getLogger(__name__).warning(NEVER_ACTIVE, list_few(map(repr, missing)), counted)
+        elif names:
+            logging.getLogger(__name__).info(DOMAINS, counted)
 
     def _tell_fallback(self, norms: dict[str, BatchNorm2d]) -> None:
         for path, norm in norms.items():
@@ -153,9 +137,9 @@ class RequireDomains(HookBase):
 
 
 def build_norm_counts(model: nn.Module, *periods: int) -> list[HookBase]:
-    """`TellNormCounts` and `RequireDomains` of a model; nothing for one without norms of bnext."""
+    """`TellNormCounts` and `TellDomains` of a model; nothing for one without norms of bnext."""
     model = unwrap_model(model)
     if not find_bnext_norms(model):
         return []
     counts = TellNormCounts(model, *periods)
-    return [counts, RequireDomains(counts)]
+    return [counts, TellDomains(counts)]

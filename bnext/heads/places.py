@@ -20,6 +20,7 @@ from torch import nn
 from bnext.config.places import PLACES
 from bnext.config.recipe import NormRecipe, PlaceNorm
 from bnext.errors import ConfigError, list_few
+from bnext.heads.domains import tell_domains
 from bnext.heads.lock_step import HeadNorm, make_head_norm
 from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
@@ -109,6 +110,8 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
             _check_same_inference(norm, parts)
 
     name_norms(model)
+    if norms.domains:
+        tell_domains(model)
     tell_images(model)
     shuffle_heads(model, norms)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from bnext.errors import DomainError, Refusal
 from bnext.scope.record import Scope, get_record
 
-__all__ = ["get_active_domain", "use_domain"]
+__all__ = ["find_domains_of_batch", "get_active_domain", "use_domain"]
 
 NO_DOMAIN = Refusal(
     DomainError, "domain", "be a name, or one name per sample", "Name the data set that the samples are from."
@@ -43,3 +44,27 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
 def get_active_domain() -> str | tuple[str, ...] | None:
     """The domain of all samples, or that of each, or None outside of `use_domain`."""
     return get_record().domain
+
+
+def find_domains_of_batch(batch: Any) -> str | tuple[str, ...] | None:
+    """The domain that the records of a batch say: of all, or of each image; "" for one that says none.
+
+    Args:
+        batch: a list of mappings with or without "domain", as the loaders of Detectron2 give them.
+
+    Returns:
+        None: no record has a domain, the batch is no list of records, or a scope of `use_domain`, which comes first, is
+        open.
+
+    Example:
+        >>> find_domains_of_batch([{"domain": "day"}, {"domain": "night"}])
+        ('day', 'night')
+    """
+    is_list = isinstance(batch, (list, tuple)) and all(isinstance(record, Mapping) for record in batch)
+    if not is_list or get_active_domain() is not None:
+        return None
+
+    names = tuple(str(record.get("domain", "")) for record in batch)
+    if not any(names):
+        return None
+    return names[0] if len(set(names)) == 1 else names

@@ -17,8 +17,9 @@ from bnext.distributed import LockStep, count_images
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.shuffled import shares_work
-from bnext.scope import use_domain
+from bnext.scope.domain import find_domains_of_batch, use_domain
 from bnext.scope.model import drawing_from
+from bnext.scope.record import Scope
 from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
@@ -98,12 +99,16 @@ class DataPass:
         return drawing_from(self.model, derive_seed(self.seed, number))
 
     def run(self, batch: Any) -> None:
-        """Run a batch through the model, in its domain."""
+        """Run a batch through the model, in its domain: the one that is given, or those that its records say."""
         domain = self.domain(batch) if callable(self.domain) else self.domain
+        scope = contextlib.nullcontext() if domain is None else use_domain(domain)
+        if domain is None:
+            domain = find_domains_of_batch(batch)
+            scope = scope if domain is None else Scope(domain=domain)
         is_one = domain is None or isinstance(domain, str)
         self._images = {str(domain or ""): count_images(batch)} if is_one else dict(collections.Counter(domain))
 
-        with contextlib.nullcontext() if domain is None else use_domain(domain):
+        with scope:
             if self.forward is not None:
                 self.forward(self.model, batch)
                 return

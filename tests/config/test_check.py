@@ -37,6 +37,7 @@ def test_the_defaults_are_accepted_and_leave_detectron2_as_it_is():
     resolve_norms(cfg)
     before, cfg = get_cfg(), make_cfg(get_cfg().MODEL.META_ARCHITECTURE)
     del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"], cfg.DATASETS["BNEXT"]
+    del cfg.DATASETS["DOMAINS"]
     assert cfg.SOLVER.pop("OPTIMIZER") == "SGD"
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RPN.IN_FEATURES = before.MODEL.BACKBONE.NAME, before.MODEL.RPN.IN_FEATURES
     assert cfg == before
@@ -273,12 +274,17 @@ def test_a_norm_by_the_name_of_a_way_names_its_key_where_the_place_has_it():
         ({"MOMENTUM": 0.0}, "momentum"),
         ({"EPS": 0.0}, "eps"),
         ({"POPULATION": "none"}, "inference"),
-        ({"POPULATION": "per_domain"}, "domains"),
     ],
 )
 def test_answers_that_no_norm_can_give_name_the_place(changes, answer):
     changes = {f"MODEL.BNEXT.SEM_SEG_HEAD.{key}": value for key, value in changes.items()}
     assert refusal(make_whole(changes=changes)).startswith(f"MODEL.BNEXT.SEM_SEG_HEAD: {answer} must ")
+
+
+def test_domains_without_a_name_name_the_key_that_says_them_and_the_place():
+    message = refusal(make_whole(changes={"MODEL.BNEXT.SEM_SEG_HEAD.POPULATION": "per_domain"}))
+    assert message.startswith("DATASETS.DOMAINS.TRAIN must ")
+    assert "SEM_SEG_HEAD" in message
 
 
 def test_rois_of_a_re_estimation_need_an_r_cnn_of_bnext():

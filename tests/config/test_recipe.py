@@ -146,7 +146,7 @@ def test_plain_values_give_the_same_recipe_as_a_config():
         ({"FPN": {"NORM": "BatchNorm"}}, r"MODEL\.FPN\.NORM"),
         ({"FPN": {"NORM": "BN", "TRAINING": "batch"}}, r"MODEL\.BNEXT\.FPN\.TRAINING"),
         ({"FPN": {"NORM": "BN", "R_MAX": 2.0}}, r"MODEL\.BNEXT\.FPN\.R_MAX"),
-        ({"FPN": {"NORM": "BN", "POPULATION": "per_domain"}}, r"MODEL\.BNEXT\.FPN: domains"),
+        ({"FPN": {"NORM": "BN", "POPULATION": "per_domain"}}, r"DATASETS\.DOMAINS\.TRAIN"),
         ({"RPN": {"NORM": "BN", "LEVELS": ["p2"], "AFFINE": "per_level"}}, r"MODEL\.BNEXT\.RPN\.AFFINE"),
     ],
 )

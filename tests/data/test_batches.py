@@ -13,7 +13,6 @@ from bnext.data.batches import (
     build_shuffled_batches,
     build_validation_batches,
     limit_loader_workers,
-    read_domain,
 )
 from bnext.data.records import load_records
 from bnext.errors import ConfigError
@@ -39,7 +38,7 @@ def test_shuffled_batches_are_of_one_data_set_in_an_order_that_is_always_the_sam
 
     assert [len(batch) for batch in batches] == [6, 4, 6]
     assert all("/val/" in name for name in batches[1])
-    assert [read_domain(batch) for batch in loader] == ["a", "b", "a"]
+    assert [batch[0]["domain"] for batch in loader] == ["a", "b", "a"]
     assert sorted(batches[0] + batches[2]) == sorted(r["file_name"] for r in DatasetCatalog.get("digits_train"))
     assert batches[0] != sorted(batches[0])
 

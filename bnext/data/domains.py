@@ -1,0 +1,117 @@
+"""The domain of each image: said for a whole set in a config or with its registration, or by a record itself.
+
+    a config, the catalogs  --find_domain-->  the domain of a set  --name_source-->  records with `domain`
+
+A record's own `domain` comes first: the function of a registered set may give one for each image. Then
+DATASETS.DOMAINS.TRAIN and TEST, the `domain` of an entry of DATASETS.BNEXT.COCO, and the metadata of the set.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from bnext.errors import ConfigError, DatasetError, Refusal
+
+__all__ = ["check_domain_lists", "count_domains", "find_domain", "find_train_domains", "name_source"]
+
+KEY = "DATASETS.DOMAINS"
+_LENGTH = Refusal(
+    ConfigError,
+    KEY + ".{part}",
+    "name one domain for each of the {number} sets of DATASETS.{part}, or be empty",
+    "Write one name for each set, in their order; '' where its registration says it.",
+)
+_NO_NAMES = Refusal(ConfigError, KEY + ".{part}", "be names", "Write them as ('day', 'night').")
+_TWO_DOMAINS = Refusal(
+    ConfigError, KEY, "give a set one domain", "Correct TRAIN or TEST, or register the other images as another set."
+)
+_NO_NAME = Refusal(
+    DatasetError, "The `domain` of a record", "be a name", "Correct the function that data set {name!r} is made by."
+)
+
+
+def check_domain_lists(cfg: CfgNode) -> None:
+    """Refuse lists of domains that do not go with the lists of sets.
+
+    Args:
+        cfg: DATASETS.TRAIN, TEST and DOMAINS are read.
+
+    Raises:
+        ConfigError: names the list and what it would have to be.
+    """
+    named: dict[str, str] = {}
+    for part in ("TRAIN", "TEST"):
+        domains, sets = cfg.DATASETS.DOMAINS[part], cfg.DATASETS[part]
+        if not isinstance(domains, (list, tuple)) or not all(isinstance(name, str) for name in domains):
+            raise _NO_NAMES.of(repr(domains), "config", part=part)
+        if domains and len(domains) != len(sets):
+            raise _LENGTH.of(f"{len(domains)}, {tuple(domains)}", f"sets: {tuple(sets)}", part=part, number=len(sets))
+
+        for name, domain in zip(sets, domains, strict=bool(domains)):
+            if domain and named.setdefault(name, domain) != domain:
+                raise _TWO_DOMAINS.of(f"{named[name]!r} and {domain!r}", f"data set {name!r}")
+
+
+def find_domain(cfg: CfgNode, name: str) -> str:
+    """The domain of all images of a set; "": it is not said, or by its records alone.
+
+    Args:
+        cfg: DATASETS is read.
+        name: of the set, which need not be registered yet where the config lists it.
+    """
+    node = cfg.DATASETS.get("DOMAINS") or {}
+    for part in ("TRAIN", "TEST"):
+        for one, domain in zip(cfg.DATASETS[part], node.get(part) or (), strict=False):
+            if one == name and domain:
+                return str(domain)
+
+    listed = (cfg.DATASETS.get("BNEXT") or {}).get("COCO") or ()
+    for entry in listed:
+        if entry.get("name") == name:
+            return str(entry.get("domain", ""))
+    return str(MetadataCatalog.get(name).get("domain", "") or "") if name in DatasetCatalog else ""
+
+
+def find_train_domains(cfg: CfgNode) -> tuple[str, ...]:
+    """The domains that the training sets are said to be of, in their order; several sets may be of one."""
+    domains = [find_domain(cfg, name) for name in cfg.DATASETS.TRAIN]
+    return tuple(dict.fromkeys(filter(None, domains)))
+
+
+def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of a set with `dataset_source`, its index in DATASETS.TRAIN or else TEST, and their `domain`.
+
+    Args:
+        cfg: DATASETS is read.
+        name: of the set; of one that is in neither list there is no index.
+        records: left as they are. One that has a `domain` keeps it.
+
+    Raises:
+        DatasetError: a `domain` of a record is no name.
+
+    Source:
+        The key `dataset_source` is that of UniDet (Zhou et al. 2022) and Detic.
+    """
+    source: dict[str, Any] = {}
+    for part in ("TEST", "TRAIN"):
+        if name in cfg.DATASETS[part]:
+            source["dataset_source"] = list(cfg.DATASETS[part]).index(name)
+    domain = find_domain(cfg, name)
+    if domain:
+        source["domain"] = domain
+
+    for record in records:
+        given = record.get("domain", "none")
+        if not isinstance(given, str) or not given:
+            raise _NO_NAME.of(repr(given), str(record.get("file_name", "")), name=name)
+    return [{**source, **record} for record in records]
+
+
+def count_domains(records: Sequence[dict[str, Any]]) -> Counter[str]:
+    """Domain -> images; "": those without one."""
+    return Counter(record.get("domain", "") for record in records)

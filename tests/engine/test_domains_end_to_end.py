@@ -1,0 +1,95 @@
+"""Two sets of two domains in a config: from their records to the norms, the metric and the files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.engine import DefaultPredictor
+
+from bnext.cli.train import check_run
+from bnext.config import load_config
+from bnext.data.loader import build_train_loader
+from bnext.engine import Trainer
+from bnext.errors import ConfigError, DomainError
+from bnext.scope import use_domain
+from tests import tiny
+
+SETS = ("DATASETS.TRAIN", "('digits_train', 'night_train')", "DATASETS.TEST", "('digits_val', 'night_val')")
+DOMAINS = ("DATASETS.DOMAINS.TRAIN", "('day', 'night')", "DATASETS.DOMAINS.TEST", "('day', 'night')")
+NORMS = ("MODEL.FPN.NORM", "BN", "MODEL.BNEXT.FPN.STATISTICS", "per_domain", "MODEL.BNEXT.FPN.POPULATION", "per_domain")
+
+
+@pytest.fixture
+def load(digits, tmp_path):
+    """A config of two sets: the digits, and the same pictures under another name."""
+    sets = []
+    for part in ("train", "val"):
+        metadata = MetadataCatalog.get(f"digits_{part}")
+        sets.append({"name": f"night_{part}", "json": metadata.json_file, "folder": metadata.image_root})
+
+    def load(*opts):
+        return tiny.load(tmp_path / "out", "DATASETS.BNEXT.COCO", sets, *SETS, *opts)
+
+    return load
+
+
+def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(load, tmp_path):
+    cfg = load(*DOMAINS, *NORMS, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 6)
+    check_run(cfg)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+    images = [0, 0]
+    loader = iter(build_train_loader(trainer.cfg))
+    for _ in range(3):
+        for record in next(loader):
+            images[record["dataset_source"]] += 1
+            assert record["domain"] == ("day", "night")[record["dataset_source"]]
+
+    norm = trainer.model.backbone.fpn_lateral3.norm
+    assert norm.domains == ("day", "night")
+    assert norm.day.num_batches_tracked + norm.night.num_batches_tracked >= 4
+    assert not torch.equal(norm.day.running_mean, norm.night.running_mean)
+    results = json.loads((tmp_path / "out/inference/results.json").read_text())
+    assert set(results) >= {"digits_val", "night_val"}
+
+    # The config that was written says the domains, whatever sets it is used with later.
+    written = load_config(str(tmp_path / "out/config.yaml")) if (tmp_path / "out/config.yaml").exists() else cfg
+    assert written.MODEL.BNEXT.DOMAINS.NAMES == ("day", "night")
+
+    predictor, image = DefaultPredictor(cfg), np.zeros((64, 64, 3), dtype=np.uint8)
+    with pytest.raises(DomainError):
+        predictor(image)
+    with use_domain("night"):
+        assert "instances" in predictor(image)
+
+
+@pytest.mark.parametrize(
+    ("opts", "named"),
+    [
+        (("DATASETS.DOMAINS.TRAIN", "('day',)"), "DATASETS.DOMAINS.TRAIN"),
+        (("DATASETS.DOMAINS.TRAIN", "('day', 'night')"), "night_val|digits_val"),
+        (("DATASETS.DOMAINS.TRAIN", "('day', '')", "DATASETS.DOMAINS.TEST", "('day', 'day')"), "night_train"),
+        ((*DOMAINS[:3], "('day', 'fog')"), "fog"),
+        ((*DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "('day',)"), "'night'"),
+        ((), "DATASETS.DOMAINS.TRAIN"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_training(load, opts, named):
+    with pytest.raises(ConfigError, match=named):
+        check_run(load(*NORMS, *opts))
+
+
+def test_a_name_that_no_image_has_is_said(load, bnext_log):
+    check_run(load(*NORMS, *DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night', 'fog')"))
+    assert any("'fog'" in record.getMessage() for record in bnext_log.records)
+
+
+def test_sets_may_share_a_domain(load):
+    same = ("DATASETS.DOMAINS.TRAIN", "('day', 'day')", "DATASETS.DOMAINS.TEST", "('day', 'day')")
+    cfg = load(*NORMS, *same)
+    check_run(cfg)
+    assert cfg.MODEL.BNEXT.DOMAINS.NAMES == ("day",)
