@@ -28,14 +28,16 @@ from bnext.cli.output_file import find_folder_faults, find_kept
 from bnext.cli.reestimate import LEFT_OUT, find_keys
 from bnext.config import load_config
 from bnext.config.blame import building_from_config
+from bnext.config.keys import KEYS
 from bnext.config.places import PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches
 from bnext.data.check_coco import check_datasets
+from bnext.data.domains import find_domain
 from bnext.data.picture_folder import register_folder
 from bnext.data.records import has_labels, load_records
 from bnext.engine.output import holding_output
-from bnext.errors import CheckpointError, ConfigError, Refusal, check_choice
+from bnext.errors import CheckpointError, ConfigError, Refusal, check_choice, list_few
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import replace_file, write_folder, write_json
 from bnext.heads.build_warnings import building_unwarned
@@ -345,7 +347,8 @@ def _pick_estimates(report: RecomputeReport, model: nn.Module, name: str) -> Rec
 
 def _drop(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | None) -> _Changed:
     changes = drop_domain(model, request.name)
-    return _Changed(model, _name_domains(cfg, list_domains(model), {}), changes)
+    new_cfg = _name_domains(cfg, list_domains(model), {request.name: None})
+    return _Changed(model, new_cfg, changes, notes=_tell_sets(cfg, new_cfg))
 
 
 def _merge(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | None) -> _Changed:
@@ -391,20 +394,40 @@ def _compare(whole: nn.Module, model: nn.Module, pictures: Sequence[Tensor], dom
 # ---- the config of the output
 
 
-def _name_domains(cfg: CfgNode, names: Sequence[str], renamed: Mapping[str, str]) -> CfgNode:
-    """A config whose norms have these domains.
+def _name_domains(cfg: CfgNode, names: Sequence[str], renamed: Mapping[str, str | None]) -> CfgNode:
+    """A config whose norms have these domains, and whose sets are of these.
 
     Args:
         cfg: of the input.
         names: of all domains.
-        renamed: name in the input -> name in the output.
+        renamed: name in the input -> name in the output; None: there is none, and sets of that domain are left out.
     """
+    domains = {part: [find_domain(cfg, name) for name in cfg.DATASETS[part]] for part in ("TRAIN", "TEST")}
     cfg = cfg.clone()
     cfg.defrost()
+
+    for part, before in domains.items():
+        if not any(domain in renamed for domain in before):
+            continue
+        pairs = zip(cfg.DATASETS[part], before, strict=True)
+        kept = {name: renamed.get(domain, domain) for name, domain in pairs}
+        kept = {name: domain for name, domain in kept.items() if domain is not None}
+        cfg.DATASETS[part], cfg.DATASETS.DOMAINS[part] = tuple(kept), tuple(kept.values())
+
     node = cfg.MODEL.BNEXT.DOMAINS
-    node.NAMES, node.FALLBACK = tuple(names), renamed.get(node.FALLBACK, node.FALLBACK)
+    node.NAMES, node.FALLBACK = tuple(names), renamed.get(node.FALLBACK) or node.FALLBACK
     cfg.freeze()
     return cfg
+
+
+def _tell_sets(cfg: CfgNode, new_cfg: CfgNode) -> list[str]:
+    """The sets that the config of the output no longer has."""
+    notes = []
+    for part in ("TRAIN", "TEST"):
+        left_out = [name for name in cfg.DATASETS[part] if name not in new_cfg.DATASETS[part]]
+        if left_out:
+            notes.append(f"Left out of DATASETS.{part}, as they are of that domain: {list_few(left_out)}.")
+    return notes
 
 
 def _without_domains(cfg: CfgNode) -> CfgNode:
@@ -417,8 +440,8 @@ def _without_domains(cfg: CfgNode) -> CfgNode:
         node = cfg.MODEL.BNEXT[place]
         for key in ("STATISTICS", "POPULATION", "AFFINE"):
             node[key] = answers.get(node[key], node[key])
-    node = cfg.MODEL.BNEXT.DOMAINS
-    node.NAMES, node.FALLBACK = (), ""
+    for key in cfg.MODEL.BNEXT.DOMAINS:
+        cfg.MODEL.BNEXT.DOMAINS[key] = KEYS[f"MODEL.BNEXT.DOMAINS.{key}"].default
     cfg.freeze()
     return cfg
 
@@ -480,5 +503,6 @@ def _format(request: DomainRequest, changed: _Changed) -> str:
     lines += ["", os.path.join(request.output, "model.pth"), config, os.path.join(request.output, "report.json")]
     if request.action == "add":
         lines += ["", "Evaluate it on labelled images of the domain, if there are some:"]
-        lines += [f"  bnext evaluate --config-file {config} DATASETS.TEST \"('my_val',)\" ..."]
+        pairs = f"DATASETS.TEST \"('my_val',)\" DATASETS.DOMAINS.TEST \"('{request.name}',)\""
+        lines += [f"  bnext evaluate --config-file {config} {pairs}"]
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from bnext.checkpoints import load_model
 from bnext.cli import main
 from bnext.cli.domain import DomainRequest, change_domains
+from bnext.cli.train import check_run
 from bnext.config import load_config
 from bnext.errors import BNextError, CheckpointError, ConfigError, DatasetError
 from bnext.scope import use_domain
@@ -153,17 +154,25 @@ def test_a_two_stage_detector_with_domains_in_its_heads(pictures, tmp_path):
 @SLOW
 def test_drop_merge_and_select_in_the_form_of_bnext(with_domains, tmp_path):
     old = torch.load(with_domains)["model"]
-    cfg = load(with_domains, *RETINANET)
-    for request, names, population in (
-        (DomainRequest("drop", "dusk", str(tmp_path / "a")), ("day",), "per_domain"),
-        (DomainRequest("merge", "all", str(tmp_path / "b"), of=("day=3", "dusk=1")), ("all",), "per_domain"),
-        (DomainRequest("select", "day", str(tmp_path / "c"), form="bnext"), (), "shared"),
+    sets = ("DATASETS.TEST", "('digits_val', 'digits_train')", "DATASETS.DOMAINS.TEST", "('dusk', 'day')")
+    cfg = load(with_domains, *RETINANET, *sets)
+    for request, names, population, test_domains in (
+        (DomainRequest("drop", "dusk", str(tmp_path / "a")), ("day",), "per_domain", ("day",)),
+        (
+            DomainRequest("merge", "all", str(tmp_path / "b"), of=("day=3", "dusk=1")),
+            ("all",),
+            "per_domain",
+            ("all",) * 2,
+        ),
+        (DomainRequest("select", "day", str(tmp_path / "c"), form="bnext"), (), "shared", ("dusk", "day")),
     ):
         change_domains(cfg, request)
-        norms = load_config(f"{request.output}/config.yaml").MODEL.BNEXT
-        assert (norms.DOMAINS.NAMES, norms.RESNETS.POPULATION) == (names, population)
         new_cfg = load_config(f"{request.output}/config.yaml")
+        norms, of_sets = new_cfg.MODEL.BNEXT, new_cfg.DATASETS.DOMAINS.TEST
+        written = (norms.DOMAINS.NAMES, norms.RESNETS.POPULATION, of_sets)
+        assert written == (names, population, test_domains)
         assert list_domains(load_model(new_cfg, new_cfg.MODEL.WEIGHTS)) == names
+        check_run(new_cfg, eval_only=True)
 
     name = "backbone.bottom_up.stem.conv1.norm"
     assert not differ(read(tmp_path / "a"), old)
@@ -236,6 +245,6 @@ def test_the_command_and_an_evaluation_of_its_output(with_domains, pictures, tmp
     assert main.main(["domain", "add", "night", "--images", str(pictures), *words, *pairs]) == 0
     config = str(tmp_path / "out" / "config.yaml")
     before = (tmp_path / "out" / "config.yaml").read_bytes()
-    assert main.main(["evaluate", "--config-file", config, "MODEL.BNEXT.DOMAINS.FALLBACK", "night"]) == 0
+    assert main.main(["evaluate", "--config-file", config, "DATASETS.DOMAINS.TEST", "('night',)"]) == 0
     assert (tmp_path / "out" / "config.yaml").read_bytes() == before
     assert "| bbox |" in capsys.readouterr().out
