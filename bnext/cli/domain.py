@@ -41,6 +41,7 @@ from bnext.errors import CheckpointError, ConfigError, Refusal, check_choice, li
 from bnext.evaluation.reestimate import format_report, needs_labels, recompute_statistics
 from bnext.files import replace_file, write_folder, write_json
 from bnext.heads.build_warnings import building_unwarned
+from bnext.layers.sources import drop_domains, is_per_domain
 from bnext.lazy_config import is_lazy
 from bnext.scope.domain import use_domain
 from bnext.statistics import RecomputeReport
@@ -323,7 +324,7 @@ def _find_own_populations(model: nn.Module) -> list[str]:
     """Paths of norms with population statistics per domain that can be estimated."""
     paths = []
     for path, norm in find_domain_norms(model).items():
-        if "per_domain" in norm.spec.population and not norm.spec.has_frozen_statistics:
+        if is_per_domain(norm.spec.population) and not norm.spec.has_frozen_statistics:
             paths.append(path)
     return paths
 
@@ -432,14 +433,13 @@ def _tell_sets(cfg: CfgNode, new_cfg: CfgNode) -> list[str]:
 
 def _without_domains(cfg: CfgNode) -> CfgNode:
     """A config whose norms have none; what was of each domain is shared."""
-    answers = {"per_domain": "shared", "per_level_and_domain": "per_level"}
     cfg = cfg.clone()
     cfg.defrost()
 
     for place in PLACES:
         node = cfg.MODEL.BNEXT[place]
         for key in ("STATISTICS", "POPULATION", "AFFINE"):
-            node[key] = answers.get(node[key], node[key])
+            node[key] = drop_domains(node[key])
     for key in cfg.MODEL.BNEXT.DOMAINS:
         cfg.MODEL.BNEXT.DOMAINS[key] = KEYS[f"MODEL.BNEXT.DOMAINS.{key}"].default
     cfg.freeze()

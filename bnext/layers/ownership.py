@@ -1,4 +1,4 @@
-"""Who owns what of a batch norm: the layer, or each of its levels or domains; and how populations move.
+"""Who owns what of a batch norm: the layer, its levels, its domains, or each pair; and how populations move.
 
 The lower half of `BatchNorm2d`: state and its checks. What normalizes is in batch_norm.py.
 """
@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,14 +20,22 @@ from torch.nn.utils import fusion
 from bnext.dispatch import has_numbers, is_exported, is_ordinary, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
+from bnext.functional import (
+    Moments,
+    group_moments,
+    make_index,
+    number_groups,
+    take_finite,
+    update_running_statistics,
+)
 from bnext.layers.counts import counts_of
 from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
-from bnext.layers.spec import NormSpec
+from bnext.layers.sources import Source, drop_domains, is_owned, is_per_domain, list_sources, map_owners
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 from bnext.scope.record import get_record
@@ -35,14 +43,14 @@ from bnext.scope.record import get_record
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
+__all__ = ["DomainState", "OwnedBatchNorm2d", "Sources", "check_statistics"]
 
 log = logging.getLogger(__name__)
 
-NO_DOMAIN_NAME = Refusal(
+NO_NAME = Refusal(
     ConfigError,
     "levels and domains",
-    "be distinct, without dots, and no attribute of the layer",
+    "be distinct, also where they are joined as domain_level, without dots, and no attribute of the layer",
     "Choose another name.",
 )
 OTHER_STATE = Refusal(
@@ -85,11 +93,8 @@ OTHER_ANSWERS = Refusal(
     "Use {remedy}.",
 )
 
-Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
+Sources = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
-
-# An answer about whose state it is -> the same in a norm without domains.
-_WITHOUT_DOMAINS = {"per_domain": "shared"}
 
 # Answers of a spec that say which state there is.
 _STATE = ("population", "affine", "domains")
@@ -135,7 +140,7 @@ class _Verdict(NamedTuple):
 
 
 class DomainState(KeptBatchNorm2d):
-    """State of one level or domain of a norm: its affine, its running statistics, or both. It is never called.
+    """State of a level, a domain or a pair of a norm: its affine, running statistics, or both. It is never called.
 
     A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
     """
@@ -171,7 +176,13 @@ class DomainState(KeptBatchNorm2d):
 
 
 class OwnedBatchNorm2d(KeptBatchNorm2d):
-    """State of a batch norm by its spec; see `BatchNorm2d`."""
+    """State of a batch norm by its spec; see `BatchNorm2d`.
+
+    Attributes:
+        levels: names of the levels that it sees; (): it sees one feature map.
+        sources: names of all that it tells apart: levels, domains, or pairs as "night_p3", domain after domain; one
+            without a name where there are neither.
+    """
 
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
     _spec: NormSpec = None  # type: ignore[assignment]  # until it is built
@@ -180,7 +191,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self,
         num_features: int,
         spec: NormSpec,
-        domains: Sequence[str],
+        levels: Sequence[str],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -197,30 +208,48 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.spec = spec
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
-        self.domains = tuple(domains)
-        self._checked: dict[str, _Verdict] = {}  # by name of the level or domain
-
-        self._add_domain_states({"device": device, "dtype": dtype})
+        self.levels = tuple(levels)
+        self._name_sources()
+        self._check_names(spec.domains)
+        self._add_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
         self.affine = spec.affine != "none"
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
-    def _add_domain_states(self, place: dict[str, Any]) -> None:
-        self._check_names(self.domains, self.domains)
-        has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
-        for name in self.domains if has_affine or has_population else ():
+    def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
+        """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""
+        joined = [source.name for source in list_sources(self.levels, domains)] if self.levels and domains else []
+        names = [*self.levels, *domains, *joined]
+
+        for name in names:
+            is_name = isinstance(name, str) and name and "." not in name
+            is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
+            if (is_taken and name not in known) or names.count(name) > 1:
+                kinds = ", ".join(repr(kind) for kind in (self.levels, tuple(domains)) if kind)
+                raise NO_NAME.of(kinds, f"{type(self).__name__}, {name!r}")
+
+    def _name_sources(self) -> None:
+        self._owners = map_owners(self.levels, self._spec.domains)  # answer -> source -> owner
+        self.sources = tuple(self._owners["shared"])
+        self._checked: dict[str, _Verdict] = {}  # by owner
+
+    def _add_states(self, place: dict[str, Any]) -> None:
+        affines, populations = (self._list_owners(answer) for answer in (self.spec.affine, self.spec.population))
+        for name in dict.fromkeys([*affines, *populations]):
+            has_affine, has_population = name in affines, name in populations
             state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population, **place)
             self.add_module(name, state)
 
-    def _check_names(self, new: Sequence[str], every: Sequence[str]) -> None:
-        """Refuse names that the modules of new levels or domains cannot have."""
-        for name in new:
-            is_name = isinstance(name, str) and name and "." not in name
-            is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
-            if is_taken or every.count(name) > 1:
-                raise NO_DOMAIN_NAME.of(repr(tuple(every)), f"{type(self).__name__}, {name!r}")
+    def _list_owners(self, answer: str) -> list[str]:
+        """Names of what owns something by an answer; none where all share it."""
+        return list(dict.fromkeys(self._owners[answer].values())) if is_owned(answer) else []
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains."""
+        return self._spec.domains
 
     @property
     def spec(self) -> NormSpec:
@@ -251,7 +280,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         return self.path or type(self).__name__
 
     def name_place(self, name: str) -> str:
-        """The layer and one of its levels or domains, in messages."""
+        """The layer and one of its sources, in messages."""
         return f"{self.where}, {name}" if name else self.where
 
     def extra_repr(self) -> str:
@@ -286,18 +315,17 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             for key in answers
             if getattr(self._spec, key) != getattr(NormSpec, key)
         ]
-        if self.domains:
-            got.append(f"levels or domains {self.domains}")
+        if self.sources != ("",):
+            got.append(f"levels or domains {self.sources}")
         if got:
             raise OTHER_ANSWERS.of(", ".join(got), self.where, tool=tool, remedy=remedy)
 
     def _find_owned(self, name: str) -> OwnedField | None:
-        if self._spec is None or not getattr(self._spec, _FIELDS[name]).startswith("per_"):
+        owners = [] if self._spec is None else self._list_owners(getattr(self._spec, _FIELDS[name]))
+        tensors: dict[str, Any] = {owner: getattr(self._modules.get(owner), name, None) for owner in owners}
+        if not tensors or any(tensor is None for tensor in tensors.values()):  # being built, or they were taken away
             return None
-        tensors: dict[str, Any] = {domain: getattr(self._modules.get(domain), name, None) for domain in self.domains}
-        if any(tensor is None for tensor in tensors.values()):  # it is being built, or they were taken away
-            return None
-        return OwnedField(self.where, name, tensors, like=tensors[self.domains[0]])
+        return OwnedField(self.where, name, tensors, like=tensors[owners[0]])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A field that levels or domains own is set for all of them."""
@@ -320,7 +348,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         """Whether a field of the norm is one that its levels or domains own."""
         if name not in _FIELDS or self._spec is None or name not in {**self._parameters, **self._buffers}:
             return False
-        return str(getattr(self._spec, _FIELDS[name])).startswith("per_")
+        return is_owned(getattr(self._spec, _FIELDS[name]))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -343,21 +371,24 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _list_states(self) -> list[DomainState]:
         return [module for module in self.children() if isinstance(module, DomainState)]
 
-    def population_state(self, domain: str = "") -> nn.BatchNorm2d:
-        """The module whose running statistics normalize this level or domain: the layer, or its own."""
-        return self.get_submodule(domain) if self._spec.population.startswith("per_") else self  # type: ignore[return-value]
+    def population_state(self, source: str = "") -> nn.BatchNorm2d:
+        """The module whose running statistics normalize a level, domain or pair: the layer, or what owns them."""
+        return self.get_submodule(self._find_owner(self._spec.population, source))  # type: ignore[return-value]
 
-    def affine_state(self, domain: str = "") -> nn.BatchNorm2d:
-        """The module whose weight and bias scale and shift this level or domain."""
-        return self.get_submodule(domain) if self._spec.affine.startswith("per_") else self  # type: ignore[return-value]
+    def affine_state(self, source: str = "") -> nn.BatchNorm2d:
+        """The module whose weight and bias scale and shift a level, domain or pair."""
+        return self.get_submodule(self._find_owner(self._spec.affine, source))  # type: ignore[return-value]
+
+    def _find_owner(self, answer: str, source: str) -> str:
+        """Name of what owns the state of a source; an owner's name is its own."""
+        return self._owners[answer].get(source, source) if is_owned(answer) else ""
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
-        """Each set of population statistics, with the levels or domains that it normalizes."""
-        if self._spec.population.startswith("per_"):
-            for domain in self.domains:
-                yield (domain,), self.population_state(domain)
-        elif self._spec.population == "shared":
-            yield self.domains, self
+        """Each set of population statistics, with the names of what it normalizes."""
+        for owner in self._list_owners(self._spec.population):
+            yield (owner,), self.population_state(owner)
+        if self._spec.population == "shared":
+            yield tuple(filter(None, self.sources)), self
 
     @property
     def has_bias(self) -> bool:
@@ -385,8 +416,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
         states = [self.affine_state(name) for name in names]
-        is_owned = self._spec.affine.startswith("per_")
-        if not is_owned or len(set(used)) == len(names) or not torch.is_grad_enabled():
+        owners = [self._find_owner(self._spec.affine, name) for name in names]
+        is_all_used = {owners[index] for index in used} == set(owners)
+        if is_all_used or not torch.is_grad_enabled():
             return [(state.weight, state.bias) for state in states]
 
         weight, bias = self.stack_affines(names, states[0].weight)
@@ -404,18 +436,21 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     # ---- other domains than it was built with
 
+    def find_owners(self, domain: str) -> list[str]:
+        """Names of what a domain owns, by itself or at each level, in an order that is the same for all domains."""
+        answers = [answer for answer in (self._spec.affine, self._spec.population) if is_per_domain(answer)]
+        owners: list[str] = []
+        for answer in answers:
+            owners += [source.find_owner(answer) for source in list_sources(self.levels, [domain])]
+        return list(dict.fromkeys(owners))
+
     def domain_states(self, domain: str) -> list[DomainState]:
-        """The modules that hold what a domain owns, in an order that is the same for all domains."""
+        """The modules that hold what a domain owns, in the order of `find_owners`."""
         return [cast(DomainState, self._modules[name]) for name in self.find_owners(domain)]
 
-    def find_owners(self, domain: str) -> list[str]:
-        """Names of these modules."""
-        owns = any(getattr(self._spec, field) == "per_domain" for field in ("population", "affine"))
-        return [domain] if owns else []
-
-    def check_domain_name(self, name: str) -> None:
-        """Refuse a name that a new domain cannot have."""
-        self._check_names([name], [*self._spec.domains, name])
+    def check_domains(self, domains: Sequence[str]) -> None:
+        """Refuse names that domains cannot have; those of now can."""
+        self._check_names(domains, {*self.levels, *self.domains, *self.sources})
 
     def set_domains(self, sources: Mapping[str, str], fallback_domain: str | None) -> None:
         """Have other domains, each with the state that one has now. In place.
@@ -427,38 +462,49 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         Raises:
             ConfigError: a name that a module cannot have.
         """
-        before = {domain: self.domain_states(domain) for domain in self._spec.domains}
-        self._check_names([name for name in sources if name not in before], list(sources))
+        self.check_domains(list(sources))
         spec = self._spec.replace(domains=tuple(sources), fallback_domain=fallback_domain)
+        before = {domain: self.domain_states(domain) for domain in self.domains}
 
-        for domain in before:
+        for domain in self.domains:
             for name in self.find_owners(domain):
                 del self._modules[name]
-        self._spec, self.domains, self._checked = spec, spec.domains, {}
+        self._spec = spec
+        self._name_sources()
 
         for domain, source in sources.items():
             for name, state in zip(self.find_owners(domain), before[source], strict=True):
                 self.add_module(name, state if domain == source else copy.deepcopy(state))
 
     def keep_domain(self, domain: str) -> None:
-        """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's. In place."""
-        self.set_domains({domain: domain}, None)
-        for name, state in zip(self.find_owners(domain), self.domain_states(domain), strict=True):
-            del self._modules[name]
-            if self._spec.affine == "per_domain":
-                self._parameters.update(state._parameters)
-            if self._spec.population == "per_domain":
-                self._buffers.update(state._buffers)
-                self.track_running_stats = state.track_running_stats
+        """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's, or its level's.
 
-        answers = {field: getattr(self._spec, field) for field in ("statistics", "population", "affine")}
-        answers = {field: _WITHOUT_DOMAINS.get(answer, answer) for field, answer in answers.items()}
-        self._spec, self.domains = self._spec.replace(**answers, domains=()), ()
+        In place; parameters and buffers stay the same tensors.
+        """
+        before: list[tuple[str, Any, Any]] = []
+        for level in self.levels or ("",):
+            name = Source(level, domain).name
+            before.append((level, self.affine_state(name), self.population_state(name)))
+        for state_name in [name for name, module in self._modules.items() if isinstance(module, DomainState)]:
+            del self._modules[state_name]
+
+        answers = {field: drop_domains(getattr(self._spec, field)) for field in OWNED}
+        self._spec = self._spec.replace(**answers, domains=(), fallback_domain=None)
+        self._name_sources()
+        self._add_states({})
+
+        for level, affine, population in before:
+            self.affine_state(level)._parameters.update(affine._parameters)
+            new: Any = self.population_state(level)
+            new._buffers.update(population._buffers)
+            new.track_running_stats = population.track_running_stats
+        self.train(self.training)
+        self._keep_statistics(is_in_use=True)
         self.note_statistics()
 
     # ---- domains of a call
 
-    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Domains:
+    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Sources:
         """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains."""
         if not self.domains:
             return 0
@@ -467,7 +513,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         if len(active) != num_samples:
             raise NOT_ONE_PER_SAMPLE.of(f"{len(active)} names for {num_samples} samples", self.where)
-        return tuple(self._find_domain(name) for name in active)
+        domains = tuple(self._find_domain(name) for name in active)
+        return domains if len(set(domains)) > 1 else domains[0]  # of one domain it is as a batch of torch's norm
 
     def _find_domain(self, name: str | None) -> int:
         known = name if name in self.domains else self._spec.fallback_domain
@@ -497,7 +544,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     # ---- populations that move
 
     def is_moving(self, name: str, call: NormCall) -> bool:
-        """Whether a call moves the running statistics of a level or domain."""
+        """Whether a call moves the running statistics of a source."""
         if not (self.training and call.moves) or call.spec.has_frozen_statistics or call.spec.population == "none":
             return False
         state = self.population_state(name)
@@ -505,28 +552,29 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     @torch.no_grad()
     def move_populations(
-        self, moments: Moments, domains: Sequence[int], names: tuple[str, ...], call: NormCall
+        self, moments: Moments, sources: Sequence[int], names: tuple[str, ...], call: NormCall
     ) -> None:
-        """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first.
+        """One update of a population per mini-batch, in the order of the sources; groups are merged first.
 
         Args:
             moments: of parts of the samples, [P].
-            domains: for each part the index of its domain in `names`.
-            names: of the domains that may occur.
+            sources: for each part the index of its source in `names`.
+            names: of the sources that may occur.
             call: what the call knows.
         """
         if not any(self.is_moving(name, call) for name in names):
             return
 
-        is_one = call.spec.statistics == "shared" and call.spec.population == "shared"
-        units = [0 if is_one else domain for domain in domains]
-        num_units = max(units) + 1
-        if units != list(range(len(units))):
-            moments = group_moments(moments, make_index(tuple(units), moments.mean.device), num_units)
+        of_parts = [names[source] for source in sources]
+        answers = (call.spec.statistics, call.spec.population)
+        units = number_groups(tuple(tuple(self._find_owner(a, name) for a in answers) for name in of_parts))
+        if units != tuple(range(len(units))):
+            moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
-        for unit in range(num_units):
-            if is_one or self.is_moving(names[unit], call):
-                self._move(names[unit], Moments(*(field[unit] for field in moments)))
+        for unit in range(max(units) + 1):
+            name = of_parts[units.index(unit)]
+            if self.is_moving(name, call):
+                self._move(name, Moments(*(field[unit] for field in moments)))
 
     def _move(self, name: str, moments: Moments) -> None:
         """Let one population take in the moments of a mini-batch, [C]."""
@@ -581,7 +629,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self._checked = {}
         refuse_folded_state(self.where, prefix, local_metadata, error_msgs)
 
-        form = form_of_spec(self._spec, self.num_features, self.domains, self.eps, self.has_bias)
+        form = form_of_spec(self._spec, self.num_features, self.levels, self.eps, self.has_bias)
         convert_in_place(cast(dict[str, Tensor], state_dict), prefix, form, missing_keys, error_msgs)
         super()._load_from_state_dict(cast(dict[str, Tensor], state_dict), prefix, *args)
 
@@ -626,21 +674,22 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if is_traced():
             return
 
-        for name in set(names):
-            state: Any = self.population_state(name)
+        owners = {self._find_owner(self._spec.population, name): name for name in names}
+        for owner, name in owners.items():
+            state: Any = self.population_state(owner)
             mean, var = state.running_mean, state.running_var
             if mean is None or var is None:
                 raise NO_STATISTICS.of("None", self.name_place(name))
-            if not (has_numbers(mean) and has_numbers(var)) or self._is_checked(name, mean, var):
+            if not (has_numbers(mean) and has_numbers(var)) or self._is_checked(owner, mean, var):
                 continue
 
             check_statistics(mean, var, self.name_place(name), "; look for the batch that spoiled them")
             if not (is_under_mode() or mean.is_inference() or var.is_inference()):  # those of inference have no version
-                self._checked[name] = _Verdict.of(mean, var)
+                self._checked[owner] = _Verdict.of(mean, var)
 
-    def _is_checked(self, name: str, mean: Tensor, var: Tensor) -> bool:
+    def _is_checked(self, owner: str, mean: Tensor, var: Tensor) -> bool:
         """In training a write does not count: DistributedDataParallel may broadcast buffers in each step."""
-        verdict = self._checked.get(name)
+        verdict = self._checked.get(owner)
         if verdict is None or not verdict.is_of(mean, var):
             return False
         return self.training or verdict.versions == (mean._version, var._version)

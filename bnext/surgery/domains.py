@@ -11,7 +11,7 @@ the first place is the work of `convert_norm`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, cast, get_args
 
 import torch
@@ -23,6 +23,7 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.forms import AFFINE, POPULATION, NormForm, find_form, find_leftovers
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.norm_state import average_affines, merge_populations
+from bnext.layers.sources import is_per_domain
 from bnext.layers.walk import check_is_whole, find_bnext_norms
 from bnext.surgery.convert import convert_norm
 from bnext.surgery.convert_state import Change, ConversionReport
@@ -145,7 +146,7 @@ def add_domain(model: nn.Module, name: str, like: str | None = None) -> Conversi
     if like is not None:
         _check_known("like", like, names, "add_domain")
         norms = _select(norms, like)
-    _check_name(norms, name)
+    _check_names(norms, (), name)
 
     changes = []
     for path, norm in norms.items():
@@ -233,8 +234,7 @@ def merge_domains(
     for path, norm in norms.items():
         for name in names:
             _check_known("A domain to merge", name, norm.spec.domains, path or "merge_domains")
-    if into not in known:
-        _check_name(norms, into)
+    _check_names(norms, names, into)
 
     weights = "equal weights" if num_samples is None else "weights by their images"
     changes = []
@@ -321,10 +321,10 @@ def _check_known(thing: str, name: str, known: Sequence[str], where: str) -> Non
         raise UNKNOWN.of(repr(name), where, thing=thing, names=tuple(known), remedy=remedy)
 
 
-def _check_name(norms: Mapping[str, BatchNorm2d], name: str) -> None:
-    """Refuse a name before the first norm is changed."""
+def _check_names(norms: Mapping[str, BatchNorm2d], left_out: Collection[str], new: str) -> None:
+    """Refuse the name of a new domain before the first norm is changed."""
     for norm in norms.values():
-        norm.check_domain_name(name)
+        norm.check_domains([*(name for name in norm.spec.domains if name not in left_out), new])
 
 
 def _check_numbers(names: Sequence[str], numbers: Mapping[str, float] | None) -> None:
@@ -403,4 +403,4 @@ def _join(names: Sequence[str]) -> str:
 
 
 def _tell_mean(norm: BatchNorm2d) -> str:
-    return MEAN if norm.spec.affine == "per_domain" else ""
+    return MEAN if is_per_domain(norm.spec.affine) else ""

@@ -1,5 +1,6 @@
 """Domains that come, go, merge and become plain norms: by slow definitions, and nothing else moves by a bit."""
 
+import contextlib
 import copy
 import itertools
 
@@ -235,3 +236,66 @@ def test_a_merge_does_not_depend_on_the_order_of_its_names():
         states.append(state_of(model, "all"))
     for state in states[1:]:
         torch.testing.assert_close(state, states[0])
+
+
+# ---- domains at several levels
+
+PAIRS = {
+    "pairs": ("per_level_and_domain",) * 3,
+    "pairs_of_population": ("per_level_and_domain", "per_level_and_domain", "per_domain"),
+    "affine_of_levels": ("per_level_and_domain", "per_level_and_domain", "per_level"),
+    "population_of_levels": ("per_domain", "per_level", "per_level_and_domain"),
+    "shared_but_statistics": ("per_level_and_domain", "shared", "shared"),
+}
+LEVELS = ("p3", "p4")
+
+
+def build_pairs(answers):
+    statistics, population, affine = answers
+    spec = NormSpec(statistics=statistics, population=population, affine=affine, domains=DOMAINS)
+    return randomize(LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double()).eval()
+
+
+@torch.no_grad()
+def run_levels(norm, domain=None):
+    features = {"p3": draw(), "p4": draw()[:, :, :1] + 1}
+    with contextlib.nullcontext() if domain is None else use_domain(domain):
+        return list(norm(features).values())
+
+
+def by_level(norm, domain, fields=("weight", "running_mean", "running_var")):
+    """Level -> what normalizes it."""
+    values = {}
+    for level in LEVELS:
+        affine, population = norm.affine_state(f"{domain}_{level}"), norm.population_state(f"{domain}_{level}")
+        values[level] = {f: getattr(affine if f == "weight" else population, f).detach().clone() for f in fields}
+    return values
+
+
+@pytest.mark.parametrize("answers", PAIRS.values(), ids=PAIRS)
+def test_domains_at_several_levels(answers):
+    norm = build_pairs(answers)
+    before = copy.deepcopy(norm.state_dict())
+    expected = {domain: run_levels(norm, domain) for domain in DOMAINS}
+    add_domain(norm, "dusk", like="night")
+    assert all(map(torch.equal, run_levels(norm, "dusk"), expected["night"]))
+    drop_domain(norm, "dusk")
+    assert_equal(norm.state_dict(), before)
+
+    merged = copy.deepcopy(norm)
+    states = [by_level(norm, domain) for domain in ("day", "fog")]
+    merge_domains(merged, ["day", "fog"], "light")
+    for level, state in by_level(merged, "light").items():
+        slowly = merge_slowly([one[level] | {"bias": torch.zeros(1)} for one in states], [1, 1])
+        del slowly["bias"], slowly["num_batches_tracked"]
+        torch.testing.assert_close(state, slowly)
+    assert all(map(torch.equal, run_levels(merged, "night"), expected["night"]))
+
+    trained = {id(parameter) for parameter in norm.parameters()}
+    assert select_domain(norm, "night").keeps_outputs
+    assert all(map(torch.equal, run_levels(norm), expected["night"]))
+    assert {id(parameter) for parameter in norm.parameters()} <= trained
+    assert not norm.spec.has_domains
+    LevelBatchNorm2d(NUM_CHANNELS, LEVELS, norm.spec).double().load_state_dict(norm.state_dict())
+    with pytest.raises(ConfigError, match="several levels"):
+        select_domain(nn.Sequential(build_pairs(answers)), "night", form="torch")
