@@ -125,6 +125,7 @@ OTHER_ENTRIES = Refusal(
 )
 
 COMPARED = "Compared with the whole detector on {pictures} pictures of {source}: {detections} detections, the same."
+NOTHING_DETECTED = "Nothing was found in these pictures, by neither: name a set with objects in DATASETS.TEST."
 NOT_COMPARED = "Outputs were not compared with the whole model's: it gives no detections."
 AS_IT_BEGINS = "No images were given: train on it, or estimate its statistics (bnext reestimate --domain)."
 TOP_SCORED = "Statistics of RoI heads are of the RoIs that score best, as the images have no labels."
@@ -373,8 +374,8 @@ def _select(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str 
         return _Changed(model, cfg, changes, notes=[NOT_COMPARED])
     pictures, source = choose_pictures(cfg, _NUM_PICTURES)
     number = _compare(whole, model, pictures, request.name)
-    note = COMPARED.format(pictures=len(pictures), source=source, detections=number)
-    return _Changed(model, cfg, changes, notes=[note])
+    notes = [COMPARED.format(pictures=len(pictures), source=source, detections=number)]
+    return _Changed(model, cfg, changes, notes=notes if number else [*notes, NOTHING_DETECTED])
 
 
 def _compare(whole: nn.Module, model: nn.Module, pictures: Sequence[Tensor], domain: str) -> int:

@@ -109,6 +109,7 @@ def as_dusk(key):
     return key.replace(".night.", ".dusk.")
 
 
+@SLOW
 def test_the_selected_detector_is_detectron2s(with_domains, tmp_path, capsys):
     output = tmp_path / "out"
     change_domains(load(with_domains, *RETINANET), DomainRequest("select", "dusk", str(output)))
@@ -239,7 +240,7 @@ def test_what_the_model_refuses_writes_nothing(with_domains, tmp_path, opts, req
 
 @SLOW
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")  # detectron2's file
-def test_the_command_and_an_evaluation_of_its_output(with_domains, pictures, tmp_path, capsys):
+def test_the_command_and_what_follows_it(with_domains, pictures, tmp_path, capsys):
     words = ["--config-file", str(tiny.CONFIG), "--output", str(tmp_path / "out"), *map(str, RETINANET)]
     pairs = ["MODEL.WEIGHTS", str(with_domains), "OUTPUT_DIR", str(tmp_path / "unused")]
     assert main.main(["domain", "add", "night", "--images", str(pictures), *words, *pairs]) == 0
@@ -248,3 +249,12 @@ def test_the_command_and_an_evaluation_of_its_output(with_domains, pictures, tmp
     assert main.main(["evaluate", "--config-file", config, "DATASETS.DOMAINS.TEST", "('night',)"]) == 0
     assert (tmp_path / "out" / "config.yaml").read_bytes() == before
     assert "| bbox |" in capsys.readouterr().out
+
+    training = ["OUTPUT_DIR", str(tmp_path / "training"), "SOLVER.STEPS", "[]"]
+    training += ["DATASETS.DOMAINS.TRAIN", "('night',)", "DATASETS.DOMAINS.TEST", "('night',)"]
+    for number, options in enumerate(([], ["--resume"])):
+        words = ["--config-file", config, *options, *training, "SOLVER.MAX_ITER", str(number + 1)]
+        assert main.main(["train", *words]) == 0
+    old, new = read(tmp_path / "out"), torch.load(tmp_path / "training" / "model_final.pth")["model"]
+    assert {key for key in differ(old, new) if ".day." in key or ".dusk." in key} == set()
+    assert any(".night.weight" in key for key in differ(old, new))
