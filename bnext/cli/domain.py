@@ -6,10 +6,10 @@ The input is only read. The output is a folder with a checkpoint and the config 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -75,12 +75,14 @@ IS_INTERMIXED = True
 
 ACTIONS = ("add", "drop", "merge", "select")
 FORMS = ("detectron2", "bnext")
+_PART = re.compile(r"(?P<name>.+?)(=(?P<number>\d+))?")  # of --of
 _NUM_PICTURES = 4  # for which a selected detector is compared with the whole one
 
 # Option -> the action that it is of.
 _ACTIONS_OF = {"images": "add", "like": "add", "source_samples": "add", "of": "merge", "form": "select"}
 
 OF_ANOTHER_ACTION = Refusal(ConfigError, "--{option}", "come with {action}", "Leave it out.")
+WITHOUT_IMAGES = Refusal(ConfigError, "--source-samples", "come with --images", "Give both, or neither.")
 NOT_TWO = Refusal(
     ConfigError,
     "--of",
@@ -242,6 +244,8 @@ def _check_request(cfg: CfgNode, request: DomainRequest) -> None:
             raise OF_ANOTHER_ACTION.of(f"it with {request.action}", option=name, action=action)
     if request.action == "merge":
         _read_parts(request)
+    if request.source_samples and request.images is None:
+        raise WITHOUT_IMAGES.of(f"{request.source_samples:g} without")
 
     if is_lazy(cfg):
         raise LAZY.of("a LazyConfig")
@@ -264,18 +268,12 @@ def _check_output(output: str) -> None:
 
 
 def _read_parts(request: DomainRequest) -> tuple[list[str], dict[str, float] | None]:
-    """Domains to merge, and their numbers of images, if all have one."""
-    names, numbers = [], {}
-    for word in request.of:
-        name, equals, number = word.rpartition("=")
-        names.append(name if equals else word)
-        with contextlib.suppress(ValueError):
-            if equals:
-                numbers[name] = float(number)
+    """Domains to merge, and the number of images of each, if they are given."""
+    parts = [_PART.fullmatch(word) for word in request.of]
+    names = [part["name"] for part in parts if part]
+    numbers = {part["name"]: float(part["number"]) for part in parts if part and part["number"]}
 
-    is_whole = not numbers or (len(numbers) == len(names) and all("=" in word for word in request.of))
-    are_without = numbers or not any("=" in word for word in request.of)
-    if len(set(names)) < max(2, len(names)) or not (is_whole and are_without):
+    if len(set(names)) < max(2, len(request.of)) or len(numbers) not in (0, len(names)):
         raise NOT_TWO.of(" ".join(request.of) or "none")
     return names, numbers or None
 
@@ -363,7 +361,7 @@ def _merge(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str |
 @torch.no_grad()
 def _select(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str | None) -> _Changed:
     """The selected detector, which was seen to detect what the whole one does."""
-    whole = copy.deepcopy(model)
+    whole, (pictures, source) = copy.deepcopy(model), choose_pictures(cfg, _NUM_PICTURES)
     changes = select_domain(model, request.name)
     cfg = _without_domains(cfg)
     if request.form == "detectron2":
@@ -372,7 +370,6 @@ def _select(cfg: CfgNode, model: nn.Module, request: DomainRequest, images: str 
 
     if isinstance(model, (ProposalNetwork, SemanticSegmentor)):
         return _Changed(model, cfg, changes, notes=[NOT_COMPARED])
-    pictures, source = choose_pictures(cfg, _NUM_PICTURES)
     number = _compare(whole, model, pictures, request.name)
     notes = [COMPARED.format(pictures=len(pictures), source=source, detections=number)]
     return _Changed(model, cfg, changes, notes=notes if number else [*notes, NOTHING_DETECTED])

@@ -206,6 +206,7 @@ def test_what_is_refused_writes_nothing(with_domains, pictures, tmp_path):
         (cfg, DomainRequest("add", "x", output, images=str(tmp_path / "broken")), DatasetError, "a.jpg"),
         (cfg, DomainRequest("drop", "day", output, images=str(pictures)), ConfigError, "--images"),
         (cfg, DomainRequest("add", "x", output, form="bnext"), ConfigError, "--form"),
+        (cfg, DomainRequest("add", "x", output, source_samples=16), ConfigError, "--images"),
         (cfg, DomainRequest("merge", "x", output), ConfigError, "--of"),
         (cfg, DomainRequest("merge", "x", output, of=("day", "day")), ConfigError, "--of"),
         (cfg, DomainRequest("merge", "x", output, of=("day=5", "dusk")), ConfigError, "--of"),
