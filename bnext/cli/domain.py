@@ -93,9 +93,9 @@ NO_DOMAINS = Refusal(
     ConfigError,
     "The config",
     "be of a detector whose norms have domains",
-    "Give it some: `bnext reestimate --population per_domain --dataset NAME --domain day` makes a file with statistics "
-    "per domain of any detector of bnext, and says which keys go with it. Without domains "
-    "`bnext reestimate --dataset NAME` adapts a file to images of another domain.",
+    "Give it the one that it was trained on, whose statistics those of the file then are: "
+    "MODEL.BNEXT.DOMAINS.NAMES \"('day',)\" and POPULATION 'per_domain' of its places, such as "
+    "MODEL.BNEXT.RESNETS.POPULATION (heads with levels: 'per_level_and_domain').",
 )
 LAZY = Refusal(
     ConfigError,

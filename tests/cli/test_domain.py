@@ -220,6 +220,24 @@ def test_what_is_refused_writes_nothing(with_domains, pictures, tmp_path):
 
 
 @SLOW
+def test_a_detector_without_domains_gets_its_first_one_by_the_keys_that_the_refusal_names(weights, pictures, tmp_path):
+    request = DomainRequest("add", "night", str(tmp_path / "out"), images=str(pictures))
+    keys = ("MODEL.BNEXT.DOMAINS.NAMES", "('day',)", "MODEL.BNEXT.RESNETS.POPULATION", "per_domain")
+    with pytest.raises(ConfigError) as refused:
+        change_domains(load(weights), request)
+    assert all(key in str(refused.value) for key in keys)
+
+    change_domains(load(weights, *keys), request)
+    old, new = torch.load(weights)["model"], read(tmp_path / "out")
+    assert not [key for key, value in new.items() if ".night." not in key and differs_from(old, key, value)]
+    assert differ({"x": new["backbone.bottom_up.stem.conv1.norm.night.running_mean"]}, {"x": torch.zeros(16)})
+
+
+def differs_from(old, key, value):
+    return not torch.equal(value, old[key.replace(".day.", ".")])
+
+
+@SLOW
 @pytest.mark.parametrize(
     ("opts", "request_of", "thing"),
     [
