@@ -15,6 +15,7 @@ from detectron2.modeling import build_model
 from bnext.checkpoints import load_model
 from bnext.cli import main
 from bnext.cli.domain import DomainRequest, change_domains
+from bnext.cli.export import ExportRequest, export_checkpoint
 from bnext.cli.train import check_run
 from bnext.config import load_config
 from bnext.errors import BNextError, CheckpointError, ConfigError, DatasetError
@@ -44,7 +45,7 @@ def save(path, *opts, config=tiny.CONFIG):
     model = build_model(tiny.load(path.parent, *opts, config=config))
     generator = torch.Generator().manual_seed(0)
     for key, value in model.state_dict().items():
-        if ".day." in key or ".dusk." in key or "subnet" in key:
+        if ".day." in key or ".dusk." in key or ("subnet" in key and "running" in key):
             value += (torch.rand(value.shape, generator=generator) / 10).to(value.dtype)
     torch.save({"model": model.state_dict(), "iteration": 5, "optimizer": {}, "classes": ["a"]}, path)
     return path
@@ -217,6 +218,23 @@ def test_what_is_refused_writes_nothing(with_domains, pictures, tmp_path):
             change_domains(case_cfg, request)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken", "empty"]
     assert sorted(path.name for path in with_domains.parent.iterdir()) == files
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of detectron2's traces
+def test_an_export_is_of_one_domain(with_domains, tmp_path):
+    file = tmp_path / "dusk.ts"
+    cfg = load(with_domains, *RETINANET)
+    report = export_checkpoint(cfg, ExportRequest(str(file), domain="dusk", fold=True, num_images=1))
+    assert (report["domain"], report["norms_left"]) == ("dusk", ["head.bbox_subnet.1", "head.cls_subnet.1"])
+
+    picture = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(1)) * 255
+    outputs = dict(zip(report["outputs"], torch.jit.load(file)(picture), strict=True))
+    for domain, is_equal in (("dusk", True), ("day", False)):
+        with torch.no_grad(), use_domain(domain):
+            (expected,) = load_model(cfg, cfg.MODEL.WEIGHTS)([{"image": picture}])
+        scores = expected["instances"].scores
+        assert torch.allclose(outputs["scores"][: len(scores)], scores[: len(outputs["scores"])], atol=1e-3) == is_equal
 
 
 @SLOW
