@@ -31,6 +31,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "draw": ("bnext.cli.draw", "pictures of what checkpoints detect, each box as right, wrong class, missed ..."),
     "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
     "convert": ("bnext.cli.convert", "a checkpoint in the form of another config: other norms, torchvision's names"),
+    "domain": ("bnext.cli.domain", "domains of a checkpoint: add one from pictures, drop, merge, select one alone"),
     "check-data": ("bnext.cli.check_data", "faults of data sets, and what is in them"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
     "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),

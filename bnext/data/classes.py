@@ -164,7 +164,7 @@ def _read_node(cfg: CfgNode) -> Mapping[str, Any]:
 
 def read_class_map(cfg: CfgNode, name: str) -> dict[str, str]:
     """Category -> class of a set, as the config maps them; of a corrupted variant those of its base."""
-    registered = DatasetCatalog[name] if name in DatasetCatalog else None
+    registered = DatasetCatalog.data.get(name)  # `get` of the catalog loads
     if isinstance(registered, Variant):
         name = registered.base
 
