@@ -27,9 +27,8 @@ def augment_strongly(batch: Sequence[dict[str, Any]], seed: int, image_format: s
         image_format: as INPUT.FORMAT says; colours are changed as such where there are three channels.
 
     Source:
-        The distribution is that of SimCLR (Chen et al., *A Simple Framework for Contrastive Learning of Visual
-        Representations*, 2020, appendix A, strength 1), without its crops and flips, which would move boxes; the blur
-        is of 5 x 5 pixels.
+        As in SimCLR (Chen et al., *A Simple Framework for Contrastive Learning of Visual Representations*, 2020), but
+        without crops and flips, which would move boxes, and with a blur of 5 x 5 pixels.
     """
     with seeded(seed):
         return [{**record, "image": _augment(record["image"], image_format)} for record in batch]

@@ -36,7 +36,7 @@ class AuxiliaryImages:
         make: called as make(model, batch, forward, seed), gives the copies.
 
     Source:
-        Xie et al., *Adversarial Examples Improve Image Recognition*, 2020, algorithm 1.
+        Xie et al., *Adversarial Examples Improve Image Recognition*, 2020 (AdvProp).
     """
 
     def __init__(
