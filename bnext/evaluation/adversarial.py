@@ -7,6 +7,7 @@ Of the model nothing is changed. A training on such images is in `bnext.engine.a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -18,6 +19,7 @@ from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError, DatasetError, Refusal, StatisticsError, check_choice
 from bnext.evaluation.validation_loss import Statistics, find_device, name_losses
 from bnext.numbers import is_count, is_number
+from bnext.scope.domain import use_domain
 from bnext.scope.model import restoring
 from bnext.scope.statistics import as_in_training
 from bnext.statistics.data_pass import Forward
@@ -144,8 +146,9 @@ def make_adversarial(
     model = unwrap_model(model)
     records = [{**record, "domain": domain} if domain else dict(record) for record in batch]
     attack = _Attack(model, records, float(epsilon), steps, size, forward, seed)
+    naming = use_domain(domain) if domain else contextlib.nullcontext()  # whatever scope is open around this call
 
-    with torch.enable_grad(), as_in_training(model, by_population=statistics == "population"):
+    with torch.enable_grad(), naming, as_in_training(model, by_population=statistics == "population"):
         if loss == "stronger":
             candidates = [attack.ascend(kind) for kind in _WORDS]
             totals = [attack.measure(images) for images in candidates]
