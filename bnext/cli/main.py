@@ -27,6 +27,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "evaluate": ("bnext.cli.evaluate", "COCO AP of a checkpoint"),
     "reestimate": ("bnext.cli.reestimate", "population statistics of a checkpoint, estimated anew without training"),
     "compare": ("bnext.cli.compare", "COCO AP of a checkpoint with each kind of statistics"),
+    "robustness": ("bnext.cli.robustness", "COCO AP of a checkpoint by corruption and severity, mPC and rPC"),
     "doctor": ("bnext.cli.doctor", "what is wrong with the batch norms of a config or a checkpoint, and what to do"),
     "draw": ("bnext.cli.draw", "pictures of what checkpoints detect, each box as right, wrong class, missed ..."),
     "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
