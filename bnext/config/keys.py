@@ -17,8 +17,9 @@ from detectron2.config import CfgNode
 
 import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
+from bnext.data.sampling.domain_batches import DomainBatches
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import NormSpec
+from bnext.layers.spec import OWNED, NormSpec, Unseen
 from bnext.numbers import is_count, is_number
 from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
@@ -114,8 +115,8 @@ def _answer(name: str, help: str, **changes: Any) -> Key:
     return dataclasses.replace(Key(name, default, help, choices), **changes)
 
 
-# Answers that a place gives for all together, or for each level or domain.
-_OWNED = ("STATISTICS", "POPULATION", "AFFINE")
+# Answers that a place gives for all together, or for each level, domain, or both.
+_OWNED = tuple(name.upper() for name in OWNED)
 
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
@@ -192,7 +193,7 @@ def _make_place_keys(name: str) -> tuple[Key, ...]:
     for row in rows:
         default, values = row.default, row.values
         if row.name in _OWNED:
-            values = _one_of(*place.sources, *([] if row.name == "STATISTICS" else ["none"]))
+            values = _one_of(*place.answers, *([] if row.name == "STATISTICS" else ["none"]))
         if row.name in ("STATISTICS", "POPULATION") and place.levels:
             default = "per_level"
 
@@ -229,7 +230,7 @@ def _find_place_needs(row: Key, name: str) -> list[Need]:
         needs.append(Need(conditions, of=_none_of("features"), is_said=True))
 
     if row.name in _OWNED and place.levels:
-        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))
+        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none", "per_domain")))
     return needs
 
 
@@ -242,8 +243,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; (): those of the training sets, see "
-        "`DATASETS.DOMAINS`",
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of "
+        "the training sets, see `DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
@@ -251,9 +252,32 @@ _DOMAINS = (
         ),
     ),
     Key(
+        "MODEL.BNEXT.DOMAINS.UNSEEN",
+        "error",
+        "what normalizes images of another domain, or of none, at inference: the domain of FALLBACK, the `mixture` of "
+        "all, each image's `mini_batch`, a `blend` of both, the mixture as it follows the `stream` of such images, or "
+        "the domain that is `nearest` to the image. An affine per domain is their mean, but for a single domain's. "
+        "In training it is an error, but for FALLBACK",
+        _one_of(*get_args(Unseen)),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.FALLBACK": _NOT_EMPTY}, of=_one_of("fallback")),),
+    ),
+    Key(
         "MODEL.BNEXT.DOMAINS.FALLBACK",
         "",
-        "domain that samples without one, or of an unknown one, are taken for, which is said; empty: that is an error",
+        "domain that UNSEEN `fallback` takes such images for, which is said",
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("fallback")}),),
+    ),
+    Key(
+        "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES",
+        None,
+        "in a `blend` or `stream` the mixture counts as so many images, 0 to `inf`; None: as many as fit how far the "
+        "images' statistics have moved from it",
+        Values(
+            "a number of 0 or more, or None",
+            lambda value: value is None or (isinstance(value, (int, float)) and value is not True and value >= 0),
+            "Use 16, or None.",
+        ),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("blend", "stream")}),),
     ),
 )
 
@@ -285,6 +309,12 @@ _SCHEDULES = (
         "SOLVER.BNEXT.VIRTUAL_IMAGES",
         0,
         "Virtual BN: so many more images per step, over all workers, are run forward only and enlarge the mini-batches",
+        needs=(
+            Need(
+                {"DATALOADER.BNEXT.BATCHES": _one_of("mixed", "composed")},
+                reason="they would be of another domain than the batch",
+            ),
+        ),
     ),
     Key(
         "SOLVER.BNEXT.ACCUMULATE",
@@ -482,6 +512,58 @@ _ESTIMATES = (
     ),
 )
 
+_HAS_DOMAIN_BATCHES = Need({"DATALOADER.BNEXT.BATCHES": _none_of("mixed")})
+_HAS_NO_RATIOS = Need({"DATALOADER.BNEXT.RATIOS": Values("empty", lambda value: len(value) == 0)})
+
+
+def _are_ratios(value: Any) -> bool:
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    names = {name for name, number in pairs if isinstance(name, str) and name and is_count(number, 1)}
+    return len(names) == len(pairs) == len(value)
+
+
+_SAMPLING = (
+    Key(
+        "DATALOADER.BNEXT.BATCHES",
+        "mixed",
+        "domains of a batch: `mixed` as images come, `composed` of each its share, or a single one, `alternating` or "
+        "drawn (`random_domain`); without domains, data sets",
+        _one_of("mixed", *get_args(DomainBatches)),
+        needs=(Need({"DATALOADER.SAMPLER_TRAIN": _one_of("TrainingSampler")}),),
+    ),
+    Key(
+        "DATALOADER.BNEXT.RATIOS",
+        [],
+        "share of each domain, such as `[[day, 6], [night, 2]]`; empty: by TEMPERATURE",
+        Values(
+            "a list of pairs, each of a domain and a whole number of 1 or more, and each domain once",
+            _are_ratios,
+            "Write it as [[day, 6], [night, 2]].",
+        ),
+        needs=(_HAS_DOMAIN_BATCHES,),
+    ),
+    Key(
+        "DATALOADER.BNEXT.TEMPERATURE",
+        1.0,
+        "T: a domain of n images has a share in proportion to n^(1/T); 1: as many as it has, large: all the same",
+        Values(
+            "above 0", lambda value: value > 0, "Use 1 for shares in proportion to the images, more for evener ones."
+        ),
+        needs=(_HAS_DOMAIN_BATCHES, _HAS_NO_RATIOS),
+    ),
+    Key(
+        "DATALOADER.BNEXT.BALANCE",
+        "images",
+        "what TEMPERATURE balances: the `images` of a domain that are seen, or their `annotations`",
+        _one_of("images", "annotations"),
+        needs=(
+            _HAS_DOMAIN_BATCHES,
+            _HAS_NO_RATIOS,
+            Need({"DATALOADER.BNEXT.TEMPERATURE": _none_of(1.0)}, reason="all images are seen equally often anyway"),
+        ),
+    ),
+)
+
 _DATASETS = (
     Key(
         "DATASETS.DOMAINS.TRAIN",
@@ -497,9 +579,33 @@ _DATASETS = (
         "their images, if they have one; with `corruption: fog, severity: 3` all pictures are changed when they are "
         "read; see datasets/README.md",
     ),
+    Key(
+        "DATASETS.BNEXT.CLASSES",
+        (),
+        "the classes of the model, in their order, among which the categories of all sets are found by name; images of "
+        "a set are no negatives for a class that it does not annotate; empty: the categories of `DATASETS.TRAIN`, "
+        "which are then the same in all of its sets",
+    ),
+    Key(
+        "DATASETS.BNEXT.CLASS_MAP",
+        [],
+        'classes of categories by other names: `[{my_night_train: {pedestrian: person, tram: "", rider: "?"}}]`; '
+        '`""`: none of the classes, `"?"`: perhaps one of them, so that the losses ignore the region',
+    ),
 )
 
-_TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _DOCTOR, _ESTIMATES, _BEST, _DATASETS)
+_TABLES = (
+    *PLACE_KEYS.values(),
+    _DOMAINS,
+    _SCHEDULES,
+    _AVERAGES,
+    _METRICS,
+    _DOCTOR,
+    _ESTIMATES,
+    _BEST,
+    _SAMPLING,
+    _DATASETS,
+)
 KEYS = {key.name: key for key in itertools.chain(*_TABLES)}
 
 

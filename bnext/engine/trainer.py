@@ -30,9 +30,10 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.blame import building_from_config
 from bnext.config.check import flatten
-from bnext.data.classes import check_classes
+from bnext.data.check_classes import check_classes
 from bnext.data.listed_sets import KEY, register_listed_sets
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
+from bnext.data.sampling.shares import check_ratios
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
@@ -69,6 +70,7 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import check_maskable, mask_classes
 from bnext.layers.single_element import explaining_single_values
 from bnext.lazy_config import copy_node, is_lazy
 from bnext.notices import gathering_notices
@@ -120,10 +122,13 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
         cfg.freeze()
+        check_ratios(cfg)
 
         with seeded(derive_seed(self.seed, Purpose.INITIALIZE)):
             model = self.build_model(cfg)
         warn_of_faults(cfg, model)
+        mask_classes(model)
+        check_maskable(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
 
