@@ -33,6 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("bnext.cli.export", "a checkpoint as TorchScript, ONNX or a program of torch.export, verified"),
     "convert": ("bnext.cli.convert", "a checkpoint in the form of another config: other norms, torchvision's names"),
     "check-data": ("bnext.cli.check_data", "faults of data sets, and what is in them"),
+    "corrupt": ("bnext.cli.corrupt", "a corrupted copy of a data set, as files"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
     "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),
 }
