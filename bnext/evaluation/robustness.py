@@ -78,30 +78,31 @@ def measure_robustness(
     name = str(cfg.DATASETS.TEST[0])
     results: dict[str, Any] = {"clean": None, "corrupted": {}, **(measured or {})}
     corrupted = results["corrupted"]
-    todo = [(corruption, severity) for corruption in corruptions for severity in severities]
-    todo = [
-        (corruption, severity) for corruption, severity in todo if str(severity) not in corrupted.get(corruption, {})
-    ]
+    todo = []
+    for corruption in corruptions:
+        there = corrupted.get(corruption, {})
+        todo += [(corruption, severity) for severity in severities if str(severity) not in there]
+
     is_main = comm.is_main_process()
 
     with showing_progress("robustness", len(todo) + 1, "evaluation", is_wanted=is_main) as bar:
         if results["clean"] is None:
-            results["clean"] = _measure(cfg, model, name, statistics)
-            _log.info("%s, clean: box AP %s.", name, _show(results["clean"]))
+            clean = _measure(cfg, model, name, statistics)
+            results["clean"] = clean
+            _log.info("%s, clean: box AP %s.", name, _show(clean))
             on_result(results)
         bar.update()
 
         begin = time.perf_counter()
         for number, (corruption, severity) in enumerate(todo, start=1):
-            variant = name_variant(name, corruption, severity)
-            corrupted.setdefault(corruption, {})[str(severity)] = _measure(cfg, model, variant, statistics)
+            metrics = _measure(cfg, model, name_variant(name, corruption, severity), statistics)
+            corrupted.setdefault(corruption, {})[str(severity)] = metrics
             on_result(results)
             bar.update()
 
             left = (time.perf_counter() - begin) / number * (len(todo) - number)
             words = "%s, severity %d: box AP %s; %d of %d, about %.0f min left."
-            numbers = corrupted[corruption][str(severity)]
-            _log.info(words, corruption, severity, _show(numbers), number, len(todo), left / 60)
+            _log.info(words, corruption, severity, _show(metrics), number, len(todo), left / 60)
 
     return results
 
@@ -114,12 +115,12 @@ def _measure(cfg: CfgNode, model: nn.Module, name: str, statistics: str) -> dict
     size = count_together(cfg, model) if kind.is_as_trained else 1
 
     with (
-        use_kind(model, kind, {"test": name}, partial(recompute_kind, pointed)) as (variant, _),
+        use_kind(model, kind, {"test": name}, partial(recompute_kind, pointed)) as (adapted, _),
         tempfile.TemporaryDirectory() as folder,  # for detections, which nobody wants of 76 sets
         seeded(max(cfg.SEED, 0)),  # what detectron2's loader draws
     ):
         evaluator = build_evaluator(pointed, name, folder)
-        metrics = flatten_metrics(evaluate_with(pointed, variant, name, evaluator, size), _TASKS)
+        metrics = flatten_metrics(evaluate_with(pointed, adapted, name, evaluator, size), _TASKS)
     return {key: value for key, value in metrics.items() if _CATEGORY not in key}
 
 
