@@ -442,11 +442,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Their count is infinity: to the gradient they are constants.
         """
-        pairs = [self._mix_populations(name) for name in names]
+        pairs = [self.mix_populations(name) for name in names]
         mean, var = (torch.stack(fields) for fields in zip(*pairs, strict=True))
         return Moments(mean.new_full((len(names),), float("inf")), mean, var)
 
-    def _mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
+    def mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
         states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
         if len(states) == 1:
@@ -501,7 +501,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if spec.unseen != "error" and not self.training:
             return len(self.domains)
 
-        subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+        subject = f"Domain {name!r} is unknown" if name else "No domain is active"
         remedy = NAME_THE_DOMAIN if self.training else f"{NAME_THE_DOMAIN} {CHOOSE_A_RULE}"
         raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {remedy}")
 
@@ -536,10 +536,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
                 continue
 
             if self.training:
-                counts.fallbacks[name] += number
+                counts.fallbacks[name or None] += number
             else:
-                counts.unseen[UnseenCount(name, "fallback", taken)] += number
-            subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+                counts.unseen[UnseenCount(name or None, "fallback", taken)] += number
+            subject = f"Samples of the domain {name!r}" if name else "Samples without a domain"
             tell_once(log, (subject, taken), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move

@@ -23,7 +23,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -230,7 +230,7 @@ def _count(norm: BatchNorm2d, images: Sequence[int], unseen: set[int], call: Nor
     domains = call.domain if isinstance(call.domain, tuple) else (call.domain,) * len(images)
     of_images = dict(zip(images, domains, strict=False))
     for image in sorted(unseen):
-        name, taken = of_images[image], nearest[image] if rule == "nearest" else ""
+        name, taken = of_images[image] or None, nearest[image] if rule == "nearest" else ""
         counts_of(norm).unseen[UnseenCount(name, rule, taken)] += 1
         subject = "Images without a domain" if name is None else f"Images of the domain {name!r}"
         tell_once(log, (subject, rule), TAKEN, subject, rule, norm.where)
@@ -334,9 +334,6 @@ def normalize_unseen(
         Gradients flow through the statistics of an image, and take its share in a blend, and a stream, for constant.
         A stream moves, unless statistics are frozen.
     """
-    if call.spec.unseen in ("mixture", "nearest"):
-        return normalize_parts(features, parts, *affine, norm.eps, populations)
-
     images, num_images = _number_images(features, call)
     num_known = sum(not is_unseen(name) for name in names)
     states = [norm.population_state(norm.list_members(name)[0]) for name in names[num_known:]]
@@ -380,7 +377,7 @@ def _apply_rule(norm: BatchNorm2d, name: str, source: Moments, images: Moments, 
 
 
 def blend_moments(
-    source: Moments, images: Moments, source_images: float | str, eps: float, num_images: float = 1
+    source: Moments, images: Moments, source_images: float | Literal["auto"], eps: float, num_images: float = 1
 ) -> Moments:
     """The moments of the union of a source that counts as so many images, and of some images.
 
@@ -400,7 +397,8 @@ def blend_moments(
     if source_images == "auto":
         share = 1 - 1 / (num_images * _measure_shift(source, images, eps)).clamp(min=1)
     else:
-        share = torch.full_like(images.count, num_images / (float(source_images) + num_images))
+        fixed = num_images / (source_images + num_images) if num_images else 0.0
+        share = torch.full_like(images.count, fixed)
     share = torch.where(images.count >= 2, share, 0.0)
 
     weighted = stack_parts([source._replace(count=1 - share), images._replace(count=share)])
