@@ -4,7 +4,7 @@
     mini_batch   each image's own statistics
     blend        (S * mixture + image) / (S + 1), the moments of the union of S images like the mixture and the image
     stream       (S * mixture + n * stream) / (S + n), of n images of unseen domains so far, of which the last 64
-                 count; one that is nearer to the mixture than to what the norm has come to leads back to the mixture
+                 count; one that is much nearer to the mixture than to what the norm has come to leads back to it
     nearest      the population, and the affine, of the domain that is nearest to the image's statistics
 
 S is `source_images`: with 0 a blend is the image's own statistics, with infinity it is the mixture. "auto" gives the
@@ -42,7 +42,7 @@ from bnext.functional import (
 )
 from bnext.layers.counts import UnseenCount, counts_of
 from bnext.layers.sources import is_per_domain
-from bnext.layers.spec import Unseen
+from bnext.layers.spec import NormSpec, Unseen
 from bnext.layers.streams import Stream, keep_near
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -73,6 +73,7 @@ UNSEEN = "unseen."  # among the names of domains, none of which has a dot
 NOISE_OF_MEAN, NOISE_OF_LOG_VAR = 0.1, 0.5
 STREAM_MEMORY = 64  # images
 STREAM_BOUND = 10.0  # standard deviations of the mixture
+STREAM_RETURN = 0.5  # of its distance from where the stream is: an image that is so near to the mixture leads back
 
 TAKEN = "%s are normalized by the rule %r for unseen domains (first in %s)."
 OUTSIDE_OF_FORWARD = Refusal(
@@ -427,7 +428,7 @@ def _follow(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call
     batch = merge_moments(Moments(*(field.double() for field in images)))
     if call.moves and is_ordinary() and batch.count >= 2 and torch.isfinite(batch.mean + batch.var).all():
         now = _read_stream(stream, first, norm.eps, call)
-        if _measure_divergence(batch, first, norm.eps) < _measure_divergence(batch, now, norm.eps):
+        if _measure_divergence(batch, first, norm.eps) < STREAM_RETURN * _measure_divergence(batch, now, norm.eps):
             stream.begin_anew()
         else:
             followed = set() if call.images is None else call.images.followed
@@ -464,8 +465,8 @@ def applying_rule(model: nn.Module, unseen: Unseen, **answers: object) -> Iterat
         >>> with applying_rule(nn.Sequential(), "mixture"):
         ...     pass
     """
-    norms = [module for module in model.modules() if getattr(module, "heeds_record", False)]
-    norms = [norm for norm in norms if getattr(norm, "spec", None) is not None and norm.spec.domains]
+    specs: dict[nn.Module, Any] = {module: getattr(module, "spec", None) for module in model.modules()}
+    norms = [module for module, spec in specs.items() if isinstance(spec, NormSpec) and spec.domains]
     streams = {norm: _streams.pop(norm) for norm in norms if norm in _streams}
     try:
         with answering(norms, unseen=unseen, **answers):

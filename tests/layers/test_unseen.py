@@ -9,19 +9,20 @@ from hypothesis import given, settings
 from torch import nn
 
 from bnext.errors import ConfigError, DomainError
-from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_groups
+from bnext.layers import BatchNorm2d, CycleBatchNormList, LevelBatchNorm2d, NormSpec, use_groups
 from bnext.layers.counts import UnseenCount, describe_unseen, take_unseen_counts
 from bnext.layers.unseen import (
     NOISE_OF_LOG_VAR,
     NOISE_OF_MEAN,
     STREAM_BOUND,
     STREAM_MEMORY,
+    STREAM_RETURN,
     applying_rule,
     forget_stream,
     one_forward,
     tell_forwards,
 )
-from bnext.scope import frozen_statistics, use_domain
+from bnext.scope import frozen_statistics, use_domain, use_level
 from tests import reference, strategies
 from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, make_features, randomize
 
@@ -247,6 +248,31 @@ def test_levels_in_a_mixed_batch(spec, rule, source_images):
             torch.testing.assert_close(outputs[level][index : index + 1], expected, **EXACT)
 
 
+@pytest.mark.parametrize("rule", ["mixture", "mini_batch", "blend", "stream", "nearest"])
+def test_levels_that_come_one_after_another(rule):
+    """As all in one call; an image counts once, and is near to one domain: the one that the first level has found."""
+    spec = OWN.replace(statistics="per_level_and_domain", population="per_level_and_domain", unseen=rule)
+    norm = CycleBatchNormList(num_features=NUM_CHANNELS, levels=LEVELS, spec=spec).double().eval()
+    together = LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double().eval()
+    together.load_state_dict(randomize(norm).state_dict())
+    features = make_features()
+    with one_forward():
+        for level in LEVELS:
+            with use_level(level):
+                output = norm(features[level])
+            if rule != "nearest":
+                with one_forward():
+                    torch.testing.assert_close(output, together(features)[level], **EXACT)
+            forget_stream(together)
+    counts = take_unseen_counts(norm)
+    assert sum(counts.values()) == 2
+    if rule == "nearest":
+        for index, (domain,) in enumerate(zip(counts, strict=False)):
+            with use_domain(domain.taken), use_level(LEVELS[-1]):
+                expected = norm(features[LEVELS[-1]])
+            assert any(torch.equal(output[i], expected[i]) for i in range(2)), index
+
+
 # ---- nearest
 
 
@@ -303,7 +329,8 @@ def test_what_cannot_be_found_is_refused():
 def follow(norm, image, source_images, state):
     """The statistics that normalize an image: those of the images so far, of which each one counts less and less."""
     new, now = reference.moments_of([image]), read_stream(norm, source_images, state)
-    is_back = measure_divergence(new[1:], mix(norm), norm.eps) < measure_divergence(new[1:], now, norm.eps)
+    to_source, to_stream = (measure_divergence(new[1:], other, norm.eps) for other in (mix(norm), now))
+    is_back = to_source < STREAM_RETURN * to_stream
     state[:] = [] if is_back else [*state, new]
     return read_stream(norm, source_images, state)
 
