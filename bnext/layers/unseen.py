@@ -4,7 +4,7 @@
     mini_batch   each image's own statistics
     blend        (S * mixture + image) / (S + 1), the moments of the union of S images like the mixture and the image
     stream       (S * mixture + n * stream) / (S + n), of n images of unseen domains so far, of which the last 64
-                 count; one that is much nearer to the mixture than to what the norm has come to leads back to it
+                 count; an image that is far from what the norm has come to begins anew, or leads back to the mixture
     nearest      the population, and the affine, of the domain that is nearest to the image's statistics
 
 S is `source_images`: with 0 a blend is the image's own statistics, with infinity it is the mixture. "auto" gives the
@@ -73,7 +73,9 @@ UNSEEN = "unseen."  # among the names of domains, none of which has a dot
 NOISE_OF_MEAN, NOISE_OF_LOG_VAR = 0.1, 0.5
 STREAM_MEMORY = 64  # images
 STREAM_BOUND = 10.0  # standard deviations of the mixture
-STREAM_RETURN = 0.5  # of its distance from where the stream is: an image that is so near to the mixture leads back
+# Where images change at once: one whose divergence from the mixture is this part of that from the stream leads back to
+# the mixture, and one whose squared distance from the stream is that of so many images begins a stream of its own.
+STREAM_RETURN, STREAM_JUMP = 0.5, 6.0
 
 TAKEN = "%s are normalized by the rule %r for unseen domains (first in %s)."
 OUTSIDE_OF_FORWARD = Refusal(
@@ -427,16 +429,28 @@ def _follow(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call
 
     batch = merge_moments(Moments(*(field.double() for field in images)))
     if call.moves and is_ordinary() and batch.count >= 2 and torch.isfinite(batch.mean + batch.var).all():
-        now = _read_stream(stream, first, norm.eps, call)
-        if _measure_divergence(batch, first, norm.eps) < STREAM_RETURN * _measure_divergence(batch, now, norm.eps):
-            stream.begin_anew()
-        else:
-            followed = set() if call.images is None else call.images.followed
-            stream.take_in(batch, 0 if (norm, name) in followed else int((images.count > 0).sum()))
-            followed.add((norm, name))
+        followed = set() if call.images is None else call.images.followed
+        num_images = 0 if (norm, name) in followed else int((images.count > 0).sum())
+        _take_in(stream, first, batch, num_images, norm.eps, call)
+        followed.add((norm, name))
 
     now = _read_stream(stream, first, norm.eps, call)
     return Moments(source.count, now.mean.expand_as(source.mean), now.var.expand_as(source.var))
+
+
+def _take_in(stream: Stream, source: Moments, batch: Moments, num_images: int, eps: float, call: NormCall) -> None:
+    """Let a stream take in a batch, [C], unless it leads back to the source, [1, C]; a jump begins the stream anew."""
+    seen = _as_row(batch, source)
+    to_source, to_now = (
+        _measure_divergence(seen, now, eps) for now in (source, _read_stream(stream, source, eps, call))
+    )
+    if to_source < STREAM_RETURN * to_now:
+        stream.begin_anew()
+        return
+
+    if stream.moments is not None and _measure_shift(_as_row(stream.moments, source), seen, eps) > STREAM_JUMP:
+        stream.begin_anew()
+    stream.take_in(batch, num_images)
 
 
 def _read_stream(stream: Stream, source: Moments, eps: float, call: NormCall) -> Moments:
@@ -444,9 +458,13 @@ def _read_stream(stream: Stream, source: Moments, eps: float, call: NormCall) ->
     if stream.moments is None:
         return source
 
-    seen = Moments(*(field.to(source.mean).unsqueeze(0) for field in stream.moments))
-    near = keep_near(seen, source, STREAM_BOUND, eps)
+    near = keep_near(_as_row(stream.moments, source), source, STREAM_BOUND, eps)
     return blend_moments(source, near, call.spec.source_images, eps, stream.number)
+
+
+def _as_row(moments: Moments, like: Moments) -> Moments:
+    """Moments [C] as [1, C], of the type and on the device of others."""
+    return Moments(*(field.to(like.mean).unsqueeze(0) for field in moments))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from bnext.layers.unseen import (
     NOISE_OF_LOG_VAR,
     NOISE_OF_MEAN,
     STREAM_BOUND,
+    STREAM_JUMP,
     STREAM_MEMORY,
     STREAM_RETURN,
     applying_rule,
@@ -71,12 +72,16 @@ def join(source, image, share):
     return mean, var
 
 
-def find_share(source, image, eps, number=1):
-    """1 - 1 / d^2, or 0; see `bnext.layers.unseen`."""
+def measure_shift(source, image, eps):
+    """d^2, in units of a single image; see `bnext.layers.unseen`."""
     of_mean = ((image[0] - source[0]) ** 2 / (source[1] + eps)).mean() / NOISE_OF_MEAN
     of_var = (torch.log((image[1] + eps) / (source[1] + eps)) ** 2).mean() / NOISE_OF_LOG_VAR
-    distance = number * (of_mean + of_var) / 2
-    return max(0.0, 1 - 1 / float(distance))
+    return float(of_mean + of_var) / 2
+
+
+def find_share(source, image, eps, number=1):
+    """1 - 1 / d^2, or 0."""
+    return max(0.0, 1 - 1 / (number * measure_shift(source, image, eps)))
 
 
 def measure_divergence(first, second, eps):
@@ -331,37 +336,44 @@ def follow(norm, image, source_images, state):
     new, now = reference.moments_of([image]), read_stream(norm, source_images, state)
     to_source, to_stream = (measure_divergence(new[1:], other, norm.eps) for other in (mix(norm), now))
     is_back = to_source < STREAM_RETURN * to_stream
-    state[:] = [] if is_back else [*state, new]
+    is_elsewhere = bool(state) and measure_shift(pool(state)[1:], new[1:], norm.eps) > STREAM_JUMP
+    kept = [] if is_elsewhere else state
+    state[:] = [] if is_back else [*kept, new]
     return read_stream(norm, source_images, state)
 
 
 def read_stream(norm, source_images, state):
     if not state:
         return mix(norm)
-    ages = range(len(state))[::-1]
-    weights = [(1 - 1 / STREAM_MEMORY) ** age for age in ages]
-    total = sum(w * count for w, (count, _, _) in zip(weights, state, strict=True))
-    mean = sum(w * count * m for w, (count, m, _) in zip(weights, state, strict=True)) / total
-    var = sum(w * count * (v + (m - mean) ** 2) for w, (count, m, v) in zip(weights, state, strict=True)) / total
-    number = sum(weights)
+    number, mean, var = pool(state)
     is_auto = source_images == "auto"
     auto = find_share(mix(norm), (mean, var), norm.eps, number) if is_auto else 0
     share = auto if is_auto else number / (number + source_images)
     return join(mix(norm), (mean, var), share)
 
 
+def pool(state):
+    """Number, mean and variance of the images of a stream, each of which counts less with every later one."""
+    ages = range(len(state))[::-1]
+    weights = [(1 - 1 / STREAM_MEMORY) ** age for age in ages]
+    total = sum(w * count for w, (count, _, _) in zip(weights, state, strict=True))
+    mean = sum(w * count * m for w, (count, m, _) in zip(weights, state, strict=True)) / total
+    var = sum(w * count * (v + (m - mean) ** 2) for w, (count, m, v) in zip(weights, state, strict=True)) / total
+    return sum(weights), mean, var
+
+
 @pytest.mark.parametrize("source_images", [0, 4, "auto"])
 def test_a_stream_follows_its_definition_and_begins_anew_when_it_is_told(source_images):
     norm = build(OWN.replace(unseen="stream", source_images=source_images))
     affine, seen, lengths = average_affine(norm), [], []
-    for seed in range(8):
+    for seed, shift in enumerate((4, 4, 4, 4, 14, 14, 0, 4)):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, NUM_CHANNELS, 5, 4, generator=generator, dtype=torch.float64)
-        x = noise + (4 if seed < 5 else 0)
+        x = noise + shift
         expected = reference.inference_norm(x, *follow(norm, x, source_images, seen), *affine, norm.eps)
         torch.testing.assert_close(run(norm, x, "rain").detach(), expected, **EXACT)
         lengths.append(len(seen))
-    assert lengths[:6] == [1, 2, 3, 4, 5, 0], "it has come back to the source by itself"
+    assert lengths == [1, 2, 3, 4, 1, 2, 0, 1], "it is elsewhere at once, and back at the source"
     forget_stream(norm)
     first = reference.inference_norm(x, *follow(norm, x, source_images, []), *affine, norm.eps)
     torch.testing.assert_close(run(norm, x, None).detach(), first, **EXACT)
