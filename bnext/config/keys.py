@@ -243,8 +243,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of the "
-        "training sets, see `DATASETS.DOMAINS`",
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of "
+        "the training sets, see `DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),

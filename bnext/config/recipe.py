@@ -212,7 +212,7 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
 
     for key in (NAMES, "MODEL.BNEXT.DOMAINS.FALLBACK"):
         if values[key] and not has_domains and not had_domains:
-            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place tells domains apart"
+            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place speaks of domains"
             remedy = "Set one to 'per_domain', such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
             raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
 

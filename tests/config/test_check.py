@@ -51,9 +51,9 @@ def test_a_config_without_our_keys_names_the_missing_call():
 
 OUTSIDE = {
     f"{FPN}.STATISTICS": ["per_level", "none", "SHARED"],
-    f"{RETINANET}.STATISTICS": ["per_domain", "none", "per-level", ""],
-    f"{RETINANET}.POPULATION": ["per_domain"],
-    "MODEL.BNEXT.RPN.AFFINE": ["per_domain"],
+    f"{RETINANET}.STATISTICS": ["per_image", "none", "per-level", ""],
+    f"{RETINANET}.POPULATION": ["per_image"],
+    "MODEL.BNEXT.RPN.AFFINE": ["per_image"],
     f"{FPN}.WORKERS": ["two", True, 0],
     f"{FPN}.TRAINING": ["batch"],
     f"{FPN}.AVERAGE": ["ema"],
@@ -126,8 +126,8 @@ LACKING = [
         ({f"{BOX}.{key}": "per_domain", **DOMAINS, **FEATURES}, f"{BOX}.SHUFFLE", key)
         for key in ("STATISTICS", "POPULATION", "AFFINE")
     ),
-    (DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "per_domain"),
-    ({"MODEL.BNEXT.DOMAINS.FALLBACK": "day"}, "MODEL.BNEXT.DOMAINS.FALLBACK", "per_domain"),
+    (DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "POPULATION"),
+    ({"MODEL.BNEXT.DOMAINS.FALLBACK": "day"}, "MODEL.BNEXT.DOMAINS.FALLBACK", "POPULATION"),
     ({f"{FREEZE}.WHAT": "affine"}, f"{FREEZE}.WHAT", f"{FREEZE}.ITER"),
     ({f"{FREEZE}.WARMUP_ITERS": 3}, f"{FREEZE}.WARMUP_ITERS", f"{FREEZE}.ITER"),
     ({f"{EMA}.DECAY": 0.9}, f"{EMA}.DECAY", f"{EMA}.ENABLED"),
