@@ -34,6 +34,7 @@ class Purpose(enum.IntEnum):
     LOAD_VALIDATION = 12
     SHUFFLE_DOMAIN = 13
     DRAW_DOMAIN = 14
+    CORRUPT = 15
 
 
 def derive_seed(*entropy: int) -> int:
