@@ -24,6 +24,7 @@ COMBINATIONS = [
 ]
 # Answers by which a mini-batch is of one domain, so that a batch of several is as many batches.
 APART = [(statistics, *rest) for statistics, *rest in COMBINATIONS if "domain" in statistics]
+every = pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"])
 
 
 def build(spec, levels=LEVELS, seed=1):
@@ -49,23 +50,25 @@ def state_of(norm):
     return dict(norm.state_dict()), gradients
 
 
+@every
 @pytest.mark.parametrize("training", ["mini_batch", "renorm", "population"])
-def test_every_combination_is_the_definition(training):
-    for statistics, population, affine in COMBINATIONS:
+def test_combinations_are_the_definition(training, step):
+    for statistics, population, affine in COMBINATIONS[::step]:
         if population == "none" and training != "mini_batch":
             continue
         changes = {"inference": "mini_batch"} if population == "none" else {}
         case = make_pairs(statistics, population, affine, training=training, **changes)
-        for step in range(2):
-            norm = case.build(seed=step).train()
-            check_step(case, norm, case.inputs(seed=step, requires_grad=True), case.inputs(seed=100 + step))
+        norm = case.build().train()
+        for seed in range(2):
+            check_step(case, norm, case.inputs(seed=seed, requires_grad=True), case.inputs(seed=100 + seed))
 
 
+@every
 @pytest.mark.parametrize("number", [1, 2, 4, 8])
-def test_a_mixed_batch_is_the_domains_one_after_another(number):
+def test_a_mixed_batch_is_the_domains_one_after_another(number, step):
     domains = tuple(f"camera{index}" for index in range(number))
     names = [domains[index % number] for index in (3, 0, 5, 7, 1, 6, 2, 4, 0)]
-    for statistics, population, affine in APART:
+    for statistics, population, affine in APART[::step]:
         inference = "mini_batch" if population == "none" else "population"
         spec = NormSpec(
             statistics=statistics, population=population, affine=affine, domains=domains, inference=inference
