@@ -53,7 +53,7 @@ NO_SPEC = Refusal(ConfigError, "spec", "be a NormSpec", "For a norm by name use 
 NO_LEVELS = Refusal(
     ConfigError,
     "spec",
-    "not be per_level, nor per_level_and_domain, in a norm of a single feature map",
+    "not be per_level or per_level_and_domain in a norm of a single feature map",
     "Use LevelBatchNorm2d, or per_domain with names.",
 )
 GROUPS_OF_OTHERS = Refusal(
@@ -300,9 +300,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         mini_batches, used = self.number_mini_batches(call.spec, names), set()
         for feature, source in zip(features, sources, strict=True):
-            is_in_one = isinstance(source, int) and (size is None or len(feature) <= size)
+            if not isinstance(source, int) or (size is not None and len(feature) > size):
+                return False
             has_variance = feature.numel() >= 2 * self.num_features
-            if not (is_in_one and has_variance and has_exact_batch_norm(feature)):
+            if not (has_variance and has_exact_batch_norm(feature)):
                 return False
             used.add(mini_batches[source])
         return len(used) == len(features)

@@ -81,7 +81,7 @@ def test_population_per_domain_from_a_data_set_each(weights, unlabelled, tmp_pat
     assert report["keys"]["MODEL.BNEXT.DOMAINS.NAMES"] == ["day", "night"]
     samples = {tuple(row["levels"]): row["num_samples"] for row in report["report"]["estimates"]}
     assert (samples["day",], samples["night",]) == (12, 4)
-    assert samples["p3", "p4", "p5", "p6", "p7"] == 16
+    assert all(names in {("day",), ("night",)} for names in samples), "the head, too"
     state = torch.load(tmp_path / "out.pth")["model"]
     night = {key: value for key, value in state.items() if ".night.running_mean" in key}
     assert night
