@@ -366,7 +366,7 @@ def pool(state):
 def test_a_stream_follows_its_definition_and_begins_anew_when_it_is_told(source_images):
     norm = build(OWN.replace(unseen="stream", source_images=source_images))
     affine, seen, lengths = average_affine(norm), [], []
-    for seed, shift in enumerate((4, 4, 4, 4, 14, 14, 0, 4)):
+    for seed, shift in enumerate((4, 4, 4, 4, 9, 9, 0, 4)):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, NUM_CHANNELS, 5, 4, generator=generator, dtype=torch.float64)
         x = noise + shift
