@@ -130,11 +130,9 @@ def is_unseen(name: str) -> bool:
 # ---- what a forward is
 
 
-@contextlib.contextmanager
-def one_forward() -> Iterator[None]:
+def one_forward() -> Scope:
     """Calls of norms in this scope are of one forward: each image is taken for one domain, and counts once."""
-    with Scope(images=UnseenImages()):
-        yield
+    return Scope(images=UnseenImages())
 
 
 def tell_forwards(model: nn.Module) -> None:
@@ -191,7 +189,7 @@ def settle_unseen(
         return settled
 
     images, num_images = _number_images(features, call)
-    numbers = [image.tolist() for image in images]
+    numbers = [list(range(len(x))) if call.groups is None else call.groups.numbers.tolist() for x in features]
     of_samples = [[d] * len(x) if isinstance(d, int) else list(d) for x, d in zip(features, sources, strict=True)]
 
     unseen: set[int] = set()  # images
@@ -206,7 +204,7 @@ def settle_unseen(
             pairs = zip(indices, of_feature, strict=True)
             settled.append(tuple(_replace(norm, names, index, nearest.get(image)) for index, image in pairs))
 
-    _count(norm, numbers[0], unseen, call)
+    _count(norm, max(numbers, key=len), unseen, call)
     return settled
 
 
@@ -335,7 +333,7 @@ def normalize_unseen(
 
     Note:
         Gradients flow through the statistics of an image, and take its share in a blend, and a stream, for constant.
-        A stream moves, unless statistics are frozen.
+        A stream moves, unless statistics are frozen, and waits for the device; every worker follows its own.
     """
     images, num_images = _number_images(features, call)
     num_known = sum(not is_unseen(name) for name in names)
@@ -376,10 +374,10 @@ def _apply_rule(norm: BatchNorm2d, name: str, source: Moments, images: Moments, 
         return _follow(norm, name, source, images, call)
 
     number = 0.0 if spec.unseen == "mini_batch" else spec.source_images
-    return blend_moments(source, images, number, norm.eps)
+    return _blend_moments(source, images, number, norm.eps)
 
 
-def blend_moments(
+def _blend_moments(
     source: Moments, images: Moments, source_images: float | Literal["auto"], eps: float, num_images: float = 1
 ) -> Moments:
     """The moments of the union of a source that counts as so many images, and of some images.
@@ -459,7 +457,7 @@ def _read_stream(stream: Stream, source: Moments, eps: float, call: NormCall) ->
         return source
 
     near = keep_near(_as_row(stream.moments, source), source, STREAM_BOUND, eps)
-    return blend_moments(source, near, call.spec.source_images, eps, stream.number)
+    return _blend_moments(source, near, call.spec.source_images, eps, stream.number)
 
 
 def _as_row(moments: Moments, like: Moments) -> Moments:
