@@ -15,6 +15,7 @@ TRAINING = pick_cases(
     "domains-mixed",
     "levels-row1",
     "levels-row5",
+    "pairs",
 )
 EVALUATION = pick_cases("plain", "domains-mixed", "levels-row2")
 
