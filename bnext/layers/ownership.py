@@ -598,13 +598,15 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _move(self, names: Sequence[str], moments: Moments) -> None:
         """Let the population of each source take in the moments of a mini-batch, [S]."""
         states: list[Any] = [self.population_state(name) for name in names]
-        old = [torch.stack([getattr(state, field) for state in states]) for field in ("running_mean", "running_var")]
+        old_mean = torch.stack([state.running_mean for state in states])
+        old_var = torch.stack([state.running_var for state in states])
 
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
             tracked = torch.stack([state.num_batches_tracked for state in states])
             momentum = 1 / (tracked + 1).to(moments.mean.dtype)
-        (mean, var), is_finite = take_finite(old, update_running_statistics(*old, moments, momentum))
+        new = update_running_statistics(old_mean, old_var, moments, momentum)
+        (mean, var), is_finite = take_finite((old_mean, old_var), new)
         is_counted = is_finite & (moments.count >= 2)
 
         for state, *values in zip(states, mean, var, is_finite, is_counted, strict=True):

@@ -15,8 +15,8 @@ TRAINING = pick_cases(
     "domains-mixed",
     "levels-row1",
     "levels-row5",
-    "pairs",
 )
+TRAINING += [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in pick_cases("pairs")]
 EVALUATION = pick_cases("plain", "domains-mixed", "levels-row2")
 
 
