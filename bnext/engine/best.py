@@ -251,7 +251,8 @@ def check_best_metric(cfg: CfgNode) -> None:
         ConfigError: names the nearest ones.
     """
     metric, known = cfg.TEST.BNEXT.BEST.METRIC, _list_metrics(cfg)
-    is_of_class = "/AP-" in metric and not all(map(_list_classes, cfg.DATASETS.TEST))  # whose names are not read yet
+    has_names = all(_list_classes(cfg, name) for name in cfg.DATASETS.TEST)
+    is_of_class = "/AP-" in metric and not has_names  # which are not read yet
     if metric and known and metric not in known and not is_of_class:
         kind = metric.partition("/")[0]
         switch = {AVERAGE: "SOLVER.BNEXT.EMA.ENABLED", "validation_loss": "TEST.BNEXT.VALIDATION_LOSS.PERIOD"}.get(kind)
