@@ -466,7 +466,7 @@ def applying_rule(model: nn.Module, unseen: Unseen, **answers: object) -> Iterat
         >>> with applying_rule(nn.Sequential(), "mixture"):
         ...     pass
     """
-    norms = [module for module in model.modules() if getattr(module, "heeds_record", False)]
+    norms: list[Any] = [module for module in model.modules() if getattr(module, "heeds_record", False)]
     norms = [norm for norm in norms if getattr(norm, "spec", None) is not None and norm.spec.domains]
     streams = {norm: _streams.pop(norm) for norm in norms if norm in _streams}
     try:
