@@ -88,10 +88,10 @@ def _divide(norm: nn.Module, given: Any) -> Features:
 
     for feature, sources in zip(features, of_features, strict=True):
         if isinstance(sources, int):
-            if not is_unseen(names[sources]):
-                yield norm.population_state(names[sources]), feature
-            continue
+            parts = {sources: feature}
+        else:
+            parts = {number: feature[[source == number for source in sources]] for number in sorted(set(sources))}
 
-        for number in sorted(set(sources)):
+        for number, part in parts.items():
             if not is_unseen(names[number]):
-                yield norm.population_state(names[number]), feature[[source == number for source in sources]]
+                yield norm.population_state(names[number]), part

@@ -4,9 +4,11 @@ import itertools
 
 import pytest
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from bnext.errors import ConfigError, DomainError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
+from bnext.layers.sources import Source, find_origin
 from bnext.scope import use_domain
 from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, PAIRED, make_features, make_pairs, randomize
 from tests.layers.test_batch_norm_parity import check_step
@@ -92,17 +94,34 @@ def run_share(rank, specs, shares):
     for spec in specs:
         norm = build(spec)
         results.append((run(norm, draw(rank, number), names, draw(10 + rank, number)), state_of(norm)))
-    return results
+    return results, run_in_parallel(rank, names)
+
+
+def run_in_parallel(rank, names):
+    """Gradients of DistributedDataParallel, which waits for each parameter on each worker."""
+    norm = build(OWN.replace(affine="per_domain"))
+    parallel = DistributedDataParallel(norm)
+    for step in range(2):
+        run(parallel, draw(step, len(names)), names, draw(10 + rank, len(names)))
+    return state_of(norm)[1]
 
 
 def test_workers_of_which_one_lacks_a_domain_are_one_process():
-    answers = [(BOTH, BOTH, BOTH), ("per_domain", BOTH, "per_level"), ("per_level", "per_domain", "shared")]
     specs = []
-    for statistics, population, affine in answers:
+    for statistics, population, affine in (
+        (BOTH, BOTH, BOTH),
+        ("per_domain", BOTH, "per_level"),
+        ("per_level", "per_domain", "shared"),
+    ):
         specs.append(OWN.replace(statistics=statistics, population=population, affine=affine, workers="all"))
     shares = (("day", "night", "day"), ("night", "night"))
 
-    by_worker = run_workers(run_share, 2, specs, shares)
+    answers = run_workers(run_share, 2, specs, shares)
+    by_worker, in_parallel = zip(*answers, strict=True)
+    torch.testing.assert_close(*in_parallel, **SAME)
+    assert {name for name, gradient in in_parallel[0].items() if gradient.any()} == {
+        f"{domain}.{field}" for domain in ("day", "night") for field in ("weight", "bias")
+    }
     for spec, first, second in zip(specs, *by_worker, strict=True):
         norm = build(spec.replace(workers="one"))
         features, grads = (
@@ -217,6 +236,34 @@ def test_a_pair_loads_what_it_had_in_common_with_others_and_gives_it_back(name):
     before = {key: value.clone() for key, value in source.state_dict().items()}
     randomize(source, seed=4).load_state_dict(state)
     torch.testing.assert_close(dict(source.state_dict()), before, **SAME)
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "expected"),
+    [
+        (Source("p3", "night"), ["night_p3", "night_p4"], ["night_p3"]),
+        (Source(domain="night"), ["day_p3", "night_p3", "night_p4", "day_p4"], ["night_p3", "night_p4"]),
+        (Source(domain="rain"), ["day", "day_rain"], []),
+        (Source("p3"), ["p3", "p4", "day_p3"], ["p3"]),
+        (Source("p3", "night"), ["day_p3", "day_p4"], []),
+    ],
+)
+def test_a_name_is_half_of_a_pair_only_among_pairs(source, names, expected):
+    assert find_origin(source, names, {}).names == expected
+
+
+@pytest.mark.parametrize(
+    ("name_map", "expected"),
+    [
+        ({"night": "day"}, "day_p3"),
+        ({"night": "day", "p3": "p4"}, "day_p4"),
+        ({"night_p3": "day_p4"}, "day_p4"),
+    ],
+)
+def test_a_map_of_names_is_of_levels_domains_or_pairs(name_map, expected):
+    names = ["day_p3", "day_p4", "night_p3", "night_p4"]
+    assert find_origin(Source("p3", "night"), names, name_map).names == [expected]
+    assert find_origin(Source("p3"), names, {"": "night"}).names == ["night_p3"]
 
 
 def test_pairs_that_differ_are_merged_into_a_level_and_it_is_said(caplog):

@@ -12,6 +12,7 @@ from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.gaps import find_gap
 from bnext.functional import Moments
+from bnext.layers.sources import add_domains
 
 __all__ = ["CHECK"]
 
@@ -92,11 +93,11 @@ def _advise(facts: Facts, paths: tuple[str, ...]) -> Remedy:
     if facts.origin.kind != "config":
         return Remedy(text, call=call)
 
-    norms = [norm for norm in facts.norms if norm.path in paths and not norm.levels]  # those of levels own per level
-    places = sorted({norm.place for norm in norms if norm.place})
-    keys: dict[str, object] = {"MODEL.BNEXT.DOMAINS.NAMES": names} if places else {}
-    for place in places:
-        keys |= {f"MODEL.BNEXT.{place}.{key}": "per_domain" for key in ("STATISTICS", "POPULATION")}
+    norms = sorted((norm for norm in facts.norms if norm.path in paths and norm.place), key=lambda norm: norm.place)
+    keys: dict[str, object] = {"MODEL.BNEXT.DOMAINS.NAMES": names} if norms else {}
+    for norm in norms:
+        answers = {"STATISTICS": norm.record.statistics, "POPULATION": norm.record.population}
+        keys |= {f"MODEL.BNEXT.{norm.place}.{key}": add_domains(answer) for key, answer in answers.items()}
     return Remedy(text, keys=keys, call=call)
 
 
