@@ -36,7 +36,8 @@ def load(digits, tmp_path):
 
 
 def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(load, tmp_path):
-    cfg = load(*DOMAINS, *NORMS, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 6)
+    best = ("TEST.EVAL_PERIOD", 2, "TEST.BNEXT.BEST.METRIC", "domains/mean/bbox/AP")
+    cfg = load(*DOMAINS, *NORMS, *best, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 6)
     check_run(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -54,7 +55,10 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
     assert norm.day.num_batches_tracked + norm.night.num_batches_tracked >= 4
     assert not torch.equal(norm.day.running_mean, norm.night.running_mean)
     results = json.loads((tmp_path / "out/inference/results.json").read_text())
-    assert set(results) >= {"digits_val", "night_val"}
+    assert set(results) == {"digits_val", "night_val", "domains"}
+    keys = {f"{name}/bbox/AP" for name in ("digits_val", "night_val", "domains/day", "domains/night", "domains/worst")}
+    assert keys | {"domains/mean/bbox/AP"} <= tiny.read_metrics(tmp_path / "out")[-1].keys()
+    assert [each["iteration"] for each in json.loads((tmp_path / "out/best.json").read_text())["evaluations"]] == [1, 2]
 
     # The config that was written says the domains, whatever sets it is used with later.
     written = load_config(str(tmp_path / "out/config.yaml")) if (tmp_path / "out/config.yaml").exists() else cfg
@@ -76,6 +80,7 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
         ((*DOMAINS[:3], "('day', 'fog')"), "fog"),
         ((*DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "('day',)"), "'night'"),
         ((), "DATASETS.DOMAINS.TRAIN"),
+        ((*DOMAINS, "TEST.EVAL_PERIOD", 2, "TEST.BNEXT.BEST.METRIC", "domains/fog/bbox/AP"), "domains/day"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_training(load, opts, named):
