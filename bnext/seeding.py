@@ -32,6 +32,9 @@ class Purpose(enum.IntEnum):
     VALIDATE = 10
     ORDER = 11
     LOAD_VALIDATION = 12
+    SHUFFLE_DOMAIN = 13
+    DRAW_DOMAIN = 14
+    CORRUPT = 15
 
 
 def derive_seed(*entropy: int) -> int:

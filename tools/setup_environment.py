@@ -34,6 +34,7 @@ INPUTS = ("constraints.txt", "pyproject.toml", "bnext/cli/install_detectron2.py"
 INPUTS += ("tools/setup_environment.py",)
 LEFTOVER = "-setup-"  # in the names of folders that are on their way to or from being the environment
 DISK_GB = 8  # 6.2 for the environment, the rest for pip to unpack in
+FROST = "imagecorruptions-imaug"  # pictures; what it depends on would replace OpenCV
 CHECK = "import torch, torchvision, cv2, detectron2.engine, detectron2.utils.visualizer"
 
 
@@ -118,8 +119,9 @@ def install_packages() -> None:
         raise InstallError(process.stderr.strip().removeprefix("error: "))
 
     print("Set-up 3/3: torch and the other pinned packages (about 3 GB to download)", flush=True)
-    local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[digits,detectron2,docs,fast-eval,dev]")
+    local = ("--no-build-isolation", "--use-pep517", "-e", f"{ROOT}[corruptions,digits,detectron2,docs,fast-eval,dev]")
     run_pip(*pinned, *local, python=PYTHON, show=sys.stdout.isatty())
+    run_pip(*pinned, "--no-deps", FROST, python=PYTHON)
 
     process = subprocess.run([PYTHON, "-W", "ignore", "-c", CHECK], capture_output=True, text=True)
     if process.returncode:

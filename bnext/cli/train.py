@@ -30,7 +30,8 @@ from bnext.data.classes import check_classes, count_classes
 from bnext.data.domains import check_domain_lists
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
-from bnext.data.samplers import check_batch_size
+from bnext.data.sampling.build import check_domain_batches
+from bnext.data.sampling.samplers import check_batch_size
 from bnext.engine.accumulation import check_accumulation
 from bnext.engine.best import check_best_metric
 from bnext.engine.launch import count_workers, launch
@@ -275,6 +276,7 @@ def check_run(
     if not eval_only:
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
         check_classes(cfg, is_new=not resume)
+        check_domain_batches(cfg)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
     conditions = conditions or Conditions()
     check_domains(cfg, eval_only=eval_only, domain=conditions.domain)

@@ -17,6 +17,7 @@ from detectron2.config import CfgNode
 
 import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
+from bnext.data.sampling.domain_batches import DomainBatches
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import NormSpec
 from bnext.numbers import is_count, is_number
@@ -285,6 +286,12 @@ _SCHEDULES = (
         "SOLVER.BNEXT.VIRTUAL_IMAGES",
         0,
         "Virtual BN: so many more images per step, over all workers, are run forward only and enlarge the mini-batches",
+        needs=(
+            Need(
+                {"DATALOADER.BNEXT.BATCHES": _one_of("mixed", "composed")},
+                reason="they would be of another domain than the batch",
+            ),
+        ),
     ),
     Key(
         "SOLVER.BNEXT.ACCUMULATE",
@@ -482,6 +489,58 @@ _ESTIMATES = (
     ),
 )
 
+_HAS_DOMAIN_BATCHES = Need({"DATALOADER.BNEXT.BATCHES": _none_of("mixed")})
+_HAS_NO_RATIOS = Need({"DATALOADER.BNEXT.RATIOS": Values("empty", lambda value: len(value) == 0)})
+
+
+def _are_ratios(value: Any) -> bool:
+    pairs = [pair for pair in value if isinstance(pair, (list, tuple)) and len(pair) == 2]
+    names = {name for name, number in pairs if isinstance(name, str) and name and is_count(number, 1)}
+    return len(names) == len(pairs) == len(value)
+
+
+_SAMPLING = (
+    Key(
+        "DATALOADER.BNEXT.BATCHES",
+        "mixed",
+        "domains of a batch: `mixed` as images come, `composed` of each its share, or a single one, `alternating` or "
+        "drawn (`random_domain`); without domains, data sets",
+        _one_of("mixed", *get_args(DomainBatches)),
+        needs=(Need({"DATALOADER.SAMPLER_TRAIN": _one_of("TrainingSampler")}),),
+    ),
+    Key(
+        "DATALOADER.BNEXT.RATIOS",
+        [],
+        "share of each domain, such as `[[day, 6], [night, 2]]`; empty: by TEMPERATURE",
+        Values(
+            "a list of pairs, each of a domain and a whole number of 1 or more, and each domain once",
+            _are_ratios,
+            "Write it as [[day, 6], [night, 2]].",
+        ),
+        needs=(_HAS_DOMAIN_BATCHES,),
+    ),
+    Key(
+        "DATALOADER.BNEXT.TEMPERATURE",
+        1.0,
+        "T: a domain of n images has a share in proportion to n^(1/T); 1: as many as it has, large: all the same",
+        Values(
+            "above 0", lambda value: value > 0, "Use 1 for shares in proportion to the images, more for evener ones."
+        ),
+        needs=(_HAS_DOMAIN_BATCHES, _HAS_NO_RATIOS),
+    ),
+    Key(
+        "DATALOADER.BNEXT.BALANCE",
+        "images",
+        "what TEMPERATURE balances: the `images` of a domain that are seen, or their `annotations`",
+        _one_of("images", "annotations"),
+        needs=(
+            _HAS_DOMAIN_BATCHES,
+            _HAS_NO_RATIOS,
+            Need({"DATALOADER.BNEXT.TEMPERATURE": _none_of(1.0)}, reason="all images are seen equally often anyway"),
+        ),
+    ),
+)
+
 _DATASETS = (
     Key(
         "DATASETS.DOMAINS.TRAIN",
@@ -494,11 +553,23 @@ _DATASETS = (
         "DATASETS.BNEXT.COCO",
         [],
         "data sets in COCO format: `[{name: my_train, json: my/train.json, folder: my/train}]`, and the `domain` of "
-        "their images, if they have one; see datasets/README.md",
+        "their images, if they have one; with `corruption: fog, severity: 3` all pictures are changed when they are "
+        "read; see datasets/README.md",
     ),
 )
 
-_TABLES = (*PLACE_KEYS.values(), _DOMAINS, _SCHEDULES, _AVERAGES, _METRICS, _DOCTOR, _ESTIMATES, _BEST, _DATASETS)
+_TABLES = (
+    *PLACE_KEYS.values(),
+    _DOMAINS,
+    _SCHEDULES,
+    _AVERAGES,
+    _METRICS,
+    _DOCTOR,
+    _ESTIMATES,
+    _BEST,
+    _SAMPLING,
+    _DATASETS,
+)
 KEYS = {key.name: key for key in itertools.chain(*_TABLES)}
 
 

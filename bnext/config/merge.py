@@ -13,6 +13,7 @@ from detectron2.config import CfgNode
 from bnext.config.check import flatten
 from bnext.config.read import BASE, NO_KEYS
 from bnext.errors import ConfigError, Refusal, list_few
+from bnext.numbers import is_number
 from bnext.text import find_near, suggest
 
 __all__ = ["convert_value", "merge_pairs", "merge_values", "split_pairs"]
@@ -158,8 +159,8 @@ def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
         literal = _read_literal(value)
         is_number = type(literal) in (int, float)  # which a folder may be called
         value = value if is_text and is_number else literal
-        if isinstance(default, list) and isinstance(value, str) and value.lstrip().startswith("[{"):
-            value = _read_mappings(value)
+        if isinstance(default, list) and isinstance(value, str) and value.lstrip().startswith(("[{", "[[")):
+            value = _read_nested(value)
 
     if value is None and default is not None:
         raise _NULL.of("null", where, key=name, form=_FORMS[type(default)])
@@ -178,11 +179,18 @@ def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
     if type(value) is not type(default):
         form = _FORMS[type(default)]
         if isinstance(default, list) and isinstance(value, Mapping):
-            form = "it in brackets, [{...}]"
+            form = _list_mapping(value)
         elif isinstance(default, (list, tuple)) and isinstance(value, (str, int, float)):
             form = f'"{_split(value) if isinstance(value, str) else [value]}"'
         raise _TYPE.of(_show(value), where, key=name, kind=_KINDS[type(default)], form=form)
     return value
+
+
+def _list_mapping(value: Mapping[Any, Any]) -> str:
+    """How a mapping is written as a list: of pairs, if these are names and numbers."""
+    is_pairs = all(is_number(number) for number in value.values())
+    pairs = ", ".join(f"[{name}, {number}]" for name, number in value.items())
+    return f"pairs, [{pairs}]" if is_pairs else "it in brackets, [{...}]"
 
 
 def _split(text: str) -> list[str]:
@@ -209,8 +217,8 @@ def _read_literal(text: str) -> Any:
         return text
 
 
-def _read_mappings(text: str) -> Any:
-    """The mappings that a text lists as YAML does, without quotes; or the text."""
+def _read_nested(text: str) -> Any:
+    """The mappings or lists that a text lists as YAML does, without quotes; or the text."""
     try:
         return yaml.safe_load(text) if len(text) <= _MOST_LETTERS else text
     except yaml.YAMLError:

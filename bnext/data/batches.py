@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from bnext.data.classes import relabel_records
 from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
-from bnext.data.samplers import count_micro_batch
+from bnext.data.sampling.samplers import count_micro_batch
 from bnext.data.surroundings import TravellingDataset
 from bnext.distributed.groups import count_cores
 from bnext.errors import ConfigError

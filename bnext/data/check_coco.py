@@ -29,6 +29,7 @@ from bnext.data.check_images import Pictures, check_files, check_sizes, read_sid
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
 from bnext.data.classes import find_trained_classes
+from bnext.data.corrupted_sets import Variant, find_corruption
 from bnext.data.digits import FOLDER
 from bnext.data.listed_sets import KEY, is_listed
 from bnext.data.records import check_registered
@@ -160,6 +161,10 @@ def examine_dataset(
         expect any exception.
     """
     check_registered(name)
+    task = replace(task, corruption=find_corruption(name))
+    source = DatasetCatalog[name]
+    name = source.base if isinstance(source, Variant) else name  # whose file and records it has
+
     metadata = MetadataCatalog.get(name)
     json_file, image_root = str(metadata.get("json_file") or ""), str(metadata.get("image_root") or "")
     dataset = RegisteredSet(name, json_file, image_root, check_images, task)

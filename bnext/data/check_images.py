@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnext.data.check_objects import Fault, Notice, Task
+from bnext.data.corruptions.names import ENLARGE, find_smallest
 from bnext.data.read_image import read_header, read_image, show_path
 from bnext.errors import list_few
 from bnext.progress import track
@@ -77,6 +78,18 @@ def check_sizes(pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
                 f"{width:g} x {height:g} in {len(thin)} of {len(pictures.file_names)}: {names}",
                 remedy="Cut or pad these pictures, or remove them from the set.",
             )
+
+    smallest = find_smallest(task.corruption)
+    is_small = ~is_odd & (pictures.sizes < smallest)
+    small = np.flatnonzero(is_small.any(axis=1)).tolist()
+    if small:
+        width, height = pictures.sizes[small[0]]
+        yield Fault(
+            "The images",
+            f"have at least {smallest} pixels on each side for {task.corruption}",
+            f"{width:g} x {height:g} in {len(small)} of {len(pictures.file_names)}: {_name(pictures, small)}",
+            remedy=ENLARGE,
+        )
 
     counts = Counter(pictures.file_names) if len(set(pictures.file_names)) < len(pictures.file_names) else Counter()
     repeated = {show_path(name): count for name, count in counts.items() if count > 1}

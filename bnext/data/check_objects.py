@@ -65,6 +65,7 @@ class Task:
         num_keypoints: of each object; None: the model has none.
         image_format: INPUT.FORMAT.
         max_side: longest side after resizing; None: not known.
+        corruption: of all pictures; "": none.
     """
 
     is_training: bool
@@ -74,6 +75,7 @@ class Task:
     num_keypoints: int | None = None
     image_format: str = "BGR"
     max_side: int | None = None
+    corruption: str = ""
 
     @classmethod
     def of(cls, cfg: CfgNode | None, *, num_classes: int | None, is_training: bool) -> Task:

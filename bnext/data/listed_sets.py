@@ -1,6 +1,7 @@
 """Sets that a config lists (DATASETS.BNEXT.COCO): checked, and registered with Detectron2's catalogs.
 
     {name: my_train, json: my/train.json, folder: my/train, domain: day}
+    {name: my_fog, json: my/train.json, folder: my/train, domain: fog, corruption: fog, severity: 3}
 
 The catalogs are of the process, a list is of a config: whoever uses a config calls `register_listed_sets`, which puts
 its sets in the place of those that another config has listed.
@@ -19,6 +20,8 @@ from detectron2.data.catalog import Metadata
 
 from bnext.data.catalog import CocoSet, datasets_root
 from bnext.data.categories import read_categories
+from bnext.data.corrupted_sets import mark_corrupted, register_variant
+from bnext.data.corruptions.names import check_corruption
 from bnext.errors import ConfigError, Refusal, list_few
 from bnext.lazy_config import copy_node, is_lazy
 from bnext.text import find_near
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 KEY = "DATASETS.BNEXT.COCO"
-_FIELDS = ("name", "json", "folder", "domain")
+_FIELDS = ("name", "json", "folder", "domain", "corruption", "severity")
 _NEEDED = ("name", "json", "folder")
 # As other programs call them.
 _OTHER_WORDS = {"json_file": "json", "ann_file": "json", "annotations": "json"}
@@ -47,6 +50,12 @@ _NO_MAPPING = Refusal(
 _UNKNOWN = Refusal(ConfigError, f"The fields of {KEY}", f"be some of {', '.join(_FIELDS)}", "{remedy}")
 _MISSING = Refusal(ConfigError, f"Every entry of {KEY}", f"have {', '.join(_NEEDED)}", f"Write it as {_FORM}.")
 _NO_TEXT = Refusal(ConfigError, "{field} in " + KEY, "be text, and not empty", "Write it in quotes.")
+_HALF = Refusal(
+    ConfigError,
+    f"corruption and severity in {KEY}",
+    "be given together",
+    "Write both, such as corruption: fog, severity: 3, or none.",
+)
 _TWICE = Refusal(
     ConfigError, f"The names in {KEY}", "be given to one data set each", "Give each set a name of its own."
 )
@@ -65,9 +74,16 @@ class ListedSet(CocoSet):
 
     Args:
         domain: of its images; "": none is given.
+        corruption, severity: of its pictures, whenever they are read; "" and 0: they are as they are.
     """
 
     domain: str = ""
+    corruption: str = ""
+    severity: int = 0
+
+    def __call__(self) -> list[dict[str, Any]]:
+        records = super().__call__()
+        return mark_corrupted(records, self.corruption, self.severity) if self.corruption else records
 
 
 _shelf: dict[ListedSet, Metadata] = {}  # of sets that other configs list: whatever was set comes back with them
@@ -103,23 +119,31 @@ def _check_entry(entry: Any, where: str) -> None:
             near = [meant] if meant else find_near(field, _FIELDS, most=1)
             remedy = f"Did you mean {near[0]}?" if near else "Leave it out."
             raise _UNKNOWN.of(repr(field), where, remedy=remedy)
-        if not isinstance(value, str) or "\0" in value or (not value and field in _NEEDED):
+        is_text = isinstance(value, str) and "\0" not in value and bool(value or field not in _NEEDED)
+        if field != "severity" and not is_text:
             raise _NO_TEXT.of(repr(value), where, field=field)
 
     missing = [field for field in _NEEDED if field not in entry]
     if missing:
         raise _MISSING.of(f"no {' and no '.join(missing)}", f"{where}: {list_few(map(repr, entry.values()))}")
 
+    given = [field for field in ("corruption", "severity") if field in entry]
+    if len(given) == 1:
+        raise _HALF.of(f"{given[0]} alone", where)
+    if given:
+        check_corruption(entry["corruption"], entry["severity"], f"{KEY}, {where}")
+
 
 def register_listed_sets(cfg: CfgNode) -> None:
     """Register the sets that a config lists, and forget those that another config has listed.
 
     Args:
-        cfg: DATASETS.BNEXT.COCO is read; a config without that key changes nothing. Relative paths are looked for in
-            the working directory, and then in the folder of all data sets (DETECTRON2_DATASETS).
+        cfg: DATASETS.BNEXT.COCO is read; a config without that key changes none of these. Relative paths are looked for
+            in the working directory, and then in the folder of all data sets (DETECTRON2_DATASETS). Corrupted variants
+            in DATASETS.TRAIN and TEST are registered as well.
 
     Raises:
-        ConfigError: the list is none, or a name of it is registered by somebody else.
+        ConfigError: the list is none, a name of it is registered by somebody else, or a variant has no such corruption.
 
     Note:
         Nothing is read from disk before a set is used, but the names of keypoints where MODEL.KEYPOINT_ON is True.
@@ -128,14 +152,14 @@ def register_listed_sets(cfg: CfgNode) -> None:
         copy_node(cfg)  # runs the file in a worker: it may register sets as well
 
     node = cfg.DATASETS.get("BNEXT") or {}
-    if "COCO" not in node:
-        return
-
-    check_listed_sets(node["COCO"])
-    register_sets([_resolve(entry) for entry in node["COCO"]])
-    if cfg.MODEL.KEYPOINT_ON:
-        for entry in current_sets():
+    if "COCO" in node:
+        check_listed_sets(node["COCO"])
+        register_sets([_resolve(entry) for entry in node["COCO"]])
+        for entry in current_sets() if cfg.MODEL.KEYPOINT_ON else ():
             _name_keypoints(entry)
+
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        register_variant(name)
 
 
 def current_sets() -> list[ListedSet]:
@@ -184,9 +208,10 @@ def _register(entry: ListedSet) -> None:
     )
 
 
-def _resolve(entry: Mapping[str, str]) -> ListedSet:
+def _resolve(entry: Mapping[str, Any]) -> ListedSet:
     json_file, folder = (_find_path(entry[field]) for field in ("json", "folder"))
-    return ListedSet(entry["name"], json_file, folder, entry.get("domain", ""))
+    others = {field: entry[field] for field in ("domain", "corruption", "severity") if field in entry}
+    return ListedSet(entry["name"], json_file, folder, **others)
 
 
 def _find_path(given: str) -> str:

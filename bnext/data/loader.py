@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from bnext.data.batches import limit_loader_workers, load_batches
 from bnext.data.mapping import CheckedMapper, Mapper, build_mapper
 from bnext.data.records import Record, load_train_records
-from bnext.data.samplers import BatchSampler, Sample, build_sampler
+from bnext.data.sampling.build import build_sampler
+from bnext.data.sampling.samplers import BatchSampler, Sample
 from bnext.errors import DatasetError
 from bnext.seeding import Purpose, derive_seed, seeded
 
@@ -42,26 +43,27 @@ class MappedDataset(Dataset[Mapped]):
     Args:
         records: Detectron2's records.
         mapper: turns a record into the model's input; None asks for another image.
-        seed: the training's seed.
+        sampler: has the training's seed, and says which images are alike.
 
     Raises:
         DatasetError: on access, if an image cannot be read, or the mapper rejects 100 images in a row.
     """
 
-    def __init__(self, records: Any, mapper: Mapper, seed: int) -> None:
+    def __init__(self, records: Any, mapper: Mapper, sampler: BatchSampler) -> None:
         self.records = records
         self.mapper = mapper if isinstance(mapper, CheckedMapper) else CheckedMapper(mapper)
-        self.seed = seed
+        self.sampler = sampler
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, sample: Sample) -> Mapped:
         position, index = sample
+        seed, alike = self.sampler.seed, self.sampler.list_alike(index)
         refused: list[str] = []
-        others = np.random.default_rng(derive_seed(self.seed, Purpose.REPLACE, position))
+        others = np.random.default_rng(derive_seed(seed, Purpose.REPLACE, position))
 
-        with seeded(derive_seed(self.seed, Purpose.AUGMENT, position)):
+        with seeded(derive_seed(seed, Purpose.AUGMENT, position)):
             for _ in range(_MAX_REPLACEMENTS):
                 record = self.records[index]
                 mapped = self.mapper(record)
@@ -69,7 +71,7 @@ class MappedDataset(Dataset[Mapped]):
                     return Mapped(mapped, tuple(refused))
 
                 refused.append(str(record.get("file_name", f"record {index}")))
-                index = int(others.integers(len(self.records)))
+                index = alike[others.integers(len(alike))]
 
         raise DatasetError.of(
             "The mapper",
@@ -109,7 +111,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[list[Record]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
-        dataset = MappedDataset(self._records, self._mapper, self.sampler.seed)
+        dataset = MappedDataset(self._records, self._mapper, self.sampler)
         num_refused, num_images = 0, 0
 
         for batch in load_batches(dataset, self.sampler, self._num_loader_workers):

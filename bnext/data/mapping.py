@@ -21,7 +21,7 @@ from detectron2.data import DatasetMapper, detection_utils
 from detectron2.data import transforms as T
 
 from bnext.data.check_objects import FAR
-from bnext.data.read_image import read_image, refuse_endless_file
+from bnext.data.read_image import read_image, read_picture, refuse_endless_file
 from bnext.data.records import Record
 from bnext.errors import BNextError, DatasetError, Refusal
 from bnext.lazy_config import copy_node, find_target, is_lazy
@@ -31,6 +31,12 @@ __all__ = ["CheckedMapper", "ImageMapper", "Mapper", "build_mapper"]
 
 Mapper = Callable[[Record], Record | None]
 
+_NOT_CORRUPTED = Refusal(
+    DatasetError,
+    "The mapper of a set with a corruption",
+    "be an `ImageMapper` of bnext.data.mapping, which corrupts what it reads",
+    "Derive yours from it, or write the corrupted pictures once with `bnext corrupt` and use them as a set.",
+)
 _OTHER_MASK = Refusal(
     DatasetError,
     "A segmentation",
@@ -40,15 +46,15 @@ _OTHER_MASK = Refusal(
 
 
 class ImageMapper(DatasetMapper):
-    """Detectron2's mapper with the reader of `read_image`, from the same config and with the same results.
+    """Detectron2's mapper with the reader of `read_picture`, from the same config and with the same results.
 
     Raises:
-        DatasetError: on a call, see `read_image`.
+        DatasetError: on a call, see `read_picture`.
     """
 
     def __call__(self, dataset_dict: Record) -> Record:
         record = copy.deepcopy(dataset_dict)
-        image = read_image(record["file_name"], self.image_format, (record.get("width"), record.get("height")))
+        image = read_picture(record, self.image_format)
         record.setdefault("width", image.shape[1])
         record.setdefault("height", image.shape[0])
 
@@ -114,6 +120,8 @@ class CheckedMapper:
         name = record.get("file_name")
         if not isinstance(self._mapper, ImageMapper):
             refuse_endless_file(name)
+            if record.get("corruption"):
+                raise _NOT_CORRUPTED.of(type(self._mapper).__name__, f"{name}: {record['corruption']}")
 
         try:
             return self._mapper(record)

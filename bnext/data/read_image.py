@@ -1,6 +1,7 @@
 """Pictures: one reader for training, evaluation, validation loss, re-estimation and comparison.
 
     path, format, size that the record says  --read_image-->  [H, W, C], or a DatasetError that names file and remedy
+    record, format  --read_picture-->  the same, with the corruption of the record's data set
 
 What Detectron2's reader does silently is decided here. Values that do not fit into 8 bits are refused, not clipped to
 white. A picture whose EXIF data ask for a rotation is turned as Detectron2 turns it, unless its record gives the size
@@ -11,9 +12,10 @@ folder, a pipe) is named before anybody waits for it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +26,9 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from bnext.errors import BNextError, DatasetError
+from bnext.seeding import Purpose, derive_seed
 
-__all__ = ["Header", "read_header", "read_image", "refuse_endless_file", "show_path"]
+__all__ = ["Header", "read_header", "read_image", "read_picture", "refuse_endless_file", "show_path"]
 
 Size = tuple[float | None, float | None]  # width and height; None: nothing is said of it
 
@@ -94,6 +97,39 @@ def read_image(path: str | os.PathLike[str], image_format: str | None, size: Siz
         pixels = convert_PIL_to_numpy(turned, image_format)
 
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def read_picture(record: Mapping[str, Any], image_format: str | None) -> np.ndarray:
+    """The pixels of a record's picture, corrupted if the record names a corruption.
+
+    Args:
+        record: "file_name", and "width", "height", "corruption" and "severity" if it has them.
+        image_format: see `read_image`.
+
+    Returns:
+        [H, W, C]. A corruption is a function of the file's name, without its folder, the corruption and the severity.
+
+    Raises:
+        DatasetError: see `read_image` and `corrupt`.
+    """
+    path = os.fspath(record["file_name"])
+    size = (record.get("width"), record.get("height"))
+    if not record.get("corruption"):
+        return read_image(path, image_format, size)
+
+    from bnext.data.corruptions.corrupt import corrupt  # SciPy, which not everybody has
+
+    name, severity = record["corruption"], record["severity"]
+    pixels = read_image(path, "RGB", size)
+    corrupted = corrupt(pixels, name, severity, _derive_seed(path, name, severity), where=show_path(path))
+    pixels = convert_PIL_to_numpy(Image.fromarray(corrupted), image_format)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def _derive_seed(path: str, name: str, severity: int) -> int:
+    words = f"{os.path.basename(path)}/{name}"  # no file has a slash in its name
+    digest = hashlib.sha256(words.encode(errors="surrogateescape")).digest()
+    return derive_seed(Purpose.CORRUPT, int.from_bytes(digest[:8], "big"), severity)
 
 
 def read_header(path: str, *, thorough: bool = False) -> Header:

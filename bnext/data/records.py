@@ -16,6 +16,7 @@ from detectron2.data.build import (
 from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Dataset
 
+from bnext.data.corrupted_sets import register_variant
 from bnext.data.domains import name_source
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
@@ -96,7 +97,8 @@ _NOTHING_LEFT = Refusal(
 
 
 def check_registered(name: str) -> None:
-    """Raise DatasetError, with the nearest names, unless a data set of that name is registered."""
+    """Raise DatasetError, with the nearest names, unless a data set of that name is registered, or can be."""
+    register_variant(name)
     if name in DatasetCatalog:
         return
 

@@ -13,7 +13,7 @@ from detectron2.engine import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
 
-from bnext.data.samplers import count_micro_batch
+from bnext.data.sampling.samplers import count_micro_batch
 from bnext.diagnostics import (
     MiniBatch,
     NormGroup,

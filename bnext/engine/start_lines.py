@@ -1,4 +1,4 @@
-"""The line of a training about itself before its first iteration; the config is said by the command line."""
+"""The lines of a training about itself before its first iteration; the config is said by the command line."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from bnext.data.loader import TrainLoader
+from bnext.data.sampling.domain_batches import DomainBatchSampler
 
 __all__ = ["describe_training"]
 
 
 def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
-    """The data and the schedule in a line.
+    """The data and the schedule in a line, and in another what a batch is made of where that is chosen.
 
     Args:
         cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH and MAX_ITER are read.
@@ -26,9 +27,39 @@ def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
     share = f" over {workers} workers" if workers > 1 else ""
     rest = f" from iteration {start_iter:,}" if start_iter else ""
 
-    words = f"Training on {', '.join(cfg.DATASETS.TRAIN)}"
-    if isinstance(loader, TrainLoader):
+    words, domains = f"Training on {', '.join(cfg.DATASETS.TRAIN)}", ""
+    if isinstance(loader, TrainLoader) and isinstance(loader.sampler, DomainBatchSampler):
+        words += f": {loader.num_images:,} images"
+        domains = f"\n{_describe_domains(loader.sampler)}"
+    elif isinstance(loader, TrainLoader):
         epochs = batch * steps / max(1, loader.num_images)
         shown = f"{epochs:.1f}" if epochs < 10 else f"{math.floor(epochs):,}"
         words += f": {loader.num_images:,} images, {shown} epochs"
-    return f"{words}; {batch} images a step{share}, {steps:,} steps{rest}."
+    return f"{words}; {batch} images a step{share}, {steps:,} steps{rest}.{domains}"
+
+
+def _describe_domains(sampler: DomainBatchSampler) -> str:
+    """The make-up of a batch, and the epochs of each domain."""
+    batch, whole = sampler.total_batch_size, sum(sampler.weights.values())
+    shares = {domain: weight / whole for domain, weight in sampler.weights.items()}
+
+    if sampler.kind == "composed":
+        numbers = ", ".join(f"{_show(batch * share)} {domain}" for domain, share in shares.items())
+        words = f"Batches of {batch}: {numbers}"
+    else:
+        parts = ", ".join(f"{share:.3g} {domain}" for domain, share in shares.items())
+        turns = "drawn at random" if sampler.kind == "random_domain" else "in turn"
+        words = f"Batches of {batch // sampler.num_micro_batches}, each of one domain {turns}, by shares {parts}"
+
+    epochs = []
+    for domain, images in sampler.members.items():
+        epochs.append(f"of the {len(images):,} images of {domain} {_show(len(images) / batch / shares[domain])}")
+    return f"{words}. Iterations of an epoch {', '.join(epochs)}."
+
+
+def _show(number: float) -> str:
+    """A number to three digits, and to the last before the point."""
+    nearest = round(number)
+    if abs(number - nearest) < 1e-6 or number >= 100:
+        return f"{nearest:,}"
+    return f"about {number:.3g}"

@@ -34,6 +34,7 @@ from bnext.config.check import flatten
 from bnext.data.classes import check_classes
 from bnext.data.listed_sets import KEY, register_listed_sets
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
+from bnext.data.sampling.shares import check_ratios
 from bnext.distributed import unwrap_model
 from bnext.distributed.agreement import check_agreement, describe_parameters, describe_values
 from bnext.engine import hooks
@@ -123,6 +124,7 @@ class Trainer(DefaultTrainer):
         cfg.defrost()
         cfg.SEED = self.seed = share_seed(cfg.SEED)
         cfg.freeze()
+        check_ratios(cfg)
 
         with seeded(derive_seed(self.seed, Purpose.INITIALIZE)):
             model = self.build_model(cfg)

@@ -103,5 +103,5 @@ def build_virtual_images(cfg: CfgNode, model: nn.Module) -> list[VirtualImages]:
 
     loader_cfg = cfg.clone()
     loader_cfg.defrost()
-    loader_cfg.SOLVER.IMS_PER_BATCH = number
+    loader_cfg.SOLVER.IMS_PER_BATCH, loader_cfg.SOLVER.BNEXT.ACCUMULATE = number, 1
     return [VirtualImages(model, build_train_loader(loader_cfg), cfg.SOLVER.AMP.ENABLED)]

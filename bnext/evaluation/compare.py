@@ -22,7 +22,7 @@ from torch import nn
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
 from bnext.data.records import Record, has_labels, load_records
-from bnext.data.samplers import count_micro_batch
+from bnext.data.sampling.samplers import count_micro_batch
 from bnext.errors import ConfigError, DatasetError
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.ground_truth import is_crowd

@@ -18,6 +18,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
+from bnext.config.keys import KEYS
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_validation_batches
 from bnext.data.listed_sets import register_listed_sets
@@ -157,8 +158,9 @@ def _change(cfg: CfgNode, **values: Any) -> CfgNode:
 
 
 def _with_batches_of(cfg: CfgNode, size: int) -> CfgNode:
-    """A config whose training batches have so many images; this process reads them."""
+    """A config whose training batches have so many images, of whatever domain; this process reads them."""
     values = {"SOLVER.IMS_PER_BATCH": size, "SOLVER.BNEXT.ACCUMULATE": 1, "DATALOADER.NUM_WORKERS": 0}
+    values |= {key.name: key.default for key in KEYS.values() if key.name.startswith("DATALOADER.BNEXT.")}
     return _change(cfg, **values)
 
 

@@ -21,7 +21,7 @@ from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.checkpoints.head_levels import describe_levels
 from bnext.config.blame import building_from_config
 from bnext.data.loader import build_train_loader
-from bnext.data.samplers import count_micro_batch
+from bnext.data.sampling.samplers import count_micro_batch
 from bnext.errors import ConfigError, StatisticsError
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
@@ -76,7 +76,8 @@ def recompute_statistics(
         layers: called as layers(path, module), says which norms; None: all. Others keep their statistics.
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`. Those of the
-            training come in its micro-batches, which are as many images and normalize as in training.
+            training come in its micro-batches, which are as many images and normalize as in training; with batches of
+            one domain each, all domains have their turns.
         num_samples: enough images; None: not limited.
         options: further ones of `recompute_population_statistics`: source_samples, estimator, domain.
 
@@ -91,7 +92,7 @@ def recompute_statistics(
     if batches is None:
         number = cfg.SOLVER.BNEXT.ACCUMULATE
         num_batches = number * (num_batches or cfg.TEST.PRECISE_BN.NUM_ITER)
-        batches = build_train_loader(_with_micro_batches(cfg) if number > 1 else cfg)
+        batches = build_train_loader(_with_batches_for_statistics(cfg))
 
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
@@ -115,10 +116,13 @@ def recompute_statistics(
     return report
 
 
-def _with_micro_batches(cfg: CfgNode) -> CfgNode:
+def _with_batches_for_statistics(cfg: CfgNode) -> CfgNode:
+    """The config with batches that normalize together, and no domain that chance might leave out."""
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.SOLVER.IMS_PER_BATCH = count_micro_batch(cfg)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.BNEXT.ACCUMULATE = count_micro_batch(cfg), 1
+    if cfg.DATALOADER.BNEXT.BATCHES == "random_domain":
+        cfg.DATALOADER.BNEXT.BATCHES = "alternating"
     return cfg
 
 

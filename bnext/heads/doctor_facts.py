@@ -14,7 +14,7 @@ from torch import nn
 
 from bnext.config.check import flatten
 from bnext.config.places import PLACES
-from bnext.data.samplers import count_micro_batch
+from bnext.data.sampling.samplers import count_micro_batch
 from bnext.diagnostics.diagnose import read_weight_decay
 from bnext.diagnostics.facts import Facts, NormFacts, TrainingFacts
 from bnext.heads.places import find_parts

@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.transforms import IdentityTransform
 
-from bnext.data.read_image import read_image
+from bnext.data.read_image import read_picture
 from bnext.data.records import Record
 from bnext.evaluation.detections import Detected, Examined
 from bnext.evaluation.matching import OUTCOMES, Matches
@@ -237,7 +237,7 @@ def _shorten(words: str, width: float, size: float = _TEXT, weight: str = "norma
 
 def _make_cell(record: Record, columns: Sequence[Examined], layout: Layout) -> _Cell:
     """The image, or its part with all boxes, and its scale."""
-    pixels = read_image(record["file_name"], "RGB", (record.get("width"), record.get("height")))
+    pixels = read_picture(record, "RGB")
     x, y = 0, 0
 
     if layout.crop:

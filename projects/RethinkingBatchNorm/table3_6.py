@@ -15,7 +15,7 @@ from detectron2.config import CfgNode
 
 from bnext.cli.train import check_run
 from bnext.config.recipe import read_place
-from bnext.data.samplers import check_batch_size
+from bnext.data.sampling.samplers import check_batch_size
 from bnext.engine.launch import count_workers
 from bnext.errors import ConfigError
 from bnext.studies.runner import check_rows, load_row, reuse_row, run_study, train_row

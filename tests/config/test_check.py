@@ -19,6 +19,8 @@ SMART, ENABLED = {"TEST.BNEXT.SMART_BATCH_NORM": True}, {"TEST.PRECISE_BN.ENABLE
 STATISTICS, FEATURES = {f"{BOX}.SHUFFLE": "statistics"}, {f"{BOX}.SHUFFLE": "features"}
 EMA, BEST = "SOLVER.BNEXT.EMA", "TEST.BNEXT.BEST"
 METRIC = {f"{BEST}.METRIC": "bbox/AP", "TEST.EVAL_PERIOD": 100, "DATASETS.TEST": ("my_val",)}
+BATCHES = "DATALOADER.BNEXT"
+ALTERNATING = {f"{BATCHES}.BATCHES": "alternating"}
 RCNN_ONLY = ["ROI_BOX_HEAD", "ROI_MASK_HEAD", "ROI_KEYPOINT_HEAD"]
 
 
@@ -36,7 +38,7 @@ def test_the_defaults_are_accepted_and_leave_detectron2_as_it_is():
     cfg = make_cfg("GeneralizedRCNN")
     resolve_norms(cfg)
     before, cfg = get_cfg(), make_cfg(get_cfg().MODEL.META_ARCHITECTURE)
-    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"], cfg.DATASETS["BNEXT"]
+    del cfg.MODEL["BNEXT"], cfg.SOLVER["BNEXT"], cfg.TEST["BNEXT"], cfg.DATASETS["BNEXT"], cfg.DATALOADER["BNEXT"]
     del cfg.DATASETS["DOMAINS"]
     assert cfg.SOLVER.pop("OPTIMIZER") == "SGD"
     cfg.MODEL.BACKBONE.NAME, cfg.MODEL.RPN.IN_FEATURES = before.MODEL.BACKBONE.NAME, before.MODEL.RPN.IN_FEATURES
@@ -80,6 +82,10 @@ OUTSIDE = {
     f"{LOSS}.PERIOD": [-1],
     f"{LOSS}.NUM_BATCHES": [-1],
     f"{LOSS}.STATISTICS": ["frozen"],
+    f"{BATCHES}.BATCHES": ["single"],
+    f"{BATCHES}.RATIOS": [[["day", 0]], [["day", 1.5]], [["day"]], [["day", 1], ["day", 2]], ["day"], [{"day": 6}]],
+    f"{BATCHES}.TEMPERATURE": [-1.0, 0.0, float("nan")],
+    f"{BATCHES}.BALANCE": ["objects"],
 }
 
 
@@ -149,6 +155,20 @@ LACKING = [
     ({f"{LOSS}.NUM_BATCHES": 3}, f"{LOSS}.NUM_BATCHES", f"{LOSS}.PERIOD"),
     ({f"{LOSS}.STATISTICS": "mini_batch"}, f"{LOSS}.STATISTICS", f"{LOSS}.PERIOD"),
     ({f"{LOSS}.PERIOD": 5, "DATASETS.TEST": ()}, f"{LOSS}.PERIOD", "DATASETS.TEST"),
+    (
+        {**ALTERNATING, "DATALOADER.SAMPLER_TRAIN": "RepeatFactorTrainingSampler"},
+        f"{BATCHES}.BATCHES",
+        "DATALOADER.SAMPLER_TRAIN",
+    ),
+    ({f"{BATCHES}.RATIOS": [["day", 1]]}, f"{BATCHES}.RATIOS", f"{BATCHES}.BATCHES"),
+    ({f"{BATCHES}.TEMPERATURE": 5.0}, f"{BATCHES}.TEMPERATURE", f"{BATCHES}.BATCHES"),
+    (
+        {**ALTERNATING, f"{BATCHES}.TEMPERATURE": 5.0, f"{BATCHES}.RATIOS": [["day", 1]]},
+        f"{BATCHES}.TEMPERATURE",
+        f"{BATCHES}.RATIOS",
+    ),
+    ({**ALTERNATING, f"{BATCHES}.BALANCE": "annotations"}, f"{BATCHES}.BALANCE", f"{BATCHES}.TEMPERATURE"),
+    ({**ALTERNATING, "SOLVER.BNEXT.VIRTUAL_IMAGES": 4}, "SOLVER.BNEXT.VIRTUAL_IMAGES", f"{BATCHES}.BATCHES"),
 ]
 
 

@@ -11,7 +11,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog
 
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
-from bnext.data.samplers import BatchSampler, GroupedBatchSampler
+from bnext.data.sampling.samplers import BatchSampler, GroupedBatchSampler
 from bnext.errors import DatasetError
 from bnext.seeding import derive_seed, seeded
 

@@ -375,8 +375,30 @@ def check_own_code(folder):
     assert "listed_train" not in DatasetCatalog
 
 
+LISTED_IN = "{{name: {1}_train, json: digits/annotations/instances_{0}.json, folder: digits/{0}, domain: {1}}}"
+DAY_AND_NIGHT = f"[{LISTED_IN.format('train', 'day')}, {LISTED_IN.format('val', 'night')}]"
+COMPOSED = ("DATASETS.BNEXT.COCO", DAY_AND_NIGHT, "DATASETS.TRAIN", "('day_train', 'night_train')")
+COMPOSED += ("DATALOADER.BNEXT.BATCHES", "composed", "DATALOADER.BNEXT.RATIOS", "[[day, 3], [night, 1]]")
+
+
+def check_domain_batches(folder):
+    """Each batch of both workers has its composition, and a resume goes on at the exact sample."""
+    whole, first, rest = Domains(), Domains(), Domains()
+    opts = (*SHORT, *NO_TEST, *COMPOSED)
+    bnext.train(tiny.load(folder / "composed", *opts), hooks=[whole])
+    bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 2), hooks=[first])
+    bnext.train(tiny.load(folder / "continued", *opts), resume=True, hooks=[rest])
+    assert differ(load_state(folder / "composed", "model_final"), load_state(folder / "continued", "model_final")) == []
+    assert first.seen + rest.seen == whole.seen
+
+    workers = comm.all_gather(whole.seen)
+    assert [sorted(mine + others) for mine, others in zip(*workers, strict=True)] == [["day"] * 3 + ["night"]] * 4
+    assert all(["day", "night"] in map(sorted, seen) for seen in workers), "both workers see both domains"
+
+
 CHECKS = {
     "own_code": check_own_code,
+    "domain_batches": check_domain_batches,
     "world": check_world,
     "data": check_data,
     "equal_buffers": check_equal_buffers,

@@ -1,12 +1,6 @@
-"""Samplers: which images make up the batch of an iteration, a pure function of the seed and the iteration.
+"""Samplers of one shuffled stream of images, and the sizes of their batches.
 
-    records of a training  --build_sampler-->  sampler  --iteration by iteration-->  [(position, index), ...]
-
-The stream of a training is one shuffled pass over the data set after the other. A sample is named by its position in
-that stream as well as by its index in the data set, so that its augmentation can be seeded without knowing who loads
-it. Nothing here reads an image.
-
-A further sampler is a class like `GroupedBatchSampler` and a line of `build_sampler`, which chooses.
+The stream of a training is one shuffled pass over the data set after the other.
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ from itertools import islice
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.utils import comm
 from torch.utils.data import Sampler
 
 from bnext.data.records import Record
@@ -27,31 +20,12 @@ __all__ = [
     "BatchSampler",
     "GroupedBatchSampler",
     "aspect_ratio_groups",
-    "build_sampler",
     "check_batch_size",
     "count_micro_batch",
     "shuffle_forever",
 ]
 
 Sample = tuple[int, int]  # position in the stream, index in the data set
-
-
-def build_sampler(cfg: CfgNode, records: Sequence[Record], seed: int) -> BatchSampler:
-    """The sampler of this worker that a config asks for.
-
-    Args:
-        cfg: SOLVER.IMS_PER_BATCH and DATALOADER.ASPECT_RATIO_GROUPING are read.
-        records: of the training, in Detectron2's format.
-        seed: an integer of 0 or more, the same on every worker.
-
-    Raises:
-        ConfigError: see `BatchSampler` and `aspect_ratio_groups`.
-    """
-    size, workers = cfg.SOLVER.IMS_PER_BATCH, {"rank": comm.get_rank(), "world_size": comm.get_world_size()}
-
-    if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
-        return GroupedBatchSampler(aspect_ratio_groups(records), size, seed=seed, **workers)
-    return BatchSampler(len(records), size, seed=seed, **workers)
 
 
 def shuffle_forever(size: int, seed: int, start: int = 0) -> Iterator[Sample]:
@@ -128,6 +102,10 @@ class BatchSampler(Sampler[list[Sample]]):
         share = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
         while True:
             yield list(islice(stream, self.total_batch_size))[share]
+
+    def list_alike(self, index: int) -> Sequence[int]:
+        """Images, by their indices, that may stand in the place of one that cannot be used."""
+        return range(self.size)
 
 
 class GroupedBatchSampler(BatchSampler):

@@ -4,7 +4,7 @@ from itertools import islice
 
 import pytest
 
-from bnext.data.samplers import BatchSampler, GroupedBatchSampler, aspect_ratio_groups
+from bnext.data.sampling.samplers import BatchSampler, GroupedBatchSampler, aspect_ratio_groups
 from bnext.errors import ConfigError
 
 GROUPS = [0, 1, 1, 0, 1, 1, 1]
