@@ -14,7 +14,7 @@ from bnext.evaluation.conditions import Conditions, StatisticsAtTest
 
 __all__ = ["DESCRIPTION", "add_arguments", "execute"]
 
-DESCRIPTION = """COCO AP of a checkpoint on every set of DATASETS.TEST, and on every domain of their images: mean and worst.
+DESCRIPTION = """COCO AP of a checkpoint on every set of DATASETS.TEST, and by domain: of each, their mean, the worst.
 
     bnext evaluate --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth
     bnext evaluate --config-file CONFIG.yaml MODEL.WEIGHTS model_final.pth DATASETS.TEST "('my_val',)"

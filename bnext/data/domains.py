@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.errors import ConfigError, DatasetError, Refusal
 
-__all__ = ["check_domain_lists", "count_domains", "find_domain", "find_train_domains", "name_source"]
+__all__ = ["check_domain_lists", "count_domains", "find_domain", "find_train_domains", "name_source", "select_sets"]
 
 KEY = "DATASETS.DOMAINS"
 _LENGTH = Refusal(
@@ -88,6 +88,19 @@ def find_train_domains(cfg: CfgNode) -> tuple[str, ...]:
     """The domains that the training sets are said to be of, in their order; several sets may be of one."""
     domains = [find_domain(cfg, name) for name in cfg.DATASETS.TRAIN]
     return tuple(dict.fromkeys(filter(None, domains)))
+
+
+def select_sets(cfg: CfgNode, part: str, names: Sequence[str]) -> None:
+    """Put other sets in the place of those of DATASETS.TRAIN or TEST, each with the domain that it has. In place.
+
+    Args:
+        cfg: not frozen.
+        part: "TRAIN" or "TEST".
+        names: of the sets.
+    """
+    domains = tuple(find_domain(cfg, name) for name in names)
+    cfg.DATASETS[part] = tuple(names)
+    cfg.DATASETS.DOMAINS[part] = domains if any(domains) else ()
 
 
 def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

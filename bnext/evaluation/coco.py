@@ -107,7 +107,8 @@ def evaluate_model(
     Args:
         cfg: DATASETS.TEST, INPUT.*, DATALOADER.NUM_WORKERS and OUTPUT_DIR are read.
         model: a detection model; its mode is put back afterwards.
-        output_folder: for the detections, `results.json` and, with several domains, `domains.png`; None: OUTPUT_DIR/inference.
+        output_folder: for the detections, `results.json` and, with several domains, `domains.png`; None:
+            OUTPUT_DIR/inference.
         build: makes the evaluator from config, data set and folder.
         within: called with the name of a data set, opens the scope in which it is evaluated.
         specialists: domain -> metrics of the detector that was trained on it alone, see `read_specialists`.

@@ -113,6 +113,6 @@ def under_conditions(cfg: CfgNode, model: nn.Module, conditions: Conditions, nam
     if obstacle:
         raise DOES_NOT_APPLY.of(f"{conditions.statistics!r}, as {obstacle}")
 
-    with contextlib.nullcontext() if conditions.domain is None else use_domain(conditions.domain):
-        with use_kind(model, kind, {kind.source: name}, partial(recompute_kind, cfg)):
-            yield
+    as_domain = contextlib.nullcontext() if conditions.domain is None else use_domain(conditions.domain)
+    with as_domain, use_kind(model, kind, {kind.source: name}, partial(recompute_kind, cfg)):
+        yield
