@@ -16,6 +16,7 @@ from bnext.text import escape_math, flatten_text
 __all__ = ["draw_domains", "format_domains"]
 
 _NUM_METRICS = 3  # of a task in the table: AP, AP50, AP75
+_TASKS = {"bbox": "boxes", "segm": "masks"}
 _TEXT = 13  # pixels
 
 
@@ -89,7 +90,7 @@ def draw_domains(domains: Sequence[DomainResult], path: str | os.PathLike[str], 
 
     for index, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
         _draw_task(axes, domains, task)
-        axes.set_title(f"COCO AP of {'boxes' if task == 'bbox' else task} by domain")
+        axes.set_title(f"COCO AP of {_TASKS.get(task, task)} by domain")
         style_axes(axes, pixels=_TEXT)
         if index:
             axes.set_yticklabels([])
@@ -110,8 +111,8 @@ def _draw_task(axes: Any, domains: Sequence[DomainResult], task: str) -> None:
 
     for place, domain in enumerate(domains):
         ap, of_specialist = (of.get(task, {}).get("AP", math.nan) for of in (domain.metrics, domain.specialist))
-        color, words = (COLORS["vermillion"], "worst domain") if domain is worst else (COLORS["blue"], "domain")
-        axes.barh(place, 0.0 if math.isnan(ap) else ap, 0.7, color=color, label=words)
+        color, kind = (COLORS["vermillion"], "worst domain") if domain is worst else (COLORS["blue"], "domain")
+        axes.barh(place, 0.0 if math.isnan(ap) else ap, 0.7, color=color, label=kind)
         label = _show_number(ap)
 
         if math.isfinite(of_specialist):
@@ -119,14 +120,18 @@ def _draw_task(axes: Any, domains: Sequence[DomainResult], task: str) -> None:
             axes.plot([of_specialist] * 2, [place - 0.42, place + 0.42], label="its specialist", **line)
             label += f" (gap {_show_number(domain.find_gap(task), '{:+.1f}')})"
         end = max(value for value in (0.0, ap, of_specialist) if not math.isnan(value))
-        axes.annotate(label, (end, place), (7, 0), textcoords="offset pixels", va="center", fontsize=to_points(_TEXT))
+        words = {
+            "va": "center",
+            "fontsize": to_points(_TEXT),
+            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
+        }
+        axes.annotate(label, (end, place), (8, 0), textcoords="offset pixels", **words)
         farthest = max(farthest, end)
 
     if worst is not None:
         mean = summarize(domains)["mean"][task]["AP"]
-        axes.axvline(
-            mean, color=GREY, linestyle=(0, (4, 3)), linewidth=to_points(2), label=f"mean {mean:.1f}", zorder=0
-        )
+        axes.axvline(mean, color=GREY, linestyle=(0, (4, 3)), linewidth=to_points(2), label="mean", zorder=0)
+        axes.set_xlabel(f"mean {mean:.1f}")
     axes.set_yticks(range(len(domains)), [escape_math(flatten_text(domain.name, most=30)) for domain in domains])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.3 * farthest or 1)

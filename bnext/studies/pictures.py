@@ -178,11 +178,12 @@ class _Part:
 
         self.banner, self.headers = self._arrange_words()
         self.head = max(map(len, self.headers), default=0) * _LINE + 12
+        self.banner_height = len(self.banner) * _LINE + (_GAP if self.banner and self.headers else 0)
         self.rows = [
             range(start, min(start + num_blocks, len(records))) for start in range(0, len(records), num_blocks)
         ]
         self.heights = [max(self.cells[index].size[1] for index in row) + 2 * _LINE + 8 for row in self.rows]
-        self.height = _MARGIN + len(self.banner) * _LINE + self.head + sum(self.heights)
+        self.height = _MARGIN + self.banner_height + self.head + sum(self.heights)
 
     def _arrange_words(self) -> tuple[list[_Line], list[list[_Line]]]:
         """Lines above the whole section, and those above each column."""
@@ -197,7 +198,7 @@ class _Part:
     def draw(self, canvas: _Canvas, top: float) -> None:
         top += _MARGIN
         _write_header(canvas, self.banner, _MARGIN, top)
-        top += len(self.banner) * _LINE
+        top += self.banner_height
         for left in self.lefts:
             for index, words in enumerate(self.headers):
                 _write_header(canvas, words, left + index * (self.width + _GAP), top)

@@ -13,6 +13,7 @@ from bnext.config import load_config
 from bnext.data.loader import build_train_loader
 from bnext.engine import Trainer
 from bnext.errors import ConfigError, DomainError
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.scope import use_domain
 from tests import tiny
 
@@ -69,6 +70,29 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
         predictor(image)
     with use_domain("night"):
         assert "instances" in predictor(image)
+
+
+@pytest.mark.slow
+def test_statistics_of_each_domain_are_re_estimated_and_each_set_has_its_validation_loss(load, tmp_path):
+    precise = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3, "TEST.BNEXT.VALIDATION_LOSS.PERIOD", 2)
+    cfg = load(*DOMAINS, *NORMS, *precise, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 6)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+    metrics = tiny.read_metrics(tmp_path / "out")[-1]
+    assert all(metrics[f"validation_loss/{name}/total_loss"] > 0 for name in ("digits_val", "night_val"))
+    estimated = {name: value.clone() for name, value in trainer.model.state_dict().items() if "running_mean" in name}
+    report = recompute_statistics(trainer.cfg, trainer.model)
+    assert all(
+        torch.equal(value, estimated[name]) for name, value in trainer.model.state_dict().items() if name in estimated
+    )
+
+    images = {
+        name: [each.num_samples for each in report.reached if each.levels == (name,)] for name in ("day", "night")
+    }
+    assert all(len(set(numbers)) == 1 and len(numbers) == 6 for numbers in images.values())
+    assert images["day"][0] + images["night"][0] == report.num_samples == 18
 
 
 @pytest.mark.parametrize(
