@@ -192,8 +192,9 @@ def _check_domain(cfg: CfgNode, domain: str | None) -> None:
     if domain is not None and domain not in names:
         rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
         raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
-    if names and domain is None and norms.fallback_domain is None:
-        rule, remedy = "name the domain of the images where norms have domains", "Give --domain NAME."
+    if names and domain is None and norms.unseen == "error":
+        rule = "name the domain of the images where norms have domains"
+        remedy = "Give --domain NAME, or choose a rule for images without one, MODEL.BNEXT.DOMAINS.UNSEEN."
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 
@@ -246,7 +247,8 @@ def fold_parts(model: nn.Module, domain: str | None = None) -> FoldReport:
     if isinstance(model, BatchNorm2d):
         return FoldReport({}, {"": "its levels or domains have statistics or weights of their own"}, domain)
 
-    has_domain = any(domain in norm.domains for norm in find_bnext_norms(model).values())
+    norms = find_bnext_norms(model).values()
+    has_domain = any(domain in (*norm.levels, *norm.domains, *norm.sources) for norm in norms)
     try:
         return fold_norms(model, domain if has_domain else None)
     except (ConfigError, StatisticsError) as error:

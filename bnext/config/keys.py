@@ -19,7 +19,7 @@ import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.data.sampling.domain_batches import DomainBatches
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import NormSpec
+from bnext.layers.spec import OWNED, NormSpec, Unseen
 from bnext.numbers import is_count, is_number
 from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
@@ -115,8 +115,8 @@ def _answer(name: str, help: str, **changes: Any) -> Key:
     return dataclasses.replace(Key(name, default, help, choices), **changes)
 
 
-# Answers that a place gives for all together, or for each level or domain.
-_OWNED = ("STATISTICS", "POPULATION", "AFFINE")
+# Answers that a place gives for all together, or for each level, domain, or both.
+_OWNED = tuple(name.upper() for name in OWNED)
 
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
@@ -193,7 +193,7 @@ def _make_place_keys(name: str) -> tuple[Key, ...]:
     for row in rows:
         default, values = row.default, row.values
         if row.name in _OWNED:
-            values = _one_of(*place.sources, *([] if row.name == "STATISTICS" else ["none"]))
+            values = _one_of(*place.answers, *([] if row.name == "STATISTICS" else ["none"]))
         if row.name in ("STATISTICS", "POPULATION") and place.levels:
             default = "per_level"
 
@@ -230,7 +230,7 @@ def _find_place_needs(row: Key, name: str) -> list[Need]:
         needs.append(Need(conditions, of=_none_of("features"), is_said=True))
 
     if row.name in _OWNED and place.levels:
-        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))
+        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none", "per_domain")))
     return needs
 
 
@@ -243,8 +243,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; (): those of the training sets, see "
-        "`DATASETS.DOMAINS`",
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of "
+        "the training sets, see `DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
@@ -252,9 +252,32 @@ _DOMAINS = (
         ),
     ),
     Key(
+        "MODEL.BNEXT.DOMAINS.UNSEEN",
+        "error",
+        "what normalizes images of another domain, or of none, at inference: the domain of FALLBACK, the `mixture` of "
+        "all, each image's `mini_batch`, a `blend` of both, the mixture as it follows the `stream` of such images, or "
+        "the domain that is `nearest` to the image. An affine per domain is their mean, but for a single domain's. "
+        "In training it is an error, but for FALLBACK",
+        _one_of(*get_args(Unseen)),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.FALLBACK": _NOT_EMPTY}, of=_one_of("fallback")),),
+    ),
+    Key(
         "MODEL.BNEXT.DOMAINS.FALLBACK",
         "",
-        "domain that samples without one, or of an unknown one, are taken for, which is said; empty: that is an error",
+        "domain that UNSEEN `fallback` takes such images for, which is said",
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("fallback")}),),
+    ),
+    Key(
+        "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES",
+        None,
+        "in a `blend` or `stream` the mixture counts as so many images, 0 to `inf`; None: as many as fit how far the "
+        "images' statistics have moved from it",
+        Values(
+            "a number of 0 or more, or None",
+            lambda value: value is None or (isinstance(value, (int, float)) and value is not True and value >= 0),
+            "Use 16, or None.",
+        ),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("blend", "stream")}),),
     ),
 )
 
@@ -555,6 +578,19 @@ _DATASETS = (
         "data sets in COCO format: `[{name: my_train, json: my/train.json, folder: my/train}]`, and the `domain` of "
         "their images, if they have one; with `corruption: fog, severity: 3` all pictures are changed when they are "
         "read; see datasets/README.md",
+    ),
+    Key(
+        "DATASETS.BNEXT.CLASSES",
+        (),
+        "the classes of the model, in their order, among which the categories of all sets are found by name; images of "
+        "a set are no negatives for a class that it does not annotate; empty: the categories of `DATASETS.TRAIN`, "
+        "which are then the same in all of its sets",
+    ),
+    Key(
+        "DATASETS.BNEXT.CLASS_MAP",
+        [],
+        'classes of categories by other names: `[{my_night_train: {pedestrian: person, tram: "", rider: "?"}}]`; '
+        '`""`: none of the classes, `"?"`: perhaps one of them, so that the losses ignore the region',
     ),
 )
 

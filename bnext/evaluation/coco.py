@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -42,7 +42,9 @@ from bnext.evaluation.domains import (
 from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.result_table import format_results
 from bnext.files import naming_file, write_json
+from bnext.layers.counts import describe_unseen, take_unseen_counts
 from bnext.layers.single_element import explaining_single_values
+from bnext.layers.unseen import beginning_streams
 from bnext.notices import gathering_notices, tell_once
 from bnext.progress import Tracked
 from bnext.scope.model import setting
@@ -195,6 +197,8 @@ def evaluate_with(
     with (
         gathering_notices(),
         setting(model.modules(), training=False),
+        beginning_streams(model),
+        _telling_unseen(model, name),
         _log_prints(),
         explaining_single_values(name),
     ):
@@ -207,6 +211,17 @@ def evaluate_with(
         head = f"Evaluation on {name}: {len(records):,} images in {time.perf_counter() - begin:.1f} s{by}."
         logging.getLogger(__name__).info("%s", format_results(head, results, recalls, "results.json"))
     return results
+
+
+@contextlib.contextmanager
+def _telling_unseen(model: nn.Module, name: str) -> Iterator[None]:
+    """Say of the images in the block what those of domains that the model has not were taken for. A collective."""
+    take_unseen_counts(model)
+    yield
+
+    counts = sum(comm.gather(take_unseen_counts(model)), Counter())
+    for line in describe_unseen(counts):
+        logging.getLogger(__name__).info("%s: %s.", name, line)
 
 
 @contextlib.contextmanager

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from bnext.errors import ConfigError, check_choice
+from bnext.layers.sources import Ownership, Sharing, is_per_domain, is_per_level
 
-__all__ = ["TABLE5_ROWS", "NormSpec", "Sharing", "Workers"]
+__all__ = ["OWNED", "TABLE5_ROWS", "NormSpec", "Ownership", "Sharing", "Unseen", "Workers"]
 
-Sharing = Literal["shared", "per_level", "per_domain"]
-Ownership = Literal["shared", "per_level", "per_domain", "none"]
 Workers = Literal["one", "node", "all"] | int
 Training = Literal["mini_batch", "population", "renorm"]
 Average = Literal["moving", "cumulative"]
 Inference = Literal["population", "mini_batch"]
 Frozen = Literal["none", "statistics", "affine", "both"]
 SingleElement = Literal["error", "population"]
+Unseen = Literal["error", "fallback", "mixture", "mini_batch", "blend", "stream", "nearest"]
 
 # (mini-batch statistics, population statistics, affine); Wu and Johnson 2021, Table 5.
 TABLE5_ROWS: dict[int, tuple[Sharing, Sharing, Sharing]] = {
@@ -28,7 +28,8 @@ TABLE5_ROWS: dict[int, tuple[Sharing, Sharing, Sharing]] = {
     5: ("per_level", "shared", "per_level"),
     6: ("per_level", "per_level", "per_level"),
 }
-_OWNED = ("statistics", "population", "affine")
+# Answers that levels and domains may have for themselves.
+OWNED = ("statistics", "population", "affine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,12 @@ class NormSpec:
     """The answers of a batch norm to the question "which batch?". The defaults are torch's BatchNorm2d.
 
     "Levels" are the features of one call of a `LevelBatchNorm2d`, "domains" the named sources of
-    samples (see `bnext.use_domain`); a spec speaks of one of the two.
+    samples (see `bnext.use_domain`). Statistics, population and affine are each "shared", "per_level",
+    "per_domain", or "per_level_and_domain", in any combination.
 
     Args:
         statistics: over which features the mini-batch statistics of SGD are computed: everything
-            in a call together ("shared"), or each level or each domain alone.
+            in a call together ("shared"), each level, each domain, or each domain at each level alone.
         normalization_batch_size: at most so many samples of this worker are normalized together
             (Ghost BN); None: all of them. A batch is cut into as few groups as that allows, whose
             sizes differ by at most one. It has no effect at inference.
@@ -51,19 +53,27 @@ class NormSpec:
             still follow the mini-batches; or, "renorm", the mini-batch corrected towards the
             population (Batch Renormalization).
         r_max, d_max: limits of renorm's corrections: 1/r_max <= r <= r_max, |d| <= d_max.
-        population: which population statistics are remembered: one set, one per level or domain, or none.
+        population: which population statistics are remembered: one set, one per level, domain or both, or none.
         average: how they take in a mini-batch: by an exponential moving average with `momentum`, or
             by the mean of all so far ("cumulative").
         momentum: weight of the new value in the moving average, torch's sense; above 0, at most 1.
         inference: what normalizes in evaluation mode: population statistics, or the mini-batch.
-        affine: who owns scale and shift: everything together, each level or domain, or nobody.
+        affine: who owns scale and shift: everything together, each level, domain or both, or nobody.
         frozen: what no longer changes: "statistics" (population statistics normalize in training and
             are not updated), "affine" (scale and shift have no gradient), or both, as FrozenBN.
         single_element: a mini-batch with a single element per channel has no variance. In training it
             is an error that names the layer, or is normalized by the population statistics. (At
             inference always the latter.)
-        domains: names of the domains, if an answer is "per_domain".
-        fallback_domain: taken where no domain is active, or an unknown one; None: that is an error.
+        domains: names of the domains, if an answer is "per_domain" or "per_level_and_domain".
+        unseen: what normalizes samples of a domain that the norm has not, or of none, at inference:
+            nothing, as that is an error; a named domain ("fallback"); the mixture of all domains; each
+            image's mini-batch; a blend of both; the mixture as it follows the stream of such images; or
+            the domain whose population is nearest to the image's statistics. See `bnext.layers.unseen`.
+            None: "fallback" if there is a fallback domain, else "error". In training it is always an
+            error, but for "fallback".
+        fallback_domain: the one that "fallback" takes.
+        source_images: in a blend and a stream the mixture counts as so many images, 0 to infinity;
+            "auto": as many as fit how far the image's statistics are from it.
         eps: added to the variance; above 0.
 
     Raises:
@@ -94,7 +104,9 @@ class NormSpec:
     frozen: Frozen = "none"
     single_element: SingleElement = "error"
     domains: tuple[str, ...] = ()
+    unseen: Unseen | None = None
     fallback_domain: str | None = None
+    source_images: float | Literal["auto"] = "auto"
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -102,6 +114,9 @@ class NormSpec:
             rule, remedy = "be a sequence of names", "Write ('day', 'night')."
             raise ConfigError.of("domains", rule, got=repr(self.domains), where="NormSpec", remedy=remedy)
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
+        if self.unseen is None:
+            object.__setattr__(self, "unseen", "error" if self.fallback_domain is None else "fallback")
+        check_choice("unseen", self.unseen, get_args(Unseen))
 
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
@@ -133,15 +148,14 @@ class NormSpec:
         return next((row for row, cells in TABLE5_ROWS.items() if cells == answers), None)
 
     @property
-    def owner(self) -> str | None:
-        """The kind of source that owns something: "per_level", "per_domain", or None."""
-        return next(iter(self._owned.values()), None)
+    def has_levels(self) -> bool:
+        """Whether levels have something for themselves."""
+        return any(is_per_level(getattr(self, name)) for name in OWNED)
 
     @property
-    def _owned(self) -> dict[str, str]:
-        """Field -> "per_level" or "per_domain", of what levels or domains have for themselves."""
-        answers = {name: getattr(self, name) for name in _OWNED}
-        return {name: answer for name, answer in answers.items() if answer.startswith("per_")}
+    def has_domains(self) -> bool:
+        """Whether domains have something for themselves."""
+        return any(is_per_domain(getattr(self, name)) for name in OWNED)
 
     @property
     def has_frozen_statistics(self) -> bool:
@@ -152,7 +166,9 @@ class NormSpec:
         return self.frozen in ("affine", "both")
 
     def replace(self, **changes: object) -> NormSpec:
-        """A copy with some answers changed."""
+        """A copy with some answers changed. A fallback domain is taken, unless another rule is set with it."""
+        if changes.get("fallback_domain") is not None:
+            changes.setdefault("unseen", "fallback")
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -240,25 +256,18 @@ _RULES = (
         "be distinct names",
         "Name each once, as ('day', 'night').",
     ),
-    # Levels or domains.
-    _Rule(
-        "statistics",
-        lambda spec: len(set(spec._owned.values())) < 2,
-        "speak of levels or of domains, as population and affine do",
-        "Use per_level or per_domain for all that is not shared.",
-        beside="population",
-    ),
+    # Domains.
     _Rule(
         "domains",
-        lambda spec: bool(spec.domains) or spec.owner != "per_domain",
-        "name the domains where something is per_domain",
+        lambda spec: bool(spec.domains) or not spec.has_domains,
+        "name the domains where something is per_domain or per_level_and_domain",
         "Name them: domains=('day', 'night'), in a config MODEL.BNEXT.DOMAINS.NAMES.",
     ),
     _Rule(
         "domains",
-        lambda spec: not spec.domains or spec.owner == "per_domain",
-        "be empty where nothing is per_domain",
-        "Set statistics, population or affine to 'per_domain', or leave the domains out.",
+        lambda spec: not spec.domains or spec.has_domains,
+        "be empty where nothing is per_domain or per_level_and_domain",
+        "Set statistics, population or affine so, or leave the domains out.",
     ),
     _Rule(
         "fallback_domain",
@@ -266,6 +275,24 @@ _RULES = (
         "be one of the domains",
         "Name one of them.",
         beside="domains",
+    ),
+    _Rule(
+        "unseen",
+        lambda spec: spec.unseen != "fallback" or spec.fallback_domain is not None,
+        "have a fallback_domain where it is 'fallback'",
+        "Name one of the domains, or choose another rule.",
+    ),
+    _Rule(
+        "unseen",
+        lambda spec: spec.unseen == "error" or bool(spec.domains),
+        "be 'error' where nothing is per_domain",
+        "Set statistics, population or affine to 'per_domain', or leave it out.",
+    ),
+    _Rule(
+        "source_images",
+        lambda spec: spec.source_images == "auto" or (_is_number(spec.source_images) and spec.source_images >= 0),
+        "be a number of 0 or more, or 'auto'",
+        "Use 16; 0 takes each image's own statistics alone, float('inf') the mixture.",
     ),
     # Answers that exclude one another, and those that would be without effect.
     _Rule(

@@ -239,3 +239,6 @@ def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
     same = compare_statistics(by_set, load_model(by_set, weights), ["adaptive"])
     assert same["domain"] == "night"
     assert same["reports"] == {"adaptive": results["reports"]["adaptive"]}
+    node = "MODEL.BNEXT.DOMAINS"
+    fallback = load(tmp_path, *DOMAINS, f"{node}.UNSEEN", "fallback", f"{node}.FALLBACK", "day")
+    assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]
