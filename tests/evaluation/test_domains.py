@@ -141,3 +141,22 @@ def test_names_of_what_is_computed_over_domains_are_no_domains(digits, tmp_path)
     cfg = tiny.load(tmp_path, "DATASETS.DOMAINS.TEST", "('mean',)")
     with pytest.raises(DatasetError, match="'mean'"):
         evaluate_model(cfg, None)
+
+
+def test_it_is_said_what_images_of_an_unseen_domain_were_taken_for(digits, tmp_path, bnext_log):
+    records = [{**record, "domain": "fog"} for record in DatasetCatalog.get("digits_val")[:2]]
+    norms = ("MODEL.FPN.NORM", "BN", "MODEL.BNEXT.FPN.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.UNSEEN", "stream")
+    sets = ("DATASETS.TEST", "('fog_val',)", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
+    cfg = tiny.load(tmp_path, *norms, *sets, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
+
+    with registered(fog_val=records):
+        model = Trainer.build_model(cfg)
+        detections = []
+        for _ in range(2):
+            evaluate_model(cfg, model)
+            detections.append((tmp_path / "inference/coco_instances_results.json").read_text())
+    said = {id(record): record.getMessage() for record in bnext_log.records}  # two handlers may have one record
+    lines = [line for line in said.values() if line.startswith("fog_val: ")]
+    assert len(lines) == 2
+    assert all("2 images of the domain 'fog'" in line for line in lines)
+    assert detections[0] == detections[1], "the stream has begun anew"
