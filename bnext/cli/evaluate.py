@@ -25,6 +25,7 @@ DESCRIPTION = """COCO AP of a checkpoint on every set of DATASETS.TEST, and by d
 With --statistics, --domain or --unseen the results are in a folder of their own in OUTPUT_DIR/inference. On a machine
 without GPUs --num-gpus counts CPU workers."""
 IS_INTERMIXED = True
+DOMAINS = "MODEL.BNEXT.DOMAINS"
 NO_PAIR = Refusal(
     ConfigError,
     "--specialists",
@@ -40,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = ", ".join(get_args(StatisticsAtTest))
     add("--statistics", default="file", metavar="KIND", help=f"that normalize: {kinds} (default: %(default)s)")
     add("--domain", metavar="NAME", help="of which all images are taken to be, instead of that of their set")
-    add("--unseen", metavar="RULE", help="for images of domains that norms do not have: MODEL.BNEXT.DOMAINS.UNSEEN")
+    add("--unseen", metavar="RULE", help=f"for images of domains that norms do not have: {DOMAINS}.UNSEEN")
     help = "results of detectors that were trained on one domain each, for the gap to them"
     add("--specialists", nargs="+", metavar="DOMAIN=FILE", help=help)
 
@@ -54,7 +55,10 @@ def execute(args: argparse.Namespace) -> None:
     specialists = _take_specialists(args)
     conditions = Conditions(args.statistics, args.domain, args.unseen or "", specialists)
     if args.unseen:
-        args.opts = [*args.opts, "MODEL.BNEXT.DOMAINS.UNSEEN", args.unseen]
+        # What the config says of another rule would be refused beside this one.
+        unused = [] if args.unseen == "fallback" else [f"{DOMAINS}.FALLBACK", "''"]
+        unused += [] if args.unseen in ("blend", "stream") else [f"{DOMAINS}.SOURCE_IMAGES", "None"]
+        args.opts = [*unused, *args.opts, f"{DOMAINS}.UNSEEN", args.unseen]
 
     load = load_config_to_reestimate if conditions.statistics == "target" else load_config
     cfg = load(args.config_file, args.opts)

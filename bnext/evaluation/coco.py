@@ -42,7 +42,7 @@ from bnext.evaluation.domains import (
 from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.result_table import format_results
 from bnext.files import naming_file, write_json
-from bnext.layers.counts import describe_unseen, take_unseen_counts
+from bnext.layers.counts import UnseenCount, describe_unseen, take_unseen_counts
 from bnext.layers.single_element import explaining_single_values
 from bnext.layers.unseen import beginning_streams
 from bnext.notices import gathering_notices, tell_once
@@ -219,7 +219,7 @@ def _telling_unseen(model: nn.Module, name: str) -> Iterator[None]:
     take_unseen_counts(model)
     yield
 
-    counts = sum(comm.gather(take_unseen_counts(model)), Counter())
+    counts: Counter[UnseenCount] = sum(comm.gather(take_unseen_counts(model)), Counter())
     for line in describe_unseen(counts):
         logging.getLogger(__name__).info("%s: %s.", name, line)
 

@@ -65,7 +65,7 @@ class Conditions:
             >>> Conditions("target", "night").folder
             'target_as_night'
         """
-        parts = [self.statistics] if self.statistics != "file" else []
+        parts: list[str] = [self.statistics] if self.statistics != "file" else []
         parts += [f"as_{self.domain}"] if self.domain is not None else []
         parts += [f"unseen_{self.unseen}"] if self.unseen else []
         return name_folder("_".join(parts))

@@ -44,7 +44,7 @@ _CATEGORY = "AP-"  # how detectron2 begins the name of a category's AP
 NOT_APART = (
     "Data set '%s' has images of %d domains, but its evaluator gives no metrics of a part of them: it is in no domain."
 )
-WITHOUT = "%d image(s) of the test sets have no domain: they are in no domain's metrics."
+WITHOUT = "%d image(s) of data set '%s' have no domain: they are in no domain's metrics."
 NO_RESULTS = Refusal(
     ConfigError,
     "The file of a specialist",
@@ -107,7 +107,7 @@ def find_parts(records: Iterable[Record]) -> dict[str, list[Any]]:
     """Domain -> ids of its images, in a set with several; "": of those without one. {}: there is one at most."""
     parts: dict[str, list[Any]] = {}
     for record in records:
-        parts.setdefault(record.get("domain", ""), []).append(record["image_id"])
+        parts.setdefault(record.get("domain", ""), []).append(record.get("image_id"))
     return parts if len(parts) > 1 else {}
 
 
@@ -127,14 +127,14 @@ def split_by_domain(
         return []
     if not parts:
         domain = records[0].get("domain", "")
-        ids = [record["image_id"] for record in records] if isinstance(evaluator, COCOEvaluator) else []
-        return [Share(domain, name, len(records), _take_totals(results, evaluator, ids))] if domain else []
+        metrics = _take_totals(results, evaluator, [record.get("image_id") for record in records])
+        return [Share(domain, name, len(records), metrics)] if domain else []
 
     if not isinstance(evaluator, COCOEvaluator):
         tell_once(logging.getLogger(__name__), name, NOT_APART, name, len(parts))
         return []
     if "" in parts:
-        tell_once(logging.getLogger(__name__), name, WITHOUT, len(parts[""]))
+        tell_once(logging.getLogger(__name__), name, WITHOUT, len(parts[""]), name)
 
     shares = []
     for domain, ids in parts.items():
@@ -257,7 +257,7 @@ def read_specialists(cfg: CfgNode, files: Mapping[str, str]) -> dict[str, Metric
     Raises:
         ConfigError: no test set is of the domain; the file cannot be read, or lacks a set of the domain.
     """
-    counts = {name: count_set_domains(cfg, name) for name in cfg.DATASETS.TEST}
+    counts = {name: count_set_domains(cfg, name) for name in cfg.DATASETS.TEST if files}
     specialists: dict[str, Metrics] = {}
 
     for domain, file in files.items():
@@ -270,7 +270,7 @@ def read_specialists(cfg: CfgNode, files: Mapping[str, str]) -> dict[str, Metric
         of_domain = results.get(DOMAINS, {}).get(domain, {})
         is_apart = all(len(counts[name]) == 1 for name in sets)
         if of_domain.get("sets") == sets:
-            specialists[domain] = _join([_read_metrics(of_domain)], _average)
+            specialists[domain] = _read_metrics(of_domain)
         elif is_apart and sets.keys() <= results.keys():
             specialists[domain] = _join([_read_metrics(results[name]) for name in sets], _average)
         else:
