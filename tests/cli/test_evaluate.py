@@ -41,9 +41,9 @@ def weights(digits, tmp_path_factory):
 def evaluate(two_sets, weights, tmp_path):
     """Runs the command on both sets: the results in a folder of OUTPUT_DIR/inference, or the exit status."""
 
-    def run(*words):
+    def run(*words, config=tiny.CONFIG):
         pairs = [*NORMS, *two_sets, "MODEL.WEIGHTS", weights, "OUTPUT_DIR", tmp_path]
-        return main(["evaluate", "--config-file", str(tiny.CONFIG), *map(str, pairs), *map(str, words)])
+        return main(["evaluate", "--config-file", str(config), *map(str, pairs), *map(str, words)])
 
     return run
 
@@ -73,6 +73,18 @@ def test_statistics_are_chosen_and_the_gap_to_specialists_is_measured(evaluate, 
     assert evaluate("--domain", "night", "--statistics", "mini_batch") == 0
     (first, second), _ = read("mini_batch_as_night")
     assert first == second != day
+
+
+@pytest.mark.slow
+def test_another_rule_for_unseen_domains_takes_the_place_of_the_trainings(evaluate, tmp_path, capsys):
+    config = tmp_path / "fallback.yaml"
+    config.write_text(f"_BASE_: {tiny.CONFIG}\nMODEL: {{BNEXT: {{DOMAINS: {{UNSEEN: fallback, FALLBACK: day}}}}}}\n")
+    domains = ["DATASETS.DOMAINS.TEST", "('day', 'fog')"]
+    assert evaluate(*domains, config=config) == 0
+    assert "night_val: 4 images of the domain 'fog'" in capsys.readouterr().out
+    assert evaluate("--unseen", "mixture", *domains, config=config) == 0
+    assert "mixture" in capsys.readouterr().out
+    assert (tmp_path / "inference/unseen_mixture/results.json").exists()
 
 
 def test_nothing_of_a_condition_stays_in_the_model(two_sets, weights):
