@@ -44,8 +44,10 @@ def _describe_domains(sampler: DomainBatchSampler) -> str:
     shares = {domain: weight / whole for domain, weight in sampler.weights.items()}
 
     if sampler.kind == "composed":
-        numbers = ", ".join(f"{_show(batch * share)} {domain}" for domain, share in shares.items())
-        words = f"Batches of {batch}: {numbers}"
+        numbers = {domain: batch * share for domain, share in shares.items()}
+        is_exact = all(math.isclose(number, round(number)) for number in numbers.values())
+        parts = ", ".join(f"{_show(number)} {domain}" for domain, number in numbers.items())
+        words = f"Batches of {batch}: {'' if is_exact else 'on average '}{parts}"
     else:
         parts = ", ".join(f"{share:.3g} {domain}" for domain, share in shares.items())
         turns = "drawn at random" if sampler.kind == "random_domain" else "in turn"
@@ -59,7 +61,4 @@ def _describe_domains(sampler: DomainBatchSampler) -> str:
 
 def _show(number: float) -> str:
     """A number to three digits, and to the last before the point."""
-    nearest = round(number)
-    if abs(number - nearest) < 1e-6 or number >= 100:
-        return f"{nearest:,}"
-    return f"about {number:.3g}"
+    return f"{number:.3g}" if number < 100 else f"{round(number):,}"
