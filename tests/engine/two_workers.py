@@ -414,16 +414,18 @@ def check_evaluation_by_domain(folder):
     opts += ("MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')", "MODEL.BNEXT.DOMAINS.UNSEEN", "mixture")
     cfg = tiny.load(folder / "by_domain", *opts, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
 
-    said = []
+    said, logger = [], logging.getLogger("bnext.evaluation.coco")
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("bnext").addHandler(handler)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     model = Trainer.build_model(cfg)
     conditions = Conditions("target", "night")
     results = evaluate_model(cfg, model, within=partial(under_conditions, cfg, model, conditions))
     assert not any("of the domain" in line for line in said), "all are taken for the night"
     results = evaluate_model(cfg, model)
-    logging.getLogger("bnext").removeHandler(handler)
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
 
     if comm.is_main_process():
         assert list(results["domains"]) == ["day", "fog", "night", "mean", "worst"]
