@@ -38,12 +38,16 @@ from .scope import use_domain as use_domain
 from .scope import use_level as use_level
 from .statistics import following_stream as following_stream
 from .statistics import recompute_population_statistics as recompute_population_statistics
+from .surgery import add_domain as add_domain
 from .surgery import check_norm_state as check_norm_state
 from .surgery import convert_norm as convert_norm
 from .surgery import convert_norm_state as convert_norm_state
 from .surgery import copy_norm_state as copy_norm_state
+from .surgery import drop_domain as drop_domain
 from .surgery import fold_norms as fold_norms
 from .surgery import freeze_norms as freeze_norms
+from .surgery import merge_domains as merge_domains
+from .surgery import select_domain as select_domain
 from .surgery import unfreeze_norms as unfreeze_norms
 
 __version__: str

@@ -34,9 +34,21 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.packages import explain_missing
 from bnext.scope.domain import use_domain
+from bnext.surgery.domains import select_domain
 from bnext.surgery.fold import FoldReport, fold_norms
 
-__all__ = ["DESCRIPTION", "ExportRequest", "add_arguments", "execute", "export_checkpoint", "find_kept", "fold_parts"]
+__all__ = [
+    "DESCRIPTION",
+    "ExportRequest",
+    "add_arguments",
+    "choose_pictures",
+    "compare_detections",
+    "detect",
+    "execute",
+    "export_checkpoint",
+    "find_kept",
+    "fold_parts",
+]
 
 DESCRIPTION = """A trained detector as a file that runs without bnext; its ending says which.
 
@@ -154,8 +166,11 @@ def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dic
     pictures, source = choose_pictures(cfg, request.num_images)
     export = export_network if request.ending == ".pt2" else export_detector
     with use_domain(request.domain) if request.domain else contextlib.nullcontext(), torch.no_grad(), _quiet():
-        reference = copy.deepcopy(model) if request.fold else model  # compared with what it was before
-        folded = fold_parts(model, request.domain) if request.fold else None
+        is_changed = request.fold or request.domain
+        reference = copy.deepcopy(model) if is_changed else model  # compared with what it was before
+        if request.domain:
+            select_domain(model, request.domain)
+        folded = fold_parts(model) if request.fold else None
         exported, compared = export(model, reference, pictures, request.ending)
 
     report = {
@@ -307,9 +322,9 @@ def export_detector(
 
     device = next(reference.parameters()).device
     pictures = [picture.to(device) for picture in pictures]
-    (example,) = _detect(reference, [{"image": pictures[0]}])
+    (example,) = detect(reference, [{"image": pictures[0]}])
 
-    adapter = TracingAdapter(model, [{"image": pictures[0]}], _detect).eval()
+    adapter = TracingAdapter(model, [{"image": pictures[0]}], detect).eval()
     try:
         exported = _trace(adapter, pictures[0], example) if ending == ".ts" else _to_onnx(adapter, pictures[0], example)
     except Exception as error:  # whatever torch says of code that cannot be traced
@@ -317,14 +332,14 @@ def export_detector(
 
     num_detections = 0
     for picture in pictures:
-        (expected,) = _detect(reference, [{"image": picture}])
+        (expected,) = detect(reference, [{"image": picture}])
         outputs = dict(zip(exported.names, exported.run(picture), strict=True))
-        _compare_detections(outputs, expected)
+        compare_detections(outputs, expected)
         num_detections += len(expected)
     return exported, {"detections": num_detections}
 
 
-def _detect(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
+def detect(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
     """Detections in the coordinates of the pictures; masks are not pasted into them."""
     if isinstance(model, GeneralizedRCNN):
         results = model.inference(inputs, do_postprocess=False)
@@ -376,7 +391,7 @@ def _to_onnx(adapter: nn.Module, picture: Tensor, example: Instances) -> Exporte
     return Exported(content.getvalue(), run, names)
 
 
-def _compare_detections(outputs: dict[str, Tensor], expected: Instances) -> None:
+def compare_detections(outputs: dict[str, Tensor], expected: Instances) -> None:
     """Refuse a file that finds something else; of equal scores the order may differ."""
     fields = {name: getattr(value, "tensor", value).cpu() for name, value in expected.get_fields().items()}
     outputs = {name: value.detach().cpu() for name, value in outputs.items()}

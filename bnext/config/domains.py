@@ -17,7 +17,7 @@ from bnext.data.records import load_records, load_train_records
 from bnext.errors import ConfigError, Refusal, list_few
 from bnext.notices import tell_once
 
-__all__ = ["check_domains", "count_set_domains"]
+__all__ = ["NAMES", "check_domains", "count_set_domains"]
 
 NAMES = "MODEL.BNEXT.DOMAINS.NAMES"
 NOT_OF_NORMS = Refusal(

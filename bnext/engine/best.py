@@ -258,9 +258,8 @@ def check_best_metric(cfg: CfgNode) -> None:
     """
     metric = cfg.TEST.BNEXT.BEST.METRIC
     known = _list_metrics(cfg) if metric else []
-    is_of_class = "/AP-" in metric and not all(
-        _list_classes(cfg, name) for name in cfg.DATASETS.TEST
-    )  # whose names are not read yet
+    has_names = all(_list_classes(cfg, name) for name in cfg.DATASETS.TEST)
+    is_of_class = "/AP-" in metric and not has_names  # which are not read yet
     if metric and known and metric not in known and not is_of_class:
         kind = metric.partition("/")[0]
         switch = _SWITCHES.get(kind)

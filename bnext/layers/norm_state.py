@@ -8,7 +8,7 @@ whoever calls it, is in `bnext.layers.loading`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,9 +25,11 @@ __all__ = [
     "Fields",
     "NormRecord",
     "Note",
+    "average_affines",
     "convert_state",
     "is_in_place_of_a_norm",
     "is_unit_affine",
+    "merge_populations",
     "read_norm",
     "read_state",
     "write_state",
@@ -346,15 +348,22 @@ def _have_values(fields: Fields) -> bool:
 # ---- merging what several own
 
 
-def _average_affines(affines: list[Fields]) -> Fields:
+def average_affines(affines: Sequence[Mapping[str, Tensor]]) -> Fields:
+    """The mean of affines, field by field."""
     return {field: torch.stack([affine[field] for affine in affines]).mean(0) for field in affines[0]}
 
 
-def _merge_populations(populations: list[Fields]) -> Fields:
-    """With equal weights; in float64, and in the type that they came in."""
+def merge_populations(populations: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = ()) -> Fields:
+    """One set of running statistics for the union of populations; in float64, and in the type that they came in.
+
+    Args:
+        populations: running_mean and running_var [C] of each, and num_batches_tracked, of which the largest is taken.
+        weights: above 0, how much of the union each is; none: all alike.
+    """
     mean = torch.stack([fields["running_mean"] for fields in populations])
     var = torch.stack([fields["running_var"] for fields in populations])
-    counts = mean.new_ones(len(populations), dtype=torch.float64)
+    shares = torch.tensor(list(weights) or [1.0] * len(populations), dtype=torch.float64, device=mean.device)
+    counts = shares * (len(populations) / shares.sum())  # which Moments take for numbers of elements
     merged = merge_moments(Moments(counts, mean.double(), var.double()))
 
     state = {"running_mean": merged.mean.to(mean.dtype), "running_var": merged.var.to(var.dtype)}
@@ -376,14 +385,14 @@ class _Rules:
 
 
 _AFFINE_RULES = _Rules(
-    _average_affines,
+    average_affines,
     copied="the shared affine was copied to every level or domain; outputs are unchanged",
     equal="the affines of the levels or domains are equal and became one; outputs are unchanged",
     merged="the affines of the levels or domains were averaged into one; outputs change, fine-tune before use",
     missing="the source holds no affine for {names}; the initial one is kept",
 )
 _POPULATION_RULES = _Rules(
-    _merge_populations,
+    merge_populations,
     copied=COPIED_POPULATION,
     equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
     merged=MERGED_POPULATION,

@@ -5,11 +5,12 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -34,8 +35,8 @@ from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
-from bnext.layers.sources import is_owned, list_sources, map_owners
-from bnext.layers.spec import NormSpec
+from bnext.layers.sources import Source, drop_domains, is_owned, is_per_domain, list_sources, map_owners
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.layers.unseen import UNSEEN, is_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -214,12 +215,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
         self.levels = tuple(levels)
-        self._owners = map_owners(self.levels, spec.domains)  # answer -> source -> owner
-        self.sources = tuple(self._owners["shared"])
-        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if spec.domains else ())
-        self.unseen_sources = tuple(self._unseen_owners["shared"]) if spec.domains else ()
-        self._checked: dict[str, _Verdict] = {}  # by owner
-
+        self._name_sources()
         self._check_names(spec.domains)
         self._add_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
@@ -228,17 +224,25 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
-    def _check_names(self, domains: tuple[str, ...]) -> None:
-        """The state of a source lies under its name, beside torch's fields."""
+    def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
+        """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""
         joined = [source.name for source in list_sources(self.levels, domains)] if self.levels and domains else []
         names = [*self.levels, *domains, *joined]
 
         for name in names:
             is_name = isinstance(name, str) and name and "." not in name
             is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
-            if is_taken or names.count(name) > 1:
-                kinds = ", ".join(repr(kind) for kind in (self.levels, domains) if kind)
+            if (is_taken and name not in known) or names.count(name) > 1:
+                kinds = ", ".join(repr(kind) for kind in (self.levels, tuple(domains)) if kind)
                 raise NO_NAME.of(kinds, f"{type(self).__name__}, {name!r}")
+
+    def _name_sources(self) -> None:
+        domains = self._spec.domains
+        self._owners = map_owners(self.levels, domains)  # answer -> source -> owner
+        self.sources = tuple(self._owners["shared"])
+        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if domains else ())
+        self.unseen_sources = tuple(self._unseen_owners["shared"]) if domains else ()
+        self._checked: dict[str, _Verdict] = {}  # by owner
 
     def _add_states(self, place: dict[str, Any]) -> None:
         affines, populations = (self._list_owners(answer) for answer in (self.spec.affine, self.spec.population))
@@ -462,6 +466,75 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if not is_unseen(name):
             return (name,)
         return self.sources[self.unseen_sources.index(name) :: len(self.unseen_sources)]
+
+    # ---- other domains than it was built with
+
+    def find_owners(self, domain: str) -> list[str]:
+        """Names of what a domain owns, by itself or at each level, in an order that is the same for all domains."""
+        answers = [answer for answer in (self._spec.affine, self._spec.population) if is_per_domain(answer)]
+        owners: list[str] = []
+        for answer in answers:
+            owners += [source.find_owner(answer) for source in list_sources(self.levels, [domain])]
+        return list(dict.fromkeys(owners))
+
+    def domain_states(self, domain: str) -> list[DomainState]:
+        """The modules that hold what a domain owns, in the order of `find_owners`."""
+        return [cast(DomainState, self._modules[name]) for name in self.find_owners(domain)]
+
+    def check_domains(self, domains: Sequence[str]) -> None:
+        """Refuse names that domains cannot have; those of now can."""
+        self._check_names(domains, {*self.levels, *self.domains, *self.sources})
+
+    def set_domains(self, sources: Mapping[str, str], fallback_domain: str | None) -> None:
+        """Have other domains, each with the state that one has now. In place.
+
+        Args:
+            sources: name -> domain of now. What it owns stays the same tensors if it keeps its name, else it is a copy.
+            fallback_domain: see `NormSpec`.
+
+        Raises:
+            ConfigError: a name that a module cannot have.
+        """
+        self.check_domains(list(sources))
+        rule = {"fallback_domain": fallback_domain, "unseen": self._spec.unseen}
+        spec = self._spec.replace(domains=tuple(sources), **rule)
+        before = {domain: self.domain_states(domain) for domain in self.domains}
+
+        for domain in self.domains:
+            for name in self.find_owners(domain):
+                del self._modules[name]
+        self._spec = spec
+        self._name_sources()
+
+        for domain, source in sources.items():
+            for name, state in zip(self.find_owners(domain), before[source], strict=True):
+                self.add_module(name, state if domain == source else copy.deepcopy(state))
+
+    def keep_domain(self, domain: str) -> None:
+        """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's, or its level's.
+
+        In place; parameters and buffers stay the same tensors.
+        """
+        before: list[tuple[str, Any, Any]] = []
+        for level in self.levels or ("",):
+            name = Source(level, domain).name
+            before.append((level, self.affine_state(name), self.population_state(name)))
+        for state_name in [name for name, module in self._modules.items() if isinstance(module, DomainState)]:
+            del self._modules[state_name]
+
+        answers = {field: drop_domains(getattr(self._spec, field)) for field in OWNED}
+        self._spec = self._spec.replace(**answers, domains=(), fallback_domain=None, unseen="error")
+        self._name_sources()
+        self._add_states({})
+
+        for level, affine, population in before:
+            self.affine_state(level)._parameters.update(affine._parameters)
+            new: Any = self.population_state(level)
+            new._buffers.update(population._buffers)
+            new.track_running_stats = population.track_running_stats
+        self.train(self.training)
+        self._keep_statistics(is_in_use=True)
+        self.note_statistics()
 
     # ---- domains of a call
 

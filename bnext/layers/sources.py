@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "add_domains",
     "add_levels",
+    "drop_domains",
     "find_origin",
     "is_owned",
     "is_per_domain",
@@ -51,6 +52,13 @@ def add_levels(answer: str) -> Literal["per_level", "per_level_and_domain"]:
 def add_domains(answer: str) -> Literal["per_domain", "per_level_and_domain"]:
     """The answer that tells domains apart, and levels if an answer does."""
     return "per_level_and_domain" if is_per_level(answer) else "per_domain"
+
+
+def drop_domains(answer: str) -> str:
+    """The answer that no longer tells domains apart."""
+    if not is_per_domain(answer):
+        return answer
+    return "per_level" if is_per_level(answer) else "shared"
 
 
 class Source(NamedTuple):
