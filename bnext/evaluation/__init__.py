@@ -2,5 +2,6 @@
 
 import bnext.config  # noqa: F401  first, as it says how to get detectron2
 from bnext.evaluation.coco import build_evaluator, evaluate_model
+from bnext.evaluation.conditions import Conditions
 
-__all__ = ["build_evaluator", "evaluate_model"]
+__all__ = ["Conditions", "build_evaluator", "evaluate_model"]

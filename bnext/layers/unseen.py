@@ -57,6 +57,7 @@ __all__ = [
     "UNSEEN",
     "UnseenImages",
     "applying_rule",
+    "beginning_streams",
     "forget_stream",
     "is_unseen",
     "normalize_unseen",
@@ -483,10 +484,16 @@ def applying_rule(model: nn.Module, unseen: Unseen, **answers: object) -> Iterat
     """
     specs: dict[nn.Module, Any] = {module: getattr(module, "spec", None) for module in model.modules()}
     norms = [module for module, spec in specs.items() if isinstance(spec, NormSpec) and spec.domains]
-    streams = {norm: _streams.pop(norm) for norm in norms if norm in _streams}
+    with beginning_streams(model), answering(norms, unseen=unseen, **answers):
+        yield
+
+
+@contextlib.contextmanager
+def beginning_streams(model: nn.Module) -> Iterator[None]:
+    """In this scope the stream of every norm of a model begins anew; then those before it go on."""
+    streams = {module: _streams.pop(module) for module in model.modules() if module in _streams}
     try:
-        with answering(norms, unseen=unseen, **answers):
-            yield
+        yield
     finally:
         forget_stream(model)
         _streams.update(streams)

@@ -84,13 +84,13 @@ def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *
 
 def _advise(facts: Facts, paths: tuple[str, ...]) -> Remedy:
     names = tuple(sorted(facts.domains))
-    text = (
-        "Give each domain its own statistics, and say in code of which one images are (`with bnext.use_domain(name)`); "
-        "or mix the domains in every mini-batch."
-    )
+    is_config = facts.origin.kind == "config"
+    whose = "that of its data set" if is_config else "said in code (`with bnext.use_domain(name)`)"
+    text = f"Give each domain its own statistics, where the domain of an image is {whose}; "
+    text += "or mix the domains in every mini-batch."
     spec = f"NormSpec(statistics='per_domain', population='per_domain', domains={names!r})"
     call = f"from bnext import NormSpec, convert_norm\nconvert_norm(model, {{'': {spec}}})"
-    if facts.origin.kind != "config":
+    if not is_config:
         return Remedy(text, call=call)
 
     norms = sorted((norm for norm in facts.norms if norm.path in paths and norm.place), key=lambda norm: norm.place)
