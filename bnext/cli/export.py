@@ -24,11 +24,11 @@ from bnext.checkpoints import load_model
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import check_output_file, find_existing_faults, find_kept
 from bnext.config import load_config
+from bnext.config.recipe import resolve_norms
 from bnext.data.mapping import build_mapper
 from bnext.data.records import load_records
 from bnext.engine.output import holding_output
 from bnext.errors import BNextError, ConfigError, StatisticsError
-from bnext.evaluation.compare import check_domain
 from bnext.files import replace_file, write_json
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
@@ -149,7 +149,7 @@ def export_checkpoint(cfg: CfgNode, request: ExportRequest) -> dict[str, Any]:
     """
     output = request.output
     check_output_file(output, cfg.MODEL.WEIGHTS, ENDINGS, report=request.report, overwrite=request.overwrite)
-    check_domain(cfg, request.domain)
+    _check_domain(cfg, request.domain)
     _check_request(request)
     _check_packages(request.ending)
 
@@ -197,6 +197,20 @@ def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dic
 
 
 # ---- what is refused
+
+
+def _check_domain(cfg: CfgNode, domain: str | None) -> None:
+    """Raise ConfigError unless it is known of which domain the images are, where norms have domains."""
+    norms = resolve_norms(cfg)
+    names = norms.domains
+
+    if domain is not None and domain not in names:
+        rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
+        raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
+    if names and domain is None and norms.unseen == "error":
+        rule = "name the domain of the images where norms have domains"
+        remedy = "Give --domain NAME, or choose a rule for images without one, MODEL.BNEXT.DOMAINS.UNSEEN."
+        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 
 def _check_request(request: ExportRequest) -> None:

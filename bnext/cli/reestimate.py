@@ -466,7 +466,7 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport, model: nn
 
 def _find_owners(model: nn.Module, domain: str) -> set[tuple[str, tuple[str, ...]]]:
     """Path of a norm and name of each of its populations that are a domain's own."""
-    owners = set()
+    owners: set[tuple[str, tuple[str, ...]]] = set()
     for path, norm in find_bnext_norms(model).items():
         population = norm.spec.population
         for source in list_sources(norm.levels, norm.domains) if is_per_domain(population) else ():

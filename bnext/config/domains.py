@@ -20,6 +20,9 @@ from bnext.notices import tell_once
 __all__ = ["NAMES", "check_domains", "count_set_domains"]
 
 NAMES = "MODEL.BNEXT.DOMAINS.NAMES"
+NOT_OF_NORMS = Refusal(
+    ConfigError, "--domain", "be a domain of the norms, {names}", "Correct it, or leave --domain out."
+)
 NO_DOMAIN = Refusal(
     ConfigError,
     "Every image of a training",
@@ -57,12 +60,13 @@ NEVER_SEEN = (
 )
 
 
-def check_domains(cfg: CfgNode, *, eval_only: bool = False) -> None:
+def check_domains(cfg: CfgNode, *, eval_only: bool = False, domain: str | None = None) -> None:
     """Refuse images of domains that the norms do not have, before anything is trained or evaluated.
 
     Args:
         cfg: a whole config, its sets registered.
         eval_only: whether nothing is trained.
+        domain: of which all test images are taken to be, whatever their records say; None: as they say.
 
     Raises:
         ConfigError: names the set, its domain, and those of the norms.
@@ -70,12 +74,15 @@ def check_domains(cfg: CfgNode, *, eval_only: bool = False) -> None:
     """
     check_domain_lists(cfg)
     norms = resolve_norms(cfg, says_unused=False)
+    if domain is not None and domain not in norms.domains:
+        names = list_few(map(repr, norms.domains)) or "which have none"
+        raise NOT_OF_NORMS.of(repr(domain), NAMES, names=names)
     if not norms.domains:
         return
 
     if not eval_only:
         _check_train(cfg, norms)
-    for name in cfg.DATASETS.TEST:
+    for name in cfg.DATASETS.TEST if domain is None else ():
         counts = count_set_domains(cfg, name)
         unseen = {domain: number for domain, number in counts.items() if domain not in norms.domains}
         if unseen and norms.unseen == "error":

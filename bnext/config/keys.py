@@ -270,8 +270,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES",
         None,
-        "in a `blend` or `stream` the mixture counts as so many images, 0 to `inf`; None: as many as fit how far the "
-        "images' statistics have moved from it",
+        "in a `blend` or `stream` the mixture counts as so many images; None: as many as fit how far the images' "
+        "statistics have moved from it",
         Values(
             "a number of 0 or more, or None",
             lambda value: value is None or (isinstance(value, (int, float)) and value is not True and value >= 0),

@@ -26,6 +26,7 @@ __all__ = [
     "find_norm_domains",
     "find_train_domains",
     "name_source",
+    "select_sets",
 ]
 
 KEY = "DATASETS.DOMAINS"
@@ -40,6 +41,13 @@ _NO_NAMES = Refusal(ConfigError, KEY + ".{part}", "be names", "Write them as ('d
 _TWO_DOMAINS = Refusal(
     ConfigError, KEY, "give a set one domain", "Correct TRAIN or TEST, or register the other images as another set."
 )
+_TAKEN_NAME = Refusal(
+    DatasetError,
+    "A domain",
+    "be called otherwise than {names}, which name what is computed over all domains",
+    "Rename it in DATASETS.DOMAINS, or where data set {name!r} is registered.",
+)
+_TAKEN_NAMES = ("mean", "worst")
 _NO_NAME = Refusal(
     DatasetError, "The `domain` of a record", "be a name", "Correct the function that data set {name!r} is made by."
 )
@@ -110,6 +118,19 @@ def find_norm_domains(cfg: CfgNode) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, domains)))
 
 
+def select_sets(cfg: CfgNode, part: str, names: Sequence[str]) -> None:
+    """Put other sets in the place of those of DATASETS.TRAIN or TEST, each with the domain that it has. In place.
+
+    Args:
+        cfg: not frozen.
+        part: "TRAIN" or "TEST".
+        names: of the sets.
+    """
+    domains = tuple(find_domain(cfg, name) for name in names)
+    cfg.DATASETS[part] = tuple(names)
+    cfg.DATASETS.DOMAINS[part] = domains if any(domains) else ()
+
+
 def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records of a set with `dataset_source`, its index in DATASETS.TRAIN or else TEST, and their `domain`.
 
@@ -119,7 +140,7 @@ def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> l
         records: left as they are. One that has a `domain` keeps it.
 
     Raises:
-        DatasetError: a `domain` of a record is no name.
+        DatasetError: a `domain` of a record is no name, or one that an evaluation uses otherwise.
 
     Source:
         The key `dataset_source` is that of UniDet (Zhou et al. 2022) and Detic.
@@ -136,6 +157,9 @@ def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> l
         given = record.get("domain", "none")
         if not isinstance(given, str) or not given:
             raise _NO_NAME.of(repr(given), str(record.get("file_name", "")), name=name)
+        if given in _TAKEN_NAMES or domain in _TAKEN_NAMES:
+            names = " and ".join(map(repr, _TAKEN_NAMES))
+            raise _TAKEN_NAME.of(repr(domain or given), f"data set {name!r}", names=names, name=name)
     return [{**source, **record} for record in records]
 
 

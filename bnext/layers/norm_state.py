@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
-from bnext.layers.sources import Source, find_origin, list_sources
+from bnext.layers.sources import Origin, Source, find_origin
 
 __all__ = [
     "COPIED_POPULATION",
@@ -216,23 +216,38 @@ def write_state(
 def _find_used(record: NormRecord, form: NormForm, domain_map: Mapping[str, str]) -> set[str]:
     """The owners in a record that levels or domains of a form have something to do with."""
     used: set[str] = set()
-    for source in list_sources(form.levels, form.domains):
-        for half in (record.affines, record.populations):
-            used.update(find_origin(source, half, domain_map).names)
+    for half, answer in ((record.affines, form.affine), (record.populations, form.population)):
+        owners = form.group_sources("shared" if answer == "none" else answer)
+        for origins in _find_origins(half, owners, domain_map).values():
+            used.update(name for origin in origins for name in origin.names)
     return used
+
+
+def _find_origins(
+    half: Mapping[str, Fields], owners: Mapping[str, list[Source]], domain_map: Mapping[str, str]
+) -> dict[str, list[Origin]]:
+    """Owner in one norm -> the origins of its sources in another; one for all sources has all, if it knows none."""
+    origins = {}
+    for owner, sources in owners.items():
+        origins[owner] = [find_origin(source, half, domain_map) for source in sources]
+        if not owner and not any(origin.names for origin in origins[owner]):
+            origins[owner] = [Origin(list(half))]
+    return origins
 
 
 def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, str]:
     """A domain map where one side has numbers for names, which count the names of the other in their order."""
-    names = form.levels or form.domains
+    names, sources = form.levels or form.domains, record.owners
+    if record.form is not None:
+        sources = record.form.levels or record.form.domains
     if record.is_numbered == form.is_numbered or not record.owners or not names:
         return {}
     if record.is_numbered and set(record.owners) <= set(names):
         return {}
 
-    if len(record.owners) != len(names):
-        raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(names))
-    return dict(zip(names, record.owners, strict=True))
+    if len(sources) != len(names):
+        raise OTHER_NUMBER_OF_LEVELS.of(len(sources), path, number=len(names))
+    return dict(zip(names, sources, strict=True))
 
 
 def _write_affine(record: NormRecord, domain_map: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
@@ -290,9 +305,7 @@ def _write_half(
 
     What all share stands in for an owner only where no owner has its own, or domain_map says so.
     """
-    origins = {}
-    for owner, sources in owners.items():
-        origins[owner] = [find_origin(source, half, domain_map) for source in sources]
+    origins = _find_origins(half, owners, domain_map)
     has_own = any(not origin.is_shared and origin.names for of_owner in origins.values() for origin in of_owner)
 
     by_owner: dict[str, Fields] = {}

@@ -446,11 +446,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Their count is infinity: to the gradient they are constants.
         """
-        pairs = [self._mix_populations(name) for name in names]
+        pairs = [self.mix_populations(name) for name in names]
         mean, var = (torch.stack(fields) for fields in zip(*pairs, strict=True))
         return Moments(mean.new_full((len(names),), float("inf")), mean, var)
 
-    def _mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
+    def mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
         states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
         if len(states) == 1:
@@ -574,7 +574,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if spec.unseen != "error" and not self.training:
             return len(self.domains)
 
-        subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+        subject = f"Domain {name!r} is unknown" if name else "No domain is active"
         remedy = NAME_THE_DOMAIN if self.training else f"{NAME_THE_DOMAIN} {CHOOSE_A_RULE}"
         raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {remedy}")
 
@@ -609,10 +609,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
                 continue
 
             if self.training:
-                counts.fallbacks[name] += number
+                counts.fallbacks[name or None] += number
             else:
-                counts.unseen[UnseenCount(name, "fallback", taken)] += number
-            subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+                counts.unseen[UnseenCount(name or None, "fallback", taken)] += number
+            subject = f"Samples of the domain {name!r}" if name else "Samples without a domain"
             tell_once(log, (subject, taken), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
@@ -645,39 +645,66 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if units != tuple(range(len(units))):
             moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
-        for unit in range(max(units) + 1):
-            name = of_parts[units.index(unit)]
-            if self.is_moving(name, call):
-                self._move(name, Moments(*(field[unit] for field in moments)))
+        of_units = [of_parts[units.index(unit)] for unit in range(max(units) + 1)]
+        for turn in self._take_turns(of_units, call):
+            rows = moments
+            if len(turn) < len(of_units):
+                index = make_index(tuple(turn), moments.mean.device)
+                rows = Moments(*(field[index] for field in moments))
+            self._move([of_units[unit] for unit in turn], rows)
 
-    def _move(self, name: str, moments: Moments) -> None:
-        """Let one population take in the moments of a mini-batch, [C]."""
-        state: Any = self.population_state(name)
-        tracked = state.num_batches_tracked
-        momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(moments.mean.dtype)
-        mean, var = update_running_statistics(state.running_mean, state.running_var, moments, momentum)
-        self.replace_statistics(state, mean, var, moments.count >= 2)
+    def _take_turns(self, names: Sequence[str], call: NormCall) -> list[list[int]]:
+        """Numbers of the sources whose populations move: all at once, but one after the other where they share one."""
+        turns: list[list[int]] = []
+        moved: Counter[str] = Counter()
+        for number, name in enumerate(names):
+            if not self.is_moving(name, call):
+                continue
+
+            owner = self.find_owner(call.spec.population, name)
+            if moved[owner] == len(turns):
+                turns.append([])
+            turns[moved[owner]].append(number)
+            moved[owner] += 1
+        return turns
+
+    def _move(self, names: Sequence[str], moments: Moments) -> None:
+        """Let the population of each source take in the moments of a mini-batch, [S]."""
+        states: list[Any] = [self.population_state(name) for name in names]
+        old_mean = torch.stack([state.running_mean for state in states])
+        old_var = torch.stack([state.running_var for state in states])
+
+        momentum: float | Tensor | None = self.momentum
+        if momentum is None:
+            tracked = torch.stack([state.num_batches_tracked for state in states])
+            momentum = 1 / (tracked + 1).to(moments.mean.dtype)
+        new = update_running_statistics(old_mean, old_var, moments, momentum)
+        (mean, var), is_finite = take_finite((old_mean, old_var), new)
+        is_counted = is_finite & (moments.count >= 2)
+
+        for state, *values in zip(states, mean, var, is_finite, is_counted, strict=True):
+            self._write_statistics(state, *values)
 
     @torch.no_grad()
-    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor, has_variance: Tensor | None = None) -> None:
+    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor) -> None:
         """New running statistics take the place of the old, unless an overflow spoils them: then the old ones stay.
 
         Args:
             state: whose they are, a `population_state`.
             mean, var: [C].
-            has_variance: whether the mini-batch counts, [] of bool; None: it does.
         """
+        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
+        self._write_statistics(state, mean, var, is_finite, is_finite)
+
+    def _write_statistics(self, state: Any, mean: Tensor, var: Tensor, is_finite: Tensor, is_counted: Tensor) -> None:
         self.check_can_move(state.running_mean, mean)
-        buffers = (state.running_mean, state.running_var)
-        values, is_finite = take_finite(buffers, (mean, var))
 
         # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
         has_data = not (is_transformed() or is_exported())  # which lose it, or refuse it
-        for buffer, value in zip(buffers, values, strict=True):
+        for buffer, value in ((state.running_mean, mean), (state.running_var, var)):
             (buffer.data if has_data else buffer).copy_(value)
 
         if state.num_batches_tracked is not None:
-            is_counted = is_finite if has_variance is None else is_finite & has_variance
             state.num_batches_tracked.add_(is_counted)
         counts_of(state).count_mini_batch(is_finite)
 
