@@ -195,12 +195,14 @@ def test_what_is_refused_changes_nothing():
     levels = build()
     other = nn.ModuleDict({"a": build(), "b": build(OWN.replace(domains=("day", "dusk")))})
     alone = BatchNorm2d(2, OWN)
+    at_levels = nn.Sequential(LevelBatchNorm2d(2, ("p3",), OWN))
     cases = [
         (add_domain, (plain, "night"), "norms with domains"),
         (add_domain, (wrapped, "night"), "DistributedDataParallel"),
         (add_domain, (model, "night"), "name of its own"),
         (add_domain, (model, "a.b"), "without dots"),
         (add_domain, (model, "weight"), "attribute"),
+        (add_domain, (at_levels, 3), "without dots"),
         (add_domain, (model, "dusk", "nihgt"), "Did you mean 'night'"),
         (drop_domain, (model, "dusk"), "to drop"),
         (drop_domain, (one, "day"), "the last one"),
