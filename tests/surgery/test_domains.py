@@ -138,6 +138,17 @@ def test_a_selected_domain_is_a_plain_norm_of_equal_outputs(spec, form):
         assert not model[0].training
 
 
+def test_a_selected_norm_at_two_places_stays_one():
+    norm = randomize(BatchNorm2d(NUM_CHANNELS, OWN))
+    model = nn.Sequential(norm, nn.ReLU(), norm).eval()
+    x = torch.randn(2, NUM_CHANNELS, 3, 3)
+    with use_domain("night"):
+        expected = model(x)
+    select_domain(model, "night", form="torch")
+    assert type(model[0]) is nn.BatchNorm2d and model[0] is model[2]
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_selected_norm_goes_on_training_as_torchs():
     model = build().train()
     parameters = set(model[0].get_submodule("fog").parameters())
@@ -210,6 +221,8 @@ def test_what_is_refused_changes_nothing():
         (merge_domains, (model, ["day", "day"], "x"), "two or more"),
         (merge_domains, (model, ["day"], "x"), "two or more"),
         (merge_domains, (model, "day", "x"), "two or more"),
+        (merge_domains, (model, None, "x"), "two or more"),
+        (merge_domains, (model, [["day"], ["night"]], "x"), "two or more"),
         (merge_domains, (model, ["day", "dusk"], "x"), "to merge"),
         (merge_domains, (other, ["day", "dusk"], "x"), "to merge"),
         (merge_domains, (model, ["day", "night"], "fog"), "name of its own"),
@@ -225,7 +238,7 @@ def test_what_is_refused_changes_nothing():
             function(*arguments)
         assert_equal(arguments[0].state_dict(), before)
 
-    for numbers in ({"day": 1}, {"day": 1, "night": 0}, {"day": 1, "night": float("nan")}):
+    for numbers in ({"day": 1}, {"day": 1, "night": 0}, {"day": 1, "night": float("nan")}, {"day": "3", "night": 1}):
         with pytest.raises(ConfigError, match="num_samples"):
             merge_domains(model, ["day", "night"], "x", num_samples=numbers)
 
