@@ -463,10 +463,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
-        members = self.list_members(name)
-        states: list[Any] = [self.population_state(members[0])]
-        if len(members) > 1:
-            states = list(dict.fromkeys(map(self.population_state, members)))
+        if not is_unseen(name):
+            state: Any = self.population_state(name)
+            return state.running_mean, state.running_var
+
+        states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
         if len(states) == 1:
             return states[0].running_mean, states[0].running_var
 
