@@ -298,7 +298,7 @@ def select_domain(model: nn.Module, name: str, form: Form = "bnext") -> Conversi
     if form == "torch":
         places = model.named_modules(remove_duplicate=False)  # a norm may be at several
         kept = set(norms.values())
-        kinds = {path: _choose_class(norm) for path, norm in places if norm in kept}  # type: ignore[arg-type]
+        kinds = {path: _choose_class(norm) for path, norm in places if norm in kept}
         report.changes += convert_norm(model, kinds).changes
     return report
 
