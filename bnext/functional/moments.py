@@ -235,5 +235,5 @@ def take_finite(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[list[Tens
     """
     largest = torch.linalg.vector_norm(torch.cat(list(new), -1), float("inf"), -1)  # NaN, where there is one
     is_finite = largest < float("inf")
-    is_taken = is_finite.unsqueeze(-1)
+    is_taken = is_finite.unsqueeze(-1) if is_finite.dim() else is_finite
     return [torch.where(is_taken, value, before) for before, value in zip(old, new, strict=True)], is_finite

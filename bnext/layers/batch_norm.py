@@ -153,7 +153,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
         features, sources = self.list_features(input, call.domain, call.spec)
-        self.count_domains(call, input.shape[0])
+        if self.domains:
+            self.count_domains(call, input.shape[0])
         if self._last_call is not None and self.training and not is_traced():
             self._last_call = watch_call(self, input, self._last_call)
         return self.normalize_features(features, sources, call)[0]
