@@ -26,10 +26,12 @@ __all__ = [
     "ROWS",
     "SPECS",
     "Case",
+    "find_owner",
     "list_answers",
     "make_case",
     "make_features",
     "make_norm",
+    "make_pairs",
     "pick_cases",
     "randomize",
 ]
@@ -40,6 +42,7 @@ NUM_CHANNELS = 4
 SIZES = ((2, 6, 5), (2, 3, 3), (2, 2, 1))  # N, H, W of each level
 SIZE = (5, 4, 3)  # of a single feature map
 MIXED = ("night", "day", "night", "night", "day")  # of its samples; none is of the third domain
+PAIRED = ("night", "day")  # of the samples of every level
 ROWS = tuple(TABLE5_ROWS)
 
 
@@ -81,9 +84,19 @@ def make_norm(spec: NormSpec, dtype: torch.dtype = torch.float64, seed: int = 1)
     return norm
 
 
+def join(level: str, domain: str) -> str:
+    """The name of a level, a domain, or a pair."""
+    return f"{domain}_{level}" if level and domain else domain or level
+
+
+def find_owner(answer: str, level: str, domain: str) -> str:
+    """The name of what owns something of a source by an answer."""
+    return join(level if "level" in answer else "", domain if "domain" in answer else "")
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A spec, the levels that the norm sees (none: one feature map), and the domain(s) of the samples."""
+    """A spec, the levels that the norm sees (none: one feature map), and the domain(s) of the samples of each."""
 
     spec: NormSpec
     levels: tuple[str, ...] = ()
@@ -114,10 +127,8 @@ class Case:
 
     def call(self, norm: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Outputs by the names of the inputs."""
-        if self.levels:
-            return norm(inputs)
-        with self.scope(len(inputs["x"])):
-            return {"x": norm(inputs["x"])}
+        with self.scope(max(map(len, inputs.values()))):
+            return norm(inputs) if self.levels else {"x": norm(inputs["x"])}
 
     @contextlib.contextmanager
     def scope(self, num_samples: int) -> Iterator[None]:
@@ -127,19 +138,29 @@ class Case:
         with use_domain(self.active if num_samples or isinstance(self.active, str) else self.active[0]):
             yield
 
+    def sources_of(self, inputs: dict[str, Tensor]) -> list[tuple[str, str]]:
+        """The level and the domain of each sample, feature after feature; "" where the norm has none."""
+        sources = []
+        for name in self.names:
+            level, number = name if self.levels else "", len(inputs[name])
+            active = self.active if self.active in self.spec.domains else self.spec.fallback_domain or ""
+            domains = self.active if isinstance(self.active, tuple) and number else (active,) * number
+            sources += [(level, domain) for domain in domains]
+        return sources
+
     def domains_of(self, inputs: dict[str, Tensor]) -> list[str]:
-        """The level or domain of each sample, feature after feature; "" where the norm has none."""
-        if self.levels:
-            return [level for level in self.levels for _ in range(len(inputs[level]))]
-        if isinstance(self.active, tuple):
-            return list(self.active)
-        known = self.active if self.active in self.spec.domains else self.spec.fallback_domain
-        return [known or ""] * len(inputs["x"])
+        """The name of the source of each sample, as `night_p3`."""
+        return [join(*source) for source in self.sources_of(inputs)]
+
+    def owners_of(self, answer: str) -> list[str]:
+        """Names of what owns something by an answer; "" is the norm itself."""
+        levels, domains = self.levels or ("",), self.spec.domains or ("",)
+        sources = [(level, domain) for domain in domains for level in levels]
+        return list(dict.fromkeys(find_owner(answer, *source) for source in sources)) if answer != "none" else []
 
     def mini_batches_of(self, inputs: dict[str, Tensor], training: bool = True) -> list[object]:
         """Which mini-batch each sample belongs to."""
-        own = self.domains_of(inputs)
-        owners = [domain if self.spec.statistics != "shared" else "all" for domain in own]
+        owners = [find_owner(self.spec.statistics, *source) for source in self.sources_of(inputs)]
         size = self.spec.normalization_batch_size
         if not training or size is None:
             return list(owners)
@@ -249,13 +270,30 @@ _PAIRS: list[tuple[object, ...]] = [
 ]
 
 
+def make_pairs(
+    statistics: str, population: str, affine: str, active: str | tuple[str, ...] = PAIRED, **changes: object
+) -> Case:
+    """Levels whose samples are of several domains, by three answers."""
+    answers = {"statistics": statistics, "population": population, "affine": affine}
+    return Case(NormSpec(domains=DOMAINS, **answers, **changes), LEVELS, active)
+
+
+_BOTH = "per_level_and_domain"
+_PAIRED = {
+    "pairs": make_pairs(_BOTH, _BOTH, _BOTH),
+    "pairs-one": make_pairs(_BOTH, "per_domain", "per_level", "night"),
+    "pairs-renorm": make_pairs("per_domain", _BOTH, "per_level", training="renorm"),
+    "pairs-1": make_pairs("per_level", "per_domain", _BOTH, normalization_batch_size=1, average="cumulative"),
+}
+
+
 def _list_cases() -> dict[str, Case]:
     cases = {name: make_case(answers) for name, answers in _NAMED.items()}
     for values in _PAIRS:
         answers = dict(zip(ANSWERS, values, strict=True))
         changed = [f"{value}" for name, value in answers.items() if value != PLAIN[name]]
         cases["-".join(changed)] = make_case(answers)
-    return cases
+    return cases | _PAIRED
 
 
 _ALL = _list_cases()

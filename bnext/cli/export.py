@@ -233,7 +233,8 @@ def fold_parts(model: nn.Module, domain: str | None = None) -> FoldReport:
     if isinstance(model, BatchNorm2d):
         return FoldReport({}, {"": "its levels or domains have statistics or weights of their own"}, domain)
 
-    has_domain = any(domain in norm.domains for norm in find_bnext_norms(model).values())
+    norms = find_bnext_norms(model).values()
+    has_domain = any(domain in (*norm.levels, *norm.domains, *norm.sources) for norm in norms)
     try:
         return fold_norms(model, domain if has_domain else None)
     except (ConfigError, StatisticsError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,8 @@ from bnext.evaluation.reestimate import (
 )
 from bnext.files import remove_partials, replace_file, write_json
 from bnext.heads.build_warnings import building_unwarned
+from bnext.layers.sources import is_per_domain, is_per_level, list_sources
+from bnext.layers.walk import find_bnext_norms
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
 from bnext.statistics import RecomputeReport
@@ -140,7 +143,7 @@ class RecomputeRequest:
 
     Args:
         output: the file to write, *.pth; a report is written beside it, *.json.
-        population: whose statistics the output has: "shared", "per_level", "per_domain"; None: as the config says.
+        population: whose statistics the output has, see `give_population`; None: as the config says.
         datasets: images without labels, such as a target domain's (AdaBN); empty: DATASETS.TRAIN, as in training.
         domains: one for each data set, if norms have statistics per domain.
         num_samples: images that are enough; None: all of `datasets`, or TEST.PRECISE_BN.NUM_ITER training batches.
@@ -276,7 +279,8 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
 
     Args:
         cfg: of a model of bnext.
-        population: "shared", "per_level" (heads that see several levels), or "per_domain" (everything else).
+        population: "shared", "per_level" (heads that see several levels), or "per_domain" (everything; in heads that
+            have one for each level, one for each domain at each level).
         domains: of "per_domain", where the config names none.
 
     Returns:
@@ -291,7 +295,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         return cfg
 
     norms = resolve_norms(cfg).places
-    places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].sources]
+    places = [name for name, norm in norms.items() if norm.is_batch_norm and population in PLACES[name].answers]
     if not places:
         got = f"{population!r} for MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r}"
         rule = "be of a model with batch norms that can have it"
@@ -306,11 +310,13 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     cfg.defrost()
     nodes = cfg.LAZY.NORMS if is_lazy(cfg) else cfg.MODEL.BNEXT
     for place in places:
-        nodes[place].POPULATION = population
+        is_by_level = population == "per_domain" and is_per_level(norms[place].spec.population)
+        nodes[place].POPULATION = "per_level_and_domain" if is_by_level else population
+    answers = itertools.chain.from_iterable(node.values() for node in nodes.values())
     names = nodes.setdefault("DOMAINS", CfgNode({"NAMES": (), "FALLBACK": ""}))
     if population == "per_domain" and not names.get("NAMES"):
         names.NAMES = tuple(dict.fromkeys(domains))
-    elif population == "shared" and not any("per_domain" in node.values() for node in nodes.values()):
+    elif population == "shared" and not any(map(is_per_domain, answers)):
         names.NAMES, names.FALLBACK = (), ""
 
     resolve_norms(cfg)
@@ -380,7 +386,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
 
     images = _choose_images(cfg, model, request)
     report = recompute_statistics(cfg, model, source_samples=request.source_samples, **images)
-    _check_reached(request, report)
+    _check_reached(request, report, model)
     check_repaired(checkpointer.left_out, report)
 
     if comm.is_main_process():
@@ -412,10 +418,11 @@ def _choose_images(cfg: CfgNode, model: nn.Module, request: RecomputeRequest) ->
     return {"num_samples": request.num_samples, "batches": batches}
 
 
-def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
+def _check_reached(request: RecomputeRequest, report: RecomputeReport, model: nn.Module) -> None:
     """A domain that was asked for is not to be written as it was."""
     for domain in dict.fromkeys(request.domains):
-        estimates = [estimate for estimate in report.estimates if domain in estimate.levels]
+        owners = _find_owners(model, domain)
+        estimates = [estimate for estimate in report.estimates if (estimate.path, estimate.levels) in owners]
         if not estimates or any(estimate.is_reached for estimate in estimates):
             continue
         pairs = zip(request.datasets, request.domains, strict=True)
@@ -423,6 +430,17 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport) -> None:
         got = f"none for {domain!r} in {report.num_samples} images (--dataset {names}); nothing is written"
         remedy = "Use more images, --num-samples, or fewer workers."
         raise StatisticsError.of("--domain", "get images", got=got, remedy=remedy)
+
+
+def _find_owners(model: nn.Module, domain: str) -> set[tuple[str, tuple[str, ...]]]:
+    """Path of a norm and name of each of its populations that are a domain's own."""
+    owners = set()
+    for path, norm in find_bnext_norms(model).items():
+        population = norm.spec.population
+        for source in list_sources(norm.levels, norm.domains) if is_per_domain(population) else ():
+            if source.domain == domain:
+                owners.add((path, (source.find_owner(population),)))
+    return owners
 
 
 def _write(request: RecomputeRequest, data: dict[str, Any], described: dict[str, Any]) -> None:

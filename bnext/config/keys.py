@@ -19,7 +19,7 @@ import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.data.sampling.domain_batches import DomainBatches
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import NormSpec
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.numbers import is_count, is_number
 from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
@@ -115,8 +115,8 @@ def _answer(name: str, help: str, **changes: Any) -> Key:
     return dataclasses.replace(Key(name, default, help, choices), **changes)
 
 
-# Answers that a place gives for all together, or for each level or domain.
-_OWNED = ("STATISTICS", "POPULATION", "AFFINE")
+# Answers that a place gives for all together, or for each level, domain, or both.
+_OWNED = tuple(name.upper() for name in OWNED)
 
 _NORM = Key("NORM", "", "name of the norm; detectron2 has no such key, and no norm there", _one_of(*NORM_NAMES))
 _WORKERS = Values(
@@ -193,7 +193,7 @@ def _make_place_keys(name: str) -> tuple[Key, ...]:
     for row in rows:
         default, values = row.default, row.values
         if row.name in _OWNED:
-            values = _one_of(*place.sources, *([] if row.name == "STATISTICS" else ["none"]))
+            values = _one_of(*place.answers, *([] if row.name == "STATISTICS" else ["none"]))
         if row.name in ("STATISTICS", "POPULATION") and place.levels:
             default = "per_level"
 
@@ -230,7 +230,7 @@ def _find_place_needs(row: Key, name: str) -> list[Need]:
         needs.append(Need(conditions, of=_none_of("features"), is_said=True))
 
     if row.name in _OWNED and place.levels:
-        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none")))
+        needs.append(Need({place.levels: _SEVERAL_LEVELS}, of=_none_of("none", "per_domain")))
     return needs
 
 
@@ -243,8 +243,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain`; (): those of the training sets, see "
-        "`DATASETS.DOMAINS`",
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of the "
+        "training sets, see `DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),

@@ -33,15 +33,11 @@ _BY_KEYS = {
     "virtualbn": "SOLVER.BNEXT.VIRTUAL_IMAGES to a number of images",
     "cyclebn": "{node}.POPULATION and STATISTICS to per_level, which they are by default",
     "cyclebatchnormlist": "{node}.POPULATION and STATISTICS to per_level, which they are by default",
-    "dsbn": "{node}.STATISTICS and POPULATION to per_domain",
-    "domainbn": "{node}.STATISTICS and POPULATION to per_domain",
-    "splitbn": "{node}.STATISTICS and POPULATION to per_domain",
+    "dsbn": "{node}.STATISTICS and POPULATION to {per_domain}",
+    "domainbn": "{node}.STATISTICS and POPULATION to {per_domain}",
+    "splitbn": "{node}.STATISTICS and POPULATION to {per_domain}",
 }
-_LEVELS_ONLY, _ROIS_ONLY, _NOT_LEVELS = (
-    ("cyclebn", "cyclebatchnormlist"),
-    ("shufflebn",),
-    ("dsbn", "domainbn", "splitbn"),
-)
+_LEVELS_ONLY, _ROIS_ONLY = ("cyclebn", "cyclebatchnormlist"), ("shufflebn",)
 
 
 def check_norm_name(place: str, name: Any) -> None:
@@ -65,13 +61,11 @@ def check_norm_name(place: str, name: Any) -> None:
 def _find_remedy(place: str, name: str) -> str:
     plain = re.sub(r"[\W_]", "", name.rpartition(".")[2]).casefold()  # without the module, such as torch.nn
     keys = _BY_KEYS.get(plain)
-    is_elsewhere = (
-        (plain in _LEVELS_ONLY and not PLACES[place].levels)
-        or (plain in _ROIS_ONLY and not PLACES[place].sees_rois)
-        or (plain in _NOT_LEVELS and bool(PLACES[place].levels))
-    )
+    is_of_levels = bool(PLACES[place].levels)
+    is_elsewhere = (plain in _LEVELS_ONLY and not is_of_levels) or (plain in _ROIS_ONLY and not PLACES[place].sees_rois)
     if keys is not None and not is_elsewhere:
-        return f"Write BN, and set {keys.format(node=f'MODEL.BNEXT.{place}')}."
+        per_domain = "per_level_and_domain" if is_of_levels else "per_domain"
+        return f"Write BN, and set {keys.format(node=f'MODEL.BNEXT.{place}', per_domain=per_domain)}."
     if plain in _NAMES:
         return f"Write {_NAMES[plain] or repr('')}."
 

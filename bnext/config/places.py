@@ -53,9 +53,11 @@ class Place:
     sees_rois: bool = False
 
     @property
-    def sources(self) -> tuple[str, str]:
+    def answers(self) -> tuple[str, ...]:
         """The allowed answers to whose statistics."""
-        return ("shared", "per_level" if self.levels else "per_domain")
+        if not self.levels:
+            return ("shared", "per_domain")
+        return ("shared", "per_level", "per_domain", "per_level_and_domain")
 
     @property
     def has_norm_of_ours(self) -> bool:

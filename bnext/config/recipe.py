@@ -20,7 +20,8 @@ from bnext.config.places import BATCH_NORMS, PLACES
 from bnext.data.domains import find_train_domains
 from bnext.errors import ConfigError, Refusal, check_choice
 from bnext.layers.build import NAMED_NORMS
-from bnext.layers.spec import NormSpec
+from bnext.layers.sources import is_per_domain
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.lazy_config import is_lazy
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
@@ -88,7 +89,7 @@ class NormRecipe:
 
     Args:
         places: name of each place that the detector has -> its norm.
-        domains: names of the domains, wherever something is per_domain.
+        domains: names of the domains, wherever an answer tells them apart.
         fallback_domain: of samples without one; None: that is an error.
     """
 
@@ -178,23 +179,18 @@ def read_place(cfg: CfgNode, place: str) -> PlaceNorm:
 def _name_domains(cfg: CfgNode) -> dict[str, Any]:
     """The values of a config by their keys; the norms' domains are those of the training sets, unless it names them."""
     values = flatten(cfg)
-    if not values.get(NAMES, True) and any(_has_domains(values.get(key.name)) for key in _PLACE_ROWS):
+    if not values.get(NAMES, True) and any(is_per_domain(values.get(key.name)) for key in _PLACE_ROWS):
         values[NAMES] = find_train_domains(cfg)
     return values
 
 
 def _name_lazy_domains(cfg: CfgNode) -> dict[str, Any]:
     nodes = dict(cfg.LAZY.NORMS)
-    has_domains = any(_has_domains(value) for name, node in nodes.items() if name in PLACES for value in node.values())
+    has_domains = any(is_per_domain(value) for name, node in nodes.items() if name in PLACES for value in node.values())
     domains = dict(nodes.get("DOMAINS") or {})
     if has_domains and not domains.get("NAMES"):
         nodes["DOMAINS"] = {**domains, "NAMES": find_train_domains(cfg)}
     return nodes
-
-
-def _has_domains(answer: object) -> bool:
-    """Whether domains own something by an answer of a place."""
-    return isinstance(answer, str) and answer.startswith("per_") and "domain" in answer
 
 
 def _name_keys(node: str) -> dict[str, str]:
@@ -212,12 +208,12 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
     """The recipe of places, from values by the whole names of their keys, and from those that have an effect."""
     norms = {place: _make_place(place, used) for place in places}
     has_domains = any(norm.spec.domains for norm in norms.values())
-    had_domains = any(values[name] == "per_domain" for name in values if used[name] != values[name])
+    had_domains = any(is_per_domain(values[name]) for name in values if used[name] != values[name])
 
     for key in (NAMES, "MODEL.BNEXT.DOMAINS.FALLBACK"):
         if values[key] and not has_domains and not had_domains:
-            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place is 'per_domain'"
-            remedy = "Set one so, such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
+            rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place tells domains apart"
+            remedy = "Set one to 'per_domain', such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
             raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
 
     if not has_domains:
@@ -245,7 +241,7 @@ def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
         answers["normalization_batch_size"] = None
     if answers["workers"] is None:
         answers["workers"] = "all" if norm == "SyncBN" or shuffle == "statistics" else "one"
-    if "per_domain" in answers.values():
+    if any(is_per_domain(answers[owned]) for owned in OWNED):
         if not values[NAMES]:
             raise NO_NAMES.of("none", f"MODEL.BNEXT.{name}")
         answers["domains"] = tuple(values[NAMES])

@@ -44,9 +44,9 @@ class NormRecord:
         path: its first place in the model.
         kind: class.
         num_features: channels; 0: not known.
-        statistics: over what mini-batch statistics are computed: "shared", "per_level", "per_domain"; "sample": each
-            sample alone; "none": there are none, as population statistics normalize.
-        population: which population statistics are kept: "shared", "per_level", "per_domain", "none".
+        statistics: over what mini-batch statistics are computed: as in `NormSpec`; "sample": each sample alone; "none":
+            there are none, as population statistics normalize.
+        population: which population statistics are kept, as in `NormSpec`.
         affine: who owns scale and shift, likewise.
         inference: what normalizes in evaluation mode: "population", "mini_batch", "sample"; "unknown".
         training: what normalizes in training: the same words, and "renorm".
@@ -57,7 +57,7 @@ class NormRecord:
         eps: added to the variance.
         momentum: weight of the mini-batch in the running statistics; None: cumulative, or there are none.
         frozen: what no longer changes: "none", "statistics", "affine", "both".
-        domains: names of levels or domains that own something.
+        domains: names of the levels, domains or pairs that own a population; of all, if none does.
         num_parameters: numbers that are trained, or were before they were frozen.
     """
 
@@ -264,7 +264,7 @@ def _describe_ours(path: str, norm: BatchNorm2d, number: int | None) -> NormReco
         eps=norm.eps,
         momentum=norm.momentum if is_kept else None,
         frozen=spec.frozen,
-        domains=norm.domains,
+        domains=tuple(name for names, _ in norm.populations() for name in names) or tuple(filter(None, norm.sources)),
         num_parameters=_count_parameters(norm),
     )
 
@@ -283,11 +283,10 @@ def _count_together(norm: BatchNorm2d, number: int | None) -> int | None:
 
 def _describe_foreign(model: nn.Module, path: str, norm: Any, form: NormForm | None, number: int | None) -> NormRecord:
     """A norm of another library, as far as it can be read."""
-    domains = form.owners if form is not None else ()
+    domains = form.levels if form is not None else ()
     is_batch_norm = isinstance(norm, _BatchNorm) if form is None else form.is_batch_norm
-    owned = {"owned": "per_level", "shared": "shared", "none": "none"}
-    affine = owned[form.affine] if form else _tell(getattr(norm, "weight", None))
-    population = owned[form.population] if form else _tell(getattr(norm, "running_mean", None))
+    affine = form.affine if form else _tell(getattr(norm, "weight", None))
+    population = form.population if form else _tell(getattr(norm, "running_mean", None))
 
     workers: Workers = "one"
     if isinstance(norm, nn.SyncBatchNorm):

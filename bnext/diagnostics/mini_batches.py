@@ -21,7 +21,7 @@ from bnext.functional import (
     part_moments,
 )
 from bnext.layers.batch_norm import BatchNorm2d
-from bnext.layers.ownership import Domains
+from bnext.layers.ownership import Sources
 from bnext.scope.record import CallRecord, get_record
 
 __all__ = ["MiniBatch", "describe_mini_batch", "observing_mini_batches"]
@@ -123,40 +123,35 @@ def _observe(norm: Any, given: Any, seen: MiniBatch) -> None:
 
 
 def _observe_ours(norm: BatchNorm2d, given: Any, seen: MiniBatch) -> None:
-    record, names = get_record(), norm.domains or ("",)
-    domains: list[Domains]
-    if isinstance(given, Mapping):
-        levels = [level for level in names if level in given]
-        features, domains = [given[level] for level in levels], [names.index(level) for level in levels]
-    else:
-        features, domains = [given], [norm.find_domains(record.domain, len(given))]
+    record = get_record()
+    features, sources = norm.list_features(given, record.domain)
 
     spec, groups = norm.spec, record.groups.get(norm)
     size = spec.normalization_batch_size if norm.uses_mini_batch else None
     counts = tuple(len(feature) for feature in features)
-    grouping = group_samples(counts, tuple(domains), len(names), spec.statistics == "shared", size)
+    grouping = group_samples(counts, tuple(sources), norm.number_mini_batches(spec), size)
     if groups is not None and len(features) == 1 and len(groups.numbers) == len(features[0]):
         grouping = divide_parts(grouping, groups)
 
     device = features[0].device
     parts = [make_index(part, device) if isinstance(part, tuple) else part for part in grouping.parts]
-    moments = part_moments(features, parts, len(grouping.domains))
-    is_seen = make_index(_find_present(grouping.domains, domains), device)
+    moments = part_moments(features, parts, len(grouping.sources))
+    is_seen = make_index(_find_present(grouping.sources, sources), device)
     seen.parts.append(Moments(*(field[is_seen] for field in moments)))
 
     if norm.has_population:
-        by_domain = group_moments(moments, make_index(grouping.domains, device), len(names))
-        seen.distances.append(_measure_distance(by_domain, norm.stack_populations(names), norm.eps))
+        by_source = group_moments(moments, make_index(grouping.sources, device), len(norm.sources))
+        seen.distances.append(_measure_distance(by_source, norm.stack_populations(norm.sources), norm.eps))
     if norm.uses_mini_batch:
         seen.sizes.append(_count_together(norm, features, record).to(moments.mean))
 
 
-def _find_present(of_parts: tuple[int, ...], domains: list[Domains]) -> tuple[int, ...]:
-    """The parts whose level or domain is in the call."""
+def _find_present(of_parts: tuple[int, ...], sources: list[Sources]) -> tuple[int, ...]:
+    """The parts whose source is in the call."""
     present: set[int] = set()
-    for domain in domains:
-        present.update((domain,) if isinstance(domain, int) else domain)
-    return tuple(index for index, domain in enumerate(of_parts) if domain in present)
+    for source in sources:
+        present.update((source,) if isinstance(source, int) else source)
+    return tuple(index for index, source in enumerate(of_parts) if source in present)
 
 
 def _measure_distance(moments: Moments, running: Moments, eps: float) -> Tensor:

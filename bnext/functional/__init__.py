@@ -1,6 +1,6 @@
 """Pure arithmetic of batch normalization: tensors in, tensors out; no modules, no configuration.
 
-Shape letters in this folder: N samples, C channels, H W, L features (levels), B mini-batches, P parts, D domains.
+Shape letters in this folder: N samples, C channels, H W, L features (levels), B mini-batches, P parts, S sources.
 """
 
 from bnext.functional.grouping import (
@@ -11,6 +11,7 @@ from bnext.functional.grouping import (
     divide_parts,
     group_samples,
     make_index,
+    number_groups,
 )
 from bnext.functional.moments import (
     Moments,
@@ -44,6 +45,7 @@ __all__ = [
     "merge_moments",
     "merge_spreads",
     "normalize_parts",
+    "number_groups",
     "part_moments",
     "sample_moments",
     "spread_of_batch",

@@ -1,11 +1,11 @@
-"""The normalization batch of each sample: by domain, by size, by a random deal, and by groups from outside.
+"""The normalization batch of each sample: by level and domain, by size, by a random deal, and by groups from outside.
 
 Plain Python on numbers of samples; the values of no tensor are looked at, and none is waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import lru_cache, wraps
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from bnext.dispatch import is_ordinary
 
-__all__ = ["Grouping", "Groups", "count_elements", "deal_samples", "divide_parts", "group_samples", "make_index"]
+__all__ = [
+    "Grouping",
+    "Groups",
+    "count_elements",
+    "deal_samples",
+    "divide_parts",
+    "group_samples",
+    "make_index",
+    "number_groups",
+]
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -49,54 +58,64 @@ class Groups(NamedTuple):
 
 
 class Grouping(NamedTuple):
-    """Samples sorted into parts: those of one domain in one mini-batch.
+    """Samples sorted into parts: those of one source in one mini-batch.
 
     Args:
         parts: for each feature the part of all its samples, or that of each sample: numbers or a tensor [N].
         mini_batches: for each part its mini-batch, 0 to B - 1.
-        domains: for each part its domain, 0 to D - 1.
+        sources: for each part its source, 0 to S - 1.
     """
 
     parts: tuple[int | tuple[int, ...] | Tensor, ...]
     mini_batches: tuple[int, ...]
-    domains: tuple[int, ...]
+    sources: tuple[int, ...]
+
+
+@_remembered
+def number_groups(keys: tuple[Hashable, ...]) -> tuple[int, ...]:
+    """For each key its number, 0 to G - 1, in the order in which they first come; equal keys have the same.
+
+    Example:
+        >>> number_groups(("p3", "p4", "p3"))
+        (0, 1, 0)
+    """
+    numbers: dict[Hashable, int] = {}
+    return tuple(numbers.setdefault(key, len(numbers)) for key in keys)
 
 
 @_remembered
 def group_samples(
     num_samples: tuple[int, ...],
-    domains: tuple[int | tuple[int, ...], ...],
-    num_domains: int,
-    shares_statistics: bool,
+    sources: tuple[int | tuple[int, ...], ...],
+    mini_batches: tuple[int, ...],
     normalization_batch_size: int | None = None,
 ) -> Grouping:
     """Sort the samples of one or several features into mini-batches.
 
     Args:
         num_samples: of each feature.
-        domains: for each feature the domain of all its samples, or that of each sample; 0 to D - 1.
-        num_domains: D.
-        shares_statistics: whether domains share a mini-batch, or each has its own.
+        sources: for each feature the source of all its samples, or that of each sample; 0 to S - 1. A source is a
+            level, a domain, or a domain at a level.
+        mini_batches: for each source the mini-batch that its samples are in, S numbers.
         normalization_batch_size: at most so many samples of a feature are in one mini-batch; None:
             all of them. They are cut, in their order, into as few groups as that allows, whose sizes
             differ by at most one.
 
     Returns:
-        The grouping. Without a normalization batch size its parts are all D domains in their order, also
+        The grouping. Without a normalization batch size its parts are all S sources in their order, also
         those that no sample has, so that workers agree on the number of parts.
 
     Example:
-        >>> group_samples((5,), (0,), 1, True, 2).parts  # groups of 2, 2 and 1
+        >>> group_samples((5,), (0,), (0,), 2).parts  # groups of 2, 2 and 1
         ((0, 0, 1, 1, 2),)
     """
     if normalization_batch_size is None or not any(num_samples):
-        mini_batches = (0,) * num_domains if shares_statistics else tuple(range(num_domains))
-        return Grouping(domains, mini_batches, tuple(range(num_domains)))
+        return Grouping(sources, mini_batches, tuple(range(len(mini_batches))))
 
     keys = []  # of every sample of every feature
-    for number, domain in zip(num_samples, domains, strict=True):
-        sample_domains = (domain,) * number if isinstance(domain, int) else domain
-        keys.append(_cut_groups(sample_domains, shares_statistics, normalization_batch_size))
+    for number, source in zip(num_samples, sources, strict=True):
+        of_samples = (source,) * number if isinstance(source, int) else source
+        keys.append(_cut_groups(of_samples, mini_batches, normalization_batch_size))
 
     part_keys = sorted({key for feature_keys in keys for key in feature_keys})
     batch_keys = sorted({key[1:] for key in part_keys})
@@ -106,21 +125,21 @@ def group_samples(
     return Grouping(
         parts=tuple(tuple(part_numbers[key] for key in feature_keys) for feature_keys in keys),
         mini_batches=tuple(batch_numbers[key[1:]] for key in part_keys),
-        domains=tuple(domain for domain, _, _ in part_keys),
+        sources=tuple(source for source, _, _ in part_keys),
     )
 
 
-def _cut_groups(domains: Sequence[int], shares_statistics: bool, size: int) -> list[tuple[int, int, int]]:
-    """For each sample of a feature: its domain, the domain whose mini-batch it is in (-1: all), and its group there."""
-    owners = [-1 if shares_statistics else domain for domain in domains]
-    totals = {owner: owners.count(owner) for owner in set(owners)}
+def _cut_groups(sources: Sequence[int], mini_batches: Sequence[int], size: int) -> list[tuple[int, int, int]]:
+    """For each sample of a feature: its source, the mini-batch that it would be in, and its group there."""
+    batches = [mini_batches[source] for source in sources]
+    totals = {batch: batches.count(batch) for batch in set(batches)}
     seen = dict.fromkeys(totals, 0)
 
     keys = []
-    for domain, owner in zip(domains, owners, strict=True):
-        num_groups = -(-totals[owner] // size)
-        keys.append((domain, owner, seen[owner] * num_groups // totals[owner]))
-        seen[owner] += 1
+    for source, batch in zip(sources, batches, strict=True):
+        num_groups = -(-totals[batch] // size)
+        keys.append((source, batch, seen[batch] * num_groups // totals[batch]))
+        seen[batch] += 1
     return keys
 
 
@@ -140,12 +159,12 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
         part = make_index(part, numbers.device)
 
     mini_batches: list[int] = []
-    domains: list[int] = []
-    for batch, domain in zip(grouping.mini_batches, grouping.domains, strict=True):
+    sources: list[int] = []
+    for batch, source in zip(grouping.mini_batches, grouping.sources, strict=True):
         mini_batches += range(batch * num_groups, (batch + 1) * num_groups)
-        domains += [domain] * num_groups
+        sources += [source] * num_groups
 
-    return Grouping((part * num_groups + numbers,), tuple(mini_batches), tuple(domains))
+    return Grouping((part * num_groups + numbers,), tuple(mini_batches), tuple(sources))
 
 
 @_remembered

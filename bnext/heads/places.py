@@ -26,6 +26,8 @@ from bnext.heads.roi import tell_images
 from bnext.heads.roi_shuffle import shuffle_heads
 from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import find_forms
+from bnext.layers.sources import is_per_domain
+from bnext.layers.spec import OWNED
 from bnext.layers.walk import find_foreign_norms, replace_modules
 from bnext.notices import tell_once
 from bnext.surgery import convert_norm
@@ -39,7 +41,6 @@ FROZEN_NORMS = (
     "statistics for all domains, that of their weights. Set MODEL.BACKBONE.FREEZE_AT 0 to give them what the others "
     "have."
 )
-OWNERS = ("statistics", "population", "affine")
 # In the place of "GN" and "LN", which 0.6 has not or cannot try: no backbone has norms of this class unasked.
 STAND_IN = "naiveSyncBN"
 # Where the parts of a place are; the FPN's are all of the backbone but its bottom-up network.
@@ -208,7 +209,7 @@ def _check_present(model: nn.Module, norm: PlaceNorm, parts: dict[str, nn.Module
 def _tell_frozen(model: nn.Module, place: PlaceNorm, parts: dict[str, nn.Module]) -> None:
     """Say which norms of a place are frozen, where its keys ask for domains or for mini-batches at inference."""
     answers = vars(place.spec)
-    asked = [name.upper() for name in OWNERS if answers[name] == "per_domain"]
+    asked = [name.upper() for name in OWNED if is_per_domain(answers[name])]
     if place.spec.inference == "mini_batch":
         asked.append("INFERENCE")
 

@@ -1,8 +1,8 @@
 """The one batch norm that a `NormSpec` describes, for one feature map.
 
-The base of `LevelBatchNorm2d`, which sees several. Both sort samples into parts (the samples of one
-domain in one mini-batch) and differ only in where the names come from: for levels from the call, for
-domains from `use_domain`. Whose the state is, is in ownership.py.
+The base of `LevelBatchNorm2d`, which sees several. Both sort samples into parts, those of one source (a level, a
+domain, or a domain at a level) in one mini-batch. The level of a feature is its name in the call, the domain of a
+sample comes from `use_domain`. Whose the state is, is in ownership.py.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ from bnext.functional import (
     group_samples,
     make_index,
     normalize_parts,
+    number_groups,
     part_moments,
 )
 from bnext.kernels import has_exact_batch_norm
-from bnext.layers.ownership import Affine, Domains, DomainState, OwnedBatchNorm2d
+from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
@@ -51,7 +52,7 @@ NO_SPEC = Refusal(ConfigError, "spec", "be a NormSpec", "For a norm by name use 
 NO_LEVELS = Refusal(
     ConfigError,
     "spec",
-    "not be per_level in a norm of a single feature map",
+    "not be per_level, nor per_level_and_domain, in a norm of a single feature map",
     "Use LevelBatchNorm2d, or per_domain with names.",
 )
 GROUPS_OF_OTHERS = Refusal(
@@ -103,7 +104,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     Note:
         Running statistics move once per call in training, with the variance of correction 1; several groups of
-        one call are merged first, and levels or domains with statistics of their own that share a population move it
+        one call are merged first, and levels or domains with mini-batches of their own that share a population move it
         one after another. They do not move in `frozen_statistics`, while a backward pass computes
         activations again, for a mini-batch of less than two elements per channel, or where the spec freezes them; nor
         for one with inf or NaN, such as an overflow, which `bnext.layers.counts` counts.
@@ -136,9 +137,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
         spec = NormSpec() if spec is None else spec
         if not isinstance(spec, NormSpec):
             raise NO_SPEC.of(repr(spec), "BatchNorm2d")
-        if spec.owner == "per_level" and not levels:
+        if spec.has_levels and not levels:
             raise NO_LEVELS.of(spec, "BatchNorm2d")
-        super().__init__(num_features, spec, tuple(levels) or spec.domains, device=device, dtype=dtype)
+        super().__init__(num_features, spec, levels, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize [N, C, H, W]; the result has the same shape, type and memory format.
@@ -150,11 +151,24 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
-        domains = self.find_domains(call.domain, input.shape[0])
+        features, sources = self.list_features(input, call.domain)
         self.count_domains(call, input.shape[0])
         if self._last_call is not None and self.training and not is_traced():
             self._last_call = watch_call(self, input, self._last_call)
-        return self.normalize_features([input], [domains], self.domains or ("",), call)[0]
+        return self.normalize_features(features, sources, self.sources, call)[0]
+
+    def list_features(self, given: Any, active: str | tuple[str, ...] | None) -> tuple[list[Tensor], list[Sources]]:
+        """The features that a call is given, and for each the index, in `sources`, of all its samples or of each.
+
+        Args:
+            given: see `forward`.
+            active: the domain of all samples, or that of each, see `NormCall`.
+        """
+        return [given], [self.find_domains(active, given.shape[0])]
+
+    def number_mini_batches(self, spec: NormSpec) -> tuple[int, ...]:
+        """For each source the mini-batch that its samples are in, by the answers of `spec`: 0 to B - 1."""
+        return number_groups(tuple(self._owners[spec.statistics].values()))
 
     @property
     def uses_mini_batch(self) -> bool:
@@ -169,50 +183,50 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return spec.inference == "mini_batch"
 
     def normalize_features(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], call: NormCall
+        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], call: NormCall
     ) -> list[Tensor]:
-        """Normalize one or several features of known domains; the core of this layer and of its subclass.
+        """Normalize one or several features of known sources; the core of this layer and of its subclasses.
 
         Args:
             features: tensors [N_l, C, H_l, W_l].
-            domains: for each feature the index in `names` of all its samples, or of each.
-            names: of the domains that may occur.
+            sources: for each feature the index in `names` of all its samples, or of each.
+            names: of the sources that may occur.
             call: what the call knows besides.
         """
         if self._is_by_mini_batch(call.spec):
-            return self._normalize_by_mini_batch(features, domains, names, call)
+            return self._normalize_by_mini_batch(features, sources, names, call)
 
         moves = any(self.is_moving(name, call) for name in names)
-        outputs = self._normalize_by_population(features, domains, names, moves)
+        outputs = self._normalize_by_population(features, sources, names, moves)
         if moves:
             group = resolve_group(call.spec.workers)
-            moments, grouping = self._collect_moments(features, domains, names, None, group, call)
-            self.move_populations(moments, grouping.domains, names, call)
+            moments, grouping = self._collect_moments(features, sources, names, None, group, call)
+            self.move_populations(moments, grouping.sources, names, call)
         return outputs
 
     # ---- by the population
 
     def _normalize_by_population(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], moves: bool
+        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], moves: bool
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
-        indices = {index for domain in domains for index in ((domain,) if isinstance(domain, int) else domain)}
+        indices = {index for source in sources for index in ((source,) if isinstance(source, int) else source)}
         used_names = [names[index] for index in indices]
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
-        if all(isinstance(domain, int) for domain in domains):
-            used: list[int] = domains  # type: ignore[assignment]
+        if all(isinstance(source, int) for source in sources):
+            used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
-            return [self._infer(x, names[d], affines[d], moves) for x, d in zip(features, used, strict=True)]
+            return [self._infer(x, names[i], affines[i], moves) for x, i in zip(features, used, strict=True)]
 
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
-        parts = _to_parts(domains, weight.device)
+        parts = _to_parts(sources, weight.device)
         return normalize_parts(features, parts, weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
-        """One feature by the population of its domain, with torch's kernel."""
+        """One feature by the population of its source, with torch's kernel."""
         state: Any = self.population_state(name)
         mean, var = state.running_mean, state.running_var
 
@@ -224,25 +238,25 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the mini-batch
 
     def _normalize_by_mini_batch(
-        self, features: list[Tensor], domains: list[Domains], names: tuple[str, ...], call: NormCall
+        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], call: NormCall
     ) -> list[Tensor]:
         spec = call.spec
         group = resolve_group(spec.workers) if self.training else None
         size = spec.normalization_batch_size if self.training and call.recorder is None else None
 
-        if group is None and self._is_plain(features, domains, size, call):
-            used: list[int] = domains  # type: ignore[assignment]
+        if group is None and self._is_plain(features, sources, size, call):
+            used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
-            return [self._normalize_plainly(x, names[d], affines[d], call) for x, d in zip(features, used, strict=True)]
+            return [self._normalize_plainly(x, names[i], affines[i], call) for x, i in zip(features, used, strict=True)]
 
         if self.training and is_exported_to_onnx():
             tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
-        own, grouping = self._collect_moments(features, domains, names, size, group, call)
-        part_names = [names[domain] for domain in grouping.domains]
+        own, grouping = self._collect_moments(features, sources, names, size, group, call)
+        part_names = [names[source] for source in grouping.sources]
         virtual = call.virtual
         moments = own if virtual is None else enlarge_parts(own, [virtual.get(name) for name in part_names])
 
-        # Parts of one mini-batch, the domains of a shared one for example, are merged.
+        # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
         device, statistics, owners = moments.mean.device, moments, None
         if grouping.mini_batches != tuple(range(len(part_names))):
             owners = make_index(grouping.mini_batches, device)
@@ -262,7 +276,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self._move_by_mini_batch(own, grouping, names, call)
         return outputs
 
-    def _is_plain(self, features: list[Tensor], domains: list[Domains], size: int | None, call: NormCall) -> bool:
+    def _is_plain(self, features: list[Tensor], sources: list[Sources], size: int | None, call: NormCall) -> bool:
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
         if any(value is not None for value in (call.groups, call.virtual, call.recorder)) or self.momentum is None:
             return False
@@ -270,15 +284,15 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return False  # ONNX gets the kernel's training mode as evaluation, and a size of one element may come later
         if self.training and call.spec.training == "renorm":
             return False
-        if len(features) > 1 and call.spec.statistics == "shared":
-            return False
 
-        for feature, domain in zip(features, domains, strict=True):
-            is_one_batch = isinstance(domain, int) and (size is None or len(feature) <= size)
+        mini_batches, used = self.number_mini_batches(call.spec), set()
+        for feature, source in zip(features, sources, strict=True):
+            is_in_one = isinstance(source, int) and (size is None or len(feature) <= size)
             has_variance = feature.numel() >= 2 * self.num_features
-            if not (is_one_batch and has_variance and has_exact_batch_norm(feature)):
+            if not (is_in_one and has_variance and has_exact_batch_norm(feature)):
                 return False
-        return True
+            used.add(mini_batches[source])
+        return len(used) == len(features)
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         if not self.training:
@@ -300,7 +314,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
     def _collect_moments(
         self,
         features: list[Tensor],
-        domains: list[Domains],
+        sources: list[Sources],
         names: tuple[str, ...],
         size: int | None,
         group: Any,
@@ -311,7 +325,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
 
         counts = tuple(feature.shape[0] for feature in features)
-        grouping = group_samples(counts, tuple(domains), len(names), call.spec.statistics == "shared", size)
+        grouping = group_samples(counts, tuple(sources), self.number_mini_batches(call.spec), size)
         if call.groups is not None and call.recorder is None:
             self._check_groups(call.groups, counts, size)
             grouping = divide_parts(grouping, call.groups)
@@ -319,7 +333,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         # They get their gradient in `normalize_parts`; a transform is to differentiate them itself.
         parts = _to_parts(grouping.parts, features[0].device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (is_transformed() or is_exported())):
-            moments = part_moments(features, parts, len(grouping.domains))
+            moments = part_moments(features, parts, len(grouping.sources))
             moments = merge_moments_over_workers(moments, group, self.where)
         if call.recorder is not None:
             self._record(call.recorder, moments, names)
@@ -337,14 +351,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
     def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...], call: NormCall) -> None:
-        """The virtual samples count once for a domain, in however many groups they were."""
-        domains = list(grouping.domains)
+        """The virtual samples count once for a source, in however many groups they were."""
+        sources = list(grouping.sources)
         if call.virtual is not None:
-            owners = make_index(grouping.domains, moments.mean.device)
-            domains = list(range(max(domains) + 1))
-            moments = group_moments(moments, owners, len(domains))  # first: a group may be empty
-            moments = enlarge_parts(moments, [call.virtual.get(names[domain]) for domain in domains])
-        self.move_populations(moments, domains, names, call)
+            owners = make_index(grouping.sources, moments.mean.device)
+            sources = list(range(max(sources) + 1))
+            moments = group_moments(moments, owners, len(sources))  # first: a group may be empty
+            moments = enlarge_parts(moments, [call.virtual.get(names[source]) for source in sources])
+        self.move_populations(moments, sources, names, call)
 
     def _renormalize(
         self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]
@@ -362,5 +376,5 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return weight * r, bias + weight * d
 
 
-def _to_parts(parts: Sequence[Domains | Tensor], device: torch.device) -> list[int | Tensor]:
+def _to_parts(parts: Sequence[Sources | Tensor], device: torch.device) -> list[int | Tensor]:
     return [make_index(part, device) if isinstance(part, tuple) else part for part in parts]

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from bnext.dispatch import is_exported, is_ordinary, is_traced
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.level_norm import LevelBatchNorm2d
+from bnext.layers.ownership import Sources
+from bnext.layers.sources import is_per_level
 from bnext.layers.spec import NormSpec
-from bnext.scope.call import read_call
+from bnext.scope.call import NormCall, read_call
 from bnext.scope.forward import ForwardCalls, Size
 from bnext.scope.record import get_record
 
@@ -55,7 +57,7 @@ NO_LENGTH = Refusal(
 SHARED_STATISTICS = Refusal(
     ConfigError,
     "spec",
-    "have statistics='per_level' in a norm that gets one level after the other",
+    "have statistics='per_level' or 'per_level_and_domain' in a norm that gets one level after the other",
     "Use it, or a head that gets all levels in one call, with LevelBatchNorm2d.",
 )
 NO_CLASS = Refusal(
@@ -139,7 +141,7 @@ class CycleBatchNormList(LevelBatchNorm2d):
         bn_class: torch's BatchNorm2d or SyncBatchNorm: statistics of one worker, or of all.
         num_features: channels C.
         levels: their names, in the order of the calls; None: "0", "1", ..., as detectron2's.
-        spec: other answers, with statistics="per_level"; it replaces bn_class and the arguments that follow.
+        spec: other answers, with statistics per level; it replaces bn_class and the arguments that follow.
         affine, eps, momentum, track_running_stats, device, dtype: torch's.
 
     Raises:
@@ -204,7 +206,7 @@ class CycleBatchNormList(LevelBatchNorm2d):
                 **average,
                 **population,
             )
-        if isinstance(spec, NormSpec) and spec.statistics != "per_level":
+        if isinstance(spec, NormSpec) and not is_per_level(spec.statistics):
             raise SHARED_STATISTICS.of(f"statistics={spec.statistics!r}", type(self).__name__)
 
         if levels is None:
@@ -232,21 +234,36 @@ class CycleBatchNormList(LevelBatchNorm2d):
         call = read_call(self, self._spec, self.where, level)
         if call.level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
-        if calls is not None and self.is_moving(call.level, call):
-            if is_ordinary():
-                calls.keep(self.population_state(call.level))
-            else:
-                calls.is_kept = False
 
-        index = self.levels.index(call.level)
-        return self.normalize_features([input], [index], self.levels, call)[0]
+        sources = self.find_sources(call.level, call.domain, input.shape[0])
+        if call.level == self.levels[0]:  # the same images at every level
+            self.count_domains(call, input.shape[0])
+        if calls is not None:
+            self._keep(calls, sources, call)
+        return self.normalize_features([input], [sources], self.sources, call)[0]
 
-    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> int:
-        """Index of the level of the call that comes next; `active`, the domain of the samples, says nothing of it."""
+    def list_features(
+        self, given: Tensor | Mapping[str, Tensor], active: str | tuple[str, ...] | None
+    ) -> tuple[list[Tensor], list[Sources]]:
+        """The feature of the call that comes next, or those of several levels; see `BatchNorm2d.list_features`."""
+        if isinstance(given, Mapping):
+            return super().list_features(given, active)
+
         level = self._find_level()
         if level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
-        return self.levels.index(level)
+        return [given], [self.find_sources(level, active, given.shape[0])]
+
+    def _keep(self, calls: ForwardCalls, sources: Sources, call: NormCall) -> None:
+        """Remember the running statistics that a call moves."""
+        indices = {sources} if isinstance(sources, int) else set(sources)
+        moving = [self.sources[index] for index in sorted(indices) if self.is_moving(self.sources[index], call)]
+
+        if moving and not is_ordinary():
+            calls.is_kept = False
+            return
+        for source in moving:
+            calls.keep(self.population_state(source))
 
     # ---- which level
 

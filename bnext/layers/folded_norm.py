@@ -73,9 +73,9 @@ class FoldedNorm(nn.Module):
 
     Args:
         num_features: channels C.
-        domain: the level or domain whose statistics and affine were folded; "": everything shares them.
-        levels: names of the features that the norm took in one call; (): it took one feature map.
-        domains: of a norm of one feature map, the names among which `domain` was chosen.
+        domain: whose statistics and affine were folded; "": all domains share them.
+        levels: whose were folded, of a norm that takes several features in one call; (): it took one feature map.
+        domains: the names among which `domain` was chosen.
         fallback_domain: where an unknown domain is active, the one that the norm took in its place.
         allow_training: do not refuse training mode.
         path: where the norm was in its model, for messages.
@@ -104,7 +104,8 @@ class FoldedNorm(nn.Module):
         self.path = path
 
     def extra_repr(self) -> str:
-        return f"{self.num_features}, domain={self.domain!r}" if self.domain else str(self.num_features)
+        names = {"levels": self.levels, "domain": self.domain}
+        return ", ".join([str(self.num_features), *(f"{key}={value!r}" for key, value in names.items() if value)])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -143,16 +144,14 @@ class FoldedNorm(nn.Module):
 
         if isinstance(input, Mapping):
             self._check_levels(input)
-        elif self.domains:
+        if self.domain:
             self._check_active_domain()
         return input
 
     def _check_levels(self, features: Mapping[str, Tensor]) -> None:
-        allowed = (self.domain,) if self.domain else self.levels
-
         for level in features:
-            if level not in allowed:
-                raise OTHER_LEVEL.of(repr(level), self.path, allowed=allowed)
+            if level not in self.levels:
+                raise OTHER_LEVEL.of(repr(level), self.path, allowed=self.levels)
 
     def _check_active_domain(self) -> None:
         active = get_active_domain()

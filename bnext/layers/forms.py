@@ -23,7 +23,8 @@ from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.build import LayerNorm2d
 from bnext.layers.cycle_batch_norm import CycleBatchNormList
 from bnext.layers.level_norm import LevelBatchNorm2d
-from bnext.layers.norm_form import AFFINE, POPULATION, Layout, NormForm, form_of_spec
+from bnext.layers.norm_form import AFFINE, POPULATION, NormForm, form_of_spec
+from bnext.layers.sources import Ownership
 
 __all__ = [
     "AFFINE",
@@ -165,7 +166,7 @@ def find_form(module: nn.Module, treat_as: TreatAs | None = None) -> NormForm | 
     norm: Any = module
 
     if isinstance(module, BatchNorm2d):
-        return form_of_spec(module.spec, module.num_features, module.domains, module.eps, module.has_bias)
+        return form_of_spec(module.spec, module.num_features, module.levels, module.eps, module.has_bias)
 
     if isinstance(module, nn.ModuleList):
         return _read_numbered(module)
@@ -258,7 +259,7 @@ def find_state_forms(model: nn.Module) -> list[tuple[str, nn.Module, NormForm]]:
     return sorted(norms, key=lambda norm: places[norm[0]])
 
 
-def _layout(value: Tensor | None) -> Layout:
+def _layout(value: Tensor | None) -> Ownership:
     return "none" if value is None else "shared"
 
 
@@ -273,13 +274,12 @@ def _read_numbered(module: nn.ModuleList) -> NormForm | None:
         return None
 
     parameters = dict(module.named_parameters(recurse=False))
-    affine: Layout = "owned" if first.affine == "shared" else "none"
+    affine: Ownership = "per_level" if first.affine == "shared" else "none"
     return dataclasses.replace(
         first,
         affine="shared" if "weight" in parameters or "bias" in parameters else affine,
-        population="owned" if first.population == "shared" else "none",
-        owners=tuple(str(index) for index in range(len(module))),
-        is_numbered=True,
+        population="per_level" if first.population == "shared" else "none",
+        levels=tuple(str(index) for index in range(len(module))),
     )
 
 

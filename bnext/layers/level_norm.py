@@ -2,7 +2,8 @@
 
 A convolution that is applied to every level of a pyramid sees several domains. `LevelBatchNorm2d`
 receives all of them in one call, so that it can treat them as one mini-batch or as several, and
-knows each by its name: no call is counted, and a level that is left out shifts no other.
+knows each by its name: no call is counted, and a level that is left out shifts no other. Samples may be of
+several domains besides, those of a batch of images at every level.
 
 What is not here: a norm of a single feature map, which torch's BatchNorm2d already is.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.ownership import Sources
 from bnext.layers.spec import NormSpec
 from bnext.scope.call import NormCall, read_call
 
@@ -44,19 +46,21 @@ class LevelBatchNorm2d(BatchNorm2d):
 
         y_l = weight_l * ((x_l - mean_b) / sqrt(var_b + eps)) + bias_l
 
-    b is the mini-batch of level l in training, its population statistics otherwise. What the levels
-    share lies on the layer under torch's names (`weight`, `running_mean`, ...), what each owns under
-    its name (`p3.weight`, `p3.running_mean`, ...).
+    b is the mini-batch of level l in training, its population statistics otherwise; with domains, that of the
+    sample's domain at level l. What all share lies on the layer under torch's names (`weight`, `running_mean`, ...),
+    what a level, a domain or a domain at a level owns under its name (`p3.weight`, `night.weight`, `night_p3.weight`).
 
     Args:
         num_features: channels C.
         levels: names of the levels, for example ("p3", "p4", "p5", "p6", "p7"); in this order a
             running average that all levels share takes in their moments.
-        spec: which statistics, whose population, whose affine, over which workers.
+        spec: which statistics, whose population, whose affine, over which workers. Where it names domains,
+            `use_domain` says that of all samples, or of each: the samples of every level are those of one batch.
         device, dtype: of its state, as torch's.
 
     Raises:
-        ConfigError: no levels, a name twice, or a name that is an attribute of the layer.
+        ConfigError: no levels, a name twice (of a level, a domain, or one joined of both), or a name that is an
+            attribute of the layer.
 
     Note:
         With workers="all" every worker calls one collective forward and one backward; a worker
@@ -82,16 +86,8 @@ class LevelBatchNorm2d(BatchNorm2d):
         if isinstance(levels, str):
             rule, remedy = "be a sequence of names", f"Write ({levels!r},)."
             raise ConfigError.of("levels", rule, got=repr(levels), where="LevelBatchNorm2d", remedy=remedy)
-        if isinstance(spec, NormSpec) and spec.owner == "per_domain":
-            rule, remedy = "not be per_domain in a norm over levels", "Use per_level: its domains are the levels."
-            raise ConfigError.of("spec", rule, got=spec, where="LevelBatchNorm2d", remedy=remedy)
 
         super().__init__(num_features, spec, levels=levels, device=device, dtype=dtype)
-
-    @property
-    def levels(self) -> tuple[str, ...]:
-        """Names of the levels."""
-        return self.domains
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, levels={self.levels}"
@@ -108,26 +104,51 @@ class LevelBatchNorm2d(BatchNorm2d):
 
         Raises:
             StatisticsError: an unknown level, a tensor instead of named levels, and what `BatchNorm2d` raises.
+            DomainError: see `BatchNorm2d`.
 
         Note:
-            In training the running statistics move: one update per call where mini-batch statistics
-            are shared; otherwise one per level, in the order of `levels`.
+            In training the running statistics move: a population once for each mini-batch that has samples of it, one
+            domain after the other, each in the order of `levels`.
         """
         self._check_levels(features)
-        present = {level: index for index, level in enumerate(self.levels) if level in features}
         call = read_call(self, self._spec, self.where)
-        if not present:
+        if not features:
             self._check_is_alone(call)
             return {}
 
-        inputs = [features[level] for level in present]
-        outputs = self.normalize_features(inputs, list(present.values()), self.levels, call)
+        inputs, sources = self.list_features(features, call.domain)
+        if self.domains:  # the same images at every level
+            self.count_domains(call, max(map(len, inputs)))
+        outputs = self.normalize_features(inputs, sources, self.sources, call)
+
+        present = [level for level in self.levels if level in features]
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
 
+    def list_features(
+        self, given: Mapping[str, Tensor], active: str | tuple[str, ...] | None
+    ) -> tuple[list[Tensor], list[Sources]]:
+        """The features in the order of `levels`, and their sources; see `BatchNorm2d.list_features`."""
+        levels = [level for level in self.levels if level in given]
+        features = [given[level] for level in levels]
+
+        pairs = zip(levels, features, strict=True)
+        return features, [self.find_sources(level, active, feature.shape[0]) for level, feature in pairs]
+
+    def find_sources(self, level: str, active: str | tuple[str, ...] | None, num_samples: int) -> Sources:
+        """Index, in `sources`, of the source of all samples of a level, or of each sample's."""
+        number, step = self.levels.index(level), len(self.levels)
+        if isinstance(active, tuple) and num_samples == 0:
+            return number  # of no sample
+
+        domains = self.find_domains(active, num_samples)
+        if isinstance(domains, int):
+            return domains * step + number
+        return tuple(domain * step + number for domain in domains)
+
     def _check_is_alone(self, call: NormCall) -> None:
         """Without any feature there is no backward pass here, for which other workers would wait."""
-        is_moving = any(self.is_moving(level, call) for level in self.levels)
+        is_moving = any(self.is_moving(source, call) for source in self.sources)
         is_shared = self.training and (self.uses_mini_batch or is_moving)
         if is_shared and resolve_group(call.spec.workers) is not None:
             raise NO_FEATURE.of("none", self.where, num_features=self.num_features)

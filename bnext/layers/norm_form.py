@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
+from bnext.layers.sources import Ownership, Source, is_per_domain, is_per_level, list_sources
 from bnext.layers.spec import NormSpec
 
-__all__ = ["AFFINE", "POPULATION", "Layout", "NormForm", "form_of_spec"]
+__all__ = ["AFFINE", "POPULATION", "NormForm", "form_of_spec"]
 
 AFFINE = ("weight", "bias")
 POPULATION = ("running_mean", "running_var", "num_batches_tracked")
-Layout = Literal["shared", "owned", "none"]
-
-_LAYOUTS: dict[str, Layout] = {"shared": "shared", "none": "none", "per_level": "owned", "per_domain": "owned"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +24,10 @@ class NormForm:
 
     Args:
         num_features: channels C.
-        affine, population: on the norm itself ("shared"), one for each of `owners`, or "none".
-        owners: names of what owns something: levels or domains; numbers, if `is_numbered`.
-        is_numbered: the owners have numbers for names, whose meaning is their order.
+        affine, population: who owns it, as `NormSpec` says; what is "shared" lies on the norm itself.
         has_counter: num_batches_tracked is kept.
         eps: added to the variance.
+        levels, domains: their names.
         inference: what normalizes in evaluation mode; norms for which this is equal, and affine,
             population and eps as well, have equal outputs.
         is_frozen: population statistics normalize in training too.
@@ -39,11 +35,11 @@ class NormForm:
     """
 
     num_features: int
-    affine: Layout
-    population: Layout
+    affine: Ownership
+    population: Ownership
     eps: float
-    owners: tuple[str, ...] = ()
-    is_numbered: bool = False
+    levels: tuple[str, ...] = ()
+    domains: tuple[str, ...] = ()
     has_counter: bool = True
     inference: tuple[object, ...] = ("population",)
     is_frozen: bool = False
@@ -54,43 +50,69 @@ class NormForm:
         """Whether it normalizes by a batch or by the population, and not each sample alone."""
         return self.inference[0] in ("population", "mini_batch")
 
+    @property
+    def is_numbered(self) -> bool:
+        """Whether levels, or domains, have numbers for names, whose meaning is their order."""
+        names = self.levels or self.domains
+        return bool(names) and names == tuple(str(index) for index in range(len(names)))
+
+    @property
+    def owners(self) -> tuple[str, ...]:
+        """Names of what owns something: levels, domains, or pairs."""
+        owners = [*self.group_sources(self.affine), *self.group_sources(self.population)]
+        return tuple(filter(None, dict.fromkeys(owners)))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names of levels, domains, and pairs, whatever they own."""
+        pairs = [source.name for source in list_sources(self.levels, self.domains)]
+        return tuple(filter(None, dict.fromkeys([*self.levels, *self.domains, *pairs])))
+
+    def group_sources(self, answer: Ownership) -> dict[str, list[Source]]:
+        """Owner of something, by an answer -> the sources that it owns it for; "" is the norm itself."""
+        groups: dict[str, list[Source]] = {}
+        for source in list_sources(self.levels, self.domains) if answer != "none" else ():
+            groups.setdefault(source.find_owner(answer), []).append(source)
+        return groups
+
     def list_keys(self) -> list[str]:
         """The keys of its state dict."""
         affine = AFFINE if self.has_bias else AFFINE[:1]
         population = POPULATION if self.has_counter else POPULATION[:2]
         keys = []
 
-        for layout, fields in ((self.affine, affine), (self.population, population)):
-            for owner in {"shared": ("",), "owned": self.owners, "none": ()}[layout]:
+        for answer, fields in ((self.affine, affine), (self.population, population)):
+            for owner in self.group_sources(answer):
                 keys += [f"{owner}.{field}" if owner else field for field in fields]
 
         return keys
 
 
 def form_of_spec(
-    spec: NormSpec, num_features: int, domains: Sequence[str], eps: float, has_bias: bool = True
+    spec: NormSpec, num_features: int, levels: Sequence[str], eps: float, has_bias: bool = True
 ) -> NormForm:
     """The form of a norm of bnext.
 
     Args:
         spec: its answers.
         num_features: its channels C.
-        domains: names of its levels or domains.
+        levels: names of its levels; (): it sees one feature map.
         eps: added to its variance.
         has_bias: see `NormForm`.
     """
     inference: tuple[object, ...] = ("population",)
     if spec.inference == "mini_batch":
         inference = ("mini_batch", spec.statistics)
-        inference += (tuple(domains),) if spec.statistics != "shared" else ()
+        inference += (tuple(levels),) if is_per_level(spec.statistics) else ()
+        inference += (spec.domains,) if is_per_domain(spec.statistics) else ()
 
     return NormForm(
         num_features=num_features,
-        affine=_LAYOUTS[spec.affine],
-        population=_LAYOUTS[spec.population],
+        affine=spec.affine,
+        population=spec.population,
         eps=eps,
-        owners=tuple(domains),
-        is_numbered=bool(domains) and tuple(domains) == tuple(str(index) for index in range(len(domains))),
+        levels=tuple(levels),
+        domains=spec.domains,
         inference=inference,
         is_frozen=spec.has_frozen_statistics,
         has_bias=has_bias,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
+from bnext.layers.sources import Source, find_origin, list_sources
 
 __all__ = [
     "COPIED_POPULATION",
@@ -137,7 +138,7 @@ def read_norm(module: nn.Module, form: NormForm, path: str = "") -> NormRecord:
     state = {key: value for key, value in module.state_dict().items() if key in keys}
 
     record = read_state(state, form.num_features, path)
-    return dataclasses.replace(record, owners=form.owners, is_numbered=form.is_numbered, form=form)
+    return dataclasses.replace(record, owners=form.owners, form=form)
 
 
 def read_state(state_dict: StateDict, num_features: int, path: str) -> NormRecord:
@@ -184,7 +185,8 @@ def write_state(
         record: what is known.
         form: of the norm that will hold it.
         path: of that norm, for errors.
-        domain_map: name in `form` -> name in `record`, where they differ; "" is what is shared. See `restrict_map`.
+        domain_map: name in `form` -> name in `record`, where they differ, of a level, a domain or a pair; "" is what
+            is shared. See `restrict_map`.
 
     Raises:
         CheckpointError: numbered owners whose number is not the other side's.
@@ -198,32 +200,40 @@ def write_state(
         names = domain_map.keys() if record.is_numbered else domain_map.values()
         notes += [Note(NUMBERED.format(names=", ".join(names)))] if names else []
 
-    if form.owners or domain_map:
-        dropped = sorted(set(record.owners) - {*form.owners, *domain_map.values()})
-        if dropped:
-            text = DROPPED_OWNERS.format(names=", ".join(dropped))
-            notes.append(Note(text, keeps_outputs=False))
+    dropped = sorted(set(record.owners) - _find_used(record, form, domain_map))
+    if dropped:
+        text = DROPPED_OWNERS.format(names=", ".join(dropped))
+        notes.append(Note(text, keeps_outputs=False))
 
-    sources = {owner: domain_map.get(owner, owner) for owner in ("", *form.owners)}
-    affine, affine_notes = _write_affine(record, sources, form)
+    affine, affine_notes = _write_affine(record, domain_map, form)
     affine, bias_notes = _settle_bias(affine, form, is_known=record.form is not None)
-    population, population_notes = _write_population(record, sources, form)
+    population, population_notes = _write_population(record, domain_map, form)
     return {**affine, **population}, [*notes, *affine_notes, *bias_notes, *population_notes]
+
+
+def _find_used(record: NormRecord, form: NormForm, domain_map: Mapping[str, str]) -> set[str]:
+    """The owners in a record that levels or domains of a form have something to do with."""
+    used: set[str] = set()
+    for source in list_sources(form.levels, form.domains):
+        for half in (record.affines, record.populations):
+            used.update(find_origin(source, half, domain_map).names)
+    return used
 
 
 def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, str]:
     """A domain map where one side has numbers for names, which count the names of the other in their order."""
-    if record.is_numbered == form.is_numbered or not record.owners or not form.owners:
+    names = form.levels or form.domains
+    if record.is_numbered == form.is_numbered or not record.owners or not names:
         return {}
-    if record.is_numbered and set(record.owners) <= set(form.owners):
+    if record.is_numbered and set(record.owners) <= set(names):
         return {}
 
-    if len(record.owners) != len(form.owners):
-        raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(form.owners))
-    return dict(zip(form.owners, record.owners, strict=True))
+    if len(record.owners) != len(names):
+        raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(names))
+    return dict(zip(names, record.owners, strict=True))
 
 
-def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
+def _write_affine(record: NormRecord, domain_map: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
     affines = record.affines
 
     if form.affine == "none":
@@ -234,11 +244,9 @@ def _write_affine(record: NormRecord, sources: Mapping[str, str], form: NormForm
         unit = {"weight": torch.ones(form.num_features)}
         if form.has_bias:
             unit["bias"] = torch.zeros(form.num_features)
-        owners = [""] if form.affine == "shared" else form.owners
-        return _flatten(dict.fromkeys(owners, unit)), [Note(UNIT_AFFINE)]
+        return _flatten(dict.fromkeys(form.group_sources(form.affine), unit)), [Note(UNIT_AFFINE)]
 
-    write = _write_shared if form.affine == "shared" else _write_owned
-    return write(affines, sources, form, _AFFINE_RULES)
+    return _write_half(affines, form.group_sources(form.affine), domain_map, _AFFINE_RULES)
 
 
 def _settle_bias(affine: Fields, form: NormForm, is_known: bool) -> tuple[Fields, list[Note]]:
@@ -255,15 +263,14 @@ def _settle_bias(affine: Fields, form: NormForm, is_known: bool) -> tuple[Fields
     return {**affine, **missing}, [Note(ZERO_BIAS)] if missing else []
 
 
-def _write_population(record: NormRecord, sources: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
+def _write_population(record: NormRecord, domain_map: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
     populations = record.populations
 
     if form.population == "none":
         is_unused = record.form is not None and record.form.inference[0] != "population"
         return {}, [Note(DROPPED_POPULATION, keeps_outputs=is_unused)] if populations else []
 
-    write = _write_shared if form.population == "shared" else _write_owned
-    state, notes = write(populations, sources, form, _POPULATION_RULES)
+    state, notes = _write_half(populations, form.group_sources(form.population), domain_map, _POPULATION_RULES)
     if form.inference[0] != "population":
         notes = [note._replace(keeps_outputs=True) for note in notes]
 
@@ -274,44 +281,39 @@ def _write_population(record: NormRecord, sources: Mapping[str, str], form: Norm
     return state, notes
 
 
-def _write_shared(
-    by_owner: dict[str, Fields], sources: Mapping[str, str], form: NormForm, rules: _Rules
+def _write_half(
+    half: dict[str, Fields], owners: Mapping[str, list[Source]], domain_map: Mapping[str, str], rules: _Rules
 ) -> tuple[Fields, list[Note]]:
-    """One affine, or one population, from what is shared; else from all that own one."""
-    shared = by_owner.get(sources[""], by_owner.get(""))
-    if shared is not None:
-        return dict(shared), []
+    """The affines, or the populations, of all owners, each from those of its sources.
 
-    merged = [fields for owner, fields in by_owner.items() if not form.owners or owner in sources.values()]
-    if not merged:
-        return {}, [Note(rules.missing.format(names="it"), keeps_outputs=False)]
-
-    if all(_are_equal(fields, merged[0]) for fields in merged):
-        return dict(merged[0]), [Note(rules.equal)] if len(by_owner) > 1 else []
-    return rules.merge(merged), [Note(rules.merged, keeps_outputs=False)]
-
-
-def _write_owned(
-    by_owner: dict[str, Fields], sources: Mapping[str, str], form: NormForm, rules: _Rules
-) -> tuple[Fields, list[Note]]:
-    """One affine, or one population, for every owner: its own, or a copy of what is shared.
-
-    What is shared stands in for an owner only where no owner has its own, or domain_map says so.
+    What all share stands in for an owner only where no owner has its own, or domain_map says so.
     """
-    owned = {owner: by_owner[sources[owner]] for owner in form.owners if sources[owner] and sources[owner] in by_owner}
+    origins = {}
+    for owner, sources in owners.items():
+        origins[owner] = [find_origin(source, half, domain_map) for source in sources]
+    has_own = any(not origin.is_shared and origin.names for of_owner in origins.values() for origin in of_owner)
 
-    copied = {}
-    for owner in form.owners if "" in by_owner else ():
-        if not owned or not sources[owner]:
-            copied[owner] = by_owner[""]
+    by_owner: dict[str, Fields] = {}
+    notes: set[Note] = set()
+    missing = []
+    for owner, of_owner in origins.items():
+        names = list(dict.fromkeys(name for origin in of_owner for name in origin.names))
+        is_stand_in = bool(owner) and names == [""]
+        if not names or (is_stand_in and has_own and domain_map.get(owner) != ""):
+            missing.append(owner or "it")
+            continue
 
-    notes = []
-    if copied:
-        notes.append(Note(rules.copied))
-    missing = [owner for owner in form.owners if owner not in owned and owner not in copied]
+        fields = [half[name] for name in names]
+        are_equal = all(_are_equal(one, fields[0]) for one in fields[1:])
+        by_owner[owner] = fields[0] if are_equal else rules.merge(fields)
+        if len(fields) > 1:
+            notes.add(Note(rules.equal) if are_equal else Note(rules.merged, keeps_outputs=False))
+        if owner and any(origin.is_shared for origin in of_owner):
+            notes.add(Note(rules.copied))
+
     if missing:
-        notes.append(Note(rules.missing.format(names=", ".join(missing)), keeps_outputs=False))
-    return _flatten({**owned, **copied}), notes
+        notes.add(Note(rules.missing.format(names=", ".join(missing)), keeps_outputs=False))
+    return _flatten(by_owner), sorted(notes)
 
 
 def _flatten(by_owner: Mapping[str, Fields]) -> Fields:

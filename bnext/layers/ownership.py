@@ -1,4 +1,4 @@
-"""Who owns what of a batch norm: the layer, or each of its levels or domains; and how populations move.
+"""Who owns what of a batch norm: the layer, its levels, its domains, or each pair; and how populations move.
 
 The lower half of `BatchNorm2d`: state and its checks. What normalizes is in batch_norm.py.
 """
@@ -19,13 +19,21 @@ from torch.nn.utils import fusion
 from bnext.dispatch import has_numbers, is_exported, is_ordinary, is_traced, is_transformed, is_under_mode, is_wrapped
 from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
-from bnext.functional import Moments, group_moments, make_index, take_finite, update_running_statistics
+from bnext.functional import (
+    Moments,
+    group_moments,
+    make_index,
+    number_groups,
+    take_finite,
+    update_running_statistics,
+)
 from bnext.layers.counts import counts_of
 from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
+from bnext.layers.sources import is_owned, list_sources, map_owners
 from bnext.layers.spec import NormSpec
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -34,14 +42,14 @@ from bnext.scope.record import get_record
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["DomainState", "Domains", "OwnedBatchNorm2d", "check_statistics"]
+__all__ = ["DomainState", "OwnedBatchNorm2d", "Sources", "check_statistics"]
 
 log = logging.getLogger(__name__)
 
-NO_DOMAIN_NAME = Refusal(
+NO_NAME = Refusal(
     ConfigError,
     "levels and domains",
-    "be distinct, without dots, and no attribute of the layer",
+    "be distinct, also where they are joined as domain_level, without dots, and no attribute of the layer",
     "Choose another name.",
 )
 OTHER_STATE = Refusal(
@@ -84,7 +92,7 @@ OTHER_ANSWERS = Refusal(
     "Use {remedy}.",
 )
 
-Domains = int | tuple[int, ...]  # of all samples of a feature, or of each
+Sources = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
 
 # Answers of a spec that say which state there is.
@@ -131,7 +139,7 @@ class _Verdict(NamedTuple):
 
 
 class DomainState(KeptBatchNorm2d):
-    """State of one level or domain of a norm: its affine, its running statistics, or both. It is never called.
+    """State of a level, a domain or a pair of a norm: its affine, running statistics, or both. It is never called.
 
     A BatchNorm2d by type, so that optimizers exempt its affine from weight decay as every norm's.
     """
@@ -167,7 +175,13 @@ class DomainState(KeptBatchNorm2d):
 
 
 class OwnedBatchNorm2d(KeptBatchNorm2d):
-    """State of a batch norm by its spec; see `BatchNorm2d`."""
+    """State of a batch norm by its spec; see `BatchNorm2d`.
+
+    Attributes:
+        levels: names of the levels that it sees; (): it sees one feature map.
+        sources: names of all that it tells apart: levels, domains, or pairs as "night_p3", domain after domain; one
+            without a name where there are neither.
+    """
 
     heeds_record = True  # what a call knows besides its tensors: see `bnext.scope.record`
     _spec: NormSpec = None  # type: ignore[assignment]  # until it is built
@@ -176,7 +190,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self,
         num_features: int,
         spec: NormSpec,
-        domains: Sequence[str],
+        levels: Sequence[str],
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -193,27 +207,46 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.spec = spec
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
-        self.domains = tuple(domains)
-        self._checked: dict[str, _Verdict] = {}  # by name of the level or domain
+        self.levels = tuple(levels)
+        self._owners = map_owners(self.levels, spec.domains)  # answer -> source -> owner
+        self.sources = tuple(self._owners["shared"])
+        self._checked: dict[str, _Verdict] = {}  # by owner
 
-        self._add_domain_states({"device": device, "dtype": dtype})
+        self._check_names(spec.domains)
+        self._add_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
         self.affine = spec.affine != "none"
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
-    def _add_domain_states(self, place: dict[str, Any]) -> None:
-        for name in self.domains:
+    def _check_names(self, domains: tuple[str, ...]) -> None:
+        """The state of a source lies under its name, beside torch's fields."""
+        joined = [source.name for source in list_sources(self.levels, domains)] if self.levels and domains else []
+        names = [*self.levels, *domains, *joined]
+
+        for name in names:
             is_name = isinstance(name, str) and name and "." not in name
             is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
-            if is_taken or self.domains.count(name) > 1:
-                raise NO_DOMAIN_NAME.of(repr(self.domains), f"{type(self).__name__}, {name!r}")
+            if is_taken or names.count(name) > 1:
+                kinds = ", ".join(repr(kind) for kind in (self.levels, domains) if kind)
+                raise NO_NAME.of(kinds, f"{type(self).__name__}, {name!r}")
 
-        has_affine, has_population = (answer.startswith("per_") for answer in (self.spec.affine, self.spec.population))
-        for name in self.domains if has_affine or has_population else ():
+    def _add_states(self, place: dict[str, Any]) -> None:
+        affines, populations = (self._list_owners(answer) for answer in (self.spec.affine, self.spec.population))
+        for name in dict.fromkeys([*affines, *populations]):
+            has_affine, has_population = name in affines, name in populations
             state = DomainState(self.num_features, self.eps, self.momentum, has_affine, has_population, **place)
             self.add_module(name, state)
+
+    def _list_owners(self, answer: str) -> list[str]:
+        """Names of what owns something by an answer; none where all share it."""
+        return list(dict.fromkeys(self._owners[answer].values())) if is_owned(answer) else []
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains."""
+        return self._spec.domains
 
     @property
     def spec(self) -> NormSpec:
@@ -244,7 +277,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         return self.path or type(self).__name__
 
     def name_place(self, name: str) -> str:
-        """The layer and one of its levels or domains, in messages."""
+        """The layer and one of its sources, in messages."""
         return f"{self.where}, {name}" if name else self.where
 
     def extra_repr(self) -> str:
@@ -279,18 +312,17 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             for key in answers
             if getattr(self._spec, key) != getattr(NormSpec, key)
         ]
-        if self.domains:
-            got.append(f"levels or domains {self.domains}")
+        if self.sources != ("",):
+            got.append(f"levels or domains {self.sources}")
         if got:
             raise OTHER_ANSWERS.of(", ".join(got), self.where, tool=tool, remedy=remedy)
 
     def _find_owned(self, name: str) -> OwnedField | None:
-        if self._spec is None or not getattr(self._spec, _FIELDS[name]).startswith("per_"):
+        owners = [] if self._spec is None else self._list_owners(getattr(self._spec, _FIELDS[name]))
+        tensors: dict[str, Any] = {owner: getattr(self._modules.get(owner), name, None) for owner in owners}
+        if not tensors or any(tensor is None for tensor in tensors.values()):  # being built, or they were taken away
             return None
-        tensors: dict[str, Any] = {domain: getattr(self._modules.get(domain), name, None) for domain in self.domains}
-        if any(tensor is None for tensor in tensors.values()):  # it is being built, or they were taken away
-            return None
-        return OwnedField(self.where, name, tensors, like=tensors[self.domains[0]])
+        return OwnedField(self.where, name, tensors, like=tensors[owners[0]])
 
     def __setattr__(self, name: str, value: Any) -> None:
         """A field that levels or domains own is set for all of them."""
@@ -313,7 +345,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         """Whether a field of the norm is one that its levels or domains own."""
         if name not in _FIELDS or self._spec is None or name not in {**self._parameters, **self._buffers}:
             return False
-        return str(getattr(self._spec, _FIELDS[name])).startswith("per_")
+        return is_owned(getattr(self._spec, _FIELDS[name]))
 
     def reset_running_stats(self) -> None:
         super().reset_running_stats()
@@ -336,21 +368,24 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _list_states(self) -> list[DomainState]:
         return [module for module in self.children() if isinstance(module, DomainState)]
 
-    def population_state(self, domain: str = "") -> nn.BatchNorm2d:
-        """The module whose running statistics normalize this level or domain: the layer, or its own."""
-        return self.get_submodule(domain) if self._spec.population.startswith("per_") else self  # type: ignore[return-value]
+    def population_state(self, source: str = "") -> nn.BatchNorm2d:
+        """The module whose running statistics normalize a level, domain or pair: the layer, or what owns them."""
+        return self.get_submodule(self._find_owner(self._spec.population, source))  # type: ignore[return-value]
 
-    def affine_state(self, domain: str = "") -> nn.BatchNorm2d:
-        """The module whose weight and bias scale and shift this level or domain."""
-        return self.get_submodule(domain) if self._spec.affine.startswith("per_") else self  # type: ignore[return-value]
+    def affine_state(self, source: str = "") -> nn.BatchNorm2d:
+        """The module whose weight and bias scale and shift a level, domain or pair."""
+        return self.get_submodule(self._find_owner(self._spec.affine, source))  # type: ignore[return-value]
+
+    def _find_owner(self, answer: str, source: str) -> str:
+        """Name of what owns the state of a source; an owner's name is its own."""
+        return self._owners[answer].get(source, source) if is_owned(answer) else ""
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
-        """Each set of population statistics, with the levels or domains that it normalizes."""
-        if self._spec.population.startswith("per_"):
-            for domain in self.domains:
-                yield (domain,), self.population_state(domain)
-        elif self._spec.population == "shared":
-            yield self.domains, self
+        """Each set of population statistics, with the names of what it normalizes."""
+        for owner in self._list_owners(self._spec.population):
+            yield (owner,), self.population_state(owner)
+        if self._spec.population == "shared":
+            yield tuple(filter(None, self.sources)), self
 
     @property
     def has_bias(self) -> bool:
@@ -378,8 +413,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
         states = [self.affine_state(name) for name in names]
-        is_owned = self._spec.affine.startswith("per_")
-        if not is_owned or len(set(used)) == len(names) or not torch.is_grad_enabled():
+        owners = [self._find_owner(self._spec.affine, name) for name in names]
+        is_all_used = {owners[index] for index in used} == set(owners)
+        if is_all_used or not torch.is_grad_enabled():
             return [(state.weight, state.bias) for state in states]
 
         weight, bias = self.stack_affines(names, states[0].weight)
@@ -397,7 +433,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     # ---- domains of a call
 
-    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Domains:
+    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Sources:
         """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains."""
         if not self.domains:
             return 0
@@ -406,7 +442,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         if len(active) != num_samples:
             raise NOT_ONE_PER_SAMPLE.of(f"{len(active)} names for {num_samples} samples", self.where)
-        return tuple(self._find_domain(name) for name in active)
+        domains = tuple(self._find_domain(name) for name in active)
+        return domains if len(set(domains)) > 1 else domains[0]  # of one domain it is as a batch of torch's norm
 
     def _find_domain(self, name: str | None) -> int:
         known = name if name in self.domains else self._spec.fallback_domain
@@ -436,7 +473,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     # ---- populations that move
 
     def is_moving(self, name: str, call: NormCall) -> bool:
-        """Whether a call moves the running statistics of a level or domain."""
+        """Whether a call moves the running statistics of a source."""
         if not (self.training and call.moves) or call.spec.has_frozen_statistics or call.spec.population == "none":
             return False
         state = self.population_state(name)
@@ -444,28 +481,29 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     @torch.no_grad()
     def move_populations(
-        self, moments: Moments, domains: Sequence[int], names: tuple[str, ...], call: NormCall
+        self, moments: Moments, sources: Sequence[int], names: tuple[str, ...], call: NormCall
     ) -> None:
-        """One update per mini-batch that was shared, or one per domain, in their order; groups are merged first.
+        """One update of a population per mini-batch, in the order of the sources; groups are merged first.
 
         Args:
             moments: of parts of the samples, [P].
-            domains: for each part the index of its domain in `names`.
-            names: of the domains that may occur.
+            sources: for each part the index of its source in `names`.
+            names: of the sources that may occur.
             call: what the call knows.
         """
         if not any(self.is_moving(name, call) for name in names):
             return
 
-        is_one = call.spec.statistics == "shared" and call.spec.population == "shared"
-        units = [0 if is_one else domain for domain in domains]
-        num_units = max(units) + 1
-        if units != list(range(len(units))):
-            moments = group_moments(moments, make_index(tuple(units), moments.mean.device), num_units)
+        of_parts = [names[source] for source in sources]
+        answers = (call.spec.statistics, call.spec.population)
+        units = number_groups(tuple(tuple(self._find_owner(a, name) for a in answers) for name in of_parts))
+        if units != tuple(range(len(units))):
+            moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
-        for unit in range(num_units):
-            if is_one or self.is_moving(names[unit], call):
-                self._move(names[unit], Moments(*(field[unit] for field in moments)))
+        for unit in range(max(units) + 1):
+            name = of_parts[units.index(unit)]
+            if self.is_moving(name, call):
+                self._move(name, Moments(*(field[unit] for field in moments)))
 
     def _move(self, name: str, moments: Moments) -> None:
         """Let one population take in the moments of a mini-batch, [C]."""
@@ -520,7 +558,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self._checked = {}
         refuse_folded_state(self.where, prefix, local_metadata, error_msgs)
 
-        form = form_of_spec(self._spec, self.num_features, self.domains, self.eps, self.has_bias)
+        form = form_of_spec(self._spec, self.num_features, self.levels, self.eps, self.has_bias)
         convert_in_place(cast(dict[str, Tensor], state_dict), prefix, form, missing_keys, error_msgs)
         super()._load_from_state_dict(cast(dict[str, Tensor], state_dict), prefix, *args)
 
@@ -565,21 +603,22 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if is_traced():
             return
 
-        for name in set(names):
-            state: Any = self.population_state(name)
+        owners = {self._find_owner(self._spec.population, name): name for name in names}
+        for owner, name in owners.items():
+            state: Any = self.population_state(owner)
             mean, var = state.running_mean, state.running_var
             if mean is None or var is None:
                 raise NO_STATISTICS.of("None", self.name_place(name))
-            if not (has_numbers(mean) and has_numbers(var)) or self._is_checked(name, mean, var):
+            if not (has_numbers(mean) and has_numbers(var)) or self._is_checked(owner, mean, var):
                 continue
 
             check_statistics(mean, var, self.name_place(name), "; look for the batch that spoiled them")
             if not (is_under_mode() or mean.is_inference() or var.is_inference()):  # those of inference have no version
-                self._checked[name] = _Verdict.of(mean, var)
+                self._checked[owner] = _Verdict.of(mean, var)
 
-    def _is_checked(self, name: str, mean: Tensor, var: Tensor) -> bool:
+    def _is_checked(self, owner: str, mean: Tensor, var: Tensor) -> bool:
         """In training a write does not count: DistributedDataParallel may broadcast buffers in each step."""
-        verdict = self._checked.get(name)
+        verdict = self._checked.get(owner)
         if verdict is None or not verdict.is_of(mean, var):
             return False
         return self.training or verdict.versions == (mean._version, var._version)

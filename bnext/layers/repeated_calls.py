@@ -55,7 +55,7 @@ def watch_call(norm: Any, feature: Tensor, last: Call) -> Call | None:
         last: what was remembered of the call before.
     """
     weight, spec = norm.weight, norm.spec
-    is_concerned = norm.uses_mini_batch and spec.population == "shared" and not norm.domains
+    is_concerned = norm.uses_mini_batch and spec.population == "shared" and norm.sources == ("",)
     if not is_concerned or weight is None:
         return None
     if not (weight.requires_grad and torch.is_grad_enabled()):

@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from bnext.errors import ConfigError, check_choice
+from bnext.layers.sources import Ownership, Sharing, is_per_domain, is_per_level
 
-__all__ = ["TABLE5_ROWS", "NormSpec", "Sharing", "Workers"]
+__all__ = ["OWNED", "TABLE5_ROWS", "NormSpec", "Ownership", "Sharing", "Workers"]
 
-Sharing = Literal["shared", "per_level", "per_domain"]
-Ownership = Literal["shared", "per_level", "per_domain", "none"]
 Workers = Literal["one", "node", "all"] | int
 Training = Literal["mini_batch", "population", "renorm"]
 Average = Literal["moving", "cumulative"]
@@ -28,7 +27,8 @@ TABLE5_ROWS: dict[int, tuple[Sharing, Sharing, Sharing]] = {
     5: ("per_level", "shared", "per_level"),
     6: ("per_level", "per_level", "per_level"),
 }
-_OWNED = ("statistics", "population", "affine")
+# Answers that levels and domains may have for themselves.
+OWNED = ("statistics", "population", "affine")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,12 @@ class NormSpec:
     """The answers of a batch norm to the question "which batch?". The defaults are torch's BatchNorm2d.
 
     "Levels" are the features of one call of a `LevelBatchNorm2d`, "domains" the named sources of
-    samples (see `bnext.use_domain`); a spec speaks of one of the two.
+    samples (see `bnext.use_domain`). Statistics, population and affine are each "shared", "per_level",
+    "per_domain", or "per_level_and_domain", in any combination.
 
     Args:
         statistics: over which features the mini-batch statistics of SGD are computed: everything
-            in a call together ("shared"), or each level or each domain alone.
+            in a call together ("shared"), each level, each domain, or each domain at each level alone.
         normalization_batch_size: at most so many samples of this worker are normalized together
             (Ghost BN); None: all of them. A batch is cut into as few groups as that allows, whose
             sizes differ by at most one. It has no effect at inference.
@@ -51,18 +52,18 @@ class NormSpec:
             still follow the mini-batches; or, "renorm", the mini-batch corrected towards the
             population (Batch Renormalization).
         r_max, d_max: limits of renorm's corrections: 1/r_max <= r <= r_max, |d| <= d_max.
-        population: which population statistics are remembered: one set, one per level or domain, or none.
+        population: which population statistics are remembered: one set, one per level, domain or both, or none.
         average: how they take in a mini-batch: by an exponential moving average with `momentum`, or
             by the mean of all so far ("cumulative").
         momentum: weight of the new value in the moving average, torch's sense; above 0, at most 1.
         inference: what normalizes in evaluation mode: population statistics, or the mini-batch.
-        affine: who owns scale and shift: everything together, each level or domain, or nobody.
+        affine: who owns scale and shift: everything together, each level, domain or both, or nobody.
         frozen: what no longer changes: "statistics" (population statistics normalize in training and
             are not updated), "affine" (scale and shift have no gradient), or both, as FrozenBN.
         single_element: a mini-batch with a single element per channel has no variance. In training it
             is an error that names the layer, or is normalized by the population statistics. (At
             inference always the latter.)
-        domains: names of the domains, if an answer is "per_domain".
+        domains: names of the domains, if an answer is "per_domain" or "per_level_and_domain".
         fallback_domain: taken where no domain is active, or an unknown one; None: that is an error.
         eps: added to the variance; above 0.
 
@@ -133,15 +134,14 @@ class NormSpec:
         return next((row for row, cells in TABLE5_ROWS.items() if cells == answers), None)
 
     @property
-    def owner(self) -> str | None:
-        """The kind of source that owns something: "per_level", "per_domain", or None."""
-        return next(iter(self._owned.values()), None)
+    def has_levels(self) -> bool:
+        """Whether levels have something for themselves."""
+        return any(is_per_level(getattr(self, name)) for name in OWNED)
 
     @property
-    def _owned(self) -> dict[str, str]:
-        """Field -> "per_level" or "per_domain", of what levels or domains have for themselves."""
-        answers = {name: getattr(self, name) for name in _OWNED}
-        return {name: answer for name, answer in answers.items() if answer.startswith("per_")}
+    def has_domains(self) -> bool:
+        """Whether domains have something for themselves."""
+        return any(is_per_domain(getattr(self, name)) for name in OWNED)
 
     @property
     def has_frozen_statistics(self) -> bool:
@@ -240,25 +240,18 @@ _RULES = (
         "be distinct names",
         "Name each once, as ('day', 'night').",
     ),
-    # Levels or domains.
-    _Rule(
-        "statistics",
-        lambda spec: len(set(spec._owned.values())) < 2,
-        "speak of levels or of domains, as population and affine do",
-        "Use per_level or per_domain for all that is not shared.",
-        beside="population",
-    ),
+    # Domains.
     _Rule(
         "domains",
-        lambda spec: bool(spec.domains) or spec.owner != "per_domain",
-        "name the domains where something is per_domain",
+        lambda spec: bool(spec.domains) or not spec.has_domains,
+        "name the domains where something is per_domain or per_level_and_domain",
         "Name them: domains=('day', 'night'), in a config MODEL.BNEXT.DOMAINS.NAMES.",
     ),
     _Rule(
         "domains",
-        lambda spec: not spec.domains or spec.owner == "per_domain",
-        "be empty where nothing is per_domain",
-        "Set statistics, population or affine to 'per_domain', or leave the domains out.",
+        lambda spec: not spec.domains or spec.has_domains,
+        "be empty where nothing is per_domain or per_level_and_domain",
+        "Set statistics, population or affine so, or leave the domains out.",
     ),
     _Rule(
         "fallback_domain",

@@ -15,6 +15,8 @@ from torch import nn
 
 from bnext.errors import StatisticsError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d
+from bnext.layers.sources import add_levels, is_per_level
+from bnext.layers.walk import find_bnext_norms
 from bnext.scope.model import restoring
 from bnext.statistics import RecomputeReport
 from bnext.statistics.mini_batch_inference import normalizing_evaluation_by_mini_batch
@@ -100,12 +102,18 @@ def _find_unequal_counts(model: nn.Module, num_images: int) -> str | None:
     return f"norms differ in how many images they normalize together in training: {differing}"
 
 
+def _give_levels(model: nn.Module) -> None:
+    """A population for each level, in the norms of bnext that see several."""
+    norms = {path: norm.spec for path, norm in find_bnext_norms(model).items() if isinstance(norm, LevelBatchNorm2d)}
+    convert_norm(model, {path: spec.replace(population=add_levels(spec.population)) for path, spec in norms.items()})
+
+
 def _find_no_levels(model: nn.Module, num_images: int) -> str | None:
     levels = [norm for norm in select_norms(model).values() if isinstance(norm, LevelBatchNorm2d)]
 
     if not levels:
         return "the model has no batch norm that sees several levels"
-    if all(norm.spec.population == "per_level" for norm in levels):
+    if all(is_per_level(norm.spec.population) for norm in levels):
         return "the statistics are per level already, see the precise ones"
     return None
 
@@ -231,8 +239,5 @@ def use_kind(
             variant = model
             if kind.population is not None:
                 variant = copy.deepcopy(model)
-                if give_levels is None:
-                    convert_norm(variant, population=kind.population)
-                else:
-                    give_levels(variant)
+                (give_levels or _give_levels)(variant)
             yield variant, recompute(variant, data[kind.source], estimator=kind.estimator)

@@ -23,6 +23,7 @@ from bnext.layers.cycle_batch_norm import CycleBatchNormList, SizeRatios, write_
 from bnext.layers.forms import NormForm, TreatAs, find_forms
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.norm_state import COPIED_POPULATION
+from bnext.layers.sources import add_levels, is_per_level
 from bnext.layers.spec import NormSpec
 from bnext.layers.walk import Selection, replace_modules
 from bnext.repair.observe_calls import NUM_OBSERVED, ObservedCalls, observe_calls, peek
@@ -337,7 +338,7 @@ def _plan_norm(
     numbers = [len(sizes) for sizes in calls.forwards]
     if len(set(numbers)) > 1:
         raise OTHER_NUMBER.of(f"{list_few(numbers, 8)} calls", path)
-    if form.is_numbered and form.population == "owned" and numbers[0] != len(form.owners):
+    if form.is_numbered and form.population == "per_level" and numbers[0] != len(form.owners):
         raise OTHER_NUMBER.of(f"{numbers[0]} calls of a {type(norm).__name__} of {len(form.owners)} norms", path)
 
     for sizes in calls.forwards:
@@ -416,21 +417,22 @@ def give_levels(
 
 def has_levels(norm: nn.Module, plan: NormPlan) -> bool:
     """Whether a norm has a population for each level already, and counts them safely."""
-    return isinstance(norm, LevelBatchNorm2d) and norm.spec.population == "per_level" and norm.levels == plan.levels
+    return isinstance(norm, LevelBatchNorm2d) and is_per_level(norm.spec.population) and norm.levels == plan.levels
 
 
 def _choose_norm(norm: Any, form: NormForm, plan: NormPlan) -> NormSpec | Callable[[int], nn.Module]:
     """A spec, or what makes the new norm, as `convert_norm` takes it."""
     if plan.is_called_once:
-        spec: NormSpec = norm.spec.replace(population="per_level")
+        spec: NormSpec = norm.spec.replace(population=add_levels(norm.spec.population))
         return spec
 
-    answers: dict[str, Any] = {"statistics": "per_level", "population": "per_level"}
     if isinstance(norm, BatchNorm2d):
+        answers = {name: add_levels(getattr(norm.spec, name)) for name in ("statistics", "population")}
         spec = norm.spec.replace(**answers)
     else:
+        answers = {"statistics": "per_level", "population": "per_level"}
         is_synchronized = any(isinstance(part, nn.SyncBatchNorm) for part in norm.modules())
-        answers["affine"] = {"owned": "per_level"}.get(form.affine, form.affine)
+        answers["affine"] = form.affine
         spec = NormSpec(workers="all" if is_synchronized else "one", **answers)
     return partial(_make_norm, levels=plan.levels, spec=spec)
 

@@ -81,16 +81,10 @@ def _divide(norm: nn.Module, given: Any) -> Features:
         yield norm, given
         return
 
-    if isinstance(given, Mapping):
-        for level in filter(norm.domains.__contains__, given):  # the norm itself refuses an unknown level
-            yield norm.population_state(level), given[level]
-        return
+    for feature, sources in zip(*norm.list_features(given, get_record().domain), strict=True):
+        if isinstance(sources, int):
+            yield norm.population_state(norm.sources[sources]), feature
+            continue
 
-    names = norm.domains or ("",)
-    domains = norm.find_domains(get_record().domain, len(given))
-    if isinstance(domains, int):
-        yield norm.population_state(names[domains]), given
-        return
-
-    for domain in sorted(set(domains)):
-        yield norm.population_state(names[domain]), given[[index == domain for index in domains]]
+        for number in sorted(set(sources)):
+            yield norm.population_state(norm.sources[number]), feature[[source == number for source in sources]]

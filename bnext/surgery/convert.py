@@ -185,7 +185,7 @@ def convert_norm(
         texts += _carry_settings(norm, form, new_norm, new_form, keeps_momentum=isinstance(choices[path], NormSpec))
         report.changes += [Change(path, text) for text in texts]
 
-        norm_map = restrict_map(domain_map, new_form, form.owners)
+        norm_map = restrict_map(domain_map, new_form, form.names)
         mapped |= norm_map.keys()
         copied = copy_norm_state(norm, new_norm, path, domain_map=norm_map, adopt_eps=adopt_eps, treat_as=treat_as)
         report.changes += copied.changes
@@ -296,7 +296,7 @@ def _make_norm(norm: nn.Module, form: NormForm, value: NewNorm, path: str, treat
 
     if spec is not None and isinstance(norm, CycleBatchNormList):
         return CycleBatchNormList(num_features=form.num_features, levels=levels, spec=spec)
-    if spec is not None and (levels is not None or spec.owner != "per_level"):
+    if spec is not None and (levels is not None or not spec.has_levels):
         return build_norm(spec, levels)(form.num_features)
 
     if spec is not None or (levels is not None and not isinstance(norm, CycleBatchNormList)):

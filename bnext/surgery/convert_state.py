@@ -26,7 +26,6 @@ from bnext.layers.forms import (
     find_forms,
     find_kind,
 )
-from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.norm_state import Fields, Note, convert_state, read_norm, write_state
 from bnext.layers.walk import find_bnext_norms
 
@@ -158,8 +157,15 @@ def convert_norm_state(
 
 
 def _list_owners(stored: StateDict) -> set[str]:
-    """Levels or domains that own something in the state of one norm."""
-    return {key.rpartition(".")[0] for key in stored} - {""}
+    """Levels, domains and pairs that own something in the state of one norm, and the halves of pairs."""
+    owners = {key.rpartition(".")[0] for key in stored} - {""}
+
+    halves = set()
+    for owner in owners:
+        words = owner.split("_")
+        for index in range(1, len(words)):
+            halves |= {"_".join(words[:index]), "_".join(words[index:])}
+    return owners | halves
 
 
 def _needs_conversion(stored: StateDict, norm: nn.Module, form: NormForm, domain_map: Mapping[str, str] | None) -> bool:
@@ -187,12 +193,10 @@ def list_shared_keys(model: nn.Module) -> dict[str, Tensor]:
 
     for path, _, form in find_forms(model):
         prefix = f"{path}." if path else ""
-        fields = [*(AFFINE if form.affine == "owned" else ()), *(POPULATION if form.population == "owned" else ())]
-        for owner in form.owners:
-            for field in fields:
-                value = state.pop(f"{prefix}{owner}.{field}", None)
-                if value is not None:
-                    state.setdefault(f"{prefix}{field}", value)
+        for key in form.list_keys():
+            value = state.pop(prefix + key, None)
+            if value is not None:
+                state.setdefault(prefix + key.rpartition(".")[2], value)
 
     return state
 
@@ -223,10 +227,10 @@ def compare_norm_specs(
         if not any(owner == path or owner.startswith(f"{path}.") for owner in owners):
             continue
         before = dict((stored or {}).get(path, {}))
-        if f"{path}.0" in owners and "0" not in norm.domains:
+        if f"{path}.0" in owners and "0" not in norm.sources:
             before["statistics"] = "per_level"
 
-        spec, per = norm.spec, "per_level" if isinstance(norm, LevelBatchNorm2d) else "per_domain"
+        spec, per = norm.spec, "per_level" if norm.levels else "per_domain"
         statistics = before.get("statistics")
         if statistics is None and (per == "per_level" or spec.statistics != "shared"):
             changes.append(Change(path, UNKNOWN_STATISTICS.format(expected=spec.statistics, per=per)))
@@ -282,7 +286,7 @@ def copy_norm_state(
         remedy = "Copy between norms of the same place."
         raise CheckpointError.of("source", rule, got=source_form.num_features, where=where, remedy=remedy)
 
-    check_map(domain_map, restrict_map(domain_map, form, source_form.owners))
+    check_map(domain_map, restrict_map(domain_map, form, source_form.names))
     record = read_norm(source, source_form, path)
     state, notes = write_state(record, form, path, domain_map)
     notes += _load(state, target)
@@ -332,7 +336,7 @@ def take_in_population(
     if source_form.inference != ("population",) or form.inference[0] != "group":
         return []
 
-    layout = dataclasses.replace(source_form, affine="none", population="shared", owners=(), is_numbered=False)
+    layout = dataclasses.replace(source_form, affine="none", population="shared", levels=(), domains=())
     population, _ = write_state(read_norm(source, source_form, path), layout, path)
     mean, var = (population[name].double() for name in POPULATION[:2])
     size = len(mean) // int(cast(Any, form.inference[1]))
@@ -399,7 +403,7 @@ def _settle_eps(source: NormForm, form: NormForm, target: nn.Module, adopt: bool
 
 def restrict_map(domain_map: Mapping[str, str] | None, form: NormForm, known: Iterable[str]) -> dict[str, str]:
     """The part of a `domain_map` that concerns one norm of this form, whose source has the `known` names."""
-    names, targets = {"", *known}, {"", *form.owners}
+    names, targets = {"", *known}, {"", *form.names}
     return {target: source for target, source in (domain_map or {}).items() if source in names and target in targets}
 
 

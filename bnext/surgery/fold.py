@@ -18,8 +18,8 @@ from bnext.errors import ConfigError, StatisticsError, list_few
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.folded_norm import FoldedNorm
 from bnext.layers.forms import find_forms, find_other_norms
-from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.ownership import check_statistics
+from bnext.layers.sources import Source, is_owned, is_per_domain, list_sources
 from bnext.layers.walk import check_is_whole, find_bnext_norms, replace_modules
 from bnext.surgery.fold_pairs import Pair, find_pairs
 
@@ -75,7 +75,7 @@ def fold_norms(
             in a convolution that owns its norm (detectron2's), or in the module that holds both
             (nn.Sequential, torchvision's networks), as a trace of their forwards shows. Group and layer
             norms are no concern of it.
-        domain: name of the level or domain to fold for, where statistics or affine differ.
+        domain: name of the level or domain to fold for, where statistics or affine differ; "night_p3" of both.
         pairs: paths (convolution, norm) for what cannot be traced; the caller vouches that the output
             of the convolution goes to the norm and to nothing else.
         allow_training: let the folded model be trained.
@@ -115,9 +115,9 @@ def fold_norms(
     folded: dict[nn.Module, nn.Module] = {}
     parameters = []
     for pair in matches:
-        name = _choose_domain(pair, domain)
-        parameters.append(_fold_parameters(pair, name))
-        folded[pair.norm] = _make_folded_norm(pair, name, allow_training)
+        sources = _choose_sources(pair, domain)
+        parameters.append(_fold_parameters(pair, sources[0]))
+        folded[pair.norm] = _make_folded_norm(pair, sources, allow_training)
 
     for pair, (weight, bias) in zip(matches, parameters, strict=True):
         conv = pair.conv
@@ -166,37 +166,54 @@ def _check_domain(model: nn.Module, domain: str | None) -> None:
     """An unknown name is a mistake, also where nothing depends on it."""
     names: dict[str, None] = {}
     for norm in find_bnext_norms(model).values():
-        names |= dict.fromkeys(norm.domains)
+        names |= dict.fromkeys([*norm.levels, *norm.domains, *filter(None, norm.sources)])
 
     if domain is not None and domain not in names:
         rule = f"be one of {', '.join(map(repr, names)) or 'none, as its norms have no levels or domains'}"
         raise ConfigError.of("domain", rule, got=repr(domain), where="fold_norms", remedy="Name one, or leave it out.")
 
 
-def _choose_domain(pair: Pair, domain: str | None) -> str:
-    """The domain to fold a norm for; "" where all share everything."""
+def _choose_sources(pair: Pair, name: str | None) -> list[Source]:
+    """The sources that a folded norm is to serve: those of a name, which have one population and one affine."""
     norm = pair.norm
-    if not isinstance(norm, BatchNorm2d) or "per_" not in norm.spec.population + norm.spec.affine:
-        return ""
+    if not isinstance(norm, BatchNorm2d):
+        return [Source()]
 
-    name = norm.domains[0] if domain is None and len(norm.domains) == 1 else domain
-    if name not in norm.domains:
-        rule = f"be one of {', '.join(map(repr, norm.domains))}, whose statistics or affine differ"
-        remedy = f"Choose one: fold_norms(model, {norm.domains[0]!r}); a folded model serves a single one."
-        raise ConfigError.of("domain", rule, got=repr(domain), where=pair.norm_path, remedy=remedy)
-    return name
+    sources = list_sources(norm.levels, norm.domains)
+    if not is_owned(norm.spec.population) and not is_owned(norm.spec.affine):
+        return sources
+
+    chosen = _list_named(sources, name)
+    if len(_list_states(norm, chosen)) == 1:
+        return chosen
+
+    names = dict.fromkeys([*norm.domains, *norm.levels, *norm.sources])
+    allowed = [choice for choice in names if len(_list_states(norm, _list_named(sources, choice))) == 1]
+    rule = f"be one of {', '.join(map(repr, allowed))}, whose statistics or affine differ"
+    remedy = f"Choose one: fold_norms(model, {allowed[0]!r}); a folded model serves a single one."
+    raise ConfigError.of("domain", rule, got=repr(name), where=pair.norm_path, remedy=remedy)
+
+
+def _list_named(sources: list[Source], name: str | None) -> list[Source]:
+    """Sources of a name, be it that of their level, their domain, or both; None: all."""
+    return [source for source in sources if name in (None, source.level, source.domain, source.name)]
+
+
+def _list_states(norm: BatchNorm2d, sources: list[Source]) -> set[tuple[nn.Module, nn.Module]]:
+    """Population and affine of each source."""
+    return {(norm.population_state(source.name), norm.affine_state(source.name)) for source in sources}
 
 
 # ---- one pair
 
 
-def _fold_parameters(pair: Pair, domain: str) -> tuple[Tensor, Tensor]:
+def _fold_parameters(pair: Pair, source: Source) -> tuple[Tensor, Tensor]:
     """Weight and bias of a convolution that takes its norm in; float64 on the CPU."""
     conv, norm, path = pair.conv, pair.norm, pair.norm_path
     population: Any = norm
     affine: Any = norm
     if isinstance(norm, BatchNorm2d):
-        population, affine = norm.population_state(domain), norm.affine_state(domain)
+        population, affine = norm.population_state(source.name), norm.affine_state(source.name)
     if population.running_mean is None:
         remedy = "Use a norm that keeps them, and estimate them with recompute_population_statistics."
         raise StatisticsError.of("a norm to fold", "keep population statistics", got="none", where=path, remedy=remedy)
@@ -236,14 +253,12 @@ def _along_outputs(conv: Any, scale: Tensor) -> Tensor:
     return of_groups.repeat_interleave(conv.in_channels // conv.groups, dim=0)
 
 
-def _make_folded_norm(pair: Pair, domain: str, allow_training: bool) -> FoldedNorm:
+def _make_folded_norm(pair: Pair, sources: list[Source], allow_training: bool) -> FoldedNorm:
     norm = pair.norm
-    names: dict[str, Any] = {}
+    names: dict[str, Any] = {"levels": tuple(dict.fromkeys(source.level for source in sources if source.level))}
 
-    if isinstance(norm, LevelBatchNorm2d):
-        names = {"domain": domain, "levels": norm.domains}
-    elif isinstance(norm, BatchNorm2d) and domain:
-        names = {"domain": domain, "domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
+    if isinstance(norm, BatchNorm2d) and (is_per_domain(norm.spec.population) or is_per_domain(norm.spec.affine)):
+        names |= {"domain": sources[0].domain, "domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
 
     folded = FoldedNorm(pair.conv.out_channels, **names, allow_training=allow_training, path=pair.norm_path)
     return folded.eval()

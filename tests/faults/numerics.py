@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bnext.errors import BNextError, StatisticsError
-from tests.cases import CASES, MIXED, Case, make_features
+from tests.cases import CASES, Case, make_features
 from tests.faults.attempt import Attempt, Outcome, Verdict
 from tests.layers.test_batch_norm_parity import actual_populations, expect_outputs, expect_populations
 
@@ -77,7 +77,7 @@ def make_attempts(count: int, seed: int) -> list[Attempt]:
 
 
 def _draw_input(draw: np.random.Generator, case: Case, seed: int) -> Input:
-    num_samples = len(MIXED) if isinstance(case.active, tuple) else int(draw.choice([0, 1, 2, 3, 5]))
+    num_samples = len(case.active) if isinstance(case.active, tuple) else int(draw.choice([0, 1, 2, 3, 5]))
     sides = draw.choice([1, 1, 2, 3, 7], size=(len(case.names), 2))
     sizes = tuple((num_samples, int(h), int(w)) for h, w in sides)
     dtype = (torch.float64, torch.float32, torch.float16, torch.bfloat16)[int(draw.integers(4))]

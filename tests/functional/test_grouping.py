@@ -11,6 +11,11 @@ NUM_DOMAINS = 3
 compositions = st.lists(st.integers(0, NUM_DOMAINS - 1), min_size=1, max_size=20)
 
 
+def number(num_sources, shares):
+    """The mini-batch of each source: one for all, or one of each."""
+    return (0,) * num_sources if shares else tuple(range(num_sources))
+
+
 def members_of(grouping):
     """For each mini-batch the (feature, sample) pairs that are in it, in order."""
     found = {}
@@ -22,9 +27,9 @@ def members_of(grouping):
 
 @given(compositions, st.integers(1, 25), st.booleans())
 def test_groups_of_one_feature(domains, size, shares):
-    grouping = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares, size)
+    grouping = group_samples((len(domains),), (tuple(domains),), number(NUM_DOMAINS, shares), size)
     (parts,) = grouping.parts
-    assert [grouping.domains[part] for part in parts] == domains, "a part is of one domain"
+    assert [grouping.sources[part] for part in parts] == domains, "a part is of one domain"
     groups = members_of(grouping)
     assert sorted(pair for group in groups.values() for pair in group) == [(0, i) for i in range(len(domains))]
     assert sorted(groups) == list(range(len(groups))), "no group is empty"
@@ -46,10 +51,10 @@ def test_groups_of_one_feature(domains, size, shares):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(1, 12), st.booleans())
 def test_groups_of_several_features(counts, size, shares):
     """Levels: samples are cut within each feature, and the g-th groups are one mini-batch where levels share it."""
-    grouping = group_samples(tuple(counts), tuple(range(len(counts))), len(counts), shares, size)
+    grouping = group_samples(tuple(counts), tuple(range(len(counts))), number(len(counts), shares), size)
     if not any(counts):
         return
-    alone = [group_samples((count,), (0,), 1, True, size) for count in counts]
+    alone = [group_samples((count,), (0,), (0,), size) for count in counts]
     for feature, count in enumerate(counts):
         own = [grouping.mini_batches[part] for part in grouping.parts[feature]]
         expected = [alone[feature].mini_batches[part] for part in alone[feature].parts[0]] if count else []
@@ -62,26 +67,26 @@ def test_groups_of_several_features(counts, size, shares):
 
 @given(compositions, st.booleans())
 def test_without_a_size_the_parts_are_the_domains(domains, shares):
-    grouping = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares)
+    grouping = group_samples((len(domains),), (tuple(domains),), number(NUM_DOMAINS, shares))
     assert grouping.parts == (tuple(domains),)
-    assert grouping.domains == tuple(range(NUM_DOMAINS)), "also those without samples: workers agree on the number"
+    assert grouping.sources == tuple(range(NUM_DOMAINS)), "also those without samples: workers agree on the number"
     assert grouping.mini_batches == ((0,) * NUM_DOMAINS if shares else tuple(range(NUM_DOMAINS)))
 
 
 def test_no_samples_at_all():
     for size in (None, 2):
-        grouping = group_samples((0, 0), (0, 1), 2, False, size)
-        assert (grouping.mini_batches, grouping.domains) == ((0, 1), (0, 1))
+        grouping = group_samples((0, 0), (0, 1), (0, 1), size)
+        assert (grouping.mini_batches, grouping.sources) == ((0, 1), (0, 1))
 
 
 @given(compositions, st.booleans(), st.integers(1, 4), st.data())
 def test_parts_divided_by_groups_keep_domains_and_part_mini_batches(domains, shares, num_groups, data):
     numbers = data.draw(st.lists(st.integers(0, num_groups - 1), min_size=len(domains), max_size=len(domains)))
-    whole = group_samples((len(domains),), (tuple(domains),), NUM_DOMAINS, shares)
+    whole = group_samples((len(domains),), (tuple(domains),), number(NUM_DOMAINS, shares))
     divided = divide_parts(whole, Groups(torch.tensor(numbers), num_groups))
     (parts,) = divided.parts
-    assert len(divided.domains) == len(divided.mini_batches) == NUM_DOMAINS * num_groups, "also those without samples"
-    assert [divided.domains[part] for part in parts] == domains
+    assert len(divided.sources) == len(divided.mini_batches) == NUM_DOMAINS * num_groups, "also those without samples"
+    assert [divided.sources[part] for part in parts] == domains
     batches = [divided.mini_batches[part] for part in parts]
     keys = [(group, None if shares else domain) for group, domain in zip(numbers, domains, strict=True)]
     for batch, key in zip(batches, keys, strict=True):
@@ -90,9 +95,9 @@ def test_parts_divided_by_groups_keep_domains_and_part_mini_batches(domains, sha
 
 
 def test_parts_of_one_domain_are_divided_too():
-    divided = divide_parts(group_samples((3,), (1,), 2, False), Groups(torch.tensor([1, 0, 1]), 2))
+    divided = divide_parts(group_samples((3,), (1,), (0, 1)), Groups(torch.tensor([1, 0, 1]), 2))
     assert divided.parts[0].tolist() == [3, 2, 3]
-    assert (divided.mini_batches, divided.domains) == ((0, 1, 2, 3), (0, 0, 1, 1))
+    assert (divided.mini_batches, divided.sources) == ((0, 1, 2, 3), (0, 0, 1, 1))
 
 
 # ---- deals

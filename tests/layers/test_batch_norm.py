@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bnext.errors import ConfigError, StatisticsError
-from bnext.layers import BatchNorm2d, NormSpec, build_norm, name_norms
+from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.scope import use_domain
 from tests.cases import DOMAINS, NUM_CHANNELS, Case, pick_cases, randomize
 
@@ -191,8 +191,8 @@ def test_no_attribute_of_a_norm_can_be_a_domain():
 def test_per_level_needs_levels():
     with pytest.raises(ConfigError, match=r"must not be per_level .*\(BatchNorm2d\). Use LevelBatchNorm2d"):
         BatchNorm2d(NUM_CHANNELS, NormSpec.from_table5_row(2))
-    with pytest.raises(ConfigError, match=r"must not be per_domain .*\(LevelBatchNorm2d\). Use per_level"):
-        build_norm(OWN, ("p3",))(NUM_CHANNELS)
+    with pytest.raises(ConfigError, match="spec"):
+        BatchNorm2d(NUM_CHANNELS, OWN.replace(affine="per_level_and_domain"))
 
 
 # ---- a single element per channel

@@ -8,7 +8,7 @@ from torch import nn
 
 from bnext.layers import BatchNorm2d, NormSpec
 from tests import reference, strategies
-from tests.cases import CASES, DOMAINS, NUM_CHANNELS, Case, randomize
+from tests.cases import CASES, DOMAINS, NUM_CHANNELS, Case, find_owner, randomize
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 STEPS = 3
@@ -47,20 +47,20 @@ def expect_outputs(case, norm, inputs, training=True):
 
 def expect_populations(case, norm, inputs):
     """For each owner of population statistics: mean, variance and number of updates after a call in training."""
-    spec, domains = case.spec, case.domains_of(inputs)
-    if spec.population == "none":
-        return {}
+    spec = case.spec
     samples = [x for name in case.names for x in inputs[name]]
-    known = case.levels or spec.domains or ("",)
-    owners = known if spec.population != "shared" else ("",)
+    sources = case.sources_of(inputs)
     found = {}
-    for owner in owners:
+    for owner in case.owners_of(spec.population):
         state = norm.population_state(owner)
         values = (state.running_mean.clone(), state.running_var.clone(), int(state.num_batches_tracked))
-        one_update = spec.population != "shared" or spec.statistics == "shared"
         momentum = None if spec.average == "cumulative" else spec.momentum
-        for unit in [owner] if one_update else known:  # one update of all samples together, or one per domain
-            mine = [x for x, d in zip(samples, domains, strict=True) if unit in ("", d)]
+        for unit in case.owners_of(spec.statistics):  # one update for each mini-batch, but for its groups
+            mine = [
+                x
+                for x, source in zip(samples, sources, strict=True)
+                if find_owner(spec.population, *source) == owner and find_owner(spec.statistics, *source) == unit
+            ]
             if not spec.has_frozen_statistics:
                 values = reference.move_population(*values, mine, momentum)
         found[owner] = values

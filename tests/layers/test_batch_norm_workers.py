@@ -193,7 +193,7 @@ def count_collectives(rank, specs):
     counts = {}
     for name, spec in specs.items():
         x, grad, names = draw(rank, 0, SHARES[3][rank])
-        if spec.owner == "per_level":
+        if spec.has_levels:
             norm, inputs = make_norm(spec).train(), make_features(seed=rank)
             inputs = {level: feature.requires_grad_() for level, feature in inputs.items()}
         else:
@@ -214,7 +214,7 @@ def test_one_collective_forward_and_one_backward_whatever_is_normalized():
     specs["by_batch"] = NormSpec(workers="all", inference="mini_batch")  # at inference of this worker alone
     specs["domains_by_batch"] = DOMAIN_SPEC.replace(workers="all", inference="mini_batch")
     specs["one"] = NormSpec()
-    specs = {name: spec for name, spec in specs.items() if spec.owner != "per_level" or name in levels}
+    specs = {name: spec for name, spec in specs.items() if not spec.has_levels or name in levels}
     for counts in run_workers(count_collectives, 3, specs):
         for name, (forward, backward, evaluation) in counts.items():
             if name in ("frozen", "one"):

@@ -19,7 +19,7 @@ from tests.cases import CASES, LEVELS, NUM_CHANNELS, Case, make_features, pick_c
 
 DYNAMIC = torch.export.Dim.DYNAMIC
 EXPORTERS = ("torch.export", "jit.trace", "ONNX by TorchScript", "ONNX")
-SOME_CASES = pick_cases("plain", "domains-one", "domains-mixed", "levels-row1", "levels-row2", "levels-row6")
+SOME_CASES = pick_cases("plain", "domains-one", "domains-mixed", "levels-row1", "levels-row2", "levels-row6", "pairs")
 MINI_BATCH = {"inference": "mini_batch"}
 
 
@@ -73,13 +73,15 @@ def check(exporter, case):
     """Whether what was exported gives, of other features, what the norm gives."""
     model = Positional(case, case.build(torch.float32)).eval()
     sizes = ((2, 6, 5), (2, 3, 4), (2, 2, 3)) if case.levels else ((5, 4, 3),)
-    other_sizes = ((3, 7, 3), (3, 2, 5), (3, 3, 2)) if case.levels else ((5, 6, 2),)
+    is_by_sample = isinstance(case.active, tuple)  # each has its domain
+    number = 2 if is_by_sample else 3
+    other_sizes = ((number, 7, 3), (number, 2, 5), (number, 3, 2)) if case.levels else ((5, 6, 2),)
     features, others = (
         list(make_features(seed, size, torch.float32, names=case.names).values())
         for seed, size in enumerate((sizes, other_sizes))
     )
 
-    axes = (0, 2, 3) if case.levels else (2, 3)  # each sample of a single feature has its domain
+    axes = (0, 2, 3) if case.levels and not is_by_sample else (2, 3)
     with torch.no_grad():
         outputs = export(exporter, model, features, axes)(*others)
         for output, expected in zip(outputs, model(*others), strict=True):

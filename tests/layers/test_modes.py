@@ -35,9 +35,9 @@ def state_of(norm):
 def call_with(case, norm, state, inputs):
     """The norm as a function of its state and its inputs; it moves a copy of the state."""
     state = {key: value.clone() for key, value in state.items()}
-    if case.levels:
-        return functional_call(norm, state, (inputs,))
-    with case.scope(len(inputs["x"])):
+    with case.scope(max(map(len, inputs.values()))):
+        if case.levels:
+            return functional_call(norm, state, (inputs,))
         return {"x": functional_call(norm, state, (inputs["x"],))}
 
 

@@ -46,9 +46,9 @@ def test_unknown_row(row):
 @pytest.mark.parametrize(
     ("field", "choices"),
     {
-        "statistics": ("shared", "per_level", "per_domain"),
-        "population": ("shared", "per_level", "per_domain", "none"),
-        "affine": ("shared", "per_level", "per_domain", "none"),
+        "statistics": ("shared", "per_level", "per_domain", "per_level_and_domain"),
+        "population": ("shared", "per_level", "per_domain", "per_level_and_domain", "none"),
+        "affine": ("shared", "per_level", "per_domain", "per_level_and_domain", "none"),
         "training": ("mini_batch", "population", "renorm"),
         "average": ("moving", "cumulative"),
         "inference": ("population", "mini_batch"),
@@ -90,7 +90,6 @@ NAMES = ("day", "night")
 WITHOUT_POPULATION = {"population": "none", "inference": "mini_batch"}
 # Answers, and the field that the error names.
 CONTRADICTIONS = [
-    ({"statistics": "per_level", "affine": "per_domain", "domains": NAMES}, "statistics"),
     ({"affine": "per_domain"}, "domains"),
     ({"domains": NAMES}, "domains"),
     ({"affine": "per_level", "domains": NAMES}, "domains"),
@@ -138,16 +137,19 @@ def test_what_is_sensible_is_accepted(answers):
 
 
 @pytest.mark.parametrize(
-    ("answers", "owner"),
+    ("answers", "has_levels", "has_domains"),
     [
-        ({}, None),
-        ({"affine": "none"}, None),
-        ({"population": "per_level"}, "per_level"),
-        ({"affine": "per_domain", "domains": NAMES}, "per_domain"),
+        ({}, False, False),
+        ({"affine": "none"}, False, False),
+        ({"population": "per_level"}, True, False),
+        ({"affine": "per_domain", "domains": NAMES}, False, True),
+        ({"statistics": "per_level", "affine": "per_domain", "domains": NAMES}, True, True),
+        ({"population": "per_level_and_domain", "domains": NAMES}, True, True),
     ],
 )
-def test_owner(answers, owner):
-    assert NormSpec(**answers).owner == owner
+def test_what_is_told_apart(answers, has_levels, has_domains):
+    spec = NormSpec(**answers)
+    assert (spec.has_levels, spec.has_domains) == (has_levels, has_domains)
 
 
 @pytest.mark.parametrize("frozen", ["none", "statistics", "affine", "both"])

@@ -12,6 +12,7 @@ from bnext.diagnostics.facts import Call, Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.batch_sizes import divide_calls
 from bnext.functional import Moments, merge_moments
+from bnext.layers.sources import is_per_level
 
 __all__ = ["CHECK"]
 
@@ -87,7 +88,7 @@ def _has_one_size(facts: Facts, paths: Iterable[str]) -> bool:
 
 def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
     """The features that a norm normalizes apart in one forward, and how far apart they are, where that was seen."""
-    is_apart = norm.record.statistics == "per_level"
+    is_apart = is_per_level(norm.record.statistics)
     number, distances = 0, []
     for forward in facts.forwards:
         groups = list(divide_calls(norm, forward))

@@ -8,6 +8,7 @@ from bnext.diagnostics.batch_remedies import write_conversion
 from bnext.diagnostics.facts import Facts, NormFacts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.batch_sizes import count_elements
+from bnext.layers.sources import is_per_domain, is_per_level
 
 __all__ = ["CHECK"]
 
@@ -60,8 +61,9 @@ def _advise(facts: Facts, norms: dict[NormFacts, tuple[int, int]]) -> Remedy:
         keys: dict[str, object] = {}
         for norm in norms:
             node = f"MODEL.BNEXT.{norm.place}"
-            if norm.record.statistics == "per_level" and f"{node}.STATISTICS" in (facts.config or {}):
-                keys[f"{node}.STATISTICS"] = keys[f"{node}.POPULATION"] = "shared"
+            if is_per_level(norm.record.statistics) and f"{node}.STATISTICS" in (facts.config or {}):
+                together = "per_domain" if is_per_domain(norm.record.statistics) else "shared"
+                keys[f"{node}.STATISTICS"] = keys[f"{node}.POPULATION"] = together
             elif norm.norm_key:
                 keys[norm.norm_key] = "GN"
         text = "Normalize all levels together, or take GN; larger images (INPUT.MIN_SIZE_TRAIN), or more, do as well."

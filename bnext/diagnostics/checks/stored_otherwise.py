@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from bnext.diagnostics.facts import Facts, NormFacts, Population
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.initial_state import find_unwritten
+from bnext.layers.sources import is_per_domain, is_per_level
 
 __all__ = ["CHECK"]
 
@@ -38,8 +39,8 @@ def _judge(facts: Facts, place: str, statistics: str, population: str, norms: Se
     distance = max(measured) if len(measured) == len(norms) else None
 
     number = max(len(norm.record.domains) for norm in norms)
-    features = {"per_level": f"{number} levels", "per_domain": f"{number} domains"}
-    words = {"shared": "one for all", **{name: f"those of {text}" for name, text in features.items()}}
+    features = {"per_level": "levels", "per_domain": "domains", "per_level_and_domain": "pairs of level and domain"}
+    words = {"shared": "one for all", **{name: f"those of {number} {text}" for name, text in features.items()}}
     text = f"{len(norms)} norms normalize in training by mini-batch statistics that are {statistics.replace('_', ' ')}"
     text += ", as the file says," if _is_said(facts, norms) else ""
     text += f" and at inference by population statistics that are {population.replace('_', ' ')}: {words[population]}."
@@ -50,7 +51,8 @@ def _judge(facts: Facts, place: str, statistics: str, population: str, norms: Se
         numbers["distance"] = distance
 
     severity: Severity = "error"
-    if population == "per_domain" or (distance is not None and distance < _ALIKE):
+    is_adapted = is_per_domain(population) and is_per_level(population) == is_per_level(statistics)
+    if is_adapted or (distance is not None and distance < _ALIKE):
         severity = "note"  # statistics of each domain are what adaptation to it is
     points = _POINTS.get(population) if severity == "error" else 0.0
     return Evidence(

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from bnext.diagnostics.facts import Call, Facts, ForwardFacts, NormFacts
+from bnext.layers.sources import is_per_domain, is_per_level
 
 __all__ = [
     "count_samples",
@@ -144,7 +145,7 @@ def divide_calls(norm: NormFacts, forward: ForwardFacts) -> Iterator[Sequence[Ca
     """The calls of each mini-batch of a norm in one forward: features that came in one call are one, if it shares."""
     group: list[Call] = []
     for call in forward.calls.get(norm.path, ()):
-        is_together = call.is_joint and norm.record.statistics != "per_level"
+        is_together = call.is_joint and not is_per_level(norm.record.statistics)
         if group and not is_together:
             yield group
             group = []
@@ -155,7 +156,7 @@ def divide_calls(norm: NormFacts, forward: ForwardFacts) -> Iterator[Sequence[Ca
 
 def _is_counted(norm: NormFacts) -> bool:
     """Whether mini-batches normalize as the model is, and the training says how large they are."""
-    return norm.is_training and norm.is_by_mini_batch and norm.record.statistics != "per_domain"
+    return norm.is_training and norm.is_by_mini_batch and not is_per_domain(norm.record.statistics)
 
 
 def _count_deals(norm: NormFacts, workers: int) -> int:

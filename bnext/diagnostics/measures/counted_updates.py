@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bnext.diagnostics.facts import Facts, NormFacts
+from bnext.layers.sources import is_owned, is_per_domain, is_per_level
 
 __all__ = ["expect_updates", "find_live_norms"]
 
@@ -19,8 +20,8 @@ def expect_updates(facts: Facts, norm: NormFacts) -> int | None:
         facts: its steps, or the forwards that were run, say how often the norm is called.
         norm: of the model.
     """
-    if norm.record.population != "shared":
-        return 1  # of each level or domain
+    if is_owned(norm.record.population):
+        return None if _is_finer(norm.record.statistics, norm.record.population) else 1
 
     is_apart = norm.record.statistics != "shared"
     if facts.steps is not None and facts.steps.calls and not is_apart:
@@ -33,3 +34,10 @@ def expect_updates(facts: Facts, norm: NormFacts) -> int | None:
     if any(numbers):
         return max(numbers)
     return (len(norm.levels) or None) if is_apart else None
+
+
+def _is_finer(statistics: str, population: str) -> bool:
+    """Whether a population of a level or a domain takes in several mini-batches of a call."""
+    levels = is_per_level(statistics) and not is_per_level(population)
+    domains = is_per_domain(statistics) and not is_per_domain(population)
+    return levels or domains

@@ -1,0 +1,149 @@
+"""Where the samples of a norm come from, level and domain, and who owns what of them by an answer of a spec.
+
+A norm tells its samples apart by source: a level, a domain, a domain at a level, or nothing at all. What an answer
+shares, its sources look up under one name: `Source("p3", "night").find_owner("per_domain")` is "night".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args
+
+__all__ = [
+    "Origin",
+    "Ownership",
+    "Sharing",
+    "Source",
+    "add_domains",
+    "add_levels",
+    "find_origin",
+    "is_owned",
+    "is_per_domain",
+    "is_per_level",
+    "list_sources",
+    "map_owners",
+]
+
+Sharing = Literal["shared", "per_level", "per_domain", "per_level_and_domain"]
+Ownership = Literal["shared", "per_level", "per_domain", "per_level_and_domain", "none"]
+
+
+def is_per_level(answer: object) -> bool:
+    """Whether an answer tells levels apart."""
+    return answer in ("per_level", "per_level_and_domain")
+
+
+def is_per_domain(answer: object) -> bool:
+    """Whether an answer tells domains apart."""
+    return answer in ("per_domain", "per_level_and_domain")
+
+
+def is_owned(answer: str) -> bool:
+    """Whether levels or domains have for themselves what an answer is about."""
+    return is_per_level(answer) or is_per_domain(answer)
+
+
+def add_levels(answer: str) -> Literal["per_level", "per_level_and_domain"]:
+    """The answer that tells levels apart, and domains if an answer does."""
+    return "per_level_and_domain" if is_per_domain(answer) else "per_level"
+
+
+def add_domains(answer: str) -> Literal["per_domain", "per_level_and_domain"]:
+    """The answer that tells domains apart, and levels if an answer does."""
+    return "per_level_and_domain" if is_per_level(answer) else "per_domain"
+
+
+class Source(NamedTuple):
+    """A level, a domain, a domain at a level; or neither, where a norm tells nothing apart.
+
+    Example:
+        >>> Source("p3", "night").name
+        'night_p3'
+    """
+
+    level: str = ""
+    domain: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name under which its state lies: "p3", "night", "night_p3", or ""."""
+        return "_".join(filter(None, (self.domain, self.level)))
+
+    def find_owner(self, answer: str) -> str:
+        """Name of what owns the state of its samples, by an answer of a spec; "": all share it, or there is none."""
+        level = self.level if is_per_level(answer) else ""
+        domain = self.domain if is_per_domain(answer) else ""
+        return Source(level, domain).name
+
+
+def list_sources(levels: Sequence[str], domains: Sequence[str]) -> list[Source]:
+    """Every domain at every level, one domain after the other."""
+    sources = []
+    for domain in domains or ("",):
+        sources += [Source(level, domain) for level in levels or ("",)]
+    return sources
+
+
+def map_owners(levels: Sequence[str], domains: Sequence[str]) -> dict[str, dict[str, str]]:
+    """For each answer: name of a source -> name of what owns its state."""
+    sources = list_sources(levels, domains)
+
+    owners = {}
+    for answer in get_args(Ownership):
+        owners[answer] = {source.name: source.find_owner(answer) for source in sources}
+    return owners
+
+
+class Origin(NamedTuple):
+    """Names under which another norm keeps the state of a source.
+
+    Args:
+        names: one; several, where the other norm tells apart what this one does not; none, if it does not know it.
+        is_shared: the source has it in common with others there.
+    """
+
+    names: list[str]
+    is_shared: bool = False
+
+
+def find_origin(source: Source, names: Collection[str], name_map: Mapping[str, str]) -> Origin:
+    """The origin of a source in another norm: its own state there, else its pairs', its domain's, its level's, all's.
+
+    Args:
+        source: of a norm.
+        names: under which the other norm keeps something; "" is what all share.
+        name_map: name here -> name there, where they differ: of a level, a domain, or a pair.
+
+    Example:
+        >>> find_origin(Source("p3", "night"), ["p3", "p4"], {})
+        Origin(names=['p3'], is_shared=True)
+        >>> find_origin(Source("p3"), ["day_p3", "night_p3", "night_p4"], {})
+        Origin(names=['day_p3', 'night_p3'], is_shared=False)
+    """
+    wanted = _map_source(source, name_map)
+    if wanted.name in names and (wanted.name or not source.name):
+        return Origin([wanted.name])
+
+    pairs = [name for name in names if name and _is_pair_of(name, wanted)]
+    if pairs:
+        return Origin(pairs)
+
+    for name in (wanted.domain, wanted.level, ""):
+        if name in names:
+            return Origin([name], is_shared=True)
+    return Origin([])
+
+
+def _map_source(source: Source, name_map: Mapping[str, str]) -> Source:
+    if source.level and source.domain and source.name in name_map:
+        return Source(domain=name_map[source.name])
+
+    level = name_map.get(source.level, source.level) if source.level else ""
+    return Source(level, name_map.get(source.domain, source.domain))
+
+
+def _is_pair_of(name: str, source: Source) -> bool:
+    """Whether a name may be that of a pair of which a source is one half; all are, if it is of neither."""
+    if source.level and source.domain:
+        return False
+    return not source.name or name.startswith(f"{source.name}_") or name.endswith(f"_{source.name}")
