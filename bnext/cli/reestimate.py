@@ -26,6 +26,7 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import find_existing_faults, find_kept, find_path_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
+from bnext.config.keys import KEYS
 from bnext.config.places import ARCHITECTURES, PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches
@@ -313,11 +314,13 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         is_by_level = population == "per_domain" and is_per_level(norms[place].spec.population)
         nodes[place].POPULATION = "per_level_and_domain" if is_by_level else population
     answers = itertools.chain.from_iterable(node.values() for node in nodes.values())
-    names = nodes.setdefault("DOMAINS", CfgNode({"NAMES": (), "FALLBACK": ""}))
+    start = "MODEL.BNEXT.DOMAINS."
+    defaults = {name.removeprefix(start): key.default for name, key in KEYS.items() if name.startswith(start)}
+    names = nodes.setdefault("DOMAINS", CfgNode(defaults))
     if population == "per_domain" and not names.get("NAMES"):
         names.NAMES = tuple(dict.fromkeys(domains))
     elif population == "shared" and not any(map(is_per_domain, answers)):
-        names.NAMES, names.FALLBACK = (), ""
+        names.update(defaults)
 
     resolve_norms(cfg)
     cfg.freeze()

@@ -72,7 +72,7 @@ def check_domains(cfg: CfgNode, *, eval_only: bool = False) -> None:
     for name in cfg.DATASETS.TEST:
         counts = count_set_domains(cfg, name)
         unseen = {domain: number for domain, number in counts.items() if domain not in norms.domains}
-        if unseen and norms.fallback_domain is None:
+        if unseen and norms.unseen == "error":
             raise UNSEEN.of(_describe(unseen), f"data set {name!r}", names=list_few(map(repr, norms.domains)))
 
 

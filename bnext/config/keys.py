@@ -19,7 +19,7 @@ import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.data.sampling.domain_batches import DomainBatches
 from bnext.layers.build import NORM_NAMES
-from bnext.layers.spec import OWNED, NormSpec
+from bnext.layers.spec import OWNED, NormSpec, Unseen
 from bnext.numbers import is_count, is_number
 from bnext.repair.averaged_weights import BufferRule
 from bnext.statistics.recompute import Estimator
@@ -243,8 +243,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.NAMES",
         (),
-        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of the "
-        "training sets, see `DATASETS.DOMAINS`",
+        "names of the domains, in every place where something is `per_domain` or `per_level_and_domain`; (): those of "
+        "the training sets, see `DATASETS.DOMAINS`",
         Values(
             "names",
             lambda value: isinstance(value, (tuple, list)) and all(isinstance(name, str) and name for name in value),
@@ -252,9 +252,32 @@ _DOMAINS = (
         ),
     ),
     Key(
+        "MODEL.BNEXT.DOMAINS.UNSEEN",
+        "error",
+        "what normalizes images of another domain, or of none, at inference: the domain of FALLBACK, the `mixture` of "
+        "all, each image's `mini_batch`, a `blend` of both, the mixture as it follows the `stream` of such images, or "
+        "the domain that is `nearest` to the image. An affine per domain is their mean, but for a single domain's. "
+        "In training it is an error, but for FALLBACK",
+        _one_of(*get_args(Unseen)),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.FALLBACK": _NOT_EMPTY}, of=_one_of("fallback")),),
+    ),
+    Key(
         "MODEL.BNEXT.DOMAINS.FALLBACK",
         "",
-        "domain that samples without one, or of an unknown one, are taken for, which is said; empty: that is an error",
+        "domain that UNSEEN `fallback` takes such images for, which is said",
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("fallback")}),),
+    ),
+    Key(
+        "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES",
+        None,
+        "in a `blend` or `stream` the mixture counts as so many images, 0 to `inf`; None: as many as fit how far the "
+        "images' statistics have moved from it",
+        Values(
+            "a number of 0 or more, or None",
+            lambda value: value is None or (isinstance(value, (int, float)) and value is not True and value >= 0),
+            "Use 16, or None.",
+        ),
+        needs=(Need({"MODEL.BNEXT.DOMAINS.UNSEEN": _one_of("blend", "stream")}),),
     ),
 )
 

@@ -21,11 +21,17 @@ from bnext.data.domains import find_train_domains
 from bnext.errors import ConfigError, Refusal, check_choice
 from bnext.layers.build import NAMED_NORMS
 from bnext.layers.sources import is_per_domain
-from bnext.layers.spec import OWNED, NormSpec
+from bnext.layers.spec import OWNED, NormSpec, Unseen
 from bnext.lazy_config import is_lazy
 
 __all__ = ["NormRecipe", "PlaceNorm", "read_place", "resolve_norms"]
 
+NO_POPULATIONS = Refusal(
+    ConfigError,
+    "MODEL.BNEXT.DOMAINS.UNSEEN",
+    "be another rule where no place has a population for each domain",
+    "Set POPULATION of a place to 'per_domain', or choose 'mixture', 'blend' or 'mini_batch'.",
+)
 NAMES = "MODEL.BNEXT.DOMAINS.NAMES"
 NO_NAMES = Refusal(
     ConfigError,
@@ -90,11 +96,13 @@ class NormRecipe:
     Args:
         places: name of each place that the detector has -> its norm.
         domains: names of the domains, wherever an answer tells them apart.
-        fallback_domain: of samples without one; None: that is an error.
+        unseen: the rule for samples of another domain, or of none, at inference.
+        fallback_domain: the one that the rule "fallback" takes.
     """
 
     places: Mapping[str, PlaceNorm]
     domains: tuple[str, ...] = ()
+    unseen: Unseen = "error"
     fallback_domain: str | None = None
 
     @classmethod
@@ -103,7 +111,7 @@ class NormRecipe:
 
         Args:
             nodes: name of a place -> its keys and their values, as in MODEL.BNEXT, and NORM and LEVELS at every place;
-                and "DOMAINS" -> NAMES and FALLBACK. What is not there is at its default.
+                and "DOMAINS" -> NAMES, UNSEEN, FALLBACK and SOURCE_IMAGES. What is not there is at its default.
 
         Raises:
             ConfigError: a place, a key or a value is unknown, or keys contradict one another.
@@ -210,8 +218,8 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
     has_domains = any(norm.spec.domains for norm in norms.values())
     had_domains = any(is_per_domain(values[name]) for name in values if used[name] != values[name])
 
-    for key in (NAMES, "MODEL.BNEXT.DOMAINS.FALLBACK"):
-        if values[key] and not has_domains and not had_domains:
+    for key in (name for name in KEYS if name.startswith("MODEL.BNEXT.DOMAINS.")):
+        if values[key] != KEYS[key].default and not has_domains and not had_domains:
             rule = "keep its default unless STATISTICS, POPULATION or AFFINE of a place tells domains apart"
             remedy = "Set one to 'per_domain', such as MODEL.BNEXT.RESNETS.POPULATION, or remove the key."
             raise ConfigError.of(key, rule, got=repr(values[key]), where="config", remedy=remedy)
@@ -219,7 +227,10 @@ def _make_recipe(places: Iterable[str], values: Mapping[str, Any], used: Mapping
     if not has_domains:
         return NormRecipe(MappingProxyType(norms))
     domains, fallback = values[NAMES], values["MODEL.BNEXT.DOMAINS.FALLBACK"]
-    return NormRecipe(MappingProxyType(norms), tuple(domains), fallback or None)
+    unseen = values["MODEL.BNEXT.DOMAINS.UNSEEN"]
+    if unseen == "nearest" and not any("domain" in norm.spec.population for norm in norms.values()):
+        raise NO_POPULATIONS.of(repr(unseen), "config")
+    return NormRecipe(MappingProxyType(norms), tuple(domains), unseen, fallback or None)
 
 
 def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
@@ -245,7 +256,10 @@ def _make_place(name: str, values: Mapping[str, Any]) -> PlaceNorm:
         if not values[NAMES]:
             raise NO_NAMES.of("none", f"MODEL.BNEXT.{name}")
         answers["domains"] = tuple(values[NAMES])
+        answers["unseen"] = values["MODEL.BNEXT.DOMAINS.UNSEEN"]
         answers["fallback_domain"] = values["MODEL.BNEXT.DOMAINS.FALLBACK"] or None
+        source_images = values["MODEL.BNEXT.DOMAINS.SOURCE_IMAGES"]
+        answers["source_images"] = "auto" if source_images is None else source_images
 
     spec, levels = _make_spec(name, answers), tuple(values.get(place.levels, ()))
     return PlaceNorm(name, norm, spec, tuple(changed), levels, shuffle, shuffle_groups)

@@ -125,11 +125,12 @@ def _observe(norm: Any, given: Any, seen: MiniBatch) -> None:
 def _observe_ours(norm: BatchNorm2d, given: Any, seen: MiniBatch) -> None:
     record = get_record()
     features, sources = norm.list_features(given, record.domain)
+    names = norm.name_sources(sources)
 
     spec, groups = norm.spec, record.groups.get(norm)
     size = spec.normalization_batch_size if norm.uses_mini_batch else None
     counts = tuple(len(feature) for feature in features)
-    grouping = group_samples(counts, tuple(sources), norm.number_mini_batches(spec), size)
+    grouping = group_samples(counts, tuple(sources), norm.number_mini_batches(spec, names), size)
     if groups is not None and len(features) == 1 and len(groups.numbers) == len(features[0]):
         grouping = divide_parts(grouping, groups)
 
@@ -140,8 +141,8 @@ def _observe_ours(norm: BatchNorm2d, given: Any, seen: MiniBatch) -> None:
     seen.parts.append(Moments(*(field[is_seen] for field in moments)))
 
     if norm.has_population:
-        by_source = group_moments(moments, make_index(grouping.sources, device), len(norm.sources))
-        seen.distances.append(_measure_distance(by_source, norm.stack_populations(norm.sources), norm.eps))
+        by_source = group_moments(moments, make_index(grouping.sources, device), len(names))
+        seen.distances.append(_measure_distance(by_source, norm.stack_populations(names), norm.eps))
     if norm.uses_mini_batch:
         seen.sizes.append(_count_together(norm, features, record).to(moments.mean))
 

@@ -24,7 +24,7 @@ from bnext.layers.walk import find_bnext_norms
 __all__ = ["TellDomains", "TellNormCounts", "build_norm_counts"]
 
 METRIC = "bnext/num_skipped_statistics"
-FALLBACK = "%d samples were taken for the fallback domain %r in training and evaluation, as counted by %s: %s."
+FALLBACK = "%d samples were taken for the fallback domain %r in training, as counted by %s: %s."
 DOMAINS = "Samples of this training by their domain: %s."
 NEVER_ACTIVE = (
     "No sample of this training was of the domain(s) %s: what the norms keep for them is as it was before. Samples: %s."

@@ -129,9 +129,12 @@ def check_domain(cfg: CfgNode, domain: str | None) -> None:
     if domain is not None and domain not in names:
         rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
         raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
-    if names and domain is None and norms.fallback_domain is None:
+    if names and domain is None and norms.unseen == "error":
         rule = "name the domain of the images where norms have domains"
-        remedy = "Give --domain NAME; in Python, compare_statistics(..., domain=NAME)."
+        remedy = (
+            "Give --domain NAME; in Python, compare_statistics(..., domain=NAME). Or choose a rule for images without "
+            "one, MODEL.BNEXT.DOMAINS.UNSEEN."
+        )
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 

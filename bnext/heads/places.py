@@ -28,6 +28,7 @@ from bnext.layers import BatchNorm2d, NormSpec, name_norms
 from bnext.layers.forms import find_forms
 from bnext.layers.sources import is_per_domain
 from bnext.layers.spec import OWNED
+from bnext.layers.unseen import tell_forwards
 from bnext.layers.walk import find_foreign_norms, replace_modules
 from bnext.notices import tell_once
 from bnext.surgery import convert_norm
@@ -113,6 +114,7 @@ def give_norms(model: nn.Module, norms: NormRecipe) -> None:
     name_norms(model)
     if norms.domains:
         tell_domains(model)
+        tell_forwards(model)
     tell_images(model)
     shuffle_heads(model, norms)
 

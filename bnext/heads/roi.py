@@ -89,6 +89,12 @@ class ImagesOfRois:
             groups = self._group_images(args, by_image[0])
             Scope(self, groups=dict.fromkeys(by_image, groups)).__enter__()
 
+        unseeing = [norm for norm in norms if not norm.training and norm.spec.unseen not in ("error", "fallback")]
+        apart = [norm for norm in unseeing if not norm.uses_mini_batch]
+        if apart:
+            images = self._number_images(args, apart[0])
+            Scope(self, groups=dict.fromkeys(apart, images)).__enter__()
+
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         close_scopes(self)
 
@@ -102,6 +108,12 @@ class ImagesOfRois:
         if self.mixes:
             numbers = numbers[torch.randperm(len(numbers), device="cpu")]
         return Groups(numbers.to(args[0].device), len(num_rois))
+
+    def _number_images(self, args: tuple[Any, ...], norm: BatchNorm2d) -> Groups:
+        """The image of each RoI."""
+        num_rois = self._check_known(args, norm)
+        numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois, dtype=torch.long))
+        return Groups(numbers.to(args[0].device), max(len(num_rois), 1))
 
     def _spread_domains(
         self, active: tuple[str, ...], args: tuple[Any, ...], norms: list[BatchNorm2d]

@@ -37,6 +37,7 @@ from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Source
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.layers.unseen import is_unseen, normalize_unseen, settle_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
 
@@ -151,24 +152,27 @@ class BatchNorm2d(OwnedBatchNorm2d):
         """
         self.check_feature(input)
         call = read_call(self, self._spec, self.where)
-        features, sources = self.list_features(input, call.domain)
+        features, sources = self.list_features(input, call.domain, call.spec)
         self.count_domains(call, input.shape[0])
         if self._last_call is not None and self.training and not is_traced():
             self._last_call = watch_call(self, input, self._last_call)
-        return self.normalize_features(features, sources, self.sources, call)[0]
+        return self.normalize_features(features, sources, call)[0]
 
-    def list_features(self, given: Any, active: str | tuple[str, ...] | None) -> tuple[list[Tensor], list[Sources]]:
-        """The features that a call is given, and for each the index, in `sources`, of all its samples or of each.
+    def list_features(
+        self, given: Any, active: str | tuple[str, ...] | None, spec: NormSpec | None = None
+    ) -> tuple[list[Tensor], list[Sources]]:
+        """The features that a call is given, and for each the index of all its samples or of each, see `name_sources`.
 
         Args:
             given: see `forward`.
             active: the domain of all samples, or that of each, see `NormCall`.
+            spec: in force; None: as it is now.
         """
-        return [given], [self.find_domains(active, given.shape[0])]
+        return [given], [self.find_domains(active, given.shape[0], spec)]
 
-    def number_mini_batches(self, spec: NormSpec) -> tuple[int, ...]:
+    def number_mini_batches(self, spec: NormSpec, names: Sequence[str]) -> tuple[int, ...]:
         """For each source the mini-batch that its samples are in, by the answers of `spec`: 0 to B - 1."""
-        return number_groups(tuple(self._owners[spec.statistics].values()))
+        return number_groups(tuple(self.find_owner(spec.statistics, name) for name in names))
 
     @property
     def uses_mini_batch(self) -> bool:
@@ -182,22 +186,22 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return spec.training != "population" and not spec.has_frozen_statistics
         return spec.inference == "mini_batch"
 
-    def normalize_features(
-        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], call: NormCall
-    ) -> list[Tensor]:
+    def normalize_features(self, features: list[Tensor], sources: list[Sources], call: NormCall) -> list[Tensor]:
         """Normalize one or several features of known sources; the core of this layer and of its subclasses.
 
         Args:
             features: tensors [N_l, C, H_l, W_l].
-            sources: for each feature the index in `names` of all its samples, or of each.
-            names: of the sources that may occur.
+            sources: for each feature the index of all its samples, or of each, see `name_sources`.
             call: what the call knows besides.
         """
+        names = self.name_sources(sources)
+        if is_unseen(names[-1]):
+            sources = settle_unseen(self, features, sources, names, call)
         if self._is_by_mini_batch(call.spec):
             return self._normalize_by_mini_batch(features, sources, names, call)
 
         moves = any(self.is_moving(name, call) for name in names)
-        outputs = self._normalize_by_population(features, sources, names, moves)
+        outputs = self._normalize_by_population(features, sources, names, moves, call)
         if moves:
             group = resolve_group(call.spec.workers)
             moments, grouping = self._collect_moments(features, sources, names, None, group, call)
@@ -207,15 +211,16 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the population
 
     def _normalize_by_population(
-        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], moves: bool
+        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], moves: bool, call: NormCall
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
         indices = {index for source in sources for index in ((source,) if isinstance(source, int) else source)}
-        used_names = [names[index] for index in indices]
+        used_names = [member for index in indices for member in self.list_members(names[index])]
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
-        if all(isinstance(source, int) for source in sources):
+        has_unseen = is_unseen(names[-1])
+        if all(isinstance(source, int) for source in sources) and not has_unseen:
             used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._infer(x, names[i], affines[i], moves) for x, i in zip(features, used, strict=True)]
@@ -223,6 +228,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
         parts = _to_parts(sources, weight.device)
+        if has_unseen:
+            return normalize_unseen(self, features, parts, names, (weight, bias), populations, call)
         return normalize_parts(features, parts, weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
@@ -244,7 +251,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         group = resolve_group(spec.workers) if self.training else None
         size = spec.normalization_batch_size if self.training and call.recorder is None else None
 
-        if group is None and self._is_plain(features, sources, size, call):
+        if group is None and self._is_plain(features, sources, names, size, call):
             used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._normalize_plainly(x, names[i], affines[i], call) for x, i in zip(features, used, strict=True)]
@@ -276,7 +283,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self._move_by_mini_batch(own, grouping, names, call)
         return outputs
 
-    def _is_plain(self, features: list[Tensor], sources: list[Sources], size: int | None, call: NormCall) -> bool:
+    def _is_plain(
+        self,
+        features: list[Tensor],
+        sources: list[Sources],
+        names: tuple[str, ...],
+        size: int | None,
+        call: NormCall,
+    ) -> bool:
         """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
         if any(value is not None for value in (call.groups, call.virtual, call.recorder)) or self.momentum is None:
             return False
@@ -285,7 +299,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if self.training and call.spec.training == "renorm":
             return False
 
-        mini_batches, used = self.number_mini_batches(call.spec), set()
+        mini_batches, used = self.number_mini_batches(call.spec, names), set()
         for feature, source in zip(features, sources, strict=True):
             is_in_one = isinstance(source, int) and (size is None or len(feature) <= size)
             has_variance = feature.numel() >= 2 * self.num_features
@@ -325,7 +339,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
 
         counts = tuple(feature.shape[0] for feature in features)
-        grouping = group_samples(counts, tuple(sources), self.number_mini_batches(call.spec), size)
+        grouping = group_samples(counts, tuple(sources), self.number_mini_batches(call.spec, names), size)
         if call.groups is not None and call.recorder is None:
             self._check_groups(call.groups, counts, size)
             grouping = divide_parts(grouping, call.groups)

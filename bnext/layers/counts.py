@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,12 +19,45 @@ from bnext.dispatch import is_ordinary, is_traced
 from bnext.errors import list_few
 from bnext.notices import tell_once
 
-__all__ = ["NormCounts", "count_skipped", "counts_of", "tell_skipped"]
+__all__ = [
+    "NormCounts",
+    "UnseenCount",
+    "count_skipped",
+    "counts_of",
+    "describe_unseen",
+    "take_unseen_counts",
+    "tell_skipped",
+]
 
 SKIPPED = (
     "%d mini-batches with inf or NaN were left out of running statistics so far, of %s. A training in mixed precision "
     "may begin so, until its loss scale is found; if their number goes on growing, look for the first of these norms."
 )
+
+
+_RULES = {
+    "fallback": "taken for {taken!r}",
+    "nearest": "nearest to {of_each}",
+    "mixture": "normalized by the mixture of its domains",
+    "mini_batch": "each normalized by its own statistics",
+    "blend": "normalized by a blend of its domains and the image's own statistics",
+    "stream": "normalized by the mixture of its domains as it followed their stream",
+}
+ALONE_IN_STREAM = "; of one image a stream follows that image alone, choose 'blend'"
+
+
+class UnseenCount(NamedTuple):
+    """Images at inference of a domain that a norm has not.
+
+    Args:
+        domain: their name; None: they had none.
+        rule: that was applied to them, see `NormSpec.unseen`.
+        taken: the domain that they were taken for; "": the rule takes no single one.
+    """
+
+    domain: str | None
+    rule: str
+    taken: str = ""
 
 
 class NormCounts:
@@ -34,7 +67,8 @@ class NormCounts:
         num_mini_batches: that came to move running statistics.
         num_taken: that did, [] on their device; the others had inf or NaN. None: there was none yet.
         domains: domain -> samples in training, where the norm has domains.
-        fallbacks: domain that was active, or None -> samples that were taken for the fallback domain, in any mode.
+        fallbacks: domain that was active, or None -> samples in training that were taken for the fallback domain.
+        unseen: images at inference of domains that the norm has not.
     """
 
     def __init__(self) -> None:
@@ -42,6 +76,7 @@ class NormCounts:
         self.num_taken: Tensor | None = None
         self.domains: Counter[str] = Counter()
         self.fallbacks: Counter[str | None] = Counter()
+        self.unseen: Counter[UnseenCount] = Counter()
 
     def count_mini_batch(self, is_taken: Tensor) -> None:
         """Count one; nothing is read from the device."""
@@ -102,6 +137,51 @@ def tell_skipped(model: nn.Module, skipped: Mapping[str, int]) -> None:
     numbers = {path or "the norm": number for path, number in skipped.items() if number}
     if numbers:
         tell_once(logging.getLogger(__name__), model, SKIPPED, sum(numbers.values()), list_few(numbers))
+
+
+def take_unseen_counts(model: nn.Module) -> Counter[UnseenCount]:
+    """Images at inference of domains that a model has not, since this was asked last; they are then forgotten.
+
+    Args:
+        model: or a part of it. Of its norms, which may see RoIs of some images alone, the most that one has counted.
+
+    Example:
+        >>> sum(take_unseen_counts(nn.Sequential()).values())
+        0
+    """
+    taken: Counter[UnseenCount] = Counter()
+    for module in model.modules():
+        counts = _counts.get(module)
+        if counts is not None:
+            taken |= counts.unseen
+            counts.unseen = Counter()
+    return taken
+
+
+def describe_unseen(counts: Mapping[UnseenCount, int]) -> list[str]:
+    """A line for each domain and rule: how many images, and what they were taken for.
+
+    Example:
+        >>> fog = {UnseenCount("fog", "nearest", "day"): 3, UnseenCount("fog", "nearest", "night"): 1}
+        >>> describe_unseen(fog)
+        ["4 images of the domain 'fog', which the model does not have: nearest to 'day' 3, 'night' 1"]
+    """
+    groups: dict[tuple[str | None, str], dict[str, int]] = {}
+    for key, number in counts.items():
+        of_group = groups.setdefault((key.domain, key.rule), {})
+        of_group[key.taken] = of_group.get(key.taken, 0) + number
+
+    lines = []
+    for (domain, rule), taken in groups.items():
+        total = sum(taken.values())
+        noun = "image" if total == 1 else "images"
+        subject = "without a domain" if domain is None else f"of the domain {domain!r}, which the model does not have"
+        of_each = ", ".join(f"{name!r} {number}" for name, number in taken.items())
+        words = _RULES[rule].format(of_each=of_each, taken=next(iter(taken)))
+        if rule == "stream" and total == 1:
+            words += ALONE_IN_STREAM
+        lines.append(f"{total} {noun} {subject}: {words}")
+    return lines
 
 
 def _read(numbers: list[Tensor | None]) -> list[int]:

@@ -235,29 +235,33 @@ class CycleBatchNormList(LevelBatchNorm2d):
         if call.level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
 
-        sources = self.find_sources(call.level, call.domain, input.shape[0])
+        sources = self.find_sources(call.level, call.domain, input.shape[0], call.spec)
         if call.level == self.levels[0]:  # the same images at every level
             self.count_domains(call, input.shape[0])
         if calls is not None:
             self._keep(calls, sources, call)
-        return self.normalize_features([input], [sources], self.sources, call)[0]
+        return self.normalize_features([input], [sources], call)[0]
 
     def list_features(
-        self, given: Tensor | Mapping[str, Tensor], active: str | tuple[str, ...] | None
+        self,
+        given: Tensor | Mapping[str, Tensor],
+        active: str | tuple[str, ...] | None,
+        spec: NormSpec | None = None,
     ) -> tuple[list[Tensor], list[Sources]]:
         """The feature of the call that comes next, or those of several levels; see `BatchNorm2d.list_features`."""
         if isinstance(given, Mapping):
-            return super().list_features(given, active)
+            return super().list_features(given, active, spec)
 
         level = self._find_level()
         if level is None:
             raise OUTSIDE.of("a call outside of one", self.where, level=self.levels[0])
-        return [given], [self.find_sources(level, active, given.shape[0])]
+        return [given], [self.find_sources(level, active, given.shape[0], spec)]
 
     def _keep(self, calls: ForwardCalls, sources: Sources, call: NormCall) -> None:
         """Remember the running statistics that a call moves."""
         indices = {sources} if isinstance(sources, int) else set(sources)
-        moving = [self.sources[index] for index in sorted(indices) if self.is_moving(self.sources[index], call)]
+        names = self.name_sources([sources])
+        moving = [names[index] for index in sorted(indices) if self.is_moving(names[index], call)]
 
         if moving and not is_ordinary():
             calls.is_kept = False

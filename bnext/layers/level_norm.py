@@ -116,32 +116,34 @@ class LevelBatchNorm2d(BatchNorm2d):
             self._check_is_alone(call)
             return {}
 
-        inputs, sources = self.list_features(features, call.domain)
+        inputs, sources = self.list_features(features, call.domain, call.spec)
         if self.domains:  # the same images at every level
             self.count_domains(call, max(map(len, inputs)))
-        outputs = self.normalize_features(inputs, sources, self.sources, call)
+        outputs = self.normalize_features(inputs, sources, call)
 
         present = [level for level in self.levels if level in features]
         by_level = dict(zip(present, outputs, strict=True))
         return {level: by_level[level] for level in features}
 
     def list_features(
-        self, given: Mapping[str, Tensor], active: str | tuple[str, ...] | None
+        self, given: Mapping[str, Tensor], active: str | tuple[str, ...] | None, spec: NormSpec | None = None
     ) -> tuple[list[Tensor], list[Sources]]:
         """The features in the order of `levels`, and their sources; see `BatchNorm2d.list_features`."""
         levels = [level for level in self.levels if level in given]
         features = [given[level] for level in levels]
 
         pairs = zip(levels, features, strict=True)
-        return features, [self.find_sources(level, active, feature.shape[0]) for level, feature in pairs]
+        return features, [self.find_sources(level, active, feature.shape[0], spec) for level, feature in pairs]
 
-    def find_sources(self, level: str, active: str | tuple[str, ...] | None, num_samples: int) -> Sources:
-        """Index, in `sources`, of the source of all samples of a level, or of each sample's."""
+    def find_sources(
+        self, level: str, active: str | tuple[str, ...] | None, num_samples: int, spec: NormSpec | None = None
+    ) -> Sources:
+        """Index of the source of all samples of a level, or of each sample's; see `name_sources`."""
         number, step = self.levels.index(level), len(self.levels)
         if isinstance(active, tuple) and num_samples == 0:
             return number  # of no sample
 
-        domains = self.find_domains(active, num_samples)
+        domains = self.find_domains(active, num_samples, spec)
         if isinstance(domains, int):
             return domains * step + number
         return tuple(domain * step + number for domain in domains)

@@ -23,11 +23,12 @@ from bnext.functional import (
     Moments,
     group_moments,
     make_index,
+    merge_moments,
     number_groups,
     take_finite,
     update_running_statistics,
 )
-from bnext.layers.counts import counts_of
+from bnext.layers.counts import UnseenCount, counts_of
 from bnext.layers.folded_norm import refuse_folded_state
 from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
@@ -35,6 +36,7 @@ from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
 from bnext.layers.sources import is_owned, list_sources, map_owners
 from bnext.layers.spec import NormSpec
+from bnext.layers.unseen import UNSEEN, is_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
 from bnext.scope.record import get_record
@@ -64,6 +66,10 @@ NOT_ONE_PER_SAMPLE = Refusal(
 NAME_THE_DOMAIN = (
     "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
     "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+)
+CHOOSE_A_RULE = (
+    "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at "
+    "inference: the 'mixture' of all domains, a 'blend' of it and the image's own statistics, or another rule."
 )
 FALLBACK = "%s are taken for the fallback domain %r (first in %s), and share its statistics and affine."
 BROKEN_STATISTICS = Refusal(
@@ -210,6 +216,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.levels = tuple(levels)
         self._owners = map_owners(self.levels, spec.domains)  # answer -> source -> owner
         self.sources = tuple(self._owners["shared"])
+        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if spec.domains else ())
+        self.unseen_sources = tuple(self._unseen_owners["shared"]) if spec.domains else ()
         self._checked: dict[str, _Verdict] = {}  # by owner
 
         self._check_names(spec.domains)
@@ -370,15 +378,16 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def population_state(self, source: str = "") -> nn.BatchNorm2d:
         """The module whose running statistics normalize a level, domain or pair: the layer, or what owns them."""
-        return self.get_submodule(self._find_owner(self._spec.population, source))  # type: ignore[return-value]
+        return self.get_submodule(self.find_owner(self._spec.population, source))  # type: ignore[return-value]
 
     def affine_state(self, source: str = "") -> nn.BatchNorm2d:
         """The module whose weight and bias scale and shift a level, domain or pair."""
-        return self.get_submodule(self._find_owner(self._spec.affine, source))  # type: ignore[return-value]
+        return self.get_submodule(self.find_owner(self._spec.affine, source))  # type: ignore[return-value]
 
-    def _find_owner(self, answer: str, source: str) -> str:
+    def find_owner(self, answer: str, source: str) -> str:
         """Name of what owns the state of a source; an owner's name is its own."""
-        return self._owners[answer].get(source, source) if is_owned(answer) else ""
+        owners = self._unseen_owners if is_unseen(source) else self._owners
+        return owners[answer].get(source, source) if is_owned(answer) else ""
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
         """Each set of population statistics, with the names of what it normalizes."""
@@ -403,19 +412,26 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if self._spec.affine == "shared":
             return self.weight.expand(size), self.bias.expand(size) if has_bias else like.new_zeros(size)
 
-        states = [self.affine_state(name) for name in names]
-        bias = torch.stack([state.bias for state in states]) if has_bias else like.new_zeros(size)
-        return torch.stack([state.weight for state in states]), bias
+        weight = torch.stack([self._mix_affines(name, "weight") for name in names])
+        bias = torch.stack([self._mix_affines(name, "bias") for name in names]) if has_bias else like.new_zeros(size)
+        return weight, bias
+
+    def _mix_affines(self, name: str, field: str) -> Tensor:
+        """Weight or bias of a level or domain, [C]; of what stands for several the mean of theirs."""
+        tensors: list[Tensor] = [getattr(self.affine_state(source), field) for source in self.list_members(name)]
+        return tensors[0] if len(tensors) == 1 else torch.stack(tensors).mean(0)
 
     def list_affines(self, names: Sequence[str], used: Sequence[int]) -> list[Affine]:
         """Weight and bias for each name, of which `used` are needed.
 
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
-        states = [self.affine_state(name) for name in names]
-        owners = [self._find_owner(self._spec.affine, name) for name in names]
+        members = [self.list_members(name) for name in names]
+        states = [self.affine_state(of_name[0]) for of_name in members]
+        owners = [tuple(self.find_owner(self._spec.affine, member) for member in of_name) for of_name in members]
+        is_mixed = any(len(set(of_name)) > 1 for of_name in owners)
         is_all_used = {owners[index] for index in used} == set(owners)
-        if is_all_used or not torch.is_grad_enabled():
+        if not is_mixed and (is_all_used or not torch.is_grad_enabled()):
             return [(state.weight, state.bias) for state in states]
 
         weight, bias = self.stack_affines(names, states[0].weight)
@@ -426,31 +442,80 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Their count is infinity: to the gradient they are constants.
         """
-        states: list[Any] = [self.population_state(name) for name in names]
+        pairs = [self._mix_populations(name) for name in names]
+        mean, var = (torch.stack(fields) for fields in zip(*pairs, strict=True))
+        return Moments(mean.new_full((len(names),), float("inf")), mean, var)
+
+    def _mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
+        """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
+        states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
+        if len(states) == 1:
+            return states[0].running_mean, states[0].running_var
+
         mean = torch.stack([state.running_mean for state in states])
         var = torch.stack([state.running_var for state in states])
-        return Moments(mean.new_full((len(states),), float("inf")), mean, var)
+        _, mean, var = merge_moments(Moments(mean.new_ones(len(states)), mean, var))
+        return mean, var
+
+    def list_members(self, name: str) -> Sequence[str]:
+        """The sources that a name stands for: itself, or, of unseen domains, those of all domains at its level."""
+        if not is_unseen(name):
+            return (name,)
+        return self.sources[self.unseen_sources.index(name) :: len(self.unseen_sources)]
 
     # ---- domains of a call
 
-    def find_domains(self, active: str | tuple[str, ...] | None, num_samples: int) -> Sources:
-        """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains."""
+    def find_domains(
+        self, active: str | tuple[str, ...] | None, num_samples: int, spec: NormSpec | None = None
+    ) -> Sources:
+        """Index, in `domains`, of the domain of all samples, or of each sample's; 0 without domains.
+
+        Args:
+            active: as the call names it.
+            num_samples: N.
+            spec: in force; None: as it is now.
+
+        Returns:
+            For a domain that the norm has not, by the rule of the spec: that of the fallback domain; or, at inference,
+            the number of domains, behind the last of them.
+
+        Raises:
+            DomainError: there is no rule, or the names are not one per sample.
+        """
         if not self.domains:
             return 0
+        spec = spec or self.spec
         if not isinstance(active, tuple):
-            return self._find_domain(active)
+            return self._find_domain(active, spec)
 
         if len(active) != num_samples:
             raise NOT_ONE_PER_SAMPLE.of(f"{len(active)} names for {num_samples} samples", self.where)
-        domains = tuple(self._find_domain(name) for name in active)
+        domains = tuple(self._find_domain(name, spec) for name in active)
         return domains if len(set(domains)) > 1 else domains[0]  # of one domain it is as a batch of torch's norm
 
-    def _find_domain(self, name: str | None) -> int:
-        known = name if name in self.domains else self._spec.fallback_domain
-        if known is None:
-            subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
-            raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {NAME_THE_DOMAIN}")
-        return self.domains.index(known)
+    def _find_domain(self, name: str | None, spec: NormSpec) -> int:
+        if name in self.domains:
+            return self.domains.index(name)
+        if spec.unseen == "fallback":
+            return self.domains.index(cast(str, spec.fallback_domain))
+        if spec.unseen != "error" and not self.training:
+            return len(self.domains)
+
+        subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+        remedy = NAME_THE_DOMAIN if self.training else f"{NAME_THE_DOMAIN} {CHOOSE_A_RULE}"
+        raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {remedy}")
+
+    def name_sources(self, sources: Sequence[Sources]) -> tuple[str, ...]:
+        """The names that indices of sources are of: `sources`, and behind them `unseen_sources`, if some are of these.
+
+        Args:
+            sources: for each feature of a call the index of all its samples, or of each.
+        """
+        number = len(self.sources)
+        for source in sources if self.unseen_sources else ():
+            if (source if isinstance(source, int) else max(source)) >= number:
+                return (*self.sources, *self.unseen_sources)
+        return self.sources
 
     def count_domains(self, call: NormCall, num_samples: int) -> None:
         """Count the samples of each domain in training, and those that were taken for the fallback domain."""
@@ -462,13 +527,20 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         counts = counts_of(self)
         for name, number in active.items():
             is_known = name in self.domains
-            taken = name if is_known else self._spec.fallback_domain
-            if self.training and taken is not None:
+            if not is_known and call.spec.unseen != "fallback":
+                continue  # an image of it is counted where its rule is applied
+            taken = cast(str, name if is_known else call.spec.fallback_domain)
+            if self.training:
                 counts.domains[taken] += number
-            if not is_known and number:
+            if is_known or not number:
+                continue
+
+            if self.training:
                 counts.fallbacks[name] += number
-                subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
-                tell_once(log, (subject, str(taken)), FALLBACK, subject, taken, self.where)
+            else:
+                counts.unseen[UnseenCount(name, "fallback", taken)] += number
+            subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+            tell_once(log, (subject, taken), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
 
@@ -496,7 +568,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         of_parts = [names[source] for source in sources]
         answers = (call.spec.statistics, call.spec.population)
-        units = number_groups(tuple(tuple(self._find_owner(a, name) for a in answers) for name in of_parts))
+        units = number_groups(tuple(tuple(self.find_owner(a, name) for a in answers) for name in of_parts))
         if units != tuple(range(len(units))):
             moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
@@ -603,7 +675,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if is_traced():
             return
 
-        owners = {self._find_owner(self._spec.population, name): name for name in names}
+        owners = {self.find_owner(self._spec.population, name): name for name in names}
         for owner, name in owners.items():
             state: Any = self.population_state(owner)
             mean, var = state.running_mean, state.running_var

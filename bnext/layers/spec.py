@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 from bnext.errors import ConfigError, check_choice
 from bnext.layers.sources import Ownership, Sharing, is_per_domain, is_per_level
 
-__all__ = ["OWNED", "TABLE5_ROWS", "NormSpec", "Ownership", "Sharing", "Workers"]
+__all__ = ["OWNED", "TABLE5_ROWS", "NormSpec", "Ownership", "Sharing", "Unseen", "Workers"]
 
 Workers = Literal["one", "node", "all"] | int
 Training = Literal["mini_batch", "population", "renorm"]
@@ -17,6 +17,7 @@ Average = Literal["moving", "cumulative"]
 Inference = Literal["population", "mini_batch"]
 Frozen = Literal["none", "statistics", "affine", "both"]
 SingleElement = Literal["error", "population"]
+Unseen = Literal["error", "fallback", "mixture", "mini_batch", "blend", "stream", "nearest"]
 
 # (mini-batch statistics, population statistics, affine); Wu and Johnson 2021, Table 5.
 TABLE5_ROWS: dict[int, tuple[Sharing, Sharing, Sharing]] = {
@@ -64,7 +65,15 @@ class NormSpec:
             is an error that names the layer, or is normalized by the population statistics. (At
             inference always the latter.)
         domains: names of the domains, if an answer is "per_domain" or "per_level_and_domain".
-        fallback_domain: taken where no domain is active, or an unknown one; None: that is an error.
+        unseen: what normalizes samples of a domain that the norm has not, or of none, at inference:
+            nothing, as that is an error; a named domain ("fallback"); the mixture of all domains; each
+            image's mini-batch; a blend of both; the mixture as it follows the stream of such images; or
+            the domain whose population is nearest to the image's statistics. See `bnext.layers.unseen`.
+            None: "fallback" if there is a fallback domain, else "error". In training it is always an
+            error, but for "fallback".
+        fallback_domain: the one that "fallback" takes.
+        source_images: in a blend and a stream the mixture counts as so many images, 0 to infinity;
+            "auto": as many as fit how far the image's statistics are from it.
         eps: added to the variance; above 0.
 
     Raises:
@@ -95,7 +104,9 @@ class NormSpec:
     frozen: Frozen = "none"
     single_element: SingleElement = "error"
     domains: tuple[str, ...] = ()
+    unseen: Unseen | None = None
     fallback_domain: str | None = None
+    source_images: float | Literal["auto"] = "auto"
     eps: float = 1e-5
 
     def __post_init__(self) -> None:
@@ -103,6 +114,9 @@ class NormSpec:
             rule, remedy = "be a sequence of names", "Write ('day', 'night')."
             raise ConfigError.of("domains", rule, got=repr(self.domains), where="NormSpec", remedy=remedy)
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
+        if self.unseen is None:
+            object.__setattr__(self, "unseen", "error" if self.fallback_domain is None else "fallback")
+        check_choice("unseen", self.unseen, get_args(Unseen))
 
         for name, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal:
@@ -152,7 +166,9 @@ class NormSpec:
         return self.frozen in ("affine", "both")
 
     def replace(self, **changes: object) -> NormSpec:
-        """A copy with some answers changed."""
+        """A copy with some answers changed. A fallback domain is taken, unless another rule is set with it."""
+        if changes.get("fallback_domain") is not None:
+            changes.setdefault("unseen", "fallback")
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
@@ -259,6 +275,24 @@ _RULES = (
         "be one of the domains",
         "Name one of them.",
         beside="domains",
+    ),
+    _Rule(
+        "unseen",
+        lambda spec: spec.unseen != "fallback" or spec.fallback_domain is not None,
+        "have a fallback_domain where it is 'fallback'",
+        "Name one of the domains, or choose another rule.",
+    ),
+    _Rule(
+        "unseen",
+        lambda spec: spec.unseen == "error" or bool(spec.domains),
+        "be 'error' where nothing is per_domain",
+        "Set statistics, population or affine to 'per_domain', or leave it out.",
+    ),
+    _Rule(
+        "source_images",
+        lambda spec: spec.source_images == "auto" or (_is_number(spec.source_images) and spec.source_images >= 0),
+        "be a number of 0 or more, or 'auto'",
+        "Use 16; 0 takes each image's own statistics alone, float('inf') the mixture.",
     ),
     # Answers that exclude one another, and those that would be without effect.
     _Rule(

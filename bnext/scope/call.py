@@ -46,6 +46,7 @@ class NormCall(NamedTuple):
         recorder: takes down the moments of the call; None: nobody does.
         moves: whether running statistics may move.
         level: of the features, for a norm that gets one level after the other; see `bnext.scope.forward`.
+        images: see `CallRecord`.
     """
 
     spec: Any
@@ -55,6 +56,7 @@ class NormCall(NamedTuple):
     recorder: dict[str, Moments] | None = None
     moves: bool = True
     level: str | None = None
+    images: Any = None
 
 
 # Fields that a scope around a checkpoint may fill, and what opens them.
@@ -84,6 +86,7 @@ def read_call(norm: nn.Module, spec: Any, where: str, level: str | None = None) 
         recorder=record.recorders.get(norm),
         moves=norm not in record.frozen,
         level=level,
+        images=record.images,
     )
     if is_traced():
         return call._replace(moves=call.moves and not is_exported_to_onnx())

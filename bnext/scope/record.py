@@ -42,6 +42,7 @@ class CallRecord:
         level: of the features that a head gets now; None: nobody has said.
         calls: norm -> the calls of the model's forward in which it is, where nobody names the levels.
         observed: further norms, of any class, whose forward is to be known.
+        images: what the norms of one forward know of its images of unseen domains; see `bnext.layers.unseen`.
     """
 
     domain: str | tuple[str, ...] | None = None
@@ -53,6 +54,7 @@ class CallRecord:
     level: str | None = None
     calls: Mapping[nn.Module, Any] = dataclasses.field(default_factory=dict)
     observed: frozenset[nn.Module] = frozenset()
+    images: Any = None
 
     def extend(self, changes: Mapping[str, Any]) -> CallRecord:
         """The record with what an inner scope says: mappings and sets grow, a domain is replaced."""

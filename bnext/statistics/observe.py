@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.unseen import is_unseen
 from bnext.layers.walk import Selection, find_norms
 from bnext.scope.record import get_record
 
@@ -63,7 +64,8 @@ def list_populations(norm: _BatchNorm) -> Iterable[tuple[tuple[str, ...], Any]]:
 def watching(norms: Mapping[str, _BatchNorm], watch: Callable[[str, nn.Module, Features], None]) -> Iterator[None]:
     """In this scope `watch` is called as watch(path, norm, features) before every call of a norm.
 
-    `features` are what the norm is called with, each with its state; a mixed batch is taken apart.
+    `features` are what the norm is called with, each with its state; a mixed batch is taken apart. Samples of unseen
+    domains, which have none, are left out.
     """
 
     def see(path: str, norm: nn.Module, args: Any, kwargs: Any) -> None:
@@ -81,10 +83,12 @@ def _divide(norm: nn.Module, given: Any) -> Features:
         yield norm, given
         return
 
-    for feature, sources in zip(*norm.list_features(given, get_record().domain), strict=True):
-        if isinstance(sources, int):
-            yield norm.population_state(norm.sources[sources]), feature
-            continue
-
-        for number in sorted(set(sources)):
-            yield norm.population_state(norm.sources[number]), feature[[source == number for source in sources]]
+    features, of_features = norm.list_features(given, get_record().domain)
+    names = norm.name_sources(of_features)
+    for feature, sources in zip(features, of_features, strict=True):
+        for number in [sources] if isinstance(sources, int) else sorted(set(sources)):
+            if is_unseen(names[number]):
+                continue
+            is_all = isinstance(sources, int)
+            own = feature if is_all else feature[[source == number for source in sources]]
+            yield norm.population_state(names[number]), own

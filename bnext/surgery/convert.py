@@ -92,7 +92,8 @@ NO_NORMS = Refusal(ConfigError, "specs", "be NormSpecs, names, or classes of nor
 
 _ABSENT = object()
 # Fields of a spec that a norm of any form has, or which the report speaks of by another name.
-_CARRIED = {"population", "affine", "domains", "fallback_domain", "eps", "momentum", "average", "inference", "frozen"}
+_CARRIED = {"population", "affine", "domains", "eps", "momentum", "average", "inference", "frozen"}
+_CARRIED |= {"unseen", "fallback_domain", "source_images"}
 
 
 def convert_norm(

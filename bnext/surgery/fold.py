@@ -258,7 +258,8 @@ def _make_folded_norm(pair: Pair, sources: list[Source], allow_training: bool) -
     names: dict[str, Any] = {"levels": tuple(dict.fromkeys(source.level for source in sources if source.level))}
 
     if isinstance(norm, BatchNorm2d) and (is_per_domain(norm.spec.population) or is_per_domain(norm.spec.affine)):
-        names |= {"domain": sources[0].domain, "domains": norm.domains, "fallback_domain": norm.spec.fallback_domain}
+        fallback = norm.spec.fallback_domain if norm.spec.unseen == "fallback" else None
+        names |= {"domain": sources[0].domain, "domains": norm.domains, "fallback_domain": fallback}
 
     folded = FoldedNorm(pair.conv.out_channels, **names, allow_training=allow_training, path=pair.norm_path)
     return folded.eval()

@@ -80,6 +80,7 @@ def test_a_head_that_is_switched_off_is_no_place():
 @pytest.mark.parametrize("place", ["RESNETS", "FPN", "ROI_BOX_HEAD", "SEM_SEG_HEAD"])
 def test_domains_are_named_once_for_every_place(place):
     changes = {**DOMAINS, f"MODEL.BNEXT.{place}.POPULATION": "per_domain", "MODEL.BNEXT.DOMAINS.FALLBACK": "night"}
+    changes["MODEL.BNEXT.DOMAINS.UNSEEN"] = "fallback"
     norms = resolve_norms(make_whole(changes=changes))
     assert (norms.domains, norms.fallback_domain) == (("day", "night"), "night")
     spec = norms.places[place].norm
@@ -122,7 +123,7 @@ def test_plain_values_give_the_same_recipe_as_a_config():
         "FPN": {"NORM": "SyncBN", "MOMENTUM": 0.2},
         "ROI_BOX_HEAD": {"NORM": "BN", "SHUFFLE": "statistics", "SHUFFLE_GROUPS": 4, "POPULATION": "per_domain"},
         "RPN": {"NORM": "BN", "LEVELS": ["p2", "p3"], "STATISTICS": "shared"},
-        "DOMAINS": {"NAMES": ["day", "night"], "FALLBACK": "day"},
+        "DOMAINS": {"NAMES": ["day", "night"], "UNSEEN": "fallback", "FALLBACK": "day"},
     }
     changes = {f"MODEL.BNEXT.{place}.{key}": value for place, node in nodes.items() for key, value in node.items()}
     for place in ("FPN", "ROI_BOX_HEAD"):

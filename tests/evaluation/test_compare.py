@@ -235,5 +235,6 @@ def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
     counts = {tuple(row["levels"]): row["count"] for row in results["reports"]["adaptive"]["estimates"]}
     assert counts["day",] == 0 < counts["night",]
     assert "loss" in results["reading"]["population_val"]
-    fallback = load(tmp_path, *DOMAINS, "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
+    node = "MODEL.BNEXT.DOMAINS"
+    fallback = load(tmp_path, *DOMAINS, f"{node}.UNSEEN", "fallback", f"{node}.FALLBACK", "day")
     assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]

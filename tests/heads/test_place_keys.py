@@ -70,7 +70,8 @@ def test_a_backbone_with_statistics_per_domain():
     assert all(norm.population_state(name).num_batches_tracked == 1 for norm in norms for name in norm.domains)
     with pytest.raises(DomainError, match=r"No domain is active in backbone\.bottom_up\.stem\.conv1\.norm"):
         run_step(model, make_batch())
-    fallback = make_model("MODEL.RESNETS.NORM", "BN", *keys, *DOMAINS, "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
+    rule = ("MODEL.BNEXT.DOMAINS.UNSEEN", "fallback", "MODEL.BNEXT.DOMAINS.FALLBACK", "day")
+    fallback = make_model("MODEL.RESNETS.NORM", "BN", *keys, *DOMAINS, *rule)
     run_step(fallback, make_batch())
     assert all(norm.population_state("day").num_batches_tracked == 1 for norm in norms_of(fallback, "RESNETS").values())
 

@@ -179,7 +179,8 @@ def test_a_fallback_that_is_taken_is_counted_and_said_once(caplog):
     assert len(said) == 3
     assert all(words in message for words, message in zip(("'rain'", "'snow'", "without"), said, strict=True))
     assert all("'mist'" in message and "stem.norm" in message for message in said)
-    assert counts_of(norm).fallbacks == {"rain": 4, "snow": 2, None: 6}
+    assert counts_of(norm).fallbacks == {"rain": 4, "snow": 2}, "in training"
+    assert counts_of(norm).unseen == {(None, "fallback", "mist"): 6}, "at inference"
     assert counts_of(norm).domains == {"day": 4, "mist": 8}, "in training"
 
 
