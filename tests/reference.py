@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "annotated_cross_entropy",
+    "annotated_focal_loss",
     "concatenated_batch_norm",
     "inference_norm",
     "moments_of",
@@ -175,3 +177,31 @@ def shuffled_by_gathering(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
     return list(outputs[back].split([len(own) for own in rows]))
+
+
+def annotated_focal_loss(
+    logits: Tensor, labels: Tensor, annotated: Sequence[int], *, alpha: float, gamma: float
+) -> Tensor:
+    """Sum of the sigmoid focal loss of the anchors of an image over the classes that it annotates.
+
+    logits [R, K]; labels [R], K of the background and -1 of no loss.
+    """
+    total = logits.new_zeros((), dtype=torch.float64)
+    for column in annotated:
+        scores = torch.sigmoid(logits[:, column].double())
+        positive, negative = scores[labels == column], scores[(labels >= 0) & (labels != column)]
+        total = total - (alpha * (1 - positive) ** gamma * torch.log(positive)).sum()
+        total = total - ((1 - alpha) * negative**gamma * torch.log1p(-negative)).sum()
+    return total
+
+
+def annotated_cross_entropy(logits: Tensor, labels: Tensor, annotated: Sequence[int]) -> Tensor:
+    """Sum of the cross-entropy of the RoIs of an image over the classes that it annotates, and the background.
+
+    logits [R, K + 1], the last column of the background; labels [R].
+    """
+    total = logits.new_zeros((), dtype=torch.float64)
+    for row, label in zip(logits.double(), labels.tolist(), strict=True):
+        scores = torch.exp(row[[*annotated, len(row) - 1]])
+        total = total + torch.log(scores.sum()) - row[label]
+    return total

@@ -12,9 +12,10 @@ from detectron2.config import CfgNode
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.data.census import Census, count_records
+from bnext.data.check_classes import check_classes
 from bnext.data.check_coco import examine_dataset
 from bnext.data.check_objects import Fault, Notice, Task
-from bnext.data.classes import check_classes, count_classes, find_trained_classes, read_classes
+from bnext.data.classes import are_found_by_name, count_classes, read_classes
 from bnext.data.listed_sets import KEY
 from bnext.data.records import read_registered
 from bnext.errors import BNextError, ConfigError
@@ -93,7 +94,7 @@ def _choose_task(cfg: CfgNode, name: str, for_model: bool) -> Task:
         return Task.of(None, num_classes=None, is_training=is_training)
 
     _, num_classes = count_classes(cfg) or ("", None)
-    if not is_training and find_trained_classes(cfg) is not None:
+    if are_found_by_name(cfg, is_training=is_training):
         num_classes = None
     return Task.of(cfg, num_classes=num_classes, is_training=is_training)
 

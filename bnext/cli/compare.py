@@ -19,8 +19,8 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP, take_pairs
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
+from bnext.data.check_classes import check_classes
 from bnext.data.check_coco import check_datasets
-from bnext.data.classes import check_classes
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.engine.output import holding_output

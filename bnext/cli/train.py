@@ -25,8 +25,9 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.config import load_config
 from bnext.config.differences import describe_differences
 from bnext.config.domains import check_domains
+from bnext.data.check_classes import check_class_map, check_classes
 from bnext.data.check_coco import check_datasets
-from bnext.data.classes import check_classes, count_classes
+from bnext.data.classes import count_classes
 from bnext.data.domains import check_domain_lists
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.records import check_registered
@@ -265,6 +266,8 @@ def check_run(
         check_datasets(cfg.DATASETS.TRAIN, num_classes=num_classes, cfg=cfg)
         check_classes(cfg, is_new=not resume)
         check_domain_batches(cfg)
+    else:
+        check_class_map(cfg)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
     check_domains(cfg, eval_only=eval_only)
 

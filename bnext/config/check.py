@@ -11,6 +11,7 @@ from detectron2.config import CfgNode
 from bnext.config.keys import KEYS, Key, Need
 from bnext.config.norm_names import check_norm_name
 from bnext.config.places import PLACES
+from bnext.data.check_classes import check_class_keys
 from bnext.data.listed_sets import check_listed_sets
 from bnext.errors import ConfigError
 from bnext.notices import tell_once
@@ -46,6 +47,7 @@ def check_keys(values: Mapping[str, Any]) -> None:
             check_norm_name(name, values[place.norm])
     check_values([key for key in KEYS.values() if ".BNEXT." in key.name], values)
     check_listed_sets(values["DATASETS.BNEXT.COCO"])
+    check_class_keys(values["DATASETS.BNEXT.CLASSES"], values["DATASETS.BNEXT.CLASS_MAP"])
     _check_iterations(values)
     _check_num_iter(values)
 

@@ -579,6 +579,19 @@ _DATASETS = (
         "their images, if they have one; with `corruption: fog, severity: 3` all pictures are changed when they are "
         "read; see datasets/README.md",
     ),
+    Key(
+        "DATASETS.BNEXT.CLASSES",
+        (),
+        "the classes of the model, in their order, among which the categories of all sets are found by name; images of "
+        "a set are no negatives for a class that it does not annotate; empty: the categories of `DATASETS.TRAIN`, "
+        "which are then the same in all of its sets",
+    ),
+    Key(
+        "DATASETS.BNEXT.CLASS_MAP",
+        [],
+        'classes of categories by other names: `[{my_night_train: {pedestrian: person, tram: "", rider: "?"}}]`; '
+        '`""`: none of the classes, `"?"`: perhaps one of them, so that the losses ignore the region',
+    ),
 )
 
 _TABLES = (

@@ -18,7 +18,7 @@ from detectron2.data import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from bnext.data.classes import relabel_records
+from bnext.data.classes import are_found_by_name, relabel_records
 from bnext.data.mapping import build_mapper
 from bnext.data.records import Record, has_labels, load_records
 from bnext.data.sampling.samplers import count_micro_batch
@@ -175,6 +175,8 @@ def build_shuffled_batches(
                 where="TEST.BNEXT.PRECISE_BN.ROIS is 'sampled'",
                 remedy="Set TEST.BNEXT.PRECISE_BN.ROIS to 'top_scored'.",
             )
+        if labelled and are_found_by_name(cfg, is_training=True):
+            added = relabel_records(cfg, name, added)
         if domains:
             added = [{**record, "domain": domains[index]} for record in added]
 

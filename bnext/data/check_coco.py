@@ -28,7 +28,7 @@ from bnext.data.catalog import datasets_root, is_coco_entry
 from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
-from bnext.data.classes import find_trained_classes
+from bnext.data.classes import are_found_by_name
 from bnext.data.corrupted_sets import Variant, find_corruption
 from bnext.data.digits import FOLDER
 from bnext.data.listed_sets import KEY, is_listed
@@ -118,8 +118,8 @@ def check_datasets(
     Args:
         names: names of registered sets; those of formats that are neither COCO's nor a function of the user's that
             returns records are passed over.
-        num_classes: classes that the model's head predicts; None leaves the number of categories unchecked. Sets that
-            are evaluated may list more where `cfg` tells the names of the model's: the others do not count.
+        num_classes: classes that the model's head predicts; None leaves the number of categories unchecked. Sets may
+            list more where their categories are found by name: see `are_found_by_name`.
         check_images: look for every image file as well, and into the headers of up to 5,000 of them.
         training: the sets are trained on, so at least one annotation has to be left after Detectron2's filtering.
         cfg: says what the model learns from annotations (MODEL.MASK_ON, INPUT.MASK_FORMAT, MODEL.KEYPOINT_ON,
@@ -132,7 +132,7 @@ def check_datasets(
         What Detectron2 leaves out or cuts off is counted and said once for each set.
         One worker is enough to check. COCO 2017's training set takes about as long as parsing its 450 MB of JSON.
     """
-    if not training and cfg is not None and find_trained_classes(cfg) is not None:
+    if cfg is not None and are_found_by_name(cfg, is_training=training):
         num_classes = None
     task = Task.of(cfg, num_classes=num_classes, is_training=training)
 

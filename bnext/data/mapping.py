@@ -72,6 +72,10 @@ class ImageMapper(DatasetMapper):
         if self.proposal_topk is not None:
             detection_utils.transform_proposals(record, shape, transforms, proposal_topk=self.proposal_topk)
 
+        if "ignored_boxes" in record:
+            boxes = np.array(record["ignored_boxes"], dtype=np.float64).reshape(-1, 4)
+            record["ignored_boxes"] = torch.as_tensor(transforms.apply_box(boxes), dtype=torch.float32)
+
         if not self.is_train:
             record.pop("annotations", None)
         elif "annotations" in record:

@@ -16,6 +16,7 @@ from detectron2.data.build import (
 from detectron2.data.detection_utils import check_metadata_consistency
 from torch.utils.data import Dataset
 
+from bnext.data.classes import are_found_by_name, find_trained_classes, relabel_records
 from bnext.data.corrupted_sets import register_variant
 from bnext.data.domains import name_source
 from bnext.data.listed_sets import register_listed_sets
@@ -200,7 +201,8 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
             model wants are read.
 
     Returns:
-        Records of one set after the other, with `dataset_source` and, where it is known, `domain`: see `name_source`.
+        Records of one set after the other, with `dataset_source` and, where it is known, `domain`: see `name_source`;
+        with the class indices of DATASETS.BNEXT.CLASSES, if the config has them: see `relabel_records`.
 
     Raises:
         DatasetError: a set is unknown or cannot be read, sets do not fit one another, or no image is left.
@@ -214,7 +216,7 @@ def load_train_records(cfg: CfgNode) -> list[Record]:
 
     try:
         joined = _join_sets(cfg, names, proposals)
-        return _drop_empty(joined, names, cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS, keypoints)
+        return _drop_empty(cfg, joined, keypoints)
     except BNextError:
         raise
     except Exception as error:
@@ -231,24 +233,30 @@ def _join_sets(cfg: CfgNode, names: Sequence[str], proposals: Sequence[str] | No
         records = get_detection_dataset_dicts([name], filter_empty=False, proposal_files=files, check_consistency=False)
         if isinstance(records, Dataset):
             return get_detection_dataset_dicts(list(names), proposal_files=proposals)
+        if are_found_by_name(cfg, is_training=True):
+            records = relabel_records(cfg, name, records)
         joined += name_source(cfg, name, records)
     return joined
 
 
-def _drop_empty(joined: Any, names: Sequence[str], filters_empty: bool, min_keypoints: int) -> Any:
+def _drop_empty(cfg: CfgNode, joined: Any, min_keypoints: int) -> Any:
     """Records that something can be learned from, of sets with the same classes; as Detectron2 does it."""
     if isinstance(joined, Dataset) or "annotations" not in joined[0]:
         return joined
 
-    if filters_empty:
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         joined = filter_images_with_only_crowd_annotations(joined)
     if min_keypoints:
         joined = filter_images_with_few_keypoints(joined, min_keypoints)
 
+    names = list(cfg.DATASETS.TRAIN)
     classes = MetadataCatalog.get(names[0]).get("thing_classes")
-    if classes is not None:
+    if are_found_by_name(cfg, is_training=True):
+        print_instances_class_histogram(joined, find_trained_classes(cfg))
+    elif classes is not None:
         check_metadata_consistency("thing_classes", names)
         print_instances_class_histogram(joined, classes)
+
     if not joined:
         raise _NOTHING_LEFT.of("none", where=", ".join(names))
     return joined

@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from bnext.checkpoints.checkpointer import Checkpointer
+from bnext.data.classes import IGNORED, LEFT_OUT, rename_categories
 from bnext.distributed import unwrap_model
 from bnext.engine.averaged_weights import AVERAGE, AverageWeights
 from bnext.engine.hooks import is_due
@@ -272,7 +273,7 @@ def _list_metrics(cfg: CfgNode) -> list[str]:
     names: list[str] = []
     for data_set in cfg.DATASETS.TEST:
         prefix = f"{data_set}/" if len(cfg.DATASETS.TEST) > 1 else ""
-        classes = _list_classes(data_set)
+        classes = _list_classes(cfg, data_set)
         for task in (task for task, given in is_given.items() if given):
             names += [f"{prefix}{task}/{name}" for name in (*_METRICS[task], *classes)]
 
@@ -283,10 +284,11 @@ def _list_metrics(cfg: CfgNode) -> list[str]:
     return names
 
 
-def _list_classes(data_set: str) -> list[str]:
+def _list_classes(cfg: CfgNode, data_set: str) -> list[str]:
     """Metrics of the classes, which there are with more than one."""
     metadata: Mapping[str, Any] = MetadataCatalog.get(data_set).as_dict()
-    classes = metadata.get("thing_classes", [])
+    names = rename_categories(cfg, data_set, metadata.get("thing_classes", []))
+    classes = [name for name in dict.fromkeys(names) if name not in (LEFT_OUT, IGNORED)]
     return [f"AP-{name}" for name in classes] if len(classes) > 1 else []
 
 

@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from bnext.checkpoints.checkpointer import Checkpointer, check_eval_weights
 from bnext.config.blame import building_from_config
 from bnext.config.check import flatten
-from bnext.data.classes import check_classes
+from bnext.data.check_classes import check_classes
 from bnext.data.listed_sets import KEY, register_listed_sets
 from bnext.data.loader import TrainLoader, build_train_loader, share_seed
 from bnext.data.sampling.shares import check_ratios
@@ -70,6 +70,7 @@ from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import check_maskable, mask_classes
 from bnext.layers.single_element import explaining_single_values
 from bnext.lazy_config import copy_node, is_lazy
 from bnext.notices import gathering_notices
@@ -126,6 +127,8 @@ class Trainer(DefaultTrainer):
         with seeded(derive_seed(self.seed, Purpose.INITIALIZE)):
             model = self.build_model(cfg)
         warn_of_faults(cfg, model)
+        mask_classes(model)
+        check_maskable(cfg, model)
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
 

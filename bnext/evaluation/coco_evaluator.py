@@ -22,7 +22,7 @@ from detectron2.data import MetadataCatalog
 from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import load_records
 from bnext.evaluation.coco_engine import can_measure, find_fast_engine, measure
-from bnext.evaluation.ground_truth import convert_records, is_crowd, mend, name_categories
+from bnext.evaluation.ground_truth import convert_records, is_crowd, join_categories, mend
 from bnext.files import replace_file
 from bnext.notices import tell_once
 
@@ -78,6 +78,7 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
             MetadataCatalog.pop(alias, None)
 
         content = self._coco_api.dataset
+        names = join_categories(cfg, dataset_name, content)
         mend(
             dataset_name,
             content,
@@ -86,7 +87,6 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
 
-        names = name_categories(dataset_name, content)
         self._metadata.thing_classes = list(names.values())
         self._metadata.thing_dataset_id_to_contiguous_id = {number: index for index, number in enumerate(names)}
         self._places = _find_places(cfg, dataset_name, names, content)

@@ -6,6 +6,7 @@ object is, what it is, or whether it counts.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -13,18 +14,28 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as coco_mask
+from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.check_coco import EVALUATORS
 from bnext.data.check_objects import has_corners
+from bnext.data.classes import IGNORED, LEFT_OUT, rename_categories
 from bnext.data.records import Record
 from bnext.errors import DatasetError, Refusal, list_few
 from bnext.notices import tell_once
 from bnext.numbers import is_number
 
-__all__ = ["convert_records", "draw_mask", "is_crowd", "mend", "name_categories", "name_file", "read_ground_truth"]
+__all__ = [
+    "convert_records",
+    "draw_mask",
+    "is_crowd",
+    "join_categories",
+    "mend",
+    "name_file",
+    "read_ground_truth",
+]
 
 Content = dict[str, Any]
 Annotation = dict[str, Any]
@@ -114,7 +125,7 @@ def _convert(annotation: Mapping[str, Any]) -> Annotation:
     return converted
 
 
-def name_categories(name: str, content: Content) -> dict[Any, str]:
+def _name_categories(name: str, content: Content) -> dict[Any, str]:
     """Category id -> name of its class, in the order of the ids, as Detectron2's metadata of the set have it."""
     metadata = MetadataCatalog.get(name)
     places, classes = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("thing_classes")
@@ -124,6 +135,47 @@ def name_categories(name: str, content: Content) -> dict[Any, str]:
         if places is not None and classes is not None and number in places and places[number] < len(classes):
             names[number] = str(classes[places[number]])
     return {number: names[number] for number in sorted(names)}
+
+
+def join_categories(cfg: CfgNode, name: str, content: Content) -> dict[Any, str]:
+    """The categories of a set as the model's classes are called, those that are one class joined, in place.
+
+    Objects of categories that are none of the classes go. A region of an object that may be of any class becomes a
+    crowd of each: a detection in it does not count.
+
+    Args:
+        cfg: DATASETS.BNEXT.CLASS_MAP is read; a set that it does not name stays as it is.
+        name: of the set.
+        content: of its annotation file, in memory.
+
+    Returns:
+        Category id -> name; a class of several categories has the id of the first.
+    """
+    names = _name_categories(name, content)
+    classes = dict(zip(names, rename_categories(cfg, name, names.values()), strict=True))
+    if classes == names:
+        return names
+
+    first: dict[str, Any] = {}
+    for number, kind in classes.items():
+        if kind not in (LEFT_OUT, IGNORED):
+            first.setdefault(kind, number)
+
+    given = [each.get("id") for each in content.get("annotations", ())]
+    unused = itertools.count(1 + max((number for number in given if isinstance(number, int)), default=0))
+    annotations: list[Annotation] = []
+    for annotation in content.get("annotations", ()):
+        kind = classes.get(annotation["category_id"])
+        if kind == IGNORED:
+            for number in first.values():
+                annotations.append({**annotation, "id": next(unused), "category_id": number, "iscrowd": 1})
+        elif kind != LEFT_OUT:
+            annotations.append({**annotation, "category_id": first.get(kind, annotation["category_id"])})
+
+    if "annotations" in content:
+        content["annotations"] = annotations
+    content["categories"] = [{"id": number, "name": kind} for kind, number in first.items()]
+    return {number: kind for kind, number in first.items()}
 
 
 def is_crowd(annotation: Mapping[str, Any]) -> bool:

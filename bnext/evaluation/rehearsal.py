@@ -32,7 +32,7 @@ from bnext.data.classes import check_known, find_trained_classes, match_classes
 from bnext.data.records import Record, check_registered, load_records
 from bnext.errors import BNextError, DatasetError, Refusal, list_few
 from bnext.evaluation.coco_evaluator import COCOEvaluator
-from bnext.evaluation.ground_truth import draw_mask, is_crowd, name_categories, name_file, read_ground_truth
+from bnext.evaluation.ground_truth import draw_mask, is_crowd, join_categories, name_file, read_ground_truth
 from bnext.files import read_stamp
 from bnext.notices import tell_once
 from bnext.progress import track
@@ -246,7 +246,7 @@ def _read_set(cfg: CfgNode, name: str) -> _TestSet | None:
     by_id = {record.get("image_id"): record for record in records}
     _refuse_unusable_ids(name, records, {image["id"] for image in content["images"]})
 
-    names = name_categories(name, content)
+    names = join_categories(cfg, name, content)
     trained = find_trained_classes(cfg)
     matches = match_classes(trained if trained is not None else list(names.values()), list(names.values()))
     classes = {number: match for number, match in zip(names, matches, strict=True) if match is not None}

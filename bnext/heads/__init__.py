@@ -5,6 +5,7 @@ import importlib.util
 import bnext.config
 import bnext.heads.architectures
 import bnext.heads.lazy_model  # noqa: F401  both register classes
+from bnext.heads.class_masks import mask_classes
 from bnext.heads.domains import tell_domains
 from bnext.heads.places import give_norms, make_buildable
 from bnext.heads.retinanet import RetinaNetHead
@@ -19,6 +20,7 @@ __all__ = [
     "forward_statistics",
     "give_norms",
     "make_buildable",
+    "mask_classes",
     "mixing_images",
     "tell_domains",
     "tell_images",

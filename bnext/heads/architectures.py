@@ -14,6 +14,7 @@ from torch import nn
 
 from bnext.config.recipe import resolve_norms
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import mask_classes
 from bnext.heads.places import give_norms, make_buildable
 
 __all__ = ["BNextGeneralizedRCNN", "BNextPanopticFPN", "BNextProposalNetwork", "BNextSemanticSegmentor"]
@@ -47,5 +48,6 @@ def _build(architecture: Callable[[CfgNode], nn.Module], cfg: CfgNode) -> nn.Mod
     norms = resolve_norms(cfg)
     model = architecture(make_buildable(cfg, norms))
     give_norms(model, norms)
+    mask_classes(model)
     warn_of_faults(cfg, model)
     return model

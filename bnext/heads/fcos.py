@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bnext.config.recipe import resolve_norms
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import mask_classes
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -83,5 +84,6 @@ def BNextFCOS(cfg: CfgNode) -> detectron2_fcos.FCOS:
         pixel_std=cfg.MODEL.PIXEL_STD,
     )
     give_norms(model, norms)
+    mask_classes(model)
     warn_of_faults(cfg, model)
     return model

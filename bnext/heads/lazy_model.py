@@ -15,6 +15,7 @@ from bnext.config.places import LAZY_ARCHITECTURE
 from bnext.config.recipe import NormRecipe, resolve_norms
 from bnext.errors import ConfigError
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import mask_classes
 from bnext.heads.places import give_norms
 from bnext.heads.retinanet import RetinaNetHead
 from bnext.heads.rpn import RPNHead
@@ -52,6 +53,7 @@ def build_lazy_model(cfg: CfgNode) -> nn.Module:
         remedy = "Call the class of a model there."
         raise ConfigError.of("model", "be a call that makes a torch module", got=type(model).__name__, remedy=remedy)
     give_norms(model, norms)
+    mask_classes(model)
     warn_of_faults(cfg, model)
     return model
 

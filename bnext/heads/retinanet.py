@@ -17,6 +17,7 @@ from torch import Tensor
 
 from bnext.config.recipe import read_place, resolve_norms
 from bnext.heads.build_warnings import warn_of_faults
+from bnext.heads.class_masks import mask_classes
 from bnext.heads.lock_step import HeadNorm, looking_up_levels, make_head_norm, run_towers
 from bnext.heads.places import give_norms, make_buildable
 
@@ -73,5 +74,6 @@ def BNextRetinaNet(cfg: CfgNode) -> RetinaNet:
 
     model = RetinaNet(**arguments)
     give_norms(model, norms)
+    mask_classes(model)
     warn_of_faults(cfg, model)
     return model

@@ -211,6 +211,14 @@ def test_a_saved_config_is_the_same_config_again(tmp_path):
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
 
 
+def test_ratios_are_written_without_quotes_and_stay_in_the_file(tmp_path):
+    opts = ["DATALOADER.BNEXT.BATCHES", "alternating", "DATALOADER.BNEXT.RATIOS", "[[day, 6], [night, 2]]"]
+    cfg = load_config(str(tiny.CONFIG), opts)
+    assert cfg.DATALOADER.BNEXT.RATIOS == [["day", 6], ["night", 2]]
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    assert load_config(str(tmp_path / "config.yaml")).DATALOADER == cfg.DATALOADER
+
+
 # ---- values
 
 
@@ -259,6 +267,7 @@ def test_a_value_that_no_training_can_do_with_names_its_key_and_the_rule(key, va
         (["MODEL.NORM", "BN"], ["MODEL.NORM", "MODEL.FPN.NORM"]),
         (["DATASETS.TRAIN", "digits_train"], ["['digits_train']"]),
         (["DATASETS.TRAIN", "(a, b)"], ["['a', 'b']"]),
+        (["DATALOADER.BNEXT.RATIOS", "{'day': 6, 'night': 2}"], ["Write pairs, [[day, 6], [night, 2]]"]),
         (["SOLVER.MAX_ITER", "("* 3000], ["SOLVER.MAX_ITER"]),
         (["MODEL.META_ARCHITECTURE", "BNextRetinanet"], ["Did you mean 'BNextRetinaNet'"]),
         (["MODEL.BNEXT.FPN.TRAINING", "Renorm"], ["Did you mean 'renorm'"]),

@@ -1,3 +1,3 @@
 """The tiny data set, without labels too, and saved checkpoints."""
 
-from tests.detector_fixtures import digits, loggers, unlabelled, weights  # noqa: F401
+from tests.detector_fixtures import bnext_log, digits, loggers, unlabelled, weights  # noqa: F401

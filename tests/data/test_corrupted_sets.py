@@ -105,6 +105,8 @@ def test_a_set_of_code_whose_name_has_the_sign_is_left_alone(folder):
     DatasetCatalog.register("mine@home", lambda: [{"file_name": "a"}])
     records = load_records("mine@home", load(folder, list_set(), test=("mine@home",)))
     assert records == [{"file_name": "a", "dataset_source": 0}]
+    assert [record["file_name"] for record in records] == ["a"]
+    assert "corruption" not in records[0]
 
 
 @pytest.mark.parametrize(

@@ -126,3 +126,18 @@ def test_all_readers_name_a_broken_picture(digits, tmp_path, reader):
             next(iter(builders[reader]()))
     finally:
         DatasetCatalog.remove("digits_broken")
+
+
+def test_ignored_boxes_move_with_their_picture(digits, tmp_path):
+    record = dict(DatasetCatalog.get("digits_train")[0])
+    box = record["annotations"][0]["bbox"]
+    corners = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+    cfg = tiny.load(tmp_path, "INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MAX_SIZE_TRAIN", 96)
+
+    mapper, turned = build_mapper(cfg, True), 0
+    for seed in range(4):
+        with seeded(seed):
+            mapped = mapper({**record, "ignored_boxes": [corners]})
+        assert torch.allclose(mapped["ignored_boxes"], mapped["instances"].gt_boxes.tensor[:1], atol=1e-4)
+        turned += mapped["ignored_boxes"][0, 0] != 1.5 * corners[0]
+    assert 0 < turned < 4

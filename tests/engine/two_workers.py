@@ -388,6 +388,7 @@ def check_domain_batches(folder):
     bnext.train(tiny.load(folder / "composed", *opts), hooks=[whole])
     bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 2), hooks=[first])
     bnext.train(tiny.load(folder / "continued", *opts), resume=True, hooks=[rest])
+    comm.synchronize()
     assert differ(load_state(folder / "composed", "model_final"), load_state(folder / "continued", "model_final")) == []
     assert first.seen + rest.seen == whole.seen
 

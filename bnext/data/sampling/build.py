@@ -55,7 +55,7 @@ def check_domain_batches(cfg: CfgNode) -> None:
 
     check_ratios(cfg)
     records = load_train_records(cfg)
-    choose_weights(cfg, records, read_domains(records, cfg.DATASETS.TRAIN))
+    choose_weights(cfg, records, read_domains(cfg, records))
 
 
 def _has_domain_batches(cfg: CfgNode) -> bool:
@@ -69,7 +69,7 @@ def _build_domain_sampler(cfg: CfgNode, records: Sequence[Record], options: dict
         message = "%s has no effect, as DATALOADER.BNEXT.BATCHES is '%s': images of a batch are of both orientations."
         tell_once(logging.getLogger(__name__), (_GROUPING, node.BATCHES), message, _GROUPING, node.BATCHES)
 
-    domains = read_domains(records, cfg.DATASETS.TRAIN)
+    domains = read_domains(cfg, records)
     return DomainBatchSampler(
         domains,
         cfg.SOLVER.IMS_PER_BATCH,

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from detectron2.config import CfgNode
 
+from bnext.data.domains import find_train_domains
 from bnext.data.records import Record
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
 from bnext.text import suggest
@@ -20,15 +21,15 @@ _PARTS = 1_000_000  # in which shares are counted, so that no machine rounds the
 _NO_DOMAIN = Refusal(
     DatasetError,
     "Every image of DATASETS.TRAIN",
-    "have a domain where DATALOADER.BNEXT.BATCHES is not 'mixed'",
-    "Give every data set a domain in DATASETS.DOMAINS.TRAIN, or set DATALOADER.BNEXT.BATCHES to 'mixed'.",
+    "have a domain where others have one, and DATALOADER.BNEXT.BATCHES goes by it",
+    "Give each data set one in DATASETS.DOMAINS.TRAIN, or with its registration.",
 )
 _NO_IMAGES = Refusal(
     DatasetError,
     "Domain {name!r}",
     "have an image to train on",
-    "Correct its data sets, set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False if its images have no objects, or take it "
-    "out of {key}.",
+    "Annotate images of it, take its sets out of DATASETS.TRAIN, or set DATALOADER.FILTER_EMPTY_ANNOTATIONS to False "
+    "to train on images without objects.",
 )
 _NO_ANNOTATIONS = Refusal(
     DatasetError,
@@ -38,24 +39,28 @@ _NO_ANNOTATIONS = Refusal(
 )
 
 
-def read_domains(records: Sequence[Record], sets: Sequence[str]) -> list[str]:
-    """The domain of each image: its own, or, where none has one, the name of its data set.
+def read_domains(cfg: CfgNode, records: Sequence[Record]) -> list[str]:
+    """The domain of each image of a training, or, where none has one, the name of its data set.
 
     Args:
-        records: of a training, with the index of their set as `dataset_source`.
-        sets: DATASETS.TRAIN.
+        cfg: DATASETS is read.
+        records: see `load_train_records`.
 
     Raises:
-        DatasetError: some have a domain and others have none.
+        DatasetError: some have a domain and others have none, or one of the domains has no images.
     """
     domains = [record.get("domain", "") for record in records]
+    expected = find_train_domains(cfg)
     if not any(domains):
-        return [sets[record["dataset_source"]] for record in records]
+        expected = tuple(cfg.DATASETS.TRAIN)
+        domains = [expected[record["dataset_source"]] if "dataset_source" in record else "" for record in records]
 
     if not all(domains):
-        without = Counter(sets[record["dataset_source"]] for record in records if not record.get("domain"))
-        got = list_few(f"{number:,} of {name!r} without one" for name, number in without.items())
-        raise _NO_DOMAIN.of(got)
+        without = Counter(record.get("file_name", "an image") for record in records if not record.get("domain"))
+        raise _NO_DOMAIN.of(f"{without.total():,} without one", list_few(without))
+    for name in expected:
+        if name not in domains:
+            raise _NO_IMAGES.of("none", where="DATASETS.TRAIN", name=name)
     return domains
 
 
@@ -73,7 +78,7 @@ def choose_weights(cfg: CfgNode, records: Sequence[Record], domains: Sequence[st
 
     Raises:
         ConfigError: ratios name another domain, or not all.
-        DatasetError: a domain has no images, or no annotations where they are balanced.
+        DatasetError: a domain has no annotations where they are balanced.
 
     Source:
         Arivazhagan et al., "Massively multilingual neural machine translation in the wild" (2019), section 4.2: the
@@ -82,7 +87,7 @@ def choose_weights(cfg: CfgNode, records: Sequence[Record], domains: Sequence[st
     node, sizes = cfg.DATALOADER.BNEXT, Counter(domains)
     if node.RATIOS:
         ratios = {name: int(number) for name, number in node.RATIOS}
-        _check_names(cfg, ratios, sizes)
+        _check_names(ratios, sizes)
         return {domain: ratios[domain] for domain in sizes}
 
     amounts = _count_annotations(records, domains) if node.BALANCE == "annotations" else sizes
@@ -123,13 +128,9 @@ def check_ratios(cfg: CfgNode) -> None:
         )
 
 
-def _check_names(cfg: CfgNode, ratios: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+def _check_names(ratios: Mapping[str, int], sizes: Mapping[str, int]) -> None:
     """Refuse ratios of other domains than those that have images."""
-    known = (*cfg.MODEL.BNEXT.DOMAINS.NAMES, *cfg.DATASETS.TRAIN)
-
     for name in ratios:
-        if name not in sizes and name in known:
-            raise _NO_IMAGES.of("none", where="DATASETS.TRAIN", name=name, key=_RATIOS)
         if name not in sizes:
             rule, remedy = "name domains of DATASETS.TRAIN", f"Those with images are {', '.join(map(repr, sizes))}."
             raise ConfigError.of(_RATIOS, rule, got=repr(name), where="config", remedy=suggest(name, sizes, remedy))

@@ -4,7 +4,7 @@ from collections import Counter
 from itertools import islice
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnext.data.sampling.domain_batches import DomainBatchSampler
@@ -12,6 +12,7 @@ from tests.strategies import seeds
 
 DOMAINS = ["day"] * 7 + ["night"] * 3 + ["rain"] * 5
 KINDS = ["composed", "alternating", "random_domain"]
+few = settings(max_examples=25, deadline=None)
 ratios = st.tuples(*[st.integers(1, 4)] * 3)
 
 
@@ -30,6 +31,7 @@ def count(batch):
     return Counter(DOMAINS[index] for _, index in batch)
 
 
+@few
 @given(ratios, st.integers(1, 3), st.integers(0, 10**6), seeds)
 def test_every_composed_batch_has_exactly_its_ratios(ratios, times, start, seed):
     batches = take(3, ratios, times * sum(ratios), start_iteration=start, seed=seed)
@@ -37,6 +39,7 @@ def test_every_composed_batch_has_exactly_its_ratios(ratios, times, start, seed)
     assert all(count(batch) == wanted for batch in batches)
 
 
+@few
 @given(ratios, st.sampled_from(KINDS), st.integers(0, 40), st.sampled_from([1, 2]), seeds)
 def test_a_later_start_gives_the_same_batches(ratios, kind, start, world_size, seed):
     settings = {"kind": kind, "seed": seed, "world_size": world_size, "rank": world_size - 1, "num_micro_batches": 2}
@@ -44,6 +47,7 @@ def test_a_later_start_gives_the_same_batches(ratios, kind, start, world_size, s
     assert take(5, ratios, 8, start_iteration=start, **settings) == whole[start:]
 
 
+@few
 @given(ratios, st.sampled_from(KINDS), st.sampled_from([1, 2]), seeds)
 def test_the_total_batch_does_not_depend_on_the_number_of_workers(ratios, kind, num_micro_batches, seed):
     settings = {"kind": kind, "seed": seed, "num_micro_batches": num_micro_batches}
@@ -62,6 +66,12 @@ def test_every_domain_has_its_own_epochs(kind):
         assert len(epochs) > 5
         assert all(len(set(epoch)) == size for epoch in epochs)
         assert epochs[0] != epochs[1]
+
+
+def test_domains_of_the_same_images_come_in_orders_of_their_own():
+    """Else the clean and the dark form of a picture would always be in one batch."""
+    sampler = DomainBatchSampler(["day", "night"] * 9, 2, weights={"day": 1, "night": 1}, kind="composed", seed=0)
+    assert any(first[1] // 2 != second[1] // 2 for first, second in islice(sampler, 9))
 
 
 def test_what_normalizes_together_is_of_one_domain():
