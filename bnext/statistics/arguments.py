@@ -19,6 +19,7 @@ _RANGES: dict[str, tuple[Any, Callable[[Any], bool], str, str]] = {
     "num_samples": (int, lambda n: n >= 1, "be 1 or more", "Use 1,000 to 10,000."),
     "tolerance": (_REAL, lambda x: 0 < x < math.inf, "be a number above 0, or None", "Use 0.01 for 1 %."),
     "momentum": (_REAL, lambda x: 0 < x <= 1, "be a number above 0 and at most 1", "Use 0.1."),
+    "bound": (_REAL, lambda x: x >= 1, "be a number of 1 or more", "Use 10, or math.inf for no bound."),
     "seed": (int, lambda n: 0 <= n < 2**64, "be an integer of 0 or more, below 2**64, or None", "Use 0."),
     "source_samples": (_REAL, lambda x: 0 <= x < math.inf, "be a number of 0 or more", "Use 0 to replace statistics."),
 }

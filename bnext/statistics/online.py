@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import unwrap_model
 from bnext.errors import StatisticsError
-from bnext.functional import Moments, merge_moments, stack_parts
+from bnext.functional import Moments
 from bnext.layers.kept import note_statistics
+from bnext.layers.streams import Stream, keep_near
 from bnext.layers.walk import Selection
 from bnext.scope.model import keeping_buffers, keeping_modes
 from bnext.scope.recomputation import is_recomputing
@@ -24,6 +27,10 @@ from bnext.statistics.observe import Features, list_populations, select_norms, w
 __all__ = ["OnlineStatistics", "following_stream"]
 
 _WHERE = "following_stream"
+ONE_SAMPLE = (
+    "The stream of following_stream was of a single sample, which the statistics have followed. Let more come in one "
+    "scope; with momentum=None and source_samples the former statistics count beside it."
+)
 
 
 @contextlib.contextmanager
@@ -32,6 +39,7 @@ def following_stream(
     *,
     momentum: float | None = 0.1,
     source_samples: float = 0,
+    bound: float = math.inf,
     layers: Selection | None = None,
 ) -> Iterator[OnlineStatistics]:
     """In this scope, in evaluation mode, running statistics follow what the norms get; then they are as before.
@@ -46,6 +54,8 @@ def following_stream(
         model: any torch model; its norms are normalized by population statistics at inference.
         momentum: in torch's sense, above 0 and at most 1; None: by `source_samples`.
         source_samples: 0 or more; of a RoI head these are RoIs.
+        bound: how far statistics may leave their source, 1 or more: means by so many of its standard deviations,
+            standard deviations by this factor. A guard against a stream that drifts away.
         layers: called as layers(path, module), says which norms; None: all.
 
     Yields:
@@ -56,7 +66,8 @@ def following_stream(
 
     Note:
         Every worker follows its own stream. Predictions depend on the order of the images. A norm that is called
-        several times in a forward takes in each call; its samples are counted once. If parts of the model are called
+        several times in a forward takes in each call; its samples are counted once. Images of domains that a norm has
+        not are left to the rule "stream" of its spec, which follows them itself. If parts of the model are called
         without it, as by `model.inference(...)`, every call of a norm counts as other samples. A backward pass must
         lie in the scope, before the next batch.
 
@@ -71,7 +82,7 @@ def following_stream(
         Schneider et al., *Improving robustness against common corruptions by covariate shift adaptation*, 2020;
         Mirza et al., *The Norm Must Go On*, 2022 (following by momentum).
     """
-    check_numbers(_WHERE, source_samples=source_samples)
+    check_numbers(_WHERE, source_samples=source_samples, bound=bound)
     if momentum is not None:
         check_numbers(_WHERE, momentum=momentum)
     if source_samples and momentum is not None:
@@ -84,7 +95,7 @@ def following_stream(
         raise StatisticsError.of("model", rule, got=type(model).__name__, where=_WHERE, remedy=remedy)
 
     norms = select_norms(model, layers)
-    following = OnlineStatistics(norms, momentum, source_samples)
+    following = OnlineStatistics(norms, momentum, source_samples, bound)
     with (
         keeping_modes(model),
         keeping_buffers(part for norm in norms.values() for part in norm.modules()),
@@ -93,25 +104,34 @@ def following_stream(
         watching(norms, following._follow),
     ):
         yield following
+    if following.num_samples == 1:
+        logging.getLogger(__name__).warning(ONE_SAMPLE)
 
 
 class OnlineStatistics:
     """See `following_stream`. `num_batches` counts the forwards of the model in evaluation mode."""
 
-    def __init__(self, norms: Mapping[str, _BatchNorm], momentum: float | None, source_samples: float) -> None:
-        self._momentum, self._source_samples = momentum, source_samples
+    def __init__(
+        self, norms: Mapping[str, _BatchNorm], momentum: float | None, source_samples: float, bound: float = math.inf
+    ) -> None:
+        self._momentum, self._source_samples, self._bound = momentum, source_samples, bound
         self.num_batches = 0
         self._is_in_forward = False
         self._counted: dict[Any, int] = {}  # samples of this forward
-        self._seen: dict[Any, tuple[Moments, int]] = {}
+        self._streams: dict[Any, Stream] = {}
 
         self._source: dict[Any, Tensor] = {}
         for norm in norms.values():
             self._source |= {state: _read(state) for _, state in list_populations(norm)}
 
+    @property
+    def num_samples(self) -> int:
+        """Samples that have come so far: the most that a set of running statistics has seen."""
+        return int(max((stream.number for stream in self._streams.values()), default=0))
+
     def reset(self) -> None:
         """Go back to the statistics of the source; the stream begins anew."""
-        self._seen, self.num_batches = {}, 0
+        self._streams, self.num_batches = {}, 0
         for state, source in self._source.items():
             _write(state, source)
 
@@ -141,20 +161,27 @@ class OnlineStatistics:
                     self._take_in(state, new, max(map(len, mini_batch)))
 
     def _take_in(self, state: Any, new: Moments, num_samples: int) -> None:
-        if self._momentum is not None:
-            values = torch.stack([new.mean, new.unbiased_var()])
-            _write(state, torch.lerp(_read(state), values, self._momentum))
-            return
-
-        before, number = self._seen.get(state, (Moments(*map(torch.zeros_like, new)), 0))
-        seen = merge_moments(stack_parts([before, new]))
         counted = self._counted.get(state, 0)
-        number += max(num_samples - counted, 0)  # another call of one forward has the same samples
         self._counted[state] = max(num_samples, counted)
-        self._seen[state] = seen, number
+        stream = self._streams.setdefault(state, Stream())
+        stream.take_in(new, max(num_samples - counted, 0))  # another call of one forward has the same samples
 
-        values = torch.stack([seen.mean, seen.unbiased_var()])
-        _write(state, torch.lerp(self._source[state], values, number / (number + self._source_samples)))
+        source = self._source[state]
+        if self._momentum is not None:
+            values = torch.lerp(_read(state), _stack(new), self._momentum)
+        else:
+            assert stream.moments is not None
+            share = stream.number / (stream.number + self._source_samples)
+            values = torch.lerp(source, _stack(stream.moments), share)
+
+        now, former = Moments(new.count, *values), Moments(new.count, *source)
+        near = keep_near(now, former, self._bound, state.eps)
+        _write(state, torch.stack([near.mean, near.var]))
+
+
+def _stack(moments: Moments) -> Tensor:
+    """Mean and variance with correction 1, [2, C]."""
+    return torch.stack([moments.mean, moments.unbiased_var()])
 
 
 def _read(state: Any) -> Tensor:

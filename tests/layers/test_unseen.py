@@ -218,7 +218,7 @@ LEVEL_SPECS = {
 @pytest.mark.parametrize("spec", LEVEL_SPECS.values(), ids=LEVEL_SPECS)
 @rules
 def test_levels_in_a_mixed_batch(spec, rule, source_images):
-    """Levels that share their populations are one mini-batch of an image, and it is near to one domain at all levels."""
+    """Levels that share their populations are one mini-batch of an image, which is near to one domain at all levels."""
     spec = spec.replace(unseen=rule, source_images=source_images)
     norm = randomize(LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double()).eval()
     features = make_features(sizes=((3, 6, 5), (3, 3, 3), (3, 2, 1)))

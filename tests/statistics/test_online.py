@@ -74,6 +74,32 @@ def test_reset_begins_anew_from_the_source(arguments):
         assert torch.equal(read(bn), first)
 
 
+@pytest.mark.parametrize("arguments", [{"momentum": 1.0}, {"momentum": None, "source_samples": 0}])
+def test_a_bound_keeps_statistics_near_their_source(arguments):
+    bn, data = make_bn(), batches()
+    (mean, var), bound = read(bn), 3.0
+    with following_stream(bn, bound=bound, **arguments):
+        bn(data[0] * 100 + 500)
+        reach = bound * (var + bn.eps).sqrt()
+        torch.testing.assert_close(bn.running_mean, mean + reach, **EXACT)
+        torch.testing.assert_close(bn.running_var, (var + bn.eps) * bound**2, **EXACT)
+        bn(data[0] * 0)
+        assert (bn.running_mean >= mean - reach).all()
+        assert (bn.running_var >= (var + bn.eps) / bound**2 - bn.eps - 1e-12).all()
+
+
+def test_a_stream_of_one_image_is_said(caplog):
+    bn, data = make_bn(), batches()
+    with following_stream(bn) as following:
+        bn(data[0][:1])
+        assert following.num_samples == 1
+    assert "a single sample" in caplog.text
+    caplog.clear()
+    with following_stream(bn):
+        bn(data[0][:1]), bn(data[0][:1])
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("error", [None, RuntimeError("lost"), KeyboardInterrupt()])
 def test_the_model_is_bitwise_as_before(error):
     net, data = make_net().eval(), batches()
