@@ -8,6 +8,7 @@ domain changes, and comes back.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from bnext.checkpoints import load_model
+from bnext.cli.train import check_run
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches
 from bnext.data.records import load_records
 from bnext.engine.trainer import train
@@ -28,9 +30,18 @@ from bnext.evaluation.reestimate import recompute_statistics
 from bnext.layers.unseen import applying_rule
 from bnext.scope import use_domain
 from bnext.scope.model import keeping_buffers
-from bnext.studies.runner import find_final_model, timed
+from bnext.studies.runner import find_final_model, load_row, timed
 
-__all__ = ["CORRUPTIONS", "NUM_TARGET_IMAGES", "PHASES", "RULES", "run_stream", "run_table"]
+__all__ = [
+    "CORRUPTIONS",
+    "NUM_TARGET_IMAGES",
+    "PHASES",
+    "RULES",
+    "describe",
+    "load_configs",
+    "run_stream",
+    "run_targets",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -58,39 +69,69 @@ _TURNS = ("Gaussian noise", "fog", "low contrast", "invert")
 PHASES = (SOURCE, *_TURNS * 3, SOURCE)
 
 
-def train_source(cfg: CfgNode, seconds: dict[str, float], resume: bool) -> nn.Module:
+def load_configs(
+    file: str, output: str, seeds: Sequence[int], opts: Sequence[str] = (), num_workers: int = 1
+) -> dict[int, CfgNode]:
+    """Seed -> the config of the detector of clean images, which is trained once for both parts; the first is checked.
+
+    Args:
+        file: YAML of one domain.
+        output: folder of the study.
+        seeds: of the trainings.
+        opts: KEY VALUE pairs that override every config.
+        num_workers: that will train.
+
+    Raises:
+        BNextError: a config, a data set or the folder is wrong.
+    """
+    configs = {seed: load_row(file, output, f"source_seed{seed}", ["SEED", str(seed), *opts]) for seed in seeds}
+    check_run(next(iter(configs.values())), num_workers)
+    return configs
+
+
+def describe(seed: int) -> str:
+    """A row of both parts in words, for the log."""
+    return f"the detector of clean images with seed {seed}"
+
+
+def load_source(cfg: CfgNode, seconds: dict[str, float]) -> nn.Module:
     """The detector of clean images, trained unless its file is there."""
     weights = find_final_model(cfg)
-    if not (resume and os.path.exists(weights)):
+    if not os.path.exists(weights):
         with timed(seconds, f"train_seed{cfg.SEED}"):
-            train(cfg, resume=resume)
+            train(cfg, resume=True)
     return load_model(cfg, weights)
 
 
-def run_table(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
-    """AP of every target with every kind of statistics.
-
-    Args:
-        cfg: of one domain; the one set of DATASETS.TRAIN and TEST are corrupted.
-        model: see `train_source`; as it was afterwards.
+def run_targets(
+    seed: int, configs: Mapping[int, CfgNode], seconds: dict[str, float], resume: bool
+) -> dict[str, dict[str, float]]:
+    """AP of every target with every kind of statistics; see `bnext.studies.runner.run_study`.
 
     Returns:
-        Target -> kind -> AP from 0 to 100. "clean under" -> target -> AP of the clean set.
+        Target -> kind -> AP from 0 to 100; and, as the target "clean under", corruption -> AP of the clean set.
     """
+    cfg = configs[seed]
+    model = load_source(cfg, seconds)
+    with timed(seconds, f"targets_seed{seed}"):
+        return _measure_targets(cfg, model)
+
+
+def _measure_targets(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, float]]:
     train_set, test_set = cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST[0]
     results: dict[str, dict[str, float]] = {"clean under": {}}
 
-    for target, suffix in {SOURCE: "", **CORRUPTIONS}.items():
-        name = f"{test_set}@{suffix}" if suffix else test_set
+    for target in (SOURCE, *CORRUPTIONS):
+        name = _name_variant(test_set, target)
         aps = results[target] = {}
         for rule, answers in RULES.items():
             with applying_rule(model, **answers):
                 aps[rule] = measure_ap(cfg, model, name)
 
         for number in NUM_TARGET_IMAGES:
-            with adapted(cfg, model, f"{train_set}@{suffix}" if suffix else train_set, number):
+            with adapted(cfg, model, _name_variant(train_set, target), number):
                 aps[f"N = {number}"] = measure_ap(cfg, model, name, domain=SOURCE)
-                if suffix and number == NUM_TARGET_IMAGES[-1]:
+                if target != SOURCE and number == NUM_TARGET_IMAGES[-1]:
                     results["clean under"][target] = measure_ap(cfg, model, test_set, domain=SOURCE)
         logger.info("%s: %s.", target, ", ".join(f"{kind} {ap:.1f}" for kind, ap in aps.items()))
     return results
@@ -124,42 +165,47 @@ def measure_ap(
     evaluator = build_evaluator(cfg, name, os.path.join(cfg.OUTPUT_DIR, "inference", name.replace("@", "_")))
     evaluator.evaluate = partial(evaluator.evaluate, img_ids=[record["image_id"] for record in chosen])
     batches: Any = build_evaluation_batches(cfg, chosen, range(len(chosen)))
-    with use_domain(domain) if domain else contextlib.nullcontext():
+    scope = use_domain(domain) if domain else contextlib.nullcontext()
+    with scope, contextlib.redirect_stdout(io.StringIO()):
         metrics = inference_on_dataset(model, batches, evaluator)
     return flatten_metrics(metrics)["bbox/AP"] or 0.0
 
 
-def run_stream(cfg: CfgNode, model: nn.Module, num_images: int = 50) -> dict[str, list[float]]:
-    """AP of each phase of a stream that changes domain, by rule.
-
-    Args:
-        cfg, model: see `run_table`.
-        num_images: of a phase; a quarter of the set in turn.
+def run_stream(
+    seed: int, configs: Mapping[int, CfgNode], seconds: dict[str, float], resume: bool
+) -> dict[str, dict[str, float]]:
+    """AP of each phase of a stream that changes domain, by rule; see `bnext.studies.runner.run_study`.
 
     Returns:
-        Rule -> AP of each of `PHASES`. "own statistics": those of 400 images of the phase's own domain.
+        Rule -> number of the phase -> AP on its images, a quarter of the set in turn. "own statistics": those of 400
+        images of the phase's own domain.
     """
+    cfg = configs[seed]
+    model = load_source(cfg, seconds)
     train_set, test_set = cfg.DATASETS.TRAIN[0], cfg.DATASETS.TEST[0]
-    order = np.random.default_rng(cfg.SEED).permutation(len(load_records(test_set, cfg)))
-    parts = [order[start : start + num_images] for start in range(0, len(order) - num_images + 1, num_images)]
+    order = np.random.default_rng(seed).permutation(len(load_records(test_set, cfg)))
+    parts = np.array_split(order, 4)
 
-    def name_of(phase: str, base: str) -> str:
-        return base if phase == SOURCE else f"{base}@{CORRUPTIONS[phase]}"
+    results: dict[str, dict[str, float]] = {}
+    with timed(seconds, f"stream_seed{seed}"):
+        for rule in ("source", "each image", "blend", "stream"):
+            aps = results[rule] = {}
+            with applying_rule(model, **RULES[rule]):
+                for number, phase in enumerate(PHASES):
+                    name = _name_variant(test_set, phase)
+                    aps[str(number)] = measure_ap(cfg, model, name, images=parts[number % len(parts)])
+            logger.info("%s: %s.", rule, ", ".join(f"{ap:.1f}" for ap in aps.values()))
 
-    results: dict[str, list[float]] = {}
-    for rule, answers in RULES.items():
-        with applying_rule(model, **answers):
-            results[rule] = [
-                measure_ap(cfg, model, name_of(phase, test_set), images=parts[number % len(parts)])
-                for number, phase in enumerate(PHASES)
-            ]
-        logger.info("%s: %s.", rule, ", ".join(f"{ap:.1f}" for ap in results[rule]))
-
-    results["own statistics"] = [0.0] * len(PHASES)
-    for phase in dict.fromkeys(PHASES):
-        with adapted(cfg, model, name_of(phase, train_set), NUM_TARGET_IMAGES[-1]):
-            for number, other in enumerate(PHASES):
-                if other == phase:
-                    ap = measure_ap(cfg, model, name_of(phase, test_set), domain=SOURCE, images=parts[number % len(parts)])
-                    results["own statistics"][number] = ap
+        results["own statistics"] = {}
+        for phase in dict.fromkeys(PHASES):
+            with adapted(cfg, model, _name_variant(train_set, phase), NUM_TARGET_IMAGES[-1]):
+                for number in (number for number, other in enumerate(PHASES) if other == phase):
+                    images, name = parts[number % len(parts)], _name_variant(test_set, phase)
+                    ap = measure_ap(cfg, model, name, domain=SOURCE, images=images)
+                    results["own statistics"][str(number)] = ap
     return results
+
+
+def _name_variant(base: str, target: str) -> str:
+    """The set of a target: a corrupted variant, or the set itself."""
+    return base if target == SOURCE else f"{base}@{CORRUPTIONS[target]}"

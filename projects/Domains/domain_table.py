@@ -6,7 +6,6 @@ from training images, without training: running statistics have no part in a tra
 
 from __future__ import annotations
 
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,9 +18,21 @@ from bnext.layers import TABLE5_ROWS
 from bnext.studies.runner import load_row, reuse_row, train_row
 from bnext.tables import format_rows
 
-__all__ = ["DOMAINS", "TRAINED_ROW", "Training", "describe", "format_table", "list_trainings", "load_configs", "run"]
+__all__ = [
+    "DOMAINS",
+    "Training",
+    "collect_rows",
+    "describe",
+    "format_table",
+    "list_trainings",
+    "load_configs",
+    "name_row",
+    "run",
+    "show_spread",
+]
 
 DOMAINS = ("clean", "inverted", "low_contrast")
+SPECIALISTS = "specialists"
 # Row -> the row whose training it uses.
 TRAINED_ROW = {1: 1, 2: 1, 3: 3, 4: 3, 5: 5, 6: 5}
 _IN_WORDS = {
@@ -129,44 +140,44 @@ def describe(training: Training) -> str:
     return _IN_WORDS.get(training.row, f"(e) trained on {training.row} alone")  # type: ignore[arg-type]
 
 
-def format_table(results: Mapping[str, Any]) -> str:
-    """AP of each row by domain, mean and standard deviation over seeds, and its distance to the specialists."""
+def collect_rows(results: Mapping[str, Any]) -> dict[int | str, dict[int, dict[str, float]]]:
+    """Row -> seed -> domain -> AP; the specialists are one row, "specialists", of seeds that have all of them."""
     values: dict[str, dict[int, dict[str, float]]] = {}
     for name, metrics in results["rows"].items():
         row, seed = name.split(", seed ")
-        values.setdefault(row, {})[int(seed)] = {domain: metrics.get(f"{domain}/AP") for domain in DOMAINS}
+        of_row = values.setdefault(row, {})
+        of_row[int(seed)] = {domain: metrics[f"{domain}/AP"] for domain in DOMAINS if f"{domain}/AP" in metrics}
 
-    rows = []
-    for row in (1, 2, 3, 4, 5, 6):
-        by_seed = values.get(str(row), {})
-        if by_seed:
-            rows.append([_IN_WORDS[row], *_summarize(by_seed)])
-    special = _join_specialists(values)
-    if special:
-        rows.append(["(e) specialists", *_summarize(special)])
-    number = max((len(by_seed) for by_seed in values.values()), default=0)
-    return format_rows(rows, [f"AP, {number} seed(s)", *DOMAINS, "mean", "worst"], num_texts=1)
-
-
-def _join_specialists(values: Mapping[str, Mapping[int, Mapping[str, float]]]) -> dict[int, dict[str, float]]:
-    """Seed -> AP of each domain's own specialist, of seeds that have all of them."""
+    rows: dict[int | str, dict[int, dict[str, float]]] = {
+        row: values[str(row)] for row in TRAINED_ROW if str(row) in values
+    }
     seeds = set.intersection(*(set(values.get(domain, {})) for domain in DOMAINS))
-    return {seed: {domain: values[domain][seed][domain] for domain in DOMAINS} for seed in sorted(seeds)}
+    if seeds:
+        rows[SPECIALISTS] = {
+            seed: {domain: values[domain][seed][domain] for domain in DOMAINS} for seed in sorted(seeds)
+        }
+    return rows
 
 
-def _summarize(by_seed: Mapping[int, Mapping[str, float]]) -> list[str]:
-    columns = [[aps[domain] for aps in by_seed.values()] for domain in DOMAINS]
-    means = [statistics.mean(aps.values()) for aps in by_seed.values()]
-    worst = [min(aps.values()) for aps in by_seed.values()]
-    return [show_spread(values) for values in (*columns, means, worst)]
+def name_row(row: int | str) -> str:
+    """A row in words."""
+    return "(e) specialists" if row == SPECIALISTS else _IN_WORDS[row]  # type: ignore[index]
+
+
+def format_table(results: Mapping[str, Any]) -> str:
+    """AP of each row by domain, its mean over them and its worst: mean and standard deviation over seeds."""
+    rows = []
+    number = 0
+    for row, by_seed in collect_rows(results).items():
+        number = max(number, len(by_seed))
+        columns = [[aps[domain] for aps in by_seed.values()] for domain in DOMAINS]
+        means = [statistics.mean(aps.values()) for aps in by_seed.values()]
+        worst = [min(aps.values()) for aps in by_seed.values()]
+        rows.append([name_row(row), *map(show_spread, (*columns, means, worst))])
+    return format_rows(rows, [f"AP, {number} seed(s)", *DOMAINS, "mean", "worst"], num_texts=1)
 
 
 def show_spread(values: Sequence[float]) -> str:
     """Mean and standard deviation (n - 1) in a cell."""
     spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
-
-
-def find_checkpoint(configs: Mapping[Training, CfgNode], training: Training) -> str:
-    """The weights that a training ends with."""
-    return os.path.join(configs[training].OUTPUT_DIR, "model_final.pth")
