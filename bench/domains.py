@@ -1,44 +1,108 @@
-"""Domains in one batch need no gathering: every sample is scaled by the statistics of its own, where it is."""
+"""Domains in one batch need no gathering: every sample is scaled by the statistics of its own, where it is.
+
+What it costs does not grow with the number of domains, at one level or at several.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import CHANNELS, IMAGES, Comparison
-from bnext import BatchNorm2d, NormSpec, use_domain
+from bench.harness import CHANNELS, IMAGES, Comparison, Features
+from bnext import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_domain
 
 __all__ = ["COMPARISONS"]
 
-MIXED = ("day", "night", "night", "rain", "day", "snow", "rain", "snow") * 2  # domains of a batch
-DOMAINS = ("day", "night", "rain", "snow")
+NUM_IMAGES = 16
+LEVELS = {
+    "p3": (NUM_IMAGES, CHANNELS, 50, 84),
+    "p4": (NUM_IMAGES, CHANNELS, 25, 42),
+    "p5": (NUM_IMAGES, CHANNELS, 13, 21),
+}
+
+
+def name_domains(number: int) -> tuple[str, ...]:
+    return tuple(f"domain{index}" for index in range(number))
+
+
+def mix(number: int) -> tuple[str, ...]:
+    """The domain of each image of a batch, in no order; of each about as many."""
+    names = name_domains(number)
+    return tuple(names[(7 * index + index // 3) % number] for index in range(NUM_IMAGES))
 
 
 class InMixedBatch(nn.Module):
-    """Our norm, told the domain of every sample."""
+    """Our norm, told the domain of every image."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: int) -> None:
         super().__init__()
-        spec = NormSpec(domains=DOMAINS, statistics="per_domain", population="per_domain", affine="per_domain")
+        self.names = mix(number)
+        spec = NormSpec(
+            domains=name_domains(number), statistics="per_domain", population="per_domain", affine="per_domain"
+        )
         self.norm = BatchNorm2d(CHANNELS, spec)
 
     def forward(self, input: Tensor) -> Tensor:
-        with use_domain(MIXED):
+        with use_domain(self.names):
             return self.norm(input)
 
 
 class BatchNormPerDomain(nn.ModuleDict):
     """Statistics of a mixed batch as they are usually written: gather, normalize, scatter, domain by domain."""
 
-    def __init__(self) -> None:
-        super().__init__({domain: nn.BatchNorm2d(CHANNELS) for domain in DOMAINS})
+    def __init__(self, number: int) -> None:
+        super().__init__({domain: nn.BatchNorm2d(CHANNELS) for domain in name_domains(number)})
+        mixed = mix(number)
+        self.images = {domain: torch.tensor([i for i, name in enumerate(mixed) if name == domain]) for domain in self}
 
     def forward(self, input: Tensor) -> Tensor:
         output = torch.empty_like(input)
         for domain, norm in self.items():
-            index = torch.tensor([i for i, name in enumerate(MIXED) if name == domain])
+            index = self.images[domain]
             output = output.index_copy(0, index, norm(input[index]))
         return output
 
 
-COMPARISONS = [Comparison("4 domains mixed, against gather and scatter", IMAGES, InMixedBatch, BatchNormPerDomain)]
+class InMixedBatchOfLevels(nn.Module):
+    """Our norm over levels, told the domain of every image."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.names, own = mix(number), "per_level_and_domain"
+        spec = NormSpec(domains=name_domains(number), statistics=own, population=own, affine=own)  # type: ignore[arg-type]
+        self.norm = LevelBatchNorm2d(CHANNELS, tuple(LEVELS), spec)
+
+    def forward(self, features: Features) -> Features:
+        with use_domain(self.names):
+            return self.norm(features)
+
+
+class BatchNormPerPair(nn.Module):
+    """The usual way at every level, with norms of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.by_level = {level: BatchNormPerDomain(number) for level in LEVELS}
+        for domain in name_domains(number):
+            for level, norms in self.by_level.items():
+                self.add_module(f"{domain}_{level}", norms[domain])
+
+    def forward(self, features: Features) -> Features:
+        return {level: self.by_level[level](feature) for level, feature in features.items()}
+
+
+def _compare(number: int) -> list[Comparison]:
+    domains = f"{number} domains mixed"
+    ours, other = partial(InMixedBatch, number), partial(BatchNormPerDomain, number)
+    of_levels, of_pairs = partial(InMixedBatchOfLevels, number), partial(BatchNormPerPair, number)
+
+    against = "against gather and scatter"
+    return [
+        Comparison(f"{domains}, {against}", IMAGES, ours, other),
+        Comparison(f"{domains} at 3 levels, {against}", LEVELS, of_levels, of_pairs, sees_all=True, layouts=("NCHW",)),
+    ]
+
+
+COMPARISONS = [*_compare(2), *_compare(4), *_compare(8)]

@@ -19,6 +19,7 @@ from .errors import DomainError as DomainError
 from .errors import LaunchError as LaunchError
 from .errors import StatisticsError as StatisticsError
 from .errors import WorkerError as WorkerError
+from .evaluation.adversarial import make_adversarial as make_adversarial
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import CycleBatchNormList as CycleBatchNormList
 from .layers import LevelBatchNorm2d as LevelBatchNorm2d
@@ -38,12 +39,16 @@ from .scope import use_domain as use_domain
 from .scope import use_level as use_level
 from .statistics import following_stream as following_stream
 from .statistics import recompute_population_statistics as recompute_population_statistics
+from .surgery import add_domain as add_domain
 from .surgery import check_norm_state as check_norm_state
 from .surgery import convert_norm as convert_norm
 from .surgery import convert_norm_state as convert_norm_state
 from .surgery import copy_norm_state as copy_norm_state
+from .surgery import drop_domain as drop_domain
 from .surgery import fold_norms as fold_norms
 from .surgery import freeze_norms as freeze_norms
+from .surgery import merge_domains as merge_domains
+from .surgery import select_domain as select_domain
 from .surgery import unfreeze_norms as unfreeze_norms
 
 __version__: str

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -24,6 +25,7 @@ __all__ = [
     "read_stamp",
     "remove_partials",
     "replace_file",
+    "write_folder",
     "write_json",
 ]
 
@@ -94,6 +96,27 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         raise
 
 
+def write_folder(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Make a folder that nobody sees half filled: under a name of this process first, then renamed.
+
+    Args:
+        path: of the folder, which is not there yet, or is empty.
+        write: called with the path of a folder, which it fills.
+
+    Raises:
+        OSError: there is something in the folder, or it cannot be written.
+    """
+    path = os.fspath(path).rstrip(os.sep)
+    partial = f"{path}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
+    try:
+        os.mkdir(partial)
+        write(partial)
+        os.rename(partial, path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 class _RememberingFile(io.FileIO):
     """A file that keeps the error of its disk, as torch.save raises another one that does not tell it."""
 
@@ -125,7 +148,7 @@ def remove_partials(path: str | os.PathLike[str]) -> None:
     pattern = os.path.join(glob.escape(path), "*") if os.path.isdir(path) else glob.escape(path)
     for partial in glob.glob(f"{pattern}.*{_PARTIAL}"):
         with contextlib.suppress(OSError):
-            os.remove(partial)
+            shutil.rmtree(partial) if os.path.isdir(partial) else os.remove(partial)
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ class Purpose(enum.IntEnum):
     SHUFFLE_DOMAIN = 13
     DRAW_DOMAIN = 14
     CORRUPT = 15
+    AUXILIARY = 17
 
 
 def derive_seed(*entropy: int) -> int:

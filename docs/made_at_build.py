@@ -74,8 +74,8 @@ def make_places(_: str) -> str:
     """Every place, the key of its norm, and whose its statistics may be."""
     rows = ["| place | norm | whose statistics |", "|---|---|---|"]
     for name, place in PLACES.items():
-        sources = ", ".join(f"`{source}`" for source in place.sources)
-        rows.append(f"| `MODEL.BNEXT.{name}` | `{place.norm}` | {sources} |")
+        answers = ", ".join(f"`{answer}`" for answer in place.answers)
+        rows.append(f"| `MODEL.BNEXT.{name}` | `{place.norm}` | {answers} |")
     return "\n".join(rows)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = [
     "annotated_cross_entropy",
     "annotated_focal_loss",
+    "ascend_projected",
     "concatenated_batch_norm",
     "inference_norm",
     "moments_of",
@@ -177,6 +178,24 @@ def shuffled_by_gathering(
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
     return list(outputs[back].split([len(own) for own in rows]))
+
+
+def ascend_projected(
+    compute_loss: Callable[[list[Tensor]], Tensor], images: Sequence[Tensor], epsilon: float, steps: int, size: float
+) -> list[Tensor]:
+    """Projected gradient ascent by its definition: a step by the sign, then back into the box, element by element."""
+    starts = [image.double() for image in images]
+    moved = [start.clone() for start in starts]
+
+    for _ in range(steps):
+        leaves = [image.detach().requires_grad_() for image in moved]
+        gradients = torch.autograd.grad(compute_loss(leaves), leaves)
+        for image, start, gradient in zip(moved, starts, gradients, strict=True):
+            for place in torch.cartesian_prod(*map(torch.arange, image.shape)).tolist():
+                value = float(image[tuple(place)]) + size * float(torch.sign(gradient[tuple(place)]))
+                first = float(start[tuple(place)])
+                image[tuple(place)] = min(max(value, first - epsilon, 0.0), first + epsilon, 255.0)
+    return moved
 
 
 def annotated_focal_loss(

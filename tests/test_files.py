@@ -5,6 +5,7 @@ import io
 import json
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bnext.files import (
     naming_file,
     remove_partials,
     replace_file,
+    write_folder,
     write_json,
 )
 
@@ -128,3 +130,30 @@ def test_errors_of_the_disk_are_lines_and_bugs_are_none(tmp_path):
     assert "shared memory" in str(explain_os_error(RuntimeError("unable to allocate shared memory(shm) for file")))
     for bug in (OSError("could not get source code"), KeyError("a"), RuntimeError("a"), ConnectionResetError(104, "x")):
         assert explain_os_error(bug) is None
+
+
+def test_a_folder_is_whole_or_absent(tmp_path):
+    def fill(folder):
+        Path(folder, "a").write_text("whole")
+
+    def fail(folder):
+        fill(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tmp_path / "out", fail)
+    assert not list(tmp_path.iterdir())
+
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", fill)
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+    with pytest.raises(OSError, match="not empty"):
+        write_folder(tmp_path / "out", fill)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_is_left_of_a_folder_is_removed(tmp_path):
+    (tmp_path / "out.1-ab.partial").mkdir()
+    (tmp_path / "out.1-ab.partial" / "a").write_text("half")
+    remove_partials(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

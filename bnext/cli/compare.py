@@ -21,13 +21,15 @@ from bnext.cli.train import check_run
 from bnext.config.blame import building_from_config
 from bnext.data.check_classes import check_classes
 from bnext.data.check_coco import check_datasets
+from bnext.data.domains import select_sets
 from bnext.data.records import load_records
 from bnext.engine.launch import launch
 from bnext.engine.output import holding_output
 from bnext.engine.screen import only_in_file, set_up_logging
 from bnext.errors import ConfigError, LaunchError, check_choice
-from bnext.evaluation.compare import check_domain, compare_statistics
+from bnext.evaluation.compare import compare_statistics
 from bnext.evaluation.compare_report import describe_reading, describe_rows, draw_comparison, format_comparison
+from bnext.evaluation.conditions import Conditions
 from bnext.evaluation.verdict import judge_rows
 from bnext.files import find_local_file, write_json
 from bnext.heads.build_warnings import building_unwarned
@@ -55,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--kinds", nargs="+", metavar="KIND", help=f"some of {', '.join(KINDS)} (default: all)")
     add("--output", metavar="FOLDER", help="(default: a new one, compare_..., beside the checkpoint, or in OUTPUT_DIR)")
     add("--target-dataset", metavar="NAME", help="evaluate on it, and adapt to it, instead of DATASETS.TEST")
-    add("--domain", metavar="NAME", help="of all images, where norms have statistics or weights per domain")
+    add("--domain", metavar="NAME", help="of all images, where norms have domains (default: that of each image's set)")
     add("--domain-dataset", metavar="NAME", help="training images of the domain that is evaluated, for per_domain")
     add("--num-gpus", type=int, default=1, metavar="N", help="workers")
     add("--overwrite", action="store_true", help="replace an earlier comparison in the folder")
@@ -66,11 +68,11 @@ def execute(args: argparse.Namespace) -> None:
     """Run the command."""
     take_pairs(args, ("kinds",))
     kinds = args.kinds or [kind for kind in KINDS if kind != "per_domain" or args.domain_dataset]
-    opts = [*args.opts, *(["DATASETS.TEST", repr((args.target_dataset,))] if args.target_dataset else [])]
-
-    cfg = load_config_to_reestimate(args.config_file, opts)
+    cfg = load_config_to_reestimate(args.config_file, args.opts)
     args.output = args.output or choose_folder(cfg, args.target_dataset, overwrite=args.overwrite)
     cfg.defrost()
+    if args.target_dataset:
+        select_sets(cfg, "TEST", [args.target_dataset])
     cfg.OUTPUT_DIR = args.output
     cfg.freeze()
     command = ["--config-file", args.config_file, *args.opts]
@@ -115,7 +117,7 @@ def run_comparison(
         kinds: some of `KINDS`.
         num_workers: GPUs, or CPU cores on a machine without.
         overwrite: whether an earlier comparison in OUTPUT_DIR is replaced.
-        domain: of all images, where norms have domains.
+        domain: of all images, where norms have domains; None: that of each image's set.
         domain_dataset: see `compare_statistics`.
         command: options of the command line that name the config and override it, for the advice that is given.
 
@@ -127,10 +129,8 @@ def run_comparison(
     """
     for kind in kinds:
         check_choice("--kinds", kind, tuple(KINDS), where="bnext compare")
-    check_domain(cfg, domain)
-
     _check_outputs(cfg, overwrite)
-    check_run(cfg, num_workers, eval_only=True)
+    check_run(cfg, num_workers, eval_only=True, conditions=Conditions(domain=domain))
     if not cfg.DATASETS.TRAIN:
         rule, remedy = "name at least one data set", "Name one in the config."
         raise ConfigError.of("DATASETS.TRAIN", rule, got="none", remedy=remedy)

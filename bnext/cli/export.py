@@ -24,19 +24,31 @@ from bnext.checkpoints import load_model
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import check_output_file, find_existing_faults, find_kept
 from bnext.config import load_config
+from bnext.config.recipe import resolve_norms
 from bnext.data.mapping import build_mapper
 from bnext.data.records import load_records
 from bnext.engine.output import holding_output
 from bnext.errors import BNextError, ConfigError, StatisticsError
-from bnext.evaluation.compare import check_domain
 from bnext.files import replace_file, write_json
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.walk import find_bnext_norms
 from bnext.packages import explain_missing
 from bnext.scope.domain import use_domain
+from bnext.surgery.domains import select_domain
 from bnext.surgery.fold import FoldReport, fold_norms
 
-__all__ = ["DESCRIPTION", "ExportRequest", "add_arguments", "execute", "export_checkpoint", "find_kept", "fold_parts"]
+__all__ = [
+    "DESCRIPTION",
+    "ExportRequest",
+    "add_arguments",
+    "choose_pictures",
+    "compare_detections",
+    "detect",
+    "execute",
+    "export_checkpoint",
+    "find_kept",
+    "fold_parts",
+]
 
 DESCRIPTION = """A trained detector as a file that runs without bnext; its ending says which.
 
@@ -137,7 +149,7 @@ def export_checkpoint(cfg: CfgNode, request: ExportRequest) -> dict[str, Any]:
     """
     output = request.output
     check_output_file(output, cfg.MODEL.WEIGHTS, ENDINGS, report=request.report, overwrite=request.overwrite)
-    check_domain(cfg, request.domain)
+    _check_domain(cfg, request.domain)
     _check_request(request)
     _check_packages(request.ending)
 
@@ -154,8 +166,11 @@ def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dic
     pictures, source = choose_pictures(cfg, request.num_images)
     export = export_network if request.ending == ".pt2" else export_detector
     with use_domain(request.domain) if request.domain else contextlib.nullcontext(), torch.no_grad(), _quiet():
-        reference = copy.deepcopy(model) if request.fold else model  # compared with what it was before
-        folded = fold_parts(model, request.domain) if request.fold else None
+        is_changed = request.fold or request.domain
+        reference = copy.deepcopy(model) if is_changed else model  # compared with what it was before
+        if request.domain:
+            select_domain(model, request.domain)
+        folded = fold_parts(model) if request.fold else None
         exported, compared = export(model, reference, pictures, request.ending)
 
     report = {
@@ -182,6 +197,20 @@ def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dic
 
 
 # ---- what is refused
+
+
+def _check_domain(cfg: CfgNode, domain: str | None) -> None:
+    """Raise ConfigError unless it is known of which domain the images are, where norms have domains."""
+    norms = resolve_norms(cfg)
+    names = norms.domains
+
+    if domain is not None and domain not in names:
+        rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
+        raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
+    if names and domain is None and norms.unseen == "error":
+        rule = "name the domain of the images where norms have domains"
+        remedy = "Give --domain NAME, or choose a rule for images without one, MODEL.BNEXT.DOMAINS.UNSEEN."
+        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 
 def _check_request(request: ExportRequest) -> None:
@@ -293,9 +322,9 @@ def export_detector(
 
     device = next(reference.parameters()).device
     pictures = [picture.to(device) for picture in pictures]
-    (example,) = _detect(reference, [{"image": pictures[0]}])
+    (example,) = detect(reference, [{"image": pictures[0]}])
 
-    adapter = TracingAdapter(model, [{"image": pictures[0]}], _detect).eval()
+    adapter = TracingAdapter(model, [{"image": pictures[0]}], detect).eval()
     try:
         exported = _trace(adapter, pictures[0], example) if ending == ".ts" else _to_onnx(adapter, pictures[0], example)
     except Exception as error:  # whatever torch says of code that cannot be traced
@@ -303,14 +332,14 @@ def export_detector(
 
     num_detections = 0
     for picture in pictures:
-        (expected,) = _detect(reference, [{"image": picture}])
+        (expected,) = detect(reference, [{"image": picture}])
         outputs = dict(zip(exported.names, exported.run(picture), strict=True))
-        _compare_detections(outputs, expected)
+        compare_detections(outputs, expected)
         num_detections += len(expected)
     return exported, {"detections": num_detections}
 
 
-def _detect(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
+def detect(model: nn.Module, inputs: Sequence[dict[str, Any]]) -> list[Instances]:
     """Detections in the coordinates of the pictures; masks are not pasted into them."""
     if isinstance(model, GeneralizedRCNN):
         results = model.inference(inputs, do_postprocess=False)
@@ -362,7 +391,7 @@ def _to_onnx(adapter: nn.Module, picture: Tensor, example: Instances) -> Exporte
     return Exported(content.getvalue(), run, names)
 
 
-def _compare_detections(outputs: dict[str, Tensor], expected: Instances) -> None:
+def compare_detections(outputs: dict[str, Tensor], expected: Instances) -> None:
     """Refuse a file that finds something else; of equal scores the order may differ."""
     fields = {name: getattr(value, "tensor", value).cpu() for name, value in expected.get_fields().items()}
     outputs = {name: value.detach().cpu() for name, value in outputs.items()}

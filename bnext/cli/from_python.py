@@ -20,6 +20,7 @@ from bnext.data.mapping import Mapper
 from bnext.engine.own_parts import OwnParts
 from bnext.engine.trainer import Trainer
 from bnext.errors import ConfigError, LaunchError, Refusal
+from bnext.evaluation.conditions import Conditions
 
 __all__ = ["evaluate", "train"]
 
@@ -68,7 +69,7 @@ def train(
         >>> bnext.train(cfg, mapper=DatasetMapper(cfg, True, augmentations=[RandomFlip()]))  # doctest: +SKIP
     """
     parts = OwnParts(mapper=mapper, hooks=hooks, writers=writers, evaluator=evaluator, trainer=trainer)
-    return _run(cfg, parts, resume, num_gpus, eval_only=False)
+    return _run(cfg, parts, resume, num_gpus, False)
 
 
 def evaluate(
@@ -77,11 +78,13 @@ def evaluate(
     evaluator: DatasetEvaluator | Callable[..., DatasetEvaluator] | None = None,
     trainer: type[Trainer] | None = None,
     num_gpus: int = 1,
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """Evaluate MODEL.WEIGHTS on every set of DATASETS.TEST, as `bnext evaluate` does.
 
     Args:
         cfg, evaluator, trainer, num_gpus: see `train`.
+        conditions: other statistics than those of the file, another domain; what the results are compared with.
 
     Returns:
         See `evaluate_model`.
@@ -89,10 +92,17 @@ def evaluate(
     Raises:
         BNextError: what is wrong.
     """
-    return _run(cfg, OwnParts(evaluator=evaluator, trainer=trainer), False, num_gpus, eval_only=True)
+    return _run(cfg, OwnParts(evaluator=evaluator, trainer=trainer), False, num_gpus, True, conditions)
 
 
-def _run(cfg: CfgNode, parts: OwnParts, resume: bool, num_gpus: int, eval_only: bool) -> dict[str, Any]:
+def _run(
+    cfg: CfgNode,
+    parts: OwnParts,
+    resume: bool,
+    num_gpus: int,
+    eval_only: bool,
+    conditions: Conditions | None = None,
+) -> dict[str, Any]:
     if not isinstance(cfg, CfgNode):
         is_file = isinstance(cfg, (str, os.PathLike))
         remedy = f"Write bnext.load_config({str(cfg)!r})." if is_file else "Take what bnext.load_config gives."
@@ -104,4 +114,6 @@ def _run(cfg: CfgNode, parts: OwnParts, resume: bool, num_gpus: int, eval_only: 
     args = argparse.Namespace(config_file="", opts=[], resume=resume, eval_only=eval_only, num_gpus=num_gpus)
     args.num_machines, args.machine_rank, args.dist_url = 1, 0, "auto"
     cfg = finish_config(cfg)
-    return run(cfg, args, parts) if comm.get_world_size() == 1 else run_worker(cfg, args, parts=parts)
+    if comm.get_world_size() == 1:
+        return run(cfg, args, parts, conditions)
+    return run_worker(cfg, args, parts=parts, conditions=conditions)

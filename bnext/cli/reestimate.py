@@ -26,11 +26,13 @@ from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import find_existing_faults, find_kept, find_path_faults
 from bnext.cli.run_command import load_config_to_reestimate
 from bnext.config.blame import building_from_config
+from bnext.config.domains import NAMES, count_set_domains
 from bnext.config.keys import KEYS
 from bnext.config.places import ARCHITECTURES, PLACES
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_shuffled_batches
 from bnext.data.check_coco import check_datasets
+from bnext.data.domains import find_domain, find_train_domains
 from bnext.data.records import load_records
 from bnext.engine.launch import count_workers, launch
 from bnext.engine.output import holding_output
@@ -57,10 +59,12 @@ from bnext.surgery.convert_state import collect_norm_specs
 
 __all__ = [
     "DESCRIPTION",
+    "LEFT_OUT",
     "POPULATIONS",
     "RecomputeRequest",
     "add_arguments",
     "execute",
+    "find_keys",
     "find_kept",
     "give_population",
     "recompute_checkpoint",
@@ -78,7 +82,7 @@ workers."""
 IS_INTERMIXED = True
 POPULATIONS = ("shared", "per_level", "per_domain")
 # Of a training, or of how the input's names are to be read: they no longer hold of the output.
-_LEFT_OUT = (
+LEFT_OUT = (
     "model",
     "optimizer",
     "scheduler",
@@ -88,7 +92,7 @@ _LEFT_OUT = (
     "matching_heuristics",
     "__author__",
 )
-_GIVE_BOTH = "Give --dataset and --domain for each."
+_GIVE_BOTH = "Give --dataset and --domain for each, or the set a domain in DATASETS.DOMAINS."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="FILE", help="the checkpoint to write, *.pth; its report is *.json")
     add("--population", help=f"whose statistics the output has: {', '.join(POPULATIONS)} (default: as the config says)")
     add("--dataset", action="append", default=[], metavar="NAME", help="instead of DATASETS.TRAIN; needs no labels")
-    add("--domain", action="append", default=[], metavar="NAME", help="of each --dataset, for statistics per domain")
+    add(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="of each --dataset, for statistics per domain (default: as the config or its registration says)",
+    )
 
     add("--num-samples", type=int, metavar="N", help="images that are enough")
     add("--tolerance", type=float, metavar="T", help="stop at this standard error, such as 0.01")
@@ -146,7 +156,7 @@ class RecomputeRequest:
         output: the file to write, *.pth; a report is written beside it, *.json.
         population: whose statistics the output has, see `give_population`; None: as the config says.
         datasets: images without labels, such as a target domain's (AdaBN); empty: DATASETS.TRAIN, as in training.
-        domains: one for each data set, if norms have statistics per domain.
+        domains: one for each data set, if norms have statistics per domain; empty: each image's own.
         num_samples: images that are enough; None: all of `datasets`, or TEST.PRECISE_BN.NUM_ITER training batches.
         source_samples: so many images do the statistics that are there count for; 0 replaces them.
         overwrite: whether an output that exists is replaced.
@@ -179,6 +189,7 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         KeyboardInterrupt: nothing is written either.
     """
     size = count_workers(num_workers, device=cfg.MODEL.DEVICE)
+    request = _find_domains(cfg, request)
     _raise_first(find_faults(cfg, request))
     _raise_first(find_file_faults(cfg.MODEL.WEIGHTS, request))
     if request.population:
@@ -194,6 +205,15 @@ def run_request(cfg: CfgNode, request: RecomputeRequest, num_workers: int = 1) -
         raise
 
 
+def _find_domains(cfg: CfgNode, request: RecomputeRequest) -> RecomputeRequest:
+    """The request with the domain of each data set that it names, where all of them are known to have one."""
+    is_asked = request.population == "per_domain" or resolve_norms(cfg).domains
+    if request.domains or not is_asked:
+        return request
+    domains = tuple(find_domain(cfg, name) for name in request.datasets)
+    return dataclasses.replace(request, domains=domains) if all(domains) else request
+
+
 # ---- what is refused
 
 
@@ -206,7 +226,8 @@ def find_faults(cfg: CfgNode, request: RecomputeRequest) -> Iterator[BNextError]
     """Values of a request that do not go together."""
     datasets, domains = request.datasets, request.domains
 
-    if request.population == "per_domain" and not (domains or resolve_norms(cfg).domains):
+    known = domains or resolve_norms(cfg).domains or (not datasets and find_train_domains(cfg))
+    if request.population == "per_domain" and not known:
         rule = "be given the domain of each --dataset"
         yield ConfigError.of("--population per_domain", rule, got="none", remedy=_GIVE_BOTH)
 
@@ -247,11 +268,7 @@ def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) 
         DatasetError: a data set cannot be read.
     """
     norms = resolve_norms(cfg)
-    names, where = norms.domains, "MODEL.BNEXT.DOMAINS.NAMES"
-
-    if names and not request.domains and norms.fallback_domain is None:
-        rule = "name the domain of each --dataset where norms have domains"
-        yield ConfigError.of("--domain", rule, got=f"none of {names}", where=where, remedy=_GIVE_BOTH)
+    names, where = norms.domains, NAMES
 
     for name in request.domains:
         if name not in names:
@@ -264,12 +281,24 @@ def find_data_faults(cfg: CfgNode, request: RecomputeRequest, num_workers: int) 
 
     if not request.datasets:
         check_datasets(cfg.DATASETS.TRAIN, cfg=cfg)
+    if names and not request.domains and norms.fallback_domain is None:
+        for name in request.datasets or cfg.DATASETS.TRAIN:
+            yield from _find_unknown_domains(cfg, name, names)
     for name in request.datasets:
         number = len(load_records(name, cfg))
         if number < num_workers:
             rule = f"have an image for each of the {num_workers} workers"
             remedy = "Use fewer workers, --num-gpus, or leave it out."
             yield ConfigError.of("--dataset", rule, got=f"{number} in {name!r}", remedy=remedy)
+
+
+def _find_unknown_domains(cfg: CfgNode, dataset: str, names: Sequence[str]) -> Iterator[BNextError]:
+    """Images of domains that the norms do not have, or without one."""
+    for domain, number in count_set_domains(cfg, dataset).items():
+        if domain not in names:
+            rule = f"name the domain of each --dataset where norms have domains, one of {names}"
+            got = f"{number} images of {domain!r}" if domain else f"{number} images without one"
+            yield ConfigError.of("--domain", rule, got=f"{got} in {dataset!r}", where=NAMES, remedy=_GIVE_BOTH)
 
 
 # ---- the config of the output
@@ -282,7 +311,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
         cfg: of a model of bnext.
         population: "shared", "per_level" (heads that see several levels), or "per_domain" (everything; in heads that
             have one for each level, one for each domain at each level).
-        domains: of "per_domain", where the config names none.
+        domains: of "per_domain", beside those of the training sets, where the config names none.
 
     Returns:
         A copy; only POPULATION of the places, and MODEL.BNEXT.DOMAINS.NAMES, differ. Of a model whose architecture is
@@ -318,7 +347,7 @@ def give_population(cfg: CfgNode, population: str, domains: Sequence[str] = ()) 
     defaults = {name.removeprefix(start): key.default for name, key in KEYS.items() if name.startswith(start)}
     names = nodes.setdefault("DOMAINS", CfgNode(defaults))
     if population == "per_domain" and not names.get("NAMES"):
-        names.NAMES = tuple(dict.fromkeys(domains))
+        names.NAMES = tuple(dict.fromkeys([*find_train_domains(cfg), *domains]))
     elif population == "shared" and not any(map(is_per_domain, answers)):
         names.update(defaults)
 
@@ -395,7 +424,7 @@ def _recompute(cfg: CfgNode, request: RecomputeRequest) -> RecomputeReport:
     if comm.is_main_process():
         done = _describe(cfg, request, report, levels)
         changed = levels if model.state_dict().keys() != entries else {}
-        others = {key: value for key, value in others.items() if key not in _LEFT_OUT}
+        others = {key: value for key, value in others.items() if key not in LEFT_OUT}
         data = {"model": model.state_dict(), "norm_specs": collect_norm_specs(model), **others, RE_ESTIMATED: done}
         _write(request, data, {**done, "report": report.as_dict()})
         print(f"{format_report(report)}\n{_say_fewer(request, report)}{_say_files(cfg, request, changed)}", flush=True)
@@ -437,7 +466,7 @@ def _check_reached(request: RecomputeRequest, report: RecomputeReport, model: nn
 
 def _find_owners(model: nn.Module, domain: str) -> set[tuple[str, tuple[str, ...]]]:
     """Path of a norm and name of each of its populations that are a domain's own."""
-    owners = set()
+    owners: set[tuple[str, tuple[str, ...]]] = set()
     for path, norm in find_bnext_norms(model).items():
         population = norm.spec.population
         for source in list_sources(norm.levels, norm.domains) if is_per_domain(population) else ():

@@ -45,6 +45,7 @@ from bnext.engine.trainer import Trainer, check_same_config, evaluate, train
 from bnext.engine.wandb_writer import check_wandb
 from bnext.errors import ConfigError, LaunchError
 from bnext.evaluation.coco import build_evaluator, check_evaluator
+from bnext.evaluation.conditions import Conditions, check_conditions
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import find_local_file, naming_file, replace_file
 from bnext.notices import HeldNotice, holding_notices, log_notices
@@ -87,7 +88,12 @@ def execute(args: argparse.Namespace) -> None:
     run(load_config(args.config_file, args.opts), args)
 
 
-def run(cfg: CfgNode, args: argparse.Namespace, parts: OwnParts | None = None) -> dict[str, Any]:
+def run(
+    cfg: CfgNode,
+    args: argparse.Namespace,
+    parts: OwnParts | None = None,
+    conditions: Conditions | None = None,
+) -> dict[str, Any]:
     """Check everything, start the workers, and train or evaluate.
 
     Args:
@@ -95,6 +101,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, parts: OwnParts | None = None) -
         args: of Detectron2's `default_argument_parser`: resume, eval_only, num_gpus, num_machines,
             machine_rank, dist_url, config_file.
         parts: of the training, that are the caller's own.
+        conditions: of the evaluation, where nothing is trained; None: those of the file.
 
     Returns:
         The results of the last evaluation; none on machines but the first.
@@ -112,6 +119,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, parts: OwnParts | None = None) -
             eval_only=args.eval_only,
             resume=args.resume,
             trainer=Trainer if parts is None else parts.build_trainer(),
+            conditions=conditions,
         )
 
     with tempfile.TemporaryDirectory(prefix="bnext-results-") as folder:
@@ -123,7 +131,7 @@ def run(cfg: CfgNode, args: argparse.Namespace, parts: OwnParts | None = None) -
                 args.num_machines,
                 args.machine_rank,
                 args.dist_url,
-                args=(cfg, args, notices, parts, file),
+                args=(cfg, args, notices, parts, file, conditions),
                 device=cfg.MODEL.DEVICE,
             )
         except KeyboardInterrupt:
@@ -143,6 +151,7 @@ def run_worker(
     notices: Sequence[HeldNotice] = (),
     parts: OwnParts | None = None,
     file: str = "",
+    conditions: Conditions | None = None,
 ) -> dict[str, Any]:
     """Train or evaluate in one worker.
 
@@ -151,6 +160,7 @@ def run_worker(
         notices: of the checks, which are said here, where there is a log.txt.
         parts: see `run`.
         file: takes the results, on the main process; "": none.
+        conditions: see `run`.
 
     Returns:
         The results of the last evaluation.
@@ -164,7 +174,7 @@ def run_worker(
 
     if args.eval_only:
         _set_up(cfg, args, notices)
-        results: dict[str, Any] = evaluate(cfg, args.resume, trainer)
+        results: dict[str, Any] = evaluate(cfg, args.resume, trainer, conditions)
     else:
         with holding_output(cfg.OUTPUT_DIR):
             _set_up(cfg, args, notices)
@@ -229,6 +239,7 @@ def check_run(
     eval_only: bool = False,
     resume: bool = False,
     trainer: type[Trainer] = Trainer,
+    conditions: Conditions | None = None,
 ) -> None:
     """Find what would stop the run; quick checks first, and last the evaluation tried with ground truth.
 
@@ -236,6 +247,7 @@ def check_run(
         cfg: from `load_config`.
         num_gpus, num_machines, machine_rank, dist_url, eval_only, resume: options of Detectron2's command line.
         trainer: whose evaluators are tried.
+        conditions: see `run`.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, LaunchError: what is wrong.
@@ -269,7 +281,9 @@ def check_run(
     else:
         check_class_map(cfg)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
-    check_domains(cfg, eval_only=eval_only)
+    conditions = conditions or Conditions()
+    check_domains(cfg, eval_only=eval_only, domain=conditions.domain)
+    check_conditions(cfg, conditions)
 
     _check_weights(cfg, eval_only=eval_only, resume=resume)
     _check_output(cfg.OUTPUT_DIR)

@@ -270,8 +270,8 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES",
         None,
-        "in a `blend` or `stream` the mixture counts as so many images, 0 to `inf`; None: as many as fit how far the "
-        "images' statistics have moved from it",
+        "in a `blend` or `stream` the mixture counts as so many images; None: as many as fit how far the images' "
+        "statistics have moved from it",
         Values(
             "a number of 0 or more, or None",
             lambda value: value is None or (isinstance(value, (int, float)) and value is not True and value >= 0),
@@ -328,6 +328,60 @@ _SCHEDULES = (
         "SGD",
         "name and values as in other projects on Detectron2",
         _one_of("SGD", "ADAMW"),
+    ),
+)
+
+_IS_MADE = Need({"SOLVER.BNEXT.AUXILIARY.KIND": _none_of("none")})
+_IS_ATTACKED = Need({"SOLVER.BNEXT.AUXILIARY.KIND": _one_of("adversarial")})
+_AUXILIARY = (
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.KIND",
+        "none",
+        "each step trains on copies of its images, too: `adversarial` ones, which raise the loss, or strongly "
+        "`augmented` ones",
+        _one_of("none", "adversarial", "augmented"),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.DOMAIN",
+        "",
+        "domain of the copies; empty: the name of their KIND. Images of sets without a domain are then of `clean`",
+        needs=(_IS_MADE,),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.WEIGHT",
+        1.0,
+        "of the loss of the copies, which is added to that of the images",
+        Values("a number above 0", lambda value: is_number(value) and value > 0, "Use 1.0, or KIND none."),
+        needs=(_IS_MADE,),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.EPSILON",
+        4.0,
+        "bound of the change of each pixel, of 255",
+        Values("a number above 0, at most 255", lambda value: is_number(value) and 0 < value <= 255, "Use 4.0."),
+        needs=(_IS_ATTACKED,),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.STEPS",
+        1,
+        "of gradient ascent (PGD); 1 is FGSM",
+        Values("a whole number of 1 or more", lambda value: is_count(value, 1), "Use 1."),
+        needs=(_IS_ATTACKED,),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.STEP_SIZE",
+        0.0,
+        "of each, of 255; 0: EPSILON with one step, else 1.25 EPSILON / STEPS",
+        _at_least_0("Use 0 to have it chosen."),
+        needs=(_IS_ATTACKED,),
+    ),
+    Key(
+        "SOLVER.BNEXT.AUXILIARY.LOSS",
+        "total",
+        "that the attack raises; `stronger`: of the attacks on `classification` and on `localization` the one that "
+        "raises the total loss of a worker's batch more, at twice the cost",
+        _one_of("total", "classification", "localization", "stronger"),
+        needs=(_IS_ATTACKED,),
     ),
 )
 
@@ -598,6 +652,7 @@ _TABLES = (
     *PLACE_KEYS.values(),
     _DOMAINS,
     _SCHEDULES,
+    _AUXILIARY,
     _AVERAGES,
     _METRICS,
     _DOCTOR,

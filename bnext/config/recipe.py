@@ -17,7 +17,7 @@ from bnext.config.check import check_keys, check_values, flatten, leave_out_unus
 from bnext.config.keys import KEYS, PLACE_KEYS
 from bnext.config.norm_names import check_norm_name
 from bnext.config.places import BATCH_NORMS, PLACES
-from bnext.data.domains import find_train_domains
+from bnext.data.domains import find_norm_domains
 from bnext.errors import ConfigError, Refusal, check_choice
 from bnext.layers.build import NAMED_NORMS
 from bnext.layers.sources import is_per_domain
@@ -188,7 +188,7 @@ def _name_domains(cfg: CfgNode) -> dict[str, Any]:
     """The values of a config by their keys; the norms' domains are those of the training sets, unless it names them."""
     values = flatten(cfg)
     if not values.get(NAMES, True) and any(is_per_domain(values.get(key.name)) for key in _PLACE_ROWS):
-        values[NAMES] = find_train_domains(cfg)
+        values[NAMES] = find_norm_domains(cfg)
     return values
 
 
@@ -197,7 +197,7 @@ def _name_lazy_domains(cfg: CfgNode) -> dict[str, Any]:
     has_domains = any(is_per_domain(value) for name, node in nodes.items() if name in PLACES for value in node.values())
     domains = dict(nodes.get("DOMAINS") or {})
     if has_domains and not domains.get("NAMES"):
-        nodes["DOMAINS"] = {**domains, "NAMES": find_train_domains(cfg)}
+        nodes["DOMAINS"] = {**domains, "NAMES": find_norm_domains(cfg)}
     return nodes
 
 

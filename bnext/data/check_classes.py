@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -24,7 +25,7 @@ from bnext.data.classes import (
 from bnext.data.records import check_registered
 from bnext.errors import ConfigError, DatasetError, Refusal, list_few
 from bnext.notices import tell_once
-from bnext.text import find_near, suggest
+from bnext.text import suggest
 
 __all__ = ["check_class_keys", "check_class_map", "check_classes"]
 
@@ -169,7 +170,7 @@ def check_class_map(cfg: CfgNode) -> None:
         raise _name_number(number[0], number[1], joint, f"of classes in {CLASSES}")
 
     trained = find_trained_classes(cfg)
-    for name in dict.fromkeys(name for entry in cfg.DATASETS.BNEXT.CLASS_MAP for name in entry):
+    for name in dict.fromkeys(chain.from_iterable(cfg.DATASETS.BNEXT.CLASS_MAP)):
         if name not in DatasetCatalog:
             remedy = suggest(name, DatasetCatalog.list(), "Correct the name, or leave it out.")
             raise _UNKNOWN_SET.of(repr(name), remedy=remedy)
@@ -186,9 +187,8 @@ def _check_mapping(
             remedy = suggest(category, categories, f"It has {list_few(map(repr, categories), 8)}.")
             raise _UNKNOWN_CATEGORY.of(repr(category), name=name, remedy=remedy)
         if trained is not None and kind not in (*trained, LEFT_OUT, IGNORED):
-            near = find_near(kind, trained)
             otherwise = f"Add it to {CLASSES}, or choose one of {list_few(map(repr, trained), 8)}."
-            remedy = suggest(kind, trained) if near else otherwise
+            remedy = suggest(kind, trained, otherwise)
             raise _UNKNOWN_TARGET.of(repr(kind), f"{category!r} of {name!r}", remedy=remedy)
 
 
@@ -224,7 +224,7 @@ def _check_equal(cfg: CfgNode, is_new: bool) -> None:
     different = {name: names for name, names in others.items() if names is not None and names != classes}
     if different:
         got = "; ".join(_describe_difference(first, classes, name, names) for name, names in different.items())
-        joint = list(dict.fromkeys((*classes, *(each for names in different.values() for each in names))))
+        joint = list(dict.fromkeys(chain(classes, *different.values())))
         key = number[0] if number is not None else "NUM_CLASSES"
         raise _DIFFERENT.of(got, key=key, classes=f"[{', '.join(map(repr, joint))}]", number=len(joint))
 

@@ -29,7 +29,7 @@ from bnext.data.check_images import Pictures, check_files, check_sizes, read_sid
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
 from bnext.data.classes import are_found_by_name
-from bnext.data.corrupted_sets import Variant, find_corruption
+from bnext.data.corrupted_sets import find_base, find_corruption
 from bnext.data.digits import FOLDER
 from bnext.data.listed_sets import KEY, is_listed
 from bnext.data.records import check_registered
@@ -162,8 +162,7 @@ def examine_dataset(
     """
     check_registered(name)
     task = replace(task, corruption=find_corruption(name))
-    source = DatasetCatalog[name]
-    name = source.base if isinstance(source, Variant) else name  # whose file and records it has
+    name = find_base(name)  # which has its file and records
 
     metadata = MetadataCatalog.get(name)
     json_file, image_root = str(metadata.get("json_file") or ""), str(metadata.get("image_root") or "")

@@ -25,7 +25,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from bnext.data.categories import read_categories
-from bnext.data.corrupted_sets import Variant
+from bnext.data.corrupted_sets import find_base
 from bnext.errors import DatasetError, Refusal, list_few
 from bnext.lazy_config import is_lazy
 
@@ -164,9 +164,7 @@ def _read_node(cfg: CfgNode) -> Mapping[str, Any]:
 
 def read_class_map(cfg: CfgNode, name: str) -> dict[str, str]:
     """Category -> class of a set, as the config maps them; of a corrupted variant those of its base."""
-    registered = DatasetCatalog[name] if name in DatasetCatalog else None
-    if isinstance(registered, Variant):
-        name = registered.base
+    name = find_base(name)
 
     mapped: dict[str, str] = {}
     for entry in _read_node(cfg).get("CLASS_MAP", ()):

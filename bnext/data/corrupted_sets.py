@@ -15,7 +15,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from bnext.data.corruptions.names import NAMES, check_corruption
 from bnext.errors import ConfigError, Refusal
 
-__all__ = ["Variant", "find_corruption", "mark_corrupted", "name_variant", "register_variant"]
+__all__ = ["Variant", "find_base", "find_corruption", "mark_corrupted", "name_variant", "register_variant"]
 
 _NO_SEVERITY = Refusal(
     ConfigError,
@@ -69,7 +69,7 @@ def register_variant(name: str) -> None:
         ConfigError, LaunchError: the corruption or the severity is none, see `check_corruption`.
     """
     base, mark, rest = name.rpartition("@")
-    present = DatasetCatalog.data.get(name)  # `get` of the catalog loads
+    present = DatasetCatalog.data.get(name)
     if not mark or base not in DatasetCatalog or (present is not None and not isinstance(present, Variant)):
         return
 
@@ -90,6 +90,12 @@ def _parse(base: str, rest: str) -> tuple[str, int]:
 
     check_corruption(corruption, int(severity), f"data set '{base}@{rest}'")
     return corruption, int(severity)
+
+
+def find_base(name: str) -> str:
+    """The name of the set that a variant is of; of any other set its name."""
+    registered = DatasetCatalog.data.get(name)  # `get` of the catalog loads
+    return registered.base if isinstance(registered, Variant) else name
 
 
 def find_corruption(name: str) -> str:

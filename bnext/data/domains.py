@@ -3,7 +3,8 @@
     a config, the catalogs  --find_domain-->  the domain of a set  --name_source-->  records with `domain`
 
 A record's own `domain` comes first: the function of a registered set may give one for each image. Then
-DATASETS.DOMAINS.TRAIN and TEST, the `domain` of an entry of DATASETS.BNEXT.COCO, and the metadata of the set.
+DATASETS.DOMAINS.TRAIN and TEST, the `domain` of an entry of DATASETS.BNEXT.COCO, and the metadata of the set. Where a
+training makes images of an auxiliary domain (SOLVER.BNEXT.AUXILIARY), those of a set without a domain are "clean".
 """
 
 from __future__ import annotations
@@ -17,9 +18,19 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from bnext.errors import ConfigError, DatasetError, Refusal
 
-__all__ = ["check_domain_lists", "count_domains", "find_domain", "find_train_domains", "name_source"]
+__all__ = [
+    "check_domain_lists",
+    "count_domains",
+    "find_auxiliary_domain",
+    "find_domain",
+    "find_norm_domains",
+    "find_train_domains",
+    "name_source",
+    "select_sets",
+]
 
 KEY = "DATASETS.DOMAINS"
+CLEAN = "clean"
 _LENGTH = Refusal(
     ConfigError,
     KEY + ".{part}",
@@ -30,6 +41,13 @@ _NO_NAMES = Refusal(ConfigError, KEY + ".{part}", "be names", "Write them as ('d
 _TWO_DOMAINS = Refusal(
     ConfigError, KEY, "give a set one domain", "Correct TRAIN or TEST, or register the other images as another set."
 )
+_TAKEN_NAME = Refusal(
+    DatasetError,
+    "A domain",
+    "be called otherwise than {names}, which name what is computed over all domains",
+    "Rename it in DATASETS.DOMAINS, or where data set {name!r} is registered.",
+)
+_TAKEN_NAMES = ("mean", "worst")
 _NO_NAME = Refusal(
     DatasetError, "The `domain` of a record", "be a name", "Correct the function that data set {name!r} is made by."
 )
@@ -61,9 +79,13 @@ def find_domain(cfg: CfgNode, name: str) -> str:
     """The domain of all images of a set; "": it is not said, or by its records alone.
 
     Args:
-        cfg: DATASETS is read.
+        cfg: DATASETS and SOLVER.BNEXT.AUXILIARY are read.
         name: of the set, which need not be registered yet where the config lists it.
     """
+    return _find_said_domain(cfg, name) or (CLEAN if find_auxiliary_domain(cfg) else "")
+
+
+def _find_said_domain(cfg: CfgNode, name: str) -> str:
     node = cfg.DATASETS.get("DOMAINS") or {}
     for part in ("TRAIN", "TEST"):
         for one, domain in zip(cfg.DATASETS[part], node.get(part) or (), strict=False):
@@ -77,10 +99,36 @@ def find_domain(cfg: CfgNode, name: str) -> str:
     return str(MetadataCatalog.get(name).get("domain", "") or "") if name in DatasetCatalog else ""
 
 
+def find_auxiliary_domain(cfg: CfgNode) -> str:
+    """The domain of the images that a training makes of its own (SOLVER.BNEXT.AUXILIARY); "" if it makes none."""
+    node = (cfg.SOLVER.get("BNEXT") or {}).get("AUXILIARY") or {}
+    kind = node.get("KIND", "none")
+    return "" if kind == "none" else str(node.get("DOMAIN") or kind)
+
+
 def find_train_domains(cfg: CfgNode) -> tuple[str, ...]:
     """The domains that the training sets are said to be of, in their order; several sets may be of one."""
     domains = [find_domain(cfg, name) for name in cfg.DATASETS.TRAIN]
     return tuple(dict.fromkeys(filter(None, domains)))
+
+
+def find_norm_domains(cfg: CfgNode) -> tuple[str, ...]:
+    """The domains whose images norms see in a training: those of its sets, and last that of auxiliary images."""
+    domains = (*find_train_domains(cfg), find_auxiliary_domain(cfg))
+    return tuple(dict.fromkeys(filter(None, domains)))
+
+
+def select_sets(cfg: CfgNode, part: str, names: Sequence[str]) -> None:
+    """Put other sets in the place of those of DATASETS.TRAIN or TEST, each with the domain that it has. In place.
+
+    Args:
+        cfg: not frozen.
+        part: "TRAIN" or "TEST".
+        names: of the sets.
+    """
+    domains = tuple(find_domain(cfg, name) for name in names)
+    cfg.DATASETS[part] = tuple(names)
+    cfg.DATASETS.DOMAINS[part] = domains if any(domains) else ()
 
 
 def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -92,7 +140,7 @@ def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> l
         records: left as they are. One that has a `domain` keeps it.
 
     Raises:
-        DatasetError: a `domain` of a record is no name.
+        DatasetError: a `domain` of a record is no name, or one that an evaluation uses otherwise.
 
     Source:
         The key `dataset_source` is that of UniDet (Zhou et al. 2022) and Detic.
@@ -109,6 +157,9 @@ def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> l
         given = record.get("domain", "none")
         if not isinstance(given, str) or not given:
             raise _NO_NAME.of(repr(given), str(record.get("file_name", "")), name=name)
+        if given in _TAKEN_NAMES or domain in _TAKEN_NAMES:
+            names = " and ".join(map(repr, _TAKEN_NAMES))
+            raise _TAKEN_NAME.of(repr(domain or given), f"data set {name!r}", names=names, name=name)
     return [{**source, **record} for record in records]
 
 

@@ -71,7 +71,7 @@ class MappedDataset(Dataset[Mapped]):
                     return Mapped(mapped, tuple(refused))
 
                 refused.append(str(record.get("file_name", f"record {index}")))
-                index = alike[others.integers(len(alike))]
+                index = alike[int(others.integers(len(alike)))]
 
         raise DatasetError.of(
             "The mapper",

@@ -31,6 +31,14 @@ __all__ = ["CheckedMapper", "ImageMapper", "Mapper", "build_mapper"]
 
 Mapper = Callable[[Record], Record | None]
 
+_NOT_IGNORED = Refusal(
+    DatasetError,
+    "A mapper of a set whose objects may be of any class",
+    "move `ignored_boxes` with the picture, as `bnext.data.mapping.ImageMapper` does",
+    'Derive the mapper from it; or map these categories to "" in DATASETS.BNEXT.CLASS_MAP.',
+)
+# What a record says of its image, however it is augmented; a mapper of the user's own may leave it out.
+_OF_IMAGES = ("dataset_source", "domain", "annotated_classes")
 _NOT_CORRUPTED = Refusal(
     DatasetError,
     "The mapper of a set with a corruption",
@@ -115,10 +123,14 @@ class CheckedMapper:
 
     Raises:
         DatasetError: on a call, names the image.
+
+    Note:
+        What a record says of its image whatever the augmentation stays, also where a mapper leaves it out: its
+        `dataset_source`, `domain` and `annotated_classes`.
     """
 
     def __init__(self, mapper: Mapper) -> None:
-        self._mapper = mapper
+        self._mapper: Mapper = mapper._mapper if isinstance(mapper, CheckedMapper) else mapper
 
     def __call__(self, record: Record) -> Record | None:
         name = record.get("file_name")
@@ -126,9 +138,11 @@ class CheckedMapper:
             refuse_endless_file(name)
             if record.get("corruption"):
                 raise _NOT_CORRUPTED.of(type(self._mapper).__name__, f"{name}: {record['corruption']}")
+            if len(record.get("ignored_boxes", ())):
+                raise _NOT_IGNORED.of(type(self._mapper).__name__, str(name))
 
         try:
-            return self._mapper(record)
+            mapped = self._mapper(record)
         except (BNextError, MemoryError):
             raise
         except Exception as error:  # whatever a mapper raises
@@ -143,6 +157,11 @@ class CheckedMapper:
                 where=place,
                 remedy="Restore the file, correct or remove its record, or mend the mapper where that is your own.",
             ) from error
+
+        if isinstance(mapped, dict):
+            kept = {key: record[key] for key in _OF_IMAGES if key in record}
+            return {**kept, **mapped}
+        return mapped
 
 
 def build_mapper(cfg: CfgNode, is_train: bool, *, as_test: bool = False, **options: Any) -> CheckedMapper:

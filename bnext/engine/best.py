@@ -25,6 +25,7 @@ from bnext.distributed import unwrap_model
 from bnext.engine.averaged_weights import AVERAGE, AverageWeights
 from bnext.engine.hooks import is_due
 from bnext.errors import ConfigError, Refusal, list_few
+from bnext.evaluation.domains import DOMAINS, list_test_domains
 from bnext.files import find_local_file, write_json
 from bnext.text import suggest
 
@@ -39,6 +40,11 @@ UNKNOWN_METRIC = Refusal(ConfigError, KEY, "name a metric of the evaluation", "{
 # Of Detectron2's COCO evaluation, beside those of each class.
 _SIZES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _METRICS = {"bbox": _SIZES, "segm": _SIZES, "keypoints": ("AP", "AP50", "AP75", "APm", "APl")}
+_SWITCHES = {
+    AVERAGE: "SOLVER.BNEXT.EMA.ENABLED",
+    "validation_loss": "TEST.BNEXT.VALIDATION_LOSS.PERIOD",
+    DOMAINS: "DATASETS.DOMAINS.TEST",
+}
 _WITH_BOXES = ("RetinaNet", "FCOS", "GeneralizedRCNN")
 
 
@@ -250,11 +256,13 @@ def check_best_metric(cfg: CfgNode) -> None:
     Raises:
         ConfigError: names the nearest ones.
     """
-    metric, known = cfg.TEST.BNEXT.BEST.METRIC, _list_metrics(cfg)
-    is_of_class = "/AP-" in metric and not all(map(_list_classes, cfg.DATASETS.TEST))  # whose names are not read yet
+    metric = cfg.TEST.BNEXT.BEST.METRIC
+    known = _list_metrics(cfg) if metric else []
+    has_names = all(_list_classes(cfg, name) for name in cfg.DATASETS.TEST)
+    is_of_class = "/AP-" in metric and not has_names  # which are not read yet
     if metric and known and metric not in known and not is_of_class:
         kind = metric.partition("/")[0]
-        switch = {AVERAGE: "SOLVER.BNEXT.EMA.ENABLED", "validation_loss": "TEST.BNEXT.VALIDATION_LOSS.PERIOD"}.get(kind)
+        switch = _SWITCHES.get(kind)
         is_off = not any(name.startswith(f"{kind}/") for name in known)
         remedy = f"Set {switch}, or choose one of {list_few(known)}." if switch and is_off else _remedy(metric, known)
         raise UNKNOWN_METRIC.of(repr(metric), "config", remedy=remedy)
@@ -270,12 +278,18 @@ def _list_metrics(cfg: CfgNode) -> list[str]:
         return []
 
     is_given = {"bbox": True, "segm": cfg.MODEL.MASK_ON, "keypoints": cfg.MODEL.KEYPOINT_ON}
+    tasks = [task for task, given in is_given.items() if given]
     names: list[str] = []
     for data_set in cfg.DATASETS.TEST:
         prefix = f"{data_set}/" if len(cfg.DATASETS.TEST) > 1 else ""
         classes = _list_classes(cfg, data_set)
-        for task in (task for task, given in is_given.items() if given):
+        for task in tasks:
             names += [f"{prefix}{task}/{name}" for name in (*_METRICS[task], *classes)]
+
+    domains = list_test_domains(cfg)
+    for domain in (*domains, "mean", "worst") if len(domains) > 1 else ():
+        for task in tasks:
+            names += [f"{DOMAINS}/{domain}/{task}/{name}" for name in _METRICS[task]]
 
     if cfg.SOLVER.BNEXT.EMA.ENABLED:
         names += [f"{AVERAGE}/{name}" for name in names]

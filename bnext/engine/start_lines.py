@@ -10,15 +10,16 @@ from detectron2.utils import comm
 
 from bnext.data.loader import TrainLoader
 from bnext.data.sampling.domain_batches import DomainBatchSampler
+from bnext.engine.auxiliary import describe_auxiliary
 
 __all__ = ["describe_training"]
 
 
 def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
-    """The data and the schedule in a line, and in another what a batch is made of where that is chosen.
+    """The data and the schedule in a line; in others what a batch is made of, and its copies, where that is chosen.
 
     Args:
-        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH and MAX_ITER are read.
+        cfg: DATASETS.TRAIN, SOLVER.IMS_PER_BATCH, MAX_ITER and BNEXT.AUXILIARY are read.
         loader: of the training; of a foreign one the number of images is not known.
         start_iter: the iteration to begin with.
     """
@@ -35,7 +36,8 @@ def describe_training(cfg: CfgNode, loader: Any, start_iter: int = 0) -> str:
         epochs = batch * steps / max(1, loader.num_images)
         shown = f"{epochs:.1f}" if epochs < 10 else f"{math.floor(epochs):,}"
         words += f": {loader.num_images:,} images, {shown} epochs"
-    return f"{words}; {batch} images a step{share}, {steps:,} steps{rest}.{domains}"
+    lines = [f"{words}; {batch} images a step{share}, {steps:,} steps{rest}.{domains}", describe_auxiliary(cfg)]
+    return "\n".join(filter(None, lines))
 
 
 def _describe_domains(sampler: DomainBatchSampler) -> str:
@@ -44,8 +46,10 @@ def _describe_domains(sampler: DomainBatchSampler) -> str:
     shares = {domain: weight / whole for domain, weight in sampler.weights.items()}
 
     if sampler.kind == "composed":
-        numbers = ", ".join(f"{_show(batch * share)} {domain}" for domain, share in shares.items())
-        words = f"Batches of {batch}: {numbers}"
+        numbers = {domain: batch * share for domain, share in shares.items()}
+        is_exact = all(math.isclose(number, round(number)) for number in numbers.values())
+        parts = ", ".join(f"{_show(number)} {domain}" for domain, number in numbers.items())
+        words = f"Batches of {batch}: {'' if is_exact else 'on average '}{parts}"
     else:
         parts = ", ".join(f"{share:.3g} {domain}" for domain, share in shares.items())
         turns = "drawn at random" if sampler.kind == "random_domain" else "in turn"
@@ -59,7 +63,4 @@ def _describe_domains(sampler: DomainBatchSampler) -> str:
 
 def _show(number: float) -> str:
     """A number to three digits, and to the last before the point."""
-    nearest = round(number)
-    if abs(number - nearest) < 1e-6 or number >= 100:
-        return f"{nearest:,}"
-    return f"about {number:.3g}"
+    return f"{number:.3g}" if number < 100 else f"{round(number):,}"

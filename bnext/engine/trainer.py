@@ -14,6 +14,7 @@ import shutil
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ from bnext.engine.virtual_images import build_virtual_images
 from bnext.engine.wandb_writer import build_wandb_writers, check_wandb
 from bnext.errors import BNextError, CheckpointError, ConfigError
 from bnext.evaluation.coco import build_evaluator, evaluate_model, evaluate_with
+from bnext.evaluation.conditions import Conditions, under_conditions
+from bnext.evaluation.domains import read_specialists
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import explain_os_error, find_local_file, replace_file
 from bnext.heads.build_warnings import warn_of_faults
@@ -412,13 +415,19 @@ def train(cfg: CfgNode, resume: bool = False, trainer: type[Trainer] = Trainer) 
     return training.train()
 
 
-def evaluate(cfg: CfgNode, resume: bool = False, trainer: type[Trainer] = Trainer) -> OrderedDict[str, Any]:
+def evaluate(
+    cfg: CfgNode,
+    resume: bool = False,
+    trainer: type[Trainer] = Trainer,
+    conditions: Conditions | None = None,
+) -> OrderedDict[str, Any]:
     """Evaluate MODEL.WEIGHTS (with `resume`: the last checkpoint of OUTPUT_DIR) in this worker.
 
     Args:
         cfg: a whole config.
         resume: prefer the last checkpoint.
         trainer: a subclass, if its `test` or its evaluator is your own.
+        conditions: other than those of the file, under which a `test` of the subclass is not called.
 
     Returns:
         See `evaluate_model`.
@@ -437,4 +446,14 @@ def evaluate(cfg: CfgNode, resume: bool = False, trainer: type[Trainer] = Traine
 
     check_eval_weights(weights)
     checkpointer.load(weights, checkpointables=[], complete=True)
-    return trainer.test(cfg, model)
+    if conditions is None:
+        return trainer.test(cfg, model)
+
+    return evaluate_model(
+        cfg,
+        model,
+        os.path.join(cfg.OUTPUT_DIR, "inference", conditions.folder),
+        build=trainer.build_evaluator,
+        within=partial(under_conditions, cfg, model, conditions),
+        specialists=read_specialists(cfg, conditions.specialists),
+    )

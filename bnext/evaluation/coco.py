@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,13 +25,26 @@ from torch import nn
 
 from bnext.data.batches import build_evaluation_batches
 from bnext.data.listed_sets import register_listed_sets
-from bnext.data.records import load_records
+from bnext.data.records import Record, load_records
 from bnext.errors import ConfigError
 from bnext.evaluation.coco_evaluator import COCOEvaluator
+from bnext.evaluation.domain_report import draw_domains, format_domains
+from bnext.evaluation.domains import (
+    DOMAINS,
+    Metrics,
+    Share,
+    describe_domains,
+    find_parts,
+    gather_domains,
+    split_by_domain,
+    summarize,
+)
 from bnext.evaluation.rehearsal import rehearse
 from bnext.evaluation.result_table import format_results
 from bnext.files import naming_file, write_json
+from bnext.layers.counts import UnseenCount, describe_unseen, take_unseen_counts
 from bnext.layers.single_element import explaining_single_values
+from bnext.layers.unseen import beginning_streams
 from bnext.notices import gathering_notices, tell_once
 from bnext.progress import Tracked
 from bnext.scope.model import setting
@@ -88,18 +101,25 @@ def evaluate_model(
     output_folder: str | None = None,
     *,
     build: Callable[..., DatasetEvaluator] = build_evaluator,
+    within: Callable[[str], contextlib.AbstractContextManager[object]] = lambda name: contextlib.nullcontext(),
+    specialists: Mapping[str, Metrics] | None = None,
 ) -> OrderedDict[str, Any]:
-    """COCO AP of a model on every data set of cfg.DATASETS.TEST.
+    """COCO AP of a model on every data set of cfg.DATASETS.TEST, and of every domain of their images.
 
     Args:
         cfg: DATASETS.TEST, INPUT.*, DATALOADER.NUM_WORKERS and OUTPUT_DIR are read.
         model: a detection model; its mode is put back afterwards.
-        output_folder: for the detections and `results.json`; None: OUTPUT_DIR/inference.
+        output_folder: for the detections, `results.json` and, with several domains, `domains.png`; None:
+            OUTPUT_DIR/inference.
         build: makes the evaluator from config, data set and folder.
+        within: called with the name of a data set, opens the scope in which it is evaluated.
+        specialists: domain -> metrics of the detector that was trained on it alone, see `read_specialists`.
 
     Returns:
         {"bbox": {"AP": ..., ...}, ...} on the main process, with AP from 0 to 100; with several data
-        sets one such dictionary for each, by name. Empty dictionaries on the other workers.
+        sets one such dictionary for each, by name. With images of several domains there is
+        {"domains": {"<domain>": {"bbox": ...}, ..., "mean": ..., "worst": ...}} beside it, see `summarize`.
+        Empty dictionaries on the other workers.
 
     Raises:
         DatasetError: see `rehearse`, which tries an evaluator before it is used for the first time.
@@ -113,20 +133,41 @@ def evaluate_model(
     results: OrderedDict[str, Any] = OrderedDict()
     folder = output_folder or os.path.join(cfg.OUTPUT_DIR, "inference")
     names = list(cfg.DATASETS.TEST)
+    shares: list[Share] = []
 
     for name in names:
         # One folder each, as every evaluator writes the same file names.
         evaluator = build(cfg, name, folder if len(names) == 1 else os.path.join(folder, name_folder(name)))
-        with naming_file(folder):
-            results[name] = evaluate_with(cfg, model, name, evaluator)
+        records = load_records(name, cfg)
+        with naming_file(folder), within(name):
+            results[name] = evaluate_with(cfg, model, name, evaluator, records=records)
+        shares += split_by_domain(name, records, results[name], evaluator)
 
-    if comm.is_main_process() and names:
-        write_json(os.path.join(folder, "results.json"), results)
-    return results[names[0]] if len(names) == 1 else results
+    if not names or not comm.is_main_process():
+        return results[names[0]] if len(names) == 1 else results
+
+    domains = gather_domains(shares, specialists)
+    is_told = len(domains) > 1 or any(domain.specialist for domain in domains)
+    described = {DOMAINS: describe_domains(domains)} if is_told else {}
+    write_json(os.path.join(folder, "results.json"), {**results, **described})
+    if is_told:
+        picture = draw_domains(domains, os.path.join(folder, "domains.png"))
+        logging.getLogger(__name__).info("%s\n\n%s", format_domains(domains), picture)
+
+    answer = OrderedDict(results[names[0]] if len(names) == 1 else results)
+    if len(domains) > 1:
+        answer[DOMAINS] = summarize(domains)
+    return answer
 
 
 def evaluate_with(
-    cfg: CfgNode, model: nn.Module, name: str, evaluator: DatasetEvaluator, images_per_batch: int = 1
+    cfg: CfgNode,
+    model: nn.Module,
+    name: str,
+    evaluator: DatasetEvaluator,
+    images_per_batch: int = 1,
+    *,
+    records: Sequence[Record] | None = None,
 ) -> dict[str, Any]:
     """Results of one evaluator on one data set.
 
@@ -135,13 +176,15 @@ def evaluate_with(
         name: the data set.
         evaluator: takes in the detections.
         images_per_batch: that a worker evaluates together.
+        records: of the set; None: they are loaded.
 
     Note:
         The results are logged as one table. What the evaluator prints (pycocotools: the same numbers) becomes a record
         for log.txt, of level DEBUG.
     """
-    records = load_records(name, cfg)
+    records = load_records(name, cfg) if records is None else records
     if isinstance(evaluator, COCOEvaluator):
+        evaluator.parts = find_parts(records)
         evaluator.image_ids = [record["image_id"] for record in records]
         if len(records) < evaluator.num_listed:
             message = "Data set '%s' has %d of the %d images of its annotation file: it is evaluated on these."
@@ -154,6 +197,8 @@ def evaluate_with(
     with (
         gathering_notices(),
         setting(model.modules(), training=False),
+        beginning_streams(model),
+        _telling_unseen(model, name),
         _log_prints(),
         explaining_single_values(name),
     ):
@@ -166,6 +211,17 @@ def evaluate_with(
         head = f"Evaluation on {name}: {len(records):,} images in {time.perf_counter() - begin:.1f} s{by}."
         logging.getLogger(__name__).info("%s", format_results(head, results, recalls, "results.json"))
     return results
+
+
+@contextlib.contextmanager
+def _telling_unseen(model: nn.Module, name: str) -> Iterator[None]:
+    """Say of the images in the block what those of domains that the model has not were taken for. A collective."""
+    take_unseen_counts(model)
+    yield
+
+    counts: Counter[UnseenCount] = sum(comm.gather(take_unseen_counts(model)), Counter())
+    for line in describe_unseen(counts):
+        logging.getLogger(__name__).info("%s: %s.", name, line)
 
 
 @contextlib.contextmanager

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import detectron2.evaluation
@@ -31,6 +32,7 @@ __all__ = ["COCOEvaluator"]
 _DETECTIONS = "coco_instances_results.json"  # in the folder of an evaluation, as detectron2 names it
 # The numbers of pycocotools' summary that detectron2's results leave out, by their places in it.
 _RECALLS = {"AR1": 6, "AR10": 7, "AR100": 8, "ARs": 9, "ARm": 10, "ARl": 11}
+_TASKS = ("bbox", "segm", "keypoints")
 _KEYPOINT_RECALLS = {"AR": 5, "AR50": 6, "AR75": 7, "ARm": 8, "ARl": 9}
 
 
@@ -52,12 +54,17 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         DatasetError: an annotation cannot be evaluated, or is of a class that the training does not have.
 
     Attributes:
+        image_ids: of the images that the set has, where its file may list more; None: all.
+        parts: name -> ids of images that are evaluated by themselves, too, from the same detections.
+        results_of_parts: name -> task -> name -> number, 0 to 100, without categories, of the last evaluation.
         recalls: task -> name -> average recall, 0 to 100, of the last evaluation; NaN where there is no object.
         engine: the library that computed it.
     """
 
     def __init__(self, cfg: CfgNode, dataset_name: str, output_dir: str) -> None:
-        self.image_ids: list[Any] | None = None  # of the images that the set has, where its file may list more
+        self.image_ids: list[Any] | None = None
+        self.parts: Mapping[str, Sequence[Any]] = {}
+        self.results_of_parts: dict[str, dict[str, dict[str, float]]] = {}
         self.recalls: dict[str, dict[str, float]] = {}
         self.engine = "pycocotools"
         self._name = dataset_name
@@ -116,17 +123,22 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
         if img_ids is None and self.image_ids is not None and len(set(self.image_ids)) < self.num_listed:
             img_ids = self.image_ids
-        self.recalls = {}
+        self.recalls, self.results_of_parts = {}, {}
         self.engine = "detectron2's C++" if self._use_fast_impl else "pycocotools"
         return super().evaluate(img_ids=img_ids)
 
     def _eval_predictions(self, predictions: list[dict[str, Any]], img_ids: list[Any] | None = None) -> None:
         detections = [detection for prediction in predictions for detection in prediction["instances"]]
         is_fast = self._fast_engine is not None and self._do_evaluation and bool(detections)
-        if not is_fast or not can_measure(self._coco_api, detections):
+        if is_fast and can_measure(self._coco_api, detections):
+            self._eval_fast(detections, img_ids)
+        else:
             super()._eval_predictions(predictions, img_ids=img_ids)
-            return
+        if self._do_evaluation:
+            self._eval_parts(detections)
 
+    def _eval_fast(self, detections: list[dict[str, Any]], img_ids: list[Any] | None) -> None:
+        """Detectron2's evaluation by faster-coco-eval."""
         numbers = list(self._metadata.thing_dataset_id_to_contiguous_id)
         for detection in detections:
             detection["category_id"] = numbers[detection["category_id"]]
@@ -145,6 +157,28 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
                 sigmas=self._kpt_oks_sigmas,
             )
             self._results[task] = self._derive_coco_results(evaluation, task, class_names=self._metadata.thing_classes)
+
+    def _eval_parts(self, detections: list[dict[str, Any]]) -> None:
+        """The metrics of each part, from detections with the set's category ids, as both evaluations leave them."""
+        tasks = [task for task in self._results if task in _TASKS]
+        for name, images in self.parts.items():
+            self.results_of_parts[name] = {task: self._measure_part(detections, task, images) for task in tasks}
+
+    def _measure_part(self, detections: list[dict[str, Any]], task: str, images: Sequence[Any]) -> dict[str, float]:
+        if not detections:  # nor anything in the whole set
+            return dict.fromkeys(self._results[task], math.nan)
+
+        engine = self._fast_engine if self.engine == "faster-coco-eval" else None
+        evaluation = measure(
+            self._coco_api, detections, task, engine=engine, images=images, sigmas=self._kpt_oks_sigmas
+        )
+        metrics: dict[str, float] = super()._derive_coco_results(evaluation, task)
+        return metrics
+
+    def has_objects(self, image_ids: Collection[Any]) -> bool:
+        """Whether any of these images has an object that counts."""
+        annotations = itertools.chain.from_iterable(self._coco_api.imgToAnns.get(each, ()) for each in image_ids)
+        return any(not is_crowd(each) for each in annotations)
 
     def _derive_coco_results(self, coco_eval: Any, iou_type: str, class_names: Any = None) -> dict[str, float]:
         if coco_eval is not None:

@@ -19,8 +19,10 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 from torch import nn
 
+from bnext.config.domains import check_domains
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_shuffled_batches, build_validation_batches
+from bnext.data.domains import find_domain
 from bnext.data.records import Record, has_labels, load_records
 from bnext.data.sampling.samplers import count_micro_batch
 from bnext.errors import ConfigError, DatasetError
@@ -35,7 +37,7 @@ from bnext.scope import use_domain
 from bnext.seeding import seeded
 from bnext.statistics import RecomputeReport
 
-__all__ = ["check_domain", "compare_statistics", "count_together", "read_three_ways", "recompute_kind"]
+__all__ = ["compare_statistics", "count_together", "read_three_ways", "recompute_kind"]
 
 _TASKS = ("bbox", "segm")
 
@@ -56,7 +58,7 @@ def compare_statistics(
         cfg: the one data set of DATASETS.TEST is evaluated; statistics are re-estimated as `recompute_statistics` does.
         model: the detector; as it was afterwards.
         kinds: some of `KINDS`, each of which is measured once.
-        domain: of all images, where norms have statistics or weights per domain; None: as the config says.
+        domain: of all images, where norms have statistics or weights per domain; None: as their records say.
         domain_dataset: training images, labelled or not, of the domain that is evaluated, for "per_domain".
         lost: norms whose statistics the file does not have, see `Checkpointer.left_out`; only others are compared.
         on_kind: called with what is measured so far after each kind, on every worker.
@@ -67,22 +69,24 @@ def compare_statistics(
         first; "reading": see `read_three_ways`}.
 
     Raises:
-        ConfigError: an unknown kind; none applies; not one labelled data set; a domain is missing or unknown.
+        ConfigError: an unknown kind; none applies; not one labelled data set; see `check_domains`.
         StatisticsError: every kind has failed.
 
     Note:
         A collective: every worker evaluates its share.
     """
-    check_domain(cfg, domain)
     name = _find_dataset(cfg)
+    check_domains(cfg, eval_only=True, domain=domain)
     rehearse(cfg, build=build_evaluator)
+    norms = resolve_norms(cfg)
+    of_set = find_domain(cfg, name)
     about: dict[str, Any] = {
         "weights": cfg.MODEL.WEIGHTS,
         "dataset": name,
         "num_objects": _count_objects(load_records(name, cfg)),
-        "domain": domain,
+        "domain": domain or (of_set if of_set in norms.domains else None),
         "domain_dataset": domain_dataset,
-        "places": [place for place, norm in resolve_norms(cfg).places.items() if norm.is_batch_norm],
+        "places": [place for place, norm in norms.places.items() if norm.is_batch_norm],
     }
 
     data = {"training": None, "test": name, "domain": domain_dataset}
@@ -119,23 +123,6 @@ def compare_statistics(
                 reading = {"not_applicable": failures[0]}
 
     return {**about, **results, "reading": reading}
-
-
-def check_domain(cfg: CfgNode, domain: str | None) -> None:
-    """Raise ConfigError unless it is known of which domain the images are, where norms have domains."""
-    norms = resolve_norms(cfg)
-    names = norms.domains
-
-    if domain is not None and domain not in names:
-        rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
-        raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
-    if names and domain is None and norms.unseen == "error":
-        rule = "name the domain of the images where norms have domains"
-        remedy = (
-            "Give --domain NAME; in Python, compare_statistics(..., domain=NAME). Or choose a rule for images without "
-            "one, MODEL.BNEXT.DOMAINS.UNSEEN."
-        )
-        raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
 
 
 def _find_dataset(cfg: CfgNode) -> str:

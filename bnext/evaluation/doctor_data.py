@@ -14,13 +14,13 @@ from functools import partial
 from typing import Any, Literal
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import nn
 
 from bnext.config.keys import KEYS
 from bnext.config.recipe import resolve_norms
 from bnext.data.batches import build_evaluation_batches, build_validation_batches
+from bnext.data.domains import find_domain, select_sets
 from bnext.data.listed_sets import register_listed_sets
 from bnext.data.loader import build_train_loader
 from bnext.data.records import load_records
@@ -95,7 +95,9 @@ def _observe_training(facts: Facts, cfg: CfgNode, model: nn.Module, num_images: 
         return add_failure(facts, "Reading training images", error)
 
     for domain, names in domains.items():
-        part = _change(cfg, **{"DATASETS.TRAIN": names})
+        part = cfg.clone()
+        part.defrost()
+        select_sets(part, "TRAIN", names)
         number = -(-max(num_images, _NUM_OF_DOMAIN if domain else 1) // size)
         facts = _observe_sets(facts, _with_batches_of(part, size), model, domain or None, number)
     if len(domains) > 1 and facts.training is not None:
@@ -136,8 +138,7 @@ def _find_domains(cfg: CfgNode) -> dict[str, tuple[str, ...]]:
     """Domain -> the training sets of it; "": all, unless each set has a domain and there are several."""
     register_listed_sets(cfg)
     names = tuple(cfg.DATASETS.TRAIN)
-    known = [name for name in names if name in MetadataCatalog]  # to ask for another one would make it
-    of_sets = dict.fromkeys(names, "") | {name: str(MetadataCatalog.get(name).get("domain", "")) for name in known}
+    of_sets = {name: find_domain(cfg, name) for name in names}
     domains = sorted(set(of_sets.values()))
     if not names or "" in domains:
         return {"": names}

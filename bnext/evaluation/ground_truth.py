@@ -165,12 +165,12 @@ def join_categories(cfg: CfgNode, name: str, content: Content) -> dict[Any, str]
     unused = itertools.count(1 + max((number for number in given if isinstance(number, int)), default=0))
     annotations: list[Annotation] = []
     for annotation in content.get("annotations", ()):
-        kind = classes.get(annotation["category_id"])
+        kind = classes.get(annotation["category_id"], LEFT_OUT)
         if kind == IGNORED:
             for number in first.values():
                 annotations.append({**annotation, "id": next(unused), "category_id": number, "iscrowd": 1})
         elif kind != LEFT_OUT:
-            annotations.append({**annotation, "category_id": first.get(kind, annotation["category_id"])})
+            annotations.append({**annotation, "category_id": first[kind]})
 
     if "annotations" in content:
         content["annotations"] = annotations

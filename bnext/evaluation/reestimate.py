@@ -157,13 +157,16 @@ def give_head_levels(cfg: CfgNode, model: nn.Module, batches: Iterable[Any] | No
     return describe_levels({path: norm.levels for path, norm in plan.norms.items()}, entry)
 
 
-def needs_labels(cfg: CfgNode, model: nn.Module) -> bool:
+def needs_labels(cfg: CfgNode, model: nn.Module, layers: Selection | None = None) -> bool:
     """Whether the norms of a model are re-estimated on RoIs that are sampled by labels.
+
+    Args:
+        cfg, model, layers: see `recompute_statistics`.
 
     Raises:
         StatisticsError: there is no norm to re-estimate.
     """
-    return _choose_forward(cfg, model) is forward_sampled_rois
+    return _choose_forward(cfg, model, layers) is forward_sampled_rois
 
 
 def format_report(report: RecomputeReport, most: int = 5) -> str:

@@ -22,7 +22,7 @@ from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.arguments import check_data
 from bnext.statistics.data_pass import Forward
 
-__all__ = ["Statistics", "compute_validation_loss", "find_device"]
+__all__ = ["Statistics", "compute_validation_loss", "find_device", "name_losses"]
 
 Statistics = Literal["population", "mini_batch"]
 _WHERE = "compute_validation_loss"
@@ -124,16 +124,29 @@ def _measure(model: nn.Module, batch: Any, forward: Forward | None, seed: int) -
     with restoring(model, seed=seed), EventStorage():
         output = model(batch) if forward is None else forward(model, batch)
 
+    return {name: float(value) for name, value in name_losses(output, _WHERE).items()}
+
+
+def name_losses(output: Any, where: str) -> dict[str, Tensor]:
+    """The losses that a model returned, by name; one alone is "loss".
+
+    Args:
+        output: of the model in training mode.
+        where: the function that asked for it.
+
+    Raises:
+        StatisticsError: it is no loss of one element, and no mapping of names to such.
+    """
     losses: Mapping[str, Any] = output if isinstance(output, Mapping) else {"loss": output}
     if not losses or not all(isinstance(value, Tensor) and value.numel() == 1 for value in losses.values()):
         raise StatisticsError.of(
             "model",
             "return a dictionary of losses, or one, in training mode",
             got=type(output).__name__,
-            where=_WHERE,
+            where=where,
             remedy="Pass forward=, which gives them for a batch.",
         )
-    return {name: float(value) for name, value in losses.items()}
+    return dict(losses)
 
 
 def _average(sums: dict[str, float], num_images: int) -> dict[str, float]:

@@ -205,18 +205,18 @@ def update_running_statistics(
         running += momentum * (new - running),  with the variance of correction 1
 
     Args:
-        running_mean, running_var: [C].
-        moments: count [], mean and var [C] of the mini-batch.
-        momentum: weight of the new value, 0 to 1.
+        running_mean, running_var: [C], or of several populations [S, C].
+        moments: count [], mean and var [C] of the mini-batch; or of one for each population, [S] and [S, C].
+        momentum: weight of the new value, 0 to 1; a number, or for each population one, [S].
 
     Returns:
-        The new running mean and variance [C], in the types of the old ones. Both are the old values
+        The new running mean and variance, in the types of the old ones. Both are the old values
         where the mini-batch has fewer than two elements per channel: one element has no variance.
     """
     # In the wider type: the variance of half features may not fit into half statistics before it is averaged.
     dtype = torch.promote_types(running_mean.dtype, moments.mean.dtype)
     # Not torch.where(..., momentum, 0.0): two Python numbers make a float32, too short for float64 statistics.
-    weight = (moments.count >= 2).to(dtype) * momentum
+    weight = ((moments.count >= 2).to(dtype) * momentum).unsqueeze(-1)
     mean = torch.lerp(running_mean.to(dtype), moments.mean.to(dtype), weight)
     var = torch.lerp(running_var.to(dtype), moments.unbiased_var().to(dtype), weight)
     return mean.to(running_mean.dtype), var.to(running_var.dtype)
@@ -228,11 +228,12 @@ def take_finite(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[list[Tens
     An overflow, whose step AMP's scaler skips, would stay in a moving average for ever.
 
     Args:
-        old, new: running mean and variance, [C] each.
+        old, new: running mean and variance, [C] each; or those of several populations, [S, C].
 
     Returns:
-        Mean and variance, [C] each; and whether they are the new ones, [] of bool.
+        Mean and variance likewise; and whether they are the new ones, [] or [S] of bool.
     """
-    largest = torch.linalg.vector_norm(torch.cat(list(new)), float("inf"))  # NaN, where there is one
+    largest = torch.linalg.vector_norm(torch.cat(list(new), -1), float("inf"), -1)  # NaN, where there is one
     is_finite = largest < float("inf")
-    return [torch.where(is_finite, value, before) for before, value in zip(old, new, strict=True)], is_finite
+    is_taken = is_finite.unsqueeze(-1)
+    return [torch.where(is_taken, value, before) for before, value in zip(old, new, strict=True)], is_finite

@@ -78,7 +78,12 @@ class ClassMasks:
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._records = ()
 
-    def find_hidden(self, labels: Sequence[Tensor], boxes: Sequence[Tensor], num_classes: int) -> Tensor | None:
+    @property
+    def hides(self) -> bool:
+        """Whether a record of the batch that is in the model's forward hides anything."""
+        return len(self._records) > 0
+
+    def find_hidden(self, labels: Sequence[Tensor], boxes: Sequence[Tensor], num_classes: int) -> Tensor:
         """Logits that the loss is not to see.
 
         Args:
@@ -87,14 +92,11 @@ class ClassMasks:
             num_classes: K.
 
         Returns:
-            Of all images one after the other [sum R_i, K], bool; None: nothing is hidden in this batch.
+            Of all images one after the other [sum R_i, K], bool.
 
         Raises:
             DatasetError: a record contradicts itself or the model.
         """
-        if not self._records:
-            return None
-
         hidden = []
         ignored = self.find_ignored(labels, boxes, num_classes)
         for record, of_image in zip(self._records, ignored, strict=True):
@@ -109,9 +111,6 @@ class ClassMasks:
             labels, boxes: see `find_hidden`.
             background: its label.
         """
-        if not self._records:
-            return [torch.zeros_like(of_image, dtype=torch.bool) for of_image in labels]
-
         triples = zip(self._records, labels, boxes, strict=True)
         return [(of_image == background) & _find_covered(places, record) for record, of_image, places in triples]
 
@@ -151,13 +150,13 @@ def _find_covered(boxes: Tensor, record: Record) -> Tensor:
 class _DenseLosses:
     """`losses` of a RetinaNet or FCOS on what its logits show."""
 
-    def __init__(self, model: nn.Module, masks: ClassMasks) -> None:
+    def __init__(self, model: Any, masks: ClassMasks) -> None:
         self._model, self._masks = model, masks
 
     def __call__(self, anchors: list[Boxes], logits: list[Tensor], labels: list[Tensor], *others: Any) -> Any:
-        places = Boxes.cat(anchors).tensor
-        hidden = self._masks.find_hidden(labels, [places] * len(labels), logits[0].shape[-1])
-        if hidden is not None:
+        if self._masks.hides:
+            places = Boxes.cat(anchors).tensor
+            hidden = self._masks.find_hidden(labels, [places] * len(labels), logits[0].shape[-1])
             sizes = [of_level.shape[1] for of_level in logits]
             by_level = hidden.reshape(len(labels), len(places), -1).split(sizes, dim=1)
             logits = [of_level.masked_fill(mask, HIDDEN) for of_level, mask in zip(logits, by_level, strict=True)]
@@ -168,16 +167,15 @@ class _DenseLosses:
 class _RoiLosses:
     """`losses` of the predictor of an R-CNN on what its logits show; that of the background is never hidden."""
 
-    def __init__(self, predictor: nn.Module, masks: ClassMasks) -> None:
+    def __init__(self, predictor: Any, masks: ClassMasks) -> None:
         self._predictor, self._masks = predictor, masks
 
     def __call__(self, predictions: tuple[Tensor, Tensor], proposals: list[Any]) -> Any:
-        logits, deltas = predictions
-        labels = [of_image.gt_classes for of_image in proposals]
-        boxes = [of_image.proposal_boxes.tensor for of_image in proposals]
-
-        hidden = self._masks.find_hidden(labels, boxes, logits.shape[-1] - 1)
-        if hidden is not None:
+        if self._masks.hides:
+            logits, deltas = predictions
+            labels = [of_image.gt_classes for of_image in proposals]
+            boxes = [of_image.proposal_boxes.tensor for of_image in proposals]
+            hidden = self._masks.find_hidden(labels, boxes, logits.shape[-1] - 1)
             hidden = nn.functional.pad(hidden, (0, 1), value=False)
             predictions = (logits.masked_fill(hidden, HIDDEN), deltas)
 
@@ -187,13 +185,14 @@ class _RoiLosses:
 class _RpnLosses:
     """`losses` of an RPN without the negatives in ignored boxes."""
 
-    def __init__(self, rpn: nn.Module, masks: ClassMasks) -> None:
+    def __init__(self, rpn: Any, masks: ClassMasks) -> None:
         self._rpn, self._masks = rpn, masks
 
     def __call__(self, anchors: list[Boxes], logits: list[Tensor], labels: list[Tensor], *others: Any) -> Any:
-        places = Boxes.cat(anchors).tensor
-        ignored = self._masks.find_ignored(labels, [places] * len(labels), 0)
-        labels = [of_image.masked_fill(mask, -1) for of_image, mask in zip(labels, ignored, strict=True)]
+        if self._masks.hides:
+            places = Boxes.cat(anchors).tensor
+            ignored = self._masks.find_ignored(labels, [places] * len(labels), 0)
+            labels = [of_image.masked_fill(mask, -1) for of_image, mask in zip(labels, ignored, strict=True)]
 
         return type(self._rpn).losses(self._rpn, anchors, logits, labels, *others)
 

@@ -7,7 +7,7 @@ at inference are those of one image, whichever images are evaluated together; an
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -89,11 +89,11 @@ class ImagesOfRois:
             groups = self._group_images(args, by_image[0])
             Scope(self, groups=dict.fromkeys(by_image, groups)).__enter__()
 
-        unseeing = [norm for norm in norms if not norm.training and norm.spec.unseen not in ("error", "fallback")]
-        apart = [norm for norm in unseeing if not norm.uses_mini_batch]
-        if apart:
-            images = self._number_images(args, apart[0])
-            Scope(self, groups=dict.fromkeys(apart, images)).__enter__()
+        names = active if isinstance(active, tuple) else (active,)
+        by_rule = [norm for norm in norms if _applies_rule(norm, names)]
+        if by_rule and not self.mixes:
+            images = self._number_images(args, by_rule[0])
+            Scope(self, groups=dict.fromkeys(by_rule, images)).__enter__()
 
     def _after_head(self, head: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         close_scopes(self)
@@ -138,6 +138,12 @@ class ImagesOfRois:
         if num_rois is None or num_features != sum(num_rois):
             raise IMAGES_NOT_KNOWN.of(f"{num_features} features for {num_rois} boxes", norm.where)
         return num_rois
+
+
+def _applies_rule(norm: BatchNorm2d, names: Sequence[str | None]) -> bool:
+    """Whether some of these domains are unseen to a norm, and its rule for them looks at images."""
+    has_rule = not norm.training and norm.spec.unseen not in ("error", "fallback")
+    return has_rule and any(name not in norm.domains for name in names)
 
 
 def find_roi_heads(model: Any) -> Iterator[tuple[str, nn.Module]]:

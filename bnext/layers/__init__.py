@@ -9,6 +9,7 @@ from bnext.layers.groups import find_grouping_norms, use_groups
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.shuffled import Shuffled, shares_work, shuffle_features
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
+from bnext.layers.unseen import applying_rule, forget_stream, one_forward, tell_forwards
 from bnext.layers.virtual import virtual_samples
 
 __all__ = [
@@ -20,13 +21,17 @@ __all__ = [
     "LevelBatchNorm2d",
     "NormSpec",
     "Shuffled",
+    "applying_rule",
     "build_norm",
     "deal_statistics",
     "find_grouping_norms",
+    "forget_stream",
     "make_named_norm",
     "name_norms",
+    "one_forward",
     "shares_work",
     "shuffle_features",
+    "tell_forwards",
     "use_groups",
     "virtual_samples",
 ]

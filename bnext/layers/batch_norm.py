@@ -53,7 +53,7 @@ NO_SPEC = Refusal(ConfigError, "spec", "be a NormSpec", "For a norm by name use 
 NO_LEVELS = Refusal(
     ConfigError,
     "spec",
-    "not be per_level, nor per_level_and_domain, in a norm of a single feature map",
+    "not be per_level or per_level_and_domain in a norm of a single feature map",
     "Use LevelBatchNorm2d, or per_domain with names.",
 )
 GROUPS_OF_OTHERS = Refusal(
@@ -219,8 +219,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
-        has_unseen = is_unseen(names[-1])
-        if all(isinstance(source, int) for source in sources) and not has_unseen:
+        by_images = is_unseen(names[-1]) and call.spec.unseen not in ("mixture", "nearest")
+        if all(isinstance(source, int) for source in sources) and not by_images:
             used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
             return [self._infer(x, names[i], affines[i], moves) for x, i in zip(features, used, strict=True)]
@@ -228,14 +228,13 @@ class BatchNorm2d(OwnedBatchNorm2d):
         populations = self.stack_populations(names)
         weight, bias = self.stack_affines(names, populations.mean)
         parts = _to_parts(sources, weight.device)
-        if has_unseen:
+        if by_images:
             return normalize_unseen(self, features, parts, names, (weight, bias), populations, call)
         return normalize_parts(features, parts, weight, bias, self.eps, populations)
 
     def _infer(self, feature: Tensor, name: str, affine: Affine, moves: bool) -> Tensor:
         """One feature by the population of its source, with torch's kernel."""
-        state: Any = self.population_state(name)
-        mean, var = state.running_mean, state.running_var
+        mean, var = self.mix_populations(name)
 
         may_move = torch.is_grad_enabled() and not self._spec.has_frozen_statistics and not is_traced()
         if moves or may_move:
@@ -301,9 +300,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         mini_batches, used = self.number_mini_batches(call.spec, names), set()
         for feature, source in zip(features, sources, strict=True):
-            is_in_one = isinstance(source, int) and (size is None or len(feature) <= size)
+            if not isinstance(source, int) or (size is not None and len(feature) > size):
+                return False
             has_variance = feature.numel() >= 2 * self.num_features
-            if not (is_in_one and has_variance and has_exact_batch_norm(feature)):
+            if not (has_variance and has_exact_batch_norm(feature)):
                 return False
             used.add(mini_batches[source])
         return len(used) == len(features)

@@ -8,7 +8,7 @@ whoever calls it, is in `bnext.layers.loading`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
-from bnext.layers.sources import Source, find_origin, list_sources
+from bnext.layers.sources import Origin, Source, find_origin
 
 __all__ = [
     "COPIED_POPULATION",
@@ -25,9 +25,11 @@ __all__ = [
     "Fields",
     "NormRecord",
     "Note",
+    "average_affines",
     "convert_state",
     "is_in_place_of_a_norm",
     "is_unit_affine",
+    "merge_populations",
     "read_norm",
     "read_state",
     "write_state",
@@ -214,23 +216,38 @@ def write_state(
 def _find_used(record: NormRecord, form: NormForm, domain_map: Mapping[str, str]) -> set[str]:
     """The owners in a record that levels or domains of a form have something to do with."""
     used: set[str] = set()
-    for source in list_sources(form.levels, form.domains):
-        for half in (record.affines, record.populations):
-            used.update(find_origin(source, half, domain_map).names)
+    for half, answer in ((record.affines, form.affine), (record.populations, form.population)):
+        owners = form.group_sources("shared" if answer == "none" else answer)
+        for origins in _find_origins(half, owners, domain_map).values():
+            used.update(name for origin in origins for name in origin.names)
     return used
+
+
+def _find_origins(
+    half: Mapping[str, Fields], owners: Mapping[str, list[Source]], domain_map: Mapping[str, str]
+) -> dict[str, list[Origin]]:
+    """Owner in one norm -> the origins of its sources in another; one for all sources has all, if it knows none."""
+    origins = {}
+    for owner, sources in owners.items():
+        origins[owner] = [find_origin(source, half, domain_map) for source in sources]
+        if not owner and not any(origin.names for origin in origins[owner]):
+            origins[owner] = [Origin(list(half))]
+    return origins
 
 
 def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, str]:
     """A domain map where one side has numbers for names, which count the names of the other in their order."""
-    names = form.levels or form.domains
+    names, sources = form.levels or form.domains, record.owners
+    if record.form is not None:
+        sources = record.form.levels or record.form.domains
     if record.is_numbered == form.is_numbered or not record.owners or not names:
         return {}
     if record.is_numbered and set(record.owners) <= set(names):
         return {}
 
-    if len(record.owners) != len(names):
-        raise OTHER_NUMBER_OF_LEVELS.of(len(record.owners), path, number=len(names))
-    return dict(zip(names, record.owners, strict=True))
+    if len(sources) != len(names):
+        raise OTHER_NUMBER_OF_LEVELS.of(len(sources), path, number=len(names))
+    return dict(zip(names, sources, strict=True))
 
 
 def _write_affine(record: NormRecord, domain_map: Mapping[str, str], form: NormForm) -> tuple[Fields, list[Note]]:
@@ -288,9 +305,7 @@ def _write_half(
 
     What all share stands in for an owner only where no owner has its own, or domain_map says so.
     """
-    origins = {}
-    for owner, sources in owners.items():
-        origins[owner] = [find_origin(source, half, domain_map) for source in sources]
+    origins = _find_origins(half, owners, domain_map)
     has_own = any(not origin.is_shared and origin.names for of_owner in origins.values() for origin in of_owner)
 
     by_owner: dict[str, Fields] = {}
@@ -346,15 +361,22 @@ def _have_values(fields: Fields) -> bool:
 # ---- merging what several own
 
 
-def _average_affines(affines: list[Fields]) -> Fields:
+def average_affines(affines: Sequence[Mapping[str, Tensor]]) -> Fields:
+    """The mean of affines, field by field."""
     return {field: torch.stack([affine[field] for affine in affines]).mean(0) for field in affines[0]}
 
 
-def _merge_populations(populations: list[Fields]) -> Fields:
-    """With equal weights; in float64, and in the type that they came in."""
+def merge_populations(populations: Sequence[Mapping[str, Tensor]], weights: Sequence[float] = ()) -> Fields:
+    """One set of running statistics for the union of populations; in float64, and in the type that they came in.
+
+    Args:
+        populations: running_mean and running_var [C] of each, and num_batches_tracked, of which the largest is taken.
+        weights: above 0, how much of the union each is; none: all alike.
+    """
     mean = torch.stack([fields["running_mean"] for fields in populations])
     var = torch.stack([fields["running_var"] for fields in populations])
-    counts = mean.new_ones(len(populations), dtype=torch.float64)
+    shares = torch.tensor(list(weights) or [1.0] * len(populations), dtype=torch.float64, device=mean.device)
+    counts = shares * (len(populations) / shares.sum())  # which Moments take for numbers of elements
     merged = merge_moments(Moments(counts, mean.double(), var.double()))
 
     state = {"running_mean": merged.mean.to(mean.dtype), "running_var": merged.var.to(var.dtype)}
@@ -376,14 +398,14 @@ class _Rules:
 
 
 _AFFINE_RULES = _Rules(
-    _average_affines,
+    average_affines,
     copied="the shared affine was copied to every level or domain; outputs are unchanged",
     equal="the affines of the levels or domains are equal and became one; outputs are unchanged",
     merged="the affines of the levels or domains were averaged into one; outputs change, fine-tune before use",
     missing="the source holds no affine for {names}; the initial one is kept",
 )
 _POPULATION_RULES = _Rules(
-    _merge_populations,
+    merge_populations,
     copied=COPIED_POPULATION,
     equal="the population statistics of the levels or domains are equal and became one; outputs are unchanged",
     merged=MERGED_POPULATION,

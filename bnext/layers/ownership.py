@@ -5,11 +5,12 @@ The lower half of `BatchNorm2d`: state and its checks. What normalizes is in bat
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -34,8 +35,8 @@ from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
-from bnext.layers.sources import is_owned, list_sources, map_owners
-from bnext.layers.spec import NormSpec
+from bnext.layers.sources import Source, drop_domains, is_owned, is_per_domain, list_sources, map_owners
+from bnext.layers.spec import OWNED, NormSpec
 from bnext.layers.unseen import UNSEEN, is_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -214,12 +215,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
         self.levels = tuple(levels)
-        self._owners = map_owners(self.levels, spec.domains)  # answer -> source -> owner
-        self.sources = tuple(self._owners["shared"])
-        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if spec.domains else ())
-        self.unseen_sources = tuple(self._unseen_owners["shared"]) if spec.domains else ()
-        self._checked: dict[str, _Verdict] = {}  # by owner
-
+        self._name_sources()
         self._check_names(spec.domains)
         self._add_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
@@ -228,17 +224,25 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
-    def _check_names(self, domains: tuple[str, ...]) -> None:
-        """The state of a source lies under its name, beside torch's fields."""
+    def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
+        """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""
         joined = [source.name for source in list_sources(self.levels, domains)] if self.levels and domains else []
         names = [*self.levels, *domains, *joined]
 
         for name in names:
             is_name = isinstance(name, str) and name and "." not in name
             is_taken = hasattr(type(self), name) or hasattr(self, name) if is_name else True
-            if is_taken or names.count(name) > 1:
-                kinds = ", ".join(repr(kind) for kind in (self.levels, domains) if kind)
+            if (is_taken and name not in known) or names.count(name) > 1:
+                kinds = ", ".join(repr(kind) for kind in (self.levels, tuple(domains)) if kind)
                 raise NO_NAME.of(kinds, f"{type(self).__name__}, {name!r}")
+
+    def _name_sources(self) -> None:
+        domains = self._spec.domains
+        self._owners = map_owners(self.levels, domains)  # answer -> source -> owner
+        self.sources = tuple(self._owners["shared"])
+        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if domains else ())
+        self.unseen_sources = tuple(self._unseen_owners["shared"]) if domains else ()
+        self._checked: dict[str, _Verdict] = {}  # by owner
 
     def _add_states(self, place: dict[str, Any]) -> None:
         affines, populations = (self._list_owners(answer) for answer in (self.spec.affine, self.spec.population))
@@ -442,11 +446,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Their count is infinity: to the gradient they are constants.
         """
-        pairs = [self._mix_populations(name) for name in names]
+        pairs = [self.mix_populations(name) for name in names]
         mean, var = (torch.stack(fields) for fields in zip(*pairs, strict=True))
         return Moments(mean.new_full((len(names),), float("inf")), mean, var)
 
-    def _mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
+    def mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
         states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
         if len(states) == 1:
@@ -462,6 +466,75 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if not is_unseen(name):
             return (name,)
         return self.sources[self.unseen_sources.index(name) :: len(self.unseen_sources)]
+
+    # ---- other domains than it was built with
+
+    def find_owners(self, domain: str) -> list[str]:
+        """Names of what a domain owns, by itself or at each level, in an order that is the same for all domains."""
+        answers = [answer for answer in (self._spec.affine, self._spec.population) if is_per_domain(answer)]
+        owners: list[str] = []
+        for answer in answers:
+            owners += [source.find_owner(answer) for source in list_sources(self.levels, [domain])]
+        return list(dict.fromkeys(owners))
+
+    def domain_states(self, domain: str) -> list[DomainState]:
+        """The modules that hold what a domain owns, in the order of `find_owners`."""
+        return [cast(DomainState, self._modules[name]) for name in self.find_owners(domain)]
+
+    def check_domains(self, domains: Sequence[str]) -> None:
+        """Refuse names that domains cannot have; those of now can."""
+        self._check_names(domains, {*self.levels, *self.domains, *self.sources})
+
+    def set_domains(self, sources: Mapping[str, str], fallback_domain: str | None) -> None:
+        """Have other domains, each with the state that one has now. In place.
+
+        Args:
+            sources: name -> domain of now. What it owns stays the same tensors if it keeps its name, else it is a copy.
+            fallback_domain: see `NormSpec`.
+
+        Raises:
+            ConfigError: a name that a module cannot have.
+        """
+        self.check_domains(list(sources))
+        rule = {"fallback_domain": fallback_domain, "unseen": self._spec.unseen}
+        spec = self._spec.replace(domains=tuple(sources), **rule)
+        before = {domain: self.domain_states(domain) for domain in self.domains}
+
+        for domain in self.domains:
+            for name in self.find_owners(domain):
+                del self._modules[name]
+        self._spec = spec
+        self._name_sources()
+
+        for domain, source in sources.items():
+            for name, state in zip(self.find_owners(domain), before[source], strict=True):
+                self.add_module(name, state if domain == source else copy.deepcopy(state))
+
+    def keep_domain(self, domain: str) -> None:
+        """Be the norm of one domain alone, which needs no name: what it owns becomes the layer's, or its level's.
+
+        In place; parameters and buffers stay the same tensors.
+        """
+        before: list[tuple[str, Any, Any]] = []
+        for level in self.levels or ("",):
+            name = Source(level, domain).name
+            before.append((level, self.affine_state(name), self.population_state(name)))
+        for state_name in [name for name, module in self._modules.items() if isinstance(module, DomainState)]:
+            del self._modules[state_name]
+
+        answers = {field: drop_domains(getattr(self._spec, field)) for field in OWNED}
+        self._spec = self._spec.replace(**answers, domains=(), fallback_domain=None, unseen="error")
+        self._name_sources()
+        self._add_states({})
+
+        for level, affine, population in before:
+            self.affine_state(level)._parameters.update(affine._parameters)
+            new: Any = self.population_state(level)
+            new._buffers.update(population._buffers)
+            new.track_running_stats = population.track_running_stats
+        self.train(self.training)
+        self._keep_statistics(is_in_use=True)
+        self.note_statistics()
 
     # ---- domains of a call
 
@@ -501,7 +574,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if spec.unseen != "error" and not self.training:
             return len(self.domains)
 
-        subject = "No domain is active" if name is None else f"Domain {name!r} is unknown"
+        subject = f"Domain {name!r} is unknown" if name else "No domain is active"
         remedy = NAME_THE_DOMAIN if self.training else f"{NAME_THE_DOMAIN} {CHOOSE_A_RULE}"
         raise DomainError(f"{subject} in {self.where}, which has the domains {self.domains}. {remedy}")
 
@@ -536,10 +609,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
                 continue
 
             if self.training:
-                counts.fallbacks[name] += number
+                counts.fallbacks[name or None] += number
             else:
-                counts.unseen[UnseenCount(name, "fallback", taken)] += number
-            subject = "Samples without a domain" if name is None else f"Samples of the domain {name!r}"
+                counts.unseen[UnseenCount(name or None, "fallback", taken)] += number
+            subject = f"Samples of the domain {name!r}" if name else "Samples without a domain"
             tell_once(log, (subject, taken), FALLBACK, subject, taken, self.where)
 
     # ---- populations that move
@@ -572,39 +645,66 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if units != tuple(range(len(units))):
             moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
-        for unit in range(max(units) + 1):
-            name = of_parts[units.index(unit)]
-            if self.is_moving(name, call):
-                self._move(name, Moments(*(field[unit] for field in moments)))
+        of_units = [of_parts[units.index(unit)] for unit in range(max(units) + 1)]
+        for turn in self._take_turns(of_units, call):
+            rows = moments
+            if len(turn) < len(of_units):
+                index = make_index(tuple(turn), moments.mean.device)
+                rows = Moments(*(field[index] for field in moments))
+            self._move([of_units[unit] for unit in turn], rows)
 
-    def _move(self, name: str, moments: Moments) -> None:
-        """Let one population take in the moments of a mini-batch, [C]."""
-        state: Any = self.population_state(name)
-        tracked = state.num_batches_tracked
-        momentum = self.momentum if self.momentum is not None else 1 / (tracked + 1).to(moments.mean.dtype)
-        mean, var = update_running_statistics(state.running_mean, state.running_var, moments, momentum)
-        self.replace_statistics(state, mean, var, moments.count >= 2)
+    def _take_turns(self, names: Sequence[str], call: NormCall) -> list[list[int]]:
+        """Numbers of the sources whose populations move: all at once, but one after the other where they share one."""
+        turns: list[list[int]] = []
+        moved: Counter[str] = Counter()
+        for number, name in enumerate(names):
+            if not self.is_moving(name, call):
+                continue
+
+            owner = self.find_owner(call.spec.population, name)
+            if moved[owner] == len(turns):
+                turns.append([])
+            turns[moved[owner]].append(number)
+            moved[owner] += 1
+        return turns
+
+    def _move(self, names: Sequence[str], moments: Moments) -> None:
+        """Let the population of each source take in the moments of a mini-batch, [S]."""
+        states: list[Any] = [self.population_state(name) for name in names]
+        old_mean = torch.stack([state.running_mean for state in states])
+        old_var = torch.stack([state.running_var for state in states])
+
+        momentum: float | Tensor | None = self.momentum
+        if momentum is None:
+            tracked = torch.stack([state.num_batches_tracked for state in states])
+            momentum = 1 / (tracked + 1).to(moments.mean.dtype)
+        new = update_running_statistics(old_mean, old_var, moments, momentum)
+        (mean, var), is_finite = take_finite((old_mean, old_var), new)
+        is_counted = is_finite & (moments.count >= 2)
+
+        for state, *values in zip(states, mean, var, is_finite, is_counted, strict=True):
+            self._write_statistics(state, *values)
 
     @torch.no_grad()
-    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor, has_variance: Tensor | None = None) -> None:
+    def replace_statistics(self, state: Any, mean: Tensor, var: Tensor) -> None:
         """New running statistics take the place of the old, unless an overflow spoils them: then the old ones stay.
 
         Args:
             state: whose they are, a `population_state`.
             mean, var: [C].
-            has_variance: whether the mini-batch counts, [] of bool; None: it does.
         """
+        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
+        self._write_statistics(state, mean, var, is_finite, is_finite)
+
+    def _write_statistics(self, state: Any, mean: Tensor, var: Tensor, is_finite: Tensor, is_counted: Tensor) -> None:
         self.check_can_move(state.running_mean, mean)
-        buffers = (state.running_mean, state.running_var)
-        values, is_finite = take_finite(buffers, (mean, var))
 
         # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
         has_data = not (is_transformed() or is_exported())  # which lose it, or refuse it
-        for buffer, value in zip(buffers, values, strict=True):
+        for buffer, value in ((state.running_mean, mean), (state.running_var, var)):
             (buffer.data if has_data else buffer).copy_(value)
 
         if state.num_batches_tracked is not None:
-            is_counted = is_finite if has_variance is None else is_finite & has_variance
             state.num_batches_tracked.add_(is_counted)
         counts_of(state).count_mini_batch(is_finite)
 

@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "add_domains",
     "add_levels",
+    "drop_domains",
     "find_origin",
     "is_owned",
     "is_per_domain",
@@ -51,6 +52,13 @@ def add_levels(answer: str) -> Literal["per_level", "per_level_and_domain"]:
 def add_domains(answer: str) -> Literal["per_domain", "per_level_and_domain"]:
     """The answer that tells domains apart, and levels if an answer does."""
     return "per_level_and_domain" if is_per_level(answer) else "per_domain"
+
+
+def drop_domains(answer: str) -> str:
+    """The answer that no longer tells domains apart."""
+    if not is_per_domain(answer):
+        return answer
+    return "per_level" if is_per_level(answer) else "shared"
 
 
 class Source(NamedTuple):
@@ -124,7 +132,7 @@ def find_origin(source: Source, names: Collection[str], name_map: Mapping[str, s
     if wanted.name in names and (wanted.name or not source.name):
         return Origin([wanted.name])
 
-    pairs = [name for name in names if name and _is_pair_of(name, wanted)]
+    pairs = [] if wanted.level and wanted.domain else _list_pairs(names, wanted.name)
     if pairs:
         return Origin(pairs)
 
@@ -142,8 +150,15 @@ def _map_source(source: Source, name_map: Mapping[str, str]) -> Source:
     return Source(level, name_map.get(source.domain, source.domain))
 
 
-def _is_pair_of(name: str, source: Source) -> bool:
-    """Whether a name may be that of a pair of which a source is one half; all are, if it is of neither."""
-    if source.level and source.domain:
-        return False
-    return not source.name or name.startswith(f"{source.name}_") or name.endswith(f"_{source.name}")
+def _list_pairs(names: Collection[str], half: str) -> list[str]:
+    """Names of pairs of which one half is given; all, if it is ""; none, unless all names are of such pairs."""
+    named = [name for name in names if name]
+    if not half:
+        return named
+
+    domains = tuple(name.removesuffix(half) for name in named if name.endswith(f"_{half}"))
+    if domains and all(name.startswith(domains) for name in named):
+        return [f"{domain}{half}" for domain in domains]
+
+    levels = tuple(name.removeprefix(half) for name in named if name.startswith(f"{half}_"))
+    return [f"{half}{level}" for level in levels if all(name.endswith(levels) for name in named)]

@@ -4,7 +4,7 @@
     mini_batch   each image's own statistics
     blend        (S * mixture + image) / (S + 1), the moments of the union of S images like the mixture and the image
     stream       (S * mixture + n * stream) / (S + n), of n images of unseen domains so far, of which the last 64
-                 count; one that is nearer to the mixture than to what the norm has come to leads back to the mixture
+                 count; an image that is far from what the norm has come to begins anew, or leads back to the mixture
     nearest      the population, and the affine, of the domain that is nearest to the image's statistics
 
 S is `source_images`: with 0 a blend is the image's own statistics, with infinity it is the mixture. "auto" gives the
@@ -23,7 +23,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +42,7 @@ from bnext.functional import (
 )
 from bnext.layers.counts import UnseenCount, counts_of
 from bnext.layers.sources import is_per_domain
-from bnext.layers.spec import Unseen
+from bnext.layers.spec import NormSpec, Unseen
 from bnext.layers.streams import Stream, keep_near
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall
@@ -57,6 +57,7 @@ __all__ = [
     "UNSEEN",
     "UnseenImages",
     "applying_rule",
+    "beginning_streams",
     "forget_stream",
     "is_unseen",
     "normalize_unseen",
@@ -73,6 +74,9 @@ UNSEEN = "unseen."  # among the names of domains, none of which has a dot
 NOISE_OF_MEAN, NOISE_OF_LOG_VAR = 0.1, 0.5
 STREAM_MEMORY = 64  # images
 STREAM_BOUND = 10.0  # standard deviations of the mixture
+# Where images change at once: one whose divergence from the mixture is this part of that from the stream leads back to
+# the mixture, and one whose squared distance from the stream is that of so many images begins a stream of its own.
+STREAM_RETURN, STREAM_JUMP = 0.5, 6.0
 
 TAKEN = "%s are normalized by the rule %r for unseen domains (first in %s)."
 OUTSIDE_OF_FORWARD = Refusal(
@@ -127,11 +131,9 @@ def is_unseen(name: str) -> bool:
 # ---- what a forward is
 
 
-@contextlib.contextmanager
-def one_forward() -> Iterator[None]:
+def one_forward() -> Scope:
     """Calls of norms in this scope are of one forward: each image is taken for one domain, and counts once."""
-    with Scope(images=UnseenImages()):
-        yield
+    return Scope(images=UnseenImages())
 
 
 def tell_forwards(model: nn.Module) -> None:
@@ -188,7 +190,7 @@ def settle_unseen(
         return settled
 
     images, num_images = _number_images(features, call)
-    numbers = [image.tolist() for image in images]
+    numbers = [list(range(len(x))) if call.groups is None else call.groups.numbers.tolist() for x in features]
     of_samples = [[d] * len(x) if isinstance(d, int) else list(d) for x, d in zip(features, sources, strict=True)]
 
     unseen: set[int] = set()  # images
@@ -203,7 +205,7 @@ def settle_unseen(
             pairs = zip(indices, of_feature, strict=True)
             settled.append(tuple(_replace(norm, names, index, nearest.get(image)) for index, image in pairs))
 
-    _count(norm, numbers[0], unseen, call)
+    _count(norm, max(numbers, key=len), unseen, call)
     return settled
 
 
@@ -230,7 +232,7 @@ def _count(norm: BatchNorm2d, images: Sequence[int], unseen: set[int], call: Nor
     domains = call.domain if isinstance(call.domain, tuple) else (call.domain,) * len(images)
     of_images = dict(zip(images, domains, strict=False))
     for image in sorted(unseen):
-        name, taken = of_images[image], nearest[image] if rule == "nearest" else ""
+        name, taken = of_images[image] or None, nearest[image] if rule == "nearest" else ""
         counts_of(norm).unseen[UnseenCount(name, rule, taken)] += 1
         subject = "Images without a domain" if name is None else f"Images of the domain {name!r}"
         tell_once(log, (subject, rule), TAKEN, subject, rule, norm.where)
@@ -332,11 +334,8 @@ def normalize_unseen(
 
     Note:
         Gradients flow through the statistics of an image, and take its share in a blend, and a stream, for constant.
-        A stream moves, unless statistics are frozen.
+        A stream moves, unless statistics are frozen, and waits for the device; every worker follows its own.
     """
-    if call.spec.unseen in ("mixture", "nearest"):
-        return normalize_parts(features, parts, *affine, norm.eps, populations)
-
     images, num_images = _number_images(features, call)
     num_known = sum(not is_unseen(name) for name in names)
     states = [norm.population_state(norm.list_members(name)[0]) for name in names[num_known:]]
@@ -376,11 +375,11 @@ def _apply_rule(norm: BatchNorm2d, name: str, source: Moments, images: Moments, 
         return _follow(norm, name, source, images, call)
 
     number = 0.0 if spec.unseen == "mini_batch" else spec.source_images
-    return blend_moments(source, images, number, norm.eps)
+    return _blend_moments(source, images, number, norm.eps)
 
 
-def blend_moments(
-    source: Moments, images: Moments, source_images: float | str, eps: float, num_images: float = 1
+def _blend_moments(
+    source: Moments, images: Moments, source_images: float | Literal["auto"], eps: float, num_images: float = 1
 ) -> Moments:
     """The moments of the union of a source that counts as so many images, and of some images.
 
@@ -400,7 +399,8 @@ def blend_moments(
     if source_images == "auto":
         share = 1 - 1 / (num_images * _measure_shift(source, images, eps)).clamp(min=1)
     else:
-        share = torch.full_like(images.count, num_images / (float(source_images) + num_images))
+        fixed = num_images / (source_images + num_images) if num_images else 0.0
+        share = torch.full_like(images.count, fixed)
     share = torch.where(images.count >= 2, share, 0.0)
 
     weighted = stack_parts([source._replace(count=1 - share), images._replace(count=share)])
@@ -428,16 +428,28 @@ def _follow(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call
 
     batch = merge_moments(Moments(*(field.double() for field in images)))
     if call.moves and is_ordinary() and batch.count >= 2 and torch.isfinite(batch.mean + batch.var).all():
-        now = _read_stream(stream, first, norm.eps, call)
-        if _measure_divergence(batch, first, norm.eps) < _measure_divergence(batch, now, norm.eps):
-            stream.begin_anew()
-        else:
-            followed = set() if call.images is None else call.images.followed
-            stream.take_in(batch, 0 if (norm, name) in followed else int((images.count > 0).sum()))
-            followed.add((norm, name))
+        followed = set() if call.images is None else call.images.followed
+        num_images = 0 if (norm, name) in followed else int((images.count > 0).sum())
+        _take_in(stream, first, batch, num_images, norm.eps, call)
+        followed.add((norm, name))
 
     now = _read_stream(stream, first, norm.eps, call)
     return Moments(source.count, now.mean.expand_as(source.mean), now.var.expand_as(source.var))
+
+
+def _take_in(stream: Stream, source: Moments, batch: Moments, num_images: int, eps: float, call: NormCall) -> None:
+    """Let a stream take in a batch, [C], unless it leads back to the source, [1, C]; a jump begins the stream anew."""
+    seen = _as_row(batch, source)
+    to_source, to_now = (
+        _measure_divergence(seen, now, eps) for now in (source, _read_stream(stream, source, eps, call))
+    )
+    if to_source < STREAM_RETURN * to_now:
+        stream.begin_anew()
+        return
+
+    if stream.moments is not None and _measure_shift(_as_row(stream.moments, source), seen, eps) > STREAM_JUMP:
+        stream.begin_anew()
+    stream.take_in(batch, num_images)
 
 
 def _read_stream(stream: Stream, source: Moments, eps: float, call: NormCall) -> Moments:
@@ -445,9 +457,13 @@ def _read_stream(stream: Stream, source: Moments, eps: float, call: NormCall) ->
     if stream.moments is None:
         return source
 
-    seen = Moments(*(field.to(source.mean).unsqueeze(0) for field in stream.moments))
-    near = keep_near(seen, source, STREAM_BOUND, eps)
-    return blend_moments(source, near, call.spec.source_images, eps, stream.number)
+    near = keep_near(_as_row(stream.moments, source), source, STREAM_BOUND, eps)
+    return _blend_moments(source, near, call.spec.source_images, eps, stream.number)
+
+
+def _as_row(moments: Moments, like: Moments) -> Moments:
+    """Moments [C] as [1, C], of the type and on the device of others."""
+    return Moments(*(field.to(like.mean).unsqueeze(0) for field in moments))
 
 
 @contextlib.contextmanager
@@ -466,12 +482,18 @@ def applying_rule(model: nn.Module, unseen: Unseen, **answers: object) -> Iterat
         >>> with applying_rule(nn.Sequential(), "mixture"):
         ...     pass
     """
-    norms = [module for module in model.modules() if getattr(module, "heeds_record", False)]
-    norms = [norm for norm in norms if getattr(norm, "spec", None) is not None and norm.spec.domains]
-    streams = {norm: _streams.pop(norm) for norm in norms if norm in _streams}
+    specs: dict[nn.Module, Any] = {module: getattr(module, "spec", None) for module in model.modules()}
+    norms = [module for module, spec in specs.items() if isinstance(spec, NormSpec) and spec.domains]
+    with beginning_streams(model), answering(norms, unseen=unseen, **answers):
+        yield
+
+
+@contextlib.contextmanager
+def beginning_streams(model: nn.Module) -> Iterator[None]:
+    """In this scope the stream of every norm of a model begins anew; then those before it go on."""
+    streams = {module: _streams.pop(module) for module in model.modules() if module in _streams}
     try:
-        with answering(norms, unseen=unseen, **answers):
-            yield
+        yield
     finally:
         forget_stream(model)
         _streams.update(streams)

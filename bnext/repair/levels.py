@@ -426,6 +426,7 @@ def _choose_norm(norm: Any, form: NormForm, plan: NormPlan) -> NormSpec | Callab
         spec: NormSpec = norm.spec.replace(population=add_levels(norm.spec.population))
         return spec
 
+    answers: dict[str, Any]
     if isinstance(norm, BatchNorm2d):
         answers = {name: add_levels(getattr(norm.spec, name)) for name in ("statistics", "population")}
         spec = norm.spec.replace(**answers)

@@ -85,10 +85,13 @@ def _divide(norm: nn.Module, given: Any) -> Features:
 
     features, of_features = norm.list_features(given, get_record().domain)
     names = norm.name_sources(of_features)
+
     for feature, sources in zip(features, of_features, strict=True):
-        for number in [sources] if isinstance(sources, int) else sorted(set(sources)):
-            if is_unseen(names[number]):
-                continue
-            is_all = isinstance(sources, int)
-            own = feature if is_all else feature[[source == number for source in sources]]
-            yield norm.population_state(names[number]), own
+        if isinstance(sources, int):
+            parts = {sources: feature}
+        else:
+            parts = {number: feature[[source == number for source in sources]] for number in sorted(set(sources))}
+
+        for number, part in parts.items():
+            if not is_unseen(names[number]):
+                yield norm.population_state(names[number]), part

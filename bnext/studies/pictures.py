@@ -1,5 +1,7 @@
 """Detections of several models on the same images, side by side in one PNG, each box drawn as what it is.
 
+A picture has sections, such as one for each domain: in a section the same models are drawn on images of one set.
+
 What a box is comes from `bnext.evaluation.matching`; bars of the same models are in `bnext.studies.bars`.
 """
 
@@ -9,7 +11,7 @@ import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from bnext.evaluation.matching import OUTCOMES, Matches
 from bnext.figures import COLORS, GREY, INK, is_dark, make_figure, save_figure, to_points
 from bnext.text import flatten_text
 
-__all__ = ["Layout", "draw_detections"]
+__all__ = ["Layout", "Section", "draw_detections", "draw_sections"]
 
 # What a box is -> its colour, and its line in widths of it (on, off, ...); (): solid.
 _STYLES: Mapping[str, tuple[str, tuple[float, ...]]] = {
@@ -102,6 +104,21 @@ class _Box:
     label: str
 
 
+@dataclass(frozen=True)
+class Section:
+    """Images that stand together.
+
+    Args:
+        columns: models, of one set; all have examined the images.
+        records: of the images.
+        title: above all of them, such as their domain; "": none.
+    """
+
+    columns: Sequence[Examined]
+    records: Sequence[Record]
+    title: str = ""
+
+
 def draw_detections(
     columns: Sequence[Examined],
     records: Sequence[Record],
@@ -122,34 +139,76 @@ def draw_detections(
     Raises:
         DatasetError: an image cannot be read.
     """
-    layout = layout or Layout()
-    cells = [_make_cell(record, columns, layout) for record in records]
-    width = max(cell.size[0] for cell in cells)
-    block = len(columns) * width + (len(columns) - 1) * _GAP  # an image in all columns
-    num_blocks = max(1, min(len(records), int((layout.page + _BLOCK_GAP) // (block + _BLOCK_GAP))))
-    lefts = [_MARGIN + number * (block + _BLOCK_GAP) for number in range(num_blocks)]
-    page = max(2 * _MARGIN + num_blocks * (block + _BLOCK_GAP) - _BLOCK_GAP, 480.0)
+    return draw_sections([Section(columns, records)], path, note=note, layout=layout)
 
-    headers = [_arrange_header(column, len(records), width) for column in columns]
-    head = max(map(len, headers)) * _LINE + 12
-    rows = [range(start, min(start + num_blocks, len(records))) for start in range(0, len(records), num_blocks)]
-    heights = [max(cells[index].size[1] for index in row) + 2 * _LINE + 8 for row in rows]
+
+def draw_sections(
+    sections: Sequence[Section], path: str | os.PathLike[str], *, note: str = "", layout: Layout | None = None
+) -> Path:
+    """Draw one section below the other, with one legend; see `draw_detections`."""
+    parts = [_Part(section, layout or Layout()) for section in sections]
+    page = max(480.0, *(part.page for part in parts))
+    columns = [column for section in sections for column in section.columns]
     legend, notes = _arrange_legend(columns, page - 2 * _MARGIN), _wrap(note, page - 2 * _MARGIN)
     foot = (len(legend) + len(notes)) * _FOOT_LINE
 
-    canvas = _Canvas(page, _MARGIN + head + sum(heights) + foot + _MARGIN / 2)
-    for left in lefts:
-        for index, words in enumerate(headers):
-            _write_header(canvas, words, left + index * (width + _GAP))
-
-    top: float = _MARGIN + head
-    for row, height in zip(rows, heights, strict=True):
-        for left, index in zip(lefts, row, strict=False):
-            _draw_row(canvas, columns, records[index], cells[index], (left, top, width))
-        top += height
+    canvas = _Canvas(page, sum(part.height for part in parts) + foot + _MARGIN / 2)
+    top = 0.0
+    for part in parts:
+        part.draw(canvas, top)
+        top += part.height
 
     _draw_foot(canvas, legend, notes, top)
     return save_figure(canvas.figure, path)
+
+
+class _Part:
+    """A section with its sizes: banner, headers of the columns, rows of images."""
+
+    def __init__(self, section: Section, layout: Layout) -> None:
+        self.section = section
+        columns, records = section.columns, section.records
+        self.cells = [_make_cell(record, columns, layout) for record in records]
+        self.width = max(cell.size[0] for cell in self.cells)
+
+        block = len(columns) * self.width + (len(columns) - 1) * _GAP  # an image in all columns
+        num_blocks = max(1, min(len(records), int((layout.page + _BLOCK_GAP) // (block + _BLOCK_GAP))))
+        self.lefts = [_MARGIN + number * (block + _BLOCK_GAP) for number in range(num_blocks)]
+        self.page = 2 * _MARGIN + num_blocks * (block + _BLOCK_GAP) - _BLOCK_GAP
+
+        self.banner, self.headers = self._arrange_words()
+        self.head = max(map(len, self.headers), default=0) * _LINE + 12
+        self.banner_height = len(self.banner) * _LINE + (_GAP if self.banner and self.headers else 0)
+        self.rows = [
+            range(start, min(start + num_blocks, len(records))) for start in range(0, len(records), num_blocks)
+        ]
+        self.heights = [max(self.cells[index].size[1] for index in row) + 2 * _LINE + 8 for row in self.rows]
+        self.height = _MARGIN + self.banner_height + self.head + sum(self.heights)
+
+    def _arrange_words(self) -> tuple[list[_Line], list[list[_Line]]]:
+        """Lines above the whole section, and those above each column."""
+        section, number, page = self.section, len(self.section.records), max(480.0, self.page) - 2 * _MARGIN
+        if section.title and len(section.columns) == 1:
+            return _arrange_header(replace(section.columns[0], title=section.title), number, page), []
+
+        title = _shorten(flatten_text(section.title), page, _TITLE, "bold")
+        headers = [_arrange_header(column, number, self.width) for column in section.columns]
+        return [_Line(title, is_title=True)] if title else [], headers
+
+    def draw(self, canvas: _Canvas, top: float) -> None:
+        top += _MARGIN
+        _write_header(canvas, self.banner, _MARGIN, top)
+        top += self.banner_height
+        for left in self.lefts:
+            for index, words in enumerate(self.headers):
+                _write_header(canvas, words, left + index * (self.width + _GAP), top)
+
+        top += self.head
+        columns, records = self.section.columns, self.section.records
+        for row, height in zip(self.rows, self.heights, strict=True):
+            for left, index in zip(self.lefts, row, strict=False):
+                _draw_row(canvas, columns, records[index], self.cells[index], (left, top, self.width))
+            top += height
 
 
 class _Canvas:
@@ -290,9 +349,9 @@ def _count_false(counts: Mapping[str, int]) -> int:
     return sum(counts[outcome] for outcome in OUTCOMES if outcome not in ("right", "missed"))
 
 
-def _write_header(canvas: _Canvas, lines: Sequence[_Line], left: float) -> None:
+def _write_header(canvas: _Canvas, lines: Sequence[_Line], left: float, top: float) -> None:
     for number, line in enumerate(lines):
-        middle = _MARGIN + (number + 0.5) * _LINE
+        middle = top + (number + 0.5) * _LINE
         if line.is_title:
             canvas.write(line.words, left, middle, size=_TITLE, weight="bold")
         else:

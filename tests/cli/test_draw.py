@@ -56,6 +56,18 @@ def test_a_set_without_annotations_is_drawn_and_it_is_said(draw, unlabelled, tmp
     assert "--worst" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_each_domain_has_a_row_of_its_images(draw, digits, tmp_path, capsys):
+    sets = ["DATASETS.TEST", "('digits_val', 'digits_train')", "DATASETS.DOMAINS.TEST", "('day', 'night')"]
+    words = ["--per-domain", "--score", "0.02", "--num-images", "2", "--output"]
+    assert draw(*words, tmp_path / "both.png", *sets) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("day") < printed.index("night")
+    assert draw(*words, tmp_path / "one.png", "DATASETS.DOMAINS.TEST", "('day',)") == 0
+    both, one = (read_pixels(tmp_path / f"{name}.png").shape[0] for name in ("both", "one"))
+    assert both > one + 200
+
+
 def test_kinds_are_those_of_the_comparison(draw, tmp_path):
     """Statistics of the file, and of each image: other boxes."""
     for name, kind in (("a", "moving_average"), ("b", "mini_batch")):
@@ -81,6 +93,8 @@ REFUSED = {
     "too many columns": (["--weights", *(f"{name}.pth" for name in "abcdefg")], "6 columns"),
     "a domain's images that are not named": (["--kinds", "per_domain"], "--domain-dataset"),
     "a domain that there is not": (["--domain", "night"], "--domain"),
+    "sets without domains": (["--per-domain"], "--per-domain"),
+    "one set and all domains": (["--per-domain", "--dataset", "digits_val"], "--per-domain"),
 }
 
 

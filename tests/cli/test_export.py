@@ -125,13 +125,13 @@ def test_other_detections_are_refused(other, fault):
     expected = make_detections([0.9, 0.5, 0.2])
     outputs = {name: getattr(value, "tensor", value) for name, value in other.get_fields().items()}
     with pytest.raises(StatisticsError, match=f"compute what the model does; got .*{fault}"):
-        export._compare_detections(outputs, expected)
+        export.compare_detections(outputs, expected)
 
 
 def test_the_order_of_equal_detections_may_differ():
     expected = make_detections([0.9, 0.9, 0.2])
     fields = {name: getattr(value, "tensor", value)[[1, 0, 2]] for name, value in expected.get_fields().items()}
-    export._compare_detections(fields, expected)
+    export.compare_detections(fields, expected)
 
 
 def test_what_is_refused_writes_nothing(weights, tmp_path):

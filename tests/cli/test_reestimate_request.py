@@ -127,8 +127,11 @@ def test_requests_that_are_refused(weights, tmp_path):
         with pytest.raises(kind, match=message):
             run(load(weights), RecomputeRequest(output=output, **arguments))
     names = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
-    with pytest.raises(ConfigError, match=r"--domain must name the domain.*got none of \('day', 'night'\)"):
+    with pytest.raises(ConfigError, match=r"--domain must name the domain.*one of \('day', 'night'\).*'digits_train'"):
         run(load(weights, *names), RecomputeRequest(output=output))
+    elsewhere = ("DATASETS.DOMAINS.TRAIN", "('dusk',)")
+    with pytest.raises(ConfigError, match=r"--domain must name the domain.*got 12 images of 'dusk'"):
+        run(load(weights, *names, *elsewhere), RecomputeRequest(output=output))
     with pytest.raises(ConfigError, match="got 'dusk'"):
         run(load(weights, *names), RecomputeRequest(output=output, datasets=("digits_val",), domains=("dusk",)))
     with pytest.raises(ConfigError, match="--population"):

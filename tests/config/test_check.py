@@ -51,9 +51,9 @@ def test_a_config_without_our_keys_names_the_missing_call():
 
 OUTSIDE = {
     f"{FPN}.STATISTICS": ["per_level", "none", "SHARED"],
-    f"{RETINANET}.STATISTICS": ["per_domain", "none", "per-level", ""],
-    f"{RETINANET}.POPULATION": ["per_domain"],
-    "MODEL.BNEXT.RPN.AFFINE": ["per_domain"],
+    f"{RETINANET}.STATISTICS": ["per_image", "none", "per-level", ""],
+    f"{RETINANET}.POPULATION": ["per_image"],
+    "MODEL.BNEXT.RPN.AFFINE": ["per_image"],
     f"{FPN}.WORKERS": ["two", True, 0],
     f"{FPN}.TRAINING": ["batch"],
     f"{FPN}.AVERAGE": ["ema"],
@@ -126,10 +126,10 @@ LACKING = [
         ({f"{BOX}.{key}": "per_domain", **DOMAINS, **FEATURES}, f"{BOX}.SHUFFLE", key)
         for key in ("STATISTICS", "POPULATION", "AFFINE")
     ),
-    (DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "per_domain"),
+    (DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "POPULATION"),
     ({"MODEL.BNEXT.DOMAINS.FALLBACK": "day"}, "MODEL.BNEXT.DOMAINS.FALLBACK", "UNSEEN is 'fallback'"),
     ({"MODEL.BNEXT.DOMAINS.UNSEEN": "fallback"}, "MODEL.BNEXT.DOMAINS.UNSEEN", "FALLBACK is not empty"),
-    ({"MODEL.BNEXT.DOMAINS.UNSEEN": "mixture"}, "MODEL.BNEXT.DOMAINS.UNSEEN", "per_domain"),
+    ({"MODEL.BNEXT.DOMAINS.UNSEEN": "mixture"}, "MODEL.BNEXT.DOMAINS.UNSEEN", "POPULATION"),
     ({"MODEL.BNEXT.DOMAINS.SOURCE_IMAGES": 16}, "MODEL.BNEXT.DOMAINS.SOURCE_IMAGES", "UNSEEN is one of"),
     ({f"{FREEZE}.WHAT": "affine"}, f"{FREEZE}.WHAT", f"{FREEZE}.ITER"),
     ({f"{FREEZE}.WARMUP_ITERS": 3}, f"{FREEZE}.WARMUP_ITERS", f"{FREEZE}.ITER"),

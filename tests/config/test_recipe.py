@@ -118,6 +118,20 @@ def test_a_norm_that_is_there_says_who_shares_its_mini_batches_unless_a_key_does
         ghost.make_spec("SyncBN")
 
 
+def test_the_rule_for_unseen_domains_reaches_the_norms():
+    node = "MODEL.BNEXT.DOMAINS"
+    changes = {**DOMAINS, "MODEL.BNEXT.FPN.AFFINE": "per_domain", f"{node}.UNSEEN": "blend"}
+    for value, expected in ((None, "auto"), (4, 4), (0.5, 0.5), (float("inf"), float("inf"))):
+        norms = resolve_norms(make_whole(changes={**changes, f"{node}.SOURCE_IMAGES": value}))
+        spec = norms.places["FPN"].norm
+        assert (norms.unseen, spec.unseen, spec.source_images) == ("blend", "blend", expected)
+    for value in (-1, True, float("nan"), "many"):
+        with pytest.raises(ConfigError, match=f"{node}.SOURCE_IMAGES must"):
+            resolve_norms(make_whole(changes={**changes, f"{node}.SOURCE_IMAGES": value}))
+    with pytest.raises(ConfigError, match=f"{node}.UNSEEN must be another rule"):
+        resolve_norms(make_whole(changes={**changes, f"{node}.UNSEEN": "nearest"}))
+
+
 def test_plain_values_give_the_same_recipe_as_a_config():
     nodes = {
         "FPN": {"NORM": "SyncBN", "MOMENTUM": 0.2},

@@ -141,3 +141,11 @@ def test_ignored_boxes_move_with_their_picture(digits, tmp_path):
         assert torch.allclose(mapped["ignored_boxes"], mapped["instances"].gt_boxes.tensor[:1], atol=1e-4)
         turned += mapped["ignored_boxes"][0, 0] != 1.5 * corners[0]
     assert 0 < turned < 4
+
+
+def test_what_is_said_of_an_image_outlives_a_mapper_of_the_users_own():
+    record = {"image_id": 3, "domain": "night", "dataset_source": 1, "annotated_classes": [0]}
+    mapped = CheckedMapper(lambda record: {"image": 1, "domain": "day"})(record)
+    assert mapped == {"image": 1, "domain": "day", "dataset_source": 1, "annotated_classes": [0]}
+    with pytest.raises(DatasetError, match="ignored_boxes"):
+        CheckedMapper(lambda record: {"image": 1})({**record, "ignored_boxes": [[0, 0, 4, 4]]})

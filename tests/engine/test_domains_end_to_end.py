@@ -1,5 +1,6 @@
 """Two sets of two domains in a config: from their records to the norms, the metric and the files."""
 
+import itertools
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from bnext.config import load_config
 from bnext.data.loader import build_train_loader
 from bnext.engine import Trainer
 from bnext.errors import ConfigError, DomainError
+from bnext.evaluation.reestimate import recompute_statistics
 from bnext.scope import use_domain
 from tests import tiny
 
@@ -36,7 +38,8 @@ def load(digits, tmp_path):
 
 
 def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(load, tmp_path):
-    cfg = load(*DOMAINS, *NORMS, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 6)
+    best = ("TEST.EVAL_PERIOD", 2, "TEST.BNEXT.BEST.METRIC", "domains/mean/bbox/AP")
+    cfg = load(*DOMAINS, *NORMS, *best, "SOLVER.MAX_ITER", 3, "SOLVER.IMS_PER_BATCH", 6)
     check_run(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=False)
@@ -54,7 +57,10 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
     assert norm.day.num_batches_tracked + norm.night.num_batches_tracked >= 4
     assert not torch.equal(norm.day.running_mean, norm.night.running_mean)
     results = json.loads((tmp_path / "out/inference/results.json").read_text())
-    assert set(results) >= {"digits_val", "night_val"}
+    assert set(results) == {"digits_val", "night_val", "domains"}
+    keys = {f"{name}/bbox/AP" for name in ("digits_val", "night_val", "domains/day", "domains/night", "domains/worst")}
+    assert keys | {"domains/mean/bbox/AP"} <= tiny.read_metrics(tmp_path / "out")[-1].keys()
+    assert [each["iteration"] for each in json.loads((tmp_path / "out/best.json").read_text())["evaluations"]] == [1, 2]
 
     # The config that was written says the domains, whatever sets it is used with later.
     written = load_config(str(tmp_path / "out/config.yaml")) if (tmp_path / "out/config.yaml").exists() else cfg
@@ -67,6 +73,29 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
         assert "instances" in predictor(image)
 
 
+@pytest.mark.slow
+def test_statistics_of_each_domain_are_re_estimated_and_each_set_has_its_validation_loss(load, tmp_path):
+    precise = ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 3, "TEST.BNEXT.VALIDATION_LOSS.PERIOD", 2)
+    cfg = load(*DOMAINS, *NORMS, *precise, "SOLVER.MAX_ITER", 2, "SOLVER.IMS_PER_BATCH", 6)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+
+    metrics = dict(itertools.chain.from_iterable(line.items() for line in tiny.read_metrics(tmp_path / "out")))
+    assert all(metrics[f"validation_loss/{name}/total_loss"] > 0 for name in ("digits_val", "night_val"))
+    estimated = {name: value.clone() for name, value in trainer.model.state_dict().items() if "running_mean" in name}
+    report = recompute_statistics(trainer.cfg, trainer.model)
+    assert all(
+        torch.equal(value, estimated[name]) for name, value in trainer.model.state_dict().items() if name in estimated
+    )
+
+    images = {
+        name: [each.num_samples for each in report.reached if each.levels == (name,)] for name in ("day", "night")
+    }
+    assert all(len(set(numbers)) == 1 and len(numbers) == 6 for numbers in images.values())
+    assert images["day"][0] + images["night"][0] == report.num_samples == 18
+
+
 @pytest.mark.parametrize(
     ("opts", "named"),
     [
@@ -76,6 +105,7 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
         ((*DOMAINS[:3], "('day', 'fog')"), "fog"),
         ((*DOMAINS, "MODEL.BNEXT.DOMAINS.NAMES", "('day',)"), "'night'"),
         ((), "DATASETS.DOMAINS.TRAIN"),
+        ((*DOMAINS, "TEST.EVAL_PERIOD", 2, "TEST.BNEXT.BEST.METRIC", "domains/fog/bbox/AP"), "domains/day"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_training(load, opts, named):

@@ -5,8 +5,10 @@ python -m tests.engine.two_workers FOLDER
 
 import contextlib
 import copy
+import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,8 @@ from bnext.distributed.groups import count_cores
 from bnext.engine import Trainer, launch, train
 from bnext.engine.doctor_hook import DoctorHook
 from bnext.errors import DatasetError, StatisticsError
+from bnext.evaluation import evaluate_model
+from bnext.evaluation.conditions import Conditions, under_conditions
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.user_modules import import_modules
 from tests import tiny
@@ -397,9 +401,60 @@ def check_domain_batches(folder):
     assert all(["day", "night"] in map(sorted, seen) for seen in workers), "both workers see both domains"
 
 
+ATTACKED = ("SOLVER.BNEXT.AUXILIARY.KIND", "adversarial", "SOLVER.BNEXT.AUXILIARY.LOSS", "stronger")
+ATTACKED += ("MODEL.RESNETS.NORM", "SyncBN", "MODEL.BNEXT.RESNETS.STATISTICS", "per_domain")
+ATTACKED += ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "SOLVER.MAX_ITER", 2)
+
+
+def check_auxiliary_domain(folder):
+    """Adversarial copies of each worker's images: attacks come to the shared mini-batches in step."""
+    trainer = watch(tiny.load(folder / "attacked", *SHORT, *NO_TEST, *SYNC, *ATTACKED))
+    stem = trainer.model.module.backbone.bottom_up.stem.conv1.norm
+    assert [int(state.num_batches_tracked) for state in (stem.clean, stem.adversarial)] == [2, 2]
+    assert not torch.equal(stem.clean.running_mean, stem.adversarial.running_mean)
+    assert are_equal_on_workers(copy_state(trainer.model))
+    for doctor in [hook for hook in trainer._hooks if isinstance(hook, DoctorHook)]:
+        steps = doctor.diagnosis.facts.steps
+        assert (steps.num_steps, steps.num_forwards, steps.changed_between) == (2, 4, {})
+
+
+def check_evaluation_by_domain(folder):
+    """The first worker has the domains, and says what became of the images of both that are of an unseen one."""
+    records = [dict(each) for each in DatasetCatalog.get("digits_val")]
+    for record, domain in zip(records, ("day", "fog", "fog", "night"), strict=True):
+        record["domain"] = domain
+    DatasetCatalog.register("mixed_val", lambda: records)
+    MetadataCatalog.get("mixed_val").set(
+        thing_classes=MetadataCatalog.get("digits_val").thing_classes, evaluator_type="coco"
+    )
+    opts = ("MODEL.FPN.NORM", "BN", "MODEL.BNEXT.FPN.POPULATION", "per_domain", "DATASETS.TEST", "('mixed_val',)")
+    opts += ("MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')", "MODEL.BNEXT.DOMAINS.UNSEEN", "mixture")
+    cfg = tiny.load(folder / "by_domain", *opts, "MODEL.RETINANET.SCORE_THRESH_TEST", 0.0)
+
+    said, logger = [], logging.getLogger("bnext.evaluation.coco")
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    model = Trainer.build_model(cfg)
+    conditions = Conditions("target", "night")
+    results = evaluate_model(cfg, model, within=partial(under_conditions, cfg, model, conditions))
+    assert not any("of the domain" in line for line in said), "all are taken for the night"
+    results = evaluate_model(cfg, model)
+    logger.removeHandler(handler)
+    logger.setLevel(logging.NOTSET)
+
+    if comm.is_main_process():
+        assert list(results["domains"]) == ["day", "fog", "night", "mean", "worst"]
+        assert any("mixed_val: 2 images of the domain 'fog'" in line for line in said)
+    else:
+        assert results == {}
+
+
 CHECKS = {
     "own_code": check_own_code,
     "domain_batches": check_domain_batches,
+    "evaluation_by_domain": check_evaluation_by_domain,
     "world": check_world,
     "data": check_data,
     "equal_buffers": check_equal_buffers,
@@ -411,6 +466,7 @@ CHECKS = {
     "around": check_around,
     "shuffling": check_shuffling,
     "lazy_config": check_lazy_config,
+    "auxiliary_domain": check_auxiliary_domain,
 }
 
 

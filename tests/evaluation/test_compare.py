@@ -218,7 +218,7 @@ DOMAINS = ("MODEL.BNEXT.RESNETS.POPULATION", "per_domain", "MODEL.BNEXT.DOMAINS.
 def test_the_domain_of_the_images_is_needed_where_norms_have_domains(weights, tmp_path):
     cfg = load(tmp_path, *DOMAINS, "MODEL.WEIGHTS", weights)
     for compare in (run_comparison, lambda cfg: compare_statistics(cfg, None)):
-        with pytest.raises(ConfigError, match="--domain"):
+        with pytest.raises(ConfigError, match="DATASETS.DOMAINS.TEST"):
             compare(cfg)
     with pytest.raises(ConfigError, match="dusk"):
         run_comparison(cfg, domain="dusk")
@@ -235,6 +235,10 @@ def test_everything_is_of_the_domain_that_was_named(weights, tmp_path):
     counts = {tuple(row["levels"]): row["count"] for row in results["reports"]["adaptive"]["estimates"]}
     assert counts["day",] == 0 < counts["night",]
     assert "loss" in results["reading"]["population_val"]
+    by_set = load(tmp_path, *DOMAINS, "DATASETS.DOMAINS.TEST", "('night',)")
+    same = compare_statistics(by_set, load_model(by_set, weights), ["adaptive"])
+    assert same["domain"] == "night"
+    assert same["reports"] == {"adaptive": results["reports"]["adaptive"]}
     node = "MODEL.BNEXT.DOMAINS"
     fallback = load(tmp_path, *DOMAINS, f"{node}.UNSEEN", "fallback", f"{node}.FALLBACK", "day")
     assert compare_statistics(fallback, load_model(fallback, weights), ["moving_average"])["rows"]

@@ -54,8 +54,10 @@ LEVELS = ("p3", "p4", "p5", "p6", "p7")
 NUM_CLASSES = 3
 
 
-def make_detector(architecture: str = "BNextRetinaNet", norm: str = "BN", row: int = 4, seed: int = 0) -> nn.Module:
-    """A detector on a very narrow ResNet-50-FPN, five levels, on the CPU."""
+def make_detector(
+    architecture: str = "BNextRetinaNet", norm: str = "BN", row: int = 4, seed: int = 0, pairs: tuple[Any, ...] = ()
+) -> nn.Module:
+    """A detector on a very narrow ResNet-50-FPN, five levels, on the CPU; `pairs` are KEY, VALUE, ..."""
     cfg = get_cfg()
     add_bnext_config(cfg)
     model = cfg.MODEL
@@ -70,6 +72,7 @@ def make_detector(architecture: str = "BNextRetinaNet", norm: str = "BN", row: i
     model.RETINANET.NORM, model.RETINANET.NUM_CLASSES, model.RETINANET.NUM_CONVS = norm, NUM_CLASSES, 2
     node = model.BNEXT.RETINANET
     node.STATISTICS, node.POPULATION, node.AFFINE = TABLE5_ROWS[row]
+    cfg.merge_from_list(list(pairs))
     torch.manual_seed(seed)
     return build_model(cfg)
 

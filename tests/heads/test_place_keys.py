@@ -9,8 +9,18 @@ from torch import nn
 from bnext import use_domain
 from bnext.config.places import PLACES
 from bnext.errors import ConfigError, DomainError
-from bnext.layers import BatchNorm2d
-from tests.heads.detectors import C4, ROOTS, make_batch, make_cfg, make_model, norms_of, run_step, train_and_infer
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d
+from tests.heads.detectors import (
+    C4,
+    ROOTS,
+    make_batch,
+    make_cfg,
+    make_detector,
+    make_model,
+    norms_of,
+    run_step,
+    train_and_infer,
+)
 
 EVERYWHERE = [pair for place in ROOTS for pair in (PLACES[place].norm, "BN")]
 
@@ -74,6 +84,36 @@ def test_a_backbone_with_statistics_per_domain():
     fallback = make_model("MODEL.RESNETS.NORM", "BN", *keys, *DOMAINS, *rule)
     run_step(fallback, make_batch())
     assert all(norm.population_state("day").num_batches_tracked == 1 for norm in norms_of(fallback, "RESNETS").values())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "place"),
+    [("BNextRetinaNet", "RETINANET"), ("BNextFCOS", "RETINANET"), ("BNextProposalNetwork", "RPN")],
+)
+def test_a_head_with_statistics_of_each_domain_at_each_level(architecture, place):
+    if architecture == "BNextFCOS":
+        pytest.importorskip("detectron2.modeling.meta_arch.fcos")
+    node, own = f"MODEL.BNEXT.{place}", "per_level_and_domain"
+    answers = (f"{node}.STATISTICS", own, f"{node}.POPULATION", own, f"{node}.AFFINE", "per_domain")
+    alone = (f"{node}.SINGLE_ELEMENT", "population")
+    pairs = (PLACES[place].norm, "BN", *answers, *alone, *DOMAINS)
+    if place == "RPN":
+        model = make_model(*pairs, architecture=architecture)
+    else:
+        model = make_detector(architecture, pairs=pairs)
+
+    batch = [{**record, "domain": name} for record, name in zip(make_batch(), ("night", "day"), strict=True)]
+    losses, gradients = run_step(model, batch)
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert gradients.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    norms = [norm for norm in model.modules() if isinstance(norm, LevelBatchNorm2d)]
+    assert norms
+    for norm in norms:
+        assert len(norm.sources) == 2 * len(norm.levels) == 10
+        assert [int(norm.population_state(f"{name}_p3").num_batches_tracked) for name in ("day", "night")] == [1, 1]
+    with torch.no_grad():
+        assert len(model.eval()(batch)) == 2
 
 
 def test_rois_have_the_domain_of_their_image():

@@ -12,6 +12,7 @@ from bnext import convert_norm_state, recompute_population_statistics
 from bnext.errors import ConfigError
 from bnext.heads import RetinaNetHead, forward_sampled_rois, forward_statistics
 from bnext.heads.statistics import choose_forward
+from bnext.scope.domain import get_active_domain
 from bnext.statistics.observe import select_norms
 from tests.heads.detectors import LEVELS, make_batch, make_detector, make_model
 from tests.statistics.models import assert_as_before, snapshot
@@ -160,3 +161,14 @@ def test_a_forward_that_is_interrupted_within_detectron2s_own_head_is_as_if_it_h
     handle.remove()
     assert own_levels(model) == [0] * 4
     assert_as_before(model, before)
+
+
+def test_forwards_past_the_model_know_the_domains_of_their_records():
+    model, domains = make_detector(), []
+    model.backbone.register_forward_pre_hook(lambda *_: domains.append(get_active_domain()))
+    batch = [{**record, "domain": name} for record, name in zip(make_batch(), ("day", "night"), strict=True)]
+    forward_statistics(model, batch)
+    choose_forward(model, ["backbone.fpn_lateral3.norm"])(model, batch[:1])
+    forward_statistics(model, make_batch())
+    assert domains == [("day", "night"), "day", None]
+    assert get_active_domain() is None

@@ -189,7 +189,7 @@ def test_no_attribute_of_a_norm_can_be_a_domain():
 
 
 def test_per_level_needs_levels():
-    with pytest.raises(ConfigError, match=r"must not be per_level .*\(BatchNorm2d\). Use LevelBatchNorm2d"):
+    with pytest.raises(ConfigError, match=r"spec must not be per_level .*\(BatchNorm2d\)"):
         BatchNorm2d(NUM_CHANNELS, NormSpec.from_table5_row(2))
     with pytest.raises(ConfigError, match="spec"):
         BatchNorm2d(NUM_CHANNELS, OWN.replace(affine="per_level_and_domain"))

@@ -16,6 +16,7 @@ TRAINING = pick_cases(
     "levels-row1",
     "levels-row5",
 )
+TRAINING += [pytest.param(*case.values, id=case.id, marks=pytest.mark.slow) for case in pick_cases("pairs")]
 EVALUATION = pick_cases("plain", "domains-mixed", "levels-row2")
 
 

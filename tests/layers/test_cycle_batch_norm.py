@@ -7,9 +7,11 @@ import torch
 from detectron2.layers import CycleBatchNormList as Detectron2CycleBatchNormList
 from torch import nn
 
-from bnext import CycleBatchNormList, count_levels, frozen_statistics, use_level
+from bnext import CycleBatchNormList, count_levels, frozen_statistics, use_domain, use_level
 from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.layers.counts import counts_of
+from tests import cases
 
 SIZES = ((8, 6), (4, 3), (2, 2))
 
@@ -99,6 +101,19 @@ def test_what_holds_statistics_still_does_so_here():
     with frozen_statistics(ours):
         ours(make_features(3))
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+
+
+def test_levels_one_after_another_of_several_domains_are_those_of_one_call():
+    spec = cases.make_pairs("per_level_and_domain", "per_domain", "per_level_and_domain").spec
+    one_by_one = CycleBatchNormList(levels=cases.LEVELS, num_features=cases.NUM_CHANNELS, spec=spec).double()
+    together = LevelBatchNorm2d(cases.NUM_CHANNELS, cases.LEVELS, spec).double()
+    with use_domain(cases.PAIRED):
+        for level, feature in cases.make_features().items():
+            with use_level(level):
+                output = one_by_one(feature)
+            torch.testing.assert_close(output, together({level: feature})[level])
+    torch.testing.assert_close(dict(one_by_one.state_dict()), dict(together.state_dict()))
+    assert counts_of(one_by_one).domains == {"night": 1, "day": 1}
 
 
 @pytest.mark.parametrize(

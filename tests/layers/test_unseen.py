@@ -9,19 +9,21 @@ from hypothesis import given, settings
 from torch import nn
 
 from bnext.errors import ConfigError, DomainError
-from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, use_groups
+from bnext.layers import BatchNorm2d, CycleBatchNormList, LevelBatchNorm2d, NormSpec, use_groups
 from bnext.layers.counts import UnseenCount, describe_unseen, take_unseen_counts
 from bnext.layers.unseen import (
     NOISE_OF_LOG_VAR,
     NOISE_OF_MEAN,
     STREAM_BOUND,
+    STREAM_JUMP,
     STREAM_MEMORY,
+    STREAM_RETURN,
     applying_rule,
     forget_stream,
     one_forward,
     tell_forwards,
 )
-from bnext.scope import frozen_statistics, use_domain
+from bnext.scope import frozen_statistics, use_domain, use_level
 from tests import reference, strategies
 from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, make_features, randomize
 
@@ -70,12 +72,16 @@ def join(source, image, share):
     return mean, var
 
 
-def find_share(source, image, eps, number=1):
-    """1 - 1 / d^2, or 0; see `bnext.layers.unseen`."""
+def measure_shift(source, image, eps):
+    """d^2, in units of a single image; see `bnext.layers.unseen`."""
     of_mean = ((image[0] - source[0]) ** 2 / (source[1] + eps)).mean() / NOISE_OF_MEAN
     of_var = (torch.log((image[1] + eps) / (source[1] + eps)) ** 2).mean() / NOISE_OF_LOG_VAR
-    distance = number * (of_mean + of_var) / 2
-    return max(0.0, 1 - 1 / float(distance))
+    return float(of_mean + of_var) / 2
+
+
+def find_share(source, image, eps, number=1):
+    """1 - 1 / d^2, or 0."""
+    return max(0.0, 1 - 1 / (number * measure_shift(source, image, eps)))
 
 
 def measure_divergence(first, second, eps):
@@ -218,7 +224,7 @@ LEVEL_SPECS = {
 @pytest.mark.parametrize("spec", LEVEL_SPECS.values(), ids=LEVEL_SPECS)
 @rules
 def test_levels_in_a_mixed_batch(spec, rule, source_images):
-    """Levels that share their populations are one mini-batch of an image, which is near to one domain at all levels."""
+    """Levels that share populations are one mini-batch of an image, and it is near to one domain at all levels."""
     spec = spec.replace(unseen=rule, source_images=source_images)
     norm = randomize(LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double()).eval()
     features = make_features(sizes=((3, 6, 5), (3, 3, 3), (3, 2, 1)))
@@ -245,6 +251,31 @@ def test_levels_in_a_mixed_batch(spec, rule, source_images):
                 share = find_rule_share(norm, rule, source_images, source, own[level])
                 expected = reference.inference_norm(images[level], *join(source, own[level], share), *affine, norm.eps)
             torch.testing.assert_close(outputs[level][index : index + 1], expected, **EXACT)
+
+
+@pytest.mark.parametrize("rule", ["mixture", "mini_batch", "blend", "stream", "nearest"])
+def test_levels_that_come_one_after_another(rule):
+    """As all in one call; an image counts once, and is near to one domain: the one that the first level has found."""
+    spec = OWN.replace(statistics="per_level_and_domain", population="per_level_and_domain", unseen=rule)
+    norm = CycleBatchNormList(num_features=NUM_CHANNELS, levels=LEVELS, spec=spec).double().eval()
+    together = LevelBatchNorm2d(NUM_CHANNELS, LEVELS, spec).double().eval()
+    together.load_state_dict(randomize(norm).state_dict())
+    features = make_features()
+    with one_forward():
+        for level in LEVELS:
+            with use_level(level):
+                output = norm(features[level])
+            if rule != "nearest":
+                with one_forward():
+                    torch.testing.assert_close(output, together(features)[level], **EXACT)
+            forget_stream(together)
+    counts = take_unseen_counts(norm)
+    assert sum(counts.values()) == 2
+    if rule == "nearest":
+        for index, (domain,) in enumerate(zip(counts, strict=False)):
+            with use_domain(domain.taken), use_level(LEVELS[-1]):
+                expected = norm(features[LEVELS[-1]])
+            assert any(torch.equal(output[i], expected[i]) for i in range(2)), index
 
 
 # ---- nearest
@@ -303,38 +334,46 @@ def test_what_cannot_be_found_is_refused():
 def follow(norm, image, source_images, state):
     """The statistics that normalize an image: those of the images so far, of which each one counts less and less."""
     new, now = reference.moments_of([image]), read_stream(norm, source_images, state)
-    is_back = measure_divergence(new[1:], mix(norm), norm.eps) < measure_divergence(new[1:], now, norm.eps)
-    state[:] = [] if is_back else [*state, new]
+    to_source, to_stream = (measure_divergence(new[1:], other, norm.eps) for other in (mix(norm), now))
+    is_back = to_source < STREAM_RETURN * to_stream
+    is_elsewhere = bool(state) and measure_shift(pool(state)[1:], new[1:], norm.eps) > STREAM_JUMP
+    kept = [] if is_elsewhere else state
+    state[:] = [] if is_back else [*kept, new]
     return read_stream(norm, source_images, state)
 
 
 def read_stream(norm, source_images, state):
     if not state:
         return mix(norm)
-    ages = range(len(state))[::-1]
-    weights = [(1 - 1 / STREAM_MEMORY) ** age for age in ages]
-    total = sum(w * count for w, (count, _, _) in zip(weights, state, strict=True))
-    mean = sum(w * count * m for w, (count, m, _) in zip(weights, state, strict=True)) / total
-    var = sum(w * count * (v + (m - mean) ** 2) for w, (count, m, v) in zip(weights, state, strict=True)) / total
-    number = sum(weights)
+    number, mean, var = pool(state)
     is_auto = source_images == "auto"
     auto = find_share(mix(norm), (mean, var), norm.eps, number) if is_auto else 0
     share = auto if is_auto else number / (number + source_images)
     return join(mix(norm), (mean, var), share)
 
 
+def pool(state):
+    """Number, mean and variance of the images of a stream, each of which counts less with every later one."""
+    ages = range(len(state))[::-1]
+    weights = [(1 - 1 / STREAM_MEMORY) ** age for age in ages]
+    total = sum(w * count for w, (count, _, _) in zip(weights, state, strict=True))
+    mean = sum(w * count * m for w, (count, m, _) in zip(weights, state, strict=True)) / total
+    var = sum(w * count * (v + (m - mean) ** 2) for w, (count, m, v) in zip(weights, state, strict=True)) / total
+    return sum(weights), mean, var
+
+
 @pytest.mark.parametrize("source_images", [0, 4, "auto"])
 def test_a_stream_follows_its_definition_and_begins_anew_when_it_is_told(source_images):
     norm = build(OWN.replace(unseen="stream", source_images=source_images))
     affine, seen, lengths = average_affine(norm), [], []
-    for seed in range(8):
+    for seed, shift in enumerate((4, 4, 4, 4, 9, 9, 0, 4)):
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn(1, NUM_CHANNELS, 5, 4, generator=generator, dtype=torch.float64)
-        x = noise + (4 if seed < 5 else 0)
+        x = noise + shift
         expected = reference.inference_norm(x, *follow(norm, x, source_images, seen), *affine, norm.eps)
         torch.testing.assert_close(run(norm, x, "rain").detach(), expected, **EXACT)
         lengths.append(len(seen))
-    assert lengths[:6] == [1, 2, 3, 4, 5, 0], "it has come back to the source by itself"
+    assert lengths == [1, 2, 3, 4, 1, 2, 0, 1], "it is elsewhere at once, and back at the source"
     forget_stream(norm)
     first = reference.inference_norm(x, *follow(norm, x, source_images, []), *affine, norm.eps)
     torch.testing.assert_close(run(norm, x, None).detach(), first, **EXACT)

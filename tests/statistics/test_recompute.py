@@ -7,7 +7,7 @@ from torch import nn
 from bnext import recompute_population_statistics, use_domain
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from tests import reference
-from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, make_norm, randomize
+from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, make_norm, make_pairs, randomize
 from tests.statistics.models import STATE, assert_as_before, assert_population, batches, make_net, snapshot
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -224,6 +224,27 @@ def test_every_domain_of_mixed_and_pure_batches_is_estimated_by_its_samples(shar
     assert {estimate.levels for estimate in report.estimates} == (
         {("day", "night")} if sharing == "shared" else {("day",), ("night",)}
     )
+
+
+@pytest.mark.parametrize("population", ["per_domain", "per_level_and_domain"])
+def test_every_domain_at_every_level_is_estimated_by_its_samples(population):
+    norm = make_pairs("per_domain", population, "shared").build()
+    data = [make_features(seed) for seed in range(3)]
+    names = ["day", ("night", "day"), "night"]
+
+    def forward(model, batch):
+        with use_domain(batch[0]):
+            model(batch[1])
+
+    report = recompute_population_statistics(norm, list(zip(names, data, strict=True)), forward=forward)
+    for level in LEVELS:
+        levels = LEVELS if population == "per_domain" else (level,)
+        day = [x for name in levels for x in (data[0][name], data[1][name][1:])]
+        night = [x for name in levels for x in (data[1][name][:1], data[2][name])]
+        assert_population(norm.population_state(f"day_{level}"), day)
+        assert_population(norm.population_state(f"night_{level}"), night)
+    assert all("fog" in estimate.levels[0] for estimate in report.not_reached)
+    assert len(report.not_reached) == (1 if population == "per_domain" else len(LEVELS))
 
 
 def test_frozen_statistics_are_not_estimated():

@@ -12,7 +12,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d as TorchvisionFrozenBatchNorm
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec, make_named_norm
 from bnext.layers.forms import find_form
 from bnext.scope import use_domain
-from tests.cases import LEVELS, NUM_CHANNELS, ROWS, make_features, randomize
+from tests.cases import LEVELS, NUM_CHANNELS, PAIRED, ROWS, make_features, randomize
 
 try:
     from detectron2.layers import CycleBatchNormList, FrozenBatchNorm2d, NaiveSyncBatchNorm
@@ -36,6 +36,12 @@ def _domains(statistics: str, population: str, affine: str, **answers: object) -
 
 def _level(row: int) -> Callable[[], nn.Module]:
     return lambda: LevelBatchNorm2d(C, LEVELS, NormSpec.from_table5_row(row))
+
+
+def _pairs(statistics: str, population: str, affine: str) -> Callable[[], nn.Module]:
+    """Domains at levels."""
+    spec = NormSpec(statistics=statistics, population=population, affine=affine, domains=PAIRED)
+    return lambda: LevelBatchNorm2d(C, LEVELS, spec)
 
 
 _BY_BATCH = {"population": "none", "inference": "mini_batch"}
@@ -64,6 +70,8 @@ FORMS: dict[str, Callable[[], nn.Module]] = {
     "domains_DNS": _domains("per_domain", "none", "shared", inference="mini_batch"),
     "domains_SND": _domains("shared", "none", "per_domain", inference="mini_batch"),
     **{f"levels_row{row}": _level(row) for row in ROWS},
+    "levels_domains": _pairs("per_level_and_domain", "per_level_and_domain", "per_level_and_domain"),
+    "levels_domains_LD": _pairs("per_domain", "per_level", "per_domain"),
 }
 if CycleBatchNormList is not None:
     FORMS |= {
@@ -105,7 +113,8 @@ def call(norm: nn.Module, features: dict[str, Tensor] | None = None) -> dict[str
     """Outputs for three named features, which are the levels or the domains of those norms that have any."""
     features = features or make_features()
     if isinstance(norm, LevelBatchNorm2d):
-        return norm(features)
+        with use_domain(PAIRED[0]):
+            return norm(features)
     outputs = {}
     for name, feature in features.items():
         with use_domain(name):

@@ -73,6 +73,9 @@ def test_there_and_back_keeps_the_state_dict(start, other, seed):
         what = lost[key.rpartition(".")[2]]
         if any(what in line or "population statistics" in line and "num" in key for line in losing):
             continue
+        owner = key.rpartition(".")[0]  # that the other does not know, as a level is no domain
+        if owner and any("state of" in line and owner in line for line in losing):
+            continue
         assert torch.equal(back.state_dict()[key], value), f"{key}: {there}"
 
 

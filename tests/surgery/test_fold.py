@@ -276,6 +276,40 @@ def test_domain_norms_fold_for_one_domain_and_refuse_the_others():
             model(x)
 
 
+@pytest.mark.parametrize(
+    ("population", "affine", "name"),
+    [
+        ("per_domain", "shared", "night"),
+        ("per_level", "none", "p3"),
+        ("per_level", "per_domain", "night_p3"),
+        ("per_level_and_domain", "per_domain", "night_p3"),
+    ],
+)
+def test_norms_of_levels_and_domains_fold_for_what_has_one_state(population, affine, name):
+    spec = NormSpec(statistics="per_domain", population=population, affine=affine, domains=DOMAINS)
+    model = make_tower(LevelBatchNorm2d(4, LEVELS, spec)).double()
+    x = torch.randn(2, 3, 5, 5).double()
+    served = {level: domain for domain in DOMAINS for level in LEVELS if name in (domain, level, f"{domain}_{level}")}
+    for wrong in (None, {"p3": "night", "night": "p3", "night_p3": "night"}[name]):
+        with pytest.raises(ConfigError, match=f"domain must be one of .*'{name}'"):
+            fold_norms(model, wrong)
+
+    expected = {}
+    for level, domain in served.items():
+        with use_domain(domain), torch.no_grad():
+            expected[level] = model[1]({level: model[0](x)})[level].relu()
+    fold_norms(model, name)
+    for level, domain in served.items():
+        with use_domain(domain):
+            assert torch.allclose(model[1]({level: model[0](x)})[level].relu(), expected[level], rtol=1e-12, atol=1e-12)
+    if len(served) == 1:
+        with use_domain("night"), pytest.raises(StatisticsError, match="'p4'"):
+            model[1]({"p4": x})
+    if "night" in name:
+        with use_domain("day"), pytest.raises(DomainError, match="'day'"):
+            model[1]({"p3": x})
+
+
 def test_a_domain_of_a_model_without_domains_is_refused():
     with pytest.raises(ConfigError, match="domain"):
         fold_norms(make_tower(nn.BatchNorm2d(4)), "night")

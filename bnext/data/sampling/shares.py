@@ -81,7 +81,7 @@ def choose_weights(cfg: CfgNode, records: Sequence[Record], domains: Sequence[st
         DatasetError: a domain has no annotations where they are balanced.
 
     Source:
-        Arivazhagan et al., "Massively multilingual neural machine translation in the wild" (2019), section 4.2: the
+        Arivazhagan et al., "Massively multilingual neural machine translation in the wild" (2019): the
         temperature.
     """
     node, sizes = cfg.DATALOADER.BNEXT, Counter(domains)

@@ -12,6 +12,7 @@ from bnext.diagnostics.facts import Facts
 from bnext.diagnostics.findings import Check, Evidence, Remedy, Severity
 from bnext.diagnostics.measures.gaps import find_gap
 from bnext.functional import Moments
+from bnext.layers.sources import add_domains
 
 __all__ = ["CHECK"]
 
@@ -83,20 +84,20 @@ def _judge(facts: Facts, seen: dict[str, tuple[float, str, str]], number: int, *
 
 def _advise(facts: Facts, paths: tuple[str, ...]) -> Remedy:
     names = tuple(sorted(facts.domains))
-    text = (
-        "Give each domain its own statistics, and say in code of which one images are (`with bnext.use_domain(name)`); "
-        "or mix the domains in every mini-batch."
-    )
+    is_config = facts.origin.kind == "config"
+    whose = "that of its data set" if is_config else "said in code (`with bnext.use_domain(name)`)"
+    text = f"Give each domain its own statistics, where the domain of an image is {whose}; "
+    text += "or mix the domains in every mini-batch."
     spec = f"NormSpec(statistics='per_domain', population='per_domain', domains={names!r})"
     call = f"from bnext import NormSpec, convert_norm\nconvert_norm(model, {{'': {spec}}})"
-    if facts.origin.kind != "config":
+    if not is_config:
         return Remedy(text, call=call)
 
-    norms = [norm for norm in facts.norms if norm.path in paths and not norm.levels]  # those of levels own per level
-    places = sorted({norm.place for norm in norms if norm.place})
-    keys: dict[str, object] = {"MODEL.BNEXT.DOMAINS.NAMES": names} if places else {}
-    for place in places:
-        keys |= {f"MODEL.BNEXT.{place}.{key}": "per_domain" for key in ("STATISTICS", "POPULATION")}
+    norms = sorted((norm for norm in facts.norms if norm.path in paths and norm.place), key=lambda norm: norm.place)
+    keys: dict[str, object] = {"MODEL.BNEXT.DOMAINS.NAMES": names} if norms else {}
+    for norm in norms:
+        answers = {"STATISTICS": norm.record.statistics, "POPULATION": norm.record.population}
+        keys |= {f"MODEL.BNEXT.{norm.place}.{key}": add_domains(answer) for key, answer in answers.items()}
     return Remedy(text, keys=keys, call=call)
 
 

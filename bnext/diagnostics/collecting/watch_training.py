@@ -19,6 +19,7 @@ from bnext.diagnostics.inventory import find_norm_records
 from bnext.dispatch import is_compiled
 from bnext.distributed import unwrap_model
 from bnext.layers.norm_form import POPULATION
+from bnext.scope.record import get_record
 
 __all__ = ["TrainingWatch"]
 
@@ -119,7 +120,7 @@ class TrainingWatch:
 
     def _enter_forward(self, model: nn.Module, args: Any) -> None:
         self._calls.clear()  # also of what activation checkpointing called in the backward
-        self._new_forwards += model.training
+        self._new_forwards += model.training and not get_record().frozen  # of a forward beside the training
 
     def _leave_forward(self, model: nn.Module, args: Any, output: Any) -> None:
         for path, number in self._calls.items():

@@ -21,7 +21,9 @@ def test_pixels_are_those_of_imagecorruptions(name):
 
     for severity in SEVERITIES:
         pixels = np.array(take_pixels(corrupt(make_picture(), name, severity, SEED)))
-        assert abs(pixels - recorded[f"{name} {severity}"]).max() <= most, severity
+        difference = abs(pixels - recorded[f"{name} {severity}"])
+        assert difference.max() <= most, severity
+        assert (difference == 0).mean() > (0.8 if most == 1 else 0), severity
 
 
 @pytest.mark.parametrize("severity", SEVERITIES)

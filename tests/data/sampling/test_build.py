@@ -53,11 +53,15 @@ def test_a_training_says_what_a_batch_holds(cfg):
     def describe():
         return describe_training(cfg, build_train_loader(cfg)).splitlines()[1]
 
-    epochs = "Iterations of an epoch of the 80 images of day about 13.3, of the 20 images of night 10."
+    epochs = "Iterations of an epoch of the 80 images of day 13.3, of the 20 images of night 10."
     assert describe() == f"Batches of 8: 6 day, 2 night. {epochs}"
 
     cfg.DATALOADER.BNEXT.BATCHES = "alternating"
     assert describe() == f"Batches of 8, each of one domain in turn, by shares 0.75 day, 0.25 night. {epochs}"
+
+    cfg.DATALOADER.BNEXT.BATCHES, cfg.DATALOADER.BNEXT.RATIOS = "composed", []
+    cfg.DATALOADER.BNEXT.TEMPERATURE = 2.0
+    assert describe().startswith("Batches of 8: on average 5.33 day, 2.67 night. ")
 
     cfg.DATALOADER.BNEXT.BATCHES = "mixed"
     assert "\n" not in describe_training(cfg, build_train_loader(cfg))
