@@ -38,6 +38,8 @@ __all__ = [
     "PHASES",
     "RULES",
     "describe",
+    "measure_ap",
+    "name_variant",
     "load_configs",
     "run_stream",
     "run_targets",
@@ -122,14 +124,14 @@ def _measure_targets(cfg: CfgNode, model: nn.Module) -> dict[str, dict[str, floa
     results: dict[str, dict[str, float]] = {"clean under": {}}
 
     for target in (SOURCE, *CORRUPTIONS):
-        name = _name_variant(test_set, target)
+        name = name_variant(test_set, target)
         aps = results[target] = {}
         for rule, answers in RULES.items():
             with applying_rule(model, **answers):
                 aps[rule] = measure_ap(cfg, model, name)
 
         for number in NUM_TARGET_IMAGES:
-            with adapted(cfg, model, _name_variant(train_set, target), number):
+            with adapted(cfg, model, name_variant(train_set, target), number):
                 aps[f"N = {number}"] = measure_ap(cfg, model, name, domain=SOURCE)
                 if target != SOURCE and number == NUM_TARGET_IMAGES[-1]:
                     results["clean under"][target] = measure_ap(cfg, model, test_set, domain=SOURCE)
@@ -192,20 +194,20 @@ def run_stream(
             aps = results[rule] = {}
             with applying_rule(model, **RULES[rule]):
                 for number, phase in enumerate(PHASES):
-                    name = _name_variant(test_set, phase)
+                    name = name_variant(test_set, phase)
                     aps[str(number)] = measure_ap(cfg, model, name, images=parts[number % len(parts)])
             logger.info("%s: %s.", rule, ", ".join(f"{ap:.1f}" for ap in aps.values()))
 
         results["own statistics"] = {}
         for phase in dict.fromkeys(PHASES):
-            with adapted(cfg, model, _name_variant(train_set, phase), NUM_TARGET_IMAGES[-1]):
+            with adapted(cfg, model, name_variant(train_set, phase), NUM_TARGET_IMAGES[-1]):
                 for number in (number for number, other in enumerate(PHASES) if other == phase):
-                    images, name = parts[number % len(parts)], _name_variant(test_set, phase)
+                    images, name = parts[number % len(parts)], name_variant(test_set, phase)
                     ap = measure_ap(cfg, model, name, domain=SOURCE, images=images)
                     results["own statistics"][str(number)] = ap
     return results
 
 
-def _name_variant(base: str, target: str) -> str:
+def name_variant(base: str, target: str) -> str:
     """The set of a target: a corrupted variant, or the set itself."""
     return base if target == SOURCE else f"{base}@{CORRUPTIONS[target]}"

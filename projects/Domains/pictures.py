@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptation import CORRUPTIONS, NUM_TARGET_IMAGES, PHASES, RULES, SOURCE
+from adversarial import TESTS, name_training
 from domain_table import DOMAINS, collect_rows, name_row, show_spread
 
 from bnext.figures import GREY, PLAIN, make_figure, save_figure, style_axes, to_points
 from bnext.tables import format_rows
 
-__all__ = ["draw_stream", "draw_table", "draw_targets", "format_stream", "format_targets"]
+__all__ = ["draw_adversarial", "draw_stream", "draw_table", "draw_targets", "format_stream", "format_targets"]
 
 _OF_STREAM = ("own statistics", "source", "each image", "blend", "stream")
 
@@ -125,6 +126,31 @@ def draw_stream(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
     axes.set_title("A stream that changes domain, and comes back", loc="left")
     style_axes(axes, pixels=12)
     figure.legend(loc="outside upper right", ncols=len(_OF_STREAM), frameon=False, fontsize=to_points(12))
+    return save_figure(figure, path)
+
+
+# ---- adversarial copies
+
+
+def draw_adversarial(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """AP of each training on each kind of images: a dot for each seed, a bar for their mean."""
+    rows = dict.fromkeys(name.split(", seed ")[0] for name in results["rows"])
+    figure = make_figure(1000, 400)
+    axes = figure.subplots()
+
+    width = 0.8 / len(rows)
+    for number, row in enumerate(rows):
+        of_seeds = [values for name, values in results["rows"].items() if name.startswith(f"{row}, ")]
+        for place, test in enumerate(TESTS):
+            x, aps = place + (number - (len(rows) - 1) / 2) * width, [values[f"AP/{test}"] for values in of_seeds]
+            label = name_training(row) if place == 0 else None
+            axes.bar(x, statistics.mean(aps), width * 0.92, color=PLAIN[number], label=label)
+            axes.plot([x] * len(aps), aps, "o", color="black", markersize=3)
+
+    axes.set_xticks(range(len(TESTS)), TESTS)
+    axes.set_ylabel("COCO AP")
+    style_axes(axes, pixels=12)
+    figure.legend(loc="outside upper right", ncols=len(rows), frameon=False, fontsize=to_points(12))
     return save_figure(figure, path)
 
 

@@ -7,7 +7,8 @@
 table: the six rows of the paper's Table 5 with domains in the place of levels, and a specialist for each domain.
 targets: a detector of clean images on corrupted ones, with the statistics of the source, of N images of the target, of
 each image, and with the rules for unseen domains. stream: the same detector on a stream that changes domain and comes
-back. Each writes results.json and a picture; --resume goes on with the trainings that are there.
+back. adversarial: clean training against adversarial copies with shared statistics and with their own. Each writes
+results.json and a picture; --resume goes on with the trainings that are there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import adaptation
+import adversarial
 import domain_table
 import pictures
 
@@ -29,7 +31,7 @@ from bnext.engine.launch import launch
 from bnext.studies.runner import run_study
 
 CONFIGS = Path(__file__).parent / "configs"
-PARTS = ("table", "targets", "stream")
+PARTS = ("table", "targets", "stream", "adversarial")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +62,10 @@ def _load_configs(part: str, args: argparse.Namespace) -> Mapping[Any, Any]:
         trainings = domain_table.list_trainings(args.seeds)
         file = str(CONFIGS / "three_domains.yaml")
         return domain_table.load_configs(file, args.output, trainings, args.opts, args.num_gpus)
+    if part == "adversarial":
+        trainings_with = adversarial.list_trainings(args.seeds)
+        file = str(CONFIGS / "adversarial.yaml")
+        return adversarial.load_configs(file, args.output, trainings_with, args.opts, args.num_gpus)
     return adaptation.load_configs(str(CONFIGS / "one_domain.yaml"), args.output, args.seeds, args.opts, args.num_gpus)
 
 
@@ -70,12 +76,14 @@ def run_part(part: str, configs: Mapping[Any, Any], output: str, resume: bool) -
         "table": (domain_table.run, domain_table.describe, domain_table.format_table, pictures.draw_table),
         "targets": (adaptation.run_targets, adaptation.describe, pictures.format_targets, pictures.draw_targets),
         "stream": (adaptation.run_stream, adaptation.describe, pictures.format_stream, pictures.draw_stream),
+        "adversarial": (adversarial.run, adversarial.describe, adversarial.format_table, pictures.draw_adversarial),
     }
     run_row, describe, show, draw = arguments[part]
     tasks = {
         "table": domain_table.DOMAINS,
         "targets": (adaptation.SOURCE, *adaptation.CORRUPTIONS, "clean under"),
         "stream": (*adaptation.RULES, "own statistics"),
+        "adversarial": ("AP",),
     }[part]
 
     def show_and_draw(results: Mapping[str, Any]) -> str:
