@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """One detector for several domains: whose statistics, whose affine, when to adapt, and what a stream does.
 
-    python projects/Domains/run_study.py
-    python projects/Domains/run_study.py --parts table --seeds 1 --opts SOLVER.MAX_ITER 200    # a quick look
+    python projects/Domains/run_domains.py
+    python projects/Domains/run_domains.py --parts table --seeds 1 --opts SOLVER.MAX_ITER 200    # a quick look
 
 table: the six rows of the paper's Table 5 with domains in the place of levels, and a specialist for each domain.
 targets: a detector of clean images on corrupted ones, with the statistics of the source, of N images of the target, of
@@ -22,8 +22,8 @@ from typing import Any
 
 import adaptation
 import adversarial
+import domain_pictures
 import domain_table
-import pictures
 
 from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
@@ -52,12 +52,13 @@ def run(args: argparse.Namespace) -> None:
     """Prepare the data, check everything, and run the parts in all workers."""
     ensure_digits()
     for part in args.parts:
-        configs = _load_configs(part, args)
+        configs = load_part(part, args)
         device = next(iter(configs.values())).MODEL.DEVICE
         launch(run_part, args.num_gpus, args=(part, configs, args.output, args.resume), device=device)
 
 
-def _load_configs(part: str, args: argparse.Namespace) -> Mapping[Any, Any]:
+def load_part(part: str, args: argparse.Namespace) -> Mapping[Any, Any]:
+    """The configs of a part, checked."""
     if part == "table":
         trainings = domain_table.list_trainings(args.seeds)
         file = str(CONFIGS / "three_domains.yaml")
@@ -73,10 +74,25 @@ def run_part(part: str, configs: Mapping[Any, Any], output: str, resume: bool) -
     """One part in one worker; its picture comes with its table."""
     folder = os.path.join(output, part)
     arguments: dict[str, tuple[Any, ...]] = {
-        "table": (domain_table.run, domain_table.describe, domain_table.format_table, pictures.draw_table),
-        "targets": (adaptation.run_targets, adaptation.describe, pictures.format_targets, pictures.draw_targets),
-        "stream": (adaptation.run_stream, adaptation.describe, pictures.format_stream, pictures.draw_stream),
-        "adversarial": (adversarial.run, adversarial.describe, adversarial.format_table, pictures.draw_adversarial),
+        "table": (domain_table.run, domain_table.describe, domain_table.format_table, domain_pictures.draw_table),
+        "targets": (
+            adaptation.run_targets,
+            adaptation.describe,
+            domain_pictures.format_targets,
+            domain_pictures.draw_targets,
+        ),
+        "stream": (
+            adaptation.run_stream,
+            adaptation.describe,
+            domain_pictures.format_stream,
+            domain_pictures.draw_stream,
+        ),
+        "adversarial": (
+            adversarial.run,
+            adversarial.describe,
+            adversarial.format_table,
+            domain_pictures.draw_adversarial,
+        ),
     }
     run_row, describe, show, draw = arguments[part]
     tasks = {
