@@ -28,10 +28,12 @@ from bnext.engine import Trainer, launch, train
 from bnext.engine.doctor_hook import DoctorHook
 from bnext.errors import DatasetError, StatisticsError
 from bnext.evaluation import evaluate_model
+from bnext.evaluation.adversarial import make_adversarial
 from bnext.evaluation.conditions import Conditions, under_conditions
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.user_modules import import_modules
 from tests import tiny
+from tests.evaluation.test_adversarial import Net, make_records
 from tests.record import note_groups
 
 SHORT = ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
@@ -388,16 +390,16 @@ COMPOSED += ("DATALOADER.BNEXT.BATCHES", "composed", "DATALOADER.BNEXT.RATIOS", 
 def check_domain_batches(folder):
     """Each batch of both workers has its composition, and a resume goes on at the exact sample."""
     whole, first, rest = Domains(), Domains(), Domains()
-    opts = (*SHORT, *NO_TEST, *COMPOSED)
+    opts = (*SHORT, *NO_TEST, *COMPOSED, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
     bnext.train(tiny.load(folder / "composed", *opts), hooks=[whole])
-    bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 2), hooks=[first])
+    bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 1), hooks=[first])
     bnext.train(tiny.load(folder / "continued", *opts), resume=True, hooks=[rest])
     comm.synchronize()
     assert differ(load_state(folder / "composed", "model_final"), load_state(folder / "continued", "model_final")) == []
     assert first.seen + rest.seen == whole.seen
 
     workers = comm.all_gather(whole.seen)
-    assert [sorted(mine + others) for mine, others in zip(*workers, strict=True)] == [["day"] * 3 + ["night"]] * 4
+    assert [sorted(mine + others) for mine, others in zip(*workers, strict=True)] == [["day"] * 3 + ["night"]] * 2
     assert all(["day", "night"] in map(sorted, seen) for seen in workers), "both workers see both domains"
 
 
@@ -416,6 +418,17 @@ def check_auxiliary_domain(folder):
     for doctor in [hook for hook in trainer._hooks if isinstance(hook, DoctorHook)]:
         steps = doctor.diagnosis.facts.steps
         assert (steps.num_steps, steps.num_forwards, steps.changed_between) == (2, 4, {})
+
+
+def check_attack(folder):
+    """With synchronized norms the mini-batch of an attack is that of both workers."""
+    records, rank = make_records(4, 4, 4, 4), comm.get_rank()
+    whole, alone, shared = (
+        [record["image"] for record in make_adversarial(net, batch, epsilon=6, steps=3)]
+        for net, batch in ((Net(), records), (Net(), records[rank::2]), (Net("all"), records[rank::2]))
+    )
+    torch.testing.assert_close(shared, whole[rank::2], rtol=0, atol=1e-9)
+    assert not torch.allclose(alone[0], shared[0])
 
 
 def check_evaluation_by_domain(folder):
@@ -467,6 +480,7 @@ CHECKS = {
     "shuffling": check_shuffling,
     "lazy_config": check_lazy_config,
     "auxiliary_domain": check_auxiliary_domain,
+    "attack": check_attack,
 }
 
 
