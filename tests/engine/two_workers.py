@@ -390,16 +390,16 @@ COMPOSED += ("DATALOADER.BNEXT.BATCHES", "composed", "DATALOADER.BNEXT.RATIOS", 
 def check_domain_batches(folder):
     """Each batch of both workers has its composition, and a resume goes on at the exact sample."""
     whole, first, rest = Domains(), Domains(), Domains()
-    opts = (*SHORT, *NO_TEST, *COMPOSED, "SOLVER.MAX_ITER", 2, "SOLVER.CHECKPOINT_PERIOD", 1)
+    opts = (*SHORT, *NO_TEST, *COMPOSED)
     bnext.train(tiny.load(folder / "composed", *opts), hooks=[whole])
-    bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 1), hooks=[first])
+    bnext.train(tiny.load(folder / "continued", *opts, "SOLVER.MAX_ITER", 2), hooks=[first])
     bnext.train(tiny.load(folder / "continued", *opts), resume=True, hooks=[rest])
     comm.synchronize()
     assert differ(load_state(folder / "composed", "model_final"), load_state(folder / "continued", "model_final")) == []
     assert first.seen + rest.seen == whole.seen
 
     workers = comm.all_gather(whole.seen)
-    assert [sorted(mine + others) for mine, others in zip(*workers, strict=True)] == [["day"] * 3 + ["night"]] * 2
+    assert [sorted(mine + others) for mine, others in zip(*workers, strict=True)] == [["day"] * 3 + ["night"]] * 4
     assert all(["day", "night"] in map(sorted, seen) for seen in workers), "both workers see both domains"
 
 
