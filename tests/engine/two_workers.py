@@ -423,10 +423,12 @@ def check_auxiliary_domain(folder):
 def check_attack(folder):
     """With synchronized norms the mini-batch of an attack is that of both workers."""
     records, rank = make_records(4, 4, 4, 4), comm.get_rank()
-    whole, alone, shared = (
-        [record["image"] for record in make_adversarial(net, batch, epsilon=6, steps=3)]
-        for net, batch in ((Net(), records), (Net(), records[rank::2]), (Net("all"), records[rank::2]))
-    )
+    share = records[rank::2]
+
+    images = []
+    for net, batch in ((Net(), records), (Net(), share), (Net("all"), share)):
+        images.append([record["image"] for record in make_adversarial(net, batch, epsilon=6, steps=3)])
+    whole, alone, shared = images
     torch.testing.assert_close(shared, whole[rank::2], rtol=0, atol=1e-9)
     assert not torch.allclose(alone[0], shared[0])
 
