@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from bnext.errors import CheckpointError, Refusal
 from bnext.functional import Moments, merge_moments
 from bnext.layers.norm_form import AFFINE, POPULATION, NormForm
-from bnext.layers.sources import Origin, Source, find_origin
+from bnext.layers.sources import Origin, Source, find_origin, list_sources
 
 __all__ = [
     "COPIED_POPULATION",
@@ -243,7 +243,10 @@ def _match_numbers(record: NormRecord, form: NormForm, path: str) -> dict[str, s
         sources = record.form.levels or record.form.domains
     if record.is_numbered == form.is_numbered or not record.owners or not names:
         return {}
-    if record.is_numbered and set(record.owners) <= set(names):
+    known = set(form.names)
+    for source in list_sources(form.levels, form.domains):
+        known.update(find_origin(source, record.owners, {}).names)
+    if set(record.owners) <= known:  # by their names, or as pairs of them
         return {}
 
     if len(sources) != len(names):

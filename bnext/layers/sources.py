@@ -41,7 +41,7 @@ def is_per_domain(answer: object) -> bool:
 
 def is_owned(answer: str) -> bool:
     """Whether levels or domains have for themselves what an answer is about."""
-    return is_per_level(answer) or is_per_domain(answer)
+    return answer not in ("shared", "none")
 
 
 def add_levels(answer: str) -> Literal["per_level", "per_level_and_domain"]:

@@ -274,7 +274,8 @@ def _find_nearest(
             sources[states] = candidates
 
     if any(len(set(states)) < len(domains) for states in sets):
-        if is_per_domain(norm.spec.affine):
+        by_mini_batch = norm.uses_mini_batch and is_per_domain(call.spec.statistics)
+        if is_per_domain(norm.spec.affine) or by_mini_batch:
             raise NO_POPULATIONS.of(f"population={norm.spec.population!r}", norm.where)
         return dict.fromkeys(unseen, domains[0])  # all share what normalizes them here
 
@@ -335,7 +336,8 @@ def normalize_unseen(
 
     Note:
         Gradients flow through the statistics of an image, and take its share in a blend, and a stream, for constant.
-        A stream moves, unless statistics are frozen, and waits for the device; every worker follows its own.
+        A stream moves, unless statistics are frozen, and waits for the device; every worker follows its own. In a
+        compiled or exported model it stays where it was.
     """
     images, num_images = _number_images(features, call)
     num_known = sum(not is_unseen(name) for name in names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,7 +23,7 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
         domain: its name; or one name per sample of the batch, in their order, for a mixed batch.
 
     Raises:
-        DomainError: no name, or something that is none.
+        DomainError: no name, or something that is none; or names without an order.
 
     Note:
         The innermost scope counts. A scope belongs to its thread. With activation checkpointing the backward pass runs
@@ -35,7 +35,8 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
         ...     get_active_domain()
         'night'
     """
-    names = (domain,) if isinstance(domain, str) else tuple(domain) if isinstance(domain, Iterable) else ()
+    is_ordered = isinstance(domain, Iterable) and not isinstance(domain, (Set, Mapping))
+    names = (domain,) if isinstance(domain, str) else tuple(domain) if is_ordered else ()
 
     if not names or not all(isinstance(name, str) and name for name in names):
         raise NO_DOMAIN.of(repr(domain), "use_domain")
@@ -65,7 +66,8 @@ def find_domains_of_batch(batch: Any) -> str | tuple[str, ...] | None:
     if not is_list or get_active_domain() is not None:
         return None
 
-    names = tuple(str(record.get("domain", "")) for record in batch)
+    given = [record.get("domain") for record in batch]
+    names = tuple("" if name is None else str(name) for name in given)
     if not any(names):
         return None
     return names[0] if len(set(names)) == 1 else names
