@@ -129,12 +129,12 @@ def test_sets_that_a_command_line_names_anew_keep_their_domains(load, tmp_path, 
     path.write_text(load(*DOMAINS, *NORMS).dump())
 
     cfg = load_config(str(path), ["DATASETS.TEST", repr(sets)])
-    assert cfg.DATASETS.DOMAINS.TEST == domains
+    assert domains == cfg.DATASETS.DOMAINS.TEST
     assert cfg.DATASETS.DOMAINS.TRAIN == ("day", "night")
 
     said = ("fog",) * len(sets)
     cfg = load_config(str(path), ["DATASETS.DOMAINS.TEST", repr(said), "DATASETS.TEST", repr(sets)])
-    assert cfg.DATASETS.DOMAINS.TEST == said
+    assert said == cfg.DATASETS.DOMAINS.TEST
 
 
 def test_a_corrupted_variant_has_the_domain_of_its_set(load):
