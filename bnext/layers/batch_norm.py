@@ -37,7 +37,7 @@ from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Source
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
-from bnext.layers.unseen import is_unseen, normalize_unseen, settle_unseen
+from bnext.layers.unseen import normalize_unseen, settle_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
 
@@ -195,7 +195,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             call: what the call knows besides.
         """
         names = self.name_sources(sources)
-        if is_unseen(names[-1]):
+        if names is not self.sources:
             sources = settle_unseen(self, features, sources, names, call)
         if self._is_by_mini_batch(call.spec):
             return self._normalize_by_mini_batch(features, sources, names, call)
@@ -214,12 +214,18 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], moves: bool, call: NormCall
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
-        indices = {index for source in sources for index in ((source,) if isinstance(source, int) else source)}
-        used_names = [member for index in indices for member in self.list_members(names[index])]
+        indices: set[int] = set()
+        for source in sources:
+            indices.update((source,) if isinstance(source, int) else source)
+
+        has_unseen = names is not self.sources
+        used_names: list[str] = []
+        for index in indices:
+            used_names += self.list_members(names[index]) if has_unseen else (names[index],)
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
-        by_images = is_unseen(names[-1]) and call.spec.unseen not in ("mixture", "nearest")
+        by_images = has_unseen and call.spec.unseen not in ("mixture", "nearest")
         if all(isinstance(source, int) for source in sources) and not by_images:
             used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
@@ -257,10 +263,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         if self.training and is_exported_to_onnx():
             tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
-        own, grouping = self._collect_moments(features, sources, names, size, group, call)
+        real, grouping = self._collect_moments(features, sources, names, size, group, call)
         part_names = [names[source] for source in grouping.sources]
         virtual = call.virtual
-        moments = own if virtual is None else enlarge_parts(own, [virtual.get(name) for name in part_names])
+        moments = real if virtual is None else enlarge_parts(real, [virtual.get(name) for name in part_names])
 
         # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
         device, statistics, owners = moments.mean.device, moments, None
@@ -279,7 +285,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self._move_by_mini_batch(own, grouping, names, call)
+        self._move_by_mini_batch(real, grouping, names, call)
         return outputs
 
     def _is_plain(
@@ -298,15 +304,17 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if self.training and call.spec.training == "renorm":
             return False
 
-        mini_batches, used = self.number_mini_batches(call.spec, names), set()
         for feature, source in zip(features, sources, strict=True):
             if not isinstance(source, int) or (size is not None and len(feature) > size):
                 return False
             has_variance = feature.numel() >= 2 * self.num_features
             if not (has_variance and has_exact_batch_norm(feature)):
                 return False
-            used.add(mini_batches[source])
-        return len(used) == len(features)
+
+        if len(features) == 1:
+            return True
+        mini_batches = self.number_mini_batches(call.spec, names)
+        return len({mini_batches[source] for source in sources}) == len(features)  # type: ignore[index]
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         if not self.training:

@@ -65,8 +65,8 @@ NOT_ONE_PER_SAMPLE = Refusal(
     DomainError, "use_domain", "name one domain per sample", "Name one domain for all of them, or one for each."
 )
 NAME_THE_DOMAIN = (
-    "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
-    "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+    "Wrap the call in `with use_domain(...)`, or give its images a domain: a data set in DATASETS.DOMAINS or with its "
+    "registration, a record in its key `domain`."
 )
 CHOOSE_A_RULE = (
     "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at "
@@ -226,8 +226,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
         """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""
-        joined = [source.name for source in list_sources(self.levels, domains)] if self.levels and domains else []
-        names = [*self.levels, *domains, *joined]
+        names = [*self.levels, *domains]
+        if self.levels and domains and all(isinstance(name, str) for name in names):
+            names += [source.name for source in list_sources(self.levels, domains)]
 
         for name in names:
             is_name = isinstance(name, str) and name and "." not in name
@@ -238,10 +239,16 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def _name_sources(self) -> None:
         domains = self._spec.domains
-        self._owners = map_owners(self.levels, domains)  # answer -> source -> owner
-        self.sources = tuple(self._owners["shared"])
-        self._unseen_owners = map_owners(self.levels, (UNSEEN,) if domains else ())
-        self.unseen_sources = tuple(self._unseen_owners["shared"]) if domains else ()
+        unseen = map_owners(self.levels, (UNSEEN,)) if domains else {}
+        owners = map_owners(self.levels, domains)
+        self.sources = tuple(owners["shared"])
+        self.unseen_sources = tuple(unseen.get("shared", ()))
+        # answer -> source -> owner; where all share something, the names of levels and domains are nobody's either
+        names = (*self.levels, *domains)
+        self._owners: dict[str, dict[str, str]] = {}
+        for answer, of_sources in owners.items():
+            of_names = {} if is_owned(answer) else dict.fromkeys(names, "")
+            self._owners[answer] = {**of_names, **of_sources, **unseen.get(answer, {})}
         self._checked: dict[str, _Verdict] = {}  # by owner
 
     def _add_states(self, place: dict[str, Any]) -> None:
@@ -253,7 +260,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def _list_owners(self, answer: str) -> list[str]:
         """Names of what owns something by an answer; none where all share it."""
-        return list(dict.fromkeys(self._owners[answer].values())) if is_owned(answer) else []
+        return list(dict.fromkeys(self._owners[answer][name] for name in self.sources)) if is_owned(answer) else []
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -382,16 +389,17 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def population_state(self, source: str = "") -> nn.BatchNorm2d:
         """The module whose running statistics normalize a level, domain or pair: the layer, or what owns them."""
-        return self.get_submodule(self.find_owner(self._spec.population, source))  # type: ignore[return-value]
+        owner = self.find_owner(self._spec.population, source)
+        return self._modules[owner] if owner else self  # type: ignore[return-value]
 
     def affine_state(self, source: str = "") -> nn.BatchNorm2d:
         """The module whose weight and bias scale and shift a level, domain or pair."""
-        return self.get_submodule(self.find_owner(self._spec.affine, source))  # type: ignore[return-value]
+        owner = self.find_owner(self._spec.affine, source)
+        return self._modules[owner] if owner else self  # type: ignore[return-value]
 
     def find_owner(self, answer: str, source: str) -> str:
         """Name of what owns the state of a source; an owner's name is its own."""
-        owners = self._unseen_owners if is_unseen(source) else self._owners
-        return owners[answer].get(source, source) if is_owned(answer) else ""
+        return self._owners[answer].get(source, source)
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
         """Each set of population statistics, with the names of what it normalizes."""
@@ -430,10 +438,13 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
         Those that are not needed get a gradient of zero, as elsewhere: DistributedDataParallel waits for them.
         """
+        if not is_owned(self._spec.affine):
+            return [(self.weight, self.bias)] * len(names)
+
         members = [self.list_members(name) for name in names]
         states = [self.affine_state(of_name[0]) for of_name in members]
-        owners = [tuple(self.find_owner(self._spec.affine, member) for member in of_name) for of_name in members]
-        is_mixed = any(len(set(of_name)) > 1 for of_name in owners)
+        owners = [frozenset(self.find_owner(self._spec.affine, member) for member in of_name) for of_name in members]
+        is_mixed = any(len(of_name) > 1 for of_name in owners)
         is_all_used = {owners[index] for index in used} == set(owners)
         if not is_mixed and (is_all_used or not torch.is_grad_enabled()):
             return [(state.weight, state.bias) for state in states]
@@ -452,6 +463,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def mix_populations(self, name: str) -> tuple[Tensor, Tensor]:
         """Running mean and variance of a level or domain, [C]; of what stands for several those of their mixture."""
+        if not is_unseen(name):
+            state: Any = self.population_state(name)
+            return state.running_mean, state.running_var
+
         states: list[Any] = list(dict.fromkeys(map(self.population_state, self.list_members(name))))
         if len(states) == 1:
             return states[0].running_mean, states[0].running_var

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from bnext.errors import DomainError, Refusal
 from bnext.scope.record import Scope, get_record
 
-__all__ = ["find_domains_of_batch", "get_active_domain", "use_domain"]
+__all__ = ["find_domains_of_batch", "get_active_domain", "naming_domains", "use_domain"]
 
 NO_DOMAIN = Refusal(
     DomainError, "domain", "be a name, or one name per sample", "Name the data set that the samples are from."
@@ -22,7 +23,7 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
         domain: its name; or one name per sample of the batch, in their order, for a mixed batch.
 
     Raises:
-        DomainError: no name, or something that is none.
+        DomainError: no name, or something that is none; or names without an order.
 
     Note:
         The innermost scope counts. A scope belongs to its thread. With activation checkpointing the backward pass runs
@@ -34,7 +35,8 @@ def use_domain(domain: str | Sequence[str]) -> Scope:
         ...     get_active_domain()
         'night'
     """
-    names = (domain,) if isinstance(domain, str) else tuple(domain) if isinstance(domain, Iterable) else ()
+    is_ordered = isinstance(domain, Iterable) and not isinstance(domain, (Set, Mapping))
+    names = (domain,) if isinstance(domain, str) else tuple(domain) if is_ordered else ()
 
     if not names or not all(isinstance(name, str) and name for name in names):
         raise NO_DOMAIN.of(repr(domain), "use_domain")
@@ -64,7 +66,18 @@ def find_domains_of_batch(batch: Any) -> str | tuple[str, ...] | None:
     if not is_list or get_active_domain() is not None:
         return None
 
-    names = tuple(str(record.get("domain", "")) for record in batch)
+    given = [record.get("domain") for record in batch]
+    names = tuple("" if name is None else str(name) for name in given)
     if not any(names):
         return None
     return names[0] if len(set(names)) == 1 else names
+
+
+def naming_domains(batch: Any) -> AbstractContextManager[None]:
+    """The scope of the domains that the records of a batch say, for a forward that does not begin at the model.
+
+    Args:
+        batch: see `find_domains_of_batch`; where that gives None nothing changes.
+    """
+    names = find_domains_of_batch(batch)
+    return nullcontext() if names is None else Scope(domain=names)

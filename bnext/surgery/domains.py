@@ -224,7 +224,8 @@ def merge_domains(
     """
     norms = _find_norms(model, "merge_domains")
     known = list_domains(model)
-    if isinstance(names, str) or len(set(names)) < max(2, len(names)):
+    are_names = isinstance(names, Sequence) and not isinstance(names, str) and all(isinstance(n, str) for n in names)
+    if not are_names or len(set(names)) < max(2, len(names)):
         raise NOT_TWO.of(repr(names), "merge_domains")
     for name in names:
         _check_known("A domain to merge", name, known, "merge_domains")
@@ -295,7 +296,9 @@ def select_domain(model: nn.Module, name: str, form: Form = "bnext") -> Conversi
 
     report = ConversionReport(changes, f"Domain {name!r} selected in {len(norms)} norms")
     if form == "torch":
-        kinds = {path: _choose_class(norm) for path, norm in norms.items()}
+        places = model.named_modules(remove_duplicate=False)  # a norm may be at several
+        kept = set(norms.values())
+        kinds = {path: _choose_class(norm) for path, norm in places if norm in kept}
         report.changes += convert_norm(model, kinds).changes
     return report
 
@@ -330,8 +333,8 @@ def _check_names(norms: Mapping[str, BatchNorm2d], left_out: Collection[str], ne
 def _check_numbers(names: Sequence[str], numbers: Mapping[str, float] | None) -> None:
     if numbers is None:
         return
-    are_right = set(numbers) == set(names) and all(0 < number < math.inf for number in numbers.values())
-    if not are_right:
+    are_numbers = all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers.values())
+    if set(numbers) != set(names) or not are_numbers:
         raise NO_NUMBERS.of(repr(dict(numbers)), f"merge_domains of {_join(names)}")
 
 

@@ -266,11 +266,12 @@ def test_a_map_of_names_is_of_levels_domains_or_pairs(name_map, expected):
     assert find_origin(Source("p3"), names, {"": "night"}).names == ["night_p3"]
 
 
-def test_pairs_that_differ_are_merged_into_a_level_and_it_is_said(caplog):
-    norm = build(OWN)
-    levels = LevelBatchNorm2d(NUM_CHANNELS, LEVELS, NormSpec.from_table5_row(6)).double()
+@pytest.mark.parametrize("names", [LEVELS, ("0", "1", "2")])
+def test_pairs_that_differ_are_merged_into_a_level_and_it_is_said(caplog, names):
+    norm = build(OWN, names)
+    levels = LevelBatchNorm2d(NUM_CHANNELS, names, NormSpec.from_table5_row(6)).double()
     levels.load_state_dict(norm.state_dict())
-    for level in LEVELS:
+    for level in names:
         means = [norm.population_state(f"{domain}_{level}").running_mean for domain in DOMAINS]
         torch.testing.assert_close(levels.population_state(level).running_mean, torch.stack(means).mean(0), **EXACT)
     assert "merged" in caplog.text

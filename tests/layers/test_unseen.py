@@ -171,6 +171,17 @@ def test_what_all_share_is_taken_as_it_is(field, rule):
     torch.testing.assert_close(run(norm, x, "rain"), expected, **EXACT)
 
 
+@pytest.mark.parametrize("rule", ["mixture", "mini_batch", "blend", "stream"])
+@pytest.mark.parametrize("inference", ["population", "mini_batch"])
+def test_norms_without_an_affine_normalize_alone(rule, inference):
+    norms = [build(OWN.replace(affine=affine, unseen=rule, inference=inference)) for affine in ("none", "shared")]
+    nn.init.ones_(norms[1].weight)
+    nn.init.zeros_(norms[1].bias)
+    norms[1].load_state_dict(norms[0].state_dict(), strict=False)
+    for names in ("rain", MIXED):
+        torch.testing.assert_close(*(run(norm, draw(), names) for norm in norms), **EXACT)
+
+
 @rules
 def test_the_rois_of_an_image_are_its_mini_batch(rule, source_images):
     norm, x = build(OWN.replace(unseen=rule, source_images=source_images)), draw(n=7, h=3, w=3)
@@ -322,6 +333,8 @@ def test_what_cannot_be_found_is_refused():
         model[0](x)
     with pytest.raises(DomainError, match="POPULATION"), one_forward():
         build(OWN.replace(unseen="nearest", population="shared"))(x)
+    with pytest.raises(DomainError, match="POPULATION"), one_forward():
+        build(OWN.replace(unseen="nearest", population="shared", affine="shared", inference="mini_batch"))(x)
     with one_forward():
         model[0](x)
         with pytest.raises(DomainError, match="6 images"):

@@ -7,7 +7,7 @@ import pytest
 import bnext
 from bnext.errors import DomainError
 from bnext.scope import use_domain
-from bnext.scope.domain import get_active_domain
+from bnext.scope.domain import find_domains_of_batch, get_active_domain
 
 
 def test_scopes_nest_and_end():
@@ -46,11 +46,18 @@ def test_names_are_taken_as_they_are_when_the_scope_begins():
         assert get_active_domain() == ("day", "fog")
 
 
-@pytest.mark.parametrize("domain", ["", [], (), [""], ["day", None], [1], ["day", ""]])
+@pytest.mark.parametrize("domain", ["", [], (), [""], ["day", None], [1], ["day", ""], {"day"}, {"day": 1}])
 def test_what_is_no_name_is_refused(domain):
     with pytest.raises(DomainError, match=r"domain must be a name, or one name per sample; got .* \(use_domain\)"):
         use_domain(domain).__enter__()
     assert get_active_domain() is None
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [(["day", None], ("day", "")), ([None, ""], None), (["day", "day"], "day"), (["day"], "day")]
+)
+def test_records_say_none_by_any_name_for_it(names, found):
+    assert find_domains_of_batch([{"domain": name} for name in names]) == found
 
 
 def test_it_is_public():

@@ -138,6 +138,18 @@ def test_a_selected_domain_is_a_plain_norm_of_equal_outputs(spec, form):
         assert not model[0].training
 
 
+def test_a_selected_norm_at_two_places_stays_one():
+    norm = randomize(BatchNorm2d(NUM_CHANNELS, OWN))
+    model = nn.Sequential(norm, nn.ReLU(), norm).eval()
+    x = torch.randn(2, NUM_CHANNELS, 3, 3)
+    with use_domain("night"):
+        expected = model(x)
+    select_domain(model, "night", form="torch")
+    assert type(model[0]) is nn.BatchNorm2d
+    assert model[0] is model[2]
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_a_selected_norm_goes_on_training_as_torchs():
     model = build().train()
     parameters = set(model[0].get_submodule("fog").parameters())
@@ -195,12 +207,14 @@ def test_what_is_refused_changes_nothing():
     levels = build()
     other = nn.ModuleDict({"a": build(), "b": build(OWN.replace(domains=("day", "dusk")))})
     alone = BatchNorm2d(2, OWN)
+    at_levels = nn.Sequential(LevelBatchNorm2d(2, ("p3",), OWN))
     cases = [
         (add_domain, (plain, "night"), "norms with domains"),
         (add_domain, (wrapped, "night"), "DistributedDataParallel"),
         (add_domain, (model, "night"), "name of its own"),
         (add_domain, (model, "a.b"), "without dots"),
         (add_domain, (model, "weight"), "attribute"),
+        (add_domain, (at_levels, 3), "without dots"),
         (add_domain, (model, "dusk", "nihgt"), "Did you mean 'night'"),
         (drop_domain, (model, "dusk"), "to drop"),
         (drop_domain, (one, "day"), "the last one"),
@@ -208,6 +222,8 @@ def test_what_is_refused_changes_nothing():
         (merge_domains, (model, ["day", "day"], "x"), "two or more"),
         (merge_domains, (model, ["day"], "x"), "two or more"),
         (merge_domains, (model, "day", "x"), "two or more"),
+        (merge_domains, (model, None, "x"), "two or more"),
+        (merge_domains, (model, [["day"], ["night"]], "x"), "two or more"),
         (merge_domains, (model, ["day", "dusk"], "x"), "to merge"),
         (merge_domains, (other, ["day", "dusk"], "x"), "to merge"),
         (merge_domains, (model, ["day", "night"], "fog"), "name of its own"),
@@ -223,7 +239,7 @@ def test_what_is_refused_changes_nothing():
             function(*arguments)
         assert_equal(arguments[0].state_dict(), before)
 
-    for numbers in ({"day": 1}, {"day": 1, "night": 0}, {"day": 1, "night": float("nan")}):
+    for numbers in ({"day": 1}, {"day": 1, "night": 0}, {"day": 1, "night": float("nan")}, {"day": "3", "night": 1}):
         with pytest.raises(ConfigError, match="num_samples"):
             merge_domains(model, ["day", "night"], "x", num_samples=numbers)
 
