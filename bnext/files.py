@@ -74,6 +74,10 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
     path = os.fspath(path)
     if os.path.isdir(path):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe, such as /dev/null, stays what it is
+        with open(path, "wb") as file:
+            write(file)
+        return
 
     partial = f"{path}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}"
     fault: list[OSError] = []

@@ -3,8 +3,10 @@
 import errno
 import io
 import json
+import os
 import resource
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,11 @@ def test_what_is_left_of_a_folder_is_removed(tmp_path):
     (tmp_path / "out.1-ab.partial" / "a").write_text("half")
     remove_partials(tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_device_is_written_to_and_stays_a_device():
+    reader, writer = os.openpty()
+    name = os.ttyname(writer)
+    replace_file(name, lambda file: file.write(b"to a device\n"))
+    assert os.read(reader, 20).startswith(b"to a device")
+    assert stat.S_ISCHR(os.stat(name).st_mode)

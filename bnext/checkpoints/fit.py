@@ -17,6 +17,8 @@ from bnext.checkpoints.reading import NO_STATE
 from bnext.errors import CheckpointError, Refusal, list_few
 from bnext.layers.folded_norm import FOLDED_FOR_A_NORM, FoldedNorm, is_marked_as_folded
 from bnext.layers.forms import AFFINE, POPULATION, find_forms
+from bnext.layers.sources import list_sources
+from bnext.layers.walk import find_bnext_norms
 
 __all__ = [
     "check_folded",
@@ -238,10 +240,30 @@ def check_keys(state: StateDict, model: nn.Module, where: str, *, complete: bool
     rule = "have every parameter and norm statistic" if complete else "share some parameter"
     got = f"{len(required) - len(missing)} of {len(required)}"
     named = [remedy for start, remedy in _NAMES if any(f".{key}".find(f".{start}") >= 0 for key in unexpected)]
+    if not unexpected and not mismatched:
+        named += _name_new_domains(missing, model)
     remedy = " ".join(named[:1]) or "Use the config that the checkpoint was trained with, or another checkpoint."
     raise CheckpointError.of(
         "The checkpoint", f"{rule} of the model", got=got, where=where, remedy=f"{faults} {remedy}"
     )
+
+
+def _name_new_domains(missing: list[str], model: nn.Module) -> list[str]:
+    """What to do where nothing is missing but what domains own, as if they were new; nothing where more is."""
+    domains = {}
+    for path, norm in find_bnext_norms(model).items():
+        for source in list_sources(norm.levels, norm.domains):
+            for name in (source.domain, source.name):
+                domains[f"{path}.{name}" if path else name] = source.domain
+
+    new = dict.fromkeys(domains.get(key.rpartition(".")[0], "") for key in missing)
+    if "" in new:
+        return []
+    commands = list_few([f"`bnext domain add {name}`" for name in new])
+    return [
+        f"Use {commands} with the config that the checkpoint was trained with; a training begins with the output, as "
+        "MODEL.WEIGHTS."
+    ]
 
 
 def _check_has_norms(missing: list[str], state: StateDict, model: nn.Module, where: str) -> None:

@@ -196,7 +196,7 @@ class _Part(NamedTuple):
 
 
 def _check_run(cfg: CfgNode, weights: Sequence[str], args: argparse.Namespace, outputs: Sequence[str]) -> list[_Part]:
-    """What is drawn, when the run can be made as far as can be known."""
+    """List what is drawn, when the run can be made as far as can be known."""
     cfg.defrost()
     if args.dataset:
         select_sets(cfg, "TEST", [args.dataset])
@@ -281,9 +281,8 @@ def _draw(checkpoints: dict[str, str], kinds: Sequence[Kind], parts: Sequence[_P
     if args.worst:
         pairs = zip(parts, columns, strict=True)
         chosen = [choose_images(part.records, args.num_images, columns=of_part) for part, of_part in pairs]
-    sections = [
-        Section(of_part, images, part.title) for part, of_part, images in zip(parts, columns, chosen, strict=True)
-    ]
+    triples = zip(columns, chosen, parts, strict=True)
+    sections = [Section(of_part, images, part.title) for of_part, images, part in triples]
     every_column = list(itertools.chain.from_iterable(columns))
     is_judged = all(column.matches for column in every_column)
     names = ", ".join(dict.fromkeys(part.cfg.DATASETS.TEST[0] for part in parts))

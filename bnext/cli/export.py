@@ -165,11 +165,13 @@ def export_checkpoint(cfg: CfgNode, request: ExportRequest) -> dict[str, Any]:
 def _export_model(cfg: CfgNode, model: nn.Module, request: ExportRequest) -> dict[str, Any]:
     pictures, source = choose_pictures(cfg, request.num_images)
     export = export_network if request.ending == ".pt2" else export_detector
+
     with use_domain(request.domain) if request.domain else contextlib.nullcontext(), torch.no_grad(), _quiet():
         is_changed = request.fold or request.domain
         reference = copy.deepcopy(model) if is_changed else model  # compared with what it was before
         if request.domain:
             select_domain(model, request.domain)
+
         folded = fold_parts(model) if request.fold else None
         exported, compared = export(model, reference, pictures, request.ending)
 

@@ -48,7 +48,7 @@ from bnext.evaluation.reestimate import (
 )
 from bnext.files import remove_partials, replace_file, write_json
 from bnext.heads.build_warnings import building_unwarned
-from bnext.layers.sources import is_per_domain, is_per_level, list_sources
+from bnext.layers.sources import is_per_domain, is_per_level
 from bnext.layers.walk import find_bnext_norms
 from bnext.lazy_config import is_lazy
 from bnext.locks import holding
@@ -468,10 +468,8 @@ def _find_owners(model: nn.Module, domain: str) -> set[tuple[str, tuple[str, ...
     """Path of a norm and name of each of its populations that are a domain's own."""
     owners: set[tuple[str, tuple[str, ...]]] = set()
     for path, norm in find_bnext_norms(model).items():
-        population = norm.spec.population
-        for source in list_sources(norm.levels, norm.domains) if is_per_domain(population) else ():
-            if source.domain == domain:
-                owners.add((path, (source.find_owner(population),)))
+        if is_per_domain(norm.spec.population):
+            owners.update((path, (name,)) for name in norm.find_owners(domain))
     return owners
 
 

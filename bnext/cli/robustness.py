@@ -187,7 +187,7 @@ def _describe(cfg: CfgNode, benchmark: Benchmark) -> dict[str, Any]:
 
 
 def _read_earlier(cfg: CfgNode, benchmark: Benchmark) -> dict[str, Any]:
-    """What is measured already, to go on with it; an earlier benchmark that is not named is kept."""
+    """Read what is measured already, to go on with it; an earlier benchmark that is not named is kept."""
     file, plot = _outputs(cfg)
     present = next((path for path in (file, plot) if os.path.lexists(path)), None)
     if present is None or benchmark.overwrite:

@@ -266,6 +266,7 @@ def check_run(
         check_solver(cfg)
         check_accumulation(cfg, cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers)
         check_wandb(cfg)
+
     evaluates = getattr(trainer.test, "__func__", None) is getattr(Trainer.test, "__func__", None)
     is_known = evaluates and trainer.build_evaluator is build_evaluator
     for name in cfg.DATASETS.TEST if is_known else ():
@@ -281,6 +282,7 @@ def check_run(
     else:
         check_class_map(cfg)
     check_datasets(cfg.DATASETS.TEST, num_classes=num_classes, training=False, cfg=cfg)
+
     conditions = conditions or Conditions()
     check_domains(cfg, eval_only=eval_only, domain=conditions.domain)
     check_conditions(cfg, conditions)

@@ -254,10 +254,9 @@ _DOMAINS = (
     Key(
         "MODEL.BNEXT.DOMAINS.UNSEEN",
         "error",
-        "what normalizes images of another domain, or of none, at inference: the domain of FALLBACK, the `mixture` of "
-        "all, each image's `mini_batch`, a `blend` of both, the mixture as it follows the `stream` of such images, or "
-        "the domain that is `nearest` to the image. An affine per domain is their mean, but for a single domain's. "
-        "In training it is an error, but for FALLBACK",
+        "what normalizes images of another domain, or of none, at inference: nothing (`error`), the domain FALLBACK, "
+        "the `mixture` of all, each image's `mini_batch`, a `blend` of both, the mixture as it follows the `stream` of "
+        "such images, or the `nearest` domain",
         _one_of(*get_args(Unseen)),
         needs=(Need({"MODEL.BNEXT.DOMAINS.FALLBACK": _NOT_EMPTY}, of=_one_of("fallback")),),
     ),
@@ -350,7 +349,7 @@ _AUXILIARY = (
     Key(
         "SOLVER.BNEXT.AUXILIARY.WEIGHT",
         1.0,
-        "of the loss of the copies, which is added to that of the images",
+        "weight of the loss of the copies, which is added to that of the images",
         Values("a number above 0", lambda value: is_number(value) and value > 0, "Use 1.0, or KIND none."),
         needs=(_IS_MADE,),
     ),
@@ -364,22 +363,22 @@ _AUXILIARY = (
     Key(
         "SOLVER.BNEXT.AUXILIARY.STEPS",
         1,
-        "of gradient ascent (PGD); 1 is FGSM",
+        "steps of gradient ascent (PGD); 1 is FGSM",
         Values("a whole number of 1 or more", lambda value: is_count(value, 1), "Use 1."),
         needs=(_IS_ATTACKED,),
     ),
     Key(
         "SOLVER.BNEXT.AUXILIARY.STEP_SIZE",
         0.0,
-        "of each, of 255; 0: EPSILON with one step, else 1.25 EPSILON / STEPS",
+        "size of a step, of 255; 0: EPSILON with one step, else 1.25 EPSILON / STEPS",
         _at_least_0("Use 0 to have it chosen."),
         needs=(_IS_ATTACKED,),
     ),
     Key(
         "SOLVER.BNEXT.AUXILIARY.LOSS",
         "total",
-        "that the attack raises; `stronger`: of the attacks on `classification` and on `localization` the one that "
-        "raises the total loss of a worker's batch more, at twice the cost",
+        "loss that the attack raises; `stronger`: `classification` or `localization`, whichever raises the total loss "
+        "of a worker's batch more, at twice the cost",
         _one_of("total", "classification", "localization", "stronger"),
         needs=(_IS_ATTACKED,),
     ),

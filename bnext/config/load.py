@@ -18,6 +18,7 @@ from bnext.config.merge import merge_pairs, merge_values, split_pairs
 from bnext.config.read import read_file
 from bnext.config.recipe import resolve_norms
 from bnext.config.rules import check_detectron2_keys
+from bnext.data.domains import keep_domains
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import ConfigError, LaunchError
 from bnext.lazy_config import is_lazy, is_lazy_file
@@ -100,7 +101,9 @@ def _merge(cfg: CfgNode, config_file: str, opts: Sequence[str]) -> dict[str, str
             merge_values(old, values, old.clone(), config_file)
             cfg.update(upgrade_config(old))
 
-    merge_pairs(cfg, split_pairs(opts), defaults)
+    before, pairs = cfg.clone(), split_pairs(opts)
+    merge_pairs(cfg, pairs, defaults)
+    keep_domains(cfg, before, pairs[::2])
     return {}
 
 

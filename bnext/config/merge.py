@@ -187,7 +187,7 @@ def convert_value(name: str, value: Any, default: Any, where: str) -> Any:
 
 
 def _list_mapping(value: Mapping[Any, Any]) -> str:
-    """How a mapping is written as a list: of pairs, if these are names and numbers."""
+    """A mapping, written as a list: of pairs, if these are names and numbers."""
     is_pairs = all(is_number(number) for number in value.values())
     pairs = ", ".join(f"[{name}, {number}]" for name, number in value.items())
     return f"pairs, [{pairs}]" if is_pairs else "it in brackets, [{...}]"

@@ -7,6 +7,7 @@ give the same one.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -194,7 +195,9 @@ def _name_domains(cfg: CfgNode) -> dict[str, Any]:
 
 def _name_lazy_domains(cfg: CfgNode) -> dict[str, Any]:
     nodes = dict(cfg.LAZY.NORMS)
-    has_domains = any(is_per_domain(value) for name, node in nodes.items() if name in PLACES for value in node.values())
+    places = [node for name, node in nodes.items() if name in PLACES]
+    has_domains = any(map(is_per_domain, itertools.chain.from_iterable(node.values() for node in places)))
+
     domains = dict(nodes.get("DOMAINS") or {})
     if has_domains and not domains.get("NAMES"):
         nodes["DOMAINS"] = {**domains, "NAMES": find_norm_domains(cfg)}

@@ -207,7 +207,7 @@ def _check_joined(cfg: CfgNode) -> None:
         name, names = next(iter(unknown.items()))
         raise _UNPLACED.of(got, form=f'[{{{name}: {{{names[0]!r}: ""}}}}]')
 
-    annotated = {index for classes in placed.values() for index in classes.annotated}
+    annotated = set(chain.from_iterable(classes.annotated for classes in placed.values()))
     unseen = [repr(name) for index, name in enumerate(cfg.DATASETS.BNEXT.CLASSES) if index not in annotated]
     if unseen and placed:
         tell_once(log, tuple(unseen), _UNSEEN, list_few(unseen, 8))

@@ -93,9 +93,10 @@ def _parse(base: str, rest: str) -> tuple[str, int]:
 
 
 def find_base(name: str) -> str:
-    """The name of the set that a variant is of; of any other set its name."""
+    """The name of the set that a variant is of, registered or not yet; of any other set its name."""
     registered = DatasetCatalog.data.get(name)  # `get` of the catalog loads
-    return registered.base if isinstance(registered, Variant) else name
+    is_variant = isinstance(registered, Variant) or (registered is None and "@" in name)
+    return name.rpartition("@")[0] if is_variant else name
 
 
 def find_corruption(name: str) -> str:

@@ -10,12 +10,13 @@ training makes images of an auxiliary domain (SOLVER.BNEXT.AUXILIARY), those of 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from bnext.data.corrupted_sets import find_base
 from bnext.errors import ConfigError, DatasetError, Refusal
 
 __all__ = [
@@ -25,11 +26,13 @@ __all__ = [
     "find_domain",
     "find_norm_domains",
     "find_train_domains",
+    "keep_domains",
     "name_source",
     "select_sets",
 ]
 
 KEY = "DATASETS.DOMAINS"
+PARTS = ("TRAIN", "TEST")
 CLEAN = "clean"
 _LENGTH = Refusal(
     ConfigError,
@@ -63,7 +66,7 @@ def check_domain_lists(cfg: CfgNode) -> None:
         ConfigError: names the list and what it would have to be.
     """
     named: dict[str, str] = {}
-    for part in ("TRAIN", "TEST"):
+    for part in PARTS:
         domains, sets = cfg.DATASETS.DOMAINS[part], cfg.DATASETS[part]
         if not isinstance(domains, (list, tuple)) or not all(isinstance(name, str) for name in domains):
             raise _NO_NAMES.of(repr(domains), "config", part=part)
@@ -86,17 +89,27 @@ def find_domain(cfg: CfgNode, name: str) -> str:
 
 
 def _find_said_domain(cfg: CfgNode, name: str) -> str:
-    node = cfg.DATASETS.get("DOMAINS") or {}
-    for part in ("TRAIN", "TEST"):
-        for one, domain in zip(cfg.DATASETS[part], node.get(part) or (), strict=False):
-            if one == name and domain:
-                return str(domain)
+    domain = _find_paired_domain(cfg, name)
+    if domain:
+        return domain
 
+    name = find_base(name)
     listed = (cfg.DATASETS.get("BNEXT") or {}).get("COCO") or ()
     for entry in listed:
         if entry.get("name") == name:
             return str(entry.get("domain", ""))
     return str(MetadataCatalog.get(name).get("domain", "") or "") if name in DatasetCatalog else ""
+
+
+def _find_paired_domain(cfg: CfgNode, name: str) -> str:
+    """The domain that DATASETS.DOMAINS says of a set, or of the one that it is a corrupted variant of."""
+    node = cfg.DATASETS.get("DOMAINS") or {}
+    pairs = [pair for part in PARTS for pair in zip(cfg.DATASETS[part], node.get(part) or (), strict=False)]
+    for one in dict.fromkeys((name, find_base(name))):
+        for other, domain in pairs:
+            if other == one and domain:
+                return str(domain)
+    return ""
 
 
 def find_auxiliary_domain(cfg: CfgNode) -> str:
@@ -129,6 +142,22 @@ def select_sets(cfg: CfgNode, part: str, names: Sequence[str]) -> None:
     domains = tuple(find_domain(cfg, name) for name in names)
     cfg.DATASETS[part] = tuple(names)
     cfg.DATASETS.DOMAINS[part] = domains if any(domains) else ()
+
+
+def keep_domains(cfg: CfgNode, before: CfgNode, changed: Collection[str]) -> None:
+    """Let sets keep their domains where other lists of sets, but none of domains, have been put in. In place.
+
+    DATASETS.DOMAINS goes by position: ('day', 'night') would be said of whatever two sets come next.
+
+    Args:
+        cfg: not frozen.
+        before: as it was, with the lists that went together.
+        changed: the keys that have been given new values.
+    """
+    for part in PARTS:
+        if f"DATASETS.{part}" in changed and f"{KEY}.{part}" not in changed:
+            domains = tuple(_find_paired_domain(before, name) for name in cfg.DATASETS[part])
+            cfg.DATASETS.DOMAINS[part] = domains if any(domains) else ()
 
 
 def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

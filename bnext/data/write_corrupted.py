@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -22,7 +20,7 @@ from bnext.data.corruptions.names import check_corruption
 from bnext.data.read_image import read_picture
 from bnext.data.records import Record, check_registered
 from bnext.errors import ConfigError, DatasetError, LaunchError, Refusal
-from bnext.files import write_json
+from bnext.files import write_folder, write_json
 from bnext.progress import track
 
 __all__ = ["ANNOTATIONS", "PICTURES", "write_corrupted"]
@@ -91,12 +89,11 @@ def write_corrupted(
     records = [{**image, "file_name": os.path.join(root, image["file_name"])} for image in images]
     records = mark_corrupted(records, corruption, severity)
 
-    work = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.partial")
-    try:
+    def write(work: str) -> None:
         for target in targets:
-            (work / PICTURES / target).parent.mkdir(parents=True, exist_ok=True)
+            Path(work, PICTURES, target).parent.mkdir(parents=True, exist_ok=True)
 
-        pictures = _Pictures(records, work / PICTURES, targets)
+        pictures = _Pictures(records, Path(work, PICTURES), targets)
         batches = [[index] for index in range(len(records))]
         loader = load_batches(pictures, batches, limit_loader_workers(num_loader_workers))
         for _ in track(loader, f"{corruption} {severity}", len(records), "picture"):
@@ -106,12 +103,13 @@ def write_corrupted(
         info = content.get("info")
         about = {"corruption": corruption, "severity": severity, "corrupted_set": name}
         content["info"] = {**info, **about} if isinstance(info, dict) else about
-        write_json(work / ANNOTATIONS, {**content, "images": named})
-        work.rename(folder)
+        write_json(os.path.join(work, ANNOTATIONS), {**content, "images": named})
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_folder(folder, write)
     except OSError as error:
         raise _FULL.of(error.strerror or str(error), str(folder)) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     return folder
 
 

@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 Samples = int | Callable[[str], int | None] | None
-_FIELDS_OF_ONE = ("path", "num_features", "num_parameters")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from bnext.distributed import unwrap_model
 from bnext.engine.hooks import is_due
 from bnext.errors import list_few
+from bnext.heads.roi import find_roi_heads
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.counts import count_skipped, counts_of, tell_skipped
 from bnext.layers.walk import find_bnext_norms
@@ -49,6 +50,7 @@ class TellNormCounts(HookBase):
     def __init__(self, model: nn.Module, *periods: int) -> None:
         self._model = model
         self._norms = find_bnext_norms(model)
+        self._of_rois = {norm for _, head in find_roi_heads(model) for norm in find_bnext_norms(head).values()}
         self._periods = periods
         self._before: dict[BatchNorm2d, Counter[str]] = {}
         self._loaded: Counter[str] = Counter()
@@ -88,10 +90,11 @@ class TellNormCounts(HookBase):
             self.domains.update(domains)
 
     def _count_domains(self) -> Counter[str]:
-        """Samples of this worker: the most that a norm saw, as norms of RoIs see more than there are images."""
+        """Samples of this worker: the most that a norm saw; of RoIs only where no norm that sees images has domains."""
         seen: Counter[str] = Counter()
-        for norm, before in self._before.items():
-            seen |= counts_of(norm).domains - before
+        of_images = [norm for norm in self._before if norm not in self._of_rois]
+        for norm in of_images or self._before:
+            seen |= counts_of(norm).domains - self._before[norm]
         return seen
 
 

@@ -269,9 +269,12 @@ def _holds(tensor: Tensor, images: list[Tensor]) -> bool:
     """Whether a tensor [N, C, H, W] can be these images, padded."""
     if tensor.dim() != 4 or len(tensor) != len(images):
         return False
-    return all(image.shape[0] == tensor.shape[1] for image in images) and all(
-        image.shape[1] <= tensor.shape[2] and image.shape[2] <= tensor.shape[3] for image in images
-    )
+
+    channels, height, width = tensor.shape[1:]
+    for image in images:
+        if image.shape[0] != channels or image.shape[1] > height or image.shape[2] > width:
+            return False
+    return True
 
 
 def _make_float(image: Tensor) -> Tensor:

@@ -68,11 +68,13 @@ def _probe(facts: Facts, model: nn.Module) -> Facts:
     image = torch.randint(256, (3, _NOISE_SIZE, _NOISE_SIZE), generator=generator).float()
     batch: list[dict[str, Any]] = [{"image": image, "height": _NOISE_SIZE, "width": _NOISE_SIZE}]
 
+    names = next((norm.record.domains for norm in facts.norms if norm.record is not None and norm.record.domains), None)
+
     try:
-        forward = observe_forward(model, batch, norms, num_images=1, is_noise=True)
+        forward = observe_forward(model, batch, norms, num_images=1, domain=names[0] if names else None, is_noise=True)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else "no message"
         failure = f"A forward of made-up pixels failed: {type(error).__name__}: {reason}"
         return dataclasses.replace(facts, failures=(*facts.failures, failure))
-    forward = dataclasses.replace(forward, image_size=(_NOISE_SIZE, _NOISE_SIZE))
+    forward = dataclasses.replace(forward, image_size=(_NOISE_SIZE, _NOISE_SIZE), domain="")  # pixels of none
     return dataclasses.replace(facts, forwards=(*facts.forwards, forward))

@@ -49,9 +49,8 @@ def format_domains(domains: Sequence[DomainResult]) -> str:
 
     head = [f"{task} AP by domain"]
     if summary and worst is not None:
-        head[0] += (
-            f": mean {_show(summary['mean'], task, 'AP')}, worst {worst.name!r} {_show(worst.metrics, task, 'AP')}"
-        )
+        mean, least = _show(summary["mean"], task, "AP"), _show(worst.metrics, task, "AP")
+        head[0] += f": mean {mean}, worst {worst.name!r} {least}"
     if any(len(domain.sets) > 1 for domain in domains):
         head.append("A domain with several sets has the mean over them")
     if has_specialists:
@@ -84,7 +83,7 @@ def draw_domains(domains: Sequence[DomainResult], path: str | os.PathLike[str], 
         path: of the PNG; written whole.
         note: below the bars.
     """
-    tasks = list(dict.fromkeys(task for domain in domains for task, names in domain.metrics.items() if "AP" in names))
+    tasks = _list_tasks(domains)
     figure = make_figure(700 if len(tasks) < 2 else 1000, 150 + 44 * len(domains))
     panels = figure.subplots(1, max(1, len(tasks)), squeeze=False)[0]
 
@@ -95,14 +94,23 @@ def draw_domains(domains: Sequence[DomainResult], path: str | os.PathLike[str], 
         if index:
             axes.set_yticklabels([])
 
-    handles = {
-        words: handle for axes in panels for handle, words in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+    handles: dict[str, Any] = {}
+    for axes in panels:
+        for handle, words in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles[words] = handle
     options: dict[str, Any] = {"ncols": max(1, len(handles)), "fontsize": to_points(_TEXT), "frameon": False}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", **options)
     if note:
         figure.supxlabel(note, fontsize=to_points(_TEXT), color=GREY, parse_math=False)
     return save_figure(figure, path)
+
+
+def _list_tasks(domains: Sequence[DomainResult]) -> list[str]:
+    """The tasks for which a domain has AP."""
+    tasks: dict[str, None] = {}
+    for domain in domains:
+        tasks |= dict.fromkeys(task for task, names in domain.metrics.items() if "AP" in names)
+    return list(tasks)
 
 
 def _draw_task(axes: Any, domains: Sequence[DomainResult], task: str) -> None:
@@ -119,12 +127,10 @@ def _draw_task(axes: Any, domains: Sequence[DomainResult], task: str) -> None:
             line = {"color": COLORS["black"], "linewidth": to_points(4), "solid_capstyle": "butt"}
             axes.plot([of_specialist] * 2, [place - 0.42, place + 0.42], label="its specialist", **line)
             label += f" (gap {_show_number(domain.find_gap(task), '{:+.1f}')})"
+
         end = max(value for value in (0.0, ap, of_specialist) if not math.isnan(value))
-        words = {
-            "va": "center",
-            "fontsize": to_points(_TEXT),
-            "bbox": {"facecolor": "white", "edgecolor": "none", "pad": 1},
-        }
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        words = {"va": "center", "fontsize": to_points(_TEXT), "bbox": box}
         axes.annotate(label, (end, place), (8, 0), textcoords="offset pixels", **words)
         farthest = max(farthest, end)
 

@@ -220,7 +220,7 @@ def find_worst(domains: Sequence[DomainResult], task: str) -> DomainResult | Non
 
 
 def describe_domains(domains: Sequence[DomainResult]) -> dict[str, Any]:
-    """What `summarize` gives, with the sets of each domain and its specialist, for results.json."""
+    """The results of `summarize`, with the sets of each domain and its specialist, for results.json."""
     described: dict[str, Any] = dict(summarize(domains))
     for domain in domains:
         entry: dict[str, Any] = {"sets": dict(domain.sets), **domain.metrics}
@@ -240,7 +240,9 @@ def list_test_domains(cfg: CfgNode) -> list[str]:
     Raises:
         DatasetError: see `load_records`.
     """
-    domains = dict.fromkeys(domain for name in cfg.DATASETS.TEST for domain in count_set_domains(cfg, name))
+    domains: dict[str, None] = {}
+    for name in cfg.DATASETS.TEST:
+        domains |= dict.fromkeys(count_set_domains(cfg, name))
     return [domain for domain in domains if domain]
 
 

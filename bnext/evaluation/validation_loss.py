@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from bnext.distributed import LockStep, count_images, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
 from bnext.errors import StatisticsError, check_choice
+from bnext.layers.counts import not_counting_domains
 from bnext.layers.shuffled import shares_work
+from bnext.layers.walk import find_bnext_norms
 from bnext.progress import showing_progress
 from bnext.scope.model import restoring
 from bnext.scope.statistics import as_in_training
@@ -94,7 +96,8 @@ def compute_validation_loss(
     num_images = 0
 
     # What the loader draws, too: torch's takes a seed from the global generator, and augmentations may run here.
-    with torch.no_grad(), restoring(model, seed=derive_seed(seed, Purpose.LOAD_VALIDATION, rank)):
+    uncounted = not_counting_domains(find_bnext_norms(model).values())
+    with torch.no_grad(), restoring(model, seed=derive_seed(seed, Purpose.LOAD_VALIDATION, rank)), uncounted:
         if statistics == "population":
             equalize_buffers(model)
         with as_in_training(model, by_population=statistics == "population"):

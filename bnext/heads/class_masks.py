@@ -105,7 +105,7 @@ class ClassMasks:
         return torch.cat(hidden)
 
     def find_ignored(self, labels: Sequence[Tensor], boxes: Sequence[Tensor], background: int) -> list[Tensor]:
-        """Of each image [R_i], whether an anchor or RoI is of the background and lies in an ignored box.
+        """Whether an anchor or RoI is of the background and lies in an ignored box, of each image [R_i].
 
         Args:
             labels, boxes: see `find_hidden`.

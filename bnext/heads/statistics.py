@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 from detectron2.modeling import GeneralizedRCNN
@@ -13,9 +12,8 @@ from torch import nn
 
 from bnext.errors import check_choice
 from bnext.layers.walk import find_norms
-from bnext.scope.domain import find_domains_of_batch
+from bnext.scope.domain import naming_domains
 from bnext.scope.model import setting
-from bnext.scope.record import Scope
 from bnext.statistics.data_pass import Forward
 
 __all__ = ["RoiChoice", "choose_forward", "forward_sampled_rois", "forward_statistics"]
@@ -47,14 +45,8 @@ def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sa
 
 
 def _forward_backbone(model: Any, batch: list[dict[str, Any]]) -> None:
-    with _naming_domains(batch):
+    with naming_domains(batch):
         model.backbone(model.preprocess_image(batch).tensor)
-
-
-def _naming_domains(batch: Any) -> AbstractContextManager[None]:
-    """The domains that the records of a batch say: a forward that does not begin at the model is not told of them."""
-    names = find_domains_of_batch(batch)
-    return nullcontext() if names is None else Scope(domain=names)
 
 
 def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
@@ -66,7 +58,7 @@ def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> Non
     """
     images = model.preprocess_image(batch)
 
-    with _naming_domains(batch):
+    with naming_domains(batch):
         features = model.backbone(images.tensor)
         inputs = [features[level] for level in model.head_in_features]
 

@@ -215,11 +215,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
         self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], moves: bool, call: NormCall
     ) -> list[Tensor]:
         """`moves`: the statistics will change before the backward pass."""
-        indices = {index for source in sources for index in ((source,) if isinstance(source, int) else source)}
+        indices: set[int] = set()
+        for source in sources:
+            indices.update((source,) if isinstance(source, int) else source)
+
         has_unseen = names is not self.sources
-        used_names = [names[index] for index in indices]
-        if has_unseen:
-            used_names = [member for name in used_names for member in self.list_members(name)]
+        used_names: list[str] = []
+        for index in indices:
+            used_names += self.list_members(names[index]) if has_unseen else (names[index],)
         self.check_kept_statistics(used_names)
         self.check_populations(used_names)
 
@@ -261,10 +264,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         if self.training and is_exported_to_onnx():
             tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
-        own, grouping = self._collect_moments(features, sources, names, size, group, call)
+        real, grouping = self._collect_moments(features, sources, names, size, group, call)
         part_names = [names[source] for source in grouping.sources]
         virtual = call.virtual
-        moments = own if virtual is None else enlarge_parts(own, [virtual.get(name) for name in part_names])
+        moments = real if virtual is None else enlarge_parts(real, [virtual.get(name) for name in part_names])
 
         # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
         device, statistics, owners = moments.mean.device, moments, None
@@ -283,7 +286,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self._move_by_mini_batch(own, grouping, names, call)
+        self._move_by_mini_batch(real, grouping, names, call)
         return outputs
 
     def _is_plain(

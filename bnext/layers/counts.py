@@ -6,9 +6,10 @@ transform of torch, or computed on fake tensors, is not counted.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,7 @@ __all__ = [
     "count_skipped",
     "counts_of",
     "describe_unseen",
+    "not_counting_domains",
     "take_unseen_counts",
     "tell_skipped",
 ]
@@ -104,6 +106,17 @@ def counts_of(module: nn.Module) -> NormCounts:
     if counts is None:
         counts = _counts.setdefault(module, NormCounts())
     return counts
+
+
+@contextlib.contextmanager
+def not_counting_domains(norms: Iterable[nn.Module]) -> Iterator[None]:
+    """In this scope, what norms see is no sample of a training: of domains, also those taken for the fallback one."""
+    before = [(counts := counts_of(norm), counts.domains.copy(), counts.fallbacks.copy()) for norm in norms]
+    try:
+        yield
+    finally:
+        for counts, domains, fallbacks in before:
+            counts.domains, counts.fallbacks = domains, fallbacks
 
 
 def count_skipped(norms: Iterable[Any]) -> list[int]:

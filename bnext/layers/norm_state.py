@@ -8,6 +8,7 @@ whoever calls it, is in `bnext.layers.loading`.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -218,8 +219,8 @@ def _find_used(record: NormRecord, form: NormForm, domain_map: Mapping[str, str]
     used: set[str] = set()
     for half, answer in ((record.affines, form.affine), (record.populations, form.population)):
         owners = form.group_sources("shared" if answer == "none" else answer)
-        for origins in _find_origins(half, owners, domain_map).values():
-            used.update(name for origin in origins for name in origin.names)
+        for origin in itertools.chain.from_iterable(_find_origins(half, owners, domain_map).values()):
+            used.update(origin.names)
     return used
 
 
@@ -309,13 +310,14 @@ def _write_half(
     What all share stands in for an owner only where no owner has its own, or domain_map says so.
     """
     origins = _find_origins(half, owners, domain_map)
-    has_own = any(not origin.is_shared and origin.names for of_owner in origins.values() for origin in of_owner)
+    every_origin = itertools.chain.from_iterable(origins.values())
+    has_own = any(not origin.is_shared and origin.names for origin in every_origin)
 
     by_owner: dict[str, Fields] = {}
     notes: set[Note] = set()
     missing = []
     for owner, of_owner in origins.items():
-        names = list(dict.fromkeys(name for origin in of_owner for name in origin.names))
+        names = list(dict.fromkeys(itertools.chain.from_iterable(origin.names for origin in of_owner)))
         is_stand_in = bool(owner) and names == [""]
         if not names or (is_stand_in and has_own and domain_map.get(owner) != ""):
             missing.append(owner or "it")

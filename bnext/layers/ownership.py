@@ -65,8 +65,8 @@ NOT_ONE_PER_SAMPLE = Refusal(
     DomainError, "use_domain", "name one domain per sample", "Name one domain for all of them, or one for each."
 )
 NAME_THE_DOMAIN = (
-    "Wrap the call in `with use_domain(...)`. A config alone cannot name the domain of an image: without such code set "
-    "STATISTICS, POPULATION and AFFINE of the places to 'shared', and MODEL.BNEXT.DOMAINS.NAMES to ()."
+    "Wrap the call in `with use_domain(...)`, or give its images a domain: a data set in DATASETS.DOMAINS or with its "
+    "registration, a record in its key `domain`."
 )
 CHOOSE_A_RULE = (
     "Or say with MODEL.BNEXT.DOMAINS.UNSEEN, in code with NormSpec's `unseen`, what normalizes such images at "

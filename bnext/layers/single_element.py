@@ -27,8 +27,8 @@ SINGLE_ELEMENT = Refusal(
     StatisticsError,
     "a mini-batch",
     "hold more than 1 element per channel in {evaluation}",
-    "Use {fewer}larger images, more samples, statistics shared over levels or workers, or {answer} (in a config {key} "
-    "of the norm's node of MODEL.BNEXT).",
+    "Use {fewer}larger images, more samples, statistics shared over levels, domains or workers, or {answer} (in a "
+    "config {key} of the norm's node of MODEL.BNEXT).",
 )
 
 SINGLE_VALUE = Refusal(

@@ -1,4 +1,4 @@
-"""Where the samples of a norm come from, level and domain, and who owns what of them by an answer of a spec.
+"""Sources of the samples of a norm, level and domain, and who owns what of them by an answer of a spec.
 
 A norm tells its samples apart by source: a level, a domain, a domain at a level, or nothing at all. What an answer
 shares, its sources look up under one name: `Source("p3", "night").find_owner("per_domain")` is "night".

@@ -1,4 +1,4 @@
-"""What a stream of samples has shown so far, and a guard that keeps it near the statistics that it began with.
+"""Statistics of a stream of samples, as far as it has come, and a guard that keeps them near those it began with.
 
 The arithmetic of statistics that follow a stream at test: those of `bnext.following_stream`, and of the rule "stream"
 for images of unseen domains (`bnext.layers.unseen`).

@@ -107,7 +107,7 @@ WRITTEN_DOWN = Refusal(
 
 
 class UnseenImages:
-    """What the norms of one forward know of its images of unseen domains.
+    """Knowledge that the norms of one forward share of its images of unseen domains.
 
     Attributes:
         nearest: number of the image in its batch -> domain that was nearest.
@@ -279,11 +279,12 @@ def _find_nearest(
             raise NO_POPULATIONS.of(f"population={norm.spec.population!r}", norm.where)
         return dict.fromkeys(unseen, domains[0])  # all share what normalizes them here
 
-    distances = sum(
-        _measure_distances(norm, [features[i] for i in members], [images[i] for i in members], num_images, sources[key])
-        for key, members in sets.items()
-    )
-    choices = distances.argmin(1).tolist()  # type: ignore[union-attr]
+    distances: list[Tensor] = []
+    for states, members in sets.items():
+        of_set, image_numbers = [features[i] for i in members], [images[i] for i in members]
+        distances.append(_measure_distances(norm, of_set, image_numbers, num_images, sources[states]))
+    choices = sum(distances[1:], distances[0]).argmin(1).tolist()
+
     for image in unseen - forward.nearest.keys():
         forward.nearest[image] = domains[choices[image]]
     return {image: forward.nearest[image] for image in unseen}
@@ -297,10 +298,10 @@ def _measure_distances(
     num_images: int,
     sources: Sequence[str],
 ) -> Tensor:
-    """Of the statistics of each image from each population, [I, D]."""
-    own = part_moments(features, images, num_images)
-    own = Moments(own.count, own.mean.unsqueeze(1), own.var.unsqueeze(1))
-    return _measure_divergence(own, norm.stack_populations(sources), norm.eps)
+    """The distance of the statistics of each image from each population, [I, D]."""
+    moments = part_moments(features, images, num_images)
+    moments = Moments(moments.count, moments.mean.unsqueeze(1), moments.var.unsqueeze(1))
+    return _measure_divergence(moments, norm.stack_populations(sources), norm.eps)
 
 
 def _measure_divergence(moments: Moments, others: Moments, eps: float) -> Tensor:
@@ -348,6 +349,7 @@ def normalize_unseen(
     for number, first in enumerate(sets):
         rows += [num_known + number] * num_images
         owners += range(num_known + first * num_images, num_known + (first + 1) * num_images)
+
     device = affine[0].device
     starts = make_index((*known, *(num_known + number * num_images for number in range(len(sets)))), device)
     steps = make_index((0,) * num_known + (1,) * len(sets), device)
@@ -356,13 +358,14 @@ def normalize_unseen(
 
     # They get their gradient in `normalize_parts`, as those of a mini-batch.
     with torch.set_grad_enabled(torch.is_grad_enabled() and (is_transformed() or is_exported())):
-        own = group_moments(part_moments(features, image_parts, len(rows)), owner_index, len(rows))
-        source = Moments(*(field[row_index].to(own.mean.dtype) for field in populations))
+        seen = group_moments(part_moments(features, image_parts, len(rows)), owner_index, len(rows))
+        source = Moments(*(field[row_index].to(seen.mean.dtype) for field in populations))
         is_known = make_index(known, device)
         statistics = [Moments(*(field[is_known] for field in source))]
+
         for number, name in enumerate(names[num_known:]):
             part = slice(num_known + number * num_images, num_known + (number + 1) * num_images)
-            of_source, of_images = (Moments(*(field[part] for field in moments)) for moments in (source, own))
+            of_source, of_images = (Moments(*(field[part] for field in moments)) for moments in (source, seen))
             statistics.append(_apply_rule(norm, name, of_source, of_images, call))
 
     merged = Moments(*(torch.cat(fields) for fields in zip(*statistics, strict=True)))
@@ -371,7 +374,7 @@ def normalize_unseen(
 
 
 def _apply_rule(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call: NormCall) -> Moments:
-    """What normalizes each image, [I, C], by the statistics of the source and its own."""
+    """The statistics that normalize each image, [I, C], of those of the source and its own."""
     spec = call.spec
     if spec.unseen == "stream":
         return _follow(norm, name, source, images, call)
@@ -442,9 +445,8 @@ def _follow(norm: BatchNorm2d, name: str, source: Moments, images: Moments, call
 def _take_in(stream: Stream, source: Moments, batch: Moments, num_images: int, eps: float, call: NormCall) -> None:
     """Let a stream take in a batch, [C], unless it leads back to the source, [1, C]; a jump begins the stream anew."""
     seen = _as_row(batch, source)
-    to_source, to_now = (
-        _measure_divergence(seen, now, eps) for now in (source, _read_stream(stream, source, eps, call))
-    )
+    to_source = _measure_divergence(seen, source, eps)
+    to_now = _measure_divergence(seen, _read_stream(stream, source, eps, call), eps)
     if to_source < STREAM_RETURN * to_now:
         stream.begin_anew()
         return

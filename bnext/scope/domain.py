@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from bnext.errors import DomainError, Refusal
 from bnext.scope.record import Scope, get_record
 
-__all__ = ["find_domains_of_batch", "get_active_domain", "use_domain"]
+__all__ = ["find_domains_of_batch", "get_active_domain", "naming_domains", "use_domain"]
 
 NO_DOMAIN = Refusal(
     DomainError, "domain", "be a name, or one name per sample", "Name the data set that the samples are from."
@@ -70,3 +71,13 @@ def find_domains_of_batch(batch: Any) -> str | tuple[str, ...] | None:
     if not any(names):
         return None
     return names[0] if len(set(names)) == 1 else names
+
+
+def naming_domains(batch: Any) -> AbstractContextManager[None]:
+    """The scope of the domains that the records of a batch say, for a forward that does not begin at the model.
+
+    Args:
+        batch: see `find_domains_of_batch`; where that gives None nothing changes.
+    """
+    names = find_domains_of_batch(batch)
+    return nullcontext() if names is None else Scope(domain=names)

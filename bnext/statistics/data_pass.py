@@ -17,9 +17,8 @@ from bnext.distributed import LockStep, count_images
 from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.shuffled import shares_work
-from bnext.scope.domain import find_domains_of_batch, use_domain
+from bnext.scope.domain import find_domains_of_batch, naming_domains, use_domain
 from bnext.scope.model import drawing_from
-from bnext.scope.record import Scope
 from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
@@ -101,10 +100,9 @@ class DataPass:
     def run(self, batch: Any) -> None:
         """Run a batch through the model, in its domain: the one that is given, or those that its records say."""
         domain = self.domain(batch) if callable(self.domain) else self.domain
-        scope = contextlib.nullcontext() if domain is None else use_domain(domain)
+        scope = naming_domains(batch) if domain is None else use_domain(domain)
         if domain is None:
             domain = find_domains_of_batch(batch)
-            scope = scope if domain is None else Scope(domain=domain)
         is_one = domain is None or isinstance(domain, str)
         self._images = {str(domain or ""): count_images(batch)} if is_one else dict(collections.Counter(domain))
 

@@ -15,6 +15,7 @@ from torch import nn
 from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.counts import not_counting_domains
 from bnext.layers.walk import Selection
 from bnext.progress import showing_progress
 from bnext.scope.model import restoring
@@ -136,7 +137,8 @@ def recompute_population_statistics(
     is_shown = progress and get_rank(resolve_group("all")) == 0  # of the first worker's terminal
     # With renorm, or training="population", features would depend on the statistics that are to be replaced.
     ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
-    with torch.no_grad(), restoring(model), answering(ours, training="mini_batch"):
+    answers = answering(ours, training="mini_batch")
+    with torch.no_grad(), restoring(model), not_counting_domains(ours), answers:
         model.eval()
         for norm in norms.values():
             norm.train(estimator != "layer_by_layer")

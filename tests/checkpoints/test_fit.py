@@ -162,3 +162,16 @@ def test_a_config_without_the_keys_of_a_re_estimation_is_told_them(tmp_path, bne
     bnext_log.clear()
     Checkpointer(own).load(path, complete=True)
     assert "POPULATION" not in bnext_log.text
+
+
+def test_a_file_without_a_domain_of_the_model_is_given_it_by_the_command_for_it(tmp_path):
+    spec = NormSpec(statistics="per_level_and_domain", population="per_level_and_domain", domains=("day",))
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), LevelBatchNorm2d(4, ("p3", "p4"), spec))
+    torch.save({"model": model.state_dict()}, tmp_path / "file.pth")
+    new = nn.Sequential(nn.Conv2d(3, 4, 1), LevelBatchNorm2d(4, ("p3", "p4"), spec.replace(domains=("day", "night"))))
+    with pytest.raises(CheckpointError, match="`bnext domain add night`"):
+        Checkpointer(new).load(str(tmp_path / "file.pth"), complete=True)
+    new.append(nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match="every parameter") as refusal:
+        Checkpointer(new).load(str(tmp_path / "file.pth"), complete=True)
+    assert "bnext domain add" not in str(refusal.value)

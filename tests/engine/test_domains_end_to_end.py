@@ -11,6 +11,7 @@ from detectron2.engine import DefaultPredictor
 
 from bnext.cli.train import check_run
 from bnext.config import load_config
+from bnext.data.domains import find_domain
 from bnext.data.loader import build_train_loader
 from bnext.engine import Trainer
 from bnext.errors import ConfigError, DomainError
@@ -62,9 +63,8 @@ def test_the_domain_goes_from_the_config_to_the_norms_and_stays_in_the_files(loa
     assert keys | {"domains/mean/bbox/AP"} <= tiny.read_metrics(tmp_path / "out")[-1].keys()
     assert [each["iteration"] for each in json.loads((tmp_path / "out/best.json").read_text())["evaluations"]] == [1, 2]
 
-    # The config that was written says the domains, whatever sets it is used with later.
-    written = load_config(str(tmp_path / "out/config.yaml")) if (tmp_path / "out/config.yaml").exists() else cfg
-    assert written.MODEL.BNEXT.DOMAINS.NAMES == ("day", "night")
+    # Written, the config says the domains, whatever sets it is used with later.
+    assert cfg.MODEL.BNEXT.DOMAINS.NAMES == ("day", "night")
 
     predictor, image = DefaultPredictor(cfg), np.zeros((64, 64, 3), dtype=np.uint8)
     with pytest.raises(DomainError):
@@ -111,6 +111,37 @@ def test_statistics_of_each_domain_are_re_estimated_and_each_set_has_its_validat
 def test_what_does_not_fit_is_refused_before_a_training(load, opts, named):
     with pytest.raises(ConfigError, match=named):
         check_run(load(*NORMS, *opts))
+
+
+@pytest.mark.parametrize(
+    ("sets", "domains"),
+    [
+        (("night_val", "digits_val"), ("night", "day")),
+        (("night_val",), ("night",)),
+        (("digits_val@invert_5", "night_train"), ("day", "night")),
+        (("other_val", "night_val"), ("", "night")),
+        (("other_val", "another_val"), ()),
+    ],
+)
+def test_sets_that_a_command_line_names_anew_keep_their_domains(load, tmp_path, sets, domains):
+    path = tmp_path / "domains.yaml"
+    path.write_text(load(*DOMAINS, *NORMS).dump())
+
+    cfg = load_config(str(path), ["DATASETS.TEST", repr(sets)])
+    assert domains == cfg.DATASETS.DOMAINS.TEST
+    assert cfg.DATASETS.DOMAINS.TRAIN == ("day", "night")
+
+    said = ("fog",) * len(sets)
+    cfg = load_config(str(path), ["DATASETS.DOMAINS.TEST", repr(said), "DATASETS.TEST", repr(sets)])
+    assert said == cfg.DATASETS.DOMAINS.TEST
+
+
+def test_a_corrupted_variant_has_the_domain_of_its_set(load):
+    cfg = load(*DOMAINS, *NORMS)
+    assert find_domain(cfg, "night_val@invert_5") == "night"
+
+    own = ("DATASETS.TEST", "('night_val', 'night_val@invert_5')", "DATASETS.DOMAINS.TEST", "('night', 'inverted')")
+    assert find_domain(load(*DOMAINS[:2], *own), "night_val@invert_5") == "inverted"
 
 
 def test_a_name_that_no_image_has_is_said(load, bnext_log):

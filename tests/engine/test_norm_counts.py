@@ -10,10 +10,14 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.engine import Trainer
 from bnext.engine.norm_counts import METRIC, TellNormCounts, build_norm_counts
+from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.layers.batch_norm import BatchNorm2d
+from bnext.layers.counts import counts_of
 from bnext.layers.spec import NormSpec
 from bnext.scope import use_domain
+from bnext.statistics import recompute_population_statistics
 from tests import tiny
+from tests.heads.detectors import make_batch, make_model, run_step
 
 DOMAINS = NormSpec(population="per_domain", domains=("day", "night"))
 
@@ -114,6 +118,31 @@ def test_domains_of_before_a_resume_count():
 
     counts, _ = train(DOMAINS, make_batches("day", "day", "day"), hooks=resumed, start=2)
     assert counts.domains == {"day": 6, "night": 3}
+
+
+def test_images_of_a_re_estimation_and_of_a_validation_loss_are_none_of_a_training():
+    class Measure(HookBase):
+        def after_step(self):
+            others = make_batches("day", "night")
+            run = {"forward": lambda model, batch: model(batch)}
+            recompute_population_statistics(self.trainer.model, others, **run)
+            compute_validation_loss(self.trainer.model, others, statistics="mini_batch", **run)
+
+    counts, _ = train(DOMAINS, make_batches("day"), hooks=lambda model: [*build_norm_counts(model, 2), Measure()])
+    assert counts_of(counts.with_domains["norm"]).domains == {"day": 3}
+
+
+def test_images_are_counted_where_rois_are_more():
+    own = [f"MODEL.BNEXT.{place}.POPULATION" for place in ("RESNETS", "ROI_BOX_HEAD")]
+    pairs = [item for key in own for item in (key, "per_domain")]
+    norms = ("MODEL.RESNETS.NORM", "BN", "MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.BNEXT.DOMAINS.NAMES", ("day", "night"))
+    for place, number in ((pairs, 1), (pairs[2:], 8)):
+        model = make_model(*norms, *place, "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 8)
+        counts, _ = build_norm_counts(model, 2)
+        counts.before_train()
+        with use_domain(["day", "night"]):
+            run_step(model, make_batch())
+        assert set(counts._count_domains().values()) == {number}
 
 
 def test_levels_are_no_domains_and_a_model_without_norms_has_no_hook():

@@ -28,10 +28,12 @@ from bnext.engine import Trainer, launch, train
 from bnext.engine.doctor_hook import DoctorHook
 from bnext.errors import DatasetError, StatisticsError
 from bnext.evaluation import evaluate_model
+from bnext.evaluation.adversarial import make_adversarial
 from bnext.evaluation.conditions import Conditions, under_conditions
 from bnext.evaluation.validation_loss import compute_validation_loss
 from bnext.user_modules import import_modules
 from tests import tiny
+from tests.evaluation.test_adversarial import Net, make_records
 from tests.record import note_groups
 
 SHORT = ("SOLVER.STEPS", "()", "SOLVER.MAX_ITER", 4, "SOLVER.CHECKPOINT_PERIOD", 2, "TEST.EVAL_PERIOD", 2)
@@ -418,6 +420,19 @@ def check_auxiliary_domain(folder):
         assert (steps.num_steps, steps.num_forwards, steps.changed_between) == (2, 4, {})
 
 
+def check_attack(folder):
+    """With synchronized norms the mini-batch of an attack is that of both workers."""
+    records, rank = make_records(4, 4, 4, 4), comm.get_rank()
+    share = records[rank::2]
+
+    images = []
+    for net, batch in ((Net(), records), (Net(), share), (Net("all"), share)):
+        images.append([record["image"] for record in make_adversarial(net, batch, epsilon=6, steps=3)])
+    whole, alone, shared = images
+    torch.testing.assert_close(shared, whole[rank::2], rtol=0, atol=1e-9)
+    assert not torch.allclose(alone[0], shared[0])
+
+
 def check_evaluation_by_domain(folder):
     """The first worker has the domains, and says what became of the images of both that are of an unseen one."""
     records = [dict(each) for each in DatasetCatalog.get("digits_val")]
@@ -467,6 +482,7 @@ CHECKS = {
     "shuffling": check_shuffling,
     "lazy_config": check_lazy_config,
     "auxiliary_domain": check_auxiliary_domain,
+    "attack": check_attack,
 }
 
 

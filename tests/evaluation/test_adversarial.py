@@ -19,7 +19,6 @@ from bnext.layers import BatchNorm2d, NormSpec
 from bnext.scope.domain import get_active_domain, use_domain
 from tests.heads.detectors import make_batch, make_detector, make_model
 from tests.reference import ascend_projected
-from tests.workers import run_workers
 
 ARCHITECTURES = {
     "retinanet": lambda: make_detector("BNextRetinaNet"),
@@ -186,20 +185,3 @@ def test_what_cannot_be_is_refused(kind, named, changes):
     with pytest.raises(kind, match=named) as caught:
         make_adversarial(arguments.pop("model"), arguments.pop("batch"), **arguments)
     assert isinstance(caught.value, BNextError)
-
-
-def attack_a_share(rank):
-    batch = make_records(4, 4, 4, 4)[rank::2]
-    return [record["image"] for record in make_adversarial(Net("all"), batch, epsilon=6, steps=3)]
-
-
-def test_two_workers_are_one_on_the_whole():
-    """With synchronized norms: the mini-batch of the attack is that of both."""
-    whole = [record["image"] for record in make_adversarial(Net(), make_records(4, 4, 4, 4), epsilon=6, steps=3)]
-    first, second = run_workers(attack_a_share, 2)
-    torch.testing.assert_close([first[0], second[0], first[1], second[1]], whole, rtol=0, atol=1e-9)
-    assert not torch.allclose(attack_a_share_alone()[0], whole[0])
-
-
-def attack_a_share_alone():
-    return [record["image"] for record in make_adversarial(Net(), make_records(4, 4, 4, 4)[::2], epsilon=6, steps=3)]

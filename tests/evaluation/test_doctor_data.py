@@ -41,6 +41,15 @@ def test_a_few_batches_as_a_worker_has_them(digits, tmp_path):
     assert not (tmp_path / "out").exists()  # nothing is written
 
 
+def test_pixels_that_are_made_up_are_of_a_domain_of_the_norms(digits, tmp_path):
+    own = [item for key in ("STATISTICS", "POPULATION") for item in (f"MODEL.BNEXT.RESNETS.{key}", "per_domain")]
+    cfg = tiny.load(tmp_path, *own, "MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
+    facts, _ = examine_detector(cfg, Origin("config", "tiny.yaml"))
+
+    assert not facts.failures
+    assert [(forward.is_noise, forward.domain) for forward in facts.forwards] == [(True, "")]
+
+
 def test_rois_of_single_images_as_in_training(digits, tmp_path):
     facts = examine(tiny.load(tmp_path, "SOLVER.IMS_PER_BATCH", 4, config=tiny.RCNN))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -50,10 +51,8 @@ def stretch(pixels: np.ndarray, alpha: float, random: np.random.Generator) -> np
     dx, dy = shifts
 
     places = (np.arange(height)[:, None] + dy, np.arange(width) + dx)
-    channels = [
-        ndimage.map_coordinates(channel, places, order=1, mode="reflect") for channel in pixels.transpose(2, 0, 1)
-    ]
-    return np.stack(channels, axis=2)
+    move = partial(ndimage.map_coordinates, coordinates=places, order=1, mode="reflect")
+    return np.stack([move(channel) for channel in pixels.transpose(2, 0, 1)], axis=2)
 
 
 def pixelate(pixels: np.ndarray, factor: float, random: np.random.Generator) -> np.ndarray:

@@ -85,7 +85,9 @@ def find_frost() -> list[Path]:
     """
     package = importlib.util.find_spec("imagecorruptions")  # which is not imported
     folders = package.submodule_search_locations if package is not None else None
-    files = [file for folder in folders or () for file in Path(folder, "frost").glob("frost[1-6].*")]
+    files: list[Path] = []
+    for folder in folders or ():
+        files += Path(folder, "frost").glob("frost[1-6].*")
     if len(files) != 6:
         raise _NO_FROST.of(f"{len(files)} of 6")
     return sorted(files)

@@ -1,4 +1,4 @@
-"""Which images make up the batch of an iteration: a pure function of the seed and the iteration.
+"""Batches of a training, told by the indices of their images: a pure function of the seed and the iteration.
 
     records of a training  --build_sampler-->  sampler  --iteration by iteration-->  [(position, index), ...]
 
