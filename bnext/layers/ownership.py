@@ -243,12 +243,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         owners = map_owners(self.levels, domains)
         self.sources = tuple(owners["shared"])
         self.unseen_sources = tuple(unseen.get("shared", ()))
-        # answer -> source -> owner; where all share something, the names of levels and domains are nobody's either
-        names = (*self.levels, *domains)
+        # answer that tells something apart -> source -> owner
         self._owners: dict[str, dict[str, str]] = {}
         for answer, of_sources in owners.items():
-            of_names = {} if is_owned(answer) else dict.fromkeys(names, "")
-            self._owners[answer] = {**of_names, **of_sources, **unseen.get(answer, {})}
+            if is_owned(answer):
+                self._owners[answer] = {**of_sources, **unseen.get(answer, {})}
         self._checked: dict[str, _Verdict] = {}  # by owner
 
     def _add_states(self, place: dict[str, Any]) -> None:
@@ -398,8 +397,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         return self._modules[owner] if owner else self  # type: ignore[return-value]
 
     def find_owner(self, answer: str, source: str) -> str:
-        """Name of what owns the state of a source; an owner's name is its own."""
-        return self._owners[answer].get(source, source)
+        """Name of what owns the state of a source, "" where all share it; an owner's name is its own."""
+        owners = self._owners.get(answer)
+        return owners.get(source, source) if owners else ""
 
     def populations(self) -> Iterator[tuple[tuple[str, ...], nn.BatchNorm2d]]:
         """Each set of population statistics, with the names of what it normalizes."""
