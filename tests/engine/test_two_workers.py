@@ -1,4 +1,4 @@
-"""Trainings on two real workers: the checks of two_workers.py, all in one spawn."""
+"""Trainings on two real workers: the checks of two_workers.py in one spawn, the slow ones in another."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ import torch
 
 from bnext.distributed.groups import count_cores
 from tests import tiny
-from tests.engine.two_workers import CHECKS, REGISTER
+from tests.engine.two_workers import CHECKS, REGISTER, SLOW_CHECKS
 
 pytestmark = pytest.mark.skipif(
     count_cores() < 2 or torch.cuda.is_available(), reason="two workers need two cores, and would use GPUs"
@@ -34,17 +34,35 @@ def run(*command, **variables):
 @pytest.fixture(scope="module")
 def finished_work(digits, tmp_path_factory):
     """The folder in which two workers did all checks, and what their command said."""
-    folder = tmp_path_factory.mktemp("two_workers")
+    return do_checks(digits, tmp_path_factory.mktemp("two_workers"))
+
+
+@pytest.fixture(scope="module")
+def finished_slow_work(digits, tmp_path_factory):
+    return do_checks(digits, tmp_path_factory.mktemp("two_workers_slow"), "slow")
+
+
+def do_checks(digits, folder, *which):
     (folder / "datasets").symlink_to(digits)
     module = folder / "environment.py"
     module.write_text(REGISTER.format(name="environment"))
-    return folder, run("-m", "tests.engine.two_workers", folder, DETECTRON2_ENV_MODULE=str(module))
+    return folder, run("-m", "tests.engine.two_workers", folder, *which, DETECTRON2_ENV_MODULE=str(module))
 
 
 @pytest.mark.timeout(300)  # the first one waits for all
 @pytest.mark.parametrize("check", CHECKS)
 def test_on_two_workers(finished_work, check):
-    folder, result = finished_work
+    expect_passed(*finished_work, check)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("check", SLOW_CHECKS)
+def test_on_two_workers_for_longer(finished_slow_work, check):
+    expect_passed(*finished_slow_work, check)
+
+
+def expect_passed(folder, result, check):
     names = {path.name for path in folder.glob(f"{check}[01].passed")}
     assert names == {f"{check}0.passed", f"{check}1.passed"}, result.stdout[-3000:] + result.stderr[-3000:]
 

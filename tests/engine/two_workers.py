@@ -468,7 +468,6 @@ def check_evaluation_by_domain(folder):
 
 CHECKS = {
     "own_code": check_own_code,
-    "domain_batches": check_domain_batches,
     "evaluation_by_domain": check_evaluation_by_domain,
     "world": check_world,
     "data": check_data,
@@ -481,9 +480,9 @@ CHECKS = {
     "around": check_around,
     "shuffling": check_shuffling,
     "lazy_config": check_lazy_config,
-    "auxiliary_domain": check_auxiliary_domain,
     "attack": check_attack,
 }
+SLOW_CHECKS = {"domain_batches": check_domain_batches, "auxiliary_domain": check_auxiliary_domain}
 
 
 def prepare_own_code(folder):
@@ -496,11 +495,11 @@ def prepare_own_code(folder):
     return sys.modules["imported"].Mapper(cfg, True)
 
 
-def work(folder, mapper):
-    """All checks, each of which leaves a file; then a failure of one worker alone."""
+def work(folder, mapper, checks):
+    """Checks, each of which leaves a file; then a failure of one worker alone."""
     own_mapper.append(mapper)
     tiny.register(folder / "datasets")
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         check(folder)
         (folder / f"{name}{comm.get_rank()}.passed").touch()
 
@@ -520,4 +519,5 @@ if __name__ == "__main__":
         launch(look, 1, args=(where,))
         assert not torch.distributed.is_initialized()
     else:
-        launch(work, 2, args=(where, prepare_own_code(where)))
+        checks = SLOW_CHECKS if "slow" in sys.argv[2:] else CHECKS
+        launch(work, 2, args=(where, prepare_own_code(where), checks))
