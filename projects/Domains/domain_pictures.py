@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ _OF_STREAM = ("own statistics", "source", "each image", "blend", "stream")
 def draw_table(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """AP of each row by domain: a dot for each seed, a bar for their mean."""
     rows = collect_rows(results)
-    figure = make_figure(1000, 420)
+    figure = make_figure(1000, 450)
     axes = figure.subplots()
 
     width = 0.8 / len(DOMAINS)
@@ -38,7 +39,7 @@ def draw_table(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
             axes.bar(x, statistics.mean(aps), width * 0.92, color=PLAIN[number], label=label)
             axes.plot([x] * len(aps), aps, "o", color="black", markersize=3)
 
-    axes.set_xticks(range(len(rows)), [name_row(row).replace(", ", ",\n") for row in rows])
+    axes.set_xticks(range(len(rows)), [textwrap.fill(name_row(row), 18) for row in rows])
     axes.set_ylabel("COCO AP")
     axes.set_title("One detector, three domains", loc="left")
     style_axes(axes, pixels=12)
