@@ -249,7 +249,7 @@ def check_keys(state: StateDict, model: nn.Module, where: str, *, complete: bool
 
 
 def _name_new_domains(missing: list[str], model: nn.Module) -> list[str]:
-    """What to do where nothing is missing but what domains own, as if they were new; nothing where more is."""
+    """The remedy where nothing is missing but what domains own, as if they were new; none where more is."""
     domains = {}
     for path, norm in find_bnext_norms(model).items():
         for source in list_sources(norm.levels, norm.domains):

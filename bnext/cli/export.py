@@ -24,6 +24,7 @@ from bnext.checkpoints import load_model
 from bnext.cli.arguments import FILE_HELP, PAIRS_HELP
 from bnext.cli.output_file import check_output_file, find_existing_faults, find_kept
 from bnext.config import load_config
+from bnext.config.domains import check_domains
 from bnext.config.recipe import resolve_norms
 from bnext.data.mapping import build_mapper
 from bnext.data.records import load_records
@@ -206,10 +207,9 @@ def _check_domain(cfg: CfgNode, domain: str | None) -> None:
     norms = resolve_norms(cfg)
     names = norms.domains
 
-    if domain is not None and domain not in names:
-        rule, remedy = f"be one of the model's domains {names}", "Correct it, or leave --domain out."
-        raise ConfigError.of("--domain", rule, got=repr(domain), where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)
-    if names and domain is None and norms.unseen == "error":
+    if domain is not None:
+        check_domains(cfg, eval_only=True, domain=domain)
+    elif names and norms.unseen == "error":
         rule = "name the domain of the images where norms have domains"
         remedy = "Give --domain NAME, or choose a rule for images without one, MODEL.BNEXT.DOMAINS.UNSEEN."
         raise ConfigError.of("--domain", rule, got=f"none of {names}", where="MODEL.BNEXT.DOMAINS.NAMES", remedy=remedy)

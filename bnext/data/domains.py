@@ -182,14 +182,15 @@ def name_source(cfg: CfgNode, name: str, records: Sequence[dict[str, Any]]) -> l
     if domain:
         source["domain"] = domain
 
-    for record in records:
+    named = [{**source, **record} for record in records]
+    for record in named:
         given = record.get("domain", "none")
         if not isinstance(given, str) or not given:
             raise _NO_NAME.of(repr(given), str(record.get("file_name", "")), name=name)
-        if given in _TAKEN_NAMES or domain in _TAKEN_NAMES:
+        if given in _TAKEN_NAMES:
             names = " and ".join(map(repr, _TAKEN_NAMES))
-            raise _TAKEN_NAME.of(repr(domain or given), f"data set {name!r}", names=names, name=name)
-    return [{**source, **record} for record in records]
+            raise _TAKEN_NAME.of(repr(given), f"data set {name!r}", names=names, name=name)
+    return named
 
 
 def count_domains(records: Sequence[dict[str, Any]]) -> Counter[str]:

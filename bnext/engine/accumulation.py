@@ -36,8 +36,8 @@ EQUALITY = (
 )
 
 
-class AccumulatingTrainer(SimpleTrainer):
-    """Detectron2's step in float32, from several micro-batches, and from copies of their images.
+class _OfMicroBatches:
+    """A step of several micro-batches, and of copies of their images; goes before a trainer of Detectron2.
 
     Args:
         model, data_loader, optimizer: as of `SimpleTrainer`; a batch of the loader is a list of this worker's images.
@@ -53,29 +53,21 @@ class AccumulatingTrainer(SimpleTrainer):
         number: int,
         auxiliary: AuxiliaryImages | None = None,
     ) -> None:
-        super().__init__(model, data_loader, optimizer)
+        super().__init__(model, data_loader, optimizer)  # type: ignore[call-arg]
         self.number = number
         self.auxiliary = auxiliary
+
+
+class AccumulatingTrainer(_OfMicroBatches, SimpleTrainer):
+    """Detectron2's step in float32."""
 
     def run_step(self) -> None:
         _run_step(self, _call, torch.Tensor.backward)
         self.optimizer.step()
 
 
-class AccumulatingAMPTrainer(AMPTrainer):
+class AccumulatingAMPTrainer(_OfMicroBatches, AMPTrainer):
     """The same step in mixed precision: one scale, one step and one update for all micro-batches."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        data_loader: Any,
-        optimizer: torch.optim.Optimizer,
-        number: int,
-        auxiliary: AuxiliaryImages | None = None,
-    ) -> None:
-        super().__init__(model, data_loader, optimizer)
-        self.number = number
-        self.auxiliary = auxiliary
 
     def run_step(self) -> None:
         def call(model: nn.Module, batch: Any) -> Any:

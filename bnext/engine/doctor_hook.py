@@ -144,7 +144,7 @@ class DoctorHook(HookBase):
             write_json(os.path.join(self._cfg.OUTPUT_DIR, FILE), describe_diagnosis(self.diagnosis))
 
     def _choose_new(self, findings: Sequence[Finding]) -> list[Finding]:
-        """Those that name a norm of which the same was not yet said: a threshold is passed by others in every look."""
+        """Findings on a norm of which the same was not yet said: a threshold is passed by others in every look."""
         kinds = [((finding.code, finding.severity), set(finding.evidence.layers)) for finding in findings]
         is_new = [kind not in self._told or not layers <= self._told[kind] for kind, layers in kinds]
         for kind, layers in kinds:

@@ -26,7 +26,7 @@ from torch import nn
 
 from bnext.data.corrupted_sets import name_variant, register_variant
 from bnext.data.corruptions.names import COMMON, SEVERITIES
-from bnext.data.domains import find_domain
+from bnext.data.domains import select_sets
 from bnext.evaluation.coco import build_evaluator, evaluate_with, flatten_metrics
 from bnext.evaluation.compare import count_together, recompute_kind
 from bnext.progress import showing_progress
@@ -126,12 +126,9 @@ def _measure(cfg: CfgNode, model: nn.Module, name: str, statistics: str) -> dict
 
 def _point_to(cfg: CfgNode, name: str) -> CfgNode:
     """The config of an evaluation on one set."""
-    domain = find_domain(cfg, str(cfg.DATASETS.TEST[0]))
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATASETS.TEST = (name,)
-    if "DOMAINS" in cfg.DATASETS:
-        cfg.DATASETS.DOMAINS.TEST = (domain,) if domain else ()
+    select_sets(cfg, "TEST", [name])
     return cfg
 
 

@@ -214,11 +214,13 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.spec = spec
         self.r_max, self.d_max = spec.r_max, spec.d_max
         self.path = ""
+
         self.levels = tuple(levels)
         self._name_sources()
         self._check_names(spec.domains)
         self._add_states({"device": device, "dtype": dtype})
         self._keep_statistics(is_in_use=False)
+
         self.affine = spec.affine != "none"
         if spec.has_frozen_affine:
             self.requires_grad_(False)

@@ -36,22 +36,26 @@ class Stream:
         """Forget all samples."""
         self.moments, self.number = None, 0.0
 
-    def take_in(self, new: Moments, num_samples: int) -> None:
+    def take_in(self, new: Moments, num_samples: int) -> Moments:
         """Add samples.
 
         Args:
             new: their moments, count [], mean and var [C].
             num_samples: 0, if they were counted already, as those of another call in the same forward.
+
+        Returns:
+            The moments of all so far.
         """
         if self.moments is None:
             self.moments, self.number = new, float(num_samples)
-            return
+            return new
 
         kept = (1 - 1 / self.memory) ** num_samples
         before = Moments(*(field.to(new.mean.device) for field in self.moments))
         before = before._replace(count=before.count * kept)
         self.moments = merge_moments(stack_parts([before, new]))
         self.number = self.number * kept + num_samples
+        return self.moments
 
 
 def keep_near(moments: Moments, source: Moments, bound: float, eps: float) -> Moments:

@@ -222,7 +222,7 @@ def _plan_levels(
 
 
 class _NoNumbers(Exception):
-    """What the caller's evaluation has given instead."""
+    """The caller's evaluation has given something else."""
 
 
 class _Calls:

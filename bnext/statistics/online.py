@@ -164,15 +164,14 @@ class OnlineStatistics:
         counted = self._counted.get(state, 0)
         self._counted[state] = max(num_samples, counted)
         stream = self._streams.setdefault(state, Stream())
-        stream.take_in(new, max(num_samples - counted, 0))  # another call of one forward has the same samples
+        seen = stream.take_in(new, max(num_samples - counted, 0))  # another call of one forward has the same samples
 
         source = self._source[state]
         if self._momentum is not None:
             values = torch.lerp(_read(state), _stack(new), self._momentum)
         else:
-            assert stream.moments is not None
             share = stream.number / (stream.number + self._source_samples)
-            values = torch.lerp(source, _stack(stream.moments), share)
+            values = torch.lerp(source, _stack(seen), share)
 
         now, former = Moments(new.count, *values), Moments(new.count, *source)
         near = keep_near(now, former, self._bound, state.eps)

@@ -242,7 +242,7 @@ class TrainingWatch:
         }
 
     def _snap(self) -> _Snapshot:
-        """It does not wait for the device."""
+        """Copy all buffers, without waiting for the device."""
         tensors: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for part in self._parts:
             for _, buffer in part.list_buffers():
