@@ -47,6 +47,7 @@ EXHIBITS = {
     "domains_table": Exhibit("Domains", "table.json", "domain_table", "format_table"),
     "domains_targets": Exhibit("Domains", "targets.json", "domain_pictures", "format_targets"),
     "domains_stream": Exhibit("Domains", "stream.json", "domain_pictures", "format_stream"),
+    "perils": Exhibit("Perils", "stories.json", "run"),
 }
 
 
