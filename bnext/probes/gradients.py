@@ -1,4 +1,4 @@
-"""Gradients of single mini-batches: how the elements of a weight's are spread, and what each image wants of an output."""
+"""Gradients of single mini-batches: the spread of the elements of a weight's, and those of each image at an output."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from bnext.errors import Refusal, StatisticsError
 from bnext.layers.counts import not_counting_domains
 from bnext.layers.walk import find_bnext_norms
 from bnext.losses import name_losses, storing_events
-from bnext.scope.model import restoring
+from bnext.scope.model import drawing_from, restoring
 from bnext.scope.statistics import as_in_training
 from bnext.statistics.arguments import check_data
 from bnext.statistics.data_pass import Forward, explain_batch
@@ -63,15 +63,19 @@ def list_trained(model: nn.Module, where: str) -> dict[str, nn.Parameter]:
     return named
 
 
-def run_batch(model: nn.Module, batch: Any, forward: Forward | None, seed: int, where: str) -> Any:
-    """What a model returns for a batch, in the mode in which it is; it is bitwise as it was.
+def run_batch(
+    model: nn.Module, batch: Any, forward: Forward | None, seed: int, where: str, *, restores: bool = True
+) -> Any:
+    """Output of a model for a batch, in the mode in which it is.
 
     Args:
         forward: called as forward(model, batch); None: model(batch).
         seed: of what is drawn meanwhile, such as RoIs.
         where: the probe.
+        restores: whether the model is bitwise as it was; else it has learned what a step of a training teaches it.
     """
-    with restoring(model, seed=seed), storing_events():
+    scope = restoring(model, seed=seed) if restores else drawing_from(model, seed)
+    with scope, storing_events():
         if forward is not None:
             return forward(model, batch)
         try:
@@ -80,13 +84,15 @@ def run_batch(model: nn.Module, batch: Any, forward: Forward | None, seed: int, 
             raise explain_batch(batch, error, where) from error
 
 
-def compute_loss(model: nn.Module, batch: Any, forward: Forward | None, seed: int, where: str) -> Tensor:
+def compute_loss(
+    model: nn.Module, batch: Any, forward: Forward | None, seed: int, where: str, *, restores: bool = True
+) -> Tensor:
     """The sum of a model's losses for a batch, as `run_batch`, with its graph.
 
     Raises:
         StatisticsError: there are no losses, or no parameter has an influence on them.
     """
-    losses = name_losses(run_batch(model, batch, forward, seed, where), where)
+    losses = name_losses(run_batch(model, batch, forward, seed, where, restores=restores), where)
     total = torch.stack([loss.reshape(()) for loss in losses.values()]).sum()
     if torch.is_grad_enabled() and not total.requires_grad:
         raise _NO_GRADIENT.of("a constant", where)
