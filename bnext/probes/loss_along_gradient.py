@@ -93,7 +93,9 @@ def loss_along_gradient(
 
     model = unwrap_model(model)
     parameters = list(list_trained(model, where).values())
-    losses, norms, ratios = [], [], []
+    losses: list[float] = []
+    norms: list[float] = []
+    ratios: list[list[float]] = []
 
     with keeping_parameters(model), looking_at_training(model):
         starts = [parameter.detach().clone() for parameter in parameters]
