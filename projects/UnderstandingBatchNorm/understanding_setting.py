@@ -55,6 +55,9 @@ class UnderstandingSetting(ImageSetting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in dataclasses.fields(self):  # a YAML file gives lists
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
         check_choice("initialization", self.initialization, INITIALIZATIONS, where="settings of UnderstandingBatchNorm")
         for name in ("rates", "step_sizes"):
             if not all(value > 0 for value in getattr(self, name)):
