@@ -43,9 +43,12 @@ class Exhibit(NamedTuple):
 
 
 EXHIBITS = {
+    "table5": Exhibit("RethinkingBatchNorm", "table5.json", "table5", "format_table"),
+    "nbs": Exhibit("NormalizationBatchSize", "digits.json", "size_tables"),
     "domains_table": Exhibit("Domains", "table.json", "domain_table", "format_table"),
     "domains_targets": Exhibit("Domains", "targets.json", "domain_pictures", "format_targets"),
     "domains_stream": Exhibit("Domains", "stream.json", "domain_pictures", "format_stream"),
+    "perils": Exhibit("Perils", "stories.json", "run"),
 }
 
 
