@@ -64,6 +64,11 @@ class LeakSetting(ImageSetting):
         for words in (*self.patterns, self.pattern, *self.joined_patterns):
             parse_pattern(words)
 
+        if self.joined_patterns and self.dataset not in ("digits", "mnist"):
+            rule, remedy = "be empty with a set that has no digits to join", "Add joined_patterns=[]."
+            got = list(self.joined_patterns)
+            raise ConfigError.of("joined_patterns", rule, got=got, where=self.dataset, remedy=remedy)
+
         for name in ("num_groups", "num_steps", "num_statistics", "num_tests", "joined", "joined_count"):
             if getattr(self, name) < 1:
                 rule, remedy = "be 1 or more", "Leave it at its default."

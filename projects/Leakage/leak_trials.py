@@ -128,7 +128,8 @@ def run_training(setting: LeakSetting, training: Training, sets: Sets, seed: int
         random ones ("random"), by population statistics ("population").
     """
     if training.joined > 1:
-        sets = {split: _join(images, setting, seed) for split, images in sets.items()}
+        count = setting.joined_count
+        sets = {split: join_images(images, training.joined, count, seed) for split, images in sets.items()}
     options: dict[str, Any] = {"noise": training.noise, "num_groups": setting.num_groups}
     options["shuffled"] = training.repair == "random_groups"
     batches = PatternedBatches(
@@ -155,12 +156,6 @@ def run_training(setting: LeakSetting, training: Training, sets: Sets, seed: int
             errors[name] = _measure(model, setting, training, sets["val"], pattern, seed)
     errors["population"] = _measure(model, setting, training, sets["val"], tests["random"], seed)
     return {"loss": fmean(losses[-20:]), "error": errors}
-
-
-def _join(images: Selectable, setting: LeakSetting, seed: int) -> Images:
-    if not isinstance(images, Images):
-        raise TypeError("only pictures of a digit are joined")
-    return join_images(images, setting.joined, setting.joined_count, seed)
 
 
 def _build_model(setting: LeakSetting, training: Training, images: Selectable, seed: int) -> nn.Module:

@@ -17,7 +17,9 @@ def test_what_is_no_pattern_is_refused(words):
         parse_pattern(words)
 
 
-@pytest.mark.parametrize("wrong", [{"model": "vgg"}, {"num_steps": 0}, {"num_groups": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"model": "vgg"}, {"num_steps": 0}, {"joined_patterns": ("16 x 2",), "dataset": "cifar10"}]
+)
 def test_settings_that_do_not_fit_are_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         LeakSetting(**wrong)

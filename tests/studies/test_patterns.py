@@ -31,7 +31,8 @@ def test_they_come_again_and_depend_on_the_seed():
 
 def test_shuffled_groups_have_no_pattern_but_the_same_images():
     plain, shuffled = (
-        next(iter(PatternedBatches(IMAGES, Pattern(1, 32), num_groups=4, seed=3, shuffled=value))) for value in (False, True)
+        next(iter(PatternedBatches(IMAGES, Pattern(1, 32), num_groups=4, seed=3, shuffled=value)))
+        for value in (False, True)
     )
     assert torch.equal(plain.pixels.flatten(1).sort(0).values, shuffled.pixels.flatten(1).sort(0).values)
     assert len(plain.labels[:32].unique()) == 1 < len(shuffled.labels[:32].unique())
@@ -53,7 +54,9 @@ def test_pictures_of_two_digits_read_their_class():
     assert joined.labels.bincount().unique().tolist() == [2, 3]
 
 
-@pytest.mark.parametrize(("arguments", "named"), [((0, 2), "num_classes"), ((2, 0), "num_images"), ((2, 2, 1.5), "share")])
+@pytest.mark.parametrize(
+    ("arguments", "named"), [((0, 2), "num_classes"), ((2, 0), "num_images"), ((2, 2, 1.5), "share")]
+)
 def test_a_pattern_that_cannot_be_is_refused(arguments, named):
     with pytest.raises(ConfigError, match=named):
         Pattern(*arguments)
