@@ -7,7 +7,6 @@ table are is in the module of that table.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
@@ -20,14 +19,12 @@ from detectron2.utils import comm
 
 from bnext.checkpoints import load_model
 from bnext.config.load import load_config
-from bnext.engine.output import holding_output
-from bnext.engine.screen import set_up_logging
 from bnext.engine.trainer import train
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import evaluate_model, flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
-from bnext.files import write_json
 from bnext.layers.walk import Selection
+from bnext.studies.results_file import keeping_results
 
 __all__ = [
     "check_rows",
@@ -107,29 +104,16 @@ def run_study(
         Runs in every worker. results.json is {"rows": {row: metrics}, "seconds": {step: s}} and is
         written anew, whole, after every row.
     """
-    with holding_output(output, "--output"):
-        file = Path(output, "results.json")
-        is_main = comm.is_main_process()
-        results: dict[str, Any] = {"rows": {}, "seconds": {}}
-        if resume and file.exists():
-            results = json.loads(file.read_text())
-        elif file.exists() and is_main:
-            logger.warning(
-                "%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file
-            )
-        comm.synchronize()  # every worker has read the file before one writes it
-        set_up_logging(output)
-
+    with keeping_results(output, {"rows": {}, "seconds": {}}, resume=resume) as results:
         for row, cfg in configs.items():
             logger.info("Row %s: %s.", row, describe(row))
             prepare_folder(cfg, resume)
-            metrics = run_row(row, configs, results["seconds"], resume)
-            results["rows"][str(row)] = flatten_metrics(metrics, tasks)
-            if is_main:
-                write_json(file, results)
+            metrics = run_row(row, configs, results.content["seconds"], resume)
+            results.content["rows"][str(row)] = flatten_metrics(metrics, tasks)
+            results.write()
 
-        if is_main:
-            print(show(results), flush=True)
+        if comm.is_main_process():
+            print(show(results.content), flush=True)
 
 
 def train_row(label: str, cfg: CfgNode, seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:
