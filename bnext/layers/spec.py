@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from bnext.errors import ConfigError, check_choice
-from bnext.layers.sources import Ownership, Sharing, is_per_domain, is_per_level, name_groups
+from bnext.layers.sources import Ownership, Sharing, is_per_domain, is_per_level
 
 __all__ = ["OWNED", "TABLE5_ROWS", "NormSpec", "Ownership", "Sharing", "Unseen", "Workers"]
 
@@ -146,8 +147,10 @@ class NormSpec:
     def table5_row(self) -> int | None:
         """The row of Table 5 that the answers are, or None where they are in none.
 
-        Shared statistics with an affine per level are in none, nor is anything per domain.
+        Shared statistics with an affine per level are in none, nor is anything per domain, or per group of levels.
         """
+        if self.level_groups:
+            return None
         answers = (self.statistics, self.population, self.affine)
         return next((row for row, cells in TABLE5_ROWS.items() if cells == answers), None)
 
@@ -190,10 +193,9 @@ def _read_groups(groups: object) -> tuple[tuple[str, ...], ...]:
 
 def _are_groups(groups: Sequence[Sequence[str]]) -> bool:
     """Whether every level is in one group, and a name that can be joined to that of the group."""
-    levels = [level for group in groups for level in group]
-    return all(isinstance(level, str) and level and "-" not in level for level in levels) and len(
-        name_groups(groups)
-    ) == len(levels)
+    levels = list(itertools.chain.from_iterable(groups))
+    are_names = all(isinstance(level, str) and level and "-" not in level for level in levels)
+    return are_names and len(set(levels)) == len(levels)
 
 
 def _is_number(value: object) -> bool:
