@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
@@ -27,7 +27,9 @@ from bnext.layers.walk import Selection
 from bnext.studies.results_file import keeping_results
 
 __all__ = [
+    "Training",
     "check_rows",
+    "collect_values",
     "find_final_model",
     "load_row",
     "prepare_folder",
@@ -43,6 +45,46 @@ RunRow = Callable[[Row, Mapping[Row, CfgNode], dict[str, float], bool], Mapping[
 logger = logging.getLogger(__name__)
 
 
+class Training(NamedTuple):
+    """A row of a study with a seed: a training, or what is made from one.
+
+    Args:
+        row: number or name.
+        seed: of the training.
+
+    Example:
+        >>> str(Training(4, 2)), Training(4, 2).folder, Training("clean", 1).folder
+        ('4, seed 2', 'row4_seed2', 'clean_seed1')
+    """
+
+    row: int | str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder in that of the study."""
+        return f"row{self.row}_seed{self.seed}" if isinstance(self.row, int) else f"{self.row}_seed{self.seed}"
+
+
+def collect_values(results: Mapping[str, Any], row: int | str, key: str) -> dict[int, float | None]:
+    """A number of a row by seed, in the order of seeds.
+
+    Args:
+        results: content of a results.json whose rows are trainings.
+        row: number or name.
+        key: of the number, such as "bbox/AP".
+    """
+    values = {}
+    for name, metrics in results["rows"].items():
+        other, _, seed = name.rpartition(", seed ")
+        if other == str(row) and key in metrics:
+            values[int(seed)] = metrics[key]
+    return dict(sorted(values.items()))
+
+
 def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> CfgNode:
     """The config of a row, with a folder of its own in that of the study.
 
@@ -53,11 +95,14 @@ def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> C
         opts: KEY VALUE pairs that override the file.
 
     Raises:
-        ConfigError: the config is wrong, or the pairs say where results go.
+        ConfigError: the config is wrong, or the pairs say where results go, or give a seed to what has one.
     """
     if "OUTPUT_DIR" in opts:
         rule = "not be among the pairs, as every row has a folder of its own"
         raise ConfigError.of("OUTPUT_DIR", rule, got=list(opts), remedy="Use --output.")
+    if opts.count("SEED") > 1:
+        rule = "not be among the pairs, as every training has its seed"
+        raise ConfigError.of("SEED", rule, got=list(opts), remedy="Use --seeds.")
 
     return load_config(file, [*opts, "OUTPUT_DIR", os.path.join(output, folder)])
 
