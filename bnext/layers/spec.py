@@ -65,8 +65,9 @@ class NormSpec:
         single_element: a mini-batch with a single element per channel has no variance. In training it
             is an error that names the layer, or is normalized by the population statistics. (At
             inference always the latter.)
-        level_groups: levels that go together where something is per level: (("p3", "p4"), ("p5", "p6", "p7")) is between
-            "shared" and "per_level". The state of a group lies under its name, "p3-p4"; a level in no group is alone.
+        level_groups: levels that go together where something is per level: (("p3", "p4"), ("p5", "p6", "p7")) is
+            between "shared" and "per_level". The state of a group lies under its name, "p3-p4"; a level in no group is
+            alone.
         domains: names of the domains, if an answer is "per_domain" or "per_level_and_domain".
         unseen: what normalizes samples of a domain that the norm has not, or of none, at inference:
             nothing, as that is an error; a named domain ("fallback"); the mixture of all domains; each
