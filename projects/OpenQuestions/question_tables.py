@@ -34,7 +34,7 @@ def list_keys(results: Mapping[str, Any], part: str, path: str = "") -> list[str
     """Names under a path in the numbers of a part, in their order."""
     numbers: Any = next(iter(results["trials"][part].values()))
     for key in filter(None, path.split("/")):
-        numbers = numbers[key]
+        numbers = numbers[int(key)] if isinstance(numbers, list) else numbers[key]
     return list(numbers)
 
 
