@@ -43,6 +43,7 @@ class Exhibit(NamedTuple):
 
 
 EXHIBITS = {
+    "leakage_classifier": Exhibit("Leakage", "classifier.json", "leak_tables"),
     "table5": Exhibit("RethinkingBatchNorm", "table5.json", "table5", "format_table"),
     "nbs": Exhibit("NormalizationBatchSize", "digits.json", "size_tables"),
     "domains_table": Exhibit("Domains", "table.json", "domain_table", "format_table"),
