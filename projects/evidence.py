@@ -50,6 +50,10 @@ EXHIBITS = {
     "domains_table": Exhibit("Domains", "table.json", "domain_table", "format_table"),
     "domains_targets": Exhibit("Domains", "targets.json", "domain_pictures", "format_targets"),
     "domains_stream": Exhibit("Domains", "stream.json", "domain_pictures", "format_stream"),
+    "open_groups": Exhibit("OpenQuestions", "groups.json", "question_tables", "format_results"),
+    "open_levels": Exhibit("OpenQuestions", "levels.json", "question_tables", "format_results"),
+    "open_repair": Exhibit("OpenQuestions", "repair.json", "question_tables", "format_results"),
+    "open_rois": Exhibit("OpenQuestions", "rois.json", "question_tables", "format_results"),
     "perils": Exhibit("Perils", "stories.json", "run"),
 }
 
