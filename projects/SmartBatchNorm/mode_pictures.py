@@ -18,11 +18,11 @@ from bnext.studies.trials import collect
 __all__ = ["draw_curves", "draw_detector", "draw_rates"]
 
 _COLORS = (GREY, COLORS["vermillion"], COLORS["blue"])  # of CURVES
-_PANELS = (
-    ("1: no norm", "none", "none", ("none", "tested without a norm")),
-    ("2: batch norm", "bn", "moving_average", ("moving_average", "tested by moving averages")),
-    ("3: mini-batches, no estimate", "bn", "mini_batch", ("fresh", "tested by fresh statistics")),
-    ("4: mini-batches, then an estimate", "bn", "mini_batch", ("estimated", "tested by the estimate")),
+_PANELS = (  # title, training, validation between epochs, test at the end
+    ("1: no norm", "none", "none", "none"),
+    ("2: batch norm, moving averages at test", "bn", "moving_average", "moving_average"),
+    ("3: mini-batches, statistics of nobody at test", "bn", "mini_batch", "fresh"),
+    ("4: mini-batches, an estimate at test", "bn", "mini_batch", "estimated"),
 )
 
 
@@ -36,9 +36,9 @@ def draw_curves(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
     setting = results["setting"]
     epochs = range(1, setting["epochs"] + 1)
     figure = make_figure(1000, 640)
-    panels = figure.subplots(2, 2, sharex=True, sharey=True).flat
+    panels = list(figure.subplots(2, 2, sharex=True, sharey=True).flat)
 
-    for axes, (title, norm, reading, (test, words)) in zip(panels, _PANELS, strict=True):
+    for axes, (title, norm, reading, test) in zip(panels, _PANELS, strict=True):
         trial = name_trial(norm, setting["learning_rate"])
         for key, color, name in (("train", GREY, "training images"), (f"val/{reading}", COLORS["blue"], "validation")):
             for number, curve in enumerate(collect_curves(results, trial, key)):
@@ -47,14 +47,18 @@ def draw_curves(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
         size = setting["test_batch_sizes"][0]
         last = collect(results, trial, f"test/{test}/{size}")
         place = [setting["epochs"] + 0.6] * len(last)
-        axes.plot(place, last, "*", color=COLORS["vermillion"], markersize=11, label=f"{words}, {size} at a time")
+        axes.plot(place, last, "*", color=COLORS["vermillion"], markersize=11, label=f"test, {size} image(s) at a time")
         axes.set_title(title, loc="left")
         axes.grid(alpha=0.3)
-        style_axes(axes)
-        axes.legend(frameon=False, fontsize=to_points(12), loc="center right")
 
-    figure.supxlabel("epoch", fontsize=to_points(14))
-    figure.supylabel("accuracy, %", fontsize=to_points(14))
+    for axes in (panels[2], panels[3]):
+        axes.set_xlabel("epoch")
+    for axes in (panels[0], panels[2]):
+        axes.set_ylabel("accuracy, %")
+    for axes in panels:
+        style_axes(axes)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=3, fontsize=to_points(13), frameon=False)
     return save_figure(figure, path)
 
 
@@ -63,8 +67,8 @@ def draw_rates(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     setting = results["setting"]
     rates = sorted(setting["rates"])
     panels = (
-        ("change of validation accuracy between epochs, points", measure_change),
-        ("validation accuracy after the last epoch, %", lambda curve: curve[-1]),
+        ("validation, change between epochs, points", measure_change),
+        ("validation, last epoch, %", lambda curve: curve[-1]),
     )
 
     figure = make_figure(1000, 400)

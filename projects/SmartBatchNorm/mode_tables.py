@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from mode_trials import name_trial
 
-from bnext.studies.spread import summarize
+from bnext.studies.spread import compare, summarize
 from bnext.studies.trials import collect
 from bnext.tables import format_rows
 
@@ -102,7 +102,10 @@ _MEASURES = {
 def _format_net(results: Mapping[str, Any]) -> str:
     setting = results["setting"]
     rate = setting["learning_rate"]
-    return "\n\n".join((_format_panels(results, rate), _format_tests(results, rate), _format_rates(results)))
+    trials = name_trial("bn", rate), name_trial("none", rate)
+    differences = _format_differences(results, *trials, setting["test_batch_sizes"])
+    parts = (_format_panels(results, rate), _format_tests(results, rate), differences, _format_rates(results))
+    return "\n\n".join(parts)
 
 
 def _format_panels(results: Mapping[str, Any], rate: float) -> str:
@@ -124,6 +127,27 @@ def _format_tests(results: Mapping[str, Any], rate: float) -> str:
         trial = name_trial(norm, rate)
         rows.append([title, *(_show(collect(results, trial, f"test/{reading}/{size}")) for size in sizes)])
     return format_rows(rows, ["accuracy at test, %", *(f"{size} image(s) at a time" for size in sizes)])
+
+
+def _format_differences(results: Mapping[str, Any], norm: str, none: str, sizes: Sequence[int]) -> str:
+    """How much better mode 4 is than the others, seed by seed; whether that is beyond two spreads."""
+    rows = []
+    for title, kind, reading in _TESTS[:-1]:
+        trial = none if kind == "none" else norm
+        cells = []
+        for size in sizes:
+            estimated = collect(results, norm, f"test/estimated/{size}")
+            others = collect(results, trial, f"test/{reading}/{size}")
+            if len(others) == len(estimated):
+                difference = compare(estimated, others)
+                cells += [difference.show(sign="+"), "yes" if difference.is_beyond else "no"]
+        if cells:
+            rows.append([title, *cells])
+
+    headers = ["mode 4 is better than"]
+    for size in sizes:
+        headers += [f"by, {size} at a time", "beyond two spreads"]
+    return format_rows(rows, headers)
 
 
 def _format_rates(results: Mapping[str, Any]) -> str:
@@ -154,7 +178,7 @@ def _format_detector(results: Mapping[str, Any]) -> str:
             if size == "1" or reading == "mini_batch":
                 rows.append([title, size, _show(values)])
     tests = format_rows(rows, ["at test", "images at a time", "COCO AP"], num_texts=1)
-    return f"{panels}\n\n{tests}"
+    return f"{panels}\n\n{tests}\n\n{_format_differences(results, 'bn', 'none', [1])}"
 
 
 def _show(values: Any) -> str:
