@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -207,9 +206,10 @@ def measure_distance(classifier: Any, pictures: Tensor, others: Tensor) -> float
         the features are those of an Inception net.
     """
     features = [classifier.backbone(each).mean((2, 3)).double().numpy() for each in (pictures, others)]
-    (mean, other_mean), (spread, other_spread) = (
-        [each.mean(0) for each in features],
-        [np.cov(each.T) for each in features],
-    )
-    root = scipy.linalg.sqrtm(spread @ other_spread).real
-    return float(np.square(mean - other_mean).sum() + np.trace(spread + other_spread - 2 * root))
+    difference = features[0].mean(0) - features[1].mean(0)
+    spread, other = (np.cov(each.T) for each in features)
+
+    values, vectors = np.linalg.eigh(spread)
+    root = vectors * np.sqrt(values.clip(0)) @ vectors.T
+    common = np.sqrt(np.linalg.eigvalsh(root @ other @ root).clip(0)).sum()  # also where a feature is always zero
+    return float(np.square(difference).sum() + np.trace(spread + other) - 2 * common)
