@@ -16,7 +16,7 @@ from bnext.studies.images import Batches, load_images
 from bnext.studies.trials import run_trials
 from tests.markdown import read_tables
 
-TINY = ModeSetting(rates=(0.03,), epochs=2, limit=192, batch_size=32, test_batch_sizes=(1, 96), channels=(4, 8))
+TINY = ModeSetting(rates=(0.03,), epochs=4, limit=320, batch_size=32, test_batch_sizes=(1, 96), channels=(8, 16))
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,11 @@ def results(tmp_path_factory):
 
 
 def test_a_training_that_is_read_is_the_one_that_is_not(results):
-    images = load_images("train", limit=192)
-    model = build_classifier(1, channels=(4, 8))
+    images = load_images("train", limit=320)
+    model = build_classifier(1, channels=(8, 16))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
-    train_classifier(model, Batches(images, 32, epochs=2, seed=1), optimizer=optimizer, decays=False)
-    accuracy = measure_accuracy(model.eval(), load_images("val", limit=192))
+    train_classifier(model, Batches(images, 32, epochs=4, seed=1), optimizer=optimizer, decays=False)
+    accuracy = measure_accuracy(model.eval(), load_images("val", limit=320))
     numbers = results["trials"]["bn, rate 0.03"]["1"]
     assert numbers["test"]["moving_average"]["96"] == accuracy
     assert numbers["val"]["moving_average"][-1] == accuracy
