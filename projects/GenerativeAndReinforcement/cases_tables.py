@@ -41,9 +41,21 @@ def _format_gans(results: Mapping[str, Any]) -> str:
         trained, tested = (collect(results, way, f"{reading}/all") for reading in _READINGS)
         change = compare(tested, trained)
         cells = [change.show(sign="+"), "yes" if change.is_beyond else "no"]
-        rows.append([words, *cells, _show(results, way, "score_change", 2), _show(results, way, "distance", 2)])
+        rows.append([words, *cells, _show(results, way, "score_change", 2)])
     headers = ["discriminator", "population - as in training", "beyond two spreads", "change of a score, deviations"]
-    return f"{told}\n\n{format_rows(rows, [*headers, 'Fréchet distance of the digits'])}"
+    changed = format_rows(rows, headers)
+
+    rows = []
+    apart = collect(results, "apart", "distance")
+    for way, (_, words) in WAYS.items():
+        distances = collect(results, way, "distance")
+        cells = [_show(results, way, "distance", 2), "", ""]
+        if way in ("merged", "population") and len(distances) == len(apart):
+            change = compare(distances, apart)
+            cells[1:] = [change.show(2, sign="+"), "yes" if change.is_beyond else "no"]
+        rows.append([words, *cells])
+    headers = ["discriminator", "Fréchet distance of the digits", "against a batch of each", "beyond two spreads"]
+    return f"{told}\n\n{changed}\n\n{format_rows(rows, headers)}"
 
 
 def _format_values(results: Mapping[str, Any]) -> str:

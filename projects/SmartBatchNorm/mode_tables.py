@@ -110,14 +110,23 @@ def _format_net(results: Mapping[str, Any]) -> str:
 
 def _format_panels(results: Mapping[str, Any], rate: float) -> str:
     rows = []
+    steady = list(map(measure_change, collect_curves(results, name_trial("bn", rate), "val/mini_batch")))
     for title, norm, reading in CURVES:
         trained = collect_curves(results, name_trial(norm, rate), "train")
         curves = collect_curves(results, name_trial(norm, rate), f"val/{reading}")
+        changes = list(map(measure_change, curves))
         numbers = ([curve[-1] for curve in trained], [curve[-1] for curve in curves])
-        rows.append([title, *map(_show, (*numbers, map(measure_change, curves), map(measure_fall, curves)))])
+        cells = list(map(_show, (*numbers, map(measure_fall, curves), changes)))
 
-    headers = [f"mode, rate {rate:g}", "training images, last epoch", "validation images, last epoch"]
-    return format_rows(rows, [*headers, "change between epochs", "largest fall"])
+        cells += ["", ""]
+        if reading != "mini_batch" and len(changes) == len(steady):
+            more = compare(changes, steady)
+            cells[-2:] = [more.show(sign="+"), "yes" if more.is_beyond else "no"]
+        rows.append([title, *cells])
+
+    headers = [f"mode, rate {rate:g}", "training images, last epoch", "validation images, last epoch", "largest fall"]
+    headers += ["change between epochs", "more than in 3 and 4", "beyond two spreads"]
+    return format_rows(rows, headers)
 
 
 def _format_tests(results: Mapping[str, Any], rate: float) -> str:
