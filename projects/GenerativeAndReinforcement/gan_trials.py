@@ -1,4 +1,4 @@
-"""Small GANs of digits whose discriminator has batch norm and sees real and generated pictures: whose batch, whose moments.
+"""Small GANs of digits, whose discriminator has batch norm: real and generated pictures, whose batch, whose moments.
 
 Shape letters: N pictures, S = 16 their side in pixels, F features.
 """
@@ -125,8 +125,8 @@ def _train_and_read(setting: GanSetting, classifier: nn.Module, way: str, seed: 
     """Train a GAN, and read its discriminator by mini-batches, as in training, and by population statistics.
 
     Returns:
-        {"as_in_training": {...}, "population": {...}} with the shares of real, fake and all pictures that are told right in
-        %; "score_change": mean difference of scores between both readings, in deviations of the former; "distance": of
+        {"as_in_training": {...}, "population": {...}}: shares of real, fake and all pictures that are told right, in %;
+        "score_change": mean difference of scores between both readings, in deviations of the former; "distance": of
         generated pictures from training pictures, see `measure_distance`.
     """
     with torch.random.fork_rng(devices=[]):

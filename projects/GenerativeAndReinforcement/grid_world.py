@@ -17,7 +17,7 @@ _SIDE = 8
 
 
 class GridWorld:
-    """An agent that walks to a goal. A step onto the goal gives 1 and ends the episode; a step into a wall leads nowhere.
+    """An agent that walks to a goal. A step onto it gives 1 and ends the episode; a step into a wall leads nowhere.
 
     Args:
         discount: of a step.

@@ -6,7 +6,7 @@
 
 gan:    digits; the discriminator sees real and generated pictures in one batch or apart, with moments of five kinds.
 value:  a grid with walls; targets by moving averages, fresh or stale, by precise moments, by mini-batches.
-Each writes results.json and a picture into a folder of its own in --output; --resume keeps the trainings that are there.
+Each writes results.json and a picture into a folder of its own in --output; --resume keeps finished trainings.
 Settings are changed by --gan and --value KEY=VALUE.
 """
 

@@ -1,4 +1,4 @@
-"""Pictures of the four modes: accuracy by epoch in four panels, erratic curves against the rate, AP along a training."""
+"""Pictures of the four modes: accuracy by epoch, erratic curves by rate, AP along a training."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draw_curves(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
 
 def draw_rates(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """How erratic validation is, and what is reached, against the learning rate: a dot for each seed, a line of means."""
+    """How erratic validation is, and what is reached, by learning rate: a dot for each seed, a line of means."""
     setting = results["setting"]
     rates = sorted(setting["rates"])
     panels = (

@@ -1,7 +1,7 @@
 """Trainings of the small net: one without a norm, one with batch norm, which is read in the ways of modes 2, 3 and 4.
 
-Modes 2, 3 and 4 are one training: its gradients are of mini-batch statistics in all of them, and running statistics have
-no part in them. The modes differ in what normalizes when the net is read.
+Modes 2, 3 and 4 are one training: its gradients are of mini-batch statistics in all of them, and running statistics
+have no part in them. The modes differ in what normalizes when the net is read.
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> None:
         trials = list_trials(setting)
         results = run_trials(trials, output, seeds=args.seeds, setting=setting, resume=args.resume)
         print(f"\n{format_tables(results)}\n")
-        print(draw_curves(results, Path(output, "curves.png")), draw_rates(results, Path(output, "rates.png")), sep="\n")
+        print(
+            draw_curves(results, Path(output, "curves.png")), draw_rates(results, Path(output, "rates.png")), sep="\n"
+        )
 
     if "detector" in args.parts:
         output = os.path.join(args.output, "detector")

@@ -40,7 +40,9 @@ def test_tables_and_picture_of_gans(gans, tmp_path):
 def test_the_distance_of_pictures():
     classifier, digits = build_classifier(0).eval(), load_images("val").pixels
     assert abs(measure_distance(classifier, digits, digits)) < 1e-5
-    assert measure_distance(classifier, 1 - digits, digits) > 10 * measure_distance(classifier, digits[::2], digits[1::2])
+    assert measure_distance(classifier, 1 - digits, digits) > 10 * measure_distance(
+        classifier, digits[::2], digits[1::2]
+    )
 
 
 def test_values_of_the_grid_are_those_of_bellman():
@@ -63,7 +65,12 @@ def test_tables_and_picture_of_value_nets(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "key", "value"),
-    [(GanSetting, "batch_size", 1), (GanSetting, "steps", 0), (ValueSetting, "discount", 1.0), (ValueSetting, "steps", 3)],
+    [
+        (GanSetting, "batch_size", 1),
+        (GanSetting, "steps", 0),
+        (ValueSetting, "discount", 1.0),
+        (ValueSetting, "steps", 3),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(kind, key, value):
     with pytest.raises(ConfigError, match=key):

@@ -64,7 +64,8 @@ def test_settings_that_make_no_sense_are_refused(key, value):
 
 
 @pytest.mark.parametrize(
-    ("pairs", "named"), [(["batch_size=5000"], "size"), (["dataset=mnist", "root=/nowhere"], "mnist"), (["rate=1"], "rate")]
+    ("pairs", "named"),
+    [(["batch_size=5000"], "size"), (["dataset=mnist", "root=/nowhere"], "mnist"), (["rate=1"], "rate")],
 )
 def test_what_cannot_be_run_is_one_line(pairs, named, tmp_path, capsys):
     assert main(["--parts", "net", "--output", str(tmp_path / "out"), *pairs]) == 2
@@ -76,7 +77,9 @@ def test_what_cannot_be_run_is_one_line(pairs, named, tmp_path, capsys):
 @pytest.mark.slow
 def test_mode_3_is_worst_for_single_images_and_mode_2_most_erratic(tmp_path):
     setting = ModeSetting(rates=(0.03,))
-    numbers = run_trials(list_trials(setting), str(tmp_path), seeds=[1], setting=setting)["trials"]["bn, rate 0.03"]["1"]
+    numbers = run_trials(list_trials(setting), str(tmp_path), seeds=[1], setting=setting)["trials"]["bn, rate 0.03"][
+        "1"
+    ]
     test = {reading: sizes["1"] for reading, sizes in numbers["test"].items()}
     assert max(test["mini_batch"], test["fresh"]) < 50 < 90 < test["estimated"]
     val = {reading: measure_change(curve) for reading, curve in numbers["val"].items()}
