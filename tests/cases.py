@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -89,8 +89,10 @@ def join(level: str, domain: str) -> str:
     return f"{domain}_{level}" if level and domain else domain or level
 
 
-def find_owner(answer: str, level: str, domain: str) -> str:
-    """The name of what owns something of a source by an answer."""
+def find_owner(answer: str, level: str, domain: str, groups: Sequence[Sequence[str]] = ()) -> str:
+    """The name of what owns something of a source by an answer; levels may go together in groups."""
+    for group in groups:
+        level = "-".join(group) if level in group else level
     return join(level if "level" in answer else "", domain if "domain" in answer else "")
 
 
@@ -156,11 +158,15 @@ class Case:
         """Names of what owns something by an answer; "" is the norm itself."""
         levels, domains = self.levels or ("",), self.spec.domains or ("",)
         sources = [(level, domain) for domain in domains for level in levels]
-        return list(dict.fromkeys(find_owner(answer, *source) for source in sources)) if answer != "none" else []
+        groups = self.spec.level_groups
+        return (
+            list(dict.fromkeys(find_owner(answer, *source, groups) for source in sources)) if answer != "none" else []
+        )
 
     def mini_batches_of(self, inputs: dict[str, Tensor], training: bool = True) -> list[object]:
         """Which mini-batch each sample belongs to."""
-        owners = [find_owner(self.spec.statistics, *source) for source in self.sources_of(inputs)]
+        groups = self.spec.level_groups
+        owners = [find_owner(self.spec.statistics, *source, groups) for source in self.sources_of(inputs)]
         size = self.spec.normalization_batch_size
         if not training or size is None:
             return list(owners)
@@ -285,6 +291,10 @@ _PAIRED = {
     "pairs-renorm": make_pairs("per_domain", _BOTH, "per_level", training="renorm"),
     "pairs-1": make_pairs("per_level", "per_domain", _BOTH, normalization_batch_size=1, average="cumulative"),
 }
+_GROUPED = {
+    "groups": Case(NormSpec(**dict.fromkeys(OWN, "per_level"), level_groups=(("p3", "p4"), ("p5",))), LEVELS),
+    "groups-pairs": make_pairs(_BOTH, _BOTH, "per_level", level_groups=(("p3", "p5"),)),
+}
 
 
 def _list_cases() -> dict[str, Case]:
@@ -293,7 +303,7 @@ def _list_cases() -> dict[str, Case]:
         answers = dict(zip(ANSWERS, values, strict=True))
         changed = [f"{value}" for name, value in answers.items() if value != PLAIN[name]]
         cases["-".join(changed)] = make_case(answers)
-    return cases | _PAIRED
+    return cases | _PAIRED | _GROUPED
 
 
 _ALL = _list_cases()

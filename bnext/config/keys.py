@@ -148,6 +148,14 @@ _ANSWERS = (
     _answer("EPS", "added to the variance"),
 )
 
+_IS_PER_LEVEL = _one_of("per_level", "per_level_and_domain")
+_LEVEL_GROUPS = _answer(
+    "LEVEL_GROUPS",
+    "levels that go together where something is per level, `[[p3, p4], [p5, p6, p7]]`; empty: each is alone",
+    default=[],
+    needs=(Need(dict.fromkeys(_OWNED, _IS_PER_LEVEL)),),
+)
+
 _FEATURES = _one_of("features")
 _LOST = "RoIs move to workers that do not know their domain"
 _SHUFFLE = (
@@ -187,7 +195,9 @@ _SHUFFLE = (
 def _make_place_keys(name: str) -> tuple[Key, ...]:
     """The keys of one place: the same for all, but for what the place is."""
     place, node = PLACES[name], f"MODEL.BNEXT.{name}"
-    rows = [*([_NORM] if place.has_norm_of_ours else []), *_ANSWERS, *(_SHUFFLE if place.sees_rois else [])]
+    rows = [*([_NORM] if place.has_norm_of_ours else []), *_ANSWERS]
+    rows += [_LEVEL_GROUPS] if place.levels else []
+    rows += _SHUFFLE if place.sees_rois else []
 
     keys = []
     for row in rows:

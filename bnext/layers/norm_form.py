@@ -28,6 +28,7 @@ class NormForm:
         has_counter: num_batches_tracked is kept.
         eps: added to the variance.
         levels, domains: their names.
+        level_groups: levels that go together where something is per level.
         inference: what normalizes in evaluation mode; norms for which this is equal, and affine,
             population and eps as well, have equal outputs.
         is_frozen: population statistics normalize in training too.
@@ -40,6 +41,7 @@ class NormForm:
     eps: float
     levels: tuple[str, ...] = ()
     domains: tuple[str, ...] = ()
+    level_groups: tuple[tuple[str, ...], ...] = ()
     has_counter: bool = True
     inference: tuple[object, ...] = ("population",)
     is_frozen: bool = False
@@ -72,7 +74,7 @@ class NormForm:
         """Owner of something, by an answer -> the sources that it owns it for; "" is the norm itself."""
         groups: dict[str, list[Source]] = {}
         for source in list_sources(self.levels, self.domains) if answer != "none" else ():
-            groups.setdefault(source.find_owner(answer), []).append(source)
+            groups.setdefault(source.find_owner(answer, self.level_groups), []).append(source)
         return groups
 
     def list_keys(self) -> list[str]:
@@ -103,7 +105,7 @@ def form_of_spec(
     inference: tuple[object, ...] = ("population",)
     if spec.inference == "mini_batch":
         inference = ("mini_batch", spec.statistics)
-        inference += (tuple(levels),) if is_per_level(spec.statistics) else ()
+        inference += (tuple(levels), spec.level_groups) if is_per_level(spec.statistics) else ()
         inference += (spec.domains,) if is_per_domain(spec.statistics) else ()
 
     return NormForm(
@@ -113,6 +115,7 @@ def form_of_spec(
         eps=eps,
         levels=tuple(levels),
         domains=spec.domains,
+        level_groups=spec.level_groups,
         inference=inference,
         is_frozen=spec.has_frozen_statistics,
         has_bias=has_bias,

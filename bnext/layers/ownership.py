@@ -35,7 +35,7 @@ from bnext.layers.kept import KeptBatchNorm2d
 from bnext.layers.loading import convert_in_place
 from bnext.layers.norm_form import AFFINE, POPULATION, form_of_spec
 from bnext.layers.owned_fields import OwnedField
-from bnext.layers.sources import Source, drop_domains, is_owned, is_per_domain, list_sources, map_owners
+from bnext.layers.sources import Source, drop_domains, is_owned, is_per_domain, list_sources, map_owners, name_groups
 from bnext.layers.spec import OWNED, NormSpec
 from bnext.layers.unseen import UNSEEN, is_unseen
 from bnext.notices import tell_once
@@ -54,6 +54,9 @@ NO_NAME = Refusal(
     "levels and domains",
     "be distinct, also where they are joined as domain_level, without dots, and no attribute of the layer",
     "Choose another name.",
+)
+UNKNOWN_LEVEL_OF_GROUP = Refusal(
+    ConfigError, "level_groups", "name levels of the norm, {levels}", "Name some of them, and each once."
 )
 OTHER_STATE = Refusal(
     ConfigError,
@@ -103,7 +106,7 @@ Sources = int | tuple[int, ...]  # of all samples of a feature, or of each
 Affine = tuple[Tensor | None, Tensor | None]
 
 # Answers of a spec that say which state there is.
-_STATE = ("population", "affine", "domains")
+_STATE = ("population", "affine", "level_groups", "domains")
 
 # Field under torch's name -> the answer that says who owns it.
 _FIELDS = {**dict.fromkeys(AFFINE, "affine"), **dict.fromkeys(POPULATION, "population")}
@@ -216,6 +219,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         self.path = ""
 
         self.levels = tuple(levels)
+        self._check_level_groups(spec.level_groups)
         self._name_sources()
         self._check_names(spec.domains)
         self._add_states({"device": device, "dtype": dtype})
@@ -225,6 +229,11 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if spec.has_frozen_affine:
             self.requires_grad_(False)
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
+
+    def _check_level_groups(self, groups: Sequence[Sequence[str]]) -> None:
+        for level in name_groups(groups):
+            if level not in self.levels:
+                raise UNKNOWN_LEVEL_OF_GROUP.of(repr(level), type(self).__name__, levels=self.levels)
 
     def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
         """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""
@@ -241,8 +250,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     def _name_sources(self) -> None:
         domains = self._spec.domains
-        unseen = map_owners(self.levels, (UNSEEN,)) if domains else {}
-        owners = map_owners(self.levels, domains)
+        groups = self._spec.level_groups
+        unseen = map_owners(self.levels, (UNSEEN,), groups) if domains else {}
+        owners = map_owners(self.levels, domains, groups)
         self.sources = tuple(owners["shared"])
         self.unseen_sources = tuple(unseen.get("shared", ()))
         # answer that tells something apart -> source -> owner
@@ -491,7 +501,8 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         answers = [answer for answer in (self._spec.affine, self._spec.population) if is_per_domain(answer)]
         owners: list[str] = []
         for answer in answers:
-            owners += [source.find_owner(answer) for source in list_sources(self.levels, [domain])]
+            sources = list_sources(self.levels, [domain])
+            owners += [source.find_owner(answer, self._spec.level_groups) for source in sources]
         return list(dict.fromkeys(owners))
 
     def domain_states(self, domain: str) -> list[DomainState]:

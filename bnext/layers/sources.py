@@ -1,7 +1,8 @@
 """Sources of the samples of a norm, level and domain, and who owns what of them by an answer of a spec.
 
 A norm tells its samples apart by source: a level, a domain, a domain at a level, or nothing at all. What an answer
-shares, its sources look up under one name: `Source("p3", "night").find_owner("per_domain")` is "night".
+shares, its sources look up under one name: `Source("p3", "night").find_owner("per_domain")` is "night". Levels may go
+together in groups, which are then to "per_level" what a level is: "p3-p4".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ __all__ = [
     "is_per_level",
     "list_sources",
     "map_owners",
+    "name_groups",
 ]
 
 Sharing = Literal["shared", "per_level", "per_domain", "per_level_and_domain"]
@@ -61,6 +63,19 @@ def drop_domains(answer: str) -> str:
     return "per_level" if is_per_level(answer) else "shared"
 
 
+def name_groups(groups: Sequence[Sequence[str]]) -> dict[str, str]:
+    """Level -> name of the group that it is in; one in no group is missing.
+
+    Example:
+        >>> name_groups([("p3", "p4"), ("p5",)])
+        {'p3': 'p3-p4', 'p4': 'p3-p4', 'p5': 'p5'}
+    """
+    names = {}
+    for group in groups:
+        names.update(dict.fromkeys(group, "-".join(group)))
+    return names
+
+
 class Source(NamedTuple):
     """A level, a domain, a domain at a level; or neither, where a norm tells nothing apart.
 
@@ -77,9 +92,14 @@ class Source(NamedTuple):
         """The name under which its state lies: "p3", "night", "night_p3", or ""."""
         return "_".join(filter(None, (self.domain, self.level)))
 
-    def find_owner(self, answer: str) -> str:
-        """Name of what owns the state of its samples, by an answer of a spec; "": all share it, or there is none."""
-        level = self.level if is_per_level(answer) else ""
+    def find_owner(self, answer: str, groups: Sequence[Sequence[str]] = ()) -> str:
+        """Name of what owns the state of its samples, by an answer of a spec; "": all share it, or there is none.
+
+        Args:
+            answer: of the spec.
+            groups: levels that go together.
+        """
+        level = name_groups(groups).get(self.level, self.level) if is_per_level(answer) else ""
         domain = self.domain if is_per_domain(answer) else ""
         return Source(level, domain).name
 
@@ -92,13 +112,15 @@ def list_sources(levels: Sequence[str], domains: Sequence[str]) -> list[Source]:
     return sources
 
 
-def map_owners(levels: Sequence[str], domains: Sequence[str]) -> dict[str, dict[str, str]]:
-    """For each answer: name of a source -> name of what owns its state."""
+def map_owners(
+    levels: Sequence[str], domains: Sequence[str], groups: Sequence[Sequence[str]] = ()
+) -> dict[str, dict[str, str]]:
+    """For each answer: name of a source -> name of what owns its state; `groups` of levels go together."""
     sources = list_sources(levels, domains)
 
     owners = {}
     for answer in get_args(Ownership):
-        owners[answer] = {source.name: source.find_owner(answer) for source in sources}
+        owners[answer] = {source.name: source.find_owner(answer, groups) for source in sources}
     return owners
 
 
@@ -115,7 +137,8 @@ class Origin(NamedTuple):
 
 
 def find_origin(source: Source, names: Collection[str], name_map: Mapping[str, str]) -> Origin:
-    """The origin of a source in another norm: its own state there, else its pairs', its domain's, its level's, all's.
+    """The origin of a source in another norm: its own state there, else its pairs', its group's, its domain's, its
+    level's, all's.
 
     Args:
         source: of a norm.
@@ -127,6 +150,8 @@ def find_origin(source: Source, names: Collection[str], name_map: Mapping[str, s
         Origin(names=['p3'], is_shared=True)
         >>> find_origin(Source("p3"), ["day_p3", "night_p3", "night_p4"], {})
         Origin(names=['day_p3', 'night_p3'], is_shared=False)
+        >>> find_origin(Source("p3"), ["p3-p4", "p5"], {})
+        Origin(names=['p3-p4'], is_shared=True)
     """
     wanted = _map_source(source, name_map)
     if wanted.name in names and (wanted.name or not source.name):
@@ -135,6 +160,10 @@ def find_origin(source: Source, names: Collection[str], name_map: Mapping[str, s
     pairs = [] if wanted.level and wanted.domain else _list_pairs(names, wanted.name)
     if pairs:
         return Origin(pairs)
+
+    grouped = _list_grouped(names, wanted)
+    if grouped:
+        return Origin(grouped, is_shared=True)
 
     for name in (wanted.domain, wanted.level, ""):
         if name in names:
@@ -148,6 +177,16 @@ def _map_source(source: Source, name_map: Mapping[str, str]) -> Source:
 
     level = name_map.get(source.level, source.level) if source.level else ""
     return Source(level, name_map.get(source.domain, source.domain))
+
+
+def _list_grouped(names: Collection[str], wanted: Source) -> list[str]:
+    """The name of a group that has the level of a source, and its domain, if there is one."""
+    if not wanted.level:
+        return []
+
+    start = f"{wanted.domain}_" if wanted.domain else ""
+    groups = [name for name in names if "-" in name and name.startswith(start)]
+    return [name for name in groups if wanted.level in name.removeprefix(start).split("-")]
 
 
 def _list_pairs(names: Collection[str], half: str) -> list[str]:

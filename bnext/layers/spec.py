@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -64,6 +65,9 @@ class NormSpec:
         single_element: a mini-batch with a single element per channel has no variance. In training it
             is an error that names the layer, or is normalized by the population statistics. (At
             inference always the latter.)
+        level_groups: levels that go together where something is per level: (("p3", "p4"), ("p5", "p6", "p7")) is
+            between "shared" and "per_level". The state of a group lies under its name, "p3-p4"; a level in no group is
+            alone.
         domains: names of the domains, if an answer is "per_domain" or "per_level_and_domain".
         unseen: what normalizes samples of a domain that the norm has not, or of none, at inference:
             nothing, as that is an error; a named domain ("fallback"); the mixture of all domains; each
@@ -103,6 +107,7 @@ class NormSpec:
     affine: Ownership = "shared"
     frozen: Frozen = "none"
     single_element: SingleElement = "error"
+    level_groups: tuple[tuple[str, ...], ...] = ()
     domains: tuple[str, ...] = ()
     unseen: Unseen | None = None
     fallback_domain: str | None = None
@@ -114,6 +119,7 @@ class NormSpec:
             rule, remedy = "be a sequence of names", "Write ('day', 'night')."
             raise ConfigError.of("domains", rule, got=repr(self.domains), where="NormSpec", remedy=remedy)
         object.__setattr__(self, "domains", tuple(self.domains))  # a config gives a list
+        object.__setattr__(self, "level_groups", _read_groups(self.level_groups))
         if self.unseen is None:
             object.__setattr__(self, "unseen", "error" if self.fallback_domain is None else "fallback")
         check_choice("unseen", self.unseen, get_args(Unseen))
@@ -142,8 +148,10 @@ class NormSpec:
     def table5_row(self) -> int | None:
         """The row of Table 5 that the answers are, or None where they are in none.
 
-        Shared statistics with an affine per level are in none, nor is anything per domain.
+        Shared statistics with an affine per level are in none, nor is anything per domain, or per group of levels.
         """
+        if self.level_groups:
+            return None
         answers = (self.statistics, self.population, self.affine)
         return next((row for row, cells in TABLE5_ROWS.items() if cells == answers), None)
 
@@ -170,6 +178,25 @@ class NormSpec:
         if changes.get("fallback_domain") is not None:
             changes.setdefault("unseen", "fallback")
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+def _read_groups(groups: object) -> tuple[tuple[str, ...], ...]:
+    """Groups of levels as tuples, of whatever sequences they are."""
+    is_right = isinstance(groups, Sequence) and not isinstance(groups, str)
+    for group in groups if is_right else ():  # type: ignore[attr-defined]
+        is_right &= isinstance(group, Sequence) and not isinstance(group, str) and len(group) > 0
+
+    if not is_right:
+        rule, remedy = "be a sequence of groups of names", "Write (('p3', 'p4'), ('p5', 'p6', 'p7'))."
+        raise ConfigError.of("level_groups", rule, got=repr(groups), where="NormSpec", remedy=remedy)
+    return tuple(tuple(group) for group in groups)  # type: ignore[attr-defined]
+
+
+def _are_groups(groups: Sequence[Sequence[str]]) -> bool:
+    """Whether every level is in one group, and a name that can be joined to that of the group."""
+    levels = list(itertools.chain.from_iterable(groups))
+    are_names = all(isinstance(level, str) and level and "-" not in level for level in levels)
+    return are_names and len(set(levels)) == len(levels)
 
 
 def _is_number(value: object) -> bool:
@@ -255,6 +282,19 @@ _RULES = (
         ),
         "be distinct names",
         "Name each once, as ('day', 'night').",
+    ),
+    # Levels.
+    _Rule(
+        "level_groups",
+        lambda spec: _are_groups(spec.level_groups),
+        "name each level once, by a name without '-'",
+        "Write (('p3', 'p4'), ('p5', 'p6', 'p7')).",
+    ),
+    _Rule(
+        "level_groups",
+        lambda spec: not spec.level_groups or spec.has_levels,
+        "be empty where nothing is per_level or per_level_and_domain",
+        "Set statistics, population or affine so, or leave the groups out.",
     ),
     # Domains.
     _Rule(

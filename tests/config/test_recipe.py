@@ -176,3 +176,33 @@ def test_a_recipe_does_not_change():
         norms.places["RPN"] = norms.places["FPN"]
     with pytest.raises(dataclasses.FrozenInstanceError):
         norms.places["FPN"].name = "GN"
+
+
+GROUPS = "MODEL.BNEXT.RETINANET.LEVEL_GROUPS"
+IN_GROUPS = [["p3", "p4"], ["p5", "p6", "p7"]]
+
+
+def test_groups_of_levels_reach_the_spec_and_come_back_from_a_file(tmp_path):
+    changes = {"MODEL.RETINANET.NORM": "SyncBN", GROUPS: IN_GROUPS}
+    cfg, other = make_cfg(changes=changes), make_cfg()
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    other.merge_from_file(str(tmp_path / "config.yaml"))
+    assert other.MODEL.BNEXT == cfg.MODEL.BNEXT
+
+    place = resolve_norms(other).places["RETINANET"]
+    assert place.norm == NormSpec.from_table5_row(4, workers="all").replace(level_groups=IN_GROUPS)
+    assert place.levels == ("p3", "p4", "p5", "p6", "p7")
+    assert "LEVEL_GROUPS" in place.changed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {GROUPS: IN_GROUPS, "MODEL.BNEXT.RETINANET.STATISTICS": "shared", "MODEL.BNEXT.RETINANET.POPULATION": "shared"},
+        {GROUPS: ["p3", "p4"]},
+        {GROUPS: [["p3"], ["p3", "p4"]]},
+    ],
+)
+def test_groups_without_effect_or_of_no_levels_are_refused(changes):
+    with pytest.raises(ConfigError, match=r"RETINANET.*level_groups|LEVEL_GROUPS"):
+        resolve_norms(make_cfg(changes={"MODEL.RETINANET.NORM": "BN", **changes}))

@@ -192,3 +192,25 @@ def test_norms_of_another_backbone_keep_what_no_key_says(name, changes):
     assert (first.spec.workers, second.spec.workers, second.weight) == ("one", "all", None)
     assert torch.equal(first.running_mean, torch.full((4,), 3.0))
     train_and_infer(model)
+
+
+@pytest.mark.parametrize("architecture", ["BNextRetinaNet", "BNextFCOS"])
+def test_levels_of_a_group_share_their_statistics(architecture):
+    pairs = ("MODEL.BNEXT.RETINANET.LEVEL_GROUPS", [["p3", "p4"], ["p5", "p6", "p7"]])
+    model = make_detector(architecture, pairs=pairs)
+    run_step(model, make_batch())
+    owners = {key.split(".")[-2] for key in model.head.state_dict() if key.endswith("running_mean")}
+    assert owners == {"p3-p4", "p5-p6-p7"}
+    assert all(int(count) == 1 for key, count in model.head.state_dict().items() if key.endswith("tracked"))
+
+    copy = make_detector(architecture, seed=1, pairs=pairs)
+    copy.load_state_dict(model.state_dict())
+    with pytest.raises(ConfigError, match="'p8'"):
+        make_detector(architecture, pairs=("MODEL.BNEXT.RETINANET.LEVEL_GROUPS", [["p3", "p8"]]))
+
+
+def test_the_rpns_levels_go_together_too():
+    pairs = ["MODEL.BNEXT.RPN.NORM", "BN", "MODEL.BNEXT.RPN.LEVEL_GROUPS", [["p2", "p3"]]]
+    model = make_model(*pairs)
+    assert {norm.spec.level_groups for norm in norms_of(model, "RPN").values()} == {(("p2", "p3"),)}
+    train_and_infer(model)

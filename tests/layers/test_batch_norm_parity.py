@@ -56,11 +56,12 @@ def expect_populations(case, norm, inputs):
         values = (state.running_mean.clone(), state.running_var.clone(), int(state.num_batches_tracked))
         momentum = None if spec.average == "cumulative" else spec.momentum
         for unit in case.owners_of(spec.statistics):  # one update for each mini-batch, but for its groups
-            mine = [
-                x
-                for x, source in zip(samples, sources, strict=True)
-                if find_owner(spec.population, *source) == owner and find_owner(spec.statistics, *source) == unit
-            ]
+            mine = []
+            for x, source in zip(samples, sources, strict=True):
+                owners = [
+                    find_owner(answer, *source, spec.level_groups) for answer in (spec.population, spec.statistics)
+                ]
+                mine += [x] if owners == [owner, unit] else []
             if not spec.has_frozen_statistics:
                 values = reference.move_population(*values, mine, momentum)
         found[owner] = values
