@@ -32,8 +32,8 @@ class Spread(NamedTuple):
 
     @property
     def is_beyond(self) -> bool:
-        """Whether a mean difference is at least two spreads from zero, over three seeds or more."""
-        return self.number >= 3 and abs(self.mean) >= 2 * self.deviation
+        """Whether a mean difference is at least two spreads from zero, and not zero, over three seeds or more."""
+        return self.number >= 3 and abs(self.mean) > 0 and abs(self.mean) >= 2 * self.deviation
 
     def show(self, digits: int = 1, sign: str = "") -> str:
         """As in a table: mean ± deviation, the mean alone where there is one number, or "-".
