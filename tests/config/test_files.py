@@ -16,9 +16,12 @@ from bnext.layers.walk import find_bnext_norms
 from tests.stock import load_stock_config
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(
+FILES = sorted(
     path.relative_to(ROOT) for folder in ("configs", "projects") for path in ROOT.glob(f"{folder}/**/*.yaml")
 )
+# Of detectors; the others are the settings of a study, which are read by `bnext.studies.setting`.
+CONFIGS = [path for path in FILES if "_BASE_" in (text := (ROOT / path).read_text()) or "\nMODEL:" in f"\n{text}"]
+SETTINGS = [path for path in FILES if path not in CONFIGS]
 RCNN, MASK_RCNN = "configs/COCO-Detection/faster_rcnn", "configs/COCO-InstanceSegmentation/"
 TWO_STAGE = (RCNN, MASK_RCNN, "configs/COCO-PanopticSegmentation/")
 PARTS = {
@@ -31,6 +34,7 @@ PARTS = {
 
 def test_there_are_configs():
     assert len(CONFIGS) >= 26
+    assert {path.parts[0] for path in SETTINGS} == {"projects"}
 
 
 @pytest.mark.parametrize("ours", [path for path in CONFIGS if str(path).startswith(TWO_STAGE)], ids=str)
