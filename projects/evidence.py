@@ -47,6 +47,7 @@ EXHIBITS = {
     "table5": Exhibit("RethinkingBatchNorm", "table5.json", "table5", "format_table"),
     "nbs": Exhibit("NormalizationBatchSize", "digits.json", "size_tables"),
     "understanding": Exhibit("UnderstandingBatchNorm", "digits.json", "understanding_tables"),
+    "understanding_110": Exhibit("UnderstandingBatchNorm", "depth110.json", "understanding_tables"),
     "smart_net": Exhibit("SmartBatchNorm", "net.json", "mode_tables"),
     "smart_detector": Exhibit("SmartBatchNorm", "detector.json", "mode_tables"),
     "gan": Exhibit("GenerativeAndReinforcement", "gan.json", "cases_tables"),

@@ -2,7 +2,7 @@
 """The experiments of *Understanding Batch Normalization* (Bjorck et al. 2018): why batch norm allows a higher rate.
 
     python projects/UnderstandingBatchNorm/run_understanding.py
-    python projects/UnderstandingBatchNorm/run_understanding.py --parts depth gradients depth=110
+    python projects/UnderstandingBatchNorm/run_understanding.py --parts depth gradients --seeds 1 depth=110
     python projects/UnderstandingBatchNorm/run_understanding.py \\
         --config-file projects/UnderstandingBatchNorm/configs/cifar10.yaml root=/data
 

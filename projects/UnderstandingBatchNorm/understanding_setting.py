@@ -35,6 +35,7 @@ class UnderstandingSetting(ImageSetting):
         num_batches: of the start, that a probe looks at.
         rates: learning rates of the curves of figure 1.
         drop: share of its first loss by which a training is to lower it, to count as one that trains.
+        search_range: lowest and highest rate of the search.
         num_steps: of a training in the search for the highest rate.
         num_trials: of that search.
         step_sizes: of figure 3.
@@ -49,6 +50,7 @@ class UnderstandingSetting(ImageSetting):
     num_batches: int = 4
     rates: tuple[float, ...] = (0.001, 0.01, 0.1, 1.0)
     drop: float = 0.3
+    search_range: tuple[float, ...] = (0.02, 20.0)
     num_steps: int = 200
     num_trials: int = 9
     step_sizes: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
@@ -59,7 +61,13 @@ class UnderstandingSetting(ImageSetting):
             value = getattr(self, field.name)
             object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
         check_choice("initialization", self.initialization, INITIALIZATIONS, where="settings of UnderstandingBatchNorm")
-        for name in ("rates", "step_sizes"):
+        if self.dataset == "folder":
+            remedy = "Use digits, mnist or cifar10."
+            raise ConfigError.of("dataset", "be a set that fits into memory", got=self.dataset, remedy=remedy)
+        if len(self.search_range) != 2:
+            rule, remedy = "be a lowest and a highest rate", "Use [0.02, 20]."
+            raise ConfigError.of("search_range", rule, got=list(self.search_range), remedy=remedy)
+        for name in ("rates", "step_sizes", "search_range"):
             if not all(value > 0 for value in getattr(self, name)):
                 got = list(getattr(self, name))
                 raise ConfigError.of(name, "be above 0", got=got, remedy="Give learning rates.")
