@@ -9,8 +9,8 @@ from tabulate import tabulate
 __all__ = ["format_rows"]
 
 
-def format_rows(rows: Sequence[Sequence[str]], headers: Sequence[str], *, num_texts: int = 1) -> str:
-    """A table in Markdown, aligned as plain text, its cells as they are given.
+def format_rows(rows: Sequence[Sequence[object]], headers: Sequence[str], *, num_texts: int = 1) -> str:
+    """A table in Markdown, aligned as plain text, its cells as they are given, or as str() writes them.
 
     Args:
         rows: cells of each line.
@@ -30,6 +30,6 @@ def format_rows(rows: Sequence[Sequence[str]], headers: Sequence[str], *, num_te
     return tabulate(cells, headers=names, disable_numparse=True, colalign=aligned, tablefmt="pipe")
 
 
-def _escape(cell: str) -> str:
+def _escape(cell: object) -> str:
     """A cell as Markdown takes it for one: on one line, without a bar that begins another."""
     return " ".join(str(cell).splitlines()).replace("|", "\\|")

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # made_at_build, notebook_cells
+sys.path.insert(0, str(Path(__file__).parents[1] / "projects"))  # evidence
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the bnext of this checkout, whichever is installed
 
 import bnext

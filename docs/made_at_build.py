@@ -1,4 +1,4 @@
-"""Parts of the pages that are made at build from the code: keys, commands, checks of the doctor, the API, the notebook.
+"""Parts of the pages that are made at build: keys, commands, checks, the API, tables of studies, the notebook.
 
 A page says where with `<!-- made at build: PART ARGUMENT -->`; `PARTS` has a function for each, which gives Markdown.
 Keys and codes of the doctor that stand in a text as code are linked to their entry.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from evidence import show_exhibit
 from notebook_cells import format_page
 from sphinx import addnodes
 from sphinx.application import Sphinx
@@ -309,6 +310,14 @@ def make_notebook(_: str) -> str:
     return format_page(Path(__file__).with_name("notebook.ipynb"))
 
 
+# ---- the studies
+
+
+def make_evidence(name: str) -> str:
+    """Tables of a study from its committed results."""
+    return show_exhibit(name)
+
+
 # ---- the parts, and the links of keys
 
 PARTS: dict[str, Callable[[str], str]] = {
@@ -318,6 +327,7 @@ PARTS: dict[str, Callable[[str], str]] = {
     "names": make_names,
     "commands": make_commands,
     "diagnosis": make_diagnosis,
+    "evidence": make_evidence,
     "checks": make_checks,
     "report_schema": make_report_schema,
     "notebook": make_notebook,

@@ -7,30 +7,29 @@ table are is in the module of that table.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.utils import comm
 
 from bnext.checkpoints import load_model
 from bnext.config.load import load_config
-from bnext.engine.output import holding_output
-from bnext.engine.screen import set_up_logging
 from bnext.engine.trainer import train
 from bnext.errors import ConfigError
 from bnext.evaluation.coco import evaluate_model, flatten_metrics
 from bnext.evaluation.reestimate import repair_checkpoint
-from bnext.files import write_json
 from bnext.layers.walk import Selection
+from bnext.studies.results_file import keeping_results
 
 __all__ = [
+    "Training",
     "check_rows",
+    "collect_values",
     "find_final_model",
     "load_row",
     "prepare_folder",
@@ -46,6 +45,46 @@ RunRow = Callable[[Row, Mapping[Row, CfgNode], dict[str, float], bool], Mapping[
 logger = logging.getLogger(__name__)
 
 
+class Training(NamedTuple):
+    """A row of a study with a seed: a training, or what is made from one.
+
+    Args:
+        row: number or name.
+        seed: of the training.
+
+    Example:
+        >>> str(Training(4, 2)), Training(4, 2).folder, Training("clean", 1).folder
+        ('4, seed 2', 'row4_seed2', 'clean_seed1')
+    """
+
+    row: int | str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+    @property
+    def folder(self) -> str:
+        """Its folder in that of the study."""
+        return f"row{self.row}_seed{self.seed}" if isinstance(self.row, int) else f"{self.row}_seed{self.seed}"
+
+
+def collect_values(results: Mapping[str, Any], row: int | str, key: str) -> dict[int, float | None]:
+    """A number of a row by seed, in the order of seeds.
+
+    Args:
+        results: content of a results.json whose rows are trainings.
+        row: number or name.
+        key: of the number, such as "bbox/AP".
+    """
+    values = {}
+    for name, metrics in results["rows"].items():
+        other, _, seed = name.rpartition(", seed ")
+        if other == str(row) and key in metrics:
+            values[int(seed)] = metrics[key]
+    return dict(sorted(values.items()))
+
+
 def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> CfgNode:
     """The config of a row, with a folder of its own in that of the study.
 
@@ -56,11 +95,14 @@ def load_row(file: str, output: str, folder: str, opts: Sequence[str] = ()) -> C
         opts: KEY VALUE pairs that override the file.
 
     Raises:
-        ConfigError: the config is wrong, or the pairs say where results go.
+        ConfigError: the config is wrong, or the pairs say where results go, or give a seed to what has one.
     """
     if "OUTPUT_DIR" in opts:
         rule = "not be among the pairs, as every row has a folder of its own"
         raise ConfigError.of("OUTPUT_DIR", rule, got=list(opts), remedy="Use --output.")
+    if opts.count("SEED") > 1:
+        rule = "not be among the pairs, as every training has its seed"
+        raise ConfigError.of("SEED", rule, got=list(opts), remedy="Use --seeds.")
 
     return load_config(file, [*opts, "OUTPUT_DIR", os.path.join(output, folder)])
 
@@ -107,29 +149,16 @@ def run_study(
         Runs in every worker. results.json is {"rows": {row: metrics}, "seconds": {step: s}} and is
         written anew, whole, after every row.
     """
-    with holding_output(output, "--output"):
-        file = Path(output, "results.json")
-        is_main = comm.is_main_process()
-        results: dict[str, Any] = {"rows": {}, "seconds": {}}
-        if resume and file.exists():
-            results = json.loads(file.read_text())
-        elif file.exists() and is_main:
-            logger.warning(
-                "%s of an earlier study will be overwritten. Use --resume or another --output to keep it.", file
-            )
-        comm.synchronize()  # every worker has read the file before one writes it
-        set_up_logging(output)
-
+    with keeping_results(output, {"rows": {}, "seconds": {}}, resume=resume) as results:
         for row, cfg in configs.items():
             logger.info("Row %s: %s.", row, describe(row))
             prepare_folder(cfg, resume)
-            metrics = run_row(row, configs, results["seconds"], resume)
-            results["rows"][str(row)] = flatten_metrics(metrics, tasks)
-            if is_main:
-                write_json(file, results)
+            metrics = run_row(row, configs, results.content["seconds"], resume)
+            results.content["rows"][str(row)] = flatten_metrics(metrics, tasks)
+            results.write()
 
-        if is_main:
-            print(show(results), flush=True)
+        if comm.is_main_process():
+            print(show(results.content), flush=True)
 
 
 def train_row(label: str, cfg: CfgNode, seconds: dict[str, float], resume: bool) -> Mapping[str, Any]:

@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 
 from adaptation import SOURCE, measure_ap, name_variant
 from detectron2.config import CfgNode
-from domain_table import show_spread
 
 from bnext.checkpoints import load_model
 from bnext.cli.train import check_run
 from bnext.evaluation.coco import flatten_metrics
 from bnext.evaluation.under_attack import evaluate_under_attack
 from bnext.studies.runner import find_final_model, load_row, timed, train_row
+from bnext.studies.spread import summarize
 from bnext.tables import format_rows
 
 __all__ = ["TESTS", "Adversarial", "describe", "format_table", "list_trainings", "load_configs", "name_training", "run"]
@@ -104,6 +104,6 @@ def format_table(results: Mapping[str, Any]) -> str:
     for row, words in _IN_WORDS.items():
         of_seeds = [values for name, values in results["rows"].items() if name.startswith(f"{row}, ")]
         if of_seeds:
-            rows.append([words, *(show_spread([values[f"AP/{test}"] for values in of_seeds]) for test in TESTS)])
+            rows.append([words, *(summarize([values[f"AP/{test}"] for values in of_seeds]) for test in TESTS)])
     number = len({name.split(", seed ")[1] for name in results["rows"]})
     return format_rows(rows, [f"AP, {number} seed(s)", *TESTS], num_texts=1)

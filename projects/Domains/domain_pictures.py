@@ -11,9 +11,10 @@ from typing import Any
 
 from adaptation import CORRUPTIONS, NUM_TARGET_IMAGES, PHASES, RULES, SOURCE
 from adversarial import TESTS, name_training
-from domain_table import DOMAINS, collect_rows, name_row, show_spread
+from domain_table import DOMAINS, collect_rows, name_row
 
 from bnext.figures import GREY, PLAIN, make_figure, save_figure, style_axes, to_points
+from bnext.studies.spread import summarize
 from bnext.tables import format_rows
 
 __all__ = ["draw_adversarial", "draw_stream", "draw_table", "draw_targets", "format_stream", "format_targets"]
@@ -53,10 +54,10 @@ def draw_table(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
 def format_targets(results: Mapping[str, Any]) -> str:
     """AP of every target with every kind of statistics, mean and standard deviation over seeds."""
     kinds = [*RULES, *(f"N = {number}" for number in NUM_TARGET_IMAGES)]
-    rows = [[target, *(show_spread(_of_seeds(results, f"{target}/{kind}")) for kind in kinds)] for target in _TARGETS]
+    rows = [[target, *(summarize(_of_seeds(results, f"{target}/{kind}")) for kind in kinds)] for target in _TARGETS]
     table = format_rows(rows, [f"AP, {len(results['rows'])} seed(s)", *kinds], num_texts=1)
 
-    under = [[target, show_spread(_of_seeds(results, f"clean under/{target}"))] for target in CORRUPTIONS]
+    under = [[target, summarize(_of_seeds(results, f"clean under/{target}"))] for target in CORRUPTIONS]
     return f"{table}\n\n{format_rows(under, ['clean images under the statistics of', 'AP'], num_texts=1)}"
 
 
@@ -103,11 +104,11 @@ def format_stream(results: Mapping[str, Any]) -> str:
     rows = []
     for rule in _OF_STREAM:
         first, end = (_of_seeds(results, f"{rule}/{phase}") for phase in (0, last))
-        cells = [show_spread(first)]
+        cells = [summarize(first)]
         for phases in rounds:
             by_phase = [_of_seeds(results, f"{rule}/{phase}") for phase in phases]
-            cells.append(show_spread([statistics.mean(aps) for aps in zip(*by_phase, strict=True)]))
-        rows.append([rule, *cells, show_spread(end)])
+            cells.append(summarize([statistics.mean(aps) for aps in zip(*by_phase, strict=True)]))
+        rows.append([rule, *cells, summarize(end)])
     headers = [f"AP, {len(results['rows'])} seed(s)", "clean", "round 1", "round 2", "round 3", "clean again"]
     return format_rows(rows, headers, num_texts=1)
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.config import CfgNode
 
 from bnext.cli.train import check_run
 from bnext.evaluation.coco import flatten_metrics
 from bnext.layers import TABLE5_ROWS
-from bnext.studies.runner import load_row, reuse_row, train_row
+from bnext.studies.runner import Training, load_row, reuse_row, train_row
+from bnext.studies.spread import summarize
 from bnext.tables import format_rows
 
 __all__ = [
     "DOMAINS",
-    "Training",
     "collect_rows",
     "describe",
     "format_table",
@@ -28,7 +28,6 @@ __all__ = [
     "load_configs",
     "name_row",
     "run",
-    "show_spread",
 ]
 
 DOMAINS = ("clean", "inverted", "low_contrast")
@@ -44,26 +43,6 @@ _IN_WORDS = {
     6: "(c) with an affine per domain",
 }
 _OF_LEVELS = {"shared": "per_level", "per_level": "per_level_and_domain"}  # of the head, whose levels stay apart
-
-
-class Training(NamedTuple):
-    """One entry of the study: a row of the table, or a specialist, with a seed.
-
-    Args:
-        row: 1 to 6, or the name of the domain of a specialist.
-        seed: of the training.
-    """
-
-    row: int | str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.row}, seed {self.seed}"
-
-    @property
-    def folder(self) -> str:
-        """Its folder in that of the study."""
-        return f"row{self.row}_seed{self.seed}" if isinstance(self.row, int) else f"{self.row}_seed{self.seed}"
 
 
 def list_trainings(seeds: Sequence[int]) -> list[Training]:
@@ -173,11 +152,5 @@ def format_table(results: Mapping[str, Any]) -> str:
         columns = [[aps[domain] for aps in by_seed.values()] for domain in DOMAINS]
         means = [statistics.mean(aps.values()) for aps in by_seed.values()]
         worst = [min(aps.values()) for aps in by_seed.values()]
-        rows.append([name_row(row), *map(show_spread, (*columns, means, worst))])
+        rows.append([name_row(row), *(str(summarize(values)) for values in (*columns, means, worst))])
     return format_rows(rows, [f"AP, {number} seed(s)", *DOMAINS, "mean", "worst"], num_texts=1)
-
-
-def show_spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation (n - 1) in a cell."""
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"

@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 import bnext
 from bnext.studies.classifiers import (
-    Batches,
     Classifier,
-    Images,
     build_classifier,
     build_optimizer,
     compute_cross_entropy,
     measure_accuracy,
     train_classifier,
 )
+from bnext.studies.images import Batches, Images
 
 __all__ = ["MINI_BATCH_STORIES"]
 

@@ -6,23 +6,18 @@ The stories are in `mini_batch_stories`, `training_stories` and `detector_story`
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import bnext
 from bnext.diagnostics import Diagnosis
-from bnext.engine.output import holding_output
-from bnext.engine.screen import set_up_logging
-from bnext.files import write_json
 from bnext.seeding import seeded
+from bnext.studies.results_file import keeping_results
+from bnext.studies.trials import using_threads
 
 __all__ = ["Extent", "Outcome", "Story", "find_misdiagnosed", "follow_remedy", "run_stories"]
 
@@ -106,29 +101,22 @@ def run_stories(
     Returns:
         What results.json holds: {"stories": {name: {seed: {"before": ..., "findings": ["BN001 error", ...], ...}}}}.
     """
-    file = Path(output, "results.json")
-    results: dict[str, Any] = {"stories": {}}
-
-    with holding_output(output, "--output"):
-        if resume and file.exists():
-            results = json.loads(file.read_text())
-        set_up_logging(output)
-
+    with keeping_results(output, {"stories": {}}, resume=resume) as results:
         for number, (name, story) in enumerate(stories.items(), 1):
             logger.info("Story %d of %d, %s: %s.", number, len(stories), name, story.title)
-            seen = results["stories"].setdefault(name, {})
+            seen = results.content["stories"].setdefault(name, {})
 
             for seed in range(1, min(num_seeds, story.num_seeds or num_seeds) + 1):
                 if str(seed) not in seen:
                     seen[str(seed)] = _tell(story, seed, extent or Extent(), Path(output, name))
-                    write_json(file, results)
+                    results.write()
                 logger.info("%s, seed %d: %s.", name, seed, _describe(story, seen[str(seed)]))
-    return results
+    return results.content
 
 
 def _tell(story: Story, seed: int, extent: Extent, folder: Path) -> dict[str, Any]:
     start, cpu = time.perf_counter(), time.process_time()
-    with _using_threads(story.num_threads), seeded(seed):
+    with using_threads(story.num_threads), seeded(seed):
         outcome = story.tell(seed, extent, folder)
 
     findings = outcome.diagnosis.findings
@@ -156,16 +144,6 @@ def _describe(story: Story, seen: Mapping[str, Any]) -> str:
     first = seen["findings"][0] if seen["findings"] else "nothing"
     words = f"{story.measured}: {seen['before']:.1f} with the bug, {seen['after']:.1f} after the remedy"
     return f"{words}; the doctor names {first} first, {seen['seconds']:.0f} s"
-
-
-@contextlib.contextmanager
-def _using_threads(number: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def follow_remedy(diagnosis: Diagnosis, **names: object) -> None:

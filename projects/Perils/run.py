@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from detector_story import DETECTOR_STORY
 from mini_batch_stories import MINI_BATCH_STORIES
@@ -47,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be 1 or more; got {getattr(args, name)}")
     return run_command(lambda: run(args))
+
+
+def format_tables(results: Mapping[str, Any]) -> str:
+    """The table of the stories, from what results.json holds."""
+    return format_stories(STORIES, results)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from perils import Extent
 from torch import Tensor, nn
 
-from bnext.studies.classifiers import Batches, Images, load_images, train_classifier
+from bnext.studies.classifiers import train_classifier
+from bnext.studies.images import Batches, Images, load_images
 
 __all__ = ["ACCURACY", "load_digits", "take_pixels", "train_model"]
 

@@ -16,14 +16,13 @@ from torch.utils.checkpoint import checkpoint
 import bnext
 from bnext.diagnostics import Diagnosis, TrainingWatch
 from bnext.studies.classifiers import (
-    Batches,
     Classifier,
-    Images,
     build_classifier,
     compute_cross_entropy,
     measure_accuracy,
     train_classifier,
 )
+from bnext.studies.images import Batches, Images
 
 __all__ = ["TRAINING_STORIES"]
 

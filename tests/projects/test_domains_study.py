@@ -12,6 +12,7 @@ import run_domains
 
 from bnext.config.recipe import resolve_norms
 from bnext.layers import NormSpec
+from bnext.studies.runner import Training
 from tests.markdown import read_tables
 from tests.tiny import ROOT
 
@@ -30,7 +31,7 @@ TINY += ["TEST.PRECISE_BN.NUM_ITER", "2", "MODEL.RETINANET.NUM_CONVS", "1", "MOD
 
 
 def load_rows(output, *rows):
-    trainings = [domain_table.Training(row, 1) for row in rows]
+    trainings = [Training(row, 1) for row in rows]
     return domain_table.load_configs(str(CONFIGS / "three_domains.yaml"), str(output), trainings, TINY)
 
 

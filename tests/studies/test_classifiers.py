@@ -11,16 +11,15 @@ from bnext.errors import ConfigError
 from bnext.layers import NormSpec
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.studies.classifiers import (
-    DOMAINS,
-    Batches,
-    Images,
+    ResidualClassifier,
     build_classifier,
     build_optimizer,
     compute_cross_entropy,
-    load_images,
     measure_accuracy,
+    measure_error,
     train_classifier,
 )
+from bnext.studies.images import DOMAINS, Batches, Images, load_images
 
 
 def load(split="train", **options):
@@ -149,3 +148,34 @@ def test_accuracy_leaves_the_model_as_it_was():
     assert measure_accuracy(model, images, forward=lambda model, pixels: -model(pixels)) == 0
     assert int(model.norm.num_batches_tracked) == 0
     assert model.training
+
+
+@pytest.mark.parametrize("depth", [8, 20])
+def test_a_residual_net_has_as_many_layers_as_its_depth_says(depth):
+    model = build_classifier(1, ResidualClassifier, depth=depth, channels=(4, 8, 16), in_channels=3)
+    weights = [each for each in model.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
+    shortcuts = [each for each in weights if getattr(each, "kernel_size", None) == (1, 1)]
+    assert len(weights) - len(shortcuts) == depth
+    assert len(shortcuts) == 2
+    assert model(torch.rand(2, 3, 16, 16)).shape == (2, 10)
+
+
+def test_a_residual_net_without_norms_has_biases():
+    model = build_classifier(1, ResidualClassifier, depth=8, norm=None)
+    assert all(each.bias is not None for each in model.modules() if isinstance(each, nn.Conv2d))
+
+
+def test_a_depth_without_whole_blocks_is_refused():
+    with pytest.raises(ConfigError, match="depth"):
+        ResidualClassifier(depth=10)
+
+
+def test_error_and_accuracy_are_complements_and_a_rate_that_stays_is_another_training():
+    train, val = load(), load("val")
+    errors = []
+    for decays in (True, False):
+        model = build_classifier(1, channels=(8, 16)).train()
+        train_classifier(model, Batches(train, size=32, epochs=3), decays=decays)
+        errors.append(measure_error(model.eval(), val))
+        assert errors[-1] == 100 - measure_accuracy(model, val)
+    assert errors[0] != errors[1]
