@@ -39,6 +39,9 @@ ARMS = {
 }
 
 
+POPULATION_BATCHES = 60
+
+
 def set_arm(cfg: CfgNode, arm: str) -> CfgNode:
     """The config with the norm of an arm in its box head."""
     cfg = cfg.clone()
@@ -108,13 +111,13 @@ def train_head(cfg: CfgNode, model: nn.Module, images: Sequence[CachedImage], se
     return curve
 
 
-def estimate_populations(cfg: CfgNode, model: Any, images: Sequence[CachedImage], num_batches: int, seed: int) -> None:
+def estimate_populations(cfg: CfgNode, model: Any, images: Sequence[CachedImage], seed: int) -> None:
     """Re-estimate the population statistics of the head, on RoIs as in training; mini-batches are those of the arm."""
     if not find_bnext_norms(model.roi_heads):
         return
 
     size = cfg.SOLVER.IMS_PER_BATCH
-    batches = [images[start : start + size] for start in range(0, len(images) - size + 1, size)][:num_batches]
+    batches = [images[start : start + size] for start in range(0, len(images) - size + 1, size)][:POPULATION_BATCHES]
 
     def forward(heads: Any, batch: Sequence[CachedImage]) -> None:
         sampled = heads.label_and_sample_proposals([i.proposals for i in batch], [i.targets for i in batch])
@@ -142,8 +145,8 @@ def measure_ap(cfg: CfgNode, model: Any, images: Sequence[CachedImage], name: st
         for start in range(0, len(images), 8):
             batch = images[start : start + 8]
             proposals = [image.proposals[:top] for image in batch]
-            found, _ = model.roi_heads(None, join_features(batch), proposals)
-            for image, instances in zip(batch, found, strict=True):
+            detections, _ = model.roi_heads(None, join_features(batch), proposals)
+            for image, instances in zip(batch, detections, strict=True):
                 evaluator.process([{"image_id": image.image_id}], [{"instances": instances}])
 
     evaluator.image_ids = [image.image_id for image in images]
