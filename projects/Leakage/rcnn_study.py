@@ -48,13 +48,13 @@ class RcnnSetting:
         channels: of the head's four convolutions.
     """
 
-    styles: list[float] = dataclasses.field(default_factory=lambda: [0.0, 1.0])
-    classes: list[int] = dataclasses.field(default_factory=lambda: [10, 10])
+    styles: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0])
+    classes: list[int] = dataclasses.field(default_factory=lambda: [10, 10, 10])
     arms: list[str] = dataclasses.field(default_factory=lambda: list(ARMS))
     num_train: int = 500
     num_val: int = 200
     trunk_steps: int = 900
-    steps: int = 500
+    steps: int = 800
     images: int = 4
     rois: int = 64
     rate: float = 0.001
