@@ -29,6 +29,11 @@ from .layers import build_norm as build_norm
 from .layers import deal_statistics as deal_statistics
 from .layers import use_groups as use_groups
 from .layers import virtual_samples as virtual_samples
+from .probes import activations_by_depth as activations_by_depth
+from .probes import gradient_histogram as gradient_histogram
+from .probes import highest_learning_rate as highest_learning_rate
+from .probes import loss_along_gradient as loss_along_gradient
+from .probes import output_gradients as output_gradients
 from .repair import AveragedWeights as AveragedWeights
 from .repair import accumulate_gradients as accumulate_gradients
 from .repair import compare_statistics as compare_statistics

@@ -43,7 +43,10 @@ class Exhibit(NamedTuple):
 
 
 EXHIBITS = {
+    "leakage_classifier": Exhibit("Leakage", "classifier.json", "leak_tables"),
+    "table5": Exhibit("RethinkingBatchNorm", "table5.json", "table5", "format_table"),
     "nbs": Exhibit("NormalizationBatchSize", "digits.json", "size_tables"),
+    "understanding": Exhibit("UnderstandingBatchNorm", "digits.json", "understanding_tables"),
     "domains_table": Exhibit("Domains", "table.json", "domain_table", "format_table"),
     "domains_targets": Exhibit("Domains", "targets.json", "domain_pictures", "format_targets"),
     "domains_stream": Exhibit("Domains", "stream.json", "domain_pictures", "format_stream"),

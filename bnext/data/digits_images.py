@@ -279,7 +279,7 @@ def _paint(picture: np.ndarray, ink: np.ndarray, corner: tuple[int, int], rng: n
 def _cover(picture: np.ndarray, style: float, rng: np.random.Generator) -> np.ndarray:
     """Haze of a random density and colour over the picture: less contrast, another palette.
 
-        y = (1 - a) x + a colour,  a uniform in 0..DENSEST_HAZE * style
+    y = (1 - a) x + a colour,  a uniform in 0..DENSEST_HAZE * style
     """
     density, colour = style * rng.uniform(0, DENSEST_HAZE), rng.uniform(0, 255, 3)
     return picture + density * (colour - picture)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bnext.engine.auxiliary import AuxiliaryImages, build_auxiliary
 from bnext.errors import ConfigError
-from bnext.evaluation.validation_loss import name_losses
+from bnext.losses import name_losses
 from bnext.notices import tell_once
 from bnext.repair.accumulation import accumulate_gradients, split_batch
 from bnext.statistics.data_pass import Forward

@@ -18,7 +18,7 @@ from bnext.config.recipe import resolve_norms
 from bnext.data.domains import find_auxiliary_domain
 from bnext.data.strong_augmentation import augment_strongly
 from bnext.evaluation.adversarial import make_adversarial
-from bnext.evaluation.validation_loss import name_losses
+from bnext.losses import name_losses
 from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.data_pass import Forward
 

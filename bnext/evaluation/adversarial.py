@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from bnext.distributed import unwrap_model
 from bnext.errors import ConfigError, DatasetError, Refusal, StatisticsError, check_choice
-from bnext.evaluation.validation_loss import Statistics, find_device, name_losses
+from bnext.evaluation.validation_loss import Statistics, find_device
+from bnext.losses import name_losses
 from bnext.numbers import is_count, is_number
 from bnext.scope.domain import use_domain
 from bnext.scope.model import restoring

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch import Tensor, nn
+from torch import nn
 
 from bnext.distributed import LockStep, count_images, unwrap_model
 from bnext.distributed.equal_buffers import equalize_buffers
@@ -17,6 +17,7 @@ from bnext.errors import StatisticsError, check_choice
 from bnext.layers.counts import not_counting_domains
 from bnext.layers.shuffled import shares_work
 from bnext.layers.walk import find_bnext_norms
+from bnext.losses import name_losses
 from bnext.progress import showing_progress
 from bnext.scope.model import restoring
 from bnext.scope.statistics import as_in_training
@@ -24,7 +25,7 @@ from bnext.seeding import Purpose, derive_seed
 from bnext.statistics.arguments import check_data
 from bnext.statistics.data_pass import Forward
 
-__all__ = ["Statistics", "compute_validation_loss", "find_device", "name_losses"]
+__all__ = ["Statistics", "compute_validation_loss", "find_device"]
 
 Statistics = Literal["population", "mini_batch"]
 _WHERE = "compute_validation_loss"
@@ -128,28 +129,6 @@ def _measure(model: nn.Module, batch: Any, forward: Forward | None, seed: int) -
         output = model(batch) if forward is None else forward(model, batch)
 
     return {name: float(value) for name, value in name_losses(output, _WHERE).items()}
-
-
-def name_losses(output: Any, where: str) -> dict[str, Tensor]:
-    """The losses that a model returned, by name; one alone is "loss".
-
-    Args:
-        output: of the model in training mode.
-        where: the function that asked for it.
-
-    Raises:
-        StatisticsError: it is no loss of one element, and no mapping of names to such.
-    """
-    losses: Mapping[str, Any] = output if isinstance(output, Mapping) else {"loss": output}
-    if not losses or not all(isinstance(value, Tensor) and value.numel() == 1 for value in losses.values()):
-        raise StatisticsError.of(
-            "model",
-            "return a dictionary of losses, or one, in training mode",
-            got=type(output).__name__,
-            where=where,
-            remedy="Pass forward=, which gives them for a batch.",
-        )
-    return dict(losses)
 
 
 def _average(sums: dict[str, float], num_images: int) -> dict[str, float]:

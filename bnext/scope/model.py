@@ -1,4 +1,4 @@
-"""A model that is put into a state for a while, and back: modes, attributes, buffers, random numbers.
+"""A model that is put into a state for a while, and back: modes, attributes, buffers, parameters, random numbers.
 
 The one place where this is done. What a call of a norm knows besides its tensors changes nothing of a model: see
 `bnext.scope.record`.
@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from bnext.seeding import seeded
 
-__all__ = ["drawing_from", "keeping_buffers", "keeping_modes", "restoring", "setting"]
+__all__ = ["drawing_from", "keeping_buffers", "keeping_modes", "keeping_parameters", "restoring", "setting"]
 
 _NOTE = "_note"  # of a norm of bnext, of the buffers that it keeps while they are frozen
 
@@ -26,7 +26,7 @@ def restoring(model: nn.Module, *, seed: int | None = None) -> Iterator[None]:
 
     Put back are the modes, the plain attributes of all modules (what they count on the way, such as the moving average
     of foreground anchors of detectron2's dense detectors, or the position of its CycleBatchNormList), which buffers
-    they have, and the values of the buffers. Parameters, and what lists hold, are not.
+    they have, and the values of the buffers. Parameters (see `keeping_parameters`), and what lists hold, are not.
 
     Args:
         model: any module.
@@ -85,6 +85,28 @@ def keeping_buffers(modules: Iterable[nn.Module]) -> Iterator[None]:
                 module._buffers.update({**own, **moved})
         for module, note in notes:
             setattr(module, _NOTE, note)
+
+
+@contextlib.contextmanager
+def keeping_parameters(model: nn.Module) -> Iterator[None]:
+    """Put back at the end of this scope the values of a model's parameters and their gradients, bit by bit.
+
+    In the scope parameters begin without a gradient. Those of a lazy module that has none yet are left as they become.
+
+    Args:
+        model: any module; a second copy of its parameters is held meanwhile.
+    """
+    parameters = [parameter for parameter in model.parameters() if not is_lazy(parameter)]
+    before = [(parameter, parameter.detach().clone(), parameter.grad) for parameter in parameters]
+
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, value, gradient in before:
+            parameter.data.copy_(value)
+            parameter.grad = gradient
 
 
 def _move_as(buffer: Tensor | None, now: Tensor | None) -> Tensor | None:

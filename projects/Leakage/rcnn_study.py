@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,13 @@ class RcnnSetting:
         channels: of the head's four convolutions.
     """
 
-    styles: list[float] = dataclasses.field(default_factory=lambda: [0.0, 1.0])
-    classes: list[int] = dataclasses.field(default_factory=lambda: [10, 10])
+    styles: list[float] = dataclasses.field(default_factory=lambda: [0.0, 0.5, 1.0])
+    classes: list[int] = dataclasses.field(default_factory=lambda: [10, 10, 10])
     arms: list[str] = dataclasses.field(default_factory=lambda: list(ARMS))
     num_train: int = 500
     num_val: int = 200
     trunk_steps: int = 900
-    steps: int = 500
+    steps: int = 800
     images: int = 4
     rois: int = 64
     rate: float = 0.001
@@ -104,10 +104,16 @@ def run_heads(setting: RcnnSetting, output: str, seeds: Sequence[int], *, resume
         with using_threads(1):
             train(cfg, resume=resume)
 
+    @functools.lru_cache(maxsize=len(sets))
+    def load_images(name: str) -> dict[str, list[CachedImage]]:
+        """Split -> images of a set, after the trunk."""
+        model = load_model(cfg, find_final_model(cfg))
+        return {split: cache_images(cfg, model, f"{name}_{split}") for split in SPLITS}
+
     trials: dict[str, Trial] = {}
     for name in sets:
         for arm in setting.arms:
-            trials[f"{name}/{arm}"] = functools.partial(_run_trial, setting, cfg, name, arm)
+            trials[f"{name}/{arm}"] = functools.partial(_run_trial, setting, cfg, load_images, name, arm)
     return run_trials(trials, output, seeds=seeds, setting=setting, resume=resume)
 
 
@@ -132,17 +138,15 @@ def load_trunk(setting: RcnnSetting, output: str, sets: Mapping[str, DigitsRecip
     return cfg
 
 
-@functools.lru_cache(maxsize=2)
-def _load_images(weights: str, name: str, cfg_text: str) -> dict[str, list[CachedImage]]:
-    """Split -> images of a set, after the trunk."""
-    cfg = CfgNode.load_cfg(cfg_text)
-    register_listed_sets(cfg)
-    model = load_model(cfg, weights)
-    return {split: cache_images(cfg, model, f"{name}_{split}") for split in SPLITS}
-
-
-def _run_trial(setting: RcnnSetting, cfg: CfgNode, name: str, arm: str, seed: int) -> dict[str, Any]:
-    images = _load_images(find_final_model(cfg), name, cfg.dump())
+def _run_trial(
+    setting: RcnnSetting,
+    cfg: CfgNode,
+    load_images: Callable[[str], dict[str, list[CachedImage]]],
+    name: str,
+    arm: str,
+    seed: int,
+) -> dict[str, Any]:
+    images = load_images(name)
     cfg = _set_head(setting, cfg, arm)
     model = build_detector(cfg, seed)
     losses = train_head(cfg, model, images["train"], seed)

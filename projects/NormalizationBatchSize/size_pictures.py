@@ -153,7 +153,7 @@ def _draw_inconsistencies(
 
     axes.axvline(0, color=GREY, linewidth=1)
     axes.set_yticks(range(len(rows)), list(rows))
-    axes.set_ylim(len(rows) + 1.8, -0.7)  # the legend has room below
+    axes.set_ylim(len(rows) + 2.6, -0.7)  # the legend has room below
     axes.set_xlabel("re-estimated less mini-batch, validation error (points)")
     axes.set_title(f"NBS {size}: the other axes")
     axes.grid(axis="x", alpha=0.3)
