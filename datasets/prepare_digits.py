@@ -20,6 +20,8 @@ HELP = {
     "image_side": "side of a picture in pixels",
     "max_objects": "most digits per picture",
     "scale_range": "height of a digit as a share of the side",
+    "image_style": "how much pictures differ in palette and contrast, 0 to 1",
+    "image_classes": "different digits in one picture at most",
 }
 
 
@@ -29,7 +31,7 @@ def parse_arguments() -> argparse.Namespace:
 
     pair = {"type": float, "nargs": 2, "metavar": ("SMALLEST", "LARGEST")}
     for field in fields(DigitsRecipe):
-        kind = pair if field.name == "scale_range" else {"type": int}
+        kind = pair if field.name == "scale_range" else {"type": type(field.default)}
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=field.default, help=HELP[field.name], **kind)
 
     parser.add_argument("--overwrite", action="store_true", help="replace the set that is there")

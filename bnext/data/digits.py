@@ -33,6 +33,7 @@ CLASSES = tuple("0123456789")
 FOLDER = "digits"
 MANIFEST = "digits.json"
 VERSION = 2  # raise it whenever the same arguments give other pictures or annotations
+LATER = ("image_style", "image_classes")  # arguments that sets of this version were made without
 LOCK = ".digits.lock"
 UNFINISHED = "digits-unfinished-"
 
@@ -203,7 +204,7 @@ def _write(root: Path, recipe: DigitsRecipe, progress: bool) -> None:
 
         with showing_progress("drawing digits", total, "picture", is_wanted=progress) as bar:
             checksums = {split: _write_split(work, split, recipe, bar) for split in SPLITS}
-        write_json(work / MANIFEST, {"version": VERSION, "recipe": asdict(recipe), "sha256": checksums})
+        write_json(work / MANIFEST, {"version": VERSION, "recipe": _describe(recipe), "sha256": checksums})
 
         if os.path.lexists(folder):
             os.replace(folder, work.with_name(work.name + "-old"))
@@ -211,6 +212,12 @@ def _write(root: Path, recipe: DigitsRecipe, progress: bool) -> None:
     finally:
         for leftover in root.glob(work.name + "*"):
             _remove(leftover)
+
+
+def _describe(recipe: DigitsRecipe) -> dict[str, Any]:
+    """The recipe as the manifest has it: without what came later than the others, where that is off."""
+    defaults = asdict(DigitsRecipe())
+    return {key: value for key, value in asdict(recipe).items() if key not in LATER or value != defaults[key]}
 
 
 def _write_split(work: Path, split: str, recipe: DigitsRecipe, bar: Any) -> str:

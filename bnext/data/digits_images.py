@@ -23,6 +23,8 @@ LIMITS = {
     "num_val": (1, 10**6),
     "image_side": (32, 4096),
     "max_objects": (1, 50),
+    "image_style": (0, 1),
+    "image_classes": (1, 10),
 }
 SMALLEST_DIGIT = 8  # pixels: the height of the scanned digits; below it they cannot be told apart
 STROKE = 0.5  # ink from which a pixel belongs to the digit
@@ -32,6 +34,7 @@ VAL_BLOCKS = ((0, 1), (1, 3))
 MARGIN = 2  # pixels between the boxes of two digits
 PLACES_TRIED = 40  # per digit, before the picture is redrawn
 DRAWS_TRIED = 500  # per picture, before the recipe is refused
+DENSEST_HAZE = 0.9  # the most that a picture's own colour may cover of it
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,10 @@ class DigitsRecipe:
         image_side: side of the square pictures in pixels, 32 to 4096.
         max_objects: most digits per picture; their number is uniform in 1..max_objects.
         scale_range: smallest and largest height of a digit as a share of `image_side`, drawn log-uniformly.
+        image_style: how much the pictures differ from one another in palette and contrast, 0 to 1. Each is seen
+            through a haze of its own: a uniform share up to 0.9 * `image_style` of it is covered by a random colour.
+            Digits, places and backgrounds are those of 0.
+        image_classes: different digits in one picture at most, 1 to 10; each picture draws its own.
 
     Raises:
         DatasetError: an argument is outside its range.
@@ -56,6 +63,8 @@ class DigitsRecipe:
     image_side: int = 128
     max_objects: int = 4
     scale_range: tuple[float, float] = (0.09, 0.9)
+    image_style: float = 0.0
+    image_classes: int = 10
 
     def __post_init__(self) -> None:
         for name, (low, high) in LIMITS.items():
@@ -149,6 +158,9 @@ def draw_picture(
     Raises:
         DatasetError: no picture with these scales and numbers could be drawn.
     """
+    # Streams of their own: what else is drawn does not depend on them.
+    style_rng, classes_rng = rng.spawn(2)
+    sources = _choose_classes(sources, recipe.image_classes, classes_rng)
     number = int(rng.integers(1, recipe.max_objects + 1))
 
     for _ in range(DRAWS_TRIED):
@@ -161,6 +173,7 @@ def draw_picture(
         drawn = []
         for (label, ink), corner in zip(glyphs, corners, strict=True):
             drawn.append(DrawnDigit(label, _paint(picture, ink, corner, rng)))
+        picture = _cover(picture, recipe.image_style, style_rng)
         return np.rint(picture).astype(np.uint8), drawn
 
     smallest, largest = recipe.scale_range
@@ -171,6 +184,13 @@ def draw_picture(
         where=WHERE,
         remedy="Use fewer objects or smaller scales.",
     )
+
+
+def _choose_classes(sources: Sources, number: int, rng: np.random.Generator) -> Sources:
+    """The sources with the digits of `number` random classes alone."""
+    classes = np.unique(sources.labels)
+    chosen = np.isin(sources.labels, rng.permutation(classes)[:number])
+    return Sources(sources.digits[chosen], sources.labels[chosen], sources.backgrounds)
 
 
 def _draw_glyphs(
@@ -254,3 +274,12 @@ def _paint(picture: np.ndarray, ink: np.ndarray, corner: tuple[int, int], rng: n
     mask = np.zeros(picture.shape[:2], dtype=bool)
     mask[rows, columns] = ink >= 0.5
     return mask
+
+
+def _cover(picture: np.ndarray, style: float, rng: np.random.Generator) -> np.ndarray:
+    """Haze of a random density and colour over the picture: less contrast, another palette.
+
+    y = (1 - a) x + a colour,  a uniform in 0..DENSEST_HAZE * style
+    """
+    density, colour = style * rng.uniform(0, DENSEST_HAZE), rng.uniform(0, 255, 3)
+    return picture + density * (colour - picture)

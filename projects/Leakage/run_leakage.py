@@ -6,7 +6,8 @@
     python projects/Leakage/run_leakage.py --config-file projects/Leakage/configs/imagenet.yaml root=/data/imagenet
 
 classifier:  normalization batches of K classes, M images of each; repairs; share of the pattern, length, noise.
-With three seeds it takes some ten minutes on one idle CPU core.
+rcnn:        box heads on a frozen trunk, one image per worker and otherwise, on pictures that differ more and more.
+With three seeds each takes some ten to twenty minutes on one idle CPU core. --config-file and KEY=VALUE are of one part.
 """
 
 from __future__ import annotations
@@ -16,18 +17,23 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import rcnn_tables
 from leak_pictures import draw_leak
 from leak_setting import LeakSetting
 from leak_tables import format_tables
 from leak_trials import list_trials, load_sets
+from rcnn_pictures import draw_heads
+from rcnn_study import RcnnSetting, run_heads
 
 from bnext.cli.run_command import run_command
+from bnext.errors import ConfigError
 from bnext.studies.arguments import add_study_arguments, parse_study
 from bnext.studies.results_file import read_results
 from bnext.studies.setting import load_setting
 from bnext.studies.trials import run_trials
 
 CONFIGS = Path(__file__).parent / "configs"
+DEFAULT = str(CONFIGS / "digits.yaml")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,9 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Run the parts one after the other, or show what was measured."""
     if args.show:
-        print(format_tables(read_results(args.show)))
+        results = read_results(args.show)
+        print(rcnn_tables.format_tables(results) if "styles" in results["setting"] else format_tables(results))
         return
 
+    if len(args.parts) > 1 and (args.pairs or args.config_file != DEFAULT):
+        rule, remedy = "be one where settings are changed, as each part has its own", "Name it: --parts classifier."
+        raise ConfigError.of("--parts", rule, got=" ".join(args.parts), remedy=remedy)
     for part in args.parts:
         PARTS[part](args)
 
@@ -60,8 +70,20 @@ def run_classifiers(args: argparse.Namespace) -> None:
         print(path)
 
 
+def run_rcnn(args: argparse.Namespace) -> None:
+    """Train the trunk and the heads; print the tables, draw the picture beside the results."""
+    file = CONFIGS / "rcnn" / "digits.yaml" if args.config_file == DEFAULT else args.config_file
+    setting = load_setting(RcnnSetting, file, args.pairs)
+    output = str(Path(args.output, "rcnn"))
+    results = run_heads(setting, output, args.seeds, resume=args.resume)
+
+    print(f"\n{rcnn_tables.format_tables(results)}\n")
+    for path in (Path(output, "results.json"), draw_heads(results, Path(output, "rcnn.png"))):
+        print(path)
+
+
 # Each writes to a folder of its name in --output.
-PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"classifier": run_classifiers}
+PARTS: dict[str, Callable[[argparse.Namespace], None]] = {"classifier": run_classifiers, "rcnn": run_rcnn}
 
 
 if __name__ == "__main__":

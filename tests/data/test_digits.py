@@ -79,6 +79,30 @@ def test_first_pictures_do_not_depend_on_their_number(folder: Path, tmp_path: Pa
     assert [first[name] for name in pictures] == [second[name] for name in pictures]
 
 
+def test_a_style_leaves_the_digits_and_their_places_as_they_are(folder: Path, tmp_path: Path) -> None:
+    """Pictures differ from one another in contrast, the more the higher it is; without it nothing is written of it."""
+    spreads = []
+    for style in (0.0, 0.5, 1.0):
+        styled = prepare(tmp_path / str(style), replace(SMALL, num_val=1, image_style=style))
+        assert load(styled, "train") == load(folder, "train")
+        pictures = [np.asarray(Image.open(path)).astype(float) for path in sorted((styled / "train").iterdir())]
+        spreads.append(np.std([np.log(picture.std()) for picture in pictures]))
+
+    assert spreads[0] < spreads[1] < spreads[2]
+    assert checksums(tmp_path / "0.0/digits/train") == checksums(folder / "train")
+    assert "image_style" not in (folder / "digits.json").read_text()
+    assert read_recipe(styled).image_style == 1
+
+
+def test_a_picture_has_no_more_classes_than_it_may(tmp_path: Path) -> None:
+    one = prepare(tmp_path, replace(SMALL, num_val=1, image_classes=1))
+    classes: dict[int, set[int]] = {}
+    for annotation in load(one, "train")["annotations"]:
+        classes.setdefault(annotation["image_id"], set()).add(annotation["category_id"])
+    assert {len(each) for each in classes.values()} == {1}
+    assert len(set.union(*classes.values())) > 4
+
+
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_annotations_agree_with_their_masks(folder: Path, split: str) -> None:
     content = load(folder, split)
