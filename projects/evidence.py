@@ -44,6 +44,7 @@ class Exhibit(NamedTuple):
 
 EXHIBITS = {
     "leakage_classifier": Exhibit("Leakage", "classifier.json", "leak_tables"),
+    "leakage_rcnn": Exhibit("Leakage", "rcnn.json", "rcnn_tables"),
     "table5": Exhibit("RethinkingBatchNorm", "table5.json", "table5", "format_table"),
     "nbs": Exhibit("NormalizationBatchSize", "digits.json", "size_tables"),
     "understanding": Exhibit("UnderstandingBatchNorm", "digits.json", "understanding_tables"),
