@@ -7,7 +7,7 @@
 
 classifier:  normalization batches of K classes, M images of each; repairs; share of the pattern, length, noise.
 rcnn:        box heads on a frozen trunk, one image per worker and otherwise, on pictures that differ more and more.
-With three seeds each takes some ten to twenty minutes on one idle CPU core. --config-file and KEY=VALUE are of one part.
+With three seeds each takes ten to twenty minutes on one idle CPU core. --config-file and KEY=VALUE are of one part.
 """
 
 from __future__ import annotations
