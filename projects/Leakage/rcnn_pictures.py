@@ -29,7 +29,10 @@ def draw_heads(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     sets = list_sets(results)
     shares = [summarize(collect(results, f"{name}/one_image", "share/pooled")).mean for name in sets]
     figure = make_figure(1000, 460)
-    panels = {"style of the pictures": list(sets.values()), "share of the RoIs' variance between images": shares}
+    panels = {
+        "style of the pictures": [recipe.image_style for recipe in sets.values()],
+        "share of the RoIs' variance between images": shares,
+    }
 
     curves = {"the same weights, mini-batch of one image": ("one_image", "mini_batch")}
     curves |= {words: (arm, "population") for arm, words in ARMS.items() if arm != "one_image"}

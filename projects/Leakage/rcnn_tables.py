@@ -8,6 +8,7 @@ from typing import Any
 from rcnn_heads import ARMS
 from rcnn_study import RcnnSetting, name_sets
 
+from bnext.data.digits_images import DigitsRecipe
 from bnext.studies.spread import Spread, compare, summarize
 from bnext.studies.trials import collect
 from bnext.tables import format_rows
@@ -18,10 +19,16 @@ __all__ = ["PAPER", "format_tables", "list_sets", "measure_loss"]
 PAPER = {"one_image": (30.7, 41.5), "dealt": (41.7, None), "all": (41.7, None), "gn": (41.4, None)}
 
 
-def list_sets(results: Mapping[str, Any]) -> dict[str, float]:
-    """Name of each set -> its style."""
-    setting = RcnnSetting(**results["setting"])
-    return {name: recipe.image_style for name, recipe in name_sets(setting).items()}
+def list_sets(results: Mapping[str, Any]) -> dict[str, DigitsRecipe]:
+    """Name of each set -> its recipe, the least style first."""
+    sets = name_sets(RcnnSetting(**results["setting"]))
+    return dict(sorted(sets.items(), key=lambda item: item[1].image_style))
+
+
+def _describe(recipe: DigitsRecipe) -> str:
+    style = f"{recipe.image_style:g}"
+    has_all = recipe.image_classes == DigitsRecipe().image_classes
+    return style if has_all else f"{style}, {recipe.image_classes} class(es)"
 
 
 def measure_loss(results: Mapping[str, Any], name: str, arm: str, kind: str = "population") -> Spread:
@@ -33,7 +40,7 @@ def measure_loss(results: Mapping[str, Any], name: str, arm: str, kind: str = "p
 def format_tables(results: Mapping[str, Any]) -> str:
     """Box AP of each set and arm, and what per-worker BN of one image loses by population statistics."""
     rows = []
-    for name, style in list_sets(results).items():
+    for name, recipe in list_sets(results).items():
         for arm, words in ARMS.items():
             trial = f"{name}/{arm}"
             if trial not in results["trials"]:
@@ -43,7 +50,7 @@ def format_tables(results: Mapping[str, Any]) -> str:
             loss = measure_loss(results, name, arm)
             change = "" if arm == "one_image" else loss.show(sign="+")
             beyond = "" if arm == "one_image" else {True: "yes", False: "no"}[loss.is_beyond]
-            rows.append([f"{style:g}", words, summarize(population), mini_batch, change, beyond, str(loss.number)])
+            rows.append([_describe(recipe), words, summarize(population), mini_batch, change, beyond, str(loss.number)])
 
     for arm, (population, mini_batch) in PAPER.items():
         change = "" if arm == "one_image" else f"{population - PAPER['one_image'][0]:+.1f}"
@@ -57,11 +64,11 @@ def format_tables(results: Mapping[str, Any]) -> str:
 
 def _format_shares(results: Mapping[str, Any]) -> str:
     rows = []
-    for name, style in list_sets(results).items():
+    for name, recipe in list_sets(results).items():
         trial = f"{name}/one_image"
         keys = list(next(iter(results["trials"][trial].values()))["share"])
         shares = [summarize(collect(results, trial, f"share/{key}")).show(2) for key in sorted(keys)]
-        rows.append([f"{style:g}", *shares])
+        rows.append([_describe(recipe), *shares])
     names = {"pooled": "RoIs as they are pooled", "random": "random groups of these"}
     headers = [names.get(key, f"before {key}") for key in sorted(keys)]
     return format_rows(rows, ["share of the variance between images, by style", *headers])
