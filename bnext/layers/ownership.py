@@ -231,9 +231,13 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         resolve_group(spec.workers)  # makes it, and refuses a number that does not fit, while the model is built
 
     def _check_level_groups(self, groups: Sequence[Sequence[str]]) -> None:
-        for level in name_groups(groups):
+        owners = name_groups(groups)
+        for level in owners:
             if level not in self.levels:
                 raise UNKNOWN_LEVEL_OF_GROUP.of(repr(level), type(self).__name__, levels=self.levels)
+        for level in self.levels:
+            if level in owners.values() and level not in owners:
+                raise NO_NAME.of(f"{self.levels} and a group of that name", f"{type(self).__name__}, {level!r}")
 
     def _check_names(self, domains: Sequence[str], known: Collection[str] = ()) -> None:
         """The state of a source lies under its name, beside torch's fields; `known` names may be there already."""

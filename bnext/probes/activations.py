@@ -95,12 +95,19 @@ def activations_by_depth(
     return layers
 
 
+def _put_channels_second(module: nn.Module, output: Tensor) -> Tensor:
+    """[N, C, positions]; a linear layer has its channels last."""
+    if isinstance(module, nn.Linear):
+        return output.flatten(1, -2).transpose(1, 2) if output.dim() > 2 else output.unsqueeze(2)
+    return output.flatten(2) if output.dim() > 2 else output.unsqueeze(2)
+
+
 @contextlib.contextmanager
 def _taking_outputs(modules: Sequence[nn.Module], seen: dict[nn.Module, Moments]) -> Iterator[None]:
     def take(module: nn.Module, args: Any, output: Any) -> None:
         if not isinstance(output, Tensor) or output.dim() < 2 or not output.numel():
             return
-        moments = batch_moments(output.detach().double().flatten(2).cpu())
+        moments = batch_moments(_put_channels_second(module, output.detach().double()).cpu())
         before = seen.get(module)
         seen[module] = moments if before is None else merge_moments(stack_parts([before, moments]))
 

@@ -22,6 +22,7 @@ from bnext.text import suggest
 __all__ = ["GradientHistogram", "OutputGradients", "find_middle_weight", "gradient_histogram", "output_gradients"]
 
 _UNKNOWN = Refusal(ConfigError, "{name}", "be the path of a {kind} of the model", "{remedy}")
+_NO_PATHS = Refusal(ConfigError, "parameters", "be a list of paths, one or more", "Write ['backbone.0.weight'].")
 _NO_BINS = Refusal(ConfigError, "num_bins", "be a whole number of 1 or more", "Use 101.")
 _NO_LIMIT = Refusal(ConfigError, "limit", "be a number above 0, or None", "Use None: the largest element.")
 _NO_OUTPUT = Refusal(
@@ -116,7 +117,9 @@ def gradient_histogram(
 
     model = unwrap_model(model)
     trained = list_trained(model, "gradient_histogram")
-    names = [find_middle_weight(model)] if parameters is None else list(parameters)
+    if isinstance(parameters, str) or (parameters is not None and not parameters):
+        raise _NO_PATHS.of(repr(parameters), "gradient_histogram")
+    names = [find_middle_weight(model)] if parameters is None else list(dict.fromkeys(parameters))
     for name in names:
         _check_path(name, "parameters", "parameter that is trained", trained, "gradient_histogram")
     chosen = [trained[name] for name in names]
@@ -241,7 +244,7 @@ def output_gradients(
         Bjorck, Gomes, Selman, Weinberger, *Understanding Batch Normalization*, 2018, figure 6.
     """
     model = unwrap_model(model)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     _check_path(layer, "layer", "module", modules, "output_gradients")
 
     rows = []
@@ -255,10 +258,17 @@ def output_gradients(
             calls = [gradient for gradient in gradients if gradient is not None]
             if not calls:
                 raise _NO_OUTPUT.of("an output that the loss does not depend on", layer)
-            sums = [call.detach().double().flatten(2).sum(2) if call.dim() > 2 else call.double() for call in calls]
+            sums = [_sum_positions(modules[layer], call.detach().double()) for call in calls]
             rows.append(torch.stack(sums).sum(0).cpu())
 
     return OutputGradients(layer, torch.cat(rows))
+
+
+def _sum_positions(module: nn.Module, gradient: Tensor) -> Tensor:
+    """[N, C]; a linear layer has its channels last."""
+    if gradient.dim() == 2:
+        return gradient
+    return gradient.flatten(1, -2).sum(1) if isinstance(module, nn.Linear) else gradient.flatten(2).sum(2)
 
 
 @contextlib.contextmanager

@@ -88,6 +88,7 @@ def loss_along_gradient(
         Bjorck, Gomes, Selman, Weinberger, *Understanding Batch Normalization*, 2018, figure 3.
     """
     where = "loss_along_gradient"
+    step_sizes = [float(size) for size in step_sizes]
     if not step_sizes or not all(is_number(size) and size > 0 for size in step_sizes):
         raise _NO_SIZE.of(repr(step_sizes), where)
 
@@ -115,7 +116,7 @@ def loss_along_gradient(
                     ratios[-1].append(after / losses[-1] if losses[-1] else math.nan)
                 _step(parameters, starts, gradients, 0.0)
 
-    tensors = [torch.tensor(values, dtype=torch.float64) for values in (list(step_sizes), losses, ratios, norms)]
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in (step_sizes, losses, ratios, norms)]
     return LossAlongGradient(*tensors)
 
 

@@ -22,6 +22,12 @@ from bnext.statistics.data_pass import Forward, explain_batch
 __all__ = ["compute_loss", "list_trained", "looking_at_training", "number_batches", "run_batch"]
 
 _NO_BATCH = Refusal(StatisticsError, "batches", "hold at least one batch", "Pass a list of batches, or a loader.")
+_LAZY = Refusal(
+    StatisticsError,
+    "model",
+    "have parameters that have a shape",
+    "Run one batch through the model before it is looked at.",
+)
 _NO_GRADIENT = Refusal(
     StatisticsError,
     "The loss",
@@ -32,7 +38,13 @@ _NO_GRADIENT = Refusal(
 
 @contextlib.contextmanager
 def looking_at_training(model: nn.Module) -> Iterator[None]:
-    """Training mode and mini-batch statistics in this scope, without dropout; nothing is remembered or counted."""
+    """Training mode and mini-batch statistics in this scope, without dropout; nothing is remembered or counted.
+
+    Raises:
+        StatisticsError: a lazy module has no parameters yet; it could not be put back.
+    """
+    if any(map(is_lazy, model.parameters())):
+        raise _LAZY.of("a lazy module", type(model).__name__)
     with as_in_training(model, by_population=False), not_counting_domains(find_bnext_norms(model).values()):
         yield
 

@@ -35,7 +35,7 @@ def add_study_arguments(
         parser.add_argument("--config-file", default=default, help=f"the settings; in {configs.name}/ are {others}")
         parser.add_argument("pairs", nargs="*", metavar="KEY=VALUE", help="change a setting")
 
-    parser.add_argument("--seeds", type=_count, default=num_seeds, metavar="N", help="1 to N (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=num_seeds, metavar="N", help="1 to N (default: %(default)s)")
     parser.add_argument("--output", default=output, help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="keep what is finished, go on with the rest")
     parser.add_argument("--show", metavar="RESULTS", help="run nothing; print the tables of a results.json")
@@ -48,7 +48,8 @@ def parse_study(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     return args
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """A number of seeds: argparse names the function of a word that is none."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more; got {number}")

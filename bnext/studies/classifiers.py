@@ -104,6 +104,9 @@ class ResidualClassifier(nn.Module):
         in_channels: int = 1,
     ) -> None:
         super().__init__()
+        if not channels:
+            rule, remedy = "name a width for each stage", "Use (16, 32, 64)."
+            raise ConfigError.of("channels", rule, got=channels, where="ResidualClassifier", remedy=remedy)
         blocks, rest = divmod(depth - 2, 2 * len(channels))
         if blocks < 1 or rest:
             rule = f"be 2 and a multiple of {2 * len(channels)}, for whole blocks in {len(channels)} stages"

@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from bnext.engine.screen import set_up_logging
 from bnext.errors import ConfigError
 from bnext.files import write_json
 
-__all__ = ["ResultsFile", "keeping_results", "read_results"]
+__all__ = ["ResultsFile", "keeping_results", "read_results", "show_results"]
 
 logger = logging.getLogger(__name__)
 
@@ -82,3 +82,26 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     remedy = "Move it away, or name the results.json of a study."
     raise ConfigError.of("The results", "be a JSON object", got=got, where=str(path), remedy=remedy)
+
+
+def show_results(path: str | os.PathLike[str], format_tables: Callable[[dict[str, Any]], str]) -> None:
+    """Print the tables of a results.json.
+
+    Args:
+        path: of the file.
+        format_tables: the study's.
+
+    Raises:
+        ConfigError: it is none, or of another study.
+    """
+    results = read_results(path)
+    tables, got = "", "nothing that it has a table for"
+    try:
+        tables = format_tables(results)
+    except (LookupError, TypeError, AttributeError, StopIteration) as error:
+        got = f"{type(error).__name__}: {error}"
+
+    if not tables.strip():
+        remedy = "Name a results.json of this study."
+        raise ConfigError.of("The results", "be of this study", got=got, where=str(path), remedy=remedy)
+    print(tables, flush=True)

@@ -42,6 +42,10 @@ class ImageSetting:
 
     def __post_init__(self) -> None:
         check_choice("dataset", self.dataset, IMAGE_SETS, where="the settings")
+        for name in ("side", "limit"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                rule, remedy = "be 1 or more", "Leave it away: as many as the set has."
+                raise ConfigError.of(name, rule, got=getattr(self, name), where="the settings", remedy=remedy)
         try:
             device = torch.device(self.device)
         except RuntimeError as error:

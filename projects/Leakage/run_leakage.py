@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import rcnn_tables
 from leak_pictures import draw_leak
@@ -29,7 +30,7 @@ from rcnn_study import RcnnSetting, run_heads
 from bnext.cli.run_command import run_command
 from bnext.errors import ConfigError
 from bnext.studies.arguments import add_study_arguments, parse_study
-from bnext.studies.results_file import read_results
+from bnext.studies.results_file import show_results
 from bnext.studies.setting import load_setting
 from bnext.studies.trials import run_trials
 
@@ -48,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Run the parts one after the other, or show what was measured."""
     if args.show:
-        results = read_results(args.show)
-        print(rcnn_tables.format_tables(results) if "styles" in results["setting"] else format_tables(results))
+        show_results(args.show, format_either)
         return
 
     if len(args.parts) > 1 and (args.pairs or args.config_file != DEFAULT):
@@ -57,6 +57,11 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError.of("--parts", rule, got=" ".join(args.parts), remedy=remedy)
     for part in args.parts:
         PARTS[part](args)
+
+
+def format_either(results: Mapping[str, Any]) -> str:
+    """The tables of the part that the results are of."""
+    return rcnn_tables.format_tables(results) if "styles" in results["setting"] else format_tables(results)
 
 
 def run_classifiers(args: argparse.Namespace) -> None:

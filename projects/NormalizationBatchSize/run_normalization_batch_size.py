@@ -27,7 +27,7 @@ from size_trials import PARTS, list_trials
 
 from bnext.cli.run_command import run_command
 from bnext.studies.arguments import add_study_arguments, parse_study
-from bnext.studies.results_file import read_results
+from bnext.studies.results_file import show_results
 from bnext.studies.setting import load_setting
 from bnext.studies.trials import run_trials
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Train and measure, or read what was; print the tables, draw the pictures beside the results."""
     if args.show:
-        print(format_tables(read_results(args.show)))
+        show_results(args.show, format_tables)
         return
 
     setting = load_setting(SizeSetting, args.config_file, args.pairs)

@@ -28,7 +28,7 @@ from trained_detectors import HEADS, ROIS, OpenSetting, Trainings
 from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
 from bnext.studies.arguments import add_study_arguments, parse_study
-from bnext.studies.results_file import read_results
+from bnext.studies.results_file import show_results
 from bnext.studies.setting import load_setting
 from bnext.studies.trials import run_trials
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Check everything, and run the parts; or show what is there."""
     if args.show:
-        print(question_tables.format_results(read_results(args.show)), flush=True)
+        show_results(args.show, question_tables.format_results)
         return
 
     setting = load_setting(OpenSetting, args.config_file, args.pairs)

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -89,11 +90,24 @@ class Trainings:
         weights = find_final_model(cfg)
 
         is_there = self.resume and os.path.exists(weights)
+        if is_there:
+            _check_trained(cfg)
         if cfg.OUTPUT_DIR not in self._finished and not is_there:
             prepare_folder(cfg, self.resume)
             train(cfg, resume=self.resume)
         self._finished.add(cfg.OUTPUT_DIR)
         return cfg, weights
+
+
+def _check_trained(cfg: CfgNode) -> None:
+    """Refuse a finished training of another model or schedule, which parts of the study share."""
+    file = os.path.join(cfg.OUTPUT_DIR, "config.yaml")
+    with open(file) as stream:
+        there, wanted = yaml.safe_load(stream), yaml.safe_load(cfg.dump())
+
+    if there["SOLVER"] != wanted["SOLVER"] or there["MODEL"]["RETINANET"] != wanted["MODEL"]["RETINANET"]:
+        rule, remedy = "be of the same setting, to be taken", "Leave --resume away, or choose another --output."
+        raise ConfigError.of("The training", rule, got="another SOLVER or MODEL", where=file, remedy=remedy)
 
 
 def list_groups(cfg: CfgNode) -> list[list[str]]:

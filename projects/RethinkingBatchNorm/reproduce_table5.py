@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from table5 import TRAINED_ROW, format_table, list_trainings, load_rows, run_rows
@@ -22,7 +23,7 @@ from bnext.cli.run_command import run_command
 from bnext.data.catalog import ensure_digits
 from bnext.engine.launch import launch
 from bnext.studies.arguments import add_study_arguments, parse_study
-from bnext.studies.results_file import read_results
+from bnext.studies.results_file import show_results
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def reproduce(args: argparse.Namespace) -> None:
     """Prepare the data, check everything, and run the rows in all workers."""
     if args.show:
-        print(format_table(read_results(args.show), args.dataset))
+        show_results(args.show, partial(format_table, title=args.dataset))
         return
 
     output = args.output.replace("DATASET", args.dataset)

@@ -130,3 +130,9 @@ def test_groups_are_of_a_norms_build():
     norm = make_norm(grouped())
     with pytest.raises(ConfigError, match="level_groups"):
         norm.spec = norm.spec.replace(level_groups=(LEVELS,))
+
+
+def test_a_level_of_the_name_of_a_group_is_refused():
+    spec = NormSpec(statistics="per_level", population="per_level", level_groups=(("a", "b"),))
+    with pytest.raises(ConfigError, match="a-b"):
+        LevelBatchNorm2d(4, levels=("a", "b", "a-b"), spec=spec)

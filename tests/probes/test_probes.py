@@ -208,3 +208,28 @@ def test_no_batches_no_layer_and_nothing_trained_are_refused():
         bnext.activations_by_depth(build(), make_batches(), kinds=nn.LSTM, forward=forward)
     with pytest.raises(StatisticsError, match="loss"):
         bnext.loss_along_gradient(build().requires_grad_(False), make_batches(), [0.1], forward=forward)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (6, 5, 4)])
+def test_a_linear_layer_has_its_channels_last(shape):
+    model, x = nn.Linear(4, 3).double(), torch.randn(shape, dtype=torch.double)
+    (layer,) = bnext.activations_by_depth(model, [x])
+    torch.testing.assert_close(layer.means, model(x).detach().flatten(0, -2).mean(0))
+    gradients = bnext.output_gradients(
+        nn.Sequential(model), [x], "0", forward=lambda model, batch: model(batch).square().sum()
+    )
+    torch.testing.assert_close(gradients.values, 2 * model(x).detach().reshape(6, -1, 3).sum(1))
+
+
+def test_a_lazy_model_is_refused_as_it_could_not_be_put_back():
+    with pytest.raises(StatisticsError, match="model"):
+        bnext.activations_by_depth(nn.Sequential(nn.LazyConv2d(4, 3)), [torch.randn(2, 3, 8, 8)])
+
+
+def test_a_path_counts_once_and_step_sizes_may_be_an_array():
+    model, batches = build(), make_batches(1)
+    twice = bnext.gradient_histogram(model, batches, ["0.weight", "0.weight"], forward=forward)["0.weight"]
+    assert twice.num_elements == model[0].weight.numel()
+    with pytest.raises(ConfigError, match="parameters"):
+        bnext.gradient_histogram(model, batches, "0.weight", forward=forward)
+    assert bnext.loss_along_gradient(model, batches, torch.tensor([0.1, 1.0]), forward=forward).ratios.shape == (1, 2)

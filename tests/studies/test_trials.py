@@ -10,6 +10,7 @@ import torch
 
 from bnext.errors import BNextError, ConfigError
 from bnext.studies.arguments import add_study_arguments, parse_study
+from bnext.studies.results_file import show_results
 from bnext.studies.setting import ImageSetting, load_setting
 from bnext.studies.spread import compare, summarize
 from bnext.studies.trials import collect, run_trials
@@ -120,3 +121,21 @@ def test_arguments_of_a_study(tmp_path):
     assert (args.seeds, args.parts, args.pairs, args.resume) == ([1, 2], ["a"], ["rate=1", "side=8"], True)
     with pytest.raises(SystemExit):
         parse_study(parser, ["--seeds", "0"])
+
+
+@pytest.mark.parametrize("text", ["{}", '{"setting": {"depth": 3}, "trials": {}}', '{"stories": {}}'])
+def test_results_of_another_study_are_refused(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+
+    def format_tables(results):
+        Small(**results["setting"])
+        return "".join(results["trials"])
+
+    with pytest.raises(ConfigError, match="study"):
+        show_results(tmp_path / "results.json", format_tables)
+
+
+@pytest.mark.parametrize("wrong", [{"side": -1}, {"limit": 0}])
+def test_pictures_without_pixels_and_no_pictures_are_refused(wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        Small(**wrong)
