@@ -56,6 +56,6 @@ def _format_axis(results: Mapping[str, Any], axis: str, words: str, measured: Ma
 
     if axis == "pattern":
         leak = PAPER["population"] - PAPER["same"]
-        rows.append(["16 x 2, ImageNet (paper)", *map(str, PAPER.values()), f"{leak:+.1f}", "n.r.", "1"])
+        rows.append(["16 x 2, ImageNet (paper)", *map(str, PAPER.values()), f"{leak:+.1f}", "n.r.", "n.r."])
     headers = [*WAYS.values(), "population less same", "beyond two spreads", "seeds"]
     return format_rows(rows, [f"error %, {words}", *headers])
