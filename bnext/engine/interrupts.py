@@ -55,6 +55,8 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
 
-    os.kill(os.getpid(), signal.SIGINT)
+    main = threading.main_thread().ident
+    assert main is not None, "it has been started"
+    signal.pthread_kill(main, signal.SIGINT)  # of the process, another thread might get it, and the main one sleep on
     time.sleep(GRACE_SECONDS)
     os._exit(1)  # it is stuck, in a collective say

@@ -1,7 +1,6 @@
 """The status and the one line of a command."""
 
 import errno
-import os
 import signal
 
 import pytest
@@ -37,7 +36,7 @@ def test_a_bug_stays_a_traceback():
 
 def interrupt_hidden_by_another_error():
     try:
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     finally:
         raise RuntimeError("what a C++ library says of it")
 

@@ -87,17 +87,17 @@ def test_a_process_ends_with_its_parent(dies_first):
 def test_an_interrupt_waits_until_it_can_be_taken_and_comes_once():
     def work():
         with holding_back_interrupts():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             started = fork(take)  # it inherits the block, not what waits
             assert wait_for(started) == 130
             try:
                 take_interrupts_once()
             except KeyboardInterrupt:
-                os.kill(os.getpid(), signal.SIGINT)  # disturbs nothing
+                signal.raise_signal(signal.SIGINT)  # disturbs nothing
                 os._exit(7)
 
     def take():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         take_interrupts_once()
 
     assert wait_for(fork(work)) == 7
