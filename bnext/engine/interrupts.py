@@ -55,8 +55,7 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
 
-    main = threading.main_thread().ident
-    assert main is not None, "it has been started"
+    main: int = threading.main_thread().ident  # type: ignore[assignment]  # it has been started
     signal.pthread_kill(main, signal.SIGINT)  # of the process, another thread might get it, and the main one sleep on
     time.sleep(GRACE_SECONDS)
     os._exit(1)  # it is stuck, in a collective say

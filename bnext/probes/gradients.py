@@ -38,7 +38,7 @@ _NO_OUTPUT = Refusal(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GradientHistogram:
-    """How the elements of a parameter's gradient are spread, those of all mini-batches together.
+    """Spread of the elements of a parameter's gradient, those of all mini-batches together.
 
     Args:
         parameter: its path.
@@ -273,7 +273,7 @@ def _sum_positions(module: nn.Module, gradient: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _keeping_outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """What a module returns in this scope; the model goes on with copies, which it may change in place."""
+    """Outputs of a module in this scope; the model goes on with copies, which it may change in place."""
     outputs: list[Any] = []
 
     def keep(module: nn.Module, args: Any, output: Any) -> Any:

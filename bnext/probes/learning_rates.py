@@ -49,7 +49,7 @@ class RateTrial:
 
 @dataclasses.dataclass(frozen=True)
 class LearningRateSearch:
-    """What a search has seen.
+    """Trials of a search for the highest rate.
 
     Args:
         trials: in the order of their rates.

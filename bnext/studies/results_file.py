@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class ResultsFile:
-    """What a study has until now.
+    """Results of a study until now.
 
     Args:
         path: of results.json.

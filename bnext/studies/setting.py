@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -17,14 +17,14 @@ from bnext.studies.image_sets import IMAGE_SETS, StoredImages, load_image_set
 from bnext.studies.images import Images
 from bnext.text import suggest
 
-__all__ = ["ImageSetting", "load_setting", "load_split"]
+__all__ = ["ImageSetting", "check_counts", "load_setting", "load_split", "read_setting"]
 
 Setting = TypeVar("Setting")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSetting:
-    """Images of a study of classifiers, and where it is computed. A study's settings inherit from it.
+    """Images of a study of classifiers, and where it is computed; its settings inherit from it, lists become tuples.
 
     Args:
         dataset: see `load_image_set`.
@@ -41,11 +41,12 @@ class ImageSetting:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # YAML and JSON give lists
+            value = getattr(self, field.name)
+            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
+
         check_choice("dataset", self.dataset, IMAGE_SETS, where="the settings")
-        for name in ("side", "limit"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                rule, remedy = "be 1 or more", "Leave it away: as many as the set has."
-                raise ConfigError.of(name, rule, got=getattr(self, name), where="the settings", remedy=remedy)
+        check_counts(self, "side", "limit")
         try:
             device = torch.device(self.device)
         except RuntimeError as error:
@@ -54,6 +55,19 @@ class ImageSetting:
         if device.type == "cuda" and not torch.cuda.is_available():
             rule, remedy = "be one that this machine has", "Use device=cpu, or a machine with a GPU."
             raise ConfigError.of("device", rule, got=repr(self.device), remedy=remedy)
+
+
+def check_counts(setting: object, *names: str) -> None:
+    """Refuse numbers below 1 in fields of a setting; None is none.
+
+    Raises:
+        ConfigError: names the first of them.
+    """
+    for name in names:
+        number = getattr(setting, name)
+        if number is not None and number < 1:
+            rule, remedy = "be 1 or more", "Leave it at its default."
+            raise ConfigError.of(name, rule, got=number, where="the settings", remedy=remedy)
 
 
 def load_split(setting: ImageSetting, split: str) -> Images | StoredImages:
@@ -90,3 +104,13 @@ def load_setting(kind: type[Setting], file: str | os.PathLike[str], pairs: Seque
         remedy = f"There are {', '.join(names)}."
         raise ConfigError.of("The settings", "fit the study", got=words, where=str(file), remedy=remedy) from error
     return setting
+
+
+def read_setting(kind: type[Setting], results: Mapping[str, Any]) -> Setting:
+    """The setting that results.json holds, on any machine.
+
+    Args:
+        kind: with a field `device`.
+        results: of `bnext.studies.trials.run_trials`.
+    """
+    return kind(**{**results["setting"], "device": "cpu"})

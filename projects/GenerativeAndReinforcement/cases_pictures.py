@@ -21,7 +21,7 @@ _PIXELS = 12
 
 
 def draw_gan(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """What a discriminator tells right by either statistics, and how far the generated digits are from real ones.
+    """Share that a discriminator tells right by either statistics, and how far the generated digits are from real ones.
 
     Args:
         results: of the GANs.

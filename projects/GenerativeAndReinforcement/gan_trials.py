@@ -43,7 +43,7 @@ WAYS = {
 
 @dataclasses.dataclass(frozen=True)
 class GanSetting:
-    """What the GANs have in common.
+    """Common settings of the GANs.
 
     Args:
         steps: of both nets.

@@ -40,7 +40,7 @@ TARGETS = {
 
 @dataclasses.dataclass(frozen=True)
 class ValueSetting:
-    """What the trainings of value nets have in common.
+    """Common settings of the trainings of value nets.
 
     Args:
         steps: of Adam, at least 4.

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from leak_setting import read_setting
+from leak_setting import LeakSetting
 from leak_tables import PAPER, WAYS, list_measured
 
 from bnext.figures import PLAIN, make_figure, save_figure, style_axes, to_points
+from bnext.studies.setting import read_setting
 from bnext.studies.spread import summarize
 from bnext.studies.trials import collect
 
@@ -28,7 +29,7 @@ def draw_leak(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         results: of the study.
         path: of the PNG; written whole.
     """
-    pattern = read_setting(results).pattern
+    pattern = read_setting(LeakSetting, results).pattern
     figure = make_figure(1160, 800)
     (top, repairs), curves = figure.subplots(2, 2, width_ratios=(3, 2))
 

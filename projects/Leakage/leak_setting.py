@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from bnext.errors import ConfigError, check_choice
 from bnext.studies.patterns import Pattern
-from bnext.studies.setting import ImageSetting
+from bnext.studies.setting import ImageSetting, check_counts
 
-__all__ = ["MODELS", "LeakSetting", "parse_pattern", "read_setting"]
+__all__ = ["MODELS", "LeakSetting", "parse_pattern"]
 
 MODELS = ("plain", "residual", "resnet50")
 
 
 @dataclasses.dataclass(frozen=True)
 class LeakSetting(ImageSetting):
-    """What is trained on which mini-batches, and the axes of the study.
+    """Mini-batches and nets of the study, and its axes.
 
     Args:
         patterns: of normalization batches, "K x M": K classes, M images of each.
@@ -69,10 +67,8 @@ class LeakSetting(ImageSetting):
             got = list(self.joined_patterns)
             raise ConfigError.of("joined_patterns", rule, got=got, where=self.dataset, remedy=remedy)
 
-        for name in ("num_groups", "num_steps", "num_statistics", "num_tests", "joined", "joined_count"):
-            if getattr(self, name) < 1:
-                rule, remedy = "be 1 or more", "Leave it at its default."
-                raise ConfigError.of(name, rule, got=getattr(self, name), where="the settings", remedy=remedy)
+        counts = ("num_groups", "num_steps", "num_statistics", "num_tests", "joined", "joined_count")
+        check_counts(self, *counts)
 
 
 def parse_pattern(words: str, share: float = 1.0) -> Pattern:
@@ -86,9 +82,3 @@ def parse_pattern(words: str, share: float = 1.0) -> Pattern:
         remedy = "Write '16 x 2' for 16 classes, 2 images of each."
         raise ConfigError.of("a pattern", "be K x M", got=repr(words), where="the settings", remedy=remedy)
     return Pattern(int(numbers[0]), int(numbers[1]), share)
-
-
-def read_setting(results: Mapping[str, Any]) -> LeakSetting:
-    """The setting that results.json holds, wherever it was computed."""
-    given = {**results["setting"], "device": "cpu"}
-    return LeakSetting(**{key: tuple(value) if isinstance(value, list) else value for key, value in given.items()})

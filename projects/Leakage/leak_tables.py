@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from leak_setting import read_setting
+from leak_setting import LeakSetting
 from leak_trials import Training, list_axes
 
+from bnext.studies.setting import read_setting
 from bnext.studies.spread import compare, summarize
 from bnext.studies.trials import collect
 from bnext.tables import format_rows
@@ -30,13 +31,13 @@ _AXES = {
 
 def list_measured(results: Mapping[str, Any], axis: str) -> dict[str, Training]:
     """Label -> training of an axis, of those that were measured."""
-    trainings = list_axes(read_setting(results))[axis]
+    trainings = list_axes(read_setting(LeakSetting, results))[axis]
     return {label: training for label, training in trainings.items() if training.name in results["trials"]}
 
 
 def format_tables(results: Mapping[str, Any]) -> str:
     """A table for each axis that has two trainings or more, the paper's below the first."""
-    pattern = read_setting(results).pattern
+    pattern = read_setting(LeakSetting, results).pattern
 
     tables = []
     for axis, words in _AXES.items():

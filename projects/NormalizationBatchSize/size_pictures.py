@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from size_setting import read_setting
+from size_setting import SizeSetting
 from size_tables import PAPER, PAPER_SIZES
 from size_trials import AXES, list_axis, name_trial
 
 from bnext.figures import COLORS, GREY, PLAIN, make_figure, save_figure, style_axes, to_points
+from bnext.studies.setting import read_setting
 from bnext.studies.spread import summarize
 from bnext.studies.trials import collect
 
@@ -39,7 +40,7 @@ def draw_sizes(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
         results: of the study.
         path: of the PNG; written whole. None comes back where no contrast has two sizes.
     """
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     panels = {}
     for contrast in setting.contrasts:
         sizes = [size for size in setting.sizes if name_trial(contrast, size) in results["trials"]]
@@ -88,7 +89,7 @@ def draw_axes(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path 
         results: of the study.
         path: of the PNG; written whole. None comes back where the contrast or the other axes were not trained.
     """
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     smallest, trained = min(setting.sizes), results["trials"]
     contrasts = [contrast for contrast in setting.spreads if name_trial(contrast, smallest) in trained]
     rows = _list_rows(results)
@@ -124,7 +125,7 @@ def _draw_contrasts(axes: Any, results: Mapping[str, Any], contrasts: Sequence[f
 
 def _list_rows(results: Mapping[str, Any]) -> dict[str, dict[float, str]]:
     """Values of the other axes in words -> contrast -> name of the training, where there is one."""
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     rows: dict[str, dict[float, str]] = {}
     for axis, (field, words) in AXES.items():
         for contrast in setting.contrasts:
@@ -139,7 +140,7 @@ def _draw_inconsistencies(
     axes: Any, results: Mapping[str, Any], rows: Mapping[str, Mapping[float, str]], size: int
 ) -> None:
     """A line for each value of an axis: seeds as dots, their mean as a marker, for each contrast."""
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     for number, contrast in enumerate(setting.contrasts):
         color = PLAIN[number]
         words = "as they are" if contrast == 0 else f"contrast {contrast:g}"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from bnext.errors import ConfigError, check_choice
 from bnext.studies.images import Selectable
 from bnext.studies.setting import ImageSetting
 
-__all__ = ["SizeSetting", "check_images", "read_setting"]
+__all__ = ["SizeSetting", "check_images"]
 
 _SHRINKS = {"residual": 4, "resnet50": 32}  # side of the pictures / that of the last map
 _WHERE = "settings of NormalizationBatchSize"
@@ -19,7 +17,7 @@ _WHERE = "settings of NormalizationBatchSize"
 
 @dataclasses.dataclass(frozen=True)
 class SizeSetting(ImageSetting):
-    """What the trainings of the study have in common, and its axes.
+    """Common settings of the trainings, and the axes of the study.
 
     Args:
         sizes: normalization batch sizes (NBS): images that are normalized together. Each divides `total_batch_size`.
@@ -60,9 +58,6 @@ class SizeSetting(ImageSetting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(self):  # a YAML file gives lists
-            value = getattr(self, field.name)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
         check_choice("model", self.model, tuple(_SHRINKS), where=_WHERE)
 
         for name in ("sizes", "total_batch_size", "val_repeats", "epochs", "num_estimated", "lengths", "stages"):
@@ -109,8 +104,3 @@ def check_images(setting: SizeSetting, train: Selectable, val: Selectable, side:
         rule = "be 2 or more where the last map has a single element, as one element has no variance"
         remedy = f"Use sizes from 2 on, or a side above {shrink}."
         raise ConfigError.of("sizes", rule, got=1, where=f"pictures of {side} pixels", remedy=remedy)
-
-
-def read_setting(results: Mapping[str, Any]) -> SizeSetting:
-    """The setting that results.json holds, wherever it was computed."""
-    return SizeSetting(**{**results["setting"], "device": "cpu"})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from size_setting import read_setting
+from size_setting import SizeSetting
 from size_trials import AXES, list_axis, name_trial
 
+from bnext.studies.setting import read_setting
 from bnext.studies.spread import Spread, compare, summarize
 from bnext.studies.trials import collect
 from bnext.tables import format_rows
@@ -46,7 +47,7 @@ def compare_errors(results: Mapping[str, Any], name: str, one: str, other: str) 
 
 def format_tables(results: Mapping[str, Any]) -> str:
     """All tables for which there are trainings, the paper's below the first."""
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     trained = results["trials"]
 
     tables = []
@@ -109,7 +110,7 @@ def _format_contrasts(results: Mapping[str, Any], contrasts: Sequence[float], si
 
 
 def _list_axis_rows(results: Mapping[str, Any], contrast: float, axis: str, names: Sequence[str]) -> list[list[str]]:
-    setting = read_setting(results)
+    setting = read_setting(SizeSetting, results)
     values = dict(zip(list_axis(setting, contrast, axis), getattr(setting, AXES[axis][0]), strict=True))
     words = AXES[axis][1]
     return [[f"{words} {values[name]:g}", f"{contrast:g}", *_list_errors(results, name)] for name in names]

@@ -74,7 +74,7 @@ def train_size(setting: SizeSetting, size: int, contrast: float, seed: int) -> d
 
 
 class _Training:
-    """What the trainings of a seed have in common: pictures, rates, and how a model is measured."""
+    """Common parts of the trainings of a seed: pictures, rates, and how a model is measured."""
 
     def __init__(self, setting: SizeSetting, contrast: float, seed: int) -> None:
         self.setting, self.contrast, self.seed = setting, contrast, seed

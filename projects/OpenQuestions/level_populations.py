@@ -42,7 +42,7 @@ Populations = dict[str, dict[str, Moments]]
 
 
 class Distance(NamedTuple):
-    """How far a level is from a population, mean over channels.
+    """Distance of a level from a population, mean over channels.
 
     Args:
         mean: |difference of means|, in standard deviations of the level.

@@ -63,7 +63,7 @@ def draw_curves(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Pat
 
 
 def draw_rates(results: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """How erratic validation is, and what is reached, by learning rate: a dot for each seed, a line of means."""
+    """Change of validation between epochs, and accuracy reached, by learning rate: dots for seeds, a line of means."""
     setting = results["setting"]
     rates = sorted(setting["rates"])
     panels = (

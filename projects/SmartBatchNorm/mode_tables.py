@@ -139,7 +139,7 @@ def _format_tests(results: Mapping[str, Any], rate: float) -> str:
 
 
 def _format_differences(results: Mapping[str, Any], norm: str, none: str, sizes: Sequence[int]) -> str:
-    """How much better mode 4 is than the others, seed by seed; whether that is beyond two spreads."""
+    """Gain of mode 4 over the others, seed by seed; whether that is beyond two spreads."""
     rows = []
     for title, kind, reading in _TESTS[:-1]:
         trial = none if kind == "none" else norm

@@ -33,7 +33,7 @@ _WHERE = "settings of SmartBatchNorm"
 
 @dataclasses.dataclass(frozen=True)
 class ModeSetting(ImageSetting):
-    """What the trainings of the small net have in common, and its axis.
+    """Common settings of the trainings of the small net, and its axis.
 
     Args:
         channels: of the convolutions.
@@ -53,9 +53,6 @@ class ModeSetting(ImageSetting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("channels", "rates", "test_batch_sizes"):  # a YAML file gives lists
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
         for name in ("learning_rate", "rates"):
             _check_numbers(name, getattr(self, name), "be above 0", lambda rate: rate > 0 and math.isfinite(rate))
         for name in ("batch_size", "test_batch_sizes", "channels"):

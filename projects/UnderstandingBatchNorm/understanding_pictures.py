@@ -14,6 +14,7 @@ from understanding_tables import NORM_WORDS
 from understanding_trials import NORMS, name_trial
 
 from bnext.figures import COLORS, GREY, PLAIN, make_figure, save_figure, style_axes, to_points
+from bnext.studies.setting import read_setting
 
 __all__ = ["draw_all"]
 
@@ -23,7 +24,7 @@ _TEXT = 13  # pixels
 
 def draw_all(results: Mapping[str, Any], folder: str | os.PathLike[str]) -> list[Path]:
     """Draw every figure whose trials are all there; files in a folder."""
-    setting = UnderstandingSetting(**{**results["setting"], "device": "cpu"})
+    setting = read_setting(UnderstandingSetting, results)
     kinds = [name_trial("gradients", norm, kind) for norm in NORMS for kind in INITIALIZATIONS]
     figures = {
         "rates.png": (_draw_rates, [name_trial("rates", norm) for norm in NORMS]),
@@ -96,6 +97,7 @@ def _draw_steps(trials: Mapping[str, Any], setting: UnderstandingSetting) -> Any
             for ratios in seen["ratios"]:
                 values = np.array(ratios, dtype=float)
                 axes.plot(setting.step_sizes, values, color=_NORM_COLORS[norm], alpha=0.5, linewidth=1.2)
+
         axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -116,10 +118,12 @@ def _draw_depth(trials: Mapping[str, Any], setting: UnderstandingSetting) -> Any
                 curve = np.array(rows, dtype=float).mean(0)
                 places = range(1, len(curve) + 1)
                 axes.plot(places, curve, style, color=PLAIN[number], label=f"{kind}, {NORM_WORDS[norm]}")
+
         axes.set_yscale("log")
         axes.set_xlabel(f"block (of a net of {setting.depth} layers)")
         axes.set_ylabel({"means": "magnitude of the channels' means", "deviations": "deviation of the channels"}[key])
         axes.grid(axis="y", alpha=0.3)
+
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=to_points(_TEXT), frameon=False)
     return figure

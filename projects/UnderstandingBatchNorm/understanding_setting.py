@@ -15,7 +15,7 @@ from bnext.errors import ConfigError, check_choice
 from bnext.seeding import Purpose, derive_seed, seeded
 from bnext.studies.classifiers import ResidualClassifier, build_classifier
 from bnext.studies.images import Batches, Images
-from bnext.studies.setting import ImageSetting, load_split
+from bnext.studies.setting import ImageSetting, check_counts, load_split
 
 __all__ = ["INITIALIZATIONS", "UnderstandingSetting", "build_model", "compute_loss", "draw_batches", "load_images"]
 
@@ -57,13 +57,13 @@ class UnderstandingSetting(ImageSetting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in dataclasses.fields(self):  # a YAML file gives lists
-            value = getattr(self, field.name)
-            object.__setattr__(self, field.name, tuple(value) if isinstance(value, list) else value)
         check_choice("initialization", self.initialization, INITIALIZATIONS, where="settings of UnderstandingBatchNorm")
+        check_counts(self, "batch_size", "epochs", "num_batches", "num_steps")
+
         if self.dataset == "folder":
             remedy = "Use digits, mnist or cifar10."
             raise ConfigError.of("dataset", "be a set that fits into memory", got=self.dataset, remedy=remedy)
+
         if len(self.search_range) != 2:
             rule, remedy = "be a lowest and a highest rate", "Use [0.02, 20]."
             raise ConfigError.of("search_range", rule, got=list(self.search_range), remedy=remedy)
@@ -71,9 +71,6 @@ class UnderstandingSetting(ImageSetting):
             if not all(value > 0 for value in getattr(self, name)):
                 got = list(getattr(self, name))
                 raise ConfigError.of(name, "be above 0", got=got, remedy="Give learning rates.")
-        for name in ("batch_size", "epochs", "num_batches", "num_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError.of(name, "be 1 or more", got=getattr(self, name), remedy="Correct it.")
 
 
 def load_images(setting: UnderstandingSetting, split: str) -> Images:

@@ -9,6 +9,7 @@ from typing import Any
 from understanding_setting import INITIALIZATIONS, UnderstandingSetting
 from understanding_trials import NORMS, name_trial
 
+from bnext.studies.setting import read_setting
 from bnext.studies.spread import summarize
 from bnext.studies.trials import collect
 from bnext.tables import format_rows
@@ -20,7 +21,7 @@ NORM_WORDS = {"bn": "batch norm", "none": "no norm"}
 
 def format_tables(results: Mapping[str, Any]) -> str:
     """All tables for which there are trials: means and standard deviations over seeds."""
-    setting = UnderstandingSetting(**{**results["setting"], "device": "cpu"})
+    setting = read_setting(UnderstandingSetting, results)
     tables = [_format_rates(results, setting.rates), _format_start(results), _format_initializations(results)]
     return "\n\n".join(filter(None, tables))
 
@@ -47,6 +48,7 @@ def _format_start(results: Mapping[str, Any]) -> str:
             agreement = summarize(collect(results, outputs, "agreement")).show(2)
             classes = summarize(collect(results, outputs, "largest_class"))
             rows.append([NORM_WORDS[norm], gradient, sizes, agreement, classes])
+
     headers = [
         "figures 3 and 6",
         "length of the gradient, by seed",
@@ -64,11 +66,10 @@ def _format_initializations(results: Mapping[str, Any]) -> str:
             gradients, depth = name_trial("gradients", norm, kind), name_trial("depth", norm, kind)
             if gradients in results["trials"] and depth in results["trials"]:
                 kurtosis = summarize(collect(results, gradients, "excess_kurtosis"))
-                deviation, growth = (
-                    _show(collect(results, gradients, "deviation")),
-                    _show(collect(results, depth, "growth")),
-                )
+                deviation = _show(collect(results, gradients, "deviation"))
+                growth = _show(collect(results, depth, "growth"))
                 rows.append([kind, NORM_WORDS[norm], deviation, kurtosis, growth])
+
     headers = [
         "figures 2 and 5",
         "",

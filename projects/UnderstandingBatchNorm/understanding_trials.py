@@ -50,11 +50,13 @@ def list_trials(setting: UnderstandingSetting, parts: tuple[str, ...] = PARTS) -
             trials[name_trial("rates", norm)] = partial(search_rate, setting, has_norm)
             for rate in setting.rates:
                 trials[name_trial("rates", norm, f"{rate:g}")] = partial(train_at, setting, has_norm, rate)
+
         if "gradients" in parts:
             for kind in INITIALIZATIONS:
                 trials[name_trial("gradients", norm, kind)] = partial(measure_gradients, setting, has_norm, kind)
         if "steps" in parts:
             trials[name_trial("steps", norm)] = partial(measure_steps, setting, has_norm)
+
         if "depth" in parts:
             for kind in INITIALIZATIONS:
                 trials[name_trial("depth", norm, kind)] = partial(measure_depth, setting, has_norm, kind)

@@ -1,12 +1,13 @@
 """The study of leakage: what it refuses, and that nets read their mini-batches, in a quick form."""
 
 import pytest
-from leak_setting import LeakSetting, parse_pattern, read_setting
+from leak_setting import LeakSetting, parse_pattern
 from leak_trials import list_trials, load_sets
 from run_leakage import main
 
 from bnext.errors import ConfigError
 from bnext.studies.results_file import read_results
+from bnext.studies.setting import read_setting
 from bnext.studies.trials import collect
 from tests.tiny import ROOT
 
@@ -34,7 +35,7 @@ def test_a_pattern_that_the_set_has_not_is_refused_before_anything_runs():
 def test_the_committed_results_are_those_of_the_default_settings():
     results = read_results(ROOT / "projects/Leakage/results/classifier.json")
     setting = LeakSetting()
-    assert read_setting(results) == setting
+    assert read_setting(LeakSetting, results) == setting
     assert set(results["trials"]) == set(list_trials(setting, load_sets(setting)))
 
 
