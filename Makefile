@@ -3,7 +3,7 @@
 PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
 RUN := .venv/bin/python
 
-.PHONY: setup demo test test-all lint types bench docs
+.PHONY: setup demo test test-all lint types bench bench-all docs
 
 setup:
 	@command -v $(PYTHON) >/dev/null || { \
@@ -34,9 +34,19 @@ types: setup
 	$(RUN) -m mypy
 
 # Large tensors stay with malloc; otherwise the kernel's mapping of memory is timed.
-bench: export GOMP_SPINCOUNT = 1000
+bench bench-all: export GOMP_SPINCOUNT = 1000
+bench bench-all: export MALLOC_MMAP_MAX_ = 0
+bench bench-all: export MALLOC_TRIM_THRESHOLD_ = 4294967296
+bench bench-all: export MALLOC_TOP_PAD_ = 67108864
+
 bench: setup
-	MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_TOP_PAD_=67108864 $(RUN) -m bench
+	$(RUN) -m bench --json output/bench.json --plot output/bench.png
+
+# The slow claims, too: steps of whole detectors, population statistics, the evaluation.
+bench-all: setup
+	$(RUN) -m bench --all --json output/bench_all.json --plot output/bench_all.png
+	$(RUN) -m bench.population_statistics
+	$(RUN) -m bench.evaluation_speed
 
 # The site opens from the file system: output/docs/index.html.
 docs: setup

@@ -1,10 +1,12 @@
-"""Time the norms against the ways to write them with torch alone: forward and backward.
+"""Time the norms against the ways to write them with torch and other packages: forward and backward.
 
     make bench
-    python -m bench --only levels --only dealt --json output/bench.json
+    python -m bench --only levels --only dealt
+    python -m bench --show bench/results/two_cores.json
 
-Every pair of arms is proved equal in float64 before it is timed. `make bench` sets malloc's thresholds: by default
-glibc returns every large tensor to the system after each operation, which times the kernel and not the norm.
+Every pair of arms is proved equal in float64 before it is timed; where two are not, the others still run, and the exit
+status is 1. `make bench` sets malloc's thresholds: by default glibc returns every large tensor to the system after each
+operation, which times the kernel and not the norm.
 """
 
 from __future__ import annotations
@@ -12,42 +14,121 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from types import ModuleType
 
 import torch
 from tqdm import tqdm
 
 from bench import dealt, domains, ghost, levels, plain_norm
-from bench.harness import NUM_PAIRS, Comparison, Result, format_results, run, write_figures
+from bench.harness import Setting
+from bench.pairs import Limits
+from bench.picture import draw_record
+from bench.results import (
+    Failure,
+    Record,
+    Result,
+    describe_setting,
+    format_record,
+    read_record,
+    write_record,
+)
 from bnext.cli.run_command import run_command
+from bnext.errors import LaunchError, Refusal
 
-CLAIMS = {"plain_norm": plain_norm, "ghost": ghost, "domains": domains, "dealt": dealt, "levels": levels}
+CLAIMS: dict[str, ModuleType] = {
+    "plain_norm": plain_norm,
+    "ghost": ghost,
+    "domains": domains,
+    "dealt": dealt,
+    "levels": levels,
+}
+SLOW_CLAIMS: dict[str, ModuleType] = {}  # run by --all
+
+NO_GPU = Refusal(
+    LaunchError,
+    "--device",
+    "be a device that PyTorch can use",
+    "Use --device cpu, or install a PyTorch with CUDA on a machine with an NVIDIA GPU and its driver.",
+)
+NO_PAIRS = Refusal(LaunchError, "--pairs", "be 2 or more", "Use 60, or leave it out.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit status is 0, or 2 for a mistake that the user can mend."""
+    """Run the command line; the exit status is 0, 1 where arms do not agree, or 2 for a mistake of the user."""
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__, formatter_class=as_written)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
-    parser.add_argument("--only", action="append", choices=list(CLAIMS), help="a claim, may be repeated (default: all)")
+    names = [*CLAIMS, *SLOW_CLAIMS]
+    add = parser.add_argument
+    add("--only", action="append", choices=names, help="a claim, may be repeated (default: all that are quick)")
+    add("--all", action="store_true", help="the slow claims, too")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
+    add(
+        "--pairs",
+        type=int,
+        metavar="N",
+        help="exactly so many (default: from 11 to 60, until a ratio is known to 5 %%)",
+    )
+    add("--json", metavar="FILE", help="write the results there, too")
+    add("--plot", metavar="FILE", help="draw the ratios there, as PNG")
+    add("--show", metavar="FILE", help="measure nothing; show the results of such a file")
     args = parser.parse_args(argv)
-    return run_command(lambda: run_claims(args.only or list(CLAIMS), args.json))
+
+    if args.show is not None:
+        return run_command(lambda: show(read_record(args.show), args.plot))
+    chosen = args.only or (names if args.all else list(CLAIMS))
+    return run_command(lambda: measure(chosen, args.device, args.pairs, args.json, args.plot))
 
 
-def run_claims(names: Sequence[str], file: str | None) -> None:
-    """Run claims, print their table, and write it if a file is named."""
-    comparisons: list[Comparison] = []
-    for name in names:
-        comparisons += CLAIMS[name].COMPARISONS
+def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str | None, picture: str | None) -> int:
+    """Measure claims, show their tables, and write what is asked for.
 
-    results: list[Result] = []
-    for comparison in tqdm(comparisons, disable=None):
-        results += run(comparison)
+    Args:
+        names: of claims.
+        device: "cpu" or "cuda".
+        num_pairs: of each comparison; None: until the ratio is known.
+        file, picture: where results are written, as JSON and PNG; None: nowhere.
 
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {NUM_PAIRS} pairs of runs, float32")
-    print(format_results(results))
+    Returns:
+        1 if arms do not agree or do not run, else 0.
+
+    Raises:
+        LaunchError: there is no such device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise NO_GPU.of("cuda, and it finds no GPU")
+    if num_pairs is not None and num_pairs < 2:
+        raise NO_PAIRS.of(num_pairs)
+
+    limits = Limits() if num_pairs is None else Limits(num_pairs, num_pairs)
+    setting = Setting(device, limits)
+    record = Record(describe_setting(device, limits))
+    rows = [row for name in names for row in {**CLAIMS, **SLOW_CLAIMS}[name].ROWS]
+    for row in tqdm(rows, disable=None):
+        record.results += _run(row, setting)
+
     if file is not None:
-        write_figures(file, [asdict(result) for result in results])
+        write_record(file, record)
+    return show(record, picture)
+
+
+def _run(row: object, setting: Setting) -> list[Result]:
+    """The results of a row; that one fails keeps none of the others from running."""
+    try:
+        return row.run(setting)
+    except Exception as error:
+        return [Failure(row.name, "", f"{type(error).__name__}: {error}")]
+
+
+def show(record: Record, picture: str | None) -> int:
+    """Print the tables of a run and draw its picture; see `measure`."""
+    print(format_record(record))
+    if picture is not None:
+        draw_record(record, picture)
+
+    if not record.failures:
+        return 0
+    print(f"error: {len(record.failures)} comparisons have failed; see FAILED above.", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

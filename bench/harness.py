@@ -1,18 +1,14 @@
-"""Two arms that do the same: proved equal in float64, then timed in pairs.
-
-The arms alternate, so that a change of the machine's speed meets both, and so does their order within a pair; the
-figure is the median of the ratios of pairs.
-"""
+"""Two norms that do the same: proved equal in float64, then timed in pairs beside a copy, which is their limit."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -20,19 +16,67 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
-from bnext.errors import BNextError
-from bnext.files import write_json
-from bnext.tables import format_rows
+from bench.pairs import Limits, Timer, estimate_ratio, time_pairs
+from bench.results import Failure, LeftOut, Quantity, Result, Speed
+from bnext.errors import BNextError, Refusal
 
-__all__ = ["CHANNELS", "IMAGES", "NUM_PAIRS", "Comparison", "Result", "format_results", "run", "write_figures"]
+__all__ = [
+    "CHANNELS",
+    "IMAGES",
+    "LAYOUTS",
+    "Arm",
+    "Comparison",
+    "Features",
+    "Peer",
+    "Setting",
+    "count_bytes",
+    "draw_features",
+    "measure_difference",
+    "measure_errors",
+    "run_on_workers",
+]
 
 CHANNELS = 256
 IMAGES = {"p4": (16, CHANNELS, 50, 84)}  # one feature map of a batch
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-NUM_PAIRS = 11  # of runs
 TOLERANCE = 1e-9  # of float64, relative to the largest number of a tensor; sums of a million numbers differ by 1e-12
+ONE_PASS, TWO_PASSES = 5, 8  # readings and writings of the features, forward and backward
+MEAN_OF_ERRORS = 100.0  # of features whose standard deviation is 1
 
 Features: TypeAlias = dict[str, Tensor]
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+NOT_EQUAL = Refusal(
+    BNextError,
+    "both arms",
+    f"give the same outputs, gradients and averages in float64, to {TOLERANCE:g}",
+    "Mend an arm; where they cannot be equal say why in `differs` or `averages_differ`.",
+)
+
+
+class Peer(NamedTuple):
+    """A package that is a peer where it is installed.
+
+    Args:
+        module: that is imported.
+        distribution: that pip installs.
+    """
+
+    module: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where and how long a claim is measured.
+
+    Args:
+        device: "cpu" or "cuda".
+        limits: of the pairs.
+    """
+
+    device: str = "cpu"
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True)
@@ -41,160 +85,277 @@ class Comparison:
 
     Args:
         name: of the comparison, in the table.
-        shapes: of the features, by name; float32, [N, C, H, W].
+        shapes: of the features, by name; float32, [N, C, H, W]. With workers a function of the rank, if they differ.
         make_ours, make_other: build an arm in training mode; module-level functions or partials of them where there
             are workers, which import them.
         differs: why the arms cannot give the same numbers, for the reader of the table; "": they must.
         averages_differ: why running statistics are not the same although outputs are; "": they must be.
+        other_shapes: of the other arm's features, where they are others, which `differs` explains.
         sees_all: whether an arm maps all features, by name, in one call; else each alone.
         layouts: memory formats to time, keys of `LAYOUTS`.
+        num_norms: that a feature passes, for the limit.
         num_workers: 1: this process; else so many gloo workers on this machine, each with features of its own.
+        goals: least ratio that is aimed at on a CPU, by layout.
+        goal_on_gpu: the same on a GPU, in any layout.
+        compiles: whether arms are compiled: each layout begins with an empty cache, and too many compilations fail.
+        shows_errors: whether the errors of both arms in float32 are shown.
+        needs: peer, without which the comparison is left out.
+        device: "cuda": it is left out on CPUs.
     """
 
     name: str
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Shapes | Callable[[int], Shapes]
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
     differs: str = ""
     averages_differ: str = ""
+    other_shapes: Shapes | None = None
     sees_all: bool = False
     layouts: tuple[str, ...] = tuple(LAYOUTS)
+    num_norms: int = 1
     num_workers: int = 1
+    goals: Mapping[str, float] = field(default_factory=dict)
+    goal_on_gpu: float | None = None
+    compiles: bool = False
+    shows_errors: bool = False
+    needs: Peer | None = None
+    device: str = ""
+
+    def run(self, setting: Setting) -> list[Result]:
+        """Prove the arms equal, then time them: results of each layout, or why there are none."""
+        reason = self._find_obstacle(setting.device)
+        if reason:
+            return [LeftOut(self.name, reason)]
+        if self.num_workers == 1:
+            return self.run_here(setting)
+
+        of_workers = run_on_workers(self.run_here, self.num_workers, setting)
+        return of_workers[0]
+
+    def run_here(self, setting: Setting) -> list[Result]:
+        """`run` in this process, which may be a worker. A collective."""
+        results: list[Result] = []
+        for layout in self.layouts:
+            if self.compiles:
+                torch.compiler.reset()
+            try:
+                results += self._run_layout(layout, setting)
+            except BNextError as error:
+                results.append(Failure(self.name, layout, str(error)))
+        return results
+
+    def _find_obstacle(self, device: str) -> str:
+        if self.needs is not None and importlib.util.find_spec(self.needs.module) is None:
+            return f"it needs {self.needs.module}: pip install {self.needs.distribution}"
+        if self.device and self.device != device:
+            return f"it needs --device {self.device}"
+        if device == "cuda" and torch.cuda.device_count() < self.num_workers:
+            return (
+                f"it needs {self.num_workers} GPUs, one for each worker; this machine has {torch.cuda.device_count()}"
+            )
+        return ""
+
+    def list_shapes(self) -> Shapes:
+        """Shapes of this worker's features."""
+        if not callable(self.shapes):
+            return self.shapes
+        return self.shapes(dist.get_rank() if dist.is_initialized() else 0)
+
+    def _run_layout(self, layout: str, setting: Setting) -> list[Result]:
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        features, grads = (draw_features(self.list_shapes(), layout, setting.device) for _ in range(2))
+
+        difference = None
+        if self.other_shapes is None:
+            difference = measure_difference(self, features, grads)
+        results: list[Result] = [self._time(layout, features, grads, difference, setting)]
+        if self.shows_errors:
+            results += measure_errors(self, features, layout)
+        return results
+
+    def _time(
+        self, layout: str, features: Features, grads: Features, difference: float | None, setting: Setting
+    ) -> Speed:
+        timer = Timer(setting.device)
+        ours = Arm(self.make_ours(), features, grads, self.sees_all)
+        if self.other_shapes is None:
+            other = Arm(self.make_other(), features, grads, self.sees_all)
+        else:
+            others = (draw_features(self.other_shapes, layout, setting.device) for _ in range(2))
+            other = Arm(self.make_other(), *others, self.sees_all)
+
+        copy = Copy(features, timer)
+        steps = (ours.step, other.step)
+        ours_s, other_s, is_cut = time_pairs(*steps, timer, setting.limits, between=copy.run)
+
+        size, bandwidth = count_bytes(features), copy.measure_bandwidth()
+        pass_ms = 1e3 * self.num_norms * size / bandwidth
+        return Speed(
+            name=self.name,
+            layout=layout,
+            num_workers=self.num_workers,
+            differs=self.differs,
+            averages_differ=self.averages_differ,
+            difference=difference,
+            ours_ms=1e3 * statistics.median(ours_s),
+            other_ms=1e3 * statistics.median(other_s),
+            ratio=estimate_ratio(ours_s, other_s, is_cut),
+            goal=self.goals.get(layout) if setting.device == "cpu" else self.goal_on_gpu,
+            megabytes=size / 1e6,
+            copy_gbs=bandwidth / 1e9,
+            one_pass_ms=ONE_PASS * pass_ms,
+            two_passes_ms=TWO_PASSES * pass_ms,
+        )
 
 
-@dataclass(frozen=True)
-class Result:
-    """Times of one comparison in one layout.
+class Arm:
+    """A norm with the features and gradients of a step.
 
     Args:
-        name, layout, num_workers, differs: see `Comparison`.
-        difference: largest relative difference of outputs, gradients and averages in float64.
-        ours_ms, other_ms: medians of forward and backward, in milliseconds.
-        median, lowest, highest: of other / ours, over pairs; above 1 ours is faster.
+        module: maps a feature, or all features by name.
+        features: inputs, which get gradients.
+        grads: gradients of the outputs, by the same names.
+        sees_all: see `Comparison`.
     """
 
-    name: str
-    layout: str
-    num_workers: int
-    differs: str
-    difference: float
-    ours_ms: float
-    other_ms: float
-    median: float
-    lowest: float
-    highest: float
+    def __init__(self, module: nn.Module, features: Features, grads: Features, sees_all: bool) -> None:
+        self.module, self.features, self.grads, self.sees_all = module, features, grads, sees_all
+        module.to(next(iter(features.values())).device)
+
+    def forward(self) -> Features:
+        """Outputs by name."""
+        if self.sees_all:
+            return self.module(self.features)
+        return {name: self.module(feature) for name, feature in self.features.items()}
+
+    def step(self) -> None:
+        """Forward and backward; gradients of an earlier step go before."""
+        for feature in self.features.values():
+            feature.requires_grad_().grad = None
+
+        outputs = self.forward()
+        torch.autograd.backward(list(outputs.values()), [self.grads[name] for name in outputs])
 
 
-def run(comparison: Comparison) -> list[Result]:
-    """Prove the arms equal, then time them; a result for each layout.
+class Copy:
+    """A copy of features, by the side of the pairs.
 
-    Raises:
-        BNextError: the arms differ, and `comparison` does not say why.
+    Args:
+        features: that are copied.
+        timer: of the pairs.
     """
-    if comparison.num_workers == 1:
-        return _run_here(comparison)
 
+    def __init__(self, features: Features, timer: Timer) -> None:
+        self.sources = [feature.detach() for feature in features.values()]
+        self.targets = [torch.empty_like(source) for source in self.sources]
+        self.timer, self.num_bytes = timer, 2 * count_bytes(features)
+        self.seconds: list[float] = []
+
+    def run(self) -> None:
+        """Copy once more."""
+        self.seconds.append(self.timer.time(self._copy))
+
+    def _copy(self) -> None:
+        for target, source in zip(self.targets, self.sources, strict=True):
+            target.copy_(source)
+
+    def measure_bandwidth(self) -> float:
+        """Bytes that are read and written in a second, median of the copies."""
+        return self.num_bytes / statistics.median(self.seconds)
+
+
+def run_on_workers(function: Callable[..., Any], num_workers: int, setting: Setting) -> list[Any]:
+    """Call `function(setting)` on workers of this machine: gloo, or NCCL with a GPU each; what they return, by rank."""
     with tempfile.TemporaryDirectory() as folder:
         results = get_context("spawn").SimpleQueue()
-        arguments = comparison, f"file://{folder}/store", results
-        spawn(_run_worker, arguments, nprocs=comparison.num_workers)
-        return results.get()
+        arguments = function, num_workers, setting, f"file://{folder}/store", results
+        spawn(_run_worker, arguments, nprocs=num_workers)
+        by_rank = dict(results.get() for _ in range(num_workers))
+    return [by_rank[rank] for rank in range(num_workers)]
 
 
-def _run_worker(rank: int, comparison: Comparison, store: str, results: Any) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // comparison.num_workers))
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=comparison.num_workers)
+def _run_worker(
+    rank: int, function: Callable[..., Any], num_workers: int, setting: Setting, store: str, results: Any
+) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_workers))
+    if setting.device == "cuda":
+        torch.cuda.set_device(rank)
+    backend = "nccl" if setting.device == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=num_workers)
 
-    torch.manual_seed(rank)
-    own_results = _run_here(comparison)
-    if rank == 0:
-        results.put(own_results)
+    results.put((rank, function(setting)))
 
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _run_here(comparison: Comparison) -> list[Result]:
-    results = []
-
-    for layout in comparison.layouts:
-        features, grads = (draw_features(comparison.shapes, layout) for _ in range(2))
-
-        difference = measure_difference(comparison, features, grads)
-        ours, other = _time_pairs(comparison, features, grads)
-        ratios = [slow / fast for fast, slow in zip(ours, other, strict=True)]
-
-        results.append(
-            Result(
-                name=comparison.name,
-                layout=layout,
-                num_workers=comparison.num_workers,
-                differs=comparison.differs,
-                difference=difference,
-                ours_ms=1e3 * statistics.median(ours),
-                other_ms=1e3 * statistics.median(other),
-                median=statistics.median(ratios),
-                lowest=min(ratios),
-                highest=max(ratios),
-            )
-        )
-    return results
-
-
-def draw_features(shapes: Mapping[str, tuple[int, ...]], layout: str) -> Features:
+def draw_features(shapes: Shapes, layout: str, device: str = "cpu") -> Features:
     """Normal random numbers, in a memory format."""
     features = {}
     for name, shape in shapes.items():
-        features[name] = torch.randn(shape).to(memory_format=LAYOUTS[layout])
+        features[name] = torch.randn(shape, device=device).to(memory_format=LAYOUTS[layout])
     return features
 
 
+def count_bytes(features: Features) -> int:
+    """Bytes of all features: S."""
+    return sum(feature.nbytes for feature in features.values())
+
+
 def measure_difference(comparison: Comparison, features: Features, grads: Features) -> float:
-    """The largest relative difference of the arms in float64; refused where it is no rounding and nobody says why."""
+    """The largest relative difference of the arms in float64, on any worker.
+
+    Raises:
+        BNextError: it is no rounding, and nobody says why.
+    """
     ours = _compute(comparison.make_ours(), features, grads, comparison.sees_all)
     other = _compute(comparison.make_other(), features, grads, comparison.sees_all)
-
     if comparison.averages_differ:
         ours = {name: value for name, value in ours.items() if not name.startswith("the average")}
 
-    differences = torch.empty(len(ours), dtype=torch.float64)
-    for index, (name, value) in enumerate(ours.items()):
+    differences = []
+    for name, value in ours.items():
         largest = other[name].abs().max().clamp(min=1)
-        differences[index] = (value - other[name]).abs().max() / largest
+        differences.append((float((value - other[name]).abs().max() / largest), name))
 
-    worst, name = float(differences.max()), list(ours)[int(differences.argmax())]
+    worst, name = _find_worst(differences)
     if not comparison.differs and not worst <= TOLERANCE:  # nor NaN
-        raise BNextError.of(
-            "both arms",
-            f"give the same outputs, gradients and averages in float64, to {TOLERANCE:g}",
-            got=f"a difference of {worst:.2g} in {name}",
-            where=comparison.name,
-            remedy="Mend an arm; where they cannot be equal say why in `differs` or `averages_differ`.",
-        )
+        raise NOT_EQUAL.of(f"a difference of {worst:.2g} in {name}", comparison.name)
     return worst
 
 
-def _forward(arm: nn.Module, features: Features, sees_all: bool) -> Features:
-    return arm(features) if sees_all else {name: arm(feature) for name, feature in features.items()}
+def _find_worst(differences: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    """The largest difference and its name, or one that is NaN; the same on all workers."""
+    every = list(differences)
+    if dist.is_initialized():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, every)
+        every = [pair for pairs in gathered for pair in pairs]
+    return max(every, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
 
 
-def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool) -> dict[str, Tensor]:
+def _compute(module: nn.Module, features: Features, grads: Features, sees_all: bool) -> dict[str, Tensor]:
     """Outputs, gradients and averages in float64; of the affines summed over norms and workers, whose names differ."""
-    arm = arm.double()
-    features = {name: feature.double().requires_grad_() for name, feature in features.items()}
+    module = module.double()
     affines: dict[str, list[Tensor]] = {"weight": [], "bias": []}
-    for name, parameter in arm.named_parameters():
+    for name, parameter in module.named_parameters():
         affines[name.rpartition(".")[2]].append(parameter)
         parameter.data = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter)
 
     torch.manual_seed(0)  # arms that draw draw the same
-    with torch.no_grad():  # a first step, of other features: averages know how they go on
-        _forward(arm, {name: 2 * feature + 1 for name, feature in features.items()}, sees_all)
-    outputs = _forward(arm, features, sees_all)
-    torch.autograd.backward(list(outputs.values()), [grads[name].double() for name in outputs])
+    wide = {name: feature.detach().double() for name, feature in features.items()}
+    wide_grads = {name: grad.double() for name, grad in grads.items()}
+    before = {name: (2 * feature + 1).requires_grad_() for name, feature in wide.items()}
+    Arm(module, before, {}, sees_all).forward()  # a first step, of other features: averages know how they go on
+    del before
+
+    for feature in wide.values():
+        feature.requires_grad_()
+    outputs = Arm(module, wide, {}, sees_all).forward()
+    torch.autograd.backward(list(outputs.values()), [wide_grads[name] for name in outputs])
 
     numbers: dict[str, Any] = {f"the output {name}": output.detach() for name, output in outputs.items()}
-    for name, feature in features.items():
+    for name, feature in wide.items():
         numbers[f"the gradient of {name}"] = feature.grad
     for name, parameters in affines.items():
         total = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None]).sum(0)
@@ -202,55 +363,30 @@ def _compute(arm: nn.Module, features: Features, grads: Features, sees_all: bool
             dist.all_reduce(total)
         numbers[f"the gradient of {name}"] = total
     for name in ("running_mean", "running_var"):
-        buffers = [buffer for path, buffer in arm.named_buffers() if path.rpartition(".")[2] == name]
+        buffers = [buffer for path, buffer in module.named_buffers() if path.rpartition(".")[2] == name]
         if buffers:
             numbers[f"the average {name}"] = torch.stack(buffers)
     return numbers
 
 
-def _time_pairs(comparison: Comparison, features: Features, grads: Features) -> tuple[list[float], list[float]]:
-    """Seconds of ours and of the other, pair by pair."""
-    arms = comparison.make_ours(), comparison.make_other()
-    for feature in features.values():
-        feature.requires_grad_()
-    for arm in arms:  # the first run allocates
-        _time_step(arm, features, grads, comparison.sees_all)
+@torch.no_grad()
+def measure_errors(comparison: Comparison, features: Features, layout: str) -> list[Quantity]:
+    """Largest errors of outputs in float32 against ours in float64, for features about 0 and far from it.
 
-    seconds: tuple[list[float], list[float]] = [], []
-    for index in range(NUM_PAIRS):
-        for side in (0, 1) if index % 2 == 0 else (1, 0):
-            seconds[side].append(_time_step(arms[side], features, grads, comparison.sees_all))
-    return seconds
+    The outputs have a standard deviation of 1. A collective.
+    """
+    quantities = []
+    for mean in (0.0, MEAN_OF_ERRORS):
+        shifted = {name: feature.detach() + mean for name, feature in features.items()}
+        wide = {name: feature.double() for name, feature in shifted.items()}
+        exact = Arm(comparison.make_ours().double(), wide, {}, comparison.sees_all).forward()
 
+        errors = []
+        for make in (comparison.make_ours, comparison.make_other):
+            outputs = Arm(make(), shifted, {}, comparison.sees_all).forward()
+            differences = [(float((outputs[name] - exact[name]).abs().max()), name) for name in exact]
+            errors.append(_find_worst(differences)[0])
 
-def _time_step(arm: nn.Module, features: Features, grads: Features, sees_all: bool) -> float:
-    """Seconds of one forward and backward."""
-    start = time.perf_counter()
-    torch.autograd.backward(list(_forward(arm, features, sees_all).values()), list(grads.values()))
-    seconds = time.perf_counter() - start
-
-    for feature in features.values():
-        feature.grad = None
-    return seconds
-
-
-def format_results(results: Sequence[Result]) -> str:
-    """The table, and below it why some arms are no equals."""
-    rows, remarks = [], []
-    for result in results:
-        ratio = f"{result.median:.2f} ({result.lowest:.2f} to {result.highest:.2f})"
-        equality = f"{result.difference:.0e}"
-        if result.differs:
-            equality = "other"
-            remark = f"other: {result.name}: {result.differs}"
-            remarks += [] if remark in remarks else [remark]
-        times = f"{result.ours_ms:.1f}", f"{result.other_ms:.1f}"
-        rows.append([result.name, result.layout, str(result.num_workers), *times, ratio, equality])
-
-    headers = ["norm", "layout", "workers", "ours, ms", "other, ms", "other / ours", "difference"]
-    return "\n\n".join([format_rows(rows, headers, num_texts=2), *remarks])
-
-
-def write_figures(path: str, figures: Sequence[Mapping[str, Any]]) -> None:
-    """A JSON file of figures and of what they were measured with."""
-    write_json(path, {"torch": torch.__version__, "num_threads": torch.get_num_threads(), "figures": figures})
+        name = f"error in float32 at a mean/std of {mean:g}: {comparison.name}"
+        quantities.append(Quantity(name, layout, "std", *errors))
+    return quantities

@@ -9,8 +9,16 @@ from torch import nn
 from bench.harness import CHANNELS, IMAGES, Comparison
 from bnext import BatchNorm2d
 
-__all__ = ["COMPARISONS"]
+__all__ = ["ROWS"]
 
-COMPARISONS = [
-    Comparison("BN, against BatchNorm2d", IMAGES, partial(BatchNorm2d, CHANNELS), partial(nn.BatchNorm2d, CHANNELS))
+ROWS = [
+    Comparison(
+        "BN, against BatchNorm2d",
+        IMAGES,
+        partial(BatchNorm2d, CHANNELS),
+        partial(nn.BatchNorm2d, CHANNELS),
+        goals={"NCHW": 1.0, "channels_last": 0.95},
+        goal_on_gpu=1.0,
+        shows_errors=True,
+    )
 ]

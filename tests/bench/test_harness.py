@@ -15,7 +15,9 @@ from bnext.errors import BNextError
 from tests.workers import run_workers
 
 TINY = {"a": (4, 3, 5, 2), "b": (2, 3, 1, 4)}
-CLAIMED = [comparison for claim in command.CLAIMS.values() for comparison in claim.COMPARISONS]
+CLAIMED = [
+    comparison for claim in command.CLAIMS.values() for comparison in claim.ROWS if isinstance(comparison, Comparison)
+]
 
 
 class DetachedMean(nn.BatchNorm2d):
@@ -86,16 +88,14 @@ def test_unequal_arms_are_refused(make_other, fault):
 
 def test_a_claim_from_end_to_end(monkeypatch, tmp_path, capsys):
     comparisons = [tiny(norm), dataclasses.replace(tiny(lambda: norm(eps=1.0), "another eps"), layouts=("NCHW",))]
-    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(COMPARISONS=comparisons)})
-    assert command.main(["--only", "tiny", "--json", str(tmp_path / "bench.json")]) == 0
+    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(ROWS=comparisons)})
+    assert command.main(["--only", "tiny", "--pairs", "2", "--json", str(tmp_path / "bench.json")]) == 0
 
     table = capsys.readouterr().out
     assert table.count("a tiny claim") == 4, "three rows and a remark"
     assert "another eps" in table
-    figures = json.loads((tmp_path / "bench.json").read_text())["figures"]
-    assert [figure["layout"] for figure in figures] == ["NCHW", "channels_last", "NCHW"]
-    for figure in figures:
-        assert 0 < figure["lowest"] <= figure["median"] <= figure["highest"]
+    speeds = json.loads((tmp_path / "bench.json").read_text())["speeds"]
+    assert [speed["layout"] for speed in speeds] == ["NCHW", "channels_last", "NCHW"]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
 
 def prove_on_workers(rank):
     torch.manual_seed(rank)
-    return {one.name: prove(one)[0] for one in dealt.COMPARISONS if one.num_workers > 1}
+    return {one.name: prove(one)[0] for one in dealt.ROWS if one.num_workers > 1}
 
 
 def test_arms_on_two_workers_are_equal_or_say_why_not():

@@ -1,0 +1,321 @@
+"""The results of a run with the machine and the versions they were measured with: as JSON and back, and as tables."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+import bnext
+from bench.pairs import Estimate, Limits, Verdict, judge_ratio
+from bnext.distributed.groups import count_cores
+from bnext.errors import BNextError, list_few
+from bnext.files import write_json
+from bnext.tables import format_rows
+
+__all__ = [
+    "Failure",
+    "LeftOut",
+    "Quantity",
+    "Record",
+    "Result",
+    "Speed",
+    "describe_setting",
+    "format_record",
+    "read_record",
+    "write_record",
+]
+
+MALLOC = "MALLOC_MMAP_MAX_"  # set by `make bench`
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Times of one comparison in one layout.
+
+    Args:
+        name, layout, num_workers, differs, averages_differ: see `Comparison`.
+        difference: largest relative difference of outputs, gradients and averages in float64; None: not compared.
+        ours_ms, other_ms: medians of forward and backward, in milliseconds.
+        ratio: of other / ours.
+        goal: least ratio that is aimed at; None: none.
+        megabytes: S, bytes of the features of one worker / 1e6; None: no features alone are timed.
+        copy_gbs: what a copy of the features read and wrote in a second, measured beside the pairs, in GB/s.
+        one_pass_ms, two_passes_ms: least time by that copy for a norm that reads its features once (5 S forward and
+            backward) or, as statistics come first, twice (8 S).
+    """
+
+    name: str
+    layout: str
+    num_workers: int
+    differs: str
+    averages_differ: str
+    difference: float | None
+    ours_ms: float
+    other_ms: float
+    ratio: Estimate
+    goal: float | None = None
+    megabytes: float | None = None
+    copy_gbs: float | None = None
+    one_pass_ms: float | None = None
+    two_passes_ms: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the goal is met."""
+        return judge_ratio(self.ratio, self.goal)
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A number that is counted or measured without pairs; the less the better.
+
+    Args:
+        name, layout: as of a comparison; a layout "" is none.
+        unit: of the numbers.
+        ours, other: of each arm; None: there is no other.
+        goal: most that is aimed at; None: none.
+    """
+
+    name: str
+    layout: str
+    unit: str
+    ours: float
+    other: float | None = None
+    goal: float | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the goal is met."""
+        if self.goal is None:
+            return ""
+        return "met" if self.ours <= self.goal else "missed"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Arms that do not agree, or do not run.
+
+    Args:
+        name, layout: of the comparison.
+        text: of the error.
+    """
+
+    name: str
+    layout: str
+    text: str
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A comparison that this machine cannot make.
+
+    Args:
+        name: of the comparison.
+        reason: with the remedy.
+    """
+
+    name: str
+    reason: str
+
+
+Result: TypeAlias = Speed | Quantity | Failure | LeftOut
+
+
+@dataclass
+class Record:
+    """A run.
+
+    Args:
+        setting: date, machine, versions; name -> value.
+        results: in the order of the run.
+    """
+
+    setting: Mapping[str, str]
+    results: list[Result] = field(default_factory=list)
+
+    @property
+    def speeds(self) -> list[Speed]:
+        return [result for result in self.results if isinstance(result, Speed)]
+
+    @property
+    def quantities(self) -> list[Quantity]:
+        return [result for result in self.results if isinstance(result, Quantity)]
+
+    @property
+    def failures(self) -> list[Failure]:
+        return [result for result in self.results if isinstance(result, Failure)]
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        return [result for result in self.results if isinstance(result, LeftOut)]
+
+
+def describe_setting(device: str, limits: Limits) -> dict[str, str]:
+    """Date, machine and versions.
+
+    Args:
+        device: "cpu" or "cuda".
+        limits: of the pairs.
+    """
+    is_cpu = device == "cpu"
+    name = f"{_name_processor()}, {count_cores()} cores" if is_cpu else torch.cuda.get_device_name()
+    setting = {
+        "date": datetime.date.today().isoformat(),
+        "machine": name,
+        "device": device,
+        "threads": str(torch.get_num_threads()),
+        "pairs": f"{limits.least} to {limits.most}",
+        "Python": platform.python_version(),
+        "PyTorch": torch.__version__,
+        "bnext": bnext.__version__,
+    }
+    if is_cpu:
+        setting["malloc"] = "keeps large tensors" if os.environ.get(MALLOC) == "0" else "default"
+    return setting
+
+
+def _name_processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+# ---- JSON
+
+_LISTS: dict[str, type] = {"speeds": Speed, "quantities": Quantity, "failures": Failure, "left_out": LeftOut}
+
+
+def write_record(path: str | os.PathLike[str], record: Record) -> None:
+    """Write a run, with what became of its goals."""
+    content: dict[str, Any] = {"setting": dict(record.setting)}
+    for name in _LISTS:
+        content[name] = [_flatten(result) for result in getattr(record, name)]
+    write_json(path, content)
+
+
+def _flatten(result: Any) -> dict[str, Any]:
+    words = {"verdict": result.verdict} if isinstance(result, (Speed, Quantity)) else {}
+    return {**asdict(result), **words}
+
+
+def read_record(path: str | os.PathLike[str]) -> Record:
+    """Read a run.
+
+    Raises:
+        BNextError: the file is none of `python -m bench --json`.
+        OSError: there is none.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        record = Record(content["setting"])
+        for name, kind in _LISTS.items():
+            record.results += [_read_result(kind, entry) for entry in content[name]]
+    except (ValueError, KeyError, TypeError) as error:
+        got, remedy = f"{type(error).__name__}: {error}", "Measure again: python -m bench --json FILE."
+        raise BNextError.of(
+            "the file", "be a result of the benchmark", got=got, where=str(path), remedy=remedy
+        ) from error
+    return record
+
+
+def _read_result(kind: type, entry: Mapping[str, Any]) -> Result:
+    fields = {name: value for name, value in entry.items() if name != "verdict"}
+    if kind is Speed:
+        fields["ratio"] = Estimate(**fields["ratio"])
+    return kind(**fields)
+
+
+# ---- tables
+
+
+def format_record(record: Record) -> str:
+    """The run in Markdown: what it was measured with, its tables, and what they cannot say."""
+    parts = [_format_setting(record)]
+    if record.speeds:
+        parts += [_format_speeds(record.speeds), *_list_remarks(record.speeds)]
+    if record.quantities:
+        parts.append(_format_quantities(record.quantities))
+
+    for left in record.left_out:
+        parts.append(f"Left out: {left.name}: {left.reason}")
+    for failure in record.failures:
+        parts.append(f"FAILED: {failure.name} {failure.layout}: {failure.text}")
+    return "\n\n".join(parts)
+
+
+def _format_setting(record: Record) -> str:
+    words = [f"{name} {value}" for name, value in record.setting.items() if name not in ("date", "machine")]
+    lines = [f"{record.setting['date']}, {record.setting['machine']}; {', '.join(words)}."]
+
+    copies = [speed.copy_gbs for speed in record.speeds if speed.copy_gbs is not None]
+    if copies:
+        lines.append(
+            f"A copy of the features read and wrote {min(copies):.0f} to {max(copies):.0f} GB/s beside the pairs."
+        )
+    differences = [speed.difference for speed in record.speeds if speed.difference is not None and not speed.differs]
+    if differences:
+        lines.append(f"Arms that are to be equal differ by at most {max(differences):.0e} in float64.")
+    return "\n".join(lines)
+
+
+def _format_speeds(speeds: Iterable[Speed]) -> str:
+    rows = []
+    for speed in speeds:
+        ratio = speed.ratio
+        limit = "" if speed.one_pass_ms is None else f"{speed.one_pass_ms:.3g} / {speed.two_passes_ms:.3g}"
+        rows.append(
+            [
+                speed.name,
+                speed.layout,
+                f"{speed.ours_ms:.3g}",
+                f"{speed.other_ms:.3g}",
+                limit,
+                f"{ratio.median:.2f}",
+                f"{ratio.low:.2f} to {ratio.high:.2f}",
+                f"{ratio.lowest:.2f} to {ratio.highest:.2f}",
+                f"{ratio.num_pairs}{' (time)' if ratio.is_cut else ''}",
+                _format_goal(speed.goal, speed.verdict),
+            ]
+        )
+    headers = ["forward and backward", "layout", "ours, ms", "other, ms", "limit, ms", "other / ours"]
+    headers += ["95 %", "all pairs", "pairs", "goal"]
+    return format_rows(rows, headers, num_texts=2)
+
+
+def _format_goal(goal: float | None, verdict: Verdict) -> str:
+    return "" if goal is None else f"{goal:.3g}: {verdict}"
+
+
+def _list_remarks(speeds: Sequence[Speed]) -> list[str]:
+    """Why some arms are no equals, and which pairs were too few."""
+    remarks = {}
+    for speed in speeds:
+        if speed.differs:
+            remarks[f"Not equal: {speed.name}: {speed.differs}."] = None
+        elif speed.averages_differ:
+            remarks[f"Running statistics not equal: {speed.name}: {speed.averages_differ}."] = None
+
+    cut = [f"{speed.name} ({speed.layout})" for speed in speeds if speed.ratio.is_cut]
+    if cut:
+        remarks[f"Time ended before the interval was narrow: {list_few(cut, 10)}."] = None
+    return list(remarks)
+
+
+def _format_quantities(quantities: Iterable[Quantity]) -> str:
+    rows = []
+    for quantity in quantities:
+        other = "" if quantity.other is None else f"{quantity.other:.3g}"
+        goal = _format_goal(quantity.goal, quantity.verdict)
+        rows.append([quantity.name, quantity.layout, quantity.unit, f"{quantity.ours:.3g}", other, goal])
+    return format_rows(rows, ["counted", "layout", "unit", "ours", "other", "goal, at most"], num_texts=3)
