@@ -1,5 +1,12 @@
 """Claims about speed, one file each, on one harness: `python -m bench`.
 
-A new claim is a file with its `COMPARISONS`, and its name in `CLAIMS` of __main__.py. What a whole re-estimation
-costs against fvcore's is apart, as it takes minutes: `python -m bench.population_statistics`.
+A new claim is a file with its `ROWS`, and its name in `CLAIMS` of __main__.py. A row has a name, and `run(setting)`,
+which gives results of results.py: a `Comparison` of two arms (harness.py), their peak memory (memory.py), or their
+collectives (traffic.py). What a whole re-estimation costs against fvcore's is apart, as it takes minutes:
+`python -m bench.population_statistics`; and COCO's metrics: `python -m bench.evaluation_speed`.
 """
+
+import warnings
+
+# fvcore's focal loss and detectron2's Box2BoxTransform are scripted at import.
+warnings.filterwarnings("ignore", ".torch.jit.script. is deprecated", FutureWarning)

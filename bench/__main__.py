@@ -19,7 +19,19 @@ from types import ModuleType
 import torch
 from tqdm import tqdm
 
-from bench import dealt, domains, ghost, levels, plain_norm
+from bench import (
+    compiled,
+    dealt,
+    domains,
+    ghost,
+    installed,
+    levels,
+    over_workers,
+    plain_norm,
+    starts,
+    synchronizations,
+    training_steps,
+)
 from bench.harness import Setting
 from bench.pairs import Limits
 from bench.picture import draw_record
@@ -41,8 +53,13 @@ CLAIMS: dict[str, ModuleType] = {
     "domains": domains,
     "dealt": dealt,
     "levels": levels,
+    "over_workers": over_workers,
+    "installed": installed,
+    "compiled": compiled,
+    "synchronizations": synchronizations,
+    "starts": starts,
 }
-SLOW_CLAIMS: dict[str, ModuleType] = {}  # run by --all
+SLOW_CLAIMS: dict[str, ModuleType] = {"training_steps": training_steps}  # run by --all
 
 NO_GPU = Refusal(
     LaunchError,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bench.harness import CHANNELS, Comparison
+from bench.traffic import Traffic
 from bnext import BatchNorm2d, NormSpec, Shuffled, deal_statistics
 from bnext.functional import deal_samples
 from bnext.layers.deal import draw_seed
@@ -52,14 +53,14 @@ class GatherAll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        gathered = [torch.empty_like(rows) for _ in range(WORKERS)]
+        gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
         dist.all_gather(gathered, rows)
         return torch.cat(gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         dist.all_reduce(grad)
-        return grad.chunk(WORKERS)[dist.get_rank()]
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 class GatheringShuffle(nn.Module):
@@ -70,14 +71,17 @@ class GatheringShuffle(nn.Module):
         self.head = make_head()
 
     def forward(self, rows: Tensor) -> Tensor:
+        num_workers = dist.get_world_size()
         seed = torch.tensor(draw_seed(), device=rows.device)
         dist.broadcast(seed, src=0)
-        deal = torch.cat(deal_samples([len(rows)] * WORKERS, WORKERS, int(seed)))  # ours, so that both are equal
+        deal = torch.cat(
+            deal_samples([len(rows)] * num_workers, num_workers, int(seed))
+        )  # ours, so that both are equal
         deal = deal.to(rows.device)
 
         order = deal.argsort(stable=True)
-        share, own = (index.chunk(WORKERS)[dist.get_rank()] for index in (order, order.argsort()))
-        return GatherAll.apply(self.head(GatherAll.apply(rows)[share]))[own]
+        share, back = (index.chunk(num_workers)[dist.get_rank()] for index in (order, order.argsort()))
+        return GatherAll.apply(self.head(GatherAll.apply(rows)[share]))[back]
 
 
 NO_DEAL = "it does not shuffle; the ratio is the price of a shuffle"
@@ -104,4 +108,12 @@ ROWS = [
     moving("4 dealt norms, against gathered features", make_other=GatheringShuffle, goals={"NCHW": 2.5}),
     moving("4 dealt norms, against moved features (Shuffled)", make_other=make_moved),
     over_workers("4 dealt norms, against no shuffle", make_other=make_head, differs=NO_DEAL, goals={"NCHW": 1 / 1.2}),
+    Traffic(
+        "4 dealt norms, against gathered features",
+        ROIS,
+        partial(make_dealt, "all"),
+        GatheringShuffle,
+        num_workers=4,
+        share=1 / 1000,
+    ),
 ]

@@ -24,11 +24,13 @@ __all__ = [
     "CHANNELS",
     "IMAGES",
     "LAYOUTS",
+    "NOT_EQUAL",
     "Arm",
     "Comparison",
     "Features",
     "Peer",
     "Setting",
+    "Shapes",
     "count_bytes",
     "draw_features",
     "measure_difference",
@@ -49,7 +51,7 @@ Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 NOT_EQUAL = Refusal(
     BNextError,
     "both arms",
-    f"give the same outputs, gradients and averages in float64, to {TOLERANCE:g}",
+    "give the same outputs, gradients and averages in float64, to {tolerance:g}",
     "Mend an arm; where they cannot be equal say why in `differs` or `averages_differ`.",
 )
 
@@ -99,6 +101,8 @@ class Comparison:
         goal_on_gpu: the same on a GPU, in any layout.
         compiles: whether arms are compiled: each layout begins with an empty cache, and too many compilations fail.
         shows_errors: whether the errors of both arms in float32 are shown.
+        make_reference: builds the arm in float64 whose outputs are exact; None: ours.
+        error_goal: most of ours that is aimed at, for features about 0, in standard deviations.
         needs: peer, without which the comparison is left out.
         device: "cuda": it is left out on CPUs.
     """
@@ -118,6 +122,8 @@ class Comparison:
     goal_on_gpu: float | None = None
     compiles: bool = False
     shows_errors: bool = False
+    make_reference: Callable[[], nn.Module] | None = None
+    error_goal: float | None = None
     needs: Peer | None = None
     device: str = ""
 
@@ -320,7 +326,7 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
 
     worst, name = _find_worst(differences)
     if not comparison.differs and not worst <= TOLERANCE:  # nor NaN
-        raise NOT_EQUAL.of(f"a difference of {worst:.2g} in {name}", comparison.name)
+        raise NOT_EQUAL.of(f"a difference of {worst:.2g} in {name}", comparison.name, tolerance=TOLERANCE)
     return worst
 
 
@@ -371,7 +377,7 @@ def _compute(module: nn.Module, features: Features, grads: Features, sees_all: b
 
 @torch.no_grad()
 def measure_errors(comparison: Comparison, features: Features, layout: str) -> list[Quantity]:
-    """Largest errors of outputs in float32 against ours in float64, for features about 0 and far from it.
+    """Largest errors of outputs in float32 against a reference in float64, for features about 0 and far from it.
 
     The outputs have a standard deviation of 1. A collective.
     """
@@ -379,7 +385,8 @@ def measure_errors(comparison: Comparison, features: Features, layout: str) -> l
     for mean in (0.0, MEAN_OF_ERRORS):
         shifted = {name: feature.detach() + mean for name, feature in features.items()}
         wide = {name: feature.double() for name, feature in shifted.items()}
-        exact = Arm(comparison.make_ours().double(), wide, {}, comparison.sees_all).forward()
+        reference = (comparison.make_reference or comparison.make_ours)().double()
+        exact = Arm(reference, wide, {}, comparison.sees_all).forward()
 
         errors = []
         for make in (comparison.make_ours, comparison.make_other):
@@ -388,5 +395,6 @@ def measure_errors(comparison: Comparison, features: Features, layout: str) -> l
             errors.append(_find_worst(differences)[0])
 
         name = f"error in float32 at a mean/std of {mean:g}: {comparison.name}"
-        quantities.append(Quantity(name, layout, "std", *errors))
+        goal = comparison.error_goal if mean == 0 else None
+        quantities.append(Quantity(name, layout, "std", *errors, goal))
     return quantities

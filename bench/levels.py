@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from bench.harness import CHANNELS, Comparison
+from bench.harness import CHANNELS, Comparison, Features
+from bench.memory import PeakMemory
 from bnext import LevelBatchNorm2d, NormSpec
 
 __all__ = ["ROWS"]
@@ -17,14 +19,24 @@ SIDES = {"p3": (100, 168), "p4": (50, 84), "p5": (25, 42), "p6": (13, 21), "p7":
 PYRAMID = {level: (2, CHANNELS, *side) for level, side in SIDES.items()}
 
 
+def concatenate(features: Features) -> Tensor:
+    """All positions of all levels: [N, C, positions, 1]."""
+    flat = [feature.flatten(2) for feature in features.values()]
+    return torch.cat(flat, dim=2).unsqueeze(-1)
+
+
+def split(positions: Tensor, features: Features) -> Features:
+    """The positions of each level, in the shapes of the features."""
+    sizes = [feature[0, 0].numel() for feature in features.values()]
+    parts = positions.squeeze(-1).split(sizes, dim=2)
+    return {level: part.view_as(features[level]) for level, part in zip(features, parts, strict=True)}
+
+
 class ConcatenatedBatchNorm(nn.BatchNorm2d):
     """Row 1 as it is usually written: flatten, concatenate, normalize, split."""
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
-        flat = [feature.flatten(2) for feature in features.values()]
-        normalized = super().forward(torch.cat(flat, dim=2).unsqueeze(-1)).squeeze(-1)
-        parts = normalized.split([part.shape[2] for part in flat], dim=2)
-        return {level: part.view_as(features[level]) for level, part in zip(features, parts, strict=True)}
+    def forward(self, features: Features) -> Features:  # type: ignore[override]
+        return split(super().forward(concatenate(features)), features)
 
 
 class BatchNormPerLevel(nn.ModuleDict):
@@ -33,8 +45,25 @@ class BatchNormPerLevel(nn.ModuleDict):
     def __init__(self) -> None:
         super().__init__({level: nn.BatchNorm2d(CHANNELS) for level in PYRAMID})
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: Features) -> Features:
         return {level: self[level](feature) for level, feature in features.items()}
+
+
+class FourLayers(nn.Module):
+    """Four norms, one after the other, each with a ReLU.
+
+    Args:
+        make_norm: builds a norm of all levels.
+    """
+
+    def __init__(self, make_norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([make_norm() for _ in range(4)])
+
+    def forward(self, features: Features) -> Features:
+        for norm in self.norms:
+            features = {level: feature.relu() for level, feature in norm(features).items()}
+        return features
 
 
 def make_row(row: int) -> LevelBatchNorm2d:
@@ -42,12 +71,15 @@ def make_row(row: int) -> LevelBatchNorm2d:
     return LevelBatchNorm2d(CHANNELS, tuple(PYRAMID), NormSpec.from_table5_row(row))
 
 
+make_row_1 = partial(make_row, 1)
+make_concatenated = partial(ConcatenatedBatchNorm, CHANNELS)
+
 ROWS = [
     Comparison(
         "row 1, against concatenate, BN, split",
         PYRAMID,
-        partial(make_row, 1),
-        partial(ConcatenatedBatchNorm, CHANNELS),
+        make_row_1,
+        make_concatenated,
         sees_all=True,
         goals={"NCHW": 1.3, "channels_last": 4.0},
         goal_on_gpu=1.6,
@@ -60,5 +92,21 @@ ROWS = [
         BatchNormPerLevel,
         sees_all=True,
         goals={"NCHW": 1.0, "channels_last": 0.95},
+    ),
+    PeakMemory(
+        "peak memory of row 1, against concatenate, BN, split",
+        PYRAMID,
+        make_row_1,
+        make_concatenated,
+        sees_all=True,
+        goal=4.0,
+    ),
+    PeakMemory(
+        "the same, four times with ReLU",
+        PYRAMID,
+        partial(FourLayers, make_row_1),
+        partial(FourLayers, make_concatenated),
+        sees_all=True,
+        goal=10.0,
     ),
 ]

@@ -30,6 +30,7 @@ __all__ = [
     "describe_setting",
     "format_record",
     "read_record",
+    "write_figures",
     "write_record",
 ]
 
@@ -209,6 +210,11 @@ def _flatten(result: Any) -> dict[str, Any]:
     return {**asdict(result), **words}
 
 
+def write_figures(path: str | os.PathLike[str], figures: Sequence[Mapping[str, Any]]) -> None:
+    """A JSON file of other figures, and of what they were measured with."""
+    write_json(path, {"torch": torch.__version__, "num_threads": torch.get_num_threads(), "figures": figures})
+
+
 def read_record(path: str | os.PathLike[str]) -> Record:
     """Read a run.
 
@@ -265,7 +271,7 @@ def _format_setting(record: Record) -> str:
         )
     differences = [speed.difference for speed in record.speeds if speed.difference is not None and not speed.differs]
     if differences:
-        lines.append(f"Arms that are to be equal differ by at most {max(differences):.0e} in float64.")
+        lines.append(f"Arms that are to be equal differ by at most {max(differences):.0e}.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,118 @@
+"""Row 1 compiled: one graph for images of all sizes, ahead of the compiled concatenation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, draw_features
+from bench.levels import PYRAMID, make_concatenated, make_row_1
+from bench.results import Quantity, Result
+
+__all__ = ["ROWS"]
+
+STRIDES = {"p3": 8, "p4": 16, "p5": 32, "p6": 64, "p7": 128}
+SHORT_SIDES = (640, 672, 704, 736, 768, 800)  # of images, pixels; as Detectron2's configs draw them
+LONG_SIDES = (864, 896, 960, 992, 1024, 1088)  # 4 / 3 of them, up to a multiple of 32
+ALL_SIZES = [*zip(SHORT_SIDES, LONG_SIDES, strict=True), *zip(LONG_SIDES, SHORT_SIDES, strict=True)]
+ONE_SIZE = [(736, 960)] * len(ALL_SIZES)  # as many pixels, to 1 %
+
+
+def list_turns(sizes: list[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+    """The features of one image of each size: "turn level" -> shape."""
+    shapes = {}
+    for turn, (height, width) in enumerate(sizes):
+        for level, stride in STRIDES.items():
+            shapes[f"{turn} {level}"] = (1, CHANNELS, -(-height // stride), -(-width // stride))
+    return shapes
+
+
+class InTurn(nn.Module):
+    """A norm that sees one image after the other.
+
+    Args:
+        make_norm: builds the norm, which maps the features of all levels of an image.
+    """
+
+    def __init__(self, make_norm: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.norm = make_norm()
+
+    def forward(self, features: Features) -> Features:
+        outputs = {}
+        for turn in range(len(features) // len(STRIDES)):
+            image = {level: features[f"{turn} {level}"] for level in STRIDES}
+            outputs.update({f"{turn} {level}": output for level, output in self.norm(image).items()})
+        return outputs
+
+
+def compile_ours() -> nn.Module:
+    """Row 1 with compiled passes."""
+    norm = make_row_1()
+    norm.compile(dynamic=True)
+    return norm
+
+
+def compile_concatenated() -> nn.Module:
+    """The usual way, compiled as a whole."""
+    norm = make_concatenated()
+    norm.compile(dynamic=True)
+    return norm
+
+
+@dataclass(frozen=True)
+class CountedGraphs:
+    """Graphs that images of all sizes are compiled to.
+
+    Args:
+        name: of the row.
+    """
+
+    name: str
+
+    def run(self, setting: Setting) -> list[Result]:
+        """A quantity for both arms."""
+        shapes = list_turns([(height // 4, width // 4) for height, width in ALL_SIZES])
+        graphs = []
+        for make in (compile_ours, compile_concatenated):
+            torch.compiler.reset()
+            counters.clear()
+            features, grads = (draw_features(shapes, "NCHW", setting.device) for _ in range(2))
+            Arm(InTurn(make), features, grads, sees_all=True).step()
+            graphs.append(counters["stats"]["unique_graphs"])
+        return [Quantity(self.name, "", "graphs", *graphs)]
+
+
+GOALS = {"NCHW": 1.8, "channels_last": 3.0}
+in_turn = partial(
+    Comparison, shapes=list_turns(ALL_SIZES), make_ours=partial(InTurn, compile_ours), sees_all=True, compiles=True
+)
+
+ROWS = [
+    Comparison(
+        "row 1 compiled, against the compiled concatenation",
+        PYRAMID,
+        compile_ours,
+        compile_concatenated,
+        sees_all=True,
+        goals=GOALS,
+        compiles=True,
+    ),
+    in_turn(
+        "the same, twelve sizes in turn",
+        make_other=partial(InTurn, compile_concatenated),
+    ),
+    in_turn(
+        "row 1 compiled, twelve sizes in turn, against one size",
+        make_other=partial(InTurn, compile_ours),
+        other_shapes=list_turns(ONE_SIZE),
+        differs="as many positions, to 1 %, of one size",
+        goals={"NCHW": 1.0, "channels_last": 1.0},
+    ),
+    CountedGraphs("graphs of row 1 compiled, twelve sizes in turn"),
+]
