@@ -133,7 +133,7 @@ def _run(row: object, setting: Setting) -> list[Result]:
     try:
         return row.run(setting)
     except Exception as error:
-        return [Failure(row.name, "", f"{type(error).__name__}: {error}")]
+        return [Failure(row.name, row.peer, "", f"{type(error).__name__}: {error}")]
 
 
 def show(record: Record, picture: str | None) -> int:

@@ -74,17 +74,15 @@ class GatheringShuffle(nn.Module):
         num_workers = dist.get_world_size()
         seed = torch.tensor(draw_seed(), device=rows.device)
         dist.broadcast(seed, src=0)
-        deal = torch.cat(
-            deal_samples([len(rows)] * num_workers, num_workers, int(seed))
-        )  # ours, so that both are equal
-        deal = deal.to(rows.device)
+        groups = deal_samples([len(rows)] * num_workers, num_workers, int(seed))  # ours, so that both are equal
+        deal = torch.cat(groups).to(rows.device)
 
         order = deal.argsort(stable=True)
         share, back = (index.chunk(num_workers)[dist.get_rank()] for index in (order, order.argsort()))
         return GatherAll.apply(self.head(GatherAll.apply(rows)[share]))[back]
 
 
-NO_DEAL = "it does not shuffle; the ratio is the price of a shuffle"
+NO_DEAL = "as the other does not shuffle; the ratio is the price of a shuffle"
 over_workers = partial(
     Comparison,
     shapes=ROIS,
@@ -93,11 +91,12 @@ over_workers = partial(
     num_norms=NUM_NORMS,
     num_workers=WORKERS,
 )
-moving = partial(over_workers, averages_differ="of moved features, each worker counts those that it was dealt")
+moving = partial(over_workers, averages_differ="as of moved features each worker counts those that it was dealt")
 
 ROWS = [
     Comparison(
-        "4 norms dealt to 4 groups, against 4 BatchNorm2d",
+        "4 norms dealt to 4 groups",
+        "4 BatchNorm2d",
         ROIS,
         partial(make_dealt, "one", 4),
         make_plain,
@@ -105,11 +104,14 @@ ROWS = [
         num_norms=NUM_NORMS,
         goals={"NCHW": 0.95, "channels_last": 0.8},
     ),
-    moving("4 dealt norms, against gathered features", make_other=GatheringShuffle, goals={"NCHW": 2.5}),
-    moving("4 dealt norms, against moved features (Shuffled)", make_other=make_moved),
-    over_workers("4 dealt norms, against no shuffle", make_other=make_head, differs=NO_DEAL, goals={"NCHW": 1 / 1.2}),
+    moving("4 dealt norms on 2 workers", "gathered features", make_other=GatheringShuffle, goals={"NCHW": 2.5}),
+    moving("4 dealt norms on 2 workers", "moved features (Shuffled)", make_other=make_moved),
+    over_workers(
+        "4 dealt norms on 2 workers", "no shuffle", make_other=make_head, differs=NO_DEAL, goals={"NCHW": 1 / 1.2}
+    ),
     Traffic(
-        "4 dealt norms, against gathered features",
+        "4 dealt norms",
+        "gathered features",
         ROIS,
         partial(make_dealt, "all"),
         GatheringShuffle,

@@ -27,11 +27,12 @@ make_ours = partial(BatchNorm2d, CHANNELS, NormSpec(normalization_batch_size=SIZ
 
 ROWS = [
     Comparison(
-        "Ghost BN of 4, against chunks",
+        "Ghost BN of 4",
+        "chunks, BN, concatenate",
         IMAGES,
         make_ours,
         partial(ChunkedBatchNorm, CHANNELS),
-        averages_differ="of chunks, each counts as a mini-batch",
+        averages_differ="as of chunks each counts as a mini-batch",
         goals={"NCHW": 1.2, "channels_last": 1.0},
     )
 ]

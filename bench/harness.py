@@ -86,12 +86,13 @@ class Comparison:
     """Ours against another way to do the same.
 
     Args:
-        name: of the comparison, in the table.
+        name: of our norm, in the table.
+        peer: name of the other.
         shapes: of the features, by name; float32, [N, C, H, W]. With workers a function of the rank, if they differ.
         make_ours, make_other: build an arm in training mode; module-level functions or partials of them where there
             are workers, which import them.
-        differs: why the arms cannot give the same numbers, for the reader of the table; "": they must.
-        averages_differ: why running statistics are not the same although outputs are; "": they must be.
+        differs: why the arms cannot give the same numbers, for the reader of the table ("as ..."); "": they must.
+        averages_differ: why running statistics are not the same although outputs are ("as ..."); "": they must be.
         other_shapes: of the other arm's features, where they are others, which `differs` explains.
         sees_all: whether an arm maps all features, by name, in one call; else each alone.
         layouts: memory formats to time, keys of `LAYOUTS`.
@@ -108,6 +109,7 @@ class Comparison:
     """
 
     name: str
+    peer: str
     shapes: Shapes | Callable[[int], Shapes]
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
@@ -131,7 +133,7 @@ class Comparison:
         """Prove the arms equal, then time them: results of each layout, or why there are none."""
         reason = self._find_obstacle(setting.device)
         if reason:
-            return [LeftOut(self.name, reason)]
+            return [LeftOut(self.name, self.peer, reason)]
         if self.num_workers == 1:
             return self.run_here(setting)
 
@@ -147,7 +149,7 @@ class Comparison:
             try:
                 results += self._run_layout(layout, setting)
             except BNextError as error:
-                results.append(Failure(self.name, layout, str(error)))
+                results.append(Failure(self.name, self.peer, layout, str(error)))
         return results
 
     def _find_obstacle(self, device: str) -> str:
@@ -198,6 +200,7 @@ class Comparison:
         pass_ms = 1e3 * self.num_norms * size / bandwidth
         return Speed(
             name=self.name,
+            peer=self.peer,
             layout=layout,
             num_workers=self.num_workers,
             differs=self.differs,
@@ -326,7 +329,11 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
 
     worst, name = _find_worst(differences)
     if not comparison.differs and not worst <= TOLERANCE:  # nor NaN
-        raise NOT_EQUAL.of(f"a difference of {worst:.2g} in {name}", comparison.name, tolerance=TOLERANCE)
+        raise NOT_EQUAL.of(
+            f"a difference of {worst:.2g} in {name}",
+            f"{comparison.name}, against {comparison.peer}",
+            tolerance=TOLERANCE,
+        )
     return worst
 
 
@@ -394,7 +401,7 @@ def measure_errors(comparison: Comparison, features: Features, layout: str) -> l
             differences = [(float((outputs[name] - exact[name]).abs().max()), name) for name in exact]
             errors.append(_find_worst(differences)[0])
 
-        name = f"error in float32 at a mean/std of {mean:g}: {comparison.name}"
+        counted = f"error in float32 at a mean/std of {mean:g}, std"
         goal = comparison.error_goal if mean == 0 else None
-        quantities.append(Quantity(name, layout, "std", *errors, goal))
+        quantities.append(Quantity(comparison.name, comparison.peer, layout, counted, *errors, goal))
     return quantities

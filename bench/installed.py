@@ -47,22 +47,25 @@ def make_ghost() -> nn.Module:
 
 ROWS = [
     Comparison(
-        "2 halves of a batch, against timm's SplitBatchNorm2d",
+        "2 halves of a batch",
+        "timm's SplitBatchNorm2d",
         IMAGES,
         TwoHalves,
         make_split,
         needs=Peer("timm", "timm"),
     ),
     Comparison(
-        f"Ghost BN of {SIZE}, against composer's",
+        f"Ghost BN of {SIZE}",
+        "composer's",
         IMAGES,
         make_ours,
         make_ghost,
-        averages_differ="of chunks, each counts as a share of a mini-batch",
+        averages_differ="as of chunks each counts as a share of a mini-batch",
         needs=Peer("composer", "mosaicml"),
     ),
     Comparison(
-        "BN over 2 workers, against SyncBatchNorm",
+        "BN over 2 workers",
+        "SyncBatchNorm",
         IMAGES,
         partial(BatchNorm2d, CHANNELS, NormSpec(workers="all")),
         partial(nn.SyncBatchNorm, CHANNELS),

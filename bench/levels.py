@@ -76,7 +76,8 @@ make_concatenated = partial(ConcatenatedBatchNorm, CHANNELS)
 
 ROWS = [
     Comparison(
-        "row 1, against concatenate, BN, split",
+        "row 1",
+        "concatenate, BN, split",
         PYRAMID,
         make_row_1,
         make_concatenated,
@@ -86,7 +87,8 @@ ROWS = [
         shows_errors=True,
     ),
     Comparison(
-        "row 6, against one BatchNorm2d per level",
+        "row 6",
+        "a BatchNorm2d per level",
         PYRAMID,
         partial(make_row, 6),
         BatchNormPerLevel,
@@ -94,7 +96,8 @@ ROWS = [
         goals={"NCHW": 1.0, "channels_last": 0.95},
     ),
     PeakMemory(
-        "peak memory of row 1, against concatenate, BN, split",
+        "row 1",
+        "concatenate, BN, split",
         PYRAMID,
         make_row_1,
         make_concatenated,
@@ -102,7 +105,8 @@ ROWS = [
         goal=4.0,
     ),
     PeakMemory(
-        "the same, four times with ReLU",
+        "row 1 and ReLU, four times",
+        "concatenate, BN, split",
         PYRAMID,
         partial(FourLayers, make_row_1),
         partial(FourLayers, make_concatenated),

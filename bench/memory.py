@@ -62,13 +62,14 @@ class PeakMemory:
     """Peak memory of both arms, forward and backward, with features, gradients and outputs.
 
     Args:
-        name: of the row.
+        name, peer: of ours and of the other.
         shapes, make_ours, make_other, sees_all: see `Comparison`.
         goal: most that is aimed at, in units of S, the bytes of the features.
         layouts: memory formats, keys of `LAYOUTS`.
     """
 
     name: str
+    peer: str
     shapes: Shapes
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
@@ -85,7 +86,7 @@ class PeakMemory:
             for make in (self.make_ours, self.make_other):
                 peak = measure_peak(partial(self._step, make, layout, setting.device), setting.device)
                 peaks.append(round(peak / size, 2))
-            results.append(Quantity(self.name, layout, "S", *peaks, self.goal))
+            results.append(Quantity(self.name, self.peer, layout, "peak memory, S", *peaks, self.goal))
         return results
 
     def _step(self, make: Callable[[], nn.Module], layout: str, device: str) -> None:

@@ -105,6 +105,7 @@ class TheirTowers(nn.Module):
 
 over_workers = partial(
     Comparison,
+    peer="concatenate, NaiveSyncBN, split",
     make_ours=make_ours,
     make_other=ConcatenatedSyncBatchNorm,
     sees_all=True,
@@ -117,17 +118,18 @@ over_workers = partial(
 
 ROWS = [
     over_workers(
-        "row 1 on 2 workers with 3 and 1 images, against concatenate, NaiveSyncBN, split",
-        list_unequal_numbers,
-        averages_differ="Detectron2's variance is that of the mini-batch, torch's and ours is an estimate for all data",
+        "row 1 on 2 workers, 3 images and 1",
+        shapes=list_unequal_numbers,
+        averages_differ="as Detectron2 keeps the variance of the mini-batch, torch and we an estimate for all data",
     ),
     over_workers(
-        "row 1 on 2 workers with images of 800 x 1344 and 640 x 864, against concatenate, NaiveSyncBN, split",
-        list_unequal_sizes,
-        differs="NaiveSyncBN weights workers by their images, not by their positions",
+        "row 1 on 2 workers, 800 x 1344 and 640 x 864",
+        shapes=list_unequal_sizes,
+        differs="as NaiveSyncBN weights workers by their images, not by their positions",
     ),
     Traffic(
-        "towers of RetinaNet's head, row 1, against NaiveSyncBN per level",
+        "towers of RetinaNet's head, row 1",
+        "NaiveSyncBN per level",
         HEAD_SHAPES,
         OurTowers,
         TheirTowers,

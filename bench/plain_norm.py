@@ -13,7 +13,8 @@ __all__ = ["ROWS"]
 
 ROWS = [
     Comparison(
-        "BN, against BatchNorm2d",
+        "BN",
+        "BatchNorm2d",
         IMAGES,
         partial(BatchNorm2d, CHANNELS),
         partial(nn.BatchNorm2d, CHANNELS),

@@ -16,7 +16,7 @@ import torch
 import bnext
 from bench.pairs import Estimate, Limits, Verdict, judge_ratio
 from bnext.distributed.groups import count_cores
-from bnext.errors import BNextError, list_few
+from bnext.errors import BNextError
 from bnext.files import write_json
 from bnext.tables import format_rows
 
@@ -42,7 +42,7 @@ class Speed:
     """Times of one comparison in one layout.
 
     Args:
-        name, layout, num_workers, differs, averages_differ: see `Comparison`.
+        name, peer, layout, num_workers, differs, averages_differ: see `Comparison`.
         difference: largest relative difference of outputs, gradients and averages in float64; None: not compared.
         ours_ms, other_ms: medians of forward and backward, in milliseconds.
         ratio: of other / ours.
@@ -54,6 +54,7 @@ class Speed:
     """
 
     name: str
+    peer: str
     layout: str
     num_workers: int
     differs: str
@@ -79,15 +80,16 @@ class Quantity:
     """A number that is counted or measured without pairs; the less the better.
 
     Args:
-        name, layout: as of a comparison; a layout "" is none.
-        unit: of the numbers.
+        name, peer, layout: as of a comparison; "" is none.
+        counted: with its unit.
         ours, other: of each arm; None: there is no other.
         goal: most that is aimed at; None: none.
     """
 
     name: str
+    peer: str
     layout: str
-    unit: str
+    counted: str
     ours: float
     other: float | None = None
     goal: float | None = None
@@ -105,11 +107,12 @@ class Failure:
     """Arms that do not agree, or do not run.
 
     Args:
-        name, layout: of the comparison.
+        name, peer, layout: of the comparison.
         text: of the error.
     """
 
     name: str
+    peer: str
     layout: str
     text: str
 
@@ -119,11 +122,12 @@ class LeftOut:
     """A comparison that this machine cannot make.
 
     Args:
-        name: of the comparison.
+        name, peer: of the comparison.
         reason: with the remedy.
     """
 
     name: str
+    peer: str
     reason: str
 
 
@@ -249,15 +253,19 @@ def format_record(record: Record) -> str:
     """The run in Markdown: what it was measured with, its tables, and what they cannot say."""
     parts = [_format_setting(record)]
     if record.speeds:
-        parts += [_format_speeds(record.speeds), *_list_remarks(record.speeds)]
+        parts += [_format_speeds(record.speeds), _list_remarks(record.speeds)]
     if record.quantities:
         parts.append(_format_quantities(record.quantities))
 
     for left in record.left_out:
-        parts.append(f"Left out: {left.name}: {left.reason}")
+        parts.append(f"Left out: {_name(left)}: {left.reason}.")
     for failure in record.failures:
-        parts.append(f"FAILED: {failure.name} {failure.layout}: {failure.text}")
-    return "\n\n".join(parts)
+        parts.append(f"FAILED: {_name(failure)} {failure.layout}: {failure.text}")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _name(result: Result) -> str:
+    return f"{result.name}, against {result.peer}" if result.peer else result.name
 
 
 def _format_setting(record: Record) -> str:
@@ -279,43 +287,42 @@ def _format_speeds(speeds: Iterable[Speed]) -> str:
     rows = []
     for speed in speeds:
         ratio = speed.ratio
-        limit = "" if speed.one_pass_ms is None else f"{speed.one_pass_ms:.3g} / {speed.two_passes_ms:.3g}"
+        limit = "" if speed.one_pass_ms is None else f"{speed.one_pass_ms:.1f} / {speed.two_passes_ms:.1f}"
         rows.append(
             [
                 speed.name,
+                speed.peer,
                 speed.layout,
-                f"{speed.ours_ms:.3g}",
-                f"{speed.other_ms:.3g}",
+                f"{speed.ours_ms:.1f}",
+                f"{speed.other_ms:.1f}",
                 limit,
-                f"{ratio.median:.2f}",
-                f"{ratio.low:.2f} to {ratio.high:.2f}",
+                f"{ratio.median:.2f} ({ratio.low:.2f} to {ratio.high:.2f})",
                 f"{ratio.lowest:.2f} to {ratio.highest:.2f}",
-                f"{ratio.num_pairs}{' (time)' if ratio.is_cut else ''}",
+                str(ratio.num_pairs),
                 _format_goal(speed.goal, speed.verdict),
             ]
         )
-    headers = ["forward and backward", "layout", "ours, ms", "other, ms", "limit, ms", "other / ours"]
-    headers += ["95 %", "all pairs", "pairs", "goal"]
-    return format_rows(rows, headers, num_texts=2)
+    headers = ["forward and backward", "against", "layout", "ours, ms", "other, ms", "limit, ms"]
+    headers += ["other / ours (95 %)", "all pairs", "pairs", "goal"]
+    return format_rows(rows, headers, num_texts=3)
 
 
 def _format_goal(goal: float | None, verdict: Verdict) -> str:
     return "" if goal is None else f"{goal:.3g}: {verdict}"
 
 
-def _list_remarks(speeds: Sequence[Speed]) -> list[str]:
-    """Why some arms are no equals, and which pairs were too few."""
-    remarks = {}
+def _list_remarks(speeds: Iterable[Speed]) -> str:
+    """Why some arms are no equals, and which pairs were too few: a list."""
+    remarks: dict[str, list[str]] = {}
     for speed in speeds:
         if speed.differs:
-            remarks[f"Not equal: {speed.name}: {speed.differs}."] = None
+            remarks.setdefault(f"Not equal, {speed.differs}", []).append(_name(speed))
         elif speed.averages_differ:
-            remarks[f"Running statistics not equal: {speed.name}: {speed.averages_differ}."] = None
-
-    cut = [f"{speed.name} ({speed.layout})" for speed in speeds if speed.ratio.is_cut]
-    if cut:
-        remarks[f"Time ended before the interval was narrow: {list_few(cut, 10)}."] = None
-    return list(remarks)
+            remarks.setdefault(f"Running statistics not equal, {speed.averages_differ}", []).append(_name(speed))
+        if speed.ratio.is_cut:
+            text = "Time ended before the interval was narrow"
+            remarks.setdefault(text, []).append(f"{_name(speed)} ({speed.layout})")
+    return "\n".join(f"- {text}: {'; '.join(dict.fromkeys(names))}." for text, names in remarks.items())
 
 
 def _format_quantities(quantities: Iterable[Quantity]) -> str:
@@ -323,5 +330,6 @@ def _format_quantities(quantities: Iterable[Quantity]) -> str:
     for quantity in quantities:
         other = "" if quantity.other is None else f"{quantity.other:.3g}"
         goal = _format_goal(quantity.goal, quantity.verdict)
-        rows.append([quantity.name, quantity.layout, quantity.unit, f"{quantity.ours:.3g}", other, goal])
-    return format_rows(rows, ["counted", "layout", "unit", "ours", "other", "goal, at most"], num_texts=3)
+        names = quantity.name, quantity.peer, quantity.layout, quantity.counted
+        rows.append([*names, f"{quantity.ours:.3g}", other, goal])
+    return format_rows(rows, ["norm", "against", "layout", "counted", "ours", "other", "goal"], num_texts=4)

@@ -38,6 +38,7 @@ class Start:
     name: str
     arguments: Sequence[str]
     mark: str = ""
+    peer = ""
 
     def run(self, setting: Setting) -> list[Result]:
         """One quantity.
@@ -47,7 +48,7 @@ class Start:
         """
         ensure_digits()
         seconds = [self.time() for _ in range(NUM_RUNS)]
-        return [Quantity(self.name, "", "s", statistics.median(seconds))]
+        return [Quantity(self.name, "", "", "seconds", statistics.median(seconds))]
 
     def time(self) -> float:
         """Seconds of one run."""

@@ -23,11 +23,12 @@ class Synchronizations:
     """Times that the host waits for the GPU in one forward and backward.
 
     Args:
-        name: of the row.
+        name, peer: of ours and of the other.
         shapes, make_ours, make_other, sees_all: see `Comparison`.
     """
 
     name: str
+    peer: str
     shapes: Shapes
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
@@ -36,13 +37,13 @@ class Synchronizations:
     def run(self, setting: Setting) -> list[Result]:
         """One quantity, of which ours is to be 0; a first step, which may prepare things, is not counted."""
         if setting.device != "cuda":
-            return [LeftOut(self.name, "it needs --device cuda")]
+            return [LeftOut(self.name, self.peer, "it needs --device cuda")]
 
         features, grads = (draw_features(self.shapes, "NCHW", setting.device) for _ in range(2))
         numbers = [
             _count(Arm(make(), features, grads, self.sees_all).step) for make in (self.make_ours, self.make_other)
         ]
-        return [Quantity(self.name, "NCHW", "waits", *numbers, goal=0)]
+        return [Quantity(self.name, self.peer, "NCHW", "waits", *numbers, goal=0)]
 
 
 def _count(step: Callable[[], None]) -> int:
@@ -61,9 +62,12 @@ def _count(step: Callable[[], None]) -> int:
 
 
 ROWS = [
-    Synchronizations("host waits, row 1, against concatenate, BN, split", PYRAMID, make_row_1, make_concatenated, True),
     Synchronizations(
-        "host waits, 4 domains mixed, against gather and scatter",
+        "waits for the GPU in row 1", "concatenate, BN, split", PYRAMID, make_row_1, make_concatenated, True
+    ),
+    Synchronizations(
+        "waits for the GPU with 4 domains mixed",
+        "gather, BN, scatter",
         IMAGES,
         partial(InMixedBatch, 4),
         partial(BatchNormPerDomain, 4),

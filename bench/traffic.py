@@ -62,7 +62,7 @@ class Traffic:
     """Collectives and bytes of both arms, forward and backward; no time.
 
     Args:
-        name: of the row.
+        name, peer: of ours and of the other.
         shapes: of the features of each worker.
         make_ours, make_other: module-level functions or partials of them, which workers import.
         num_workers: gloo workers on this machine.
@@ -72,6 +72,7 @@ class Traffic:
     """
 
     name: str
+    peer: str
     shapes: Shapes
     make_ours: Callable[[], nn.Module]
     make_other: Callable[[], nn.Module]
@@ -83,15 +84,15 @@ class Traffic:
     def run(self, setting: Setting) -> list[Result]:
         """Two quantities, of the worker that sends most."""
         if setting.device != "cpu":
-            return [LeftOut(self.name, "it is counted with --device cpu")]
+            return [LeftOut(self.name, self.peer, "it is counted with --device cpu")]
 
         by_worker = run_on_workers(self.count, self.num_workers, setting)
         (calls, megabytes), (other_calls, other_megabytes) = map(max, zip(*by_worker, strict=True))
-        name = f"{self.name}, {self.num_workers} workers"
+        names = f"{self.name} on {self.num_workers} workers", self.peer, ""
         most = None if self.share is None else self.share * other_megabytes
         return [
-            Quantity(name, "", "collectives", calls, other_calls, self.most_calls),
-            Quantity(name, "", "MB sent by a worker", megabytes, other_megabytes, most),
+            Quantity(*names, "collectives", calls, other_calls, self.most_calls),
+            Quantity(*names, "MB sent by a worker", megabytes, other_megabytes, most),
         ]
 
     def count(self, setting: Setting) -> tuple[tuple[int, float], tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""A step of a whole detector, forward, backward and SGD: as fast as Detectron2's own, with the same norms in its heads."""
+"""A step of a whole detector, forward, backward and SGD: as fast as Detectron2's with the same norms in its heads."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class TrainingStep:
     """Our detector against Detectron2's with the same weights.
 
     Args:
-        name: of the row.
+        name, peer: of ours and of the other.
         config: of the package.
         architecture: name of Detectron2's.
         opts: KEY VALUE pairs that override the config.
@@ -64,6 +64,7 @@ class TrainingStep:
     """
 
     name: str
+    peer: str
     config: str
     architecture: str
     opts: Sequence[str]
@@ -87,6 +88,7 @@ class TrainingStep:
         return [
             Speed(
                 name=self.name,
+                peer=self.peer,
                 layout="NCHW",
                 num_workers=1,
                 differs="",
@@ -165,14 +167,16 @@ BOX_HEAD += ["MODEL.ROI_BOX_HEAD.NUM_FC", "1", "MODEL.ROI_BOX_HEAD.NORM", "BN"]
 
 ROWS = [
     TrainingStep(
-        "training step of RetinaNet R-50, against Detectron2's with BN in its head",
+        "step of RetinaNet R-50, BN in its head",
+        "Detectron2's",
         "COCO-Detection/retinanet_R_50_FPN_1x.yaml",
         "RetinaNet",
         ["MODEL.RETINANET.NORM", "BN"],
         goal=1.0,
     ),
     TrainingStep(
-        "training step of Mask R-CNN R-50, against Detectron2's with BN in its heads",
+        "step of Mask R-CNN R-50, BN in its heads",
+        "Detectron2's",
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml",
         "GeneralizedRCNN",
         [*BOX_HEAD, "MODEL.ROI_MASK_HEAD.NORM", "BN"],

@@ -1,7 +1,6 @@
 """The harness refuses arms that are not equal, and every claim's arms are; one tiny claim goes from end to end."""
 
 import dataclasses
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,15 +8,15 @@ import torch
 from torch import nn
 
 from bench import __main__ as command
-from bench import dealt
-from bench.harness import Comparison, draw_features, measure_difference
+from bench import dealt, over_workers
+from bench.harness import Comparison, Peer, Setting, draw_features, measure_difference
+from bench.results import read_record
 from bnext.errors import BNextError
 from tests.workers import run_workers
 
 TINY = {"a": (4, 3, 5, 2), "b": (2, 3, 1, 4)}
-CLAIMED = [
-    comparison for claim in command.CLAIMS.values() for comparison in claim.ROWS if isinstance(comparison, Comparison)
-]
+CLAIMED = [row for claim in command.CLAIMS.values() for row in claim.ROWS if isinstance(row, Comparison)]
+QUICK = [row for row in CLAIMED if row.num_workers == 1 and not row.compiles and row.needs is None]
 
 
 class DetachedMean(nn.BatchNorm2d):
@@ -53,14 +52,14 @@ def norm(kind=nn.BatchNorm2d, **options):
     return kind(3, **options)
 
 
-def tiny(make_other, differs=""):
-    return Comparison("a tiny claim", TINY, norm, make_other, differs)
+def tiny(make_other, differs="", **options):
+    return Comparison("a tiny claim", "the other", TINY, norm, make_other, differs, **options)
 
 
 def prove(comparison):
     """In small: the arms know the numbers of samples and channels, not those of positions."""
     shapes = {}
-    for name, (samples, channels, height, width) in comparison.shapes.items():
+    for name, (samples, channels, height, width) in comparison.list_shapes().items():
         shapes[name] = (samples, channels, 1 + height // 16, 1 + width // 16)
 
     differences = []
@@ -83,33 +82,98 @@ def prove(comparison):
 def test_unequal_arms_are_refused(make_other, fault):
     with pytest.raises(BNextError, match=fault):
         prove(tiny(make_other))
-    assert not max(prove(tiny(make_other, differs="it is another norm"))) < 1e-9
+    assert not max(prove(tiny(make_other, differs="as it is another norm"))) < 1e-9
+
+
+def run_command(monkeypatch, rows, *arguments):
+    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(ROWS=rows)})
+    return command.main(["--only", "tiny", "--pairs", "2", *arguments])
 
 
 def test_a_claim_from_end_to_end(monkeypatch, tmp_path, capsys):
-    comparisons = [tiny(norm), dataclasses.replace(tiny(lambda: norm(eps=1.0), "another eps"), layouts=("NCHW",))]
-    monkeypatch.setattr(command, "CLAIMS", {"tiny": SimpleNamespace(ROWS=comparisons)})
-    assert command.main(["--only", "tiny", "--pairs", "2", "--json", str(tmp_path / "bench.json")]) == 0
+    rows = [
+        tiny(norm, goals={"NCHW": 0.001}, shows_errors=True),
+        tiny(lambda: norm(eps=1.0), "as its eps is another", layouts=("NCHW",)),
+    ]
+    json, png = tmp_path / "bench.json", tmp_path / "bench.png"
+    assert run_command(monkeypatch, rows, "--json", str(json), "--plot", str(png)) == 0
+    shown = capsys.readouterr().out
+    assert "as its eps is another: a tiny claim, against the other" in shown
 
-    table = capsys.readouterr().out
-    assert table.count("a tiny claim") == 4, "three rows and a remark"
-    assert "another eps" in table
-    speeds = json.loads((tmp_path / "bench.json").read_text())["speeds"]
-    assert [speed["layout"] for speed in speeds] == ["NCHW", "channels_last", "NCHW"]
+    record = read_record(json)
+    assert [(speed.layout, speed.ratio.num_pairs) for speed in record.speeds] == [
+        ("NCHW", 2),
+        ("channels_last", 2),
+        ("NCHW", 2),
+    ]
+    for speed in record.speeds:
+        assert speed.megabytes == pytest.approx(144 * 4 / 1e6)
+        assert 1e6 * speed.one_pass_ms == pytest.approx(5 * 144 * 4 / speed.copy_gbs)
+        assert speed.two_passes_ms == pytest.approx(1.6 * speed.one_pass_ms)
+    assert max(quantity.ours for quantity in record.quantities) < 1e-4
+
+    assert command.main(["--show", str(json)]) == 0
+    assert capsys.readouterr().out == shown
+    assert png.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize(
-    "comparison", [one for one in CLAIMED if one.num_workers == 1], ids=lambda one: one.name.partition(",")[0]
-)
+def test_arms_that_do_not_agree_fail_loudly_and_the_others_run(monkeypatch, tmp_path, capsys):
+    rows = [tiny(lambda: norm(eps=1.0)), SimpleNamespace(name="a broken row", peer="", run=None), tiny(norm)]
+    file = tmp_path / "bench.json"
+    assert run_command(monkeypatch, rows, "--json", str(file)) == 1
+
+    record = read_record(file)
+    assert [failure.layout for failure in record.failures] == ["NCHW", "channels_last", ""]
+    assert [speed.name for speed in record.speeds] == ["a tiny claim"] * 2
+    said = capsys.readouterr()
+    assert said.out.count("FAILED") == 3
+    assert "3 comparisons" in said.err
+
+
+def test_what_a_machine_lacks_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    missing = tiny(norm, needs=Peer("no_such_module", "no-such-distribution"))
+    cases = [(missing, "cpu"), (tiny(norm, device="cuda"), "cpu"), (tiny(norm, num_workers=2), "cuda")]
+    reasons = [row.run(Setting(device))[0].reason for row, device in cases]
+    assert "pip install no-such-distribution" in reasons[0]
+    assert "--device cuda" in reasons[1]
+    assert "2 GPUs" in reasons[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_one_line_with_the_remedy(capsys):
+    assert command.main(["--device", "cuda"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "--device cpu" in said
+
+
+@pytest.mark.parametrize("comparison", QUICK, ids=lambda one: f"{one.name}-{one.peer}")
 def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
     assert (max(prove(comparison)) < 1e-9) is not bool(comparison.differs)
 
 
-def prove_on_workers(rank):
+@pytest.mark.slow  # compilers, and imports of other packages
+@pytest.mark.parametrize(
+    "comparison",
+    [row for row in CLAIMED if row.num_workers == 1 and row not in QUICK and row.other_shapes is None],
+    ids=lambda one: f"{one.name}-{one.peer}",
+)
+def test_arms_of_a_slow_claim_are_equal(comparison):
+    if comparison.needs is not None:
+        pytest.importorskip(comparison.needs.module)
+    assert max(prove(comparison)) < 1e-9
+
+
+def prove_on_workers(rank, module):
     torch.manual_seed(rank)
-    return {one.name: prove(one)[0] for one in dealt.ROWS if one.num_workers > 1}
+    claim = {"dealt": dealt, "over_workers": over_workers}[module]
+    rows = [row for row in claim.ROWS if isinstance(row, Comparison) and row.num_workers > 1]
+    return [(bool(row.differs), max(prove(dataclasses.replace(row, layouts=("NCHW",))))) for row in rows]
 
 
-def test_arms_on_two_workers_are_equal_or_say_why_not():
-    for differences in run_workers(prove_on_workers, 2):
-        assert [difference < 1e-9 for difference in differences.values()] == [True, True, False]
+@pytest.mark.parametrize("module", ["dealt", pytest.param("over_workers", marks=pytest.mark.slow)])
+def test_arms_on_two_workers_are_equal_or_say_why_not(module):
+    for answers in run_workers(prove_on_workers, 2, module):
+        for differs, difference in answers:
+            assert (difference < 1e-9) is not differs
