@@ -133,8 +133,8 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
     gradients: list[Tensor | None] = [None] * len(features)
     needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[8:]) if is_needed]
     if needed:
-        triples = ([things[index] for index in needed] for things in (features, grads, ctx.parts))
-        new = kernels.feature_gradients(*triples, mean, scale, slope, offset)
+        x, dy, parts = ([things[index] for index in needed] for things in (features, grads, ctx.parts))
+        new = kernels.feature_gradients(x, dy, parts, mean, scale, slope, offset)
         for index, gradient in zip(needed, new, strict=True):
             gradients[index] = gradient
 

@@ -14,7 +14,6 @@ Shape letters in this folder: N samples, C channels, L features, P parts. A vect
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +34,11 @@ __all__ = [
 ]
 
 # A device without a row gets the CPU's: right everywhere.
-_BY_DEVICE: dict[str, Any] = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
+_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
 _BY_FORMULA = OneByOne(formula)
 
 
-def _choose(feature: Tensor, *, fits_any_size: bool = False) -> Any:
+def _choose(feature: Tensor, *, fits_any_size: bool = False) -> OneByOne:
     """The passes for features like this one.
 
     What is traced gets the formula, which a compiler makes fast itself and other runtimes have; a transform, as it is
@@ -72,7 +71,7 @@ def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         Mean and variance [L, C], float32 or wider; 0 where there is no element.
     """
     passes = _choose(features[0], fits_any_size=True)
-    return passes.feature_statistics(features)  # type: ignore[no-any-return]
+    return passes.feature_statistics(features)
 
 
 def sample_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,7 +83,7 @@ def sample_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Returns:
         Mean and variance [sum of N, C], float32 or wider; 0 where there is no position.
     """
-    return _choose(features[0]).sample_statistics(features)  # type: ignore[no-any-return]
+    return _choose(features[0]).sample_statistics(features)
 
 
 def scale_and_shift(
@@ -103,7 +102,7 @@ def scale_and_shift(
     """
     has_one_each = all(isinstance(part, int) for part in parts)
     passes = _choose(features[0], fits_any_size=has_one_each)
-    return passes.scale_and_shift(features, parts, mean, scale, shift)  # type: ignore[no-any-return]
+    return passes.scale_and_shift(features, parts, mean, scale, shift)
 
 
 def backward_sums(features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Part], mean: Tensor) -> Tensor:
@@ -118,7 +117,7 @@ def backward_sums(features: Sequence[Tensor], grads: Sequence[Tensor], parts: Se
     Returns:
         [2, P, C], in the type of `mean`.
     """
-    return _choose(features[0]).backward_sums(features, grads, parts, mean)  # type: ignore[no-any-return]
+    return _choose(features[0]).backward_sums(features, grads, parts, mean)
 
 
 def feature_gradients(
@@ -142,7 +141,7 @@ def feature_gradients(
         Tensors of the shapes, types and memory formats of the features.
     """
     vectors = mean, scale, slope, offset
-    return _choose(features[0]).feature_gradients(features, grads, parts, *vectors)  # type: ignore[no-any-return]
+    return _choose(features[0]).feature_gradients(features, grads, parts, *vectors)
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:
@@ -152,4 +151,4 @@ def has_exact_batch_norm(feature: Tensor) -> bool:
         feature: [N, C, ...].
     """
     passes = _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
-    return passes.file.has_exact_batch_norm(feature)  # type: ignore[no-any-return]
+    return bool(passes.file.has_exact_batch_norm(feature))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from bnext.kernels.formula import accumulation_dtype
 __all__ = ["OneByOne", "Part", "is_one_part_each"]
 
 Part = int | Tensor  # of all samples of a feature; or of each, [N]
+Measure = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class OneByOne:
@@ -38,9 +38,9 @@ class OneByOne:
         mean, var = map(torch.cat, zip(*pairs, strict=True))
         return mean, var
 
-    def _measure(self, measure: Any, feature: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _measure(self, measure: Measure, feature: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         if feature.numel():
-            return measure(feature)  # type: ignore[no-any-return]
+            return measure(feature)
         zeros = torch.zeros(shape, dtype=accumulation_dtype(feature.dtype), device=feature.device)
         return zeros, zeros.clone()
 
