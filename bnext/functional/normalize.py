@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bnext import kernels
 from bnext.dispatch import is_exported, is_transformed
-from bnext.functional.moments import Moments, is_one_part_each
+from bnext.functional.moments import Moments
+from bnext.kernels import Part
 
 __all__ = ["normalize_parts"]
 
 Reduce = Callable[[Tensor], Tensor]  # [...] of this worker -> [...] summed over all workers
-Part = int | Tensor
 
 
 def normalize_parts(
@@ -73,8 +73,7 @@ def _scale_and_shift(
     weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, parts: Sequence[Part], features: Sequence[Tensor]
 ) -> list[Tensor]:
     scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-    pairs = zip(features, parts, strict=True)
-    return [kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs]
+    return kernels.scale_and_shift(features, parts, mean, scale, shift)
 
 
 class _NormalizeParts(torch.autograd.Function):
@@ -116,10 +115,8 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
     dx = weight rstd dy - rstd sum_g / n - rstd^3 (x - mean) sum_gx / n
     """
     weight, mean, rstd, count, mini_batches, *features = ctx.saved_tensors
-    triples = list(zip(features, grads, ctx.parts, strict=True))
 
-    sums = [kernels.backward_sums(x, dy, mean[p]) for x, dy, p in triples]
-    part_sums = _sum_parts(sums, ctx.parts, len(mean))  # [2, P, C]
+    part_sums = kernels.backward_sums(features, grads, ctx.parts, mean)
     grad_bias, grad_weight = part_sums[0], rstd * part_sums[1]
 
     gamma = weight.to(rstd.dtype)
@@ -133,28 +130,16 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
         averages = averages[:, mini_batches]
 
     scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * averages[1], -rstd * averages[0]
-    grad_features: list[Tensor | None] = []
-    for (x, dy, p), is_needed in zip(triples, ctx.needs_input_grad[8:], strict=True):
-        vectors = mean[p], scale[p], slope[p], offset[p]
-        grad_features.append(kernels.feature_gradient(x, dy, *vectors) if is_needed else None)
+    gradients: list[Tensor | None] = [None] * len(features)
+    needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[8:]) if is_needed]
+    if needed:
+        x, dy, parts = ([things[index] for index in needed] for things in (features, grads, ctx.parts))
+        new = kernels.feature_gradients(x, dy, parts, mean, scale, slope, offset)
+        for index, gradient in zip(needed, new, strict=True):
+            gradients[index] = gradient
 
     nothing = [None] * 6
-    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *nothing, *grad_features
-
-
-def _sum_parts(sums: Sequence[Tensor], parts: Sequence[Part], num_parts: int) -> Tensor:
-    """Add up vectors of features, [2, C], or of their samples, [2, N, C], by the parts they belong to: [2, P, C]."""
-    if is_one_part_each(parts, num_parts):
-        return torch.stack(list(sums), dim=1)
-
-    total = sums[0].new_zeros(2, num_parts, sums[0].shape[-1])
-    for vectors, part in zip(sums, parts, strict=True):
-        if isinstance(part, Tensor):
-            total = total.index_add(1, part, vectors)
-        else:
-            index = torch.full((1,), part, device=vectors.device)
-            total = total.index_add(1, index, vectors.unsqueeze(1))
-    return total
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *nothing, *gradients
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
