@@ -32,7 +32,7 @@ from bench import (
     synchronizations,
     training_steps,
 )
-from bench.harness import Setting
+from bench.harness import Row, Setting
 from bench.pairs import Limits
 from bench.picture import draw_record
 from bench.results import (
@@ -40,6 +40,7 @@ from bench.results import (
     Record,
     Result,
     describe_setting,
+    fill_page,
     format_record,
     read_record,
     write_record,
@@ -79,34 +80,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--only", action="append", choices=names, help="a claim, may be repeated (default: all that are quick)")
     add("--all", action="store_true", help="the slow claims, too")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    add(
-        "--pairs",
-        type=int,
-        metavar="N",
-        help="exactly so many (default: from 11 to 60, until a ratio is known to 5 %%)",
-    )
+    add("--pairs", type=int, metavar="N", help="just so many (default: 11 to 60, until a ratio is known to 5 %%)")
     add("--json", metavar="FILE", help="write the results there, too")
     add("--plot", metavar="FILE", help="draw the ratios there, as PNG")
     add("--show", metavar="FILE", help="measure nothing; show the results of such a file")
+    add("--page", metavar="FILE", help="put what is shown between the marks of a page, too")
     args = parser.parse_args(argv)
 
     if args.show is not None:
-        return run_command(lambda: show(read_record(args.show), args.plot))
+        return run_command(lambda: show(read_record(args.show), args.plot, args.page))
     chosen = args.only or (names if args.all else list(CLAIMS))
-    return run_command(lambda: measure(chosen, args.device, args.pairs, args.json, args.plot))
+    return run_command(lambda: show(measure(chosen, args.device, args.pairs, args.json), args.plot, args.page))
 
 
-def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str | None, picture: str | None) -> int:
-    """Measure claims, show their tables, and write what is asked for.
+def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str | None) -> Record:
+    """Measure claims.
 
     Args:
         names: of claims.
         device: "cpu" or "cuda".
         num_pairs: of each comparison; None: until the ratio is known.
-        file, picture: where results are written, as JSON and PNG; None: nowhere.
-
-    Returns:
-        1 if arms do not agree or do not run, else 0.
+        file: where results are written, as JSON; None: nowhere.
 
     Raises:
         LaunchError: there is no such device.
@@ -122,13 +116,12 @@ def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str 
     rows = [row for name in names for row in {**CLAIMS, **SLOW_CLAIMS}[name].ROWS]
     for row in tqdm(rows, disable=None):
         record.results += _run(row, setting)
+        if file is not None:  # after Ctrl-C there is what was measured until then
+            write_record(file, record)
+    return record
 
-    if file is not None:
-        write_record(file, record)
-    return show(record, picture)
 
-
-def _run(row: object, setting: Setting) -> list[Result]:
+def _run(row: Row, setting: Setting) -> list[Result]:
     """The results of a row; that one fails keeps none of the others from running."""
     try:
         return row.run(setting)
@@ -136,11 +129,26 @@ def _run(row: object, setting: Setting) -> list[Result]:
         return [Failure(row.name, row.peer, "", f"{type(error).__name__}: {error}")]
 
 
-def show(record: Record, picture: str | None) -> int:
-    """Print the tables of a run and draw its picture; see `measure`."""
-    print(format_record(record))
+def show(record: Record, picture: str | None, page: str | None) -> int:
+    """Print the tables of a run, and put them where they are asked for.
+
+    Args:
+        record: the run.
+        picture: where its ratios are drawn, as PNG; None: nowhere.
+        page: a file in Markdown, whose text between the marks is replaced; None: none.
+
+    Returns:
+        1 if arms do not agree or do not run, else 0.
+
+    Raises:
+        BNextError: the page has no marks.
+    """
+    text = format_record(record)
+    print(text)
     if picture is not None:
         draw_record(record, picture)
+    if page is not None:
+        fill_page(page, text)
 
     if not record.failures:
         return 0

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, draw_features
+from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, Shapes, draw_features
 from bench.levels import PYRAMID, make_concatenated, make_row_1
 from bench.results import Quantity, Result
 
@@ -22,9 +22,9 @@ ALL_SIZES = [*zip(SHORT_SIDES, LONG_SIDES, strict=True), *zip(LONG_SIDES, SHORT_
 ONE_SIZE = [(736, 960)] * len(ALL_SIZES)  # as many pixels, to 1 %
 
 
-def list_turns(sizes: list[tuple[int, int]]) -> dict[str, tuple[int, ...]]:
+def list_turns(sizes: list[tuple[int, int]]) -> Shapes:
     """The features of one image of each size: "turn level" -> shape."""
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for turn, (height, width) in enumerate(sizes):
         for level, stride in STRIDES.items():
             shapes[f"{turn} {level}"] = (1, CHANNELS, -(-height // stride), -(-width // stride))
@@ -87,7 +87,8 @@ class CountedGraphs:
             features, grads = (draw_features(shapes, "NCHW", setting.device) for _ in range(2))
             Arm(InTurn(make), features, grads, sees_all=True).step()
             graphs.append(counters["stats"]["unique_graphs"])
-        return [Quantity(self.name, self.peer, "", "graphs", *graphs)]
+        ours, other = graphs
+        return [Quantity(self.name, self.peer, "", "graphs", ours, other)]
 
 
 GOALS = {"NCHW": 1.8, "channels_last": 3.0}

@@ -8,7 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ __all__ = [
     "Comparison",
     "Features",
     "Peer",
+    "Row",
     "Setting",
     "Shapes",
     "count_bytes",
@@ -79,6 +80,21 @@ class Setting:
 
     device: str = "cpu"
     limits: Limits = field(default_factory=Limits)
+
+
+class Row(Protocol):
+    """A row of a claim: what it compares, and how."""
+
+    @property
+    def name(self) -> str:
+        """Ours."""
+
+    @property
+    def peer(self) -> str:
+        """The other; "": there is none."""
+
+    def run(self, setting: Setting) -> list[Result]:
+        """Measure it."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +205,8 @@ class Comparison:
         if self.other_shapes is None:
             other = Arm(self.make_other(), features, grads, self.sees_all)
         else:
-            others = (draw_features(self.other_shapes, layout, setting.device) for _ in range(2))
-            other = Arm(self.make_other(), *others, self.sees_all)
+            inputs, output_grads = (draw_features(self.other_shapes, layout, setting.device) for _ in range(2))
+            other = Arm(self.make_other(), inputs, output_grads, self.sees_all)
 
         copy = Copy(features, timer)
         steps = (ours.step, other.step)
@@ -400,8 +416,9 @@ def measure_errors(comparison: Comparison, features: Features, layout: str) -> l
             outputs = Arm(make(), shifted, {}, comparison.sees_all).forward()
             differences = [(float((outputs[name] - exact[name]).abs().max()), name) for name in exact]
             errors.append(_find_worst(differences)[0])
+        ours, other = errors
 
         counted = f"error in float32 at a mean/std of {mean:g}, std"
         goal = comparison.error_goal if mean == 0 else None
-        quantities.append(Quantity(comparison.name, comparison.peer, layout, counted, *errors, goal))
+        quantities.append(Quantity(comparison.name, comparison.peer, layout, counted, ours, other, goal))
     return quantities

@@ -31,7 +31,7 @@ class TwoHalves(nn.Module):
 
 def make_split() -> nn.Module:
     """timm's norm of a batch in two halves."""
-    from timm.layers import SplitBatchNorm2d
+    from timm.layers.split_batchnorm import SplitBatchNorm2d
 
     return SplitBatchNorm2d(CHANNELS, num_splits=2)
 

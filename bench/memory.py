@@ -86,7 +86,8 @@ class PeakMemory:
             for make in (self.make_ours, self.make_other):
                 peak = measure_peak(partial(self._step, make, layout, setting.device), setting.device)
                 peaks.append(round(peak / size, 2))
-            results.append(Quantity(self.name, self.peer, layout, "peak memory, S", *peaks, self.goal))
+            ours, other = peaks
+            results.append(Quantity(self.name, self.peer, layout, "peak memory, S", ours, other, self.goal))
         return results
 
     def _step(self, make: Callable[[], nn.Module], layout: str, device: str) -> None:

@@ -25,12 +25,12 @@ SMALL_SIDES = {"p3": (80, 108), "p4": (40, 54), "p5": (20, 27), "p6": (10, 14), 
 SHARED = NormSpec.from_table5_row(1)
 
 
-def list_unequal_numbers(rank: int) -> dict[str, tuple[int, ...]]:
+def list_unequal_numbers(rank: int) -> Shapes:
     """Features of a worker with more images than another one."""
     return {level: (NUM_IMAGES[rank], *shape[1:]) for level, shape in PYRAMID.items()}
 
 
-def list_unequal_sizes(rank: int) -> dict[str, tuple[int, ...]]:
+def list_unequal_sizes(rank: int) -> Shapes:
     """Features of a worker with larger images than another one."""
     small = {level: (2, CHANNELS, *side) for level, side in SMALL_SIDES.items()}
     return PYRAMID if rank == 0 else small

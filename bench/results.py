@@ -16,8 +16,8 @@ import torch
 import bnext
 from bench.pairs import Estimate, Limits, Verdict, judge_ratio
 from bnext.distributed.groups import count_cores
-from bnext.errors import BNextError
-from bnext.files import write_json
+from bnext.errors import BNextError, Refusal
+from bnext.files import replace_file, write_json
 from bnext.tables import format_rows
 
 __all__ = [
@@ -28,13 +28,20 @@ __all__ = [
     "Result",
     "Speed",
     "describe_setting",
+    "fill_page",
     "format_record",
     "read_record",
     "write_figures",
     "write_record",
 ]
 
+BEGIN, END = "<!-- results of the benchmark -->", "<!-- end of the results -->"  # marks of a page
 MALLOC = "MALLOC_MMAP_MAX_"  # set by `make bench`
+
+NO_MARKS = Refusal(BNextError, "a page", f"have the marks {BEGIN} and {END}", "Write both, each on a line by itself.")
+NO_RECORD = Refusal(
+    BNextError, "the file", "be a result of the benchmark", "Measure again: python -m bench --json FILE."
+)
 
 
 @dataclass(frozen=True)
@@ -232,10 +239,7 @@ def read_record(path: str | os.PathLike[str]) -> Record:
         for name, kind in _LISTS.items():
             record.results += [_read_result(kind, entry) for entry in content[name]]
     except (ValueError, KeyError, TypeError) as error:
-        got, remedy = f"{type(error).__name__}: {error}", "Measure again: python -m bench --json FILE."
-        raise BNextError.of(
-            "the file", "be a result of the benchmark", got=got, where=str(path), remedy=remedy
-        ) from error
+        raise NO_RECORD.of(f"{type(error).__name__}: {error}", str(path)) from error
     return record
 
 
@@ -262,6 +266,26 @@ def format_record(record: Record) -> str:
     for failure in record.failures:
         parts.append(f"FAILED: {_name(failure)} {failure.layout}: {failure.text}")
     return "\n\n".join(part for part in parts if part)
+
+
+def fill_page(path: str | os.PathLike[str], text: str) -> None:
+    """Put the tables of a run between the marks of a page.
+
+    Args:
+        path: of the page, in Markdown.
+        text: of `format_record`.
+
+    Raises:
+        BNextError: the page has no marks, or one of them.
+    """
+    page = Path(path).read_text(encoding="utf-8")
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise NO_MARKS.of("none" if not begin else "the first alone", str(path))
+
+    filled = f"{before}{begin}\n\n{text}\n\n{end}{after}"
+    replace_file(path, lambda file: file.write(filled.encode()))
 
 
 def _name(result: Result) -> str:

@@ -40,10 +40,9 @@ class Synchronizations:
             return [LeftOut(self.name, self.peer, "it needs --device cuda")]
 
         features, grads = (draw_features(self.shapes, "NCHW", setting.device) for _ in range(2))
-        numbers = [
-            _count(Arm(make(), features, grads, self.sees_all).step) for make in (self.make_ours, self.make_other)
-        ]
-        return [Quantity(self.name, self.peer, "NCHW", "waits", *numbers, goal=0)]
+        arms = [Arm(make(), features, grads, self.sees_all) for make in (self.make_ours, self.make_other)]
+        ours, other = (_count(arm.step) for arm in arms)
+        return [Quantity(self.name, self.peer, "NCHW", "waits", ours, other, goal=0)]
 
 
 def _count(step: Callable[[], None]) -> int:
