@@ -26,6 +26,7 @@ from bench import (
     ghost,
     installed,
     levels,
+    one_pass,
     over_workers,
     plain_norm,
     starts,
@@ -60,7 +61,7 @@ CLAIMS: dict[str, ModuleType] = {
     "synchronizations": synchronizations,
     "starts": starts,
 }
-SLOW_CLAIMS: dict[str, ModuleType] = {"training_steps": training_steps}  # run by --all
+SLOW_CLAIMS: dict[str, ModuleType] = {"one_pass": one_pass, "training_steps": training_steps}  # run by --all
 
 NO_GPU = Refusal(
     LaunchError,

@@ -129,6 +129,6 @@ ROWS = [
         partial(InMixedBatch, 2),
         differs="as the domains are others; the ratio is the price of more domains",
         averages_differ="as each domain has its own",
-        goals={"NCHW": 1.0, "channels_last": 1.0},
+        goals={"NCHW": 0.95, "channels_last": 0.95},
     ),
 ]
