@@ -57,7 +57,7 @@ class Exact(nn.Module):
     def forward(self, features: Features) -> Features:
         rows = torch.cat([feature.transpose(0, 1).flatten(1) for feature in features.values()], dim=1)
 
-        count = torch.tensor(float(rows.shape[1]), dtype=rows.dtype)
+        count = rows.new_tensor(rows.shape[1])
         total = rows.sum(1)
         dist.all_reduce(count)
         dist.all_reduce(total)

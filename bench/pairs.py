@@ -100,12 +100,12 @@ def time_pairs(
     """Seconds of ours and of the other, pair by pair, and whether time ended first.
 
     Args:
-        ours, other: the arms; each is run once before, as a first run allocates and compiles.
+        ours, other: the arms; each is run twice before, as a first run allocates and compiles.
         timer: gives all workers the same seconds, so that all of them stop after the same pair.
         limits: when pairs are enough.
         between: called after each pair, to measure something else of the machine as it is now.
     """
-    for arm in (ours, other):
+    for arm in (ours, other, ours, other):
         timer.time(arm)
 
     seconds: tuple[list[float], list[float]] = [], []
