@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
-from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, Shapes, draw_features
+from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, Shapes, compiling_afresh, draw_features
 from bench.levels import PYRAMID, make_concatenated, make_row_1
 from bench.results import Quantity, Result
+from bnext import use_kernels
 
 __all__ = ["ROWS"]
 
@@ -22,7 +22,7 @@ ALL_SIZES = [*zip(SHORT_SIDES, LONG_SIDES, strict=True), *zip(LONG_SIDES, SHORT_
 ONE_SIZE = [(736, 960)] * len(ALL_SIZES)  # as many pixels, to 1 %
 
 
-def list_turns(sizes: list[tuple[int, int]]) -> Shapes:
+def list_turns(sizes: Sequence[tuple[int, int]]) -> Shapes:
     """The features of one image of each size: "turn level" -> shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for turn, (height, width) in enumerate(sizes):
@@ -51,7 +51,7 @@ class InTurn(nn.Module):
 
 
 def compile_ours() -> nn.Module:
-    """Row 1 with compiled passes."""
+    """Row 1 within a model that is compiled."""
     norm = make_row_1()
     norm.compile(dynamic=True)
     return norm
@@ -66,7 +66,7 @@ def compile_concatenated() -> nn.Module:
 
 @dataclass(frozen=True)
 class CountedGraphs:
-    """Graphs that images of all sizes are compiled to.
+    """Graphs that our passes are compiled to by images of all sizes, and by those of one.
 
     Args:
         name, peer: of ours and of the other.
@@ -76,49 +76,48 @@ class CountedGraphs:
     peer: str
 
     def run(self, setting: Setting) -> list[Result]:
-        """A quantity for both arms."""
+        """One quantity."""
+        ours, other = (self.count(sizes, setting.device) for sizes in (ALL_SIZES, ONE_SIZE))
+        return [Quantity(self.name, self.peer, "", "graphs", ours, other, goal=other)]
+
+    def count(self, sizes: Sequence[tuple[int, int]], device: str) -> int:
+        """Graphs of one step with images of these sizes."""
         from torch._dynamo.utils import counters  # imported with the compiler, which takes seconds
 
-        shapes = list_turns([(height // 4, width // 4) for height, width in ALL_SIZES])
-        graphs = []
-        for make in (compile_ours, compile_concatenated):
-            torch.compiler.reset()
+        shapes = list_turns(sizes)
+        features, grads = (draw_features(shapes, "NCHW", device) for _ in range(2))
+        with use_kernels("compiled"), compiling_afresh():
             counters.clear()
-            features, grads = (draw_features(shapes, "NCHW", setting.device) for _ in range(2))
-            Arm(InTurn(make), features, grads, sees_all=True).step()
-            graphs.append(counters["stats"]["unique_graphs"])
-        ours, other = graphs
-        return [Quantity(self.name, self.peer, "", "graphs", ours, other)]
+            Arm(InTurn(make_row_1), features, grads, sees_all=True).step()
+            return counters["stats"]["unique_graphs"]
 
 
 GOALS = {"NCHW": 1.8, "channels_last": 3.0}
+PASSES = "row 1, compiled passes"
+compiled = partial(Comparison, sees_all=True, compiles=True)
+against_compiled = partial(
+    compiled, peer="concatenation compiled", shapes=PYRAMID, make_other=compile_concatenated, goals=GOALS
+)
 in_turn = partial(
-    Comparison, shapes=list_turns(ALL_SIZES), make_ours=partial(InTurn, compile_ours), sees_all=True, compiles=True
+    compiled,
+    f"{PASSES}, twelve sizes in turn",
+    shapes=list_turns(ALL_SIZES),
+    make_ours=partial(InTurn, make_row_1),
+    kernels="compiled",
 )
 
 ROWS = [
-    Comparison(
-        "row 1 compiled",
-        "concatenation compiled",
-        PYRAMID,
-        compile_ours,
-        compile_concatenated,
-        sees_all=True,
-        goals=GOALS,
-        compiles=True,
+    compiled(
+        PASSES, "concatenation compiled", PYRAMID, make_row_1, compile_concatenated, goals=GOALS, kernels="compiled"
     ),
+    compiled("row 1, compiled", "concatenation compiled", PYRAMID, compile_ours, compile_concatenated, goals=GOALS),
+    in_turn("concatenation compiled", make_other=partial(InTurn, compile_concatenated)),
     in_turn(
-        "row 1 compiled, twelve sizes in turn",
-        "concatenation compiled",
-        make_other=partial(InTurn, compile_concatenated),
-    ),
-    in_turn(
-        "row 1 compiled, twelve sizes in turn",
         "one size",
-        make_other=partial(InTurn, compile_ours),
+        make_other=partial(InTurn, make_row_1),
         other_shapes=list_turns(ONE_SIZE),
         differs="as the other has as many positions, to 1 %, of one size",
         goals={"NCHW": 1.0, "channels_last": 1.0},
     ),
-    CountedGraphs("row 1 compiled, twelve sizes in turn", "concatenation compiled"),
+    CountedGraphs(f"{PASSES}, twelve sizes in turn", "one size"),
 ]

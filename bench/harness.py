@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -18,7 +19,8 @@ from torch.multiprocessing.spawn import spawn
 
 from bench.pairs import Limits, Timer, estimate_ratio, time_pairs
 from bench.results import Failure, LeftOut, Quantity, Result, Speed
-from bnext.errors import BNextError, Refusal
+from bnext.errors import BNextError, ConfigError, Refusal
+from bnext.kernels import Kind, use_kernels
 
 __all__ = [
     "CHANNELS",
@@ -32,6 +34,7 @@ __all__ = [
     "Row",
     "Setting",
     "Shapes",
+    "compiling_afresh",
     "count_bytes",
     "draw_features",
     "measure_difference",
@@ -116,7 +119,8 @@ class Comparison:
         num_workers: 1: this process; else so many gloo workers on this machine, each with features of its own.
         goals: least ratio that is aimed at on a CPU, by layout.
         goal_on_gpu: the same on a GPU, in any layout.
-        compiles: whether arms are compiled: each layout begins with an empty cache, and too many compilations fail.
+        compiles: whether an arm is compiled: each layout begins with an empty cache, and too many compilations fail.
+        kernels: how our passes run, see `bnext.use_kernels`.
         shows_errors: whether the errors of both arms in float32 are shown.
         make_reference: builds the arm in float64 whose outputs are exact; None: ours.
         error_goal: most of ours that is aimed at, for features about 0, in standard deviations.
@@ -139,6 +143,7 @@ class Comparison:
     goals: Mapping[str, float] = field(default_factory=dict)
     goal_on_gpu: float | None = None
     compiles: bool = False
+    kernels: Kind = "torch"
     shows_errors: bool = False
     make_reference: Callable[[], nn.Module] | None = None
     error_goal: float | None = None
@@ -160,10 +165,9 @@ class Comparison:
         """`run` in this process, which may be a worker. A collective."""
         results: list[Result] = []
         for layout in self.layouts:
-            if self.compiles:
-                torch.compiler.reset()
             try:
-                results += self._run_layout(layout, setting)
+                with use_kernels(self.kernels), compiling_afresh(self.compiles):
+                    results += self._run_layout(layout, setting)
             except BNextError as error:
                 results.append(Failure(self.name, self.peer, layout, str(error)))
         return results
@@ -174,9 +178,13 @@ class Comparison:
         if self.device and self.device != device:
             return f"it needs --device {self.device}"
         if device == "cuda" and torch.cuda.device_count() < self.num_workers:
-            return (
-                f"it needs {self.num_workers} GPUs, one for each worker; this machine has {torch.cuda.device_count()}"
-            )
+            return f"it needs {self.num_workers} GPUs; this machine has {torch.cuda.device_count()}"
+        if self.compiles:
+            try:
+                with use_kernels("compiled"):
+                    pass
+            except ConfigError as error:
+                return str(error)
         return ""
 
     def list_shapes(self) -> Shapes:
@@ -231,6 +239,24 @@ class Comparison:
             one_pass_ms=ONE_PASS * pass_ms,
             two_passes_ms=TWO_PASSES * pass_ms,
         )
+
+
+@contextlib.contextmanager
+def compiling_afresh(compiles: bool = True) -> Iterator[None]:
+    """Within the block nothing is compiled yet, and code that is compiled too often is an error.
+
+    Args:
+        compiles: whether anything is compiled; else the block is any other.
+    """
+    if not compiles:
+        yield
+        return
+
+    import torch._dynamo  # takes seconds
+
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
 
 
 class Arm:
