@@ -107,10 +107,8 @@ in_turn = partial(
 )
 
 ROWS = [
-    compiled(
-        PASSES, "concatenation compiled", PYRAMID, make_row_1, compile_concatenated, goals=GOALS, kernels="compiled"
-    ),
-    compiled("row 1, compiled", "concatenation compiled", PYRAMID, compile_ours, compile_concatenated, goals=GOALS),
+    against_compiled(PASSES, make_ours=make_row_1, kernels="compiled"),
+    against_compiled("row 1, compiled", make_ours=compile_ours),
     in_turn("concatenation compiled", make_other=partial(InTurn, compile_concatenated)),
     in_turn(
         "one size",

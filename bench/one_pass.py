@@ -83,7 +83,7 @@ def reestimate(model: nn.Module, batch: list[dict[str, Any]]) -> None:
     recompute_population_statistics(model, [batch], forward=forward_statistics, layers=is_level_norm)
 
 
-def reestimate_as_fvcore(model: nn.Module, batch: list[dict[str, Any]]) -> None:
+def reestimate_as_fvcore(model: Any, batch: list[dict[str, Any]]) -> None:
     """fvcore's: anchors, predictors, matching and losses, too."""
     model.train()
     model.backbone.eval()
@@ -91,7 +91,7 @@ def reestimate_as_fvcore(model: nn.Module, batch: list[dict[str, Any]]) -> None:
         update_bn_stats(model, [batch], 1)
 
 
-def list_means(model: nn.Module) -> Tensor:
+def list_means(model: Any) -> Tensor:
     """The means of the head: [norms x levels, C]."""
     buffers = [buffer for name, buffer in model.head.named_buffers() if name.endswith("running_mean")]
     return torch.stack(buffers)
