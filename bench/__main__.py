@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -123,11 +124,13 @@ def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str 
 
 
 def _run(row: Row, setting: Setting) -> list[Result]:
-    """The results of a row; that one fails keeps none of the others from running."""
+    """The results of a row; one that fails keeps none of the others from running."""
     try:
         return row.run(setting)
     except Exception as error:
-        return [Failure(row.name, row.peer, "", f"{type(error).__name__}: {error}")]
+        traceback.print_exc()
+        last = next(reversed(str(error).strip().splitlines()), "")  # before it is the traceback of a worker
+        return [Failure(row.name, row.peer, "", f"{type(error).__name__}: {last}")]
 
 
 def show(record: Record, picture: str | None, page: str | None) -> int:

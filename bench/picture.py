@@ -15,8 +15,8 @@ WIDTH, HEIGHT_OF_ROW, HEIGHT_OF_REST = 1000, 46, 100  # pixels
 LEFT = 400  # pixels of the names
 COLOR_OF_LAYOUT = {"NCHW": COLORS["blue"], "channels_last": COLORS["orange"]}
 SHIFT_OF_LAYOUT = {"NCHW": -0.2, "channels_last": 0.2}  # rows
-TICKS = [0.25, 0.5, 1, 2, 4, 8, 16]
-LOWEST, HIGHEST = 0.2, 24.0
+TICKS = [0.25, 0.5, 1, 2, 4, 8, 16, 32]
+LOWEST, HIGHEST = 0.2, 40.0
 
 
 def draw_record(record: Record, path: str | os.PathLike[str]) -> Path:

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -257,14 +257,14 @@ def format_record(record: Record) -> str:
     """The run in Markdown: what it was measured with, its tables, and what they cannot say."""
     parts = [_format_setting(record)]
     if record.speeds:
-        parts += [_format_speeds(record.speeds), _list_remarks(record.speeds)]
+        parts += [_format_speeds(record.speeds), _list_by_reason(_find_remarks(record.speeds))]
     if record.quantities:
         parts.append(_format_quantities(record.quantities))
 
-    for left in record.left_out:
-        parts.append(f"Left out: {_name(left)}: {left.reason}.")
+    parts.append(_list_by_reason((f"Left out, as {left.reason}", _name(left)) for left in record.left_out))
     for failure in record.failures:
-        parts.append(f"FAILED: {_name(failure)} {failure.layout}: {failure.text}")
+        layout = f" ({failure.layout})" if failure.layout else ""
+        parts.append(f"FAILED: {_name(failure)}{layout}: {failure.text}")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -335,18 +335,23 @@ def _format_goal(goal: float | None, verdict: Verdict) -> str:
     return "" if goal is None else f"{goal:.3g}: {verdict}"
 
 
-def _list_remarks(speeds: Iterable[Speed]) -> str:
-    """Why some arms are no equals, and which pairs were too few: a list."""
-    remarks: dict[str, list[str]] = {}
+def _find_remarks(speeds: Iterable[Speed]) -> Iterator[tuple[str, str]]:
+    """Why some arms are no equals, and which pairs were too few: reasons and names."""
     for speed in speeds:
         if speed.differs:
-            remarks.setdefault(f"Not equal, {speed.differs}", []).append(_name(speed))
+            yield f"Not equal, {speed.differs}", _name(speed)
         elif speed.averages_differ:
-            remarks.setdefault(f"Running statistics not equal, {speed.averages_differ}", []).append(_name(speed))
+            yield f"Running statistics not equal, {speed.averages_differ}", _name(speed)
         if speed.ratio.is_cut:
-            text = "Time ended before the interval was narrow"
-            remarks.setdefault(text, []).append(f"{_name(speed)} ({speed.layout})")
-    return "\n".join(f"- {text}: {'; '.join(dict.fromkeys(names))}." for text, names in remarks.items())
+            yield "Time ended before the interval was narrow", f"{_name(speed)} ({speed.layout})"
+
+
+def _list_by_reason(remarks: Iterable[tuple[str, str]]) -> str:
+    """A list in Markdown: each reason once, with its names."""
+    names: dict[str, list[str]] = {}
+    for reason, name in remarks:
+        names.setdefault(reason, []).append(name)
+    return "\n".join(f"- {reason}: {'; '.join(dict.fromkeys(names[reason]))}." for reason in names)
 
 
 def _format_quantities(quantities: Iterable[Quantity]) -> str:

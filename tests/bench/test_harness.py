@@ -9,8 +9,9 @@ from torch import nn
 
 from bench import __main__ as command
 from bench import dealt, over_workers
-from bench.harness import Comparison, Peer, Setting, draw_features, measure_difference
+from bench.harness import Comparison, Peer, Setting, compiling_afresh, draw_features, measure_difference
 from bench.results import read_record
+from bnext import use_kernels
 from bnext.errors import BNextError
 from tests.workers import run_workers
 
@@ -65,7 +66,8 @@ def prove(comparison):
     differences = []
     for layout in comparison.layouts:
         features, grads = (draw_features(shapes, layout) for _ in range(2))
-        differences.append(measure_difference(comparison, features, grads))
+        with use_kernels(comparison.kernels), compiling_afresh(comparison.compiles):
+            differences.append(measure_difference(comparison, features, grads))
     return differences
 
 
