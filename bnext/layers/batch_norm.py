@@ -36,6 +36,7 @@ from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Source
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.layers.together import Together
 from bnext.layers.unseen import normalize_unseen, settle_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
@@ -186,25 +187,29 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return spec.training != "population" and not spec.has_frozen_statistics
         return spec.inference == "mini_batch"
 
-    def normalize_features(self, features: list[Tensor], sources: list[Sources], call: NormCall) -> list[Tensor]:
+    def normalize_features(
+        self, features: list[Tensor], sources: list[Sources], call: NormCall, together: Together | None = None
+    ) -> list[Tensor]:
         """Normalize one or several features of known sources; the core of this layer and of its subclasses.
 
         Args:
             features: tensors [N_l, C, H_l, W_l].
             sources: for each feature the index of all its samples, or of each, see `name_sources`.
             call: what the call knows besides.
+            together: calls of other norms with which this one shares collectives.
         """
         names = self.name_sources(sources)
         if names is not self.sources:
             sources = settle_unseen(self, features, sources, names, call)
         if self._is_by_mini_batch(call.spec):
-            return self._normalize_by_mini_batch(features, sources, names, call)
+            return self._normalize_by_mini_batch(features, sources, names, call, together)
 
         moves = any(self.is_moving(name, call) for name in names)
         outputs = self._normalize_by_population(features, sources, names, moves, call)
         if moves:
             measured = self._measure(features, sources, names, None, resolve_group(call.spec.workers), call)
-            self.move_populations(merge_measured(measured), measured.grouping.sources, names, call)
+            (moments,) = merge_measured([measured])
+            self.move_populations(moments, measured.grouping.sources, names, call)
         return outputs
 
     # ---- by the population
@@ -249,7 +254,12 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the mini-batch
 
     def _normalize_by_mini_batch(
-        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], call: NormCall
+        self,
+        features: list[Tensor],
+        sources: list[Sources],
+        names: tuple[str, ...],
+        call: NormCall,
+        together: Together | None,
     ) -> list[Tensor]:
         spec = call.spec
         group = resolve_group(spec.workers) if self.training else None
@@ -262,7 +272,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         if self.training and is_exported_to_onnx():
             tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
-        return normalize_measured(self._measure(features, sources, names, size, group, call))
+        measured = self._measure(features, sources, names, size, group, call)
+        if together is None or group is None:
+            return normalize_measured([measured])[0]
+        return together.normalize(measured)
 
     def _is_plain(
         self,
