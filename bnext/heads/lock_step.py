@@ -1,4 +1,7 @@
-"""Levels go through the tower of a head side by side, so that a norm meets all of them in one call."""
+"""Levels go through the tower of a head side by side, so that a norm meets all of them in one call.
+
+Where norms share statistics with other workers, so do the towers: norms of equal depth then ask the others at once.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError
 from bnext.layers import (
     NAMED_NORMS,
+    CycleBatchNormList,
     FoldedNorm,
     LevelBatchNorm2d,
     NormSpec,
@@ -25,6 +29,8 @@ __all__ = ["SEEING_LEVELS", "looking_up_levels", "make_head_norm", "name_levels"
 
 # They get all levels by name; a folded norm refuses those that it was not folded for.
 SEEING_LEVELS = (LevelBatchNorm2d, FoldedNorm)
+# Their forward waits for that of others; a class with one of its own may not.
+_WAITING = (LevelBatchNorm2d.forward, CycleBatchNormList.forward)
 HeadNorm = NormSpec | str | Callable[[int], nn.Module]
 Levels = dict[str, Tensor]
 
@@ -131,8 +137,7 @@ def _can_share_collectives(towers: Sequence[Sequence[nn.Module]]) -> bool:
 def _are_sharing(modules: Sequence[nn.Module]) -> bool:
     """Whether modules are norms, distinct ones, that share mini-batches with other workers in training."""
     for module in modules:
-        # A class with a forward of its own knows nothing of the others.
-        if not isinstance(module, LevelBatchNorm2d) or type(module).forward is not LevelBatchNorm2d.forward:
+        if not isinstance(module, LevelBatchNorm2d) or type(module).forward not in _WAITING:
             return False
         if not module.training or resolve_group(module.spec.workers) is None:
             return False

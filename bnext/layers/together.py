@@ -31,8 +31,10 @@ def normalize_together(norms: Sequence[LevelBatchNorm2d], features: Sequence[Lev
         For each norm its output.
 
     Note:
-        Each norm is called as a module, with its hooks, the second one within the call of the first. A loss that
-        leaves out one of the norms gives it, and what is before it, gradients of 0; alone it would have none.
+        Each norm is called as a module, with its hooks, the second one within the call of the first. What normalizes
+        and over whom is each norm's own matter; those that differ in it have collectives of their own. Norms that share
+        one have one backward pass: a loss that leaves out one of them gives it, and what is before it, gradients of 0,
+        where alone it would have none; losses that are differentiated one by one must retain the graph.
     """
     return Together(norms, features).call_all()
 
