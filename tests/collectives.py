@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["NotedCollectives"]
@@ -25,11 +25,9 @@ class NotedCollectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace == "c10d":
-            self.names.append(function._opname)
-            given = next(value for value in args[::-1] if _are_tensors(value))  # behind what is received
-            self.num_bytes += sum(tensor.numel() * tensor.element_size() for tensor in given)
+            name = function._opname
+            is_received_first = name.startswith(("allgather", "alltoall"))
+            given = args[1 if is_received_first else 0]
+            self.names.append(name)
+            self.num_bytes += sum(tensor.nbytes for tensor in ([given] if isinstance(given, Tensor) else given))
         return function(*args, **(kwargs or {}))
-
-
-def _are_tensors(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(element, torch.Tensor) for element in value)
