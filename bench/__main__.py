@@ -115,7 +115,9 @@ def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str 
     limits = Limits() if num_pairs is None else Limits(num_pairs, num_pairs)
     setting = Setting(device, limits)
     record = Record(describe_setting(device, limits))
-    rows = [row for name in names for row in {**CLAIMS, **SLOW_CLAIMS}[name].ROWS]
+    rows: list[Row] = []
+    for name in names:
+        rows += {**CLAIMS, **SLOW_CLAIMS}[name].ROWS
     for row in tqdm(rows, disable=None):
         record.results += _run(row, setting)
         if file is not None:  # after Ctrl-C there is what was measured until then

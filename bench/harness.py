@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
-from bench.pairs import Limits, Timer, estimate_ratio, time_pairs
+from bench.pairs import Limits, Timer, time_pairs
 from bench.results import Failure, LeftOut, Quantity, Result, Speed
 from bnext.errors import BNextError, ConfigError, Refusal
 from bnext.kernels import Kind, use_kernels
@@ -218,21 +218,19 @@ class Comparison:
 
         copy = Copy(features, timer)
         steps = (ours.step, other.step)
-        ours_s, other_s, is_cut = time_pairs(*steps, timer, setting.limits, between=copy.run)
+        pairs = time_pairs(*steps, timer, setting.limits, between=copy.run)
 
         size, bandwidth = count_bytes(features), copy.measure_bandwidth()
         pass_ms = 1e3 * self.num_norms * size / bandwidth
-        return Speed(
-            name=self.name,
-            peer=self.peer,
-            layout=layout,
+        return Speed.of(
+            pairs,
+            self.name,
+            self.peer,
+            layout,
             num_workers=self.num_workers,
             differs=self.differs,
             averages_differ=self.averages_differ,
             difference=difference,
-            ours_ms=1e3 * statistics.median(ours_s),
-            other_ms=1e3 * statistics.median(other_s),
-            ratio=estimate_ratio(ours_s, other_s, is_cut),
             goal=self.goals.get(layout) if setting.device == "cpu" else self.goal_on_gpu,
             megabytes=size / 1e6,
             copy_gbs=bandwidth / 1e9,
@@ -385,7 +383,7 @@ def _find_worst(differences: Iterable[tuple[float, str]]) -> tuple[float, str]:
     if dist.is_initialized():
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, every)
-        every = [pair for pairs in gathered for pair in pairs]
+        every = sum(gathered, [])
     return max(every, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
 
 

@@ -25,7 +25,8 @@ class TwoHalves(nn.Module):
         self.norm = BatchNorm2d(CHANNELS, spec)
 
     def forward(self, input: Tensor) -> Tensor:
-        with use_domain(tuple(name for name in HALVES for _ in range(NUM_IMAGES // 2))):
+        first, second = ((name,) * (NUM_IMAGES // 2) for name in HALVES)
+        with use_domain(first + second):
             return self.norm(input)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from fvcore.nn.precise_bn import update_bn_stats
 from torch import Tensor, nn
 
 from bench.harness import NOT_EQUAL, Setting
-from bench.pairs import Timer, estimate_ratio, time_pairs
+from bench.pairs import Timer, time_pairs
 from bench.results import Result, Speed
 from bench.training_steps import RETINANET, SECONDS, TOLERANCE, draw_batch
 from bnext import recompute_population_statistics
@@ -49,22 +48,10 @@ class OnePass:
         ours, other = ours.float(), other.float()
         limits = dataclasses.replace(setting.limits, seconds=SECONDS)
         steps = (lambda: reestimate(ours, batch)), (lambda: reestimate_as_fvcore(other, batch))
-        ours_s, other_s, is_cut = time_pairs(*steps, Timer(setting.device), limits)
-        return [
-            Speed(
-                name=self.name,
-                peer=self.peer,
-                layout="NCHW",
-                num_workers=1,
-                differs="",
-                averages_differ="as fvcore gives the variance of the batches, torch and we an estimate for all data",
-                difference=difference,
-                ours_ms=1e3 * statistics.median(ours_s),
-                other_ms=1e3 * statistics.median(other_s),
-                ratio=estimate_ratio(ours_s, other_s, is_cut),
-                goal=self.goal,
-            )
-        ]
+        pairs = time_pairs(*steps, Timer(setting.device), limits)
+        words = "as fvcore gives the variance of the batches, torch and we an estimate for all data"
+        fields = {"averages_differ": words, "difference": difference, "goal": self.goal}
+        return [Speed.of(pairs, self.name, self.peer, "NCHW", **fields)]
 
     def measure_difference(self, ours: nn.Module, other: nn.Module, batch: list[dict[str, Any]]) -> float:
         """The largest difference of a mean of the head, in the unit of the largest one."""

@@ -15,7 +15,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-__all__ = ["Estimate", "Limits", "Timer", "Verdict", "estimate_ratio", "find_interval", "judge_ratio", "time_pairs"]
+__all__ = [
+    "Estimate",
+    "Limits",
+    "Pairs",
+    "Timer",
+    "Verdict",
+    "estimate_ratio",
+    "find_interval",
+    "judge_ratio",
+    "time_pairs",
+]
 
 RESAMPLES = 2_000  # of the pairs, for an interval
 
@@ -58,6 +68,20 @@ class Estimate:
     is_cut: bool = False
 
 
+@dataclass(frozen=True)
+class Pairs:
+    """Seconds of two arms, pair by pair.
+
+    Args:
+        ours, other: of each arm.
+        is_cut: see `Estimate`.
+    """
+
+    ours: list[float]
+    other: list[float]
+    is_cut: bool = False
+
+
 class Timer:
     """Seconds of one call; of the slowest worker, where there are several.
 
@@ -96,8 +120,8 @@ def time_pairs(
     timer: Timer,
     limits: Limits,
     between: Callable[[], object] | None = None,
-) -> tuple[list[float], list[float], bool]:
-    """Seconds of ours and of the other, pair by pair, and whether time ended first.
+) -> Pairs:
+    """Time two arms in turn.
 
     Args:
         ours, other: the arms; each is run twice before, as a first run allocates and compiles.
@@ -111,13 +135,13 @@ def time_pairs(
     seconds: tuple[list[float], list[float]] = [], []
     while not _are_enough(seconds, limits):
         if len(seconds[0]) >= limits.least and sum(map(sum, seconds)) > limits.seconds:
-            return *seconds, True
+            return Pairs(*seconds, is_cut=True)
 
         for side in (0, 1) if len(seconds[0]) % 2 == 0 else (1, 0):
             seconds[side].append(timer.time((ours, other)[side]))
         if between is not None:
             between()
-    return *seconds, False
+    return Pairs(*seconds)
 
 
 def _are_enough(seconds: tuple[list[float], list[float]], limits: Limits) -> bool:
@@ -147,16 +171,11 @@ def find_interval(ratios: Sequence[float]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def estimate_ratio(ours: Sequence[float], other: Sequence[float], is_cut: bool = False) -> Estimate:
-    """The ratio other / ours of pairs.
-
-    Args:
-        ours, other: seconds, pair by pair.
-        is_cut: see `Estimate`.
-    """
-    ratios = _divide(ours, other)
+def estimate_ratio(pairs: Pairs) -> Estimate:
+    """The ratio other / ours of pairs."""
+    ratios = _divide(pairs.ours, pairs.other)
     low, high = find_interval(ratios)
-    return Estimate(statistics.median(ratios), min(ratios), max(ratios), low, high, len(ratios), is_cut)
+    return Estimate(statistics.median(ratios), min(ratios), max(ratios), low, high, len(ratios), pairs.is_cut)
 
 
 def judge_ratio(estimate: Estimate, goal: float | None, width: float = Limits.width) -> Verdict:

@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import platform
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 import bnext
-from bench.pairs import Estimate, Limits, Verdict, judge_ratio
+from bench.pairs import Estimate, Limits, Pairs, Verdict, estimate_ratio, judge_ratio
 from bnext.distributed.groups import count_cores
 from bnext.errors import BNextError, Refusal
 from bnext.files import replace_file, write_json
@@ -49,10 +50,11 @@ class Speed:
     """Times of one comparison in one layout.
 
     Args:
-        name, peer, layout, num_workers, differs, averages_differ: see `Comparison`.
-        difference: largest relative difference of outputs, gradients and averages in float64; None: not compared.
+        name, peer, layout: see `Comparison`.
         ours_ms, other_ms: medians of forward and backward, in milliseconds.
         ratio: of other / ours.
+        num_workers, differs, averages_differ: see `Comparison`.
+        difference: largest relative difference of outputs, gradients and averages; None: not compared.
         goal: least ratio that is aimed at; None: none.
         megabytes: S, bytes of the features of one worker / 1e6; None: no features alone are timed.
         copy_gbs: what a copy of the features read and wrote in a second, measured beside the pairs, in GB/s.
@@ -63,18 +65,24 @@ class Speed:
     name: str
     peer: str
     layout: str
-    num_workers: int
-    differs: str
-    averages_differ: str
-    difference: float | None
     ours_ms: float
     other_ms: float
     ratio: Estimate
+    num_workers: int = 1
+    differs: str = ""
+    averages_differ: str = ""
+    difference: float | None = None
     goal: float | None = None
     megabytes: float | None = None
     copy_gbs: float | None = None
     one_pass_ms: float | None = None
     two_passes_ms: float | None = None
+
+    @classmethod
+    def of(cls, pairs: Pairs, name: str, peer: str, layout: str, **fields: Any) -> Speed:
+        """The speed of timed pairs; the other fields as they are."""
+        ours_ms, other_ms = (1e3 * statistics.median(seconds) for seconds in (pairs.ours, pairs.other))
+        return cls(name, peer, layout, ours_ms, other_ms, estimate_ratio(pairs), **fields)
 
     @property
     def verdict(self) -> Verdict:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from bench.harness import NOT_EQUAL, Setting
-from bench.pairs import Timer, estimate_ratio, time_pairs
+from bench.pairs import Timer, time_pairs
 from bench.results import Result, Speed
 from bnext.config import load_config
 
@@ -84,22 +83,8 @@ class TrainingStep:
         steps = [Step(model.float(), batch) for model in (ours, other)]
         limits = dataclasses.replace(setting.limits, seconds=SECONDS)
         with EventStorage():
-            ours_s, other_s, is_cut = time_pairs(steps[0].run, steps[1].run, Timer(setting.device), limits)
-        return [
-            Speed(
-                name=self.name,
-                peer=self.peer,
-                layout="NCHW",
-                num_workers=1,
-                differs="",
-                averages_differ="",
-                difference=difference,
-                ours_ms=1e3 * statistics.median(ours_s),
-                other_ms=1e3 * statistics.median(other_s),
-                ratio=estimate_ratio(ours_s, other_s, is_cut),
-                goal=self.goal,
-            )
-        ]
+            pairs = time_pairs(steps[0].run, steps[1].run, Timer(setting.device), limits)
+        return [Speed.of(pairs, self.name, self.peer, "NCHW", difference=difference, goal=self.goal)]
 
     def build(self, device: str) -> tuple[nn.Module, nn.Module]:
         """Ours and Detectron2's, in training mode, with the same weights."""

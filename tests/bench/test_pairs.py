@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.pairs import Estimate, Limits, estimate_ratio, find_interval, judge_ratio, time_pairs
+from bench.pairs import Estimate, Limits, Pairs, estimate_ratio, find_interval, judge_ratio, time_pairs
 
 
 class Clock:
@@ -19,20 +19,19 @@ def pairs_of(ours, other, **limits):
 
 
 def test_pairs_end_as_soon_as_the_interval_is_narrow():
-    ours, other, is_cut = pairs_of([1.0] * 60, [2.0] * 60, seconds=1e9)
-    assert (len(ours), len(other), is_cut) == (11, 11, False)
+    pairs = pairs_of([1.0] * 60, [2.0] * 60, seconds=1e9)
+    assert (len(pairs.ours), len(pairs.other), pairs.is_cut) == (11, 11, False)
 
 
 def test_pairs_go_on_while_the_interval_is_wide_and_end_at_the_most():
-    ours, _, is_cut = pairs_of([1.0, 2.0] * 40, [2.0, 1.0] * 40, seconds=1e9)
-    assert (len(ours), is_cut) == (60, False)
+    pairs = pairs_of([1.0, 2.0] * 40, [2.0, 1.0] * 40, seconds=1e9)
+    assert (len(pairs.ours), pairs.is_cut) == (60, False)
 
 
 def test_time_ends_pairs_but_never_before_the_least():
-    ours, _, is_cut = pairs_of([1.0, 2.0] * 40, [2.0, 1.0] * 40, seconds=45.0)
-    assert (len(ours), is_cut) == (16, True)
-    ours, _, is_cut = pairs_of([1.0, 2.0] * 40, [2.0, 1.0] * 40, seconds=0.0)
-    assert (len(ours), is_cut) == (11, True)
+    for seconds, number in ((45.0, 16), (0.0, 11)):
+        pairs = pairs_of([1.0, 2.0] * 40, [2.0, 1.0] * 40, seconds=seconds)
+        assert (len(pairs.ours), pairs.is_cut) == (number, True)
 
 
 def test_the_order_within_a_pair_alternates():
@@ -43,7 +42,7 @@ def test_the_order_within_a_pair_alternates():
 
 def test_a_ratio_is_of_pairs_and_its_interval_is_of_the_median():
     ours = [1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0, 4.0, 1.0, 2.0]
-    estimate = estimate_ratio(ours, [3.0 * seconds for seconds in ours])
+    estimate = estimate_ratio(Pairs(ours, [3.0 * seconds for seconds in ours]))
     assert (estimate.median, estimate.lowest, estimate.highest, estimate.num_pairs) == (3.0, 3.0, 3.0, 11)
 
     low, high = find_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 100.0])
