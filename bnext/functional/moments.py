@@ -171,6 +171,9 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     Returns:
         count [G], mean and var [G, C]; a union without parts has count 0.
     """
+    if num_groups == 1:
+        return Moments(*(field.unsqueeze(0) for field in merge_moments(parts)))
+
     count = sum_groups(parts.count, groups, num_groups)
     weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
 
@@ -192,7 +195,7 @@ def sum_groups(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
         [G, ...]; 0 for a group without rows.
     """
     if not is_exported():
-        return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups, values)
+        return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, groups, values)
 
     # Not index_add: of rows with the same index ONNX may keep one.
     members = (groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)).to(values.dtype)

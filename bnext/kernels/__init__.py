@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 # A device without a row gets the CPU's: right everywhere.
-_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
+_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": cuda.CudaOneByOne(cuda)}
 _BY_FORMULA = OneByOne(formula)
 
 
