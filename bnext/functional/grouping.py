@@ -169,12 +169,13 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
 
 @_remembered
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device.
+    """An index tensor [len(values)] on a device; copied to it the first time only, and the host does not wait.
 
     Do not write to it: it is kept for the next call.
     """
     with torch.inference_mode(False):  # it may serve in a graph later
-        return torch.tensor(values, dtype=torch.long, device=device)
+        index = torch.tensor(values, dtype=torch.long, device="cpu")
+        return index.to(device, non_blocking=True)
 
 
 def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], grouping: Grouping) -> list[int]:

@@ -107,13 +107,13 @@ class ImagesOfRois:
         numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
         if self.mixes:
             numbers = numbers[torch.randperm(len(numbers), device="cpu")]
-        return Groups(numbers.to(args[0].device), len(num_rois))
+        return Groups(numbers.to(args[0].device, non_blocking=True), len(num_rois))
 
     def _number_images(self, args: tuple[Any, ...], norm: BatchNorm2d) -> Groups:
         """The image of each RoI."""
         num_rois = self._check_known(args, norm)
         numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois, dtype=torch.long))
-        return Groups(numbers.to(args[0].device), max(len(num_rois), 1))
+        return Groups(numbers.to(args[0].device, non_blocking=True), max(len(num_rois), 1))
 
     def _spread_domains(
         self, active: tuple[str, ...], args: tuple[Any, ...], norms: list[BatchNorm2d]

@@ -270,10 +270,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         moments = real if virtual is None else enlarge_parts(real, [virtual.get(name) for name in part_names])
 
         # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
-        device, statistics, owners = moments.mean.device, moments, None
+        device, merged, owners = moments.mean.device, moments, None
         if grouping.mini_batches != tuple(range(len(part_names))):
             owners = make_index(grouping.mini_batches, device)
-            statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
+            merged = group_moments(moments, owners, max(grouping.mini_batches) + 1)
+        statistics = merged
         if is_exported():
             statistics = select_single_elements(self, statistics, moments, grouping, part_names, call)
         elif may_have_single_elements(features, grouping, group is not None):
@@ -286,7 +287,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
         reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
         parts = _to_parts(grouping.parts, device)
         outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self._move_by_mini_batch(real, grouping, names, call)
+        if virtual is None:
+            self.move_populations(real, grouping.sources, names, call, (grouping.mini_batches, merged))
+        else:
+            self._move_with_virtual(real, grouping, names, call)
         return outputs
 
     def _is_plain(
@@ -373,14 +377,12 @@ class BatchNorm2d(OwnedBatchNorm2d):
             raise REACHED_TWICE.of("a second call in one forward", self.where)
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
-    def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...], call: NormCall) -> None:
+    def _move_with_virtual(self, moments: Moments, grouping: Grouping, names: tuple[str, ...], call: NormCall) -> None:
         """The virtual samples count once for a source, in however many groups they were."""
-        sources = list(grouping.sources)
-        if call.virtual is not None:
-            owners = make_index(grouping.sources, moments.mean.device)
-            sources = list(range(max(sources) + 1))
-            moments = group_moments(moments, owners, len(sources))  # first: a group may be empty
-            moments = enlarge_parts(moments, [call.virtual.get(names[source]) for source in sources])
+        owners = make_index(grouping.sources, moments.mean.device)
+        sources = list(range(max(grouping.sources) + 1))
+        moments = group_moments(moments, owners, len(sources))  # first: a group may be empty
+        moments = enlarge_parts(moments, [call.virtual.get(names[source]) for source in sources])  # type: ignore[union-attr]
         self.move_populations(moments, sources, names, call)
 
     def _renormalize(
