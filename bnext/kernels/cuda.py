@@ -25,6 +25,7 @@ __all__ = [
     "feature_gradient",
     "feature_statistics",
     "has_exact_batch_norm",
+    "replaces_batch_norm",
     "sample_statistics",
     "scale_and_shift",
 ]
@@ -36,6 +37,11 @@ _TINY = 2.0**-100
 def has_exact_batch_norm(feature: Tensor) -> bool:
     """Always."""
     return True
+
+
+def replaces_batch_norm(feature: Tensor) -> bool:
+    """Never: it keeps its digits, in one kernel each way."""
+    return False
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
