@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "domain": ("bnext.cli.domain", "domains of a checkpoint: add one from pictures, drop, merge, select one alone"),
     "check-data": ("bnext.cli.check_data", "faults of data sets, and what is in them"),
     "corrupt": ("bnext.cli.corrupt", "a corrupted copy of a data set, as files"),
+    "check-gpu": ("bnext.cli.check_gpu", "parity, waits and speed of the norms on this machine's GPU"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
     "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),
 }
@@ -50,7 +51,7 @@ Where to start:
     bnext train --config-file Digits-Detection/retinanet_R_18_FPN.yaml    # a config of the package, or a file of yours
 
 bnext COMMAND --help shows the options of a command."""
-_ALONE = ("install-detectron2",)  # need nothing but Python
+_ALONE = ("check-gpu", "install-detectron2")  # need no detectron2
 
 
 def main(argv: Sequence[str] | None = None) -> int:

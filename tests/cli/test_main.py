@@ -16,19 +16,21 @@ from bnext.packages import explain_missing
 from tests import tiny
 
 NAME = "Digits-Detection/retinanet_R_18_FPN.yaml"
-WITH_PARSER = [name for name in COMMANDS if name != "install-detectron2"]
+ALONE = ("check-gpu", "install-detectron2")
+WITH_PARSER = [name for name in COMMANDS if name not in ALONE]
 WITHOUT_DETECTRON2 = """
 import sys
 sys.modules["detectron2"] = None
 from bnext.cli.main import COMMANDS, main
 for name in COMMANDS:
-    if name != "install-detectron2":
+    if name not in ("check-gpu", "install-detectron2"):
         assert main([name, "--help"]) == 2, name
 assert "torch" not in sys.modules
-try:
-    main(["install-detectron2", "--help"])
-except SystemExit as error:
-    assert error.code == 0
+for name in ("install-detectron2", "check-gpu"):
+    try:
+        main([name, "--help"])
+    except SystemExit as error:
+        assert error.code == 0
 """
 
 
