@@ -29,7 +29,7 @@ def taking_cuda_passes():
     """A scope in which tensors without numbers take CUDA's passes, on the meta device, too."""
     with (
         registered(),
-        mock.patch.object(kernels, "has_numbers", lambda tensor: True),
+        mock.patch.object(kernels, "has_numbers", return_value=True),
         mock.patch.dict(kernels._BY_DEVICE, meta=kernels._BY_DEVICE["cuda"]),
     ):
         yield
@@ -74,7 +74,7 @@ class Launches(TorchDispatchMode):
 
     Attributes:
         kernels: operator -> launches.
-        waits: operators for which the host would wait: copies from and to it, and values that it reads. Each is answered
+        waits: operators for which the host would wait: copies from and to it, and values that it reads, each answered
             as if every check had passed.
     """
 

@@ -73,7 +73,7 @@ def check_gpu(device: torch.device, file: str | None = None, quick: bool = False
             print(f"{outcome.part}, {outcome.name}: {outcome.failure}")
     if file is not None:
         write_json(file, {"about": about, "checks": [dataclasses.asdict(outcome) for outcome in outcomes]})
-    return int(any(not outcome.is_passed for outcome in outcomes if outcome.part not in _GOALS))
+    return int(any(not outcome.is_passed for outcome in outcomes if not outcome.part.startswith(_GOALS)))
 
 
 def _describe(device: torch.device) -> dict[str, str]:
@@ -119,7 +119,7 @@ def _describe_value(outcome: Outcome) -> str:
 
 
 def _measure_losses(device: torch.device) -> float:
-    """Losses of a step of a detector whose norms are ours, on the device and on a CPU, where detectron2 is installed."""
+    """Losses of a detector whose norms are ours, on the device and on a CPU; where detectron2 is installed."""
     from detectron2.modeling import build_model
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage

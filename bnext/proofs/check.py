@@ -1,12 +1,15 @@
-"""A check: one number that a device must keep below a limit, or above it; and a run of many, none of which stops others."""
+"""A check: one number that a device must keep below a limit, or above; and a run of many, none of which stops others."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+
+from bnext import kernels
 
 __all__ = ["Check", "Outcome", "run_checks"]
 
@@ -29,6 +32,10 @@ class Check:
     limit: float
     is_goal: bool = False
 
+    def by(self, kind: kernels.Kind) -> Check:
+        """The same with another kind of kernels, see `bnext.kernels.use_kernels`."""
+        return replace(self, part=f"{self.part}, {kind}", measure=partial(_measure_by, kind, self.measure))
+
     def run(self, device: torch.device) -> Outcome:
         """Measure; what goes wrong is the outcome, too. Convolutions keep all their digits meanwhile."""
         start = time.perf_counter()
@@ -42,6 +49,11 @@ class Check:
         is_passed = value is not None and (value >= self.limit if self.is_goal else value <= self.limit)  # NaN is not
         seconds = time.perf_counter() - start
         return Outcome(self.part, self.name, value, self.limit, self.is_goal, is_passed, failure, seconds)
+
+
+def _measure_by(kind: kernels.Kind, measure: Callable[[torch.device], float], device: torch.device) -> float:
+    with kernels.use_kernels(kind):
+        return measure(device)
 
 
 @dataclass(frozen=True)

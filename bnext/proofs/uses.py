@@ -1,4 +1,4 @@
-"""Norms in what people do with a GPU: mixed precision, DistributedDataParallel, CUDA graphs, compilation, re-estimation.
+"""Norms in what people do with them on a GPU: mixed precision, DistributedDataParallel, CUDA graphs, a compiler.
 
 Each is compared with the same norm without it.
 """

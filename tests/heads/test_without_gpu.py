@@ -12,7 +12,14 @@ DENSE = {
     "retinanet, own statistics": ("head", {"row": 6}),
     "fcos": ("head", {"architecture": "BNextFCOS", "row": 1}),
 }
-ROI_NORMS = ("MODEL.ROI_BOX_HEAD.NORM", "BN", "MODEL.ROI_MASK_HEAD.NORM", "BN", "MODEL.BNEXT.ROI_KEYPOINT_HEAD.NORM", "BN")
+ROI_NORMS = (
+    "MODEL.ROI_BOX_HEAD.NORM",
+    "BN",
+    "MODEL.ROI_MASK_HEAD.NORM",
+    "BN",
+    "MODEL.BNEXT.ROI_KEYPOINT_HEAD.NORM",
+    "BN",
+)
 RPN = ("MODEL.BNEXT.RPN.NORM", "BN", "MODEL.BNEXT.RPN.STATISTICS", "shared")
 DEAL = shuffle_pairs("statistics", "ROI_BOX_HEAD", "ROI_MASK_HEAD")
 
@@ -75,6 +82,8 @@ def test_heads_of_a_two_stage_detector():
 def test_rois_dealt_out_by_image_and_domain():
     pairs = ("MODEL.BNEXT.ROI_BOX_HEAD.STATISTICS", "per_domain", "MODEL.BNEXT.ROI_BOX_HEAD.POPULATION", "per_domain")
     names = ("MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
-    head = make_model(*ROI_NORMS, *DEAL, *pairs, *names, "MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE_GROUPS", 3).roi_heads.box_head
+    head = make_model(
+        *ROI_NORMS, *DEAL, *pairs, *names, "MODEL.BNEXT.ROI_BOX_HEAD.SHUFFLE_GROUPS", 3
+    ).roi_heads.box_head
     with use_domain("night"):
         check(head, head, lambda device: torch.empty(7, 16, 7, 7, device=device).requires_grad_())
