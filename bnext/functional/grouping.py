@@ -169,13 +169,12 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
 
 @_remembered
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """An index tensor [len(values)] on a device; copied to it the first time only, and the host does not wait.
+    """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device.
 
-    Do not write to it: it is kept for the next call.
+    Do not write to it: it is kept for the next call, which may be on another stream.
     """
     with torch.inference_mode(False):  # it may serve in a graph later
-        index = torch.tensor(values, dtype=torch.long, device="cpu")
-        return index.to(device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.long, device=device)
 
 
 def count_elements(num_samples: Sequence[int], num_positions: Sequence[int], grouping: Grouping) -> list[int]:

@@ -150,7 +150,8 @@ def _launch_gradient(feature: Tensor, grad_output: Tensor, vectors: Tensor, coun
     """`vectors`: [5, C], or [5, N, C] beside a contiguous feature."""
     if vectors.dim() == 2:
         grad_output = _in_format_of(feature, grad_output)
-        return torch.batch_norm_backward_elemt(grad_output, feature, *vectors, count)
+        mean, ones, weight, sum_dy, sum_dy_xmu = vectors
+        return torch.batch_norm_backward_elemt(grad_output, feature, mean, ones, weight, sum_dy, sum_dy_xmu, count)
 
     rows = _launch_gradient(_as_channels(feature), _as_channels(grad_output), vectors.flatten(1), count)
     return rows.view(feature.shape)

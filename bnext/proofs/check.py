@@ -1,4 +1,4 @@
-"""A check: one number that a device must keep below a limit, or above; and a run of many, none of which stops others."""
+"""A check: one number that a device must keep below a limit, or above; and a run of many: none stops another."""
 
 from __future__ import annotations
 
