@@ -79,6 +79,18 @@ def test_heads_of_a_two_stage_detector():
         check(head, call, lambda device: torch.empty(7, 16, 7, 7, device=device).requires_grad_())
 
 
+def test_rois_of_each_image_at_inference():
+    """Their numbers travel while the host goes on."""
+    rois = make_model(*ROI_NORMS, "MODEL.BNEXT.ROI_BOX_HEAD.INFERENCE", "mini_batch").roi_heads.eval()
+    with fake_cuda() as launches:
+        head = move_to_fake_cuda(rois.box_head)
+        for tell in rois.box_pooler._forward_pre_hooks.values():
+            tell(rois.box_pooler, (), {"box_lists": [range(3), range(4)]})
+        output = head(torch.empty(7, 16, 7, 7, device="cuda"))
+    assert output.device.type == "cuda"
+    assert launches.waits == []
+
+
 def test_rois_dealt_out_by_image_and_domain():
     pairs = ("MODEL.BNEXT.ROI_BOX_HEAD.STATISTICS", "per_domain", "MODEL.BNEXT.ROI_BOX_HEAD.POPULATION", "per_domain")
     names = ("MODEL.BNEXT.DOMAINS.NAMES", "('day', 'night')")
