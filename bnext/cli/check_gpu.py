@@ -18,7 +18,7 @@ from bnext.proofs import Check, Outcome, list_checks, run_checks
 from bnext.proofs.parity import measure_difference
 from bnext.tables import format_rows
 
-__all__ = ["DESCRIPTION", "check_gpu", "main"]
+__all__ = ["DESCRIPTION", "add_arguments", "check_gpu", "main"]
 
 DESCRIPTION = """Prove the norms on a GPU: parity with float64 on a CPU, no wait of the host, speed.
 
@@ -29,6 +29,12 @@ DESCRIPTION = """Prove the norms on a GPU: parity with float64 on a CPU, no wait
 It takes at most four minutes and needs torch and this package alone. The exit status is 1 where a number is wrong."""
 SECONDS = 225.0  # after which no check begins
 _GOALS = ("waits", "speed")  # wanted; the others are demanded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write every number there, too")
+    parser.add_argument("--quick", action="store_true", help="a few checks, in seconds")
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -43,9 +49,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=as_written)
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: %(default)s)")
-    parser.add_argument("--json", metavar="FILE", help="write every number there, too")
-    parser.add_argument("--quick", action="store_true", help="a few checks, in seconds")
+    add_arguments(parser)
     args = parser.parse_args(argv)
 
     device = torch.device(args.device)

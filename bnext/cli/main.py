@@ -3,7 +3,7 @@
 Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`, which may return an
 exit status; where something is kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED`
 says whether its options may stand among KEY VALUE pairs. It is imported when it is asked for. One of `_ALONE` has
-`main(argv, prog)` instead.
+`main(argv, prog)` instead of `execute`.
 """
 
 from __future__ import annotations
@@ -100,6 +100,9 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, formatter_class=form)
     command.add_arguments(parser)
+    if hasattr(command, "main"):
+        return parser
+
     help = "a module of yours, which registers data sets or architectures; may be given several times"
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=help)
     parser.add_argument("--verbose", action="store_true", help="show on the screen all that is logged")

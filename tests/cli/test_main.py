@@ -16,8 +16,7 @@ from bnext.packages import explain_missing
 from tests import tiny
 
 NAME = "Digits-Detection/retinanet_R_18_FPN.yaml"
-ALONE = ("check-gpu", "install-detectron2")
-WITH_PARSER = [name for name in COMMANDS if name not in ALONE]
+WITH_PARSER = [name for name in COMMANDS if name != "install-detectron2"]
 WITHOUT_DETECTRON2 = """
 import sys
 sys.modules["detectron2"] = None
