@@ -6,7 +6,7 @@ import torch
 from bnext import kernels
 from bnext.kernels import formula
 from bnext.kernels.one_by_one import OneByOne
-from tests.cases import CASES
+from tests.cases import CASES, pick_cases
 from tests.kernels.cuda_operators import registered
 
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
@@ -36,13 +36,19 @@ def step(case, layout):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_norm_by_cudas_passes_is_the_same_norm(case, cuda, monkeypatch):
-    for layout in LAYOUTS:
-        expected = step(case, layout)
-        with monkeypatch.context() as patch:
-            patch.setitem(kernels._BY_DEVICE, "cpu", cuda)
-            actual = step(case, layout)
-        for one, right in zip(actual, expected, strict=True):
-            torch.testing.assert_close(one, right, **EXACT)
+    assert_is_the_same(case, torch.contiguous_format, cuda, monkeypatch)
+
+
+@pytest.mark.parametrize("case", pick_cases("ghost2", "domains-mixed", "levels-row1", "levels-row6", "pairs"))
+def test_a_norm_in_channels_last(case, cuda, monkeypatch):
+    assert_is_the_same(case, torch.channels_last, cuda, monkeypatch)
+
+
+def assert_is_the_same(case, layout, cuda, monkeypatch):
+    expected = step(case, layout)
+    monkeypatch.setitem(kernels._BY_DEVICE, "cpu", cuda)
+    for one, right in zip(step(case, layout), expected, strict=True):
+        torch.testing.assert_close(one, right, **EXACT)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
