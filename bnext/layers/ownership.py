@@ -658,7 +658,12 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     @torch.no_grad()
     def move_populations(
-        self, moments: Moments, sources: Sequence[int], names: tuple[str, ...], call: NormCall
+        self,
+        moments: Moments,
+        sources: Sequence[int],
+        names: tuple[str, ...],
+        call: NormCall,
+        merged: tuple[tuple[int, ...], Moments] | None = None,
     ) -> None:
         """One update of a population per mini-batch, in the order of the sources; groups are merged first.
 
@@ -667,6 +672,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             sources: for each part the index of its source in `names`.
             names: of the sources that may occur.
             call: what the call knows.
+            merged: for each part the number of its mini-batch, and the moments of these, where they are known already.
         """
         if not any(self.is_moving(name, call) for name in names):
             return
@@ -674,7 +680,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         of_parts = [names[source] for source in sources]
         answers = (call.spec.statistics, call.spec.population)
         units = number_groups(tuple(tuple(self.find_owner(a, name) for a in answers) for name in of_parts))
-        if units != tuple(range(len(units))):
+        if merged is not None and merged[0] == units:
+            moments = merged[1]
+        elif units != tuple(range(len(units))):
             moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
         of_units = [of_parts[units.index(unit)] for unit in range(max(units) + 1)]

@@ -77,7 +77,7 @@ PER_DOMAIN = NormSpec(**dict.fromkeys(("statistics", "population", "affine"), "p
 # Forward and backward of 4 images. Of five levels 20 launches read or write a feature,
 # of one 4; torch's kernel for a mini-batch of its own has 2. The others handle [P, C] vectors.
 BOUNDS = {
-    "row 1": (NormSpec.from_table5_row(1), LEVELS, 58, 30),
+    "row 1": (NormSpec.from_table5_row(1), LEVELS, 48, 30),
     "row 6": (NormSpec.from_table5_row(6), LEVELS, 45, 10),
     "plain": (NormSpec(), (), 9, 2),
     "ghost": (NormSpec(normalization_batch_size=2), (), 56, 25),
