@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def _measure(
             feature.grad = None
 
     ratios = []
-    with in_world_of_one(device):
+    with in_world_of_one(device) if make is _make_synchronized else contextlib.nullcontext():
         for index in range(NUM_PAIRS + 3):
             ours, other = (_time(partial(run, arm), device) for arm in arms)
             if index >= 3:
