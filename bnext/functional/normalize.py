@@ -144,7 +144,7 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
 def normalize_mini_batch(
     feature: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Moments]:
     """Normalize a feature that is a mini-batch by itself, as torch's `batch_norm` does in training.
 
     Args:
@@ -153,12 +153,15 @@ def normalize_mini_batch(
         eps: added to the variance, above 0.
 
     Returns:
-        The normalized feature; mean and variance (correction 0) of the mini-batch, [1, C], constants to the gradient.
+        The normalized feature; and the moments of the mini-batch, count [1], mean and var [1, C], constants to the
+        gradient.
 
     Note:
         For features where `kernels.replaces_batch_norm`. It can be differentiated twice.
     """
-    return _NormalizeMiniBatch.apply(feature, weight, bias, eps)  # type: ignore[no-any-return]
+    output, mean, var = _NormalizeMiniBatch.apply(feature, weight, bias, eps)
+    count = torch.full((1,), feature.numel() // mean.numel(), dtype=mean.dtype, device=mean.device)
+    return output, Moments(count, mean, var)
 
 
 class _NormalizeMiniBatch(torch.autograd.Function):

@@ -320,10 +320,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
         if replaces_batch_norm(feature):
-            output, mean, var = normalize_mini_batch(feature, *affine, self.eps)
+            output, moments = normalize_mini_batch(feature, *affine, self.eps)
             if self.training:
-                count = torch.full((1,), feature.numel() // self.num_features, dtype=mean.dtype)
-                self.move_populations(Moments(count, mean, var), [0], [name], call)
+                self.move_populations(moments, [0], (name,), call)
             return output
         if not self.training:
             return F.batch_norm(feature, None, None, *affine, True, 0.0, self.eps)
