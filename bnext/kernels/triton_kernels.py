@@ -5,8 +5,7 @@ statistics or vectors are a stretch: those of a whole feature, or of one sample.
 positions of a channel are neighbours (NCHW, AXIS 1), or in rows, where the channels of a position are (channels_last,
 AXIS 0). AXIS is the dimension of the positions in a block; neighbours are along its last dimension.
 
-Features come as `Table` and `Views` of triton_passes.py, their numbers as codes. Imported at the first pass, never with
-the package.
+Features come as a `Table` and `Views`, see triton_plan.py and triton_passes.py, their numbers as codes.
 
 Shape letters: C channels, P parts, R rows of statistics, T tiles.
 """
@@ -16,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["merge_statistics", "merge_sums", "sum_tiles", "take_statistics", "transform"]
+__all__ = ["is_interpreted", "merge_statistics", "merge_sums", "sum_tiles", "take_statistics", "transform"]
 
 
 # ---- the tile of a program
@@ -438,3 +437,6 @@ def _transform_slab(
 
     elements = _find_elements(y, sample, position, channel, AXIS, BLOCK_C, BLOCK_P, VECTOR, IS_HUGE)
     tl.store(elements, values.to(y[0].dtype.element_ty), mask=mask)
+
+
+is_interpreted = not isinstance(transform, triton.JITFunction)  # TRITON_INTERPRET was set at import

@@ -12,24 +12,30 @@ not change from run to run. A launch takes up to 8 features of one type that lie
 have one of their own. A feature whose positions have no common stride is copied first, and a gradient that does not lie
 as its feature does.
 
-For GPUs that Triton compiles for, and for its interpreter on a CPU. Triton itself is imported at the first pass.
+For GPUs that Triton compiles for, and for its interpreter on a CPU. Triton is imported when its kernels are chosen,
+never with the package.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bnext.kernels.formula import accumulation_dtype
-from bnext.kernels.one_by_one import Part
+from bnext.kernels.one_by_one import OneByOne, Part
 from bnext.kernels.triton_plan import Form, Launch, order_dimensions, plan_launches
 
-__all__ = ["TritonPasses"]
+__all__ = ["TritonPasses", "is_triton_installed"]
 
+# Elements of a feature from which on Triton is taken. Not measured yet, for want of a GPU: all sizes are.
+_FEWEST = 0
 _MERGED = {"BLOCK_T": 32, "BLOCK_C": 32}  # tiles and channels that are merged at once
 
 
@@ -41,8 +47,24 @@ class Views(NamedTuple):
     outer_stride: tuple[int, ...]
 
 
-class TritonPasses:
-    """See the functions of the same names in the folder's `__init__`."""
+def is_triton_installed() -> bool:
+    """Whether there is a Triton whose kernels take tuples."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return hasattr(importlib.import_module("triton.language"), "tuple")
+
+
+class TritonPasses(OneByOne):
+    """See the functions of the same names in the folder's `__init__`.
+
+    Args:
+        file: with torch's passes on the same device, see `OneByOne`.
+    """
+
+    def takes(self, feature: Tensor) -> bool:
+        """Whether features like this one are for Triton: on a GPU, or in its interpreter."""
+        is_on_device = feature.device.type == "cuda" or _load_kernels().is_interpreted
+        return is_on_device and feature.numel() >= _FEWEST
 
     def feature_statistics(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return _measure(features, range(len(features)), len(features), are_cut=False)
@@ -103,8 +125,8 @@ def _measure(
         arguments = _view(features, launch, 0), mean, var, rows, counts, launch.steps, num_channels
         _start("take_statistics", launch.num_programs, launch.table, *arguments, **launch.constants)
 
-    is_each_row_a_tile = num_tiles == num_rows and all(x.numel() for x in features)
-    if is_each_row_a_tile:
+    members = [index for launch in launches for index in launch.members]
+    if num_tiles == num_rows and members == list(range(len(features))):  # the tiles are the rows, in their order
         return mean, var
 
     merged = mean.new_empty(num_rows, num_channels), mean.new_empty(num_rows, num_channels)
@@ -115,7 +137,7 @@ def _measure(
 def _transform(
     features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Part], vectors: Sequence[Tensor]
 ) -> list[Tensor]:
-    """scale * (x - mean) + shift, and + factor * dy with a fourth vector; they are mean, scale, shift, factor, [P, C]."""
+    """scale * (x - mean) + shift, and + factor * dy if there is one; vectors: mean, scale, shift, factor, [P, C]."""
     launches = plan_launches((_describe(features), _describe(grads)), *_describe_parts(parts), has_outputs=True)
     rows = tuple(map(_make_rows, vectors))
     strides = tuple(vector.stride(0) for vector in rows)
@@ -139,11 +161,15 @@ def _merge(kernel: str, num_rows: int, *arguments: Any) -> None:
 
 
 def _start(kernel: str, num_programs: int, *arguments: Any, **constants: Any) -> None:
-    """Launch a kernel."""
+    """Launch a kernel, one program for each tile and block of channels."""
+    if num_programs:
+        getattr(_load_kernels(), kernel)[(num_programs,)](*arguments, **constants)
+
+
+def _load_kernels() -> ModuleType:
     from bnext.kernels import triton_kernels
 
-    if num_programs:
-        getattr(triton_kernels, kernel)[(num_programs,)](*arguments, **constants)
+    return triton_kernels
 
 
 # ---- arguments

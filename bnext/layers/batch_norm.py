@@ -33,7 +33,7 @@ from bnext.functional import (
     number_groups,
     part_moments,
 )
-from bnext.kernels import has_exact_batch_norm, replaces_batch_norm
+from bnext.kernels import has_exact_batch_norm, joins_features, replaces_batch_norm
 from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
@@ -304,6 +304,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if is_exported() and (not self.training or is_exported_to_onnx()):
             return False  # ONNX gets the kernel's training mode as evaluation, and a size of one element may come later
         if self.training and call.spec.training == "renorm":
+            return False
+        if len(features) > 1 and joins_features(features[0]):
             return False
 
         for feature, source in zip(features, sources, strict=True):

@@ -7,16 +7,18 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bnext.kernels import cpu, formula, triton_passes, triton_plan
+from bnext.kernels import cuda, formula, triton_passes, triton_plan, use_kernels
 from bnext.kernels.one_by_one import OneByOne
 from bnext.kernels.triton_passes import TritonPasses
 from tests import reference
+from tests.cases import CASES
 from tests.kernels.interpreter import interpreted_kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-PASSES = TritonPasses()
+PASSES = TritonPasses(cuda)
 DEFINITION = OneByOne(formula)
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [(2, 3, 5, 5), (0, 3, 4, 4), (3, 3, 2, 2), (1, 3, 1, 1)]
 PARTS = {
     "one part each": [0, 1, 2, 3],
@@ -31,9 +33,9 @@ def interpreter():
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def small_blocks(monkeypatch):
-    """Several launches, tiles, slabs and blocks of channels, with features that the interpreter gets through."""
+    """Several launches, tiles, slabs and blocks of channels for features that the interpreter gets through."""
     sizes = {"_ELEMENTS": 32, "_LONGEST": 16, "_WIDEST": 2, "_NUM_PROGRAMS": 4, "_MOST_FEATURES": 2}
     for name, value in sizes.items():
         monkeypatch.setattr(triton_plan, name, value)
@@ -73,8 +75,9 @@ def check_passes(features, grads, parts, num_parts=4):
     outputs = PASSES.scale_and_shift(features, parts, *vectors[:3])
     gradients = PASSES.feature_gradients(features, grads, parts, *vectors)
     for feature, output in zip(features * 2, outputs + gradients, strict=True):
-        is_last = feature.is_contiguous(memory_format=torch.channels_last) if feature.dim() == 4 else False
-        assert output.is_contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)
+        like = torch.empty_like(feature)
+        layout = LAYOUTS[feature.dim() == 4 and like.is_contiguous(memory_format=LAYOUTS[1])]
+        assert output.is_contiguous(memory_format=layout)
     for output, expected in zip(outputs, DEFINITION.scale_and_shift(x, parts, *v[:3]), strict=True):
         torch.testing.assert_close(output, expected.to(dtype), **close)
     for gradient, expected in zip(gradients, DEFINITION.feature_gradients(x, dy, parts, *v), strict=True):
@@ -89,7 +92,6 @@ def check_passes(features, grads, parts, num_parts=4):
             torch.testing.assert_close(value, right.to(wide), **close)
 
 
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 QUICK = [
     (torch.float32, LAYOUTS[0], "parts of samples"),
@@ -101,10 +103,111 @@ def mark_slow(case):
     return pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
 
 
-CASES = [mark_slow(case) for case in product(DTYPES, LAYOUTS, PARTS)]
+GRID = [mark_slow(case) for case in product(DTYPES, LAYOUTS, PARTS)]
 
 
-@pytest.mark.parametrize(("dtype", "layout", "parts"), CASES)
-def test_passes_are_their_definition(dtype, layout, parts):
+@pytest.mark.parametrize(("dtype", "layout", "parts"), GRID)
+def test_passes_are_their_definition(small_blocks, dtype, layout, parts):
     features, grads = ([draw(*shape, dtype=dtype, seed=s, layout=layout) for shape in SHAPES] for s in (1, 2))
     check_passes(features, grads, PARTS[parts])
+
+
+def test_features_that_lie_otherwise():
+    """Some channels of each, every other column, gradients that are one number, and types and layouts of two kinds."""
+    wide = [draw(2, 6, 3, 5, seed=seed, layout=layout) for seed, layout in enumerate(LAYOUTS)]
+    features = [wide[0][:, 1:4], wide[1][:, 2:5], wide[0][:, :3, :, ::2], wide[1][:, :3, :, ::2]]
+    grads = [torch.ones(()).expand(x.shape) for x in features[:2]] + [draw(*x.shape, seed=5) for x in features[2:]]
+    check_passes(features, grads, [0, torch.tensor([1, 2]), 3, 3])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 2, 5), (2, 1, 3, 3), (1, 2, 1, 1), (2, 2, 2, 2, 3), (0, 2, 3, 3)])
+def test_features_of_all_dimensions(shape):
+    features = [draw(*shape), draw(*shape, seed=1).transpose(0, 1).contiguous().transpose(0, 1)]
+    check_passes(features, [draw(*shape, seed=2)] * 2, [0, torch.ones(shape[0], dtype=torch.long)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_moments_keep_their_digits_at_a_large_mean(small_blocks, layout):
+    """As test_cpu.py asks of the others; over many tiles and slabs."""
+    feature = draw(4, 2, 12, 12, layout=layout) + 1e4
+    mean, var = PASSES.feature_statistics([feature])
+    _, true_mean, true_var = reference.moments_of([feature])
+    assert ((var[0].double() - true_var) / true_var).abs().max() < 1e-4
+    assert ((mean[0].double() - true_mean) / true_var.sqrt()).abs().max() < 2e-3
+
+
+def test_huge_features_have_64_bits():
+    """A stride beyond 32 bits, of a feature that has no memory between its samples or channels."""
+    strides = (2**33, 2**32, 2, 1)
+    form = triton_plan.Form((2, 3, 2, 2), strides, torch.float32)
+    (launch,) = triton_plan.plan_launches(((form,),), (0,), (False,))
+    assert launch.constants["IS_HUGE"]
+    assert launch.strides[0].sample[0] > 2**33
+
+
+def test_a_norm_of_five_levels_takes_six_launches(launches):
+    features = [draw(1, 2, size, size, seed=size) for size in (24, 12, 6, 3, 1)]
+    parts, vector = [0] * 5, torch.ones(1, 2)
+    PASSES.feature_statistics(features)
+    PASSES.scale_and_shift(features, parts, vector, vector, vector)
+    assert launches == ["take_statistics", "merge_statistics", "transform"]
+
+    launches.clear()
+    PASSES.backward_sums(features, features, parts, vector)
+    PASSES.feature_gradients(features, features, parts, vector, vector, vector, vector)
+    assert launches == ["sum_tiles", "merge_sums", "transform"]
+
+
+def test_rois_have_their_statistics_in_one_launch(launches):
+    PASSES.sample_statistics([draw(3, 2, 7, 7)])
+    assert launches == ["take_statistics"]
+
+
+class NoteOperators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*arguments, **options or {})
+
+
+def test_torch_only_makes_empty_tensors(monkeypatch):
+    """Nothing is copied to the device or read from it; the kernels are as good as not there."""
+    monkeypatch.setattr(triton_passes, "_start", lambda *arguments, **constants: None)
+    features, parts = [draw(2, 2, 3, 3), draw(2, 2, 2, 2)], [torch.tensor([1, 0]), 1]
+    vectors = [draw(2, 2)] * 4
+    with NoteOperators() as noted:
+        PASSES.feature_statistics(features)
+        PASSES.sample_statistics(features)
+        PASSES.scale_and_shift(features, parts, *vectors[:3])
+        PASSES.backward_sums(features, features, parts, vectors[0])
+        PASSES.feature_gradients(features, features, parts, *vectors)
+    assert noted.names <= {"new_empty", "empty_like", "empty_permuted", "unbind", "detach", "promote_types"}
+
+
+# ---- the switch
+
+
+QUICK_NORMS = {"levels-row1", "levels-row6", "domains-mixed", "ghost2"}
+NORMS = [
+    pytest.param(*norm.values, id=norm.id, marks=() if norm.id in QUICK_NORMS else pytest.mark.slow) for norm in CASES
+]
+
+
+def run(case, kind):
+    """Everything that a training step of a norm computes."""
+    norm = case.build().train()
+    inputs = case.inputs(requires_grad=True)
+    with use_kernels(kind):
+        outputs = case.call(norm, inputs)
+        sum((output * output.detach().cos()).sum() for output in outputs.values()).backward()
+    gradients = [tensor.grad for tensor in [*inputs.values(), *norm.parameters()]]
+    return [*outputs.values(), *gradients, *norm.buffers()]
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_compute_the_same(launches, case):
+    torch.testing.assert_close(run(case, "triton"), run(case, "torch"), rtol=1e-11, atol=1e-11)
+    assert launches or case.is_normalized_by_population
