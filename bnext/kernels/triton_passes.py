@@ -67,35 +67,25 @@ class TritonPasses(OneByOne):
         return is_on_device and feature.numel() >= _FEWEST
 
     def feature_statistics(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        return _measure(features, range(len(features)), len(features), are_cut=False)
+        with torch.cuda.device_of(features[0]):
+            return _measure(features, range(len(features)), len(features), are_cut=False)
 
     def sample_statistics(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         *first_rows, num_rows = accumulate((len(x) for x in features), initial=0)
-        return _measure(features, first_rows, num_rows, are_cut=True)
+        with torch.cuda.device_of(features[0]):
+            return _measure(features, first_rows, num_rows, are_cut=True)
 
     def scale_and_shift(
         self, features: Sequence[Tensor], parts: Sequence[Part], mean: Tensor, scale: Tensor, shift: Tensor
     ) -> list[Tensor]:
-        return _transform(features, features, parts, [mean, scale, shift])
+        with torch.cuda.device_of(features[0]):
+            return _transform(features, features, parts, [mean, scale, shift])
 
     def backward_sums(
         self, features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Part], mean: Tensor
     ) -> Tensor:
-        num_parts, num_channels = mean.shape
-        launches = plan_launches((_describe(features), _describe(grads)), *_describe_parts(parts))
-        num_tiles = launches[-1].end if launches else 0
-
-        mean = _make_rows(mean)
-        sums = mean.new_empty(2, num_tiles, num_channels)
-        tile_parts = mean.new_empty(num_tiles, dtype=torch.int32)
-        for launch in launches:
-            x, dy, indices = _view(features, launch, 0), _view(grads, launch, 1), _take_indices(parts, launch)
-            arguments = x, dy, indices, mean, mean.stride(0), *sums, tile_parts, launch.steps, num_channels
-            _start("sum_tiles", launch.num_programs, launch.table, *arguments, **launch.constants)
-
-        totals = mean.new_empty(2, num_parts, num_channels)
-        _merge("merge_sums", num_parts, *sums, tile_parts, *totals, num_tiles, num_channels)
-        return totals
+        with torch.cuda.device_of(features[0]):
+            return _sum(features, grads, parts, mean)
 
     def feature_gradients(
         self,
@@ -107,7 +97,8 @@ class TritonPasses(OneByOne):
         slope: Tensor,
         offset: Tensor,
     ) -> list[Tensor]:
-        return _transform(features, grads, parts, [mean, slope, offset, scale])
+        with torch.cuda.device_of(features[0]):
+            return _transform(features, grads, parts, [mean, slope, offset, scale])
 
 
 def _measure(
@@ -132,6 +123,25 @@ def _measure(
     merged = mean.new_empty(num_rows, num_channels), mean.new_empty(num_rows, num_channels)
     _merge("merge_statistics", num_rows, mean, var, rows, counts, *merged, num_tiles, num_channels)
     return merged
+
+
+def _sum(features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Part], mean: Tensor) -> Tensor:
+    """sum dy and sum dy (x - mean), [2, P, C]."""
+    num_parts, num_channels = mean.shape
+    launches = plan_launches((_describe(features), _describe(grads)), *_describe_parts(parts))
+    num_tiles = launches[-1].end if launches else 0
+
+    mean = _make_rows(mean)
+    sums = mean.new_empty(2, num_tiles, num_channels)
+    tile_parts = mean.new_empty(num_tiles, dtype=torch.int32)
+    for launch in launches:
+        x, dy, indices = _view(features, launch, 0), _view(grads, launch, 1), _take_indices(parts, launch)
+        arguments = x, dy, indices, mean, mean.stride(0), *sums, tile_parts, launch.steps, num_channels
+        _start("sum_tiles", launch.num_programs, launch.table, *arguments, **launch.constants)
+
+    totals = mean.new_empty(2, num_parts, num_channels)
+    _merge("merge_sums", num_parts, *sums, tile_parts, *totals, num_tiles, num_channels)
+    return totals
 
 
 def _transform(
