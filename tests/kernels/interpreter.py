@@ -26,9 +26,12 @@ def interpreted_kernels() -> Iterator[None]:
     patch_language = interpreter._patch_lang
 
     def patch_once(function: Any) -> Any:
-        """Once for a kernel and what it calls: for each call anew, it takes most of the time."""
-        is_patched = function.__module__ == KERNELS and not tl.core.is_builtin(tl.load)
-        return interpreter._LangPatchScope() if is_patched else patch_language(function)
+        """Once for a kernel and all that it calls; each call anew takes most of the time, and leaves patches behind."""
+        if not tl.core.is_builtin(tl.load):
+            return interpreter._LangPatchScope()
+        scope = patch_language(function)
+        scope._changes += patch_language(tl.sum.fn)._changes
+        return scope
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
