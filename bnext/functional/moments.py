@@ -171,6 +171,9 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     Returns:
         count [G], mean and var [G, C]; a union without parts has count 0.
     """
+    if kernels.joins_features(parts.mean):
+        return Moments(*kernels.group_statistics(*parts, groups, num_groups))
+
     count = sum_groups(parts.count, groups, num_groups)
     weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
 

@@ -33,6 +33,8 @@ __all__ = [
     "backward_sums",
     "feature_gradients",
     "feature_statistics",
+    "group_statistics",
+    "group_sums",
     "has_exact_batch_norm",
     "joins_features",
     "replaces_batch_norm",
@@ -211,6 +213,37 @@ def feature_gradients(
     """
     vectors = mean, scale, slope, offset
     return _choose(features[0]).feature_gradients(features, grads, parts, *vectors)
+
+
+def group_statistics(
+    count: Tensor, mean: Tensor, var: Tensor, groups: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of groups of parts in one launch, always the same ones; where `joins_features`.
+
+    Args:
+        count: elements per channel of each part, [P].
+        mean, var: [P, C].
+        groups: [P], the group of each part, 0 to G - 1.
+        num_groups: G.
+
+    Returns:
+        Count [G], mean and variance [G, C]; 0 for a group without parts.
+    """
+    return _TRITON.group_statistics(count, mean, var, groups, num_groups)
+
+
+def group_sums(sums: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """The sums of groups of parts, likewise.
+
+    Args:
+        sums: [2, P, C].
+        groups: [P], the group of each part, 0 to G - 1.
+        num_groups: G.
+
+    Returns:
+        [2, G, C].
+    """
+    return _TRITON.group_sums(sums, groups, num_groups)
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:

@@ -228,12 +228,13 @@ def merge_statistics(
     counts: tl.tensor,
     means: tl.tensor,
     variances: tl.tensor,
+    row_counts: tl.tensor,
     num_tiles: tl.tensor,
     C: tl.tensor,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> None:
-    """Mean and variance of each row, [R, C], from those of its tiles; 0 where it has none."""
+    """Mean and variance of each row, [R, C], from those of its tiles, and its count, [R]; 0 where it has none."""
     blocks = (C + BLOCK_C - 1) // BLOCK_C
     row = tl.program_id(0) // blocks
     channels = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -256,6 +257,7 @@ def merge_statistics(
         new_var = tl.sum(weight * (tile_var + centered * centered), 0)
         count, mean, var = _merge(count, mean, var, new_count, new_mean, new_var)
 
+    tl.store(row_counts + row, count)
     tl.store(means + row.to(tl.int64) * C + channels, mean, mask=channels < C)
     tl.store(variances + row.to(tl.int64) * C + channels, var, mask=channels < C)
 

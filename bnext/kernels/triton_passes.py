@@ -6,6 +6,8 @@
     scale_and_shift      1
     backward_sums        2: sums of tiles, added up always in the same order
     feature_gradients    1
+    group_statistics     1
+    group_sums           1
 
 Nothing is copied to the device, nothing is waited for, and no two programs add to the same number, so that results do
 not change from run to run. A launch takes up to 8 features of one type that lie alike, NCHW or channels_last; others
@@ -100,6 +102,17 @@ class TritonPasses(OneByOne):
         with torch.cuda.device_of(features[0]):
             return _transform(features, grads, parts, [mean, slope, offset, scale])
 
+    def group_statistics(
+        self, count: Tensor, mean: Tensor, var: Tensor, groups: Tensor, num_groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.cuda.device_of(mean):
+            parts = count.contiguous(), mean.contiguous(), var.contiguous()
+            return _merge_statistics(*parts, groups.contiguous(), num_groups)
+
+    def group_sums(self, sums: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+        with torch.cuda.device_of(sums):
+            return _merge_sums(sums.contiguous(), groups.contiguous(), num_groups)
+
 
 def _measure(
     features: Sequence[Tensor], first_rows: Iterable[int], num_rows: int, are_cut: bool
@@ -120,8 +133,19 @@ def _measure(
     if num_tiles == num_rows and members == list(range(len(features))):  # the tiles are the rows, in their order
         return mean, var
 
-    merged = mean.new_empty(num_rows, num_channels), mean.new_empty(num_rows, num_channels)
-    _merge("merge_statistics", num_rows, mean, var, rows, counts, *merged, num_tiles, num_channels)
+    _, mean, var = _merge_statistics(counts, mean, var, rows, num_rows)
+    return mean, var
+
+
+def _merge_statistics(
+    counts: Tensor, mean: Tensor, var: Tensor, rows: Tensor, num_rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge those of T tiles, [T] and [T, C], into those of the rows that they belong to, [R] and [R, C]."""
+    num_tiles, num_channels = mean.shape
+    merged = counts.new_empty(num_rows), mean.new_empty(num_rows, num_channels), mean.new_empty(num_rows, num_channels)
+    row_counts, means, variances = merged
+    tiles = mean, var, rows, counts
+    _merge("merge_statistics", num_rows, *tiles, means, variances, row_counts, num_tiles, num_channels)
     return merged
 
 
@@ -139,8 +163,14 @@ def _sum(features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Pa
         arguments = x, dy, indices, mean, mean.stride(0), *sums, tile_parts, launch.steps, num_channels
         _start("sum_tiles", launch.num_programs, launch.table, *arguments, **launch.constants)
 
-    totals = mean.new_empty(2, num_parts, num_channels)
-    _merge("merge_sums", num_parts, *sums, tile_parts, *totals, num_tiles, num_channels)
+    return _merge_sums(sums, tile_parts, num_parts)
+
+
+def _merge_sums(sums: Tensor, parts: Tensor, num_parts: int) -> Tensor:
+    """Add up those of T tiles, [2, T, C], by the parts that they belong to, [T]: [2, P, C]."""
+    _, num_tiles, num_channels = sums.shape
+    totals = sums.new_empty(2, num_parts, num_channels)
+    _merge("merge_sums", num_parts, *sums, parts, *totals, num_tiles, num_channels)
     return totals
 
 

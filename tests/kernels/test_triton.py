@@ -224,7 +224,9 @@ def test_dealt_groups_compute_the_same(launches):
             (output * output.detach().cos()).sum().backward()
         results.append([output, rois.grad, norm.weight.grad, norm.running_var])
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
-    assert launches == ["take_statistics", "transform", "sum_tiles", "merge_sums", "transform"]
+    forward, backward = ["take_statistics", "merge_statistics", "transform"], ["sum_tiles", "merge_sums", "transform"]
+    assert set(launches) == set(forward + backward)
+    assert launches[-3:] == backward
 
 
 @pytest.mark.parametrize("case", NORMS)
