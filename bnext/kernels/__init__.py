@@ -5,7 +5,7 @@ of each sample. Vectors are [P, C], one for each part.
 
 The files cpu.py, cuda.py and formula.py have the passes over one feature, which one_by_one.py makes into those here; a
 new device is a file like cuda.py and its row in `_BY_DEVICE`. It may take what it does not do better from cpu.py
-(torch's own kernels) or formula.py.
+(torch's own kernels) or formula.py. The files triton_*.py have them for whole lists.
 
 Shape letters in this folder: N samples, C channels, L features, P parts. A vector of a pass over one feature is [C], or
 [N, C] where each sample has its own.

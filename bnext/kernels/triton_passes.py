@@ -36,7 +36,7 @@ from bnext.kernels.triton_plan import Form, Launch, order_dimensions, plan_launc
 
 __all__ = ["TritonPasses", "is_triton_installed"]
 
-# Elements of a feature from which on Triton is taken. Not measured yet, for want of a GPU: all sizes are.
+# Elements of a feature from which on Triton is taken, for a measurement on a GPU to set: none was at hand.
 _FEWEST = 0
 _MERGED = {"BLOCK_T": 32, "BLOCK_C": 32}  # tiles and channels that are merged at once
 
