@@ -171,6 +171,8 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     Returns:
         count [G], mean and var [G, C]; a union without parts has count 0.
     """
+    if kernels.joins_features(parts.mean):
+        return Moments(*kernels.group_statistics(*parts, groups, num_groups))
     if num_groups == 1:
         return Moments(*(field.unsqueeze(0) for field in merge_moments(parts)))
 

@@ -127,8 +127,10 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
     gamma = weight.to(rstd.dtype)
     totals = gamma * part_sums
-    if mini_batches is not None and len(count) == 1:
-        totals = totals.sum(1, keepdim=True)  # [2, B, C]
+    if mini_batches is not None and kernels.joins_features(totals):
+        totals = kernels.group_sums(totals, mini_batches, len(count))  # [2, B, C]
+    elif mini_batches is not None and len(count) == 1:
+        totals = totals.sum(1, keepdim=True)
     elif mini_batches is not None:
         totals = totals.new_zeros(2, *count.shape, mean.shape[1]).index_add_(1, mini_batches, totals)
     if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker

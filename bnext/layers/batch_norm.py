@@ -31,7 +31,7 @@ from bnext.functional import (
     number_groups,
     part_moments,
 )
-from bnext.kernels import has_exact_batch_norm, replaces_batch_norm
+from bnext.kernels import has_exact_batch_norm, joins_features, replaces_batch_norm
 from bnext.layers.mini_batch import MeasuredCall, PartsCall, index_mini_batches, merge_measured, normalize_measured
 from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
@@ -292,6 +292,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if is_exported() and (not self.training or is_exported_to_onnx()):
             return False  # ONNX gets the kernel's training mode as evaluation, and a size of one element may come later
         if self.training and call.spec.training == "renorm":
+            return False
+        if len(features) > 1 and joins_features(features[0]):
             return False
 
         for feature, source in zip(features, sources, strict=True):
