@@ -269,6 +269,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if group is None and self._is_plain(features, sources, names, size, call):
             used: list[int] = sources  # type: ignore[assignment]
             affines = self.list_affines(names, used)
+            if any(map(replaces_batch_norm, features)):
+                return self._normalize_each(features, used, names, affines, call)
             return [self._normalize_plainly(x, names[i], affines[i], call) for x, i in zip(features, used, strict=True)]
 
         if self.training and is_exported_to_onnx():
@@ -308,12 +310,22 @@ class BatchNorm2d(OwnedBatchNorm2d):
         mini_batches = self.number_mini_batches(call.spec, names)
         return len({mini_batches[source] for source in sources}) == len(features)  # type: ignore[index]
 
+    def _normalize_each(
+        self,
+        features: list[Tensor],
+        sources: list[int],
+        names: tuple[str, ...],
+        affines: Sequence[Affine],
+        call: NormCall,
+    ) -> list[Tensor]:
+        """Each feature by itself, and with all their moments the populations in one go."""
+        pairs = [normalize_mini_batch(x, *affines[i], self.eps) for x, i in zip(features, sources, strict=True)]
+        outputs, moments = zip(*pairs, strict=True)
+        if self.training:
+            self.move_populations(Moments(*map(torch.cat, zip(*moments, strict=True))), sources, names, call)
+        return list(outputs)
+
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
-        if replaces_batch_norm(feature):
-            output, moments = normalize_mini_batch(feature, *affine, self.eps)
-            if self.training:
-                self.move_populations(moments, [0], (name,), call)
-            return output
         if not self.training:
             return F.batch_norm(feature, None, None, *affine, True, 0.0, self.eps)
 
