@@ -54,7 +54,7 @@ class Speed:
         ours_ms, other_ms: medians of forward and backward, in milliseconds.
         ratio: of other / ours.
         num_workers, differs, averages_differ: see `Comparison`.
-        difference: largest relative difference of outputs, gradients and averages; None: not compared.
+        difference: largest relative difference of outputs, gradients and averages in float64; None: not compared.
         goal: least ratio that is aimed at; None: none.
         megabytes: S, bytes of the features of one worker / 1e6; None: no features alone are timed.
         copy_gbs: what a copy of the features read and wrote in a second, measured beside the pairs, in GB/s.
@@ -311,7 +311,7 @@ def _format_setting(record: Record) -> str:
         )
     differences = [speed.difference for speed in record.speeds if speed.difference is not None and not speed.differs]
     if differences:
-        lines.append(f"Arms that are to be equal differ by at most {max(differences):.0e}.")
+        lines.append(f"Arms that are to be equal differ by at most {max(differences):.0e} in float64.")
     return "\n".join(lines)
 
 
