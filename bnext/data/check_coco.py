@@ -9,8 +9,6 @@ for each task; its objects and pictures are checked in `check_objects` and `chec
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import logging
 import os
@@ -35,6 +33,7 @@ from bnext.data.listed_sets import KEY, is_listed
 from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
 from bnext.files import read_stamp
+from bnext.garbage import without_collection
 from bnext.notices import tell_once
 
 __all__ = ["EVALUATORS", "RegisteredSet", "check_datasets", "examine_dataset"]
@@ -169,7 +168,7 @@ def examine_dataset(
     dataset = RegisteredSet(name, json_file, image_root, check_images, task)
 
     if json_file and metadata.get("evaluator_type") in EVALUATORS:
-        with _without_collection():
+        with without_collection():
             for finding in _check_file(dataset):
                 yield dataset, finding
 
@@ -269,18 +268,6 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
 def _load_json(path: str) -> Any:
     with open(path, encoding="utf-8") as file:
         return json.load(file)
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """A block without garbage collection: nothing of a file is garbage, and COCO's takes half the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _list_pictures(content: Content) -> Pictures:

@@ -21,6 +21,7 @@ from bnext.data.corrupted_sets import register_variant
 from bnext.data.domains import name_source
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
+from bnext.garbage import without_collection
 from bnext.text import find_near
 from bnext.user_modules import list_imported, mentions
 
@@ -117,6 +118,7 @@ def check_registered(name: str) -> None:
     raise _UNKNOWN.of(f"'{name}', which is not", nearest)
 
 
+@without_collection()
 def load_records(name: str, cfg: CfgNode) -> list[Record]:
     """The records of one data set, labelled or not.
 
@@ -144,6 +146,7 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
     return name_source(cfg, name, records)
 
 
+@without_collection()
 def read_registered(name: str) -> Any:
     """The answer of the function that a data set was registered with: mostly a list of records.
 
@@ -193,6 +196,7 @@ def _find_proposals(name: str, cfg: CfgNode) -> list[str]:
     return [file for test_name, file in pairs if test_name == name] or list(files)
 
 
+@without_collection()
 def load_train_records(cfg: CfgNode) -> list[Record]:
     """The records of all training sets, without those that nothing can be learned from.
 
