@@ -14,21 +14,19 @@ __all__ = ["without_collection"]
 
 
 @contextlib.contextmanager
-def without_collection(*, is_kept: bool = False) -> Iterator[None]:
-    """A block without garbage collection.
-
-    Args:
-        is_kept: all that there is at its end stays until the process ends, and no collection looks at it again.
+def without_collection() -> Iterator[None]:
+    """A block without garbage collection, whose objects count as old at its end: the next collection passes them over.
 
     Note:
-        Objects that nobody refers to are freed as ever; those in cycles wait for the next collection.
+        Objects that nobody refers to are freed as ever; those in cycles wait for the next collection of all.
     """
     was_collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if is_kept:
+        if not gc.get_freeze_count():  # else those that somebody has frozen would thaw
             gc.freeze()
+            gc.unfreeze()
         if was_collecting:
             gc.enable()

@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.catalog import datasets_root, is_coco_entry
+from bnext.data.categories import keep_categories
 from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
@@ -219,7 +220,8 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     """The summary of an annotation file that keeps all rules, made once until the file changes."""
     path = PathManager.get_local_path(dataset.json_file)
     try:
-        key = (*read_stamp(path), replace(dataset.task, num_classes=None))
+        stamp = read_stamp(path)
+        key = (*stamp, replace(dataset.task, num_classes=None))
         if key in _summaries:
             return _summaries[key]
 
@@ -262,6 +264,7 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     )
     if is_whole:  # whoever goes on after a fault asks again
         _summaries[key] = summary
+        keep_categories(stamp, content["categories"])
     return summary
 
 

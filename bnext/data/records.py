@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -256,14 +257,20 @@ def _drop_empty(cfg: CfgNode, joined: Any, min_keypoints: int) -> Any:
     names = list(cfg.DATASETS.TRAIN)
     classes = MetadataCatalog.get(names[0]).get("thing_classes")
     if are_found_by_name(cfg, is_training=True):
-        print_instances_class_histogram(joined, find_trained_classes(cfg))
+        _tell_classes(joined, find_trained_classes(cfg))
     elif classes is not None:
         check_metadata_consistency("thing_classes", names)
-        print_instances_class_histogram(joined, classes)
+        _tell_classes(joined, classes)
 
     if not joined:
         raise _NOTHING_LEFT.of("none", where=", ".join(names))
     return joined
+
+
+def _tell_classes(records: Sequence[Record], classes: Any) -> None:
+    """Log the objects of each class, as Detectron2 does: of one record with all of them, as it takes 10 us a record."""
+    objects = list(chain.from_iterable(record["annotations"] for record in records))
+    print_instances_class_histogram([{"annotations": objects}], classes)
 
 
 def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:
