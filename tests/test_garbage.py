@@ -23,11 +23,18 @@ def is_young(thing):
 def test_the_collector_rests_within_and_is_as_it_was_behind_it(is_enabled):
     (gc.enable if is_enabled else gc.disable)()
 
-    with pytest.raises(ZeroDivisionError), without_collection():
-        kept, was_enabled = [[]], gc.isenabled()
-        was_young = is_young(kept)
-        raise ZeroDivisionError
+    seen = []
 
+    def fail():
+        with without_collection():
+            kept = [[]]
+            seen.extend([kept, gc.isenabled(), is_young(kept)])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+
+    kept, was_enabled, was_young = seen
     assert not was_enabled
     assert was_young
     assert not is_young(kept)
