@@ -64,9 +64,14 @@ def batch_moments(features: Tensor) -> Moments:
     Returns:
         count [], mean [C], var [C], float32 or wider.
     """
-    mean, var = kernels.feature_statistics(features)
-    num_elements = features.numel() // max(features.shape[1], 1)
-    return Moments(torch.full((), num_elements, dtype=mean.dtype, device=mean.device), mean, var)
+    mean, var = kernels.feature_statistics([features])
+    return Moments(_count_elements(features, mean), mean[0], var[0])
+
+
+def _count_elements(feature: Tensor, like: Tensor) -> Tensor:
+    """Elements per channel of a feature [N, C, ...], [], in the type and on the device of another tensor."""
+    num_elements = feature.numel() // max(feature.shape[1], 1)
+    return torch.full((), num_elements, dtype=like.dtype, device=like.device)
 
 
 def sample_moments(features: Tensor) -> Moments:
@@ -78,9 +83,14 @@ def sample_moments(features: Tensor) -> Moments:
     Returns:
         count [N], mean and var [N, C], float32 or wider.
     """
-    mean, var = kernels.sample_statistics(features)
-    num_positions = features.numel() // max(mean.numel(), 1)
-    return Moments(torch.full((len(mean),), num_positions, dtype=mean.dtype, device=mean.device), mean, var)
+    mean, var = kernels.sample_statistics([features])
+    return Moments(_count_positions(features, mean), mean, var)
+
+
+def _count_positions(feature: Tensor, like: Tensor) -> Tensor:
+    """Positions of each sample of a feature [N, C, ...], [N]."""
+    num_positions = feature.numel() // max(feature.shape[0] * feature.shape[1], 1)
+    return torch.full(feature.shape[:1], num_positions, dtype=like.dtype, device=like.device)
 
 
 def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_parts: int) -> Moments:
@@ -94,26 +104,31 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
     Returns:
         count [P], mean and var [P, C].
     """
-    if is_one_part_each(parts, num_parts):  # nothing to merge
-        return stack_parts([batch_moments(feature) for feature in features])
+    if kernels.is_one_part_each(parts, num_parts):  # nothing to merge
+        return _moments_of_features(features)
 
     moments: list[Moments] = []
     indices: list[Tensor] = []
     for feature, part in zip(features, parts, strict=True):
-        if isinstance(part, Tensor):
-            moments.append(sample_moments(feature))
-            indices.append(part)
-        else:
-            moments.append(stack_parts([batch_moments(feature)]))
+        if isinstance(part, int):
+            moments.append(_moments_of_features([feature]))
             indices.append(torch.full((1,), part, device=feature.device))
+
+    sorted_features = [feature for feature, part in zip(features, parts, strict=True) if isinstance(part, Tensor)]
+    if sorted_features:
+        mean, var = kernels.sample_statistics(sorted_features)
+        counts = [_count_positions(feature, mean) for feature in sorted_features]
+        moments.append(Moments(torch.cat(counts), mean, var))
+        indices += [part for part in parts if isinstance(part, Tensor)]
 
     together = Moments(*(torch.cat(fields) for fields in zip(*moments, strict=True)))
     return group_moments(together, torch.cat(indices), num_parts)
 
 
-def is_one_part_each(parts: Sequence[int | Tensor], num_parts: int) -> bool:
-    """Whether the features are the parts, one after another."""
-    return all(isinstance(part, int) for part in parts) and tuple(parts) == tuple(range(num_parts))
+def _moments_of_features(features: Sequence[Tensor]) -> Moments:
+    """Moments of each feature by itself: count [L], mean and var [L, C]."""
+    mean, var = kernels.feature_statistics(features)
+    return Moments(torch.stack([_count_elements(feature, mean) for feature in features]), mean, var)
 
 
 def stack_parts(parts: Sequence[Any]) -> Any:

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from bnext import kernels
 from bnext.dispatch import is_exported, is_transformed
-from bnext.functional.moments import Moments, is_one_part_each
+from bnext.functional.moments import Moments
+from bnext.kernels import Part
 
-__all__ = ["normalize_parts"]
+__all__ = ["normalize_mini_batch", "normalize_parts"]
 
 Reduce = Callable[[Tensor], Tensor]  # [...] of this worker -> [...] summed over all workers
-Part = int | Tensor
 
 
 def normalize_parts(
@@ -73,8 +73,7 @@ def _scale_and_shift(
     weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, parts: Sequence[Part], features: Sequence[Tensor]
 ) -> list[Tensor]:
     scale, shift = weight.to(rstd.dtype) * rstd, bias.to(rstd.dtype)
-    pairs = zip(features, parts, strict=True)
-    return [kernels.scale_and_shift(x, mean[p], scale[p], shift[p]) for x, p in pairs]
+    return kernels.scale_and_shift(features, parts, mean, scale, shift)
 
 
 class _NormalizeParts(torch.autograd.Function):
@@ -116,10 +115,8 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
     dx = weight rstd dy - rstd sum_g / n - rstd^3 (x - mean) sum_gx / n
     """
     weight, mean, rstd, count, mini_batches, *features = ctx.saved_tensors
-    triples = list(zip(features, grads, ctx.parts, strict=True))
 
-    sums = [kernels.backward_sums(x, dy, mean[p]) for x, dy, p in triples]
-    part_sums = _sum_parts(sums, ctx.parts, len(mean))  # [2, P, C]
+    part_sums = kernels.backward_sums(features, grads, ctx.parts, mean)
     grad_bias, grad_weight = part_sums[0], rstd * part_sums[1]
 
     gamma = weight.to(rstd.dtype)
@@ -133,28 +130,69 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
         averages = averages[:, mini_batches]
 
     scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * averages[1], -rstd * averages[0]
-    grad_features: list[Tensor | None] = []
-    for (x, dy, p), is_needed in zip(triples, ctx.needs_input_grad[8:], strict=True):
-        vectors = mean[p], scale[p], slope[p], offset[p]
-        grad_features.append(kernels.feature_gradient(x, dy, *vectors) if is_needed else None)
+    gradients: list[Tensor | None] = [None] * len(features)
+    needed = [index for index, is_needed in enumerate(ctx.needs_input_grad[8:]) if is_needed]
+    if needed:
+        x, dy, parts = ([things[index] for index in needed] for things in (features, grads, ctx.parts))
+        new = kernels.feature_gradients(x, dy, parts, mean, scale, slope, offset)
+        for index, gradient in zip(needed, new, strict=True):
+            gradients[index] = gradient
 
     nothing = [None] * 6
-    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *nothing, *grad_features
+    return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *nothing, *gradients
 
 
-def _sum_parts(sums: Sequence[Tensor], parts: Sequence[Part], num_parts: int) -> Tensor:
-    """Add up vectors of features, [2, C], or of their samples, [2, N, C], by the parts they belong to: [2, P, C]."""
-    if is_one_part_each(parts, num_parts):
-        return torch.stack(list(sums), dim=1)
+def normalize_mini_batch(
+    feature: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments]:
+    """Normalize a feature that is a mini-batch by itself, as torch's `batch_norm` does in training.
 
-    total = sums[0].new_zeros(2, num_parts, sums[0].shape[-1])
-    for vectors, part in zip(sums, parts, strict=True):
-        if isinstance(part, Tensor):
-            total = total.index_add(1, part, vectors)
-        else:
-            index = torch.full((1,), part, device=vectors.device)
-            total = total.index_add(1, index, vectors.unsqueeze(1))
-    return total
+    Args:
+        feature: [N, C, ...], not empty.
+        weight, bias: [C]; None: 1 and 0.
+        eps: added to the variance, above 0.
+
+    Returns:
+        The normalized feature; and the moments of the mini-batch, count [1], mean and var [1, C], constants to the
+        gradient.
+
+    Note:
+        For features where `kernels.replaces_batch_norm`. It can be differentiated twice.
+    """
+    output, mean, var = _NormalizeMiniBatch.apply(feature, weight, bias, eps)
+    count = torch.full((1,), feature.numel() // mean.numel(), dtype=mean.dtype, device=mean.device)
+    return output, Moments(count, mean, var)
+
+
+class _NormalizeMiniBatch(torch.autograd.Function):
+    """See `normalize_mini_batch`. The backward pass is torch's kernel, whose derivative torch knows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feature: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = kernels.feature_statistics([feature])
+        rstd = (var + eps).rsqrt()
+        scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+        shift = torch.zeros_like(mean) if bias is None else bias.to(rstd.dtype).unsqueeze(0)
+        (output,) = kernels.scale_and_shift([feature], [0], mean, scale, shift)
+
+        ctx.save_for_backward(feature, weight, mean[0], rstd[0])
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        feature, weight, mean, rstd = ctx.saved_tensors
+        vectors = None if weight is None else weight.to(mean.dtype), None, None, mean, rstd
+        needed = list(ctx.needs_input_grad[:3])
+        gradients = torch.ops.aten.native_batch_norm_backward(grad_output, feature, *vectors, True, ctx.eps, needed)
+
+        grad_feature, grad_weight, grad_bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        if weight is not None and weight.dtype != mean.dtype:
+            grad_weight, grad_bias = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_feature, grad_weight, grad_bias, None
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

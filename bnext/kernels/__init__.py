@@ -1,36 +1,98 @@
-"""The passes over a feature, by device: tensors in, tensors out; nothing here knows of layers, parts or workers.
+"""The passes over features, by device: tensors in, tensors out; nothing here knows of layers or workers.
 
-A device's file has the functions below, for features that are not empty; a new device is a file like cuda.py and its
-row in `_BY_DEVICE`. It may take what it does not do better from cpu.py (torch's own kernels) or formula.py.
+A pass takes all features of a call, each with the part that its samples belong to: a number, or a tensor [N] with that
+of each sample. Vectors are [P, C], one for each part.
 
-Shape letters in this folder: N samples, C channels. A vector of a pass is [C], or [N, C] where each sample has its own.
+The files cpu.py, cuda.py and formula.py have the passes over one feature, which one_by_one.py makes into those here; a
+new device is a file like cuda.py and its row in `_BY_DEVICE`. It may take what it does not do better from cpu.py
+(torch's own kernels) or formula.py.
+
+Shape letters in this folder: N samples, C channels, L features, P parts. A vector of a pass over one feature is [C], or
+[N, C] where each sample has its own.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
+import contextlib
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_transformed
-from bnext.kernels import cpu, cuda, formula
-from bnext.kernels.formula import accumulation_dtype
+from bnext.errors import ConfigError, Refusal
+from bnext.kernels import compiled, cpu, cuda, formula
+from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 
 __all__ = [
+    "Part",
     "backward_sums",
-    "feature_gradient",
+    "feature_gradients",
     "feature_statistics",
     "has_exact_batch_norm",
+    "replaces_batch_norm",
+    "is_one_part_each",
     "sample_statistics",
     "scale_and_shift",
+    "use_kernels",
 ]
 
-_BY_DEVICE = {"cpu": cpu, "cuda": cuda, "meta": formula}  # a device without a row gets the CPU's: right everywhere
+UNKNOWN_KIND = Refusal(ConfigError, "kind", "be one of {kinds}", "Use 'torch', which every installation has.")
+NO_COMPILER = Refusal(
+    ConfigError,
+    "a C++ compiler",
+    "be installed for compiled kernels",
+    "Install g++ or name one in CXX; or use 'torch'.",
+)
+
+Kind = Literal["torch", "compiled"]
+
+# A device without a row gets the CPU's: right everywhere.
+_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
+_BY_FORMULA = OneByOne(formula)
+_COMPILED = OneByOne(compiled)
+_kind: Kind = "torch"
 
 
-def _choose(feature: Tensor, *, fits_any_size: bool = False) -> ModuleType:
-    """The passes for a feature.
+def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
+    """Choose how the passes over features run, in all norms of this process: from now on, or in a `with` block.
+
+    Args:
+        kind: "torch": by torch's operators; "compiled": where it pays as loops that torch's compiler makes of several
+            operators, for all sizes of images at once.
+
+    Raises:
+        ConfigError: there is no such kind, or what it needs is not installed.
+
+    Note:
+        Numbers agree to rounding. A model in `torch.compile` is compiled whole, whatever is chosen here.
+
+    Example:
+        >>> with use_kernels("torch"):
+        ...     pass
+    """
+    if kind not in get_args(Kind):
+        raise UNKNOWN_KIND.of(repr(kind), "use_kernels", kinds=", ".join(get_args(Kind)))
+    if kind == "compiled" and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise NO_COMPILER.of("none", "use_kernels")
+
+    before = _kind
+    _set_kind(kind)
+    block = contextlib.ExitStack()
+    block.callback(_set_kind, before)
+    return block
+
+
+def _set_kind(kind: Kind) -> None:
+    global _kind
+    _kind = kind
+
+
+def _choose(feature: Tensor, *, fits_any_size: bool = False) -> OneByOne:
+    """The passes for features like this one.
 
     What is traced gets the formula, which a compiler makes fast itself and other runtimes have; a transform, as it is
     to differentiate or to batch it; and a feature without numbers, since torch's kernels have no form for shapes alone.
@@ -41,8 +103,10 @@ def _choose(feature: Tensor, *, fits_any_size: bool = False) -> ModuleType:
     """
     is_kept = fits_any_size and _is_traced_for_inference(feature)
     if is_kept or not (is_traced() or is_transformed() or not has_numbers(feature)):
-        return _BY_DEVICE.get(feature.device.type, cpu)
-    return formula
+        if _kind == "compiled" and not is_kept:
+            return _COMPILED
+        return _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
+    return _BY_FORMULA
 
 
 def _is_traced_for_inference(feature: Tensor) -> bool:
@@ -52,82 +116,87 @@ def _is_traced_for_inference(feature: Tensor) -> bool:
     return feature.device.type == "cpu" and cpu.has_exact_batch_norm(feature)
 
 
-def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (correction 0) of each channel over samples and positions.
+def feature_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and variance (correction 0) of each channel of each feature over samples and positions.
 
     Args:
-        feature: [N, C, ...], any memory format; may be empty.
+        features: L tensors [N, C, ...], any memory formats; may be empty.
 
     Returns:
-        Mean and variance [C], float32 or wider; 0 where there is no element.
+        Mean and variance [L, C], float32 or wider; 0 where there is no element.
     """
-    if feature.numel() == 0:
-        return _zeros(feature, feature.shape[1]), _zeros(feature, feature.shape[1])
-    return _choose(feature, fits_any_size=True).feature_statistics(feature)
+    passes = _choose(features[0], fits_any_size=True)
+    return passes.feature_statistics(features)
 
 
-def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
+def sample_statistics(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Mean and variance (correction 0) of each sample and channel over positions.
 
     Args:
-        feature: [N, C, ...], any memory format; may be empty.
+        features: L tensors [N, C, ...], any memory formats; may be empty.
 
     Returns:
-        Mean and variance [N, C], float32 or wider; 0 where there is no position.
+        Mean and variance [sum of N, C], float32 or wider; 0 where there is no position.
     """
-    if feature.numel() == 0:
-        return _zeros(feature, *feature.shape[:2]), _zeros(feature, *feature.shape[:2])
-    return _choose(feature).sample_statistics(feature)
+    return _choose(features[0]).sample_statistics(features)
 
 
-def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * (x - mean) + shift.
+def scale_and_shift(
+    features: Sequence[Tensor], parts: Sequence[Part], mean: Tensor, scale: Tensor, shift: Tensor
+) -> list[Tensor]:
+    """scale * (x - mean) + shift, with the vectors of the part of each sample.
 
     Args:
-        feature: x, [N, C, ...], any memory format; may be empty.
-        mean, scale, shift: [C] or [N, C], float32 or wider.
+        features: x, L tensors [N, C, ...], any memory formats; may be empty.
+        parts: for each feature the part of all its samples, or a tensor [N] with that of each.
+        mean, scale, shift: [P, C], float32 or wider.
 
     Returns:
-        A new tensor of the shape, type and memory format of the feature, and no view of another: a ReLU may change it
-        in place.
+        New tensors of the shapes, types and memory formats of the features, and no views of others: a ReLU may change
+        them in place.
     """
-    if feature.numel() == 0:
-        return feature.clone()
-    return _choose(feature, fits_any_size=mean.dim() == 1).scale_and_shift(feature, mean, scale, shift)
+    has_one_each = all(isinstance(part, int) for part in parts)
+    passes = _choose(features[0], fits_any_size=has_one_each)
+    return passes.scale_and_shift(features, parts, mean, scale, shift)
 
 
-def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
-    """sum dy and sum dy (x - mean), over the elements that share an element of `mean`.
+def backward_sums(features: Sequence[Tensor], grads: Sequence[Tensor], parts: Sequence[Part], mean: Tensor) -> Tensor:
+    """sum dy and sum dy (x - mean), over the elements of each part.
 
     Args:
-        feature: x, [N, C, ...], any memory format; may be empty.
-        grad_output: dy, of the same shape.
-        mean: [C] or [N, C], float32 or wider.
+        features: x, L tensors [N, C, ...], any memory formats; may be empty.
+        grads: dy, of the same shapes.
+        parts: see `scale_and_shift`.
+        mean: [P, C], float32 or wider.
 
     Returns:
-        [2, C] or [2, N, C], in the type of `mean`.
+        [2, P, C], in the type of `mean`.
     """
-    if feature.numel() == 0:
-        return mean.new_zeros(2, *mean.shape)
-    return _choose(feature).backward_sums(feature, grad_output, mean)
+    return _choose(features[0]).backward_sums(features, grads, parts, mean)
 
 
-def feature_gradient(
-    feature: Tensor, grad_output: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
-) -> Tensor:
-    """scale * dy + slope * (x - mean) + offset: the gradient of the feature.
+def feature_gradients(
+    features: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    parts: Sequence[Part],
+    mean: Tensor,
+    scale: Tensor,
+    slope: Tensor,
+    offset: Tensor,
+) -> list[Tensor]:
+    """scale * dy + slope * (x - mean) + offset, with the vectors of the part of each sample: gradients of features.
 
     Args:
-        feature: x, [N, C, ...], any memory format; may be empty.
-        grad_output: dy, of the same shape.
-        mean, scale, slope, offset: [C] or [N, C], float32 or wider.
+        features: x, L tensors [N, C, ...], any memory formats; may be empty.
+        grads: dy, of the same shapes.
+        parts: see `scale_and_shift`.
+        mean, scale, slope, offset: [P, C], float32 or wider.
 
     Returns:
-        A tensor of the shape, type and memory format of the feature.
+        Tensors of the shapes, types and memory formats of the features.
     """
-    if feature.numel() == 0:
-        return feature.clone()
-    return _choose(feature).feature_gradient(feature, grad_output, mean, scale, slope, offset)
+    vectors = mean, scale, slope, offset
+    return _choose(features[0]).feature_gradients(features, grads, parts, *vectors)
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:
@@ -136,8 +205,16 @@ def has_exact_batch_norm(feature: Tensor) -> bool:
     Args:
         feature: [N, C, ...].
     """
-    return _BY_DEVICE.get(feature.device.type, cpu).has_exact_batch_norm(feature)
+    passes = _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
+    return bool(passes.file.has_exact_batch_norm(feature))
 
 
-def _zeros(feature: Tensor, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=accumulation_dtype(feature.dtype), device=feature.device)
+def replaces_batch_norm(feature: Tensor) -> bool:
+    """Whether statistics of ours and torch's other kernels normalize a feature by its mini-batch better than torch's
+    own `batch_norm` does: faster, or with the digits that it loses.
+
+    Args:
+        feature: [N, C, ...].
+    """
+    passes = _choose(feature)
+    return passes is not _BY_FORMULA and bool(passes.file.replaces_batch_norm(feature))
