@@ -248,7 +248,8 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
         for fault in rule(content, dataset.json_file):
             is_whole = False
             yield fault
-    for finding in _check_contents(content, dataset.task):
+    pictures = _list_pictures(content)
+    for finding in _check_contents(content, pictures, dataset.task):
         if isinstance(finding, Fault):
             is_whole = False
             yield finding
@@ -258,7 +259,7 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     categories = {category["id"]: category["name"] for category in content["categories"]}
     summary = Summary(
         categories=tuple(categories[key] for key in sorted(categories)),
-        pictures=_list_pictures(content),
+        pictures=pictures,
         num_annotations=len(content["annotations"]) if "annotations" in content else None,
         notices=tuple(notices),
     )
@@ -279,9 +280,8 @@ def _list_pictures(content: Content) -> Pictures:
     return Pictures("", tuple(image["file_name"] for image in images), sizes)
 
 
-def _check_contents(content: Content, task: Task) -> Iterator[Fault | Notice]:
+def _check_contents(content: Content, pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     """Pictures and objects of a file whose entries are whole."""
-    pictures = _list_pictures(content)
     unknown = np.flatnonzero(np.isnan(pictures.sizes).any(axis=1)).tolist()
     if unknown:
         yield Fault("The width and height of images", "be numbers", f"NaN in {pictures.file_names[unknown[0]]}")
