@@ -200,7 +200,7 @@ def measure_doctor(size: int, folder: Path) -> Seconds:
 
 
 def measure_workers(size: int, folder: Path) -> Seconds:
-    from torch.multiprocessing import start_processes
+    from torch.multiprocessing.spawn import start_processes
 
     begin = time.time()
     with tempfile.TemporaryDirectory() as place:
