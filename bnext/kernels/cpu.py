@@ -34,7 +34,7 @@ _PIECE = 2**19  # elements of a thread that stay in its caches while several ope
 _SHORT = 2**15  # elements of a feature that is not worth several operators
 _SMALL_PLANE = 16  # positions; the planes of smaller ones are too short for an operator along them
 _WIDTH = 1024  # columns that torch's kernel takes at once: fewer leave it waiting, more leave the first cache
-_SUMMANDS = 256  # rows that a thread adds up one after another
+_SUMMANDS = 512  # rows that a thread adds up one after another
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:
