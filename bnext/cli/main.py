@@ -3,7 +3,7 @@
 Such a module has `DESCRIPTION`, the text of its help, `add_arguments(parser)` and `execute(args)`, which may return an
 exit status; where something is kept after Ctrl-C, `find_kept(args)` gives a function that says what. `IS_INTERMIXED`
 says whether its options may stand among KEY VALUE pairs. It is imported when it is asked for. One of `_ALONE` has
-`main(argv, prog)` instead.
+`main(argv, prog)` instead of `execute`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "domain": ("bnext.cli.domain", "domains of a checkpoint: add one from pictures, drop, merge, select one alone"),
     "check-data": ("bnext.cli.check_data", "faults of data sets, and what is in them"),
     "corrupt": ("bnext.cli.corrupt", "a corrupted copy of a data set, as files"),
+    "check-gpu": ("bnext.cli.check_gpu", "parity, waits and speed of the norms on this machine's GPU"),
     "demo": ("bnext.cli.demo", "the main job in five minutes, on digits"),
     "install-detectron2": ("bnext.cli.install_detectron2", "detectron2 without a compiler, where there is none"),
 }
@@ -51,7 +52,7 @@ Where to start:
     bnext train --config-file Digits-Detection/retinanet_R_18_FPN.yaml    # a config of the package, or a file of yours
 
 bnext COMMAND --help shows the options of a command."""
-_ALONE = ("install-detectron2",)  # need nothing but Python
+_ALONE = ("check-gpu", "install-detectron2")  # need no detectron2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,6 +101,9 @@ def _build_parser(command: ModuleType, prog: str | None) -> argparse.ArgumentPar
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=prog, description=command.DESCRIPTION, formatter_class=form)
     command.add_arguments(parser)
+    if hasattr(command, "main"):
+        return parser
+
     help = "a module of yours, which registers data sets or architectures; may be given several times"
     parser.add_argument("--import", dest="imports", action="append", default=[], metavar="MODULE", help=help)
     parser.add_argument("--verbose", action="store_true", help="show on the screen all that is logged")

@@ -343,7 +343,7 @@ _SCHEDULES = (
         "SOLVER.BNEXT.KERNELS",
         "torch",
         "how the norms' passes over features are run: by `torch`'s operators, or, where it pays, `compiled` at the "
-        "first steps for all sizes of images",
+        "first steps for all sizes of images; on a GPU by `triton` for all levels, groups or domains at once",
         _one_of(*get_args(Kind)),
     ),
 )

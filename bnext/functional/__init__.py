@@ -17,13 +17,13 @@ from bnext.functional.moments import (
     Moments,
     batch_moments,
     enlarge_parts,
+    find_finite,
     group_moments,
     merge_moments,
     part_moments,
     sample_moments,
     stack_parts,
     sum_groups,
-    take_finite,
     update_running_statistics,
 )
 from bnext.functional.normalize import normalize_mini_batch, normalize_parts
@@ -39,6 +39,7 @@ __all__ = [
     "deal_samples",
     "divide_parts",
     "enlarge_parts",
+    "find_finite",
     "group_moments",
     "group_samples",
     "make_index",
@@ -53,6 +54,5 @@ __all__ = [
     "stack_parts",
     "standard_errors",
     "sum_groups",
-    "take_finite",
     "update_running_statistics",
 ]

@@ -171,7 +171,7 @@ def divide_parts(grouping: Grouping, groups: Groups) -> Grouping:
 def make_index(values: tuple[int, ...], device: torch.device) -> Tensor:
     """An index tensor [len(values)] on a device; copied to it the first time only, as a copy waits for the device.
 
-    Do not write to it: it is kept for the next call.
+    Do not write to it: it is kept for the next call, which may be on another stream.
     """
     with torch.inference_mode(False):  # it may serve in a graph later
         return torch.tensor(values, dtype=torch.long, device=device)

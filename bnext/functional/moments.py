@@ -19,13 +19,13 @@ __all__ = [
     "Moments",
     "batch_moments",
     "enlarge_parts",
+    "find_finite",
     "group_moments",
     "merge_moments",
     "part_moments",
     "sample_moments",
     "stack_parts",
     "sum_groups",
-    "take_finite",
     "update_running_statistics",
 ]
 
@@ -171,6 +171,11 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
     Returns:
         count [G], mean and var [G, C]; a union without parts has count 0.
     """
+    if kernels.joins_features(parts.mean):
+        return Moments(*kernels.group_statistics(*parts, groups, num_groups))
+    if num_groups == 1:
+        return Moments(*(field.unsqueeze(0) for field in merge_moments(parts)))
+
     count = sum_groups(parts.count, groups, num_groups)
     weight = (parts.count / count[groups].clamp(min=1)).unsqueeze(-1)
 
@@ -194,7 +199,7 @@ def sum_groups(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     if num_groups == 1:
         return values.sum(0, keepdim=True)
     if not is_exported():
-        return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups, values)
+        return values.new_zeros(num_groups, *values.shape[1:]).index_add_(0, groups, values)
 
     # Not index_add: of rows with the same index ONNX may keep one.
     members = (groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)).to(values.dtype)
@@ -239,18 +244,16 @@ def update_running_statistics(
     return mean.to(running_mean.dtype), var.to(running_var.dtype)
 
 
-def take_finite(old: Sequence[Tensor], new: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """New running statistics; the old ones where a single number of the new is inf or NaN. The device decides.
+def find_finite(statistics: Sequence[Tensor]) -> Tensor:
+    """Whether running statistics have neither inf nor NaN; the host does not wait for it.
 
     An overflow, whose step AMP's scaler skips, would stay in a moving average for ever.
 
     Args:
-        old, new: running mean and variance, [C] each; or those of several populations, [S, C].
+        statistics: mean and variance, [C] each; or those of several populations, [S, C].
 
     Returns:
-        Mean and variance likewise; and whether they are the new ones, [] or [S] of bool.
+        [] or [S] of bool.
     """
-    largest = torch.linalg.vector_norm(torch.cat(list(new), -1), float("inf"), -1)  # NaN, where there is one
-    is_finite = largest < float("inf")
-    is_taken = is_finite.unsqueeze(-1) if is_finite.dim() else is_finite
-    return [torch.where(is_taken, value, before) for before, value in zip(old, new, strict=True)], is_finite
+    largest = torch.linalg.vector_norm(torch.cat(list(statistics), -1), float("inf"), -1)  # NaN, where there is one
+    return largest < float("inf")

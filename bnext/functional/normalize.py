@@ -58,15 +58,21 @@ def normalize_parts(
         summing over workers is DDP's work. A second derivative is refused outside of transforms, as `reduce` is in
         them.
     """
-    mean, rstd = statistics.mean, (statistics.var + eps).rsqrt()
+    dtype = torch.promote_types(statistics.mean.dtype, torch.float32)  # a population may be of a half type
+    mean, rstd = statistics.mean.to(dtype), (statistics.var.to(dtype) + eps).rsqrt()
     if mini_batches is not None:
-        mean, rstd = mean[mini_batches], rstd[mini_batches]
+        mean, rstd = _take_rows(mean, mini_batches), _take_rows(rstd, mini_batches)
 
     if is_transformed() or is_exported():  # the operators that are left differentiate themselves
         return _scale_and_shift(weight, bias, mean, rstd, parts, features)
 
     vectors = weight, bias, mean, rstd, statistics.count
     return list(_NormalizeParts.apply(*vectors, mini_batches, parts, reduce, *features))
+
+
+def _take_rows(values: Tensor, index: Tensor) -> Tensor:
+    """Rows of [B, C], a view where there is one row to take."""
+    return values.expand(len(index), -1) if len(values) == 1 else values[index]
 
 
 def _scale_and_shift(
@@ -121,12 +127,16 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
     gamma = weight.to(rstd.dtype)
     totals = gamma * part_sums
-    if mini_batches is not None:
-        totals = totals.new_zeros(2, *count.shape, mean.shape[1]).index_add(1, mini_batches, totals)  # [2, B, C]
+    if mini_batches is not None and kernels.joins_features(totals):
+        totals = kernels.group_sums(totals, mini_batches, len(count))  # [2, B, C]
+    elif mini_batches is not None and len(count) == 1:
+        totals = totals.sum(1, keepdim=True)
+    elif mini_batches is not None:
+        totals = totals.new_zeros(2, *count.shape, mean.shape[1]).index_add_(1, mini_batches, totals)
     if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker
         totals = ctx.reduce(totals)
     averages = totals / count.clamp(min=1).unsqueeze(1)
-    if mini_batches is not None:
+    if mini_batches is not None and len(count) > 1:
         averages = averages[:, mini_batches]
 
     scale, slope, offset = gamma * rstd, -(rstd.pow(3)) * averages[1], -rstd * averages[0]

@@ -100,7 +100,7 @@ class ClassMasks:
         hidden = []
         ignored = self.find_ignored(labels, boxes, num_classes)
         for record, of_image in zip(self._records, ignored, strict=True):
-            columns = _find_columns(record, num_classes).to(of_image.device)
+            columns = _find_columns(record, num_classes).to(of_image.device, non_blocking=True)
             hidden.append(columns[None, :] | of_image[:, None])
         return torch.cat(hidden)
 

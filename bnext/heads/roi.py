@@ -104,16 +104,16 @@ class ImagesOfRois:
         if len(num_rois) < 2:
             return None
 
-        numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois))
+        numbers = _repeat_numbers(num_rois)
         if self.mixes:
             numbers = numbers[torch.randperm(len(numbers), device="cpu")]
-        return Groups(numbers.to(args[0].device), len(num_rois))
+        return Groups(numbers.to(args[0].device, non_blocking=True), len(num_rois))
 
     def _number_images(self, args: tuple[Any, ...], norm: BatchNorm2d) -> Groups:
         """The image of each RoI."""
         num_rois = self._check_known(args, norm)
-        numbers = torch.arange(len(num_rois)).repeat_interleave(torch.tensor(num_rois, dtype=torch.long))
-        return Groups(numbers.to(args[0].device), max(len(num_rois), 1))
+        numbers = _repeat_numbers(num_rois)
+        return Groups(numbers.to(args[0].device, non_blocking=True), max(len(num_rois), 1))
 
     def _spread_domains(
         self, active: tuple[str, ...], args: tuple[Any, ...], norms: list[BatchNorm2d]
@@ -138,6 +138,12 @@ class ImagesOfRois:
         if num_rois is None or num_features != sum(num_rois):
             raise IMAGES_NOT_KNOWN.of(f"{num_features} features for {num_rois} boxes", norm.where)
         return num_rois
+
+
+def _repeat_numbers(num_rois: Sequence[int]) -> Tensor:
+    """The number of its image for each RoI, on the CPU."""
+    counts = torch.tensor(list(num_rois), dtype=torch.long)
+    return torch.arange(len(num_rois)).repeat_interleave(counts, output_size=sum(num_rois))
 
 
 def _applies_rule(norm: BatchNorm2d, names: Sequence[str | None]) -> bool:

@@ -5,7 +5,7 @@ of each sample. Vectors are [P, C], one for each part.
 
 The files cpu.py, cuda.py and formula.py have the passes over one feature, which one_by_one.py makes into those here; a
 new device is a file like cuda.py and its row in `_BY_DEVICE`. It may take what it does not do better from cpu.py
-(torch's own kernels) or formula.py.
+(torch's own kernels) or formula.py. The files triton_*.py have them for whole lists.
 
 Shape letters in this folder: N samples, C channels, L features, P parts. A vector of a pass over one feature is [C], or
 [N, C] where each sample has its own.
@@ -26,13 +26,17 @@ from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_trans
 from bnext.errors import ConfigError, Refusal
 from bnext.kernels import compiled, cpu, cuda, formula
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
+from bnext.kernels.triton_passes import TritonPasses, is_triton_installed
 
 __all__ = [
     "Part",
     "backward_sums",
     "feature_gradients",
     "feature_statistics",
+    "group_statistics",
+    "group_sums",
     "has_exact_batch_norm",
+    "joins_features",
     "replaces_batch_norm",
     "is_one_part_each",
     "sample_statistics",
@@ -47,13 +51,20 @@ NO_COMPILER = Refusal(
     "be installed for compiled kernels",
     "Install g++ or name one in CXX; or use 'torch'.",
 )
+NO_TRITON = Refusal(
+    ConfigError,
+    "triton",
+    "be installed for its kernels, in a version whose kernels take tuples",
+    "On Linux torch for CUDA brings it; update torch, or use 'torch'.",
+)
 
-Kind = Literal["torch", "compiled"]
+Kind = Literal["torch", "compiled", "triton"]
 
 # A device without a row gets the CPU's: right everywhere.
-_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
+_BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": cuda.CudaOneByOne(cuda)}
 _BY_FORMULA = OneByOne(formula)
 _COMPILED = OneByOne(compiled)
+_TRITON = TritonPasses(cuda)
 _kind: Kind = "torch"
 
 
@@ -62,7 +73,8 @@ def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
 
     Args:
         kind: "torch": by torch's operators; "compiled": where it pays as loops that torch's compiler makes of several
-            operators, for all sizes of images at once.
+            operators, for all sizes of images at once; "triton": on a GPU by kernels that take all levels, groups or
+            domains of a norm at once, elsewhere as "torch".
 
     Raises:
         ConfigError: there is no such kind, or what it needs is not installed.
@@ -78,6 +90,8 @@ def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
         raise UNKNOWN_KIND.of(repr(kind), "use_kernels", kinds=", ".join(get_args(Kind)))
     if kind == "compiled" and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise NO_COMPILER.of("none", "use_kernels")
+    if kind == "triton" and not is_triton_installed():
+        raise NO_TRITON.of("none", "use_kernels")
 
     before = _kind
     _set_kind(kind)
@@ -105,6 +119,8 @@ def _choose(feature: Tensor, *, fits_any_size: bool = False) -> OneByOne:
     if is_kept or not (is_traced() or is_transformed() or not has_numbers(feature)):
         if _kind == "compiled" and not is_kept:
             return _COMPILED
+        if _kind == "triton" and not is_kept and _TRITON.takes(feature):
+            return _TRITON
         return _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
     return _BY_FORMULA
 
@@ -199,6 +215,37 @@ def feature_gradients(
     return _choose(features[0]).feature_gradients(features, grads, parts, *vectors)
 
 
+def group_statistics(
+    count: Tensor, mean: Tensor, var: Tensor, groups: Tensor, num_groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of groups of parts in one launch, always the same ones; where `joins_features`.
+
+    Args:
+        count: elements per channel of each part, [P].
+        mean, var: [P, C].
+        groups: [P], the group of each part, 0 to G - 1.
+        num_groups: G.
+
+    Returns:
+        Count [G], mean and variance [G, C]; 0 for a group without parts.
+    """
+    return _TRITON.group_statistics(count, mean, var, groups, num_groups)
+
+
+def group_sums(sums: Tensor, groups: Tensor, num_groups: int) -> Tensor:
+    """The sums of groups of parts, likewise.
+
+    Args:
+        sums: [2, P, C].
+        groups: [P], the group of each part, 0 to G - 1.
+        num_groups: G.
+
+    Returns:
+        [2, G, C].
+    """
+    return _TRITON.group_sums(sums, groups, num_groups)
+
+
 def has_exact_batch_norm(feature: Tensor) -> bool:
     """Whether torch's own `batch_norm` normalizes a feature by its mini-batch without losing digits on this device.
 
@@ -207,6 +254,15 @@ def has_exact_batch_norm(feature: Tensor) -> bool:
     """
     passes = _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
     return bool(passes.file.has_exact_batch_norm(feature))
+
+
+def joins_features(feature: Tensor) -> bool:
+    """Whether the passes take several features like this one in one launch, and so more quickly than one by one.
+
+    Args:
+        feature: [N, C, ...].
+    """
+    return _choose(feature) is _TRITON
 
 
 def replaces_batch_norm(feature: Tensor) -> bool:

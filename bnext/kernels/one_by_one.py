@@ -88,10 +88,9 @@ def _sum_parts(sums: Sequence[Tensor], parts: Sequence[Part], num_parts: int) ->
     total = sums[0].new_zeros(2, num_parts, sums[0].shape[-1])
     for vectors, part in zip(sums, parts, strict=True):
         if isinstance(part, Tensor):
-            total = total.index_add(1, part, vectors)
+            total.index_add_(1, part, vectors)
         else:
-            index = torch.full((1,), part, device=vectors.device)
-            total = total.index_add(1, index, vectors.unsqueeze(1))
+            total[:, part].add_(vectors)
     return total
 
 

@@ -31,7 +31,7 @@ from bnext.functional import (
     number_groups,
     part_moments,
 )
-from bnext.kernels import has_exact_batch_norm, replaces_batch_norm
+from bnext.kernels import has_exact_batch_norm, joins_features, replaces_batch_norm
 from bnext.layers.mini_batch import MeasuredCall, PartsCall, index_mini_batches, merge_measured, normalize_measured
 from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
@@ -293,6 +293,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return False  # ONNX gets the kernel's training mode as evaluation, and a size of one element may come later
         if self.training and call.spec.training == "renorm":
             return False
+        if len(features) > 1 and joins_features(features[0]):
+            return False
 
         for feature, source in zip(features, sources, strict=True):
             if not isinstance(source, int) or (size is not None and len(feature) > size):
@@ -385,6 +387,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         statistics = moments
         if owners is not None:
             statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
+        merged = statistics if virtual is None else None
         if is_exported():
             statistics = select_single_elements(self, statistics, moments, grouping, part_names, call)
         elif may_have_single_elements(features, grouping, measured.group is not None):
@@ -393,13 +396,14 @@ class BatchNorm2d(OwnedBatchNorm2d):
         weight, bias = self.stack_affines(part_names, moments.mean)
         if self.training and call.spec.training == "renorm" and self.has_population:
             weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
-        return PartsCall(features, measured.parts, weight, bias, statistics, grouping.mini_batches)
+        return PartsCall(features, measured.parts, weight, bias, statistics, grouping.mini_batches, merged)
 
-    def move_by_mini_batch(self, measured: MeasuredCall, moments: Moments) -> None:
+    def move_by_mini_batch(self, measured: MeasuredCall, moments: Moments, merged: Moments | None) -> None:
         """Let the populations take in a call; its virtual samples count once for a source, in however many groups.
 
         Args:
             measured, moments: see `settle`.
+            merged: see `PartsCall`.
         """
         names, call = measured.names, measured.call
         sources = list(measured.grouping.sources)
@@ -408,7 +412,9 @@ class BatchNorm2d(OwnedBatchNorm2d):
             sources = list(range(max(sources) + 1))
             moments = group_moments(moments, owners, len(sources))  # first: a group may be empty
             moments = enlarge_parts(moments, [call.virtual.get(names[source]) for source in sources])
-        self.move_populations(moments, sources, names, call)
+
+        known = None if merged is None else (measured.grouping.mini_batches, merged)
+        self.move_populations(moments, sources, names, call, known)
 
     def _renormalize(
         self, weight: Tensor, bias: Tensor, statistics: Moments, owners: Tensor | None, part_names: Sequence[str]

@@ -63,7 +63,7 @@ def use_groups(module: nn.Module, groups: Tensor | Sequence[int], num_groups: in
         True
     """
     norms = find_grouping_norms(module)
-    numbers = _check_groups(groups, num_groups).to(_find_device(norms))
+    numbers = _check_groups(groups, num_groups).to(_find_device(norms), non_blocking=True)
     return Scope(groups=dict.fromkeys(norms, Groups(numbers, num_groups)))
 
 

@@ -64,6 +64,7 @@ class PartsCall(NamedTuple):
     Args:
         features, parts, weight, bias, statistics: see there.
         mini_batches: for each part its mini-batch, as a number.
+        merged: moments of the mini-batches as they were measured, [B]; None: virtual samples are among them.
     """
 
     features: list[Tensor]
@@ -72,6 +73,7 @@ class PartsCall(NamedTuple):
     bias: Tensor
     statistics: Moments
     mini_batches: tuple[int, ...]
+    merged: Moments | None = None
 
 
 def normalize_measured(calls: Sequence[MeasuredCall]) -> list[list[Tensor]]:
@@ -92,8 +94,8 @@ def normalize_measured(calls: Sequence[MeasuredCall]) -> list[list[Tensor]]:
     reduce = partial(all_reduce_sum, group=group, where=f"backward of {_name_norms(calls)}") if group else None
     outputs = iter(normalize_parts(*joined[:4], eps, joined.statistics, mini_batches, reduce))
 
-    for call, moments in zip(calls, every_moments, strict=True):
-        call.norm.move_by_mini_batch(call, moments)
+    for call, moments, one in zip(calls, every_moments, settled, strict=True):
+        call.norm.move_by_mini_batch(call, moments, one.merged)
     return [[next(outputs) for _ in call.features] for call in calls]
 
 

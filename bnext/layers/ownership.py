@@ -22,11 +22,11 @@ from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, DomainError, Refusal, StatisticsError
 from bnext.functional import (
     Moments,
+    find_finite,
     group_moments,
     make_index,
     merge_moments,
     number_groups,
-    take_finite,
     update_running_statistics,
 )
 from bnext.layers.counts import UnseenCount, counts_of
@@ -658,7 +658,12 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
 
     @torch.no_grad()
     def move_populations(
-        self, moments: Moments, sources: Sequence[int], names: tuple[str, ...], call: NormCall
+        self,
+        moments: Moments,
+        sources: Sequence[int],
+        names: tuple[str, ...],
+        call: NormCall,
+        merged: tuple[tuple[int, ...], Moments] | None = None,
     ) -> None:
         """One update of a population per mini-batch, in the order of the sources; groups are merged first.
 
@@ -667,6 +672,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             sources: for each part the index of its source in `names`.
             names: of the sources that may occur.
             call: what the call knows.
+            merged: for each part the number of its mini-batch, and the moments of these, where they are known already.
         """
         if not any(self.is_moving(name, call) for name in names):
             return
@@ -674,7 +680,9 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         of_parts = [names[source] for source in sources]
         answers = (call.spec.statistics, call.spec.population)
         units = number_groups(tuple(tuple(self.find_owner(a, name) for a in answers) for name in of_parts))
-        if units != tuple(range(len(units))):
+        if merged is not None and merged[0] == units:
+            moments = merged[1]
+        elif units != tuple(range(len(units))):
             moments = group_moments(moments, make_index(units, moments.mean.device), max(units) + 1)
 
         of_units = [of_parts[units.index(unit)] for unit in range(max(units) + 1)]
@@ -703,15 +711,15 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
     def _move(self, names: Sequence[str], moments: Moments) -> None:
         """Let the population of each source take in the moments of a mini-batch, [S]."""
         states: list[Any] = [self.population_state(name) for name in names]
-        old_mean = torch.stack([state.running_mean for state in states])
-        old_var = torch.stack([state.running_var for state in states])
+        old_mean = _stack_fields(states, "running_mean")
+        old_var = _stack_fields(states, "running_var")
 
         momentum: float | Tensor | None = self.momentum
         if momentum is None:
-            tracked = torch.stack([state.num_batches_tracked for state in states])
+            tracked = _stack_fields(states, "num_batches_tracked")
             momentum = 1 / (tracked + 1).to(moments.mean.dtype)
-        new = update_running_statistics(old_mean, old_var, moments, momentum)
-        (mean, var), is_finite = take_finite((old_mean, old_var), new)
+        mean, var = update_running_statistics(old_mean, old_var, moments, momentum)
+        is_finite = find_finite((mean, var))
         is_counted = is_finite & (moments.count >= 2)
 
         for state, *values in zip(states, mean, var, is_finite, is_counted, strict=True):
@@ -725,7 +733,7 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
             state: whose they are, a `population_state`.
             mean, var: [C].
         """
-        (mean, var), is_finite = take_finite((state.running_mean, state.running_var), (mean, var))
+        is_finite = find_finite((mean, var))
         self._write_statistics(state, mean, var, is_finite, is_finite)
 
     def _write_statistics(self, state: Any, mean: Tensor, var: Tensor, is_finite: Tensor, is_counted: Tensor) -> None:
@@ -734,7 +742,10 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         # Through .data, as torch's kernel does: another call's graph may hold the buffers, and not need them.
         has_data = not (is_transformed() or is_exported())  # which lose it, or refuse it
         for buffer, value in ((state.running_mean, mean), (state.running_var, var)):
-            (buffer.data if has_data else buffer).copy_(value)
+            if has_data and not is_traced():
+                torch.where(is_finite, value, buffer, out=buffer.data)
+            else:
+                (buffer.data if has_data else buffer).copy_(torch.where(is_finite, value, buffer))
 
         if state.num_batches_tracked is not None:
             state.num_batches_tracked.add_(is_counted)
@@ -826,6 +837,12 @@ class OwnedBatchNorm2d(KeptBatchNorm2d):
         if verdict is None or not verdict.is_of(mean, var):
             return False
         return self.training or verdict.versions == (mean._version, var._version)
+
+
+def _stack_fields(states: Sequence[Any], name: str) -> Tensor:
+    """A field of each state, [S, ...]; of one alone it is no copy."""
+    fields: list[Tensor] = [getattr(state, name) for state in states]
+    return fields[0].unsqueeze(0) if len(fields) == 1 else torch.stack(fields)
 
 
 def check_statistics(mean: Tensor, var: Tensor, where: str, remedy: str) -> None:

@@ -1,5 +1,7 @@
 """The choice of kernels, and those that torch's compiler makes."""
 
+import sys
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -32,6 +34,9 @@ def test_unknown_kernels_are_refused(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="CXX"):
         use_kernels("compiled")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ConfigError, match="triton"):
+        use_kernels("triton")
     assert get_file() is cpu
 
 

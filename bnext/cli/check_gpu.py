@@ -1,0 +1,145 @@
+"""`bnext check-gpu`: what norms must show on a GPU, as a table and a file."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import importlib.util
+import platform
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from bnext.files import write_json
+from bnext.proofs import Check, Outcome, list_checks, run_checks
+from bnext.proofs.parity import measure_difference
+from bnext.tables import format_rows
+
+__all__ = ["DESCRIPTION", "add_arguments", "check_gpu", "main"]
+
+DESCRIPTION = """Prove the norms on a GPU: parity with float64 on a CPU, no wait of the host, speed.
+
+    bnext check-gpu
+    bnext check-gpu --json output/gpu.json
+    bnext check-gpu --device cpu --quick    # try the checks themselves, in seconds
+
+It takes at most four minutes and needs torch and this package alone. The exit status is 1 where a number is wrong."""
+SECONDS = 225.0  # after which no check begins
+_GOALS = ("waits", "speed")  # wanted; the others are demanded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write every number there, too")
+    parser.add_argument("--quick", action="store_true", help="a few checks, in seconds")
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: its words; None: those of this process.
+        prog: how its help calls it; None: as the file that runs.
+
+    Returns:
+        The exit status: 0, 1 where something is wrong, or 2 for a mistake that the user can mend.
+    """
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=prog, description=DESCRIPTION, formatter_class=as_written)
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        print("error: --device must be there; torch finds no GPU. Use --device cpu.", file=sys.stderr)
+        return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return check_gpu(device, args.json, args.quick)
+
+
+def check_gpu(device: torch.device, file: str | None = None, quick: bool = False) -> int:
+    """Run all checks of a device, print their table, and write it if a file is named; the exit status."""
+    about = _describe(device)
+    print(", ".join(about.values()), flush=True)
+
+    checks = list_checks(device, quick)
+    if not quick and importlib.util.find_spec("detectron2") is not None:
+        checks.append(Check("detector", "losses of RetinaNet", _measure_losses, 1e-3))
+    outcomes = list(run_checks(checks, device, SECONDS))
+
+    print(format_outcomes(outcomes))
+    for outcome in outcomes:
+        if outcome.failure:
+            print(f"{outcome.part}, {outcome.name}: {outcome.failure}")
+    if file is not None:
+        write_json(file, {"about": about, "checks": [dataclasses.asdict(outcome) for outcome in outcomes]})
+    return int(any(not outcome.is_passed for outcome in outcomes if not outcome.part.startswith(_GOALS)))
+
+
+def _describe(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    cuda = f"CUDA {torch.version.cuda}" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return {"device": name, "torch": f"torch {torch.__version__}", "cuda": cuda, "date": f"{datetime.date.today()}"}
+
+
+def format_outcomes(outcomes: Iterable[Outcome]) -> str:
+    """A line for each check that has a number of its own to show; of each kind of parity one, with its worst case."""
+    by_part: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_part.setdefault(outcome.part, []).append(outcome)
+
+    rows: list[list[str]] = []
+    for part, of_part in by_part.items():
+        if part.startswith("parity"):
+            rows.append(_summarize(part, of_part))
+        else:
+            rows += [[part, *_describe_outcome(outcome)] for outcome in of_part]
+    return format_rows(rows, ["part", "check", "number", "limit", "verdict"], num_texts=2)
+
+
+def _summarize(part: str, outcomes: Sequence[Outcome]) -> list[str]:
+    num_passed = sum(outcome.is_passed for outcome in outcomes)
+    worst = max(outcomes, key=_rank)
+    name, value, limit, _ = _describe_outcome(worst)
+    return [part, f"worst of {len(outcomes)}: {name}", value, limit, f"{num_passed} of {len(outcomes)} right"]
+
+
+def _rank(outcome: Outcome) -> float:
+    """How near to its limit, or beyond."""
+    return float("inf") if outcome.value is None else outcome.value / outcome.limit
+
+
+def _describe_outcome(outcome: Outcome) -> list[str]:
+    right, wrong = ("reached", "missed") if outcome.is_goal else ("right", "wrong")
+    return [outcome.name, _describe_value(outcome), f"{outcome.limit:.3g}", right if outcome.is_passed else wrong]
+
+
+def _describe_value(outcome: Outcome) -> str:
+    return "failed" if outcome.value is None else f"{outcome.value:.2g}"
+
+
+def _measure_losses(device: torch.device) -> float:
+    """Losses of a detector whose norms are ours, on the device and on a CPU; where detectron2 is installed."""
+    from detectron2.modeling import build_model
+    from detectron2.structures import Boxes, Instances
+    from detectron2.utils.events import EventStorage
+
+    from bnext.config import load_config
+    from bnext.config.files import get_config_file
+
+    torch.manual_seed(0)
+    pairs = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", "MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
+    model = build_model(load_config(get_config_file("Digits-Detection/retinanet_R_18_FPN.yaml"), pairs))
+    instances = Instances((128, 128), gt_boxes=Boxes(torch.tensor([[8.0, 8.0, 60.0, 60.0]])))
+    instances.gt_classes = torch.tensor([1])
+    batch = [{"image": 255 * torch.rand(3, 128, 128), "instances": instances} for _ in range(2)]
+
+    losses = []
+    with EventStorage():
+        for place in (torch.device("cpu"), device):
+            losses.append(copy.deepcopy(model).to(place)(batch))
+    return measure_difference(losses[1], losses[0])
