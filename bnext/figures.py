@@ -1,20 +1,22 @@
 """One style for all pictures: colours that colour-blind people tell apart, sizes in pixels, and files that are whole.
 
-No global state of matplotlib is read or changed: pyplot, which may want a display, is not used.
+No global state of matplotlib is read or changed: pyplot, which may want a display, is not used. It is imported with
+the first picture, as most runs draw none.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image
 
 from bnext.files import replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["COLORS", "DPI", "GREY", "INK", "PLAIN", "is_dark", "make_figure", "save_figure", "style_axes", "to_points"]
 
@@ -40,6 +42,8 @@ def make_figure(width: float, height: float, *, by_hand: bool = False) -> Figure
         width, height: pixels.
         by_hand: whether all axes are placed by the caller; else matplotlib keeps them apart.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     if not by_hand:
         figure.set_layout_engine("constrained")
@@ -48,6 +52,8 @@ def make_figure(width: float, height: float, *, by_hand: bool = False) -> Figure
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> Path:
     """Write a figure as PNG, whole or not at all; folders are made."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(figure)

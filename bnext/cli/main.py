@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import bnext.cli.start  # noqa: F401  before all that takes time
+from bnext.garbage import without_collection
 from bnext.packages import explain_missing
 from bnext.text import find_near
 
@@ -117,7 +118,8 @@ def _import_command(name: str) -> ModuleType:
 
 def _run(name: str, words: Sequence[str], prog: str | None) -> int:
     try:
-        command = _import_command(name)
+        with without_collection():
+            command = _import_command(name)
     except ImportError as error:
         refusal = explain_missing(error)
         if refusal is None:

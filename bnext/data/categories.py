@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from detectron2.utils.file_io import PathManager
 
 from bnext.files import read_stamp
 
-__all__ = ["read_categories"]
+__all__ = ["keep_categories", "read_categories"]
 
 _CATEGORIES = re.compile(r'"categories"\s*:\s*(?=\[)')
-_read: dict[tuple[str, int, int], tuple[dict[str, Any], ...]] = {}  # by path, time and size of the annotation file
+Stamp = tuple[str, int, int]  # of the annotation file: path, time and size
+_read: dict[Stamp, tuple[dict[str, Any], ...]] = {}
 
 
 def read_categories(json_file: str) -> tuple[dict[str, Any], ...] | None:
@@ -32,9 +34,19 @@ def read_categories(json_file: str) -> tuple[dict[str, Any], ...] | None:
         else:
             categories = json.loads(text)["categories"]
 
-        by_id = {category["id"]: {**category, "name": str(category["name"])} for category in categories}
-        _read[key] = tuple(by_id[number] for number in sorted(by_id))
+        keep_categories(key, categories)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
     return _read[key]
+
+
+def keep_categories(key: Stamp, categories: Iterable[Mapping[str, Any]]) -> None:
+    """Remember the categories of a file, which somebody has parsed.
+
+    Args:
+        key: `read_stamp` of the file, from before it was read.
+        categories: as they are in it, in any order.
+    """
+    by_id = {category["id"]: {**category, "name": str(category["name"])} for category in categories}
+    _read[key] = tuple(by_id[number] for number in sorted(by_id))

@@ -9,8 +9,6 @@ for each task; its objects and pictures are checked in `check_objects` and `chec
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
 import logging
 import os
@@ -25,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 
 from bnext.data.catalog import datasets_root, is_coco_entry
+from bnext.data.categories import keep_categories
 from bnext.data.check_images import Pictures, check_files, check_sizes, read_side
 from bnext.data.check_objects import Fault, Notice, Objects, Task, check_objects, read_boxes
 from bnext.data.check_records import check_records
@@ -35,6 +34,7 @@ from bnext.data.listed_sets import KEY, is_listed
 from bnext.data.records import check_registered
 from bnext.errors import DatasetError, list_few
 from bnext.files import read_stamp
+from bnext.garbage import without_collection
 from bnext.notices import tell_once
 
 __all__ = ["EVALUATORS", "RegisteredSet", "check_datasets", "examine_dataset"]
@@ -169,7 +169,7 @@ def examine_dataset(
     dataset = RegisteredSet(name, json_file, image_root, check_images, task)
 
     if json_file and metadata.get("evaluator_type") in EVALUATORS:
-        with _without_collection():
+        with without_collection():
             for finding in _check_file(dataset):
                 yield dataset, finding
 
@@ -220,7 +220,8 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     """The summary of an annotation file that keeps all rules, made once until the file changes."""
     path = PathManager.get_local_path(dataset.json_file)
     try:
-        key = (*read_stamp(path), replace(dataset.task, num_classes=None))
+        stamp = read_stamp(path)
+        key = (*stamp, replace(dataset.task, num_classes=None))
         if key in _summaries:
             return _summaries[key]
 
@@ -247,7 +248,8 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
         for fault in rule(content, dataset.json_file):
             is_whole = False
             yield fault
-    for finding in _check_contents(content, dataset.task):
+    pictures = _list_pictures(content)
+    for finding in _check_contents(content, pictures, dataset.task):
         if isinstance(finding, Fault):
             is_whole = False
             yield finding
@@ -257,12 +259,13 @@ def _summarize_file(dataset: RegisteredSet) -> Generator[Fault, None, Summary]:
     categories = {category["id"]: category["name"] for category in content["categories"]}
     summary = Summary(
         categories=tuple(categories[key] for key in sorted(categories)),
-        pictures=_list_pictures(content),
+        pictures=pictures,
         num_annotations=len(content["annotations"]) if "annotations" in content else None,
         notices=tuple(notices),
     )
     if is_whole:  # whoever goes on after a fault asks again
         _summaries[key] = summary
+        keep_categories(stamp, content["categories"])
     return summary
 
 
@@ -271,27 +274,14 @@ def _load_json(path: str) -> Any:
         return json.load(file)
 
 
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """A block without garbage collection: nothing of a file is garbage, and COCO's takes half the time."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
-
-
 def _list_pictures(content: Content) -> Pictures:
     images = content["images"]
     sizes = np.array([(read_side(image["width"]), read_side(image["height"])) for image in images])
     return Pictures("", tuple(image["file_name"] for image in images), sizes)
 
 
-def _check_contents(content: Content, task: Task) -> Iterator[Fault | Notice]:
+def _check_contents(content: Content, pictures: Pictures, task: Task) -> Iterator[Fault | Notice]:
     """Pictures and objects of a file whose entries are whole."""
-    pictures = _list_pictures(content)
     unknown = np.flatnonzero(np.isnan(pictures.sizes).any(axis=1)).tolist()
     if unknown:
         yield Fault("The width and height of images", "be numbers", f"NaN in {pictures.file_names[unknown[0]]}")

@@ -170,26 +170,28 @@ def check_objects(objects: Objects, task: Task) -> Iterator[Fault | Notice]:
 
 def read_boxes(boxes: Sequence[Any], ids: Sequence[Any]) -> np.ndarray | Fault:
     """[N, 4] of boxes as they were written; the fault of the first that is none."""
-    if not _are_numbers(boxes, 4):
+    array = _stack_numbers(boxes, 4)
+    if array is None:
         for box, name in zip(boxes, ids, strict=True):
             if _measure(box) != 4 or not all(map(is_number, box)):
                 return Fault("The bbox of annotations", BOX_RULE, f"{_shorten(box)} in annotation {name}")
+        array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
 
-    array = np.array(boxes, dtype=np.float64).reshape(-1, 4)
     odd = np.flatnonzero(np.abs(array).max(axis=1, initial=0) > MOST).tolist()
     if odd:
         return Fault("The bbox of annotations", BOX_RULE, f"{_shorten(boxes[odd[0]])} in annotation {ids[odd[0]]}")
     return array
 
 
-def _are_numbers(lists: Sequence[Any], length: int) -> bool:
-    """Whether all are lists of that many finite numbers of Python's; False: only a look at each can tell."""
+def _stack_numbers(lists: Sequence[Any], length: int) -> np.ndarray | None:
+    """[N, length] of lists of so many finite numbers of Python's; None: only a look at each can tell what they are."""
     if not set(map(_measure, lists)) <= {length} or not set(map(type, chain.from_iterable(lists))) <= {int, float}:
-        return False
+        return None
     try:
-        return bool(np.isfinite(np.array(lists, dtype=np.float64)).all())
+        array = np.array(lists, dtype=np.float64).reshape(len(lists), length)
     except OverflowError:  # a whole number beyond the range of floats
-        return False
+        return None
+    return array if np.isfinite(array).all() else None
 
 
 def _is_list(value: object) -> bool:
@@ -567,7 +569,7 @@ def _name_way_out(remedy: str, task: Task) -> str:
 
 def _find_unreadable_keypoints(objects: Objects) -> Iterator[Fault]:
     """Detectron2's reader adds to them, whatever is trained on."""
-    given = [index for index, value in enumerate(objects.keypoints) if _is_list(value) or value]
+    given = [index for index, value in enumerate(objects.keypoints) if value is not None and (_is_list(value) or value)]
     lists = [objects.keypoints[index] for index in given]
     if all(map(_is_list, lists)) and set(map(type, chain.from_iterable(lists))) <= {int, float}:
         try:
@@ -586,7 +588,7 @@ def _find_unreadable_keypoints(objects: Objects) -> Iterator[Fault]:
 def _find_odd_keypoints(objects: Objects, is_crowd: np.ndarray, task: Task) -> Iterator[Fault]:
     length = 3 * (task.num_keypoints or 0)
     indices = _list(~is_crowd)
-    if _are_numbers([objects.keypoints[index] for index in indices], length):
+    if _stack_numbers([objects.keypoints[index] for index in indices], length) is not None:
         return
 
     for index in indices:

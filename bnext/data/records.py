@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -21,6 +22,7 @@ from bnext.data.corrupted_sets import register_variant
 from bnext.data.domains import name_source
 from bnext.data.listed_sets import register_listed_sets
 from bnext.errors import BNextError, DatasetError, Refusal
+from bnext.garbage import without_collection
 from bnext.text import find_near
 from bnext.user_modules import list_imported, mentions
 
@@ -117,6 +119,7 @@ def check_registered(name: str) -> None:
     raise _UNKNOWN.of(f"'{name}', which is not", nearest)
 
 
+@without_collection()
 def load_records(name: str, cfg: CfgNode) -> list[Record]:
     """The records of one data set, labelled or not.
 
@@ -144,6 +147,7 @@ def load_records(name: str, cfg: CfgNode) -> list[Record]:
     return name_source(cfg, name, records)
 
 
+@without_collection()
 def read_registered(name: str) -> Any:
     """The answer of the function that a data set was registered with: mostly a list of records.
 
@@ -193,6 +197,7 @@ def _find_proposals(name: str, cfg: CfgNode) -> list[str]:
     return [file for test_name, file in pairs if test_name == name] or list(files)
 
 
+@without_collection()
 def load_train_records(cfg: CfgNode) -> list[Record]:
     """The records of all training sets, without those that nothing can be learned from.
 
@@ -252,14 +257,20 @@ def _drop_empty(cfg: CfgNode, joined: Any, min_keypoints: int) -> Any:
     names = list(cfg.DATASETS.TRAIN)
     classes = MetadataCatalog.get(names[0]).get("thing_classes")
     if are_found_by_name(cfg, is_training=True):
-        print_instances_class_histogram(joined, find_trained_classes(cfg))
+        _tell_classes(joined, find_trained_classes(cfg))
     elif classes is not None:
         check_metadata_consistency("thing_classes", names)
-        print_instances_class_histogram(joined, classes)
+        _tell_classes(joined, classes)
 
     if not joined:
         raise _NOTHING_LEFT.of("none", where=", ".join(names))
     return joined
+
+
+def _tell_classes(records: Sequence[Record], classes: Any) -> None:
+    """Log the objects of each class, as Detectron2 does: of one record with all of them, as it takes 10 us a record."""
+    objects = list(chain.from_iterable(record["annotations"] for record in records))
+    print_instances_class_histogram([{"annotations": objects}], classes)
 
 
 def has_labels(records: Iterable[Record], keys: Sequence[str] = ("annotations",)) -> bool:

@@ -25,6 +25,7 @@ from bnext.data.records import load_records
 from bnext.evaluation.coco_engine import can_measure, find_fast_engine, measure
 from bnext.evaluation.ground_truth import convert_records, is_crowd, join_categories, mend
 from bnext.files import replace_file
+from bnext.garbage import without_collection
 from bnext.notices import tell_once
 
 __all__ = ["COCOEvaluator"]
@@ -61,6 +62,7 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         engine: the library that computed it.
     """
 
+    @without_collection()
     def __init__(self, cfg: CfgNode, dataset_name: str, output_dir: str) -> None:
         self.image_ids: list[Any] | None = None
         self.parts: Mapping[str, Sequence[Any]] = {}
@@ -120,6 +122,7 @@ class COCOEvaluator(detectron2.evaluation.COCOEvaluator):
         listed.pred_classes = places[places >= 0]
         return {**output, "instances": listed}
 
+    @without_collection()
     def evaluate(self, img_ids: list[Any] | None = None) -> dict[str, Any]:
         if img_ids is None and self.image_ids is not None and len(set(self.image_ids)) < self.num_listed:
             img_ids = self.image_ids

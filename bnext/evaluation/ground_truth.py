@@ -24,6 +24,7 @@ from bnext.data.check_objects import has_corners
 from bnext.data.classes import IGNORED, LEFT_OUT, rename_categories
 from bnext.data.records import Record
 from bnext.errors import DatasetError, Refusal, list_few
+from bnext.garbage import without_collection
 from bnext.notices import tell_once
 from bnext.numbers import is_number
 
@@ -49,6 +50,7 @@ _INVALID = Refusal(
 _LARGEST_AREA = 1e10  # pycocotools leaves out what is larger
 
 
+@without_collection()
 def read_ground_truth(name: str, records: Iterable[Record]) -> Content:
     """Images, annotations and categories of a set, in COCO's format.
 

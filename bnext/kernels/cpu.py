@@ -166,6 +166,12 @@ def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor)
 
 
 def _scale_into(output: Tensor, feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> None:
+    if len(feature) == 1:
+        vectors, unused = (scale[0], shift[0], mean[0], torch.ones_like(mean[0])), mean.new_empty(0)
+        batch_norm = torch.ops.aten.native_batch_norm.out
+        batch_norm(feature, *vectors, False, 0.0, 0.0, out=output, save_mean=unused, save_invstd=unused)
+        return
+
     torch.sub(feature, along_channels(mean, feature), out=output)
     torch.addcmul(along_channels(shift, feature), output, along_channels(scale, feature), out=output)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -22,10 +23,11 @@ _ALIKE = 0.2  # standard deviations between calls from which on one moving avera
 
 def _examine(facts: Facts) -> Iterator[Evidence]:
     by_place: dict[str, dict[str, tuple[int, float | None]]] = {}
+    usual = _find_usual_updates(facts)
     for norm in facts.batch_norms:
         if not norm.is_by_mini_batch or norm.record.population != "shared":
             continue
-        number, distance = _look(facts, norm)
+        number, distance = _look(facts, norm, usual)
         if number > 1:
             by_place.setdefault(norm.place, {})[norm.path] = number, distance
 
@@ -86,7 +88,7 @@ def _has_one_size(facts: Facts, paths: Iterable[str]) -> bool:
     return any(len(calls) > 1 and len({call.size for call in calls}) == 1 for calls in every)
 
 
-def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
+def _look(facts: Facts, norm: NormFacts, usual: int | None) -> tuple[int, float | None]:
     """The features that a norm normalizes apart in one forward, and how far apart they are, where that was seen."""
     is_apart = is_per_level(norm.record.statistics)
     number, distances = 0, []
@@ -97,7 +99,7 @@ def _look(facts: Facts, norm: NormFacts) -> tuple[int, float | None]:
             distances.append(_measure(groups))
 
     if number == 0 and (is_apart or not norm.record.domains):
-        number = len(norm.levels) or _count_in_steps(facts, norm) or _count_by_updates(facts, norm)
+        number = len(norm.levels) or _count_in_steps(facts, norm) or _count_by_updates(facts, norm, usual)
     return number, max(distances, default=None)
 
 
@@ -107,13 +109,17 @@ def _count_in_steps(facts: Facts, norm: NormFacts) -> int:
     return number if number >= _LEAST_UNSEEN else 0
 
 
-def _count_by_updates(facts: Facts, norm: NormFacts) -> int:
+def _find_usual_updates(facts: Facts) -> int | None:
+    """The number of updates that most populations have counted."""
+    counts = Counter(population.num_updates for norm in facts.batch_norms for population in norm.populations)
+    return max(set(counts), key=counts.__getitem__, default=None)
+
+
+def _count_by_updates(facts: Facts, norm: NormFacts, usual: int | None) -> int:
     """The features of a forward by the updates that a file has counted, for one of those that most norms have.
 
     Twice as many are not taken for two features: a recomputation counts them, too. 0: not known.
     """
-    counts = [population.num_updates for other in facts.batch_norms for population in other.populations]
-    usual = max(set(counts), key=counts.count, default=None)
     updates = norm.populations[0].num_updates if norm.populations else None
     if not usual or not updates or facts.steps is not None:
         return 0

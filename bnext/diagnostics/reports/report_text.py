@@ -12,6 +12,7 @@ from bnext.diagnostics.fold_paths import fold_paths
 from bnext.diagnostics.recommend import Advice
 from bnext.diagnostics.registry import find_checks
 from bnext.diagnostics.reports.overview import Overview, find_facets, summarize_norms
+from bnext.garbage import without_collection
 from bnext.text import flatten_text
 
 __all__ = ["DEEPER", "explain_check", "find_next", "format_text", "list_checks", "summarize", "write_pairs"]
@@ -37,6 +38,7 @@ _NEXT: Mapping[Depth, tuple[tuple[str, ...], str]] = {
 }
 
 
+@without_collection()
 def format_text(
     diagnosis: Diagnosis,
     *,
