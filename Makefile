@@ -42,11 +42,12 @@ bench bench-all: export MALLOC_TOP_PAD_ = 67108864
 bench: setup
 	$(RUN) -m bench --json output/bench.json --plot output/bench.png
 
-# The slow claims, too: steps of whole detectors, population statistics, the evaluation.
+# The slow claims, too: steps of whole detectors, population statistics, the evaluation, whole runs.
 bench-all: setup
 	$(RUN) -m bench --all --json output/bench_all.json --plot output/bench_all.png
 	$(RUN) -m bench.population_statistics
 	$(RUN) -m bench.evaluation_speed
+	$(RUN) -m bench.whole_runs
 
 # The site opens from the file system: output/docs/index.html.
 docs: setup

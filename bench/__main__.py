@@ -37,7 +37,7 @@ from bench import (
 from bench.harness import Row, Setting
 from bench.pairs import Limits
 from bench.picture import draw_record
-from bench.results import (
+from bench.record import (
     Failure,
     Record,
     Result,

@@ -10,7 +10,7 @@ from torch import nn
 
 from bench.harness import CHANNELS, Arm, Comparison, Features, Setting, Shapes, compiling_afresh, draw_features
 from bench.levels import PYRAMID, make_concatenated, make_row_1
-from bench.results import Quantity, Result
+from bench.record import Quantity, Result
 from bnext import use_kernels
 
 __all__ = ["ROWS"]

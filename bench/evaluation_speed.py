@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from bench.results import write_figures
+from bench.record import write_figures
 from bnext.cli.run_command import run_command
 from bnext.errors import BNextError
 from bnext.evaluation.coco_engine import find_fast_engine, measure

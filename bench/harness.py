@@ -18,7 +18,7 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 from bench.pairs import Limits, Timer, time_pairs
-from bench.results import Failure, LeftOut, Quantity, Result, Speed
+from bench.record import Failure, LeftOut, Quantity, Result, Speed
 from bnext.errors import BNextError, ConfigError, Refusal
 from bnext.kernels import Kind, use_kernels
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from bench.harness import LAYOUTS, Arm, Setting, Shapes, count_bytes, draw_features
-from bench.results import Quantity, Result
+from bench.record import Quantity, Result
 
 __all__ = ["PeakMemory", "measure_peak"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.harness import NOT_EQUAL, Setting
 from bench.pairs import Timer, time_pairs
-from bench.results import Result, Speed
+from bench.record import Result, Speed
 from bench.training_steps import RETINANET, SECONDS, TOLERANCE, draw_batch
 from bnext import recompute_population_statistics
 from bnext.evaluation.reestimate import is_level_norm

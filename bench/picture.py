@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from bench.results import Record, Speed
+from bench.record import Record, Speed
 from bnext.figures import COLORS, GREY, INK, make_figure, save_figure, style_axes, to_points
 
 __all__ = ["draw_record"]

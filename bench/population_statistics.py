@@ -27,7 +27,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn.precise_bn import update_bn_stats
 from torch import nn
 
-from bench.results import write_figures
+from bench.record import write_figures
 from bnext import recompute_population_statistics
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.cli.run_command import run_command

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.harness import Setting
-from bench.results import Quantity, Result
+from bench.record import Quantity, Result
 from bnext.data.catalog import ensure_digits
 from bnext.errors import BNextError, Refusal
 

@@ -13,7 +13,7 @@ from torch import nn
 from bench.domains import BatchNormPerDomain, InMixedBatch
 from bench.harness import IMAGES, Arm, Setting, Shapes, draw_features
 from bench.levels import PYRAMID, make_concatenated, make_row_1
-from bench.results import LeftOut, Quantity, Result
+from bench.record import LeftOut, Quantity, Result
 
 __all__ = ["ROWS", "Synchronizations"]
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.harness import Arm, Setting, Shapes, draw_features, run_on_workers
-from bench.results import LeftOut, Quantity, Result
+from bench.record import LeftOut, Quantity, Result
 
 __all__ = ["CountingCollectives", "Traffic"]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from bench.harness import NOT_EQUAL, Setting
 from bench.pairs import Timer, time_pairs
-from bench.results import Result, Speed
+from bench.record import Result, Speed
 from bnext.config import load_config
 
 __all__ = ["ROWS", "TrainingStep"]

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bench.harness import write_figures
+from bench.record import write_figures
 from bnext.cli.run_command import run_command
 from bnext.errors import BNextError
 from bnext.progress import track

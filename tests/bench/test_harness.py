@@ -10,7 +10,7 @@ from torch import nn
 from bench import __main__ as command
 from bench import dealt, over_workers
 from bench.harness import Comparison, Peer, Setting, compiling_afresh, draw_features, measure_difference
-from bench.results import read_record
+from bench.record import read_record
 from bnext import use_kernels
 from bnext.errors import BNextError
 from tests.workers import run_workers

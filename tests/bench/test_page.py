@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.__main__ import main
-from bench.results import BEGIN, END, read_record
+from bench.record import BEGIN, END, read_record
 from bnext.errors import BNextError
 from tests.docs.pages import ROOT, read
 
