@@ -6,6 +6,7 @@ Shape letters: C channels, R workers.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -53,6 +54,7 @@ class Collector:
         num_images: of the set's domain, where that is known; at most `num_samples`.
         num_updates: mini-batches in `average`.
         num_batches: ends of batches, whether the set was reached in them or not.
+        is_dependent: whether features of an image depend on its batch, as mini-batches have normalized them before.
     """
 
     def __init__(self, path: str, names: tuple[str, ...], state: Any, momentum: float | None = None) -> None:
@@ -65,6 +67,7 @@ class Collector:
         self.spread = spread_of_batch(self.total)
         self.average = zeros if momentum is None else self.former
         self.num_samples = self.num_images = self.num_updates = self.num_batches = 0
+        self.is_dependent = False
 
         self._momentum = momentum
         self._parts: list[Moments] = []  # of the batch that has not ended
@@ -131,7 +134,7 @@ class Collector:
         if everyone is None:
             return self
 
-        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates])
+        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates, self.is_dependent])
         fields = [*self.total, *self.spread, self.average, self.former, counts]
         message = torch.cat([field.reshape(-1) for field in fields])
         parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
@@ -143,7 +146,8 @@ class Collector:
         merged.total = merge_moments(Moments(*of_total))
         merged.spread = merge_spreads(Spread(*of_spread))
         merged.former = _merge_populations(former)
-        merged.num_samples, merged.num_images, merged.num_updates = (int(number) for number in counts.sum(0))
+        merged.num_samples, merged.num_images, merged.num_updates, num_dependent = map(int, counts.sum(0))
+        merged.is_dependent = num_dependent > 0
 
         updates = counts[:, 2]
         if self._momentum is None:
@@ -155,17 +159,30 @@ class Collector:
 
     # ---- the estimate
 
-    def measure_errors(self) -> tuple[float, float]:
+    def measure_errors(self, share: float = 1.0) -> tuple[float, float]:
         """Relative standard errors of mean and variance, 95th percentile over channels.
 
         eps keeps a dead channel (variance 0) from an infinite error.
+
+        Args:
+            share: of their squares that is left, see `share_of_variance`.
         """
+        if share == 0:
+            return 0.0, 0.0  # also of a single batch, whose error would be unknown
+
         mean_error, var_error = standard_errors(self.spread, self.total)
         var = self.total.var + self.state.eps
-        return _percentile(mean_error / var.sqrt()), _percentile(var_error / var)
+        root = math.sqrt(share)
+        return root * _percentile(mean_error / var.sqrt()), root * _percentile(var_error / var)
 
-    def estimate(self, estimator: Estimator, source_samples: float) -> tuple[PopulationEstimate, Tensor | None]:
+    def estimate(
+        self, estimator: Estimator, source_samples: float, share: float = 1.0
+    ) -> tuple[PopulationEstimate, Tensor | None]:
         """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate.
+
+        Args:
+            estimator, source_samples: see `recompute_population_statistics`.
+            share: of the squared standard errors that is left, see `share_of_variance`.
 
         Raises:
             StatisticsError: the former statistics count and are not finite, or the new ones overflow their buffers.
@@ -189,11 +206,11 @@ class Collector:
         if not torch.isfinite(new.to(dtype)).all():
             rule, remedy = "be finite in the type of their buffers", "Convert the norm to float32."
             raise StatisticsError.of("statistics", rule, got=f"an overflow in {dtype}", where=self.where, remedy=remedy)
-        return self._describe(new), new
+        return self._describe(new, share), new
 
-    def _describe(self, new: Tensor) -> PopulationEstimate:
+    def _describe(self, new: Tensor, share: float) -> PopulationEstimate:
         (mean, var), (old_mean, old_var), eps = new, self.former, self.state.eps
-        mean_error, var_error = self.measure_errors()
+        mean_error, var_error = self.measure_errors(share)
 
         return PopulationEstimate(
             self.path,

@@ -6,14 +6,17 @@ A layer may be called any number of times; one that is not reached keeps what it
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
+from bnext.functional import share_of_variance
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.counts import not_counting_domains
 from bnext.layers.walk import Selection
@@ -22,7 +25,7 @@ from bnext.scope.model import restoring
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_numbers
 from bnext.statistics.collector import Collector, Estimator, make_collectors
-from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting
+from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, find_independent
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
@@ -40,6 +43,7 @@ def recompute_population_statistics(
     num_batches: int | None = None,
     num_samples: int | None = None,
     tolerance: float | None = None,
+    population_size: int | None = None,
     forward: Forward | None = None,
     layers: Selection | None = None,
     domain: Domain | None = None,
@@ -64,6 +68,11 @@ def recompute_population_statistics(
         num_samples: enough images, over all workers; None: all. The batch that reaches it is the last one.
         tolerance: stop as soon as the standard errors of all reached sets are below it: of the mean in standard
             deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never.
+        population_size: number of images of a finite set that the statistics are to be of, such as the training set;
+            `data` gives them in a random order, each once before any comes again, and always alike. Standard errors
+            then fall to 0 when all were seen, for norms behind others nearly: mini-batches could fall otherwise. One
+            more batch is run twice, to know which they are. None: errors are of what the images are drawn from, and an
+            image that comes again counts as a new one.
         forward: called as forward(model, batch), leaves modes as they are; default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
             for which it is true are re-estimated. Default: all.
@@ -111,13 +120,17 @@ def recompute_population_statistics(
     """
     check_choice("estimator", estimator, get_args(Estimator), where=_WHERE)
     check_data(data, _WHERE, many_passes=estimator == "layer_by_layer")
-    limits = {"num_batches": num_batches, "num_samples": num_samples, "tolerance": tolerance, "seed": seed}
+    limits = {"num_batches": num_batches, "num_samples": num_samples, "population_size": population_size}
+    limits |= {"tolerance": tolerance, "seed": seed}
     limits = {name: value for name, value in limits.items() if value is not None}
     check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
     if not (domain is None or isinstance(domain, str) or callable(domain)):
         rule = "be the name of a domain, or a function that is called with a batch"
         remedy = "For the domains of a batch's images use domain=lambda batch: [...]."
         raise StatisticsError.of("domain", rule, got=repr(domain), where=_WHERE, remedy=remedy)
+
+    if estimator == "moving_average":
+        population_size = None  # it forgets: its error does not fall
 
     model = unwrap_model(model)
     norms = select_norms(model, layers)
@@ -146,21 +159,56 @@ def recompute_population_statistics(
             rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples, progress=is_shown)
         else:
             bar_of_rounds = showing_progress("re-estimating", num_batches, "batch", is_wanted=is_shown)
-            with collecting(norms, collectors), bar_of_rounds as bar:
-                rounds = data_pass.go(sets, is_enough=lambda rounds: _is_known(rounds, sets, tolerance, bar))
+            with bar_of_rounds as bar:
+                rounds = data_pass.go(
+                    sets,
+                    call=partial(_run, data_pass, norms, collectors, population_size is not None),
+                    is_enough=lambda rounds: _is_known(rounds, sets, tolerance, population_size, bar),
+                )
 
     merged = [collector.merge_over_workers() for collector in sets]
-    estimates = [collector.estimate(estimator, source_samples) for collector in merged]
+    shares = [_share_of_variance(rounds, population_size, collector) for collector in merged]
+    estimates = [
+        collector.estimate(estimator, source_samples, share) for collector, share in zip(merged, shares, strict=True)
+    ]
     if all(new is None for _, new in estimates):
         raise _nothing_is_reached(rounds, merged)
 
     for collector, (_, new) in zip(sets, estimates, strict=True):  # after the last collective, which may fail
         collector.write(new, rounds.num_batches)
     rows = tuple(row for row, _ in estimates)
-    return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance)
+    return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance, population_size)
 
 
-def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:
+def _run(
+    data_pass: DataPass,
+    norms: Mapping[str, _BatchNorm],
+    collectors: Mapping[Any, Collector],
+    is_finite: bool,
+    batch: Any,
+) -> None:
+    """Run a batch; of a finite population with a look at the first one for what depends on batches."""
+    is_first = all(collector.num_batches == 0 for collector in collectors.values())
+    if is_finite and is_first:
+        independent = find_independent(data_pass, norms, batch)
+        for state, collector in collectors.items():
+            collector.is_dependent = state not in independent
+
+    with collecting(norms, collectors):
+        data_pass.run(batch)
+
+
+def _share_of_variance(rounds: LockStep, population_size: int | None, collector: Collector) -> float:
+    if population_size is None:
+        return 1.0
+
+    batch_size = rounds.num_images / max(rounds.num_batches, 1) if collector.is_dependent else math.inf
+    return share_of_variance(rounds.num_images, population_size, batch_size)
+
+
+def _is_known(
+    rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, population_size: int | None, bar: Any
+) -> bool:
     """Whether the standard errors of all reached sets are small enough. A collective, every few rounds."""
     bar.update()
     if tolerance is None or rounds.num_rounds < _FIRST_CHECK or rounds.num_rounds % _CHECK_PERIOD:
@@ -171,7 +219,7 @@ def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | No
     for collector in sets:
         merged = collector.merge_over_workers()
         if merged.total.count > 0:
-            errors += merged.measure_errors()
+            errors += merged.measure_errors(_share_of_variance(rounds, population_size, merged))
 
     largest = max(errors, default=math.inf)
     bar.set_postfix_str(f"standard error {100 * largest:.2g} %", refresh=False)
