@@ -20,7 +20,7 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.checkpoints.head_levels import describe_levels
 from bnext.config.blame import building_from_config
-from bnext.data.loader import build_train_loader
+from bnext.data.loader import build_train_loader, count_fixed_images
 from bnext.data.sampling.samplers import count_micro_batch
 from bnext.errors import ConfigError, StatisticsError
 from bnext.files import is_same_file
@@ -77,9 +77,11 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`. Those of the
             training come in its micro-batches, which are as many images and normalize as in training; with batches of
-            one domain each, all domains have their turns.
+            one domain each, all domains have their turns. Where those are always alike, without random flips, crops
+            and sizes, the standard errors are those for the training set: 0 when all were seen. Otherwise, and of
+            `batches`, they are for what the images are drawn from.
         num_samples: enough images; None: not limited.
-        options: further ones of `recompute_population_statistics`: source_samples, estimator, domain.
+        options: further ones of `recompute_population_statistics`, such as source_samples, estimator and domain.
 
     Raises:
         StatisticsError: see `recompute_population_statistics`.
@@ -93,6 +95,7 @@ def recompute_statistics(
         number = cfg.SOLVER.BNEXT.ACCUMULATE
         num_batches = number * (num_batches or cfg.TEST.PRECISE_BN.NUM_ITER)
         batches = build_train_loader(_with_batches_for_statistics(cfg))
+        options = {"population_size": count_fixed_images(cfg, batches), **options}
 
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images

@@ -167,7 +167,8 @@ def collecting(
 def find_independent(data_pass: DataPass, norms: Mapping[str, _BatchNorm], batch: Any) -> set[Any]:
     """The states of those sets whose features of an image are the same in whatever batch it comes.
 
-    They do not change where norms apply their running statistics instead of the batch's: tried on this batch.
+    They do not change where norms apply their running statistics instead of the batch's, and with other random numbers:
+    tried on this batch.
     """
     ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
     runs: list[dict[Any, list[Tensor]]] = []
@@ -180,7 +181,7 @@ def find_independent(data_pass: DataPass, norms: Mapping[str, _BatchNorm], batch
                 sums.setdefault(state, []).append(feature.double().sum())
 
         as_either = answering(ours, training="mini_batch", inference="population")
-        drawing = drawing_from(data_pass.model, data_pass.seed or 0)
+        drawing = drawing_from(data_pass.model, int(training))
         with as_either, drawing, setting(norms.values(), training=training), watching(norms, add):
             data_pass.run(batch)
         runs.append(sums)
