@@ -27,9 +27,9 @@ from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.statistics import choose_forward
-from bnext.layers import LevelBatchNorm2d
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d
 from bnext.layers.walk import Selection
-from bnext.notices import gathering_notices
+from bnext.notices import gathering_notices, tell_once
 from bnext.repair.levels import find_levels, give_levels
 from bnext.repair.observe_calls import NUM_OBSERVED, peek
 from bnext.scope.forward import count_levels
@@ -100,6 +100,7 @@ def recompute_statistics(
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
+        _tell_of_small_groups(model, layers)
 
     seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
     with gathering_notices(), drawing_from(model, seed):  # what the loader draws
@@ -117,6 +118,18 @@ def recompute_statistics(
 
     logging.getLogger(__name__).info("%s", report)
     return report
+
+
+def _tell_of_small_groups(model: nn.Module, layers: Selection | None) -> None:
+    """Say once that mini-batches smaller than the batch stand before what is measured, as nobody expects it."""
+    for norm in select_norms(model, layers).values():
+        size = norm.spec.normalization_batch_size if isinstance(norm, BatchNorm2d) else None
+        if size is not None:
+            message = (
+                "Statistics are re-estimated behind mini-batches of %d, the normalization batch size, as in training. "
+                "Where images differ much, those of TEST.BNEXT.PRECISE_BN.ESTIMATOR layer_by_layer are far better."
+            )
+            tell_once(logging.getLogger(__name__), ("small groups", size), message, size)
 
 
 def _with_batches_for_statistics(cfg: CfgNode) -> CfgNode:

@@ -55,6 +55,7 @@ class Collector:
         num_updates: mini-batches in `average`.
         num_batches: ends of batches, whether the set was reached in them or not.
         is_dependent: whether features of an image depend on its batch, as mini-batches have normalized them before.
+        share: of the squared standard errors that is left, see `share_of_variance`.
     """
 
     def __init__(self, path: str, names: tuple[str, ...], state: Any, momentum: float | None = None) -> None:
@@ -67,7 +68,7 @@ class Collector:
         self.spread = spread_of_batch(self.total)
         self.average = zeros if momentum is None else self.former
         self.num_samples = self.num_images = self.num_updates = self.num_batches = 0
-        self.is_dependent = False
+        self.is_dependent, self.share = False, 1.0
 
         self._momentum = momentum
         self._parts: list[Moments] = []  # of the batch that has not ended
@@ -159,30 +160,21 @@ class Collector:
 
     # ---- the estimate
 
-    def measure_errors(self, share: float = 1.0) -> tuple[float, float]:
+    def measure_errors(self) -> tuple[float, float]:
         """Relative standard errors of mean and variance, 95th percentile over channels.
 
         eps keeps a dead channel (variance 0) from an infinite error.
-
-        Args:
-            share: of their squares that is left, see `share_of_variance`.
         """
-        if share == 0:
+        if self.share == 0:
             return 0.0, 0.0  # also of a single batch, whose error would be unknown
 
         mean_error, var_error = standard_errors(self.spread, self.total)
         var = self.total.var + self.state.eps
-        root = math.sqrt(share)
+        root = math.sqrt(self.share)
         return root * _percentile(mean_error / var.sqrt()), root * _percentile(var_error / var)
 
-    def estimate(
-        self, estimator: Estimator, source_samples: float, share: float = 1.0
-    ) -> tuple[PopulationEstimate, Tensor | None]:
+    def estimate(self, estimator: Estimator, source_samples: float) -> tuple[PopulationEstimate, Tensor | None]:
         """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate.
-
-        Args:
-            estimator, source_samples: see `recompute_population_statistics`.
-            share: of the squared standard errors that is left, see `share_of_variance`.
 
         Raises:
             StatisticsError: the former statistics count and are not finite, or the new ones overflow their buffers.
@@ -206,11 +198,11 @@ class Collector:
         if not torch.isfinite(new.to(dtype)).all():
             rule, remedy = "be finite in the type of their buffers", "Convert the norm to float32."
             raise StatisticsError.of("statistics", rule, got=f"an overflow in {dtype}", where=self.where, remedy=remedy)
-        return self._describe(new, share), new
+        return self._describe(new), new
 
-    def _describe(self, new: Tensor, share: float) -> PopulationEstimate:
+    def _describe(self, new: Tensor) -> PopulationEstimate:
         (mean, var), (old_mean, old_var), eps = new, self.former, self.state.eps
-        mean_error, var_error = self.measure_errors(share)
+        mean_error, var_error = self.measure_errors()
 
         return PopulationEstimate(
             self.path,

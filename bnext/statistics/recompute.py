@@ -5,7 +5,6 @@ A layer may be called any number of times; one that is not reached keeps what it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, get_args
@@ -16,12 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
-from bnext.functional import share_of_variance
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.counts import not_counting_domains
 from bnext.layers.walk import Selection
 from bnext.progress import showing_progress
 from bnext.scope.model import restoring
+from bnext.scope.record import Scope
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_numbers
 from bnext.statistics.collector import Collector, Estimator, make_collectors
@@ -29,11 +28,11 @@ from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, fi
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
+from bnext.statistics.stop_rule import StopRule
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
 _WHERE = "recompute_population_statistics"
-_FIRST_CHECK, _CHECK_PERIOD = 8, 4  # rounds before and between looks at the standard errors
 
 
 def recompute_population_statistics(
@@ -67,7 +66,8 @@ def recompute_population_statistics(
         num_batches: how many to use at most, per worker; None: all.
         num_samples: enough images, over all workers; None: all. The batch that reaches it is the last one.
         tolerance: stop as soon as the standard errors of all reached sets are below it: of the mean in standard
-            deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never.
+            deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never. A forward
+            may leave out, from then on, what only norms need that are below it.
         population_size: number of images of a finite set that the statistics are to be of, such as the training set;
             `data` gives them in a random order, each once before any comes again, and always alike. Standard errors
             then fall to 0 when all were seen, for norms behind others nearly: mini-batches could fall otherwise. One
@@ -136,6 +136,7 @@ def recompute_population_statistics(
     norms = select_norms(model, layers)
     collectors = make_collectors(norms, momentum if estimator == "moving_average" else None)
     sets = list(collectors.values())
+    rule = StopRule(norms, collectors, tolerance, population_size)
     data_pass = DataPass(
         model=model,
         device=sets[0].former.device,
@@ -162,15 +163,12 @@ def recompute_population_statistics(
             with bar_of_rounds as bar:
                 rounds = data_pass.go(
                     sets,
-                    call=partial(_run, data_pass, norms, collectors, population_size is not None),
-                    is_enough=lambda rounds: _is_known(rounds, sets, tolerance, population_size, bar),
+                    call=partial(_run, data_pass, norms, collectors, rule, population_size is not None),
+                    is_enough=lambda rounds: rule.is_enough(rounds, bar),
                 )
 
-    merged = [collector.merge_over_workers() for collector in sets]
-    shares = [_share_of_variance(rounds, population_size, collector) for collector in merged]
-    estimates = [
-        collector.estimate(estimator, source_samples, share) for collector, share in zip(merged, shares, strict=True)
-    ]
+    merged = rule.merge_over_workers(rounds)
+    estimates = [collector.estimate(estimator, source_samples) for collector in merged]
     if all(new is None for _, new in estimates):
         raise _nothing_is_reached(rounds, merged)
 
@@ -184,46 +182,19 @@ def _run(
     data_pass: DataPass,
     norms: Mapping[str, _BatchNorm],
     collectors: Mapping[Any, Collector],
+    rule: StopRule,
     is_finite: bool,
     batch: Any,
 ) -> None:
-    """Run a batch; of a finite population with a look at the first one for what depends on batches."""
+    """Run a batch for the norms that need it; of a finite population, try first which ones depend on batches."""
     is_first = all(collector.num_batches == 0 for collector in collectors.values())
     if is_finite and is_first:
         independent = find_independent(data_pass, norms, batch)
         for state, collector in collectors.items():
             collector.is_dependent = state not in independent
 
-    with collecting(norms, collectors):
+    with collecting(norms, collectors), Scope(wanted=rule.wanted):
         data_pass.run(batch)
-
-
-def _share_of_variance(rounds: LockStep, population_size: int | None, collector: Collector) -> float:
-    if population_size is None:
-        return 1.0
-
-    batch_size = rounds.num_images / max(rounds.num_batches, 1) if collector.is_dependent else math.inf
-    return share_of_variance(rounds.num_images, population_size, batch_size)
-
-
-def _is_known(
-    rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, population_size: int | None, bar: Any
-) -> bool:
-    """Whether the standard errors of all reached sets are small enough. A collective, every few rounds."""
-    bar.update()
-    if tolerance is None or rounds.num_rounds < _FIRST_CHECK or rounds.num_rounds % _CHECK_PERIOD:
-        return False
-
-    rounds.check_failures()  # whoever has failed does not come to the look
-    errors: list[float] = []
-    for collector in sets:
-        merged = collector.merge_over_workers()
-        if merged.total.count > 0:
-            errors += merged.measure_errors(_share_of_variance(rounds, population_size, merged))
-
-    largest = max(errors, default=math.inf)
-    bar.set_postfix_str(f"standard error {100 * largest:.2g} %", refresh=False)
-    return largest <= tolerance
 
 
 def _nothing_is_reached(rounds: LockStep, merged: Sequence[Collector]) -> StatisticsError:

@@ -6,6 +6,7 @@ from torch import nn
 
 from bnext import recompute_population_statistics
 from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.scope.record import get_record
 from tests.cases import NUM_CHANNELS, randomize
 from tests.statistics.models import assert_population
 
@@ -129,3 +130,26 @@ def test_layer_by_layer_and_levels_know_everything_in_the_end():
         norm, data, forward=lambda m, x: m({"p3": x, "p4": x[..., :1, :1]}), population_size=NUM_IMAGES
     )
     assert errors_of(report) == {"": 0}
+
+
+def test_what_a_forward_leaves_out_keeps_its_error():
+    """As if the run had ended when it was last reached."""
+    images = make_images(400)
+    data = list(images.split(BATCH_SIZE))
+
+    def forward(towers, x):
+        wanted = get_record().wanted
+        towers.cls(x)
+        if not wanted or towers.box in wanted:
+            towers.box(x.clamp(-1, 1))
+
+    def run(data, **options):
+        report = recompute_population_statistics(
+            make_towers(), data, forward=forward, population_size=len(images), **options
+        )
+        return {estimate.path: estimate for estimate in report.estimates}
+
+    ended = run(data, tolerance=0.05)
+    number = ended["box"].num_batches
+    assert number < ended["cls.0"].num_batches < len(data)
+    assert ended["box"] == run(data[:number])["box"]
