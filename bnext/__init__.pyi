@@ -20,6 +20,7 @@ from .errors import LaunchError as LaunchError
 from .errors import StatisticsError as StatisticsError
 from .errors import WorkerError as WorkerError
 from .evaluation.adversarial import make_adversarial as make_adversarial
+from .kernels import use_kernels as use_kernels
 from .layers import BatchNorm2d as BatchNorm2d
 from .layers import CycleBatchNormList as CycleBatchNormList
 from .layers import LevelBatchNorm2d as LevelBatchNorm2d

@@ -48,6 +48,7 @@ from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.conditions import Conditions, check_conditions
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import find_local_file, naming_file, replace_file
+from bnext.kernels import use_kernels
 from bnext.notices import HeldNotice, holding_notices, log_notices
 
 __all__ = ["DESCRIPTION", "add_arguments", "check_run", "execute", "run"]
@@ -193,6 +194,7 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice
         kept = Path(file).read_bytes()  # of a training
     with naming_file(file), only_in_file("detectron2"):  # the environment, and the whole config
         default_setup(cfg, args)
+    use_kernels(cfg.SOLVER.BNEXT.KERNELS)
 
     if comm.is_main_process():
         if kept is not None:

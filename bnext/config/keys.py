@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 import bnext
 from bnext.config.places import BATCH_NORMS, LAZY_ARCHITECTURE, PLACES, RCNN_ARCHITECTURES, RESNET_BACKBONES
 from bnext.data.sampling.domain_batches import DomainBatches
+from bnext.kernels import Kind
 from bnext.layers.build import NORM_NAMES
 from bnext.layers.spec import OWNED, NormSpec, Unseen
 from bnext.numbers import is_count, is_number
@@ -337,6 +338,13 @@ _SCHEDULES = (
         "SGD",
         "name and values as in other projects on Detectron2",
         _one_of("SGD", "ADAMW"),
+    ),
+    Key(
+        "SOLVER.BNEXT.KERNELS",
+        "torch",
+        "how the norms' passes over features are run: by `torch`'s operators, or, where it pays, `compiled` at the "
+        "first steps for all sizes of images",
+        _one_of(*get_args(Kind)),
     ),
 )
 

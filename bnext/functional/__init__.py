@@ -26,7 +26,7 @@ from bnext.functional.moments import (
     take_finite,
     update_running_statistics,
 )
-from bnext.functional.normalize import normalize_parts
+from bnext.functional.normalize import normalize_mini_batch, normalize_parts
 from bnext.functional.standard_errors import (
     Spread,
     merge_spreads,
@@ -50,6 +50,7 @@ __all__ = [
     "make_index",
     "merge_moments",
     "merge_spreads",
+    "normalize_mini_batch",
     "normalize_parts",
     "number_groups",
     "part_moments",

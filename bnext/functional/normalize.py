@@ -18,7 +18,7 @@ from bnext.dispatch import is_exported, is_transformed
 from bnext.functional.moments import Moments
 from bnext.kernels import Part
 
-__all__ = ["normalize_parts"]
+__all__ = ["normalize_mini_batch", "normalize_parts"]
 
 Reduce = Callable[[Tensor], Tensor]  # [...] of this worker -> [...] summed over all workers
 
@@ -140,6 +140,59 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
 
     nothing = [None] * 6
     return grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), *nothing, *gradients
+
+
+def normalize_mini_batch(
+    feature: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Moments]:
+    """Normalize a feature that is a mini-batch by itself, as torch's `batch_norm` does in training.
+
+    Args:
+        feature: [N, C, ...], not empty.
+        weight, bias: [C]; None: 1 and 0.
+        eps: added to the variance, above 0.
+
+    Returns:
+        The normalized feature; and the moments of the mini-batch, count [1], mean and var [1, C], constants to the
+        gradient.
+
+    Note:
+        For features where `kernels.replaces_batch_norm`. It can be differentiated twice.
+    """
+    output, mean, var = _NormalizeMiniBatch.apply(feature, weight, bias, eps)
+    count = torch.full((1,), feature.numel() // mean.numel(), dtype=mean.dtype, device=mean.device)
+    return output, Moments(count, mean, var)
+
+
+class _NormalizeMiniBatch(torch.autograd.Function):
+    """See `normalize_mini_batch`. The backward pass is torch's kernel, whose derivative torch knows."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, feature: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        mean, var = kernels.feature_statistics([feature])
+        rstd = (var + eps).rsqrt()
+        scale = rstd if weight is None else weight.to(rstd.dtype) * rstd
+        shift = torch.zeros_like(mean) if bias is None else bias.to(rstd.dtype).unsqueeze(0)
+        (output,) = kernels.scale_and_shift([feature], [0], mean, scale, shift)
+
+        ctx.save_for_backward(feature, weight, mean[0], rstd[0])
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        feature, weight, mean, rstd = ctx.saved_tensors
+        vectors = None if weight is None else weight.to(mean.dtype), None, None, mean, rstd
+        needed = list(ctx.needs_input_grad[:3])
+        gradients = torch.ops.aten.native_batch_norm_backward(grad_output, feature, *vectors, True, ctx.eps, needed)
+
+        grad_feature, grad_weight, grad_bias = (g if n else None for g, n in zip(gradients, needed, strict=True))
+        if weight is not None and weight.dtype != mean.dtype:
+            grad_weight, grad_bias = (None if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias))
+        return grad_feature, grad_weight, grad_bias, None
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):

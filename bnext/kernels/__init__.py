@@ -13,13 +13,18 @@ Shape letters in this folder: N samples, C channels, L features, P parts. A vect
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_transformed
-from bnext.kernels import cpu, cuda, formula
+from bnext.errors import ConfigError, Refusal
+from bnext.kernels import compiled, cpu, cuda, formula
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 
 __all__ = [
@@ -28,14 +33,62 @@ __all__ = [
     "feature_gradients",
     "feature_statistics",
     "has_exact_batch_norm",
+    "replaces_batch_norm",
     "is_one_part_each",
     "sample_statistics",
     "scale_and_shift",
+    "use_kernels",
 ]
+
+UNKNOWN_KIND = Refusal(ConfigError, "kind", "be one of {kinds}", "Use 'torch', which every installation has.")
+NO_COMPILER = Refusal(
+    ConfigError,
+    "a C++ compiler",
+    "be installed for compiled kernels",
+    "Install g++ or name one in CXX; or use 'torch'.",
+)
+
+Kind = Literal["torch", "compiled"]
 
 # A device without a row gets the CPU's: right everywhere.
 _BY_DEVICE = {"cpu": OneByOne(cpu), "cuda": OneByOne(cuda)}
 _BY_FORMULA = OneByOne(formula)
+_COMPILED = OneByOne(compiled)
+_kind: Kind = "torch"
+
+
+def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
+    """Choose how the passes over features run, in all norms of this process: from now on, or in a `with` block.
+
+    Args:
+        kind: "torch": by torch's operators; "compiled": where it pays as loops that torch's compiler makes of several
+            operators, for all sizes of images at once.
+
+    Raises:
+        ConfigError: there is no such kind, or what it needs is not installed.
+
+    Note:
+        Numbers agree to rounding. A model in `torch.compile` is compiled whole, whatever is chosen here.
+
+    Example:
+        >>> with use_kernels("torch"):
+        ...     pass
+    """
+    if kind not in get_args(Kind):
+        raise UNKNOWN_KIND.of(repr(kind), "use_kernels", kinds=", ".join(get_args(Kind)))
+    if kind == "compiled" and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise NO_COMPILER.of("none", "use_kernels")
+
+    before = _kind
+    _set_kind(kind)
+    block = contextlib.ExitStack()
+    block.callback(_set_kind, before)
+    return block
+
+
+def _set_kind(kind: Kind) -> None:
+    global _kind
+    _kind = kind
 
 
 def _choose(feature: Tensor, *, fits_any_size: bool = False) -> OneByOne:
@@ -50,6 +103,8 @@ def _choose(feature: Tensor, *, fits_any_size: bool = False) -> OneByOne:
     """
     is_kept = fits_any_size and _is_traced_for_inference(feature)
     if is_kept or not (is_traced() or is_transformed() or not has_numbers(feature)):
+        if _kind == "compiled" and not is_kept:
+            return _COMPILED
         return _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
     return _BY_FORMULA
 
@@ -152,3 +207,14 @@ def has_exact_batch_norm(feature: Tensor) -> bool:
     """
     passes = _BY_DEVICE.get(feature.device.type, _BY_DEVICE["cpu"])
     return bool(passes.file.has_exact_batch_norm(feature))
+
+
+def replaces_batch_norm(feature: Tensor) -> bool:
+    """Whether statistics of ours and torch's other kernels normalize a feature by its mini-batch better than torch's
+    own `batch_norm` does: faster, or with the digits that it loses.
+
+    Args:
+        feature: [N, C, ...].
+    """
+    passes = _choose(feature)
+    return passes is not _BY_FORMULA and bool(passes.file.replaces_batch_norm(feature))

@@ -1,12 +1,13 @@
-"""The passes by torch's own batch norm kernels; they run on any device, and other files take from here what they need.
+"""The passes over one feature on a CPU, by torch's operators; they run on any device, and other files take from here
+what they need.
 
-The kernels do each pass in one reading, in both memory formats and with float32 accumulation of half types. Where each
-sample has its own vector, the samples of a contiguous feature are channels to them; in channels_last the formula is
-written out.
+torch's batch norm kernels do each pass in one reading, in both memory formats. Where each sample has its own vector,
+the samples of a contiguous feature are channels to them; in channels_last they get large samples one by one, and of
+small ones the formula, in pieces that stay in the caches. Half types, and other formats, get the formula.
 
-On a CPU their statistics are wrong for some features. The channels_last kernel, which torch also takes for single
-positions, adds up row after row in float32: at a mean/std ratio of 10,000 the variance of 100,000 rows is off by a
-factor of more than 10. And of half types its results are half types.
+Their statistics we take only where they are fast and keep their digits. In NCHW they are right, and three times slower
+than ours. In channels_last, a format that single positions have too, the kernel adds up row after row in float32: at a
+mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of more than 10.
 """
 
 from __future__ import annotations
@@ -15,111 +16,124 @@ import torch
 from torch import Tensor
 
 from bnext.kernels import formula
+from bnext.kernels.formula import along_channels
 
 __all__ = [
     "backward_sums",
     "feature_gradient",
     "feature_statistics",
     "has_exact_batch_norm",
+    "replaces_batch_norm",
     "sample_statistics",
     "scale_and_shift",
 ]
 
-_BLOCK = 64  # rows of channels_last that are averaged at once
-_PIECE = _BLOCK**2  # rows whose statistics torch's kernel takes at once
+_PIECE = 2**19  # elements of a thread that stay in its caches while several operators go over them
+_SHORT = 2**15  # elements of a feature that is not worth several operators
+_SMALL_PLANE = 16  # positions; the planes of smaller ones are too short for an operator along them
+_WIDTH = 1024  # columns that torch's kernel takes at once: fewer leave it waiting, more leave the first cache
+_SUMMANDS = 256  # rows that a thread adds up one after another
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:
     """Whether the feature is float32 or float64 and contiguous, and has several positions."""
-    is_wide = feature.dtype in (torch.float32, torch.float64)
-    return is_wide and feature.is_contiguous() and not feature.movedim(1, -1).is_contiguous()
+    return _is_wide(feature) and feature.is_contiguous() and not _has_rows(feature)
+
+
+def replaces_batch_norm(feature: Tensor) -> bool:
+    """Whether the statistics here are faster than torch's, or right where those are wrong."""
+    return _is_wide(feature) and (_has_rows(feature) or (feature.is_contiguous() and not _has_short_planes(feature)))
+
+
+def _is_wide(feature: Tensor) -> bool:
+    return feature.dtype in (torch.float32, torch.float64)
+
+
+def _has_rows(feature: Tensor) -> bool:
+    """Whether the channels of a position lie side by side."""
+    return feature.movedim(1, -1).is_contiguous()
+
+
+# ---- statistics
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [C]."""
-    if has_exact_batch_norm(feature):
+    if not _is_wide(feature):
+        return formula.feature_statistics(feature)
+    if _has_rows(feature):
+        return _row_statistics(feature.movedim(1, -1).reshape(-1, feature.shape[1]))
+    if not feature.is_contiguous():
+        return formula.feature_statistics(feature)
+    if _has_short_planes(feature) or torch.jit.is_tracing():  # type: ignore[attr-defined]
         return torch.batch_norm_update_stats(feature, None, None, 0.0)
 
-    rows = feature.movedim(1, -1)
-    is_wide = feature.dtype in (torch.float32, torch.float64)
-    if is_wide and rows.is_contiguous() and feature.numel() >= 4 * _PIECE * feature.shape[1]:
-        return _row_statistics(rows.reshape(-1, feature.shape[1]))
-
-    return formula.feature_statistics(feature)
+    means, variances = _plane_statistics(feature)
+    return _merge(torch.ones(len(feature), dtype=means.dtype), means, variances)
 
 
 def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [N, C]."""
-    is_wide = feature.dtype == formula.accumulation_dtype(feature.dtype)
-    if not feature.is_contiguous() or not is_wide:
+    if not _is_wide(feature):
         return formula.sample_statistics(feature)
 
-    mean, var = torch.batch_norm_update_stats(_as_channels(feature), None, None, 0.0)
-    return mean.view(feature.shape[:2]), var.view(feature.shape[:2])
+    if has_exact_batch_norm(feature):
+        if not _has_short_planes(feature):
+            return _plane_statistics(feature)
+        mean, var = torch.batch_norm_update_stats(_as_channels(feature), None, None, 0.0)
+        return mean.view(feature.shape[:2]), var.view(feature.shape[:2])
+
+    (pieces,) = _split_samples(feature)
+    measure = formula.sample_statistics if len(pieces) < len(feature) else feature_statistics
+    means, variances = (torch.cat(vectors) for vectors in zip(*map(measure, pieces), strict=True))
+    return means.view(feature.shape[:2]), variances.view(feature.shape[:2])
 
 
-def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """scale * (x - mean) + shift, in the type of the feature."""
-    if mean.dim() == 1:
-        return torch.native_batch_norm(feature, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
-    if not feature.is_contiguous():
-        return formula.scale_and_shift(feature, mean, scale, shift)
-
-    rows = scale_and_shift(_as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
-    # Not view: what a Function returns as a view must not be changed in place, by a ReLU for example.
-    return torch.ops.aten._unsafe_view(rows, feature.shape)
+def _has_short_planes(feature: Tensor) -> bool:
+    """Whether several operators along the planes of a feature take longer than torch's kernel."""
+    return feature.numel() < _SHORT or feature.shape[2:].numel() < _SMALL_PLANE
 
 
-def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
-    """sum dy and sum dy (x - mean): [2, C], or [2, N, C]."""
-    if mean.dim() == 2 and not feature.is_contiguous():
-        return formula.backward_sums(feature, grad_output, mean)
-    if mean.dim() == 2:
-        rows = backward_sums(_as_channels(feature), _as_channels(grad_output), mean.flatten())
-        return rows.view(2, *mean.shape)
+def _plane_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [N, C] of contiguous planes, each about its own mean."""
+    planes = feature.view(-1, feature.shape[2:].numel())
+    size = max(1, _PIECE * torch.get_num_threads() // planes.shape[1])
+    buffer = planes.new_empty(min(size, len(planes)), planes.shape[1])
 
-    ones = torch.ones_like(mean)
-    _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
-        grad_output, feature, ones, None, None, mean, ones, True, 0.0, [False, True, True]
-    )
-    return torch.stack([sum_dy, sum_dy_xmu])
+    means, deviations = [], []
+    for piece in planes.split(size):
+        mean = piece.mean(1, keepdim=True)
+        centered = torch.sub(piece, mean, out=buffer[: len(piece)])
+        means.append(mean)
+        deviations.append(torch.linalg.vector_norm(centered, dim=1))
 
-
-def feature_gradient(
-    feature: Tensor, grad_output: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
-) -> Tensor:
-    """scale * dy + slope * (x - mean) + offset, in the type of the feature."""
-    grad = scale_and_shift(feature.to(mean.dtype), mean, slope, offset)
-    return formula.add_scaled(grad, grad_output, scale).to(feature.dtype)
-
-
-def _as_channels(feature: Tensor) -> Tensor:
-    """[N, C, ...] -> [1, N C, ...]."""
-    return feature.reshape(1, -1, *feature.shape[2:])
+    var = torch.cat(deviations).square_().div_(planes.shape[1])
+    return torch.cat(means).view(feature.shape[:2]), var.view(feature.shape[:2])
 
 
 def _row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the rows of [M, C], three readings of a feature in channels_last instead of eight.
+    """Mean and variance over the rows of [M, C], by torch's kernel, from so few of them at once that digits stay.
 
-    torch's kernel gives the variance about a mean that is somewhat off, piece by piece; another mean, of blocks of
-    blocks, is right to the last digits and corrects it.
+    Several consecutive rows are one of more columns to it, which takes no longer.
     """
-    num_channels, num_pieces = rows.shape[1], len(rows) // _PIECE
-    pieces, rest = rows.split([num_pieces * _PIECE, len(rows) % _PIECE])
+    num_channels = rows.shape[1]
+    width = max(1, _WIDTH // num_channels)
+    num_rest = len(rows) % width
+    parts = (rows[: len(rows) - num_rest], width), (rows[len(rows) - num_rest :], 1)
 
-    mean = pieces.view(num_pieces, _BLOCK, _BLOCK, num_channels).mean(2).mean(1)
-    features = pieces.view(num_pieces, 1, _PIECE, 1, num_channels).movedim(-1, 2)  # each [1, C, _PIECE, 1]
-    rough = [torch.batch_norm_update_stats(feature, None, None, 0.0) for feature in features]
-    rough_mean, rough_var = (torch.stack(vectors) for vectors in zip(*rough, strict=True))
-    var = (rough_var - (mean - rough_mean).square()).clamp(min=0)
+    counts: list[int] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for part, num_columns in parts:
+        as_feature = part.reshape(1, 1, -1, num_columns * num_channels).movedim(-1, 1)
+        for piece in as_feature.split(_SUMMANDS * torch.get_num_threads(), dim=3):
+            if piece.shape[3]:
+                pairs.append(torch.batch_norm_update_stats(piece, None, None, 0.0))
+                counts += [piece.shape[3]] * num_columns
 
-    mean, var = _merge(mean.new_full((num_pieces,), _PIECE), mean, var)
-    if len(rest) == 0:
-        return mean, var
-
-    rest_mean, rest_var = feature_statistics(rest.t().contiguous().unsqueeze(0))
-    counts = mean.new_tensor([len(rows) - len(rest), len(rest)])
-    return _merge(counts, torch.stack([mean, rest_mean]), torch.stack([var, rest_var]))
+    means, variances = (torch.cat(vectors).view(-1, num_channels) for vectors in zip(*pairs, strict=True))
+    if len(means) == 1:
+        return means[0], variances[0]
+    return _merge(means.new_tensor(counts), means, variances)
 
 
 def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,3 +142,74 @@ def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Te
     mean = (weights * means).sum(0)
     var = (weights * (variances + (means - mean).square())).sum(0)
     return mean, var
+
+
+# ---- the other passes
+
+
+def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """scale * (x - mean) + shift, in the type of the feature."""
+    if mean.dim() == 1:
+        return torch.native_batch_norm(feature, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
+    if feature.is_contiguous():
+        rows = scale_and_shift(_as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
+        # Not view: what a Function returns as a view must not be changed in place, by a ReLU for example.
+        return torch.ops.aten._unsafe_view(rows, feature.shape)
+    if not _is_wide(feature):
+        return formula.scale_and_shift(feature, mean, scale, shift)
+
+    output = torch.empty_like(feature)
+    for x, y, *vectors in zip(*_split_samples(feature, output, mean, scale, shift), strict=True):
+        _scale_into(y, x, *vectors)
+    return output
+
+
+def _scale_into(output: Tensor, feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> None:
+    torch.sub(feature, along_channels(mean, feature), out=output)
+    torch.addcmul(along_channels(shift, feature), output, along_channels(scale, feature), out=output)
+
+
+def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
+    """sum dy and sum dy (x - mean): [2, C], or [2, N, C]."""
+    if mean.dim() == 1:
+        ones = torch.ones_like(mean)
+        _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(
+            grad_output, feature, ones, None, None, mean, ones, True, 0.0, [False, True, True]
+        )
+        return torch.stack([sum_dy, sum_dy_xmu])
+
+    if feature.is_contiguous():
+        rows = backward_sums(_as_channels(feature), _as_channels(grad_output), mean.flatten())
+        return rows.view(2, *mean.shape)
+
+    triples = list(zip(*_split_samples(feature, grad_output, mean), strict=True))
+    if len(triples) < len(feature):
+        return torch.cat([formula.backward_sums(*triple) for triple in triples], dim=1)
+    return torch.stack([backward_sums(x, dy, vector[0]) for x, dy, vector in triples], dim=1)
+
+
+def feature_gradient(
+    feature: Tensor, grad_output: Tensor, mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
+) -> Tensor:
+    """scale * dy + slope * (x - mean) + offset, in the type of the feature."""
+    if mean.dim() == 1 or feature.is_contiguous() or not _is_wide(feature):
+        grad = scale_and_shift(feature.to(mean.dtype), mean, slope, offset)
+        return formula.add_scaled(grad, grad_output, scale).to(feature.dtype)
+
+    grad = torch.empty_like(feature)
+    pieces = _split_samples(feature, grad_output, grad, scale, mean, slope, offset)
+    for x, dy, dx, scales, *vectors in zip(*pieces, strict=True):
+        _scale_into(dx, x, *vectors)
+        formula.add_scaled(dx, dy, scales)
+    return grad
+
+
+def _as_channels(feature: Tensor) -> Tensor:
+    """[N, C, ...] -> [1, N C, ...]."""
+    return feature.reshape(1, -1, *feature.shape[2:])
+
+
+def _split_samples(feature: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:
+    """Pieces of a feature, of one sample or several, that stay in the caches; and those samples of other tensors."""
+    size = max(1, _PIECE * torch.get_num_threads() // feature[0].numel())
+    return [tensor.split(size) for tensor in (feature, *others)]

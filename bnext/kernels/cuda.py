@@ -17,6 +17,7 @@ __all__ = [
     "feature_gradient",
     "feature_statistics",
     "has_exact_batch_norm",
+    "replaces_batch_norm",
     "sample_statistics",
     "scale_and_shift",
 ]
@@ -25,6 +26,11 @@ __all__ = [
 def has_exact_batch_norm(feature: Tensor) -> bool:
     """Always."""
     return True
+
+
+def replaces_batch_norm(feature: Tensor) -> bool:
+    """Never: it keeps its digits, in one kernel each way."""
+    return False
 
 
 def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,11 +28,12 @@ from bnext.functional import (
     group_moments,
     group_samples,
     make_index,
+    normalize_mini_batch,
     normalize_parts,
     number_groups,
     part_moments,
 )
-from bnext.kernels import has_exact_batch_norm
+from bnext.kernels import has_exact_batch_norm, replaces_batch_norm
 from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
@@ -297,7 +298,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         size: int | None,
         call: NormCall,
     ) -> bool:
-        """Whether every feature is a mini-batch of its own, and torch's kernel normalizes it right and fastest."""
+        """Whether every feature is a mini-batch of its own, and a single kernel normalizes it right and fastest."""
         if any(value is not None for value in (call.groups, call.virtual, call.recorder)) or self.momentum is None:
             return False
         if is_exported() and (not self.training or is_exported_to_onnx()):
@@ -309,7 +310,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             if not isinstance(source, int) or (size is not None and len(feature) > size):
                 return False
             has_variance = feature.numel() >= 2 * self.num_features
-            if not (has_variance and has_exact_batch_norm(feature)):
+            if not (has_variance and (has_exact_batch_norm(feature) or replaces_batch_norm(feature))):
                 return False
 
         if len(features) == 1:
@@ -318,6 +319,11 @@ class BatchNorm2d(OwnedBatchNorm2d):
         return len({mini_batches[source] for source in sources}) == len(features)  # type: ignore[index]
 
     def _normalize_plainly(self, feature: Tensor, name: str, affine: Affine, call: NormCall) -> Tensor:
+        if replaces_batch_norm(feature):
+            output, moments = normalize_mini_batch(feature, *affine, self.eps)
+            if self.training:
+                self.move_populations(moments, [0], (name,), call)
+            return output
         if not self.training:
             return F.batch_norm(feature, None, None, *affine, True, 0.0, self.eps)
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bnext.kernels import cpu, cuda
+from bnext.functional import normalize_mini_batch
+from bnext.kernels import cpu
 from tests import reference
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -53,4 +54,50 @@ def test_torchs_batch_norm_is_taken_only_where_it_is_exact():
     for wrong in (draw((2, 3, 4, 4), 0, dtype=torch.float16), draw((300_000, 3, 1, 1), 1e4)):
         assert not cpu.has_exact_batch_norm(wrong)
     _, _, true_var = reference.moments_of([wrong])
-    assert ((cuda.feature_statistics(wrong)[1].double() - true_var) / true_var).abs().max() > 1
+    var = torch.batch_norm_update_stats(wrong, None, None, 0.0)[1]
+    assert ((var.double() - true_var) / true_var).abs().max() > 1
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", [(7, 5, 9, 5), (3, 70, 6, 4), (50, 3, 1, 1), (1, 2, 30, 7)])
+def test_pieces_make_the_whole(shape, layout, monkeypatch):
+    """Pieces of a few planes, rows and samples, the last one smaller; of one sample each, too."""
+    x, dy = (draw(shape, 3, layout, torch.float64).roll(seed, 0) for seed in range(2))
+    vectors = [torch.randn(shape[:2], dtype=torch.float64) for _ in range(4)]
+    mean = vectors[0].unsqueeze(-1).unsqueeze(-1)
+    for name, value in {"_SHORT": 0, "_WIDTH": 12, "_SUMMANDS": 2}.items():
+        monkeypatch.setattr(cpu, name, value)
+
+    for piece in (1, 150):
+        monkeypatch.setattr(cpu, "_PIECE", piece)
+        for measure, dims in ((cpu.feature_statistics, (0, 2, 3)), (cpu.sample_statistics, (2, 3))):
+            torch.testing.assert_close(measure(x), (x.mean(dims), x.var(dims, correction=0)))
+        sums = torch.stack([dy.sum((2, 3)), (dy * (x - mean)).sum((2, 3))])
+        torch.testing.assert_close(cpu.backward_sums(x, dy, vectors[0]), sums)
+        _, scale, slope, offset = (vector.unsqueeze(-1).unsqueeze(-1) for vector in vectors)
+        torch.testing.assert_close(cpu.scale_and_shift(x, *vectors[:3]), (x - mean) * scale + slope)
+        expected = scale * dy + slope * (x - mean) + offset
+        torch.testing.assert_close(cpu.feature_gradient(x, dy, *vectors), expected)
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("has_affine", [True, False])
+def test_a_mini_batch_by_itself_is_torchs_batch_norm(has_affine, layout):
+    """Also twice differentiated, and where the affine has another type."""
+    x = draw((3, 4, 5, 6), 2, layout, torch.float64).requires_grad_()
+    affine = [draw((4,), 1).requires_grad_() for _ in range(2)] if has_affine else [None, None]
+    wide = [None if vector is None else vector.double() for vector in affine]
+
+    output, moments = normalize_mini_batch(x, *affine, 1e-5)
+    expected = torch.nn.functional.batch_norm(x, None, None, *wide, True, 0.0, 1e-5)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(moments.var[0], x.var((0, 2, 3), correction=0))
+    assert output.is_contiguous(memory_format=layout)
+    assert not moments.mean.requires_grad
+
+    for order in range(2):
+        sources = [x, *affine] if has_affine else [x]
+        pairs = [torch.autograd.grad(y.pow(3).sum(), sources, create_graph=True) for y in (output, expected)]
+        torch.testing.assert_close(*pairs)
+        output, expected = (gradients[0] for gradients in pairs)
+        assert order == 1 or output.requires_grad
