@@ -181,7 +181,7 @@ def group_moments(parts: Moments, groups: Tensor, num_groups: int) -> Moments:
 
 
 def sum_groups(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
-    """Sums of the rows of each group.
+    """Sums of the rows of each group; of a single one in a fixed order.
 
     Args:
         values: [P, ...], finite.
@@ -191,6 +191,8 @@ def sum_groups(values: Tensor, groups: Tensor, num_groups: int) -> Tensor:
     Returns:
         [G, ...]; 0 for a group without rows.
     """
+    if num_groups == 1:
+        return values.sum(0, keepdim=True)
     if not is_exported():
         return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups, values)
 

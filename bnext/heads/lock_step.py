@@ -1,22 +1,38 @@
-"""Levels go through the tower of a head side by side, so that a norm meets all of them in one call."""
+"""Levels go through the tower of a head side by side, so that a norm meets all of them in one call.
+
+Where norms share statistics with other workers, so do the towers: norms of equal depth then ask the others at once.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from bnext.distributed import get_world_size, resolve_group
 from bnext.errors import ConfigError
-from bnext.layers import NAMED_NORMS, FoldedNorm, LevelBatchNorm2d, NormSpec, build_norm, make_named_norm
+from bnext.layers import (
+    NAMED_NORMS,
+    CycleBatchNormList,
+    FoldedNorm,
+    LevelBatchNorm2d,
+    NormSpec,
+    build_norm,
+    make_named_norm,
+    normalize_together,
+)
 
 __all__ = ["SEEING_LEVELS", "looking_up_levels", "make_head_norm", "name_levels", "run_tower", "run_towers"]
 
 # They get all levels by name; a folded norm refuses those that it was not folded for.
 SEEING_LEVELS = (LevelBatchNorm2d, FoldedNorm)
+# Their forward waits for that of others; a class with one of its own may not.
+_WAITING = (LevelBatchNorm2d.forward, CycleBatchNormList.forward)
 HeadNorm = NormSpec | str | Callable[[int], nn.Module]
+Levels = dict[str, Tensor]
 
 
 @contextlib.contextmanager
@@ -66,7 +82,7 @@ def _make_named_norm(name: str, num_channels: int) -> nn.Module | None:
         ) from error
 
 
-def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, Tensor]:
+def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> Levels:
     """Level name -> feature.
 
     Raises:
@@ -82,17 +98,58 @@ def name_levels(levels: Sequence[str], features: Sequence[Tensor]) -> dict[str, 
     return dict(zip(levels, features, strict=True))
 
 
-def run_tower(tower: nn.Sequential, features: dict[str, Tensor]) -> dict[str, Tensor]:
+def run_tower(tower: Iterable[nn.Module], features: Levels) -> Levels:
     """Apply a tower to every level: a level norm to all at once, every other module to each alone."""
     for module in tower:
-        if isinstance(module, SEEING_LEVELS):
-            features = module(features)
-        else:
-            features = {level: module(feature) for level, feature in features.items()}
+        features = _apply(module, features)
     return features
 
 
 def run_towers(head: Any, names: Sequence[str], features: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """Apply towers of a head with `levels`, one after the other, to every level."""
+    """Apply towers of a head with `levels` to every level.
+
+    One tower after the other; but side by side, depth by depth, where norms share statistics with other workers in
+    training. Norms of equal depth then share one collective forward and one backward.
+    """
     by_level = name_levels(head.levels, features)
-    return {name: list(run_tower(getattr(head, name), by_level).values()) for name in names}
+    towers = [list(getattr(head, name)) for name in names]
+
+    if _can_share_collectives(towers):
+        outputs = _run_side_by_side(towers, by_level)
+    else:
+        outputs = [run_tower(tower, by_level) for tower in towers]
+    return {name: list(output.values()) for name, output in zip(names, outputs, strict=True)}
+
+
+def _apply(module: nn.Module, features: Levels) -> Levels:
+    if isinstance(module, SEEING_LEVELS):
+        return module(features)
+    return {level: module(feature) for level, feature in features.items()}
+
+
+def _can_share_collectives(towers: Sequence[Sequence[nn.Module]]) -> bool:
+    """Whether some depth has norms that can; the same on all workers, and in a forward that is computed again."""
+    if get_world_size() == 1 or len({len(tower) for tower in towers}) != 1:
+        return False
+    return any(_are_sharing(modules) for modules in zip(*towers, strict=True))
+
+
+def _are_sharing(modules: Sequence[nn.Module]) -> bool:
+    """Whether modules are norms, distinct ones, that share mini-batches with other workers in training."""
+    for module in modules:
+        if not isinstance(module, LevelBatchNorm2d) or type(module).forward not in _WAITING:
+            return False
+        if not module.training or resolve_group(module.spec.workers) is None:
+            return False
+    return len(set(modules)) == len(modules)
+
+
+def _run_side_by_side(towers: Sequence[Sequence[nn.Module]], features: Levels) -> list[Levels]:
+    outputs = [features] * len(towers)
+
+    for modules in zip(*towers, strict=True):
+        if _are_sharing(modules):
+            outputs = normalize_together(modules, outputs)
+        else:
+            outputs = [_apply(module, output) for module, output in zip(modules, outputs, strict=True)]
+    return outputs

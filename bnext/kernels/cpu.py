@@ -12,6 +12,8 @@ mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of more
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ _PIECE = 2**19  # elements of a thread that stay in its caches while several ope
 _SHORT = 2**15  # elements of a feature that is not worth several operators
 _SMALL_PLANE = 16  # positions; the planes of smaller ones are too short for an operator along them
 _WIDTH = 1024  # columns that torch's kernel takes at once: fewer leave it waiting, more leave the first cache
-_SUMMANDS = 256  # rows that a thread adds up one after another
+_SUMMANDS = 512  # rows that a thread adds up one after another
 
 
 def has_exact_batch_norm(feature: Tensor) -> bool:
@@ -69,7 +71,7 @@ def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
         return torch.batch_norm_update_stats(feature, None, None, 0.0)
 
     means, variances = _plane_statistics(feature)
-    return _merge(torch.ones(len(feature), dtype=means.dtype), means, variances)
+    return _merge([1] * len(feature), means, variances)
 
 
 def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,36 +114,35 @@ def _plane_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance over the rows of [M, C], by torch's kernel, from so few of them at once that digits stay.
+    """Mean and variance over the rows of [M, C], by torch's kernel, from so few of them at once that digits stay."""
+    size = _SUMMANDS * torch.get_num_threads()
+    if len(rows) <= size:
+        return _measure_rows(rows)
 
-    Several consecutive rows are one of more columns to it, which takes no longer.
-    """
+    # Several consecutive rows are one of more columns to the kernel, which takes no longer.
     num_channels = rows.shape[1]
     width = max(1, _WIDTH // num_channels)
     num_rest = len(rows) % width
-    parts = (rows[: len(rows) - num_rest], width), (rows[len(rows) - num_rest :], 1)
+    long_rows = rows[: len(rows) - num_rest].view(-1, width * num_channels)
+    pieces = list(long_rows.chunk(max(1, round(len(long_rows) / size))))
+    counts = [len(piece) for piece in pieces for _ in range(width)]
+    if num_rest:
+        pieces.append(rows[-num_rest:])
+        counts.append(num_rest)
 
-    counts: list[int] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    for part, num_columns in parts:
-        as_feature = part.reshape(1, 1, -1, num_columns * num_channels).movedim(-1, 1)
-        for piece in as_feature.split(_SUMMANDS * torch.get_num_threads(), dim=3):
-            if piece.shape[3]:
-                pairs.append(torch.batch_norm_update_stats(piece, None, None, 0.0))
-                counts += [piece.shape[3]] * num_columns
-
-    means, variances = (torch.cat(vectors).view(-1, num_channels) for vectors in zip(*pairs, strict=True))
-    if len(means) == 1:
-        return means[0], variances[0]
-    return _merge(means.new_tensor(counts), means, variances)
+    means, variances = zip(*map(_measure_rows, pieces), strict=True)
+    return _merge(counts, torch.cat(means).view(-1, num_channels), torch.cat(variances).view(-1, num_channels))
 
 
-def _merge(counts: Tensor, means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Chan's formula, as in `functional.merge_moments`: counts [P], means and variances [P, C] -> [C] each."""
-    weights = (counts / counts.sum()).unsqueeze(-1)
+def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.batch_norm_update_stats(rows.view(1, 1, *rows.shape).movedim(-1, 1), None, None, 0.0)
+
+
+def _merge(counts: Sequence[int], means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
+    """Chan's formula, as in `functional.merge_moments`: P counts, means and variances [P, C] -> [C] each."""
+    weights = (means.new_tensor(counts) / sum(counts)).unsqueeze(-1)
     mean = (weights * means).sum(0)
-    var = (weights * (variances + (means - mean).square())).sum(0)
-    return mean, var
+    return mean, (weights * (variances + (means - mean).square())).sum(0)
 
 
 # ---- the other passes

@@ -9,6 +9,7 @@ from bnext.layers.groups import find_grouping_norms, use_groups
 from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.shuffled import Shuffled, shares_work, shuffle_features
 from bnext.layers.spec import TABLE5_ROWS, NormSpec
+from bnext.layers.together import normalize_together
 from bnext.layers.unseen import applying_rule, forget_stream, one_forward, tell_forwards
 from bnext.layers.virtual import virtual_samples
 
@@ -28,6 +29,7 @@ __all__ = [
     "forget_stream",
     "make_named_norm",
     "name_norms",
+    "normalize_together",
     "one_forward",
     "shares_work",
     "shuffle_features",

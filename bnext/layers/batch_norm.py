@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bnext.dispatch import is_exported, is_exported_to_onnx, is_traced, is_transformed
-from bnext.distributed import all_reduce_sum, merge_moments_over_workers, resolve_group
+from bnext.distributed import resolve_group
 from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.functional import (
-    Grouping,
     Groups,
     Moments,
     divide_parts,
@@ -34,10 +32,12 @@ from bnext.functional import (
     part_moments,
 )
 from bnext.kernels import has_exact_batch_norm, replaces_batch_norm
+from bnext.layers.mini_batch import MeasuredCall, PartsCall, index_mini_batches, merge_measured, normalize_measured
 from bnext.layers.ownership import Affine, DomainState, OwnedBatchNorm2d, Sources
 from bnext.layers.repeated_calls import NO_CALL, Call, watch_call
 from bnext.layers.single_element import may_have_single_elements, replace_single_elements, select_single_elements
 from bnext.layers.spec import NormSpec
+from bnext.layers.together import Together
 from bnext.layers.unseen import normalize_unseen, settle_unseen
 from bnext.notices import tell_once
 from bnext.scope.call import NormCall, read_call
@@ -188,26 +188,29 @@ class BatchNorm2d(OwnedBatchNorm2d):
             return spec.training != "population" and not spec.has_frozen_statistics
         return spec.inference == "mini_batch"
 
-    def normalize_features(self, features: list[Tensor], sources: list[Sources], call: NormCall) -> list[Tensor]:
+    def normalize_features(
+        self, features: list[Tensor], sources: list[Sources], call: NormCall, together: Together | None = None
+    ) -> list[Tensor]:
         """Normalize one or several features of known sources; the core of this layer and of its subclasses.
 
         Args:
             features: tensors [N_l, C, H_l, W_l].
             sources: for each feature the index of all its samples, or of each, see `name_sources`.
             call: what the call knows besides.
+            together: calls of other norms with which this one shares collectives.
         """
         names = self.name_sources(sources)
         if names is not self.sources:
             sources = settle_unseen(self, features, sources, names, call)
         if self._is_by_mini_batch(call.spec):
-            return self._normalize_by_mini_batch(features, sources, names, call)
+            return self._normalize_by_mini_batch(features, sources, names, call, together)
 
         moves = any(self.is_moving(name, call) for name in names)
         outputs = self._normalize_by_population(features, sources, names, moves, call)
         if moves:
-            group = resolve_group(call.spec.workers)
-            moments, grouping = self._collect_moments(features, sources, names, None, group, call)
-            self.move_populations(moments, grouping.sources, names, call)
+            measured = self._measure(features, sources, names, None, resolve_group(call.spec.workers), call)
+            (moments,) = merge_measured([measured])
+            self.move_populations(moments, measured.grouping.sources, names, call)
         return outputs
 
     # ---- by the population
@@ -252,7 +255,12 @@ class BatchNorm2d(OwnedBatchNorm2d):
     # ---- by the mini-batch
 
     def _normalize_by_mini_batch(
-        self, features: list[Tensor], sources: list[Sources], names: tuple[str, ...], call: NormCall
+        self,
+        features: list[Tensor],
+        sources: list[Sources],
+        names: tuple[str, ...],
+        call: NormCall,
+        together: Together | None,
     ) -> list[Tensor]:
         spec = call.spec
         group = resolve_group(spec.workers) if self.training else None
@@ -265,30 +273,10 @@ class BatchNorm2d(OwnedBatchNorm2d):
 
         if self.training and is_exported_to_onnx():
             tell_once(log, "ONNX", TRAINING_TO_ONNX, self.where)
-        real, grouping = self._collect_moments(features, sources, names, size, group, call)
-        part_names = [names[source] for source in grouping.sources]
-        virtual = call.virtual
-        moments = real if virtual is None else enlarge_parts(real, [virtual.get(name) for name in part_names])
-
-        # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
-        device, statistics, owners = moments.mean.device, moments, None
-        if grouping.mini_batches != tuple(range(len(part_names))):
-            owners = make_index(grouping.mini_batches, device)
-            statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
-        if is_exported():
-            statistics = select_single_elements(self, statistics, moments, grouping, part_names, call)
-        elif may_have_single_elements(features, grouping, group is not None):
-            statistics = replace_single_elements(self, statistics, moments, grouping, part_names, call)
-
-        weight, bias = self.stack_affines(part_names, moments.mean)
-        if self.training and spec.training == "renorm" and self.has_population:
-            weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
-
-        reduce = partial(all_reduce_sum, group=group, where=f"backward of {self.where}") if group else None
-        parts = _to_parts(grouping.parts, device)
-        outputs = normalize_parts(features, parts, weight, bias, self.eps, statistics, owners, reduce)
-        self._move_by_mini_batch(real, grouping, names, call)
-        return outputs
+        measured = self._measure(features, sources, names, size, group, call)
+        if together is None or group is None:
+            return normalize_measured([measured])[0]
+        return together.normalize(measured)
 
     def _is_plain(
         self,
@@ -340,7 +328,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
             self.replace_statistics(state, mean, var)  # type: ignore[arg-type]
         return output
 
-    def _collect_moments(
+    def _measure(
         self,
         features: list[Tensor],
         sources: list[Sources],
@@ -348,8 +336,8 @@ class BatchNorm2d(OwnedBatchNorm2d):
         size: int | None,
         group: Any,
         call: NormCall,
-    ) -> tuple[Moments, Grouping]:
-        """Moments of the parts over all workers of the group; and what the parts are."""
+    ) -> MeasuredCall:
+        """What the parts are, and their moments on this worker."""
         if group is not None and is_transformed():
             raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
 
@@ -363,10 +351,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         parts = _to_parts(grouping.parts, features[0].device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (is_transformed() or is_exported())):
             moments = part_moments(features, parts, len(grouping.sources))
-            moments = merge_moments_over_workers(moments, group, self.where)
-        if call.recorder is not None:
-            self._record(call.recorder, moments, names)
-        return moments, grouping
+        return MeasuredCall(self, features, grouping, parts, moments, names, group, call)
 
     def _check_groups(self, groups: Groups, counts: tuple[int, ...], size: int | None) -> None:
         if len(counts) != 1 or counts[0] != len(groups.numbers):
@@ -374,16 +359,52 @@ class BatchNorm2d(OwnedBatchNorm2d):
         if size is not None:
             raise SIZE_BESIDE_GROUPS.of(size, self.where)
 
-    def _record(self, recorder: dict[str, Moments], moments: Moments, names: tuple[str, ...]) -> None:
+    def record(self, recorder: dict[str, Moments] | None, moments: Moments, names: tuple[str, ...]) -> None:
+        """Take down the moments of a call, those of each source, if somebody asks for them."""
+        if recorder is None:
+            return
         if recorder:
             raise REACHED_TWICE.of("a second call in one forward", self.where)
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
-    def _move_by_mini_batch(self, moments: Moments, grouping: Grouping, names: tuple[str, ...], call: NormCall) -> None:
-        """The virtual samples count once for a source, in however many groups they were."""
-        sources = list(grouping.sources)
+    def settle(self, measured: MeasuredCall, moments: Moments) -> PartsCall:
+        """What normalizes the parts of a call: statistics of their mini-batches, and affines.
+
+        Args:
+            measured: the call.
+            moments: of its parts, over all workers that share its mini-batches.
+        """
+        features, grouping, call = measured.features, measured.grouping, measured.call
+        part_names = measured.list_part_names()
+        virtual = call.virtual
+        if virtual is not None:
+            moments = enlarge_parts(moments, [virtual.get(name) for name in part_names])
+
+        # Parts of one mini-batch, the levels or domains of a shared one for example, are merged.
+        owners = index_mini_batches(grouping.mini_batches, moments.mean.device)
+        statistics = moments
+        if owners is not None:
+            statistics = group_moments(moments, owners, max(grouping.mini_batches) + 1)
+        if is_exported():
+            statistics = select_single_elements(self, statistics, moments, grouping, part_names, call)
+        elif may_have_single_elements(features, grouping, measured.group is not None):
+            statistics = replace_single_elements(self, statistics, moments, grouping, part_names, call)
+
+        weight, bias = self.stack_affines(part_names, moments.mean)
+        if self.training and call.spec.training == "renorm" and self.has_population:
+            weight, bias = self._renormalize(weight, bias, statistics, owners, part_names)
+        return PartsCall(features, measured.parts, weight, bias, statistics, grouping.mini_batches)
+
+    def move_by_mini_batch(self, measured: MeasuredCall, moments: Moments) -> None:
+        """Let the populations take in a call; its virtual samples count once for a source, in however many groups.
+
+        Args:
+            measured, moments: see `settle`.
+        """
+        names, call = measured.names, measured.call
+        sources = list(measured.grouping.sources)
         if call.virtual is not None:
-            owners = make_index(grouping.sources, moments.mean.device)
+            owners = make_index(measured.grouping.sources, moments.mean.device)
             sources = list(range(max(sources) + 1))
             moments = group_moments(moments, owners, len(sources))  # first: a group may be empty
             moments = enlarge_parts(moments, [call.virtual.get(names[source]) for source in sources])

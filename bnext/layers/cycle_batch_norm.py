@@ -19,6 +19,7 @@ from bnext.layers.level_norm import LevelBatchNorm2d
 from bnext.layers.ownership import Sources
 from bnext.layers.sources import is_per_level
 from bnext.layers.spec import NormSpec
+from bnext.layers.together import Together
 from bnext.scope.call import NormCall, read_call
 from bnext.scope.forward import ForwardCalls, Size
 from bnext.scope.record import get_record
@@ -214,15 +215,19 @@ class CycleBatchNormList(LevelBatchNorm2d):
         super().__init__(num_features, levels, spec, device=device, dtype=dtype)
         self.ratios = SizeRatios()
 
-    def forward(self, input: Tensor | Mapping[str, Tensor]) -> Any:
+    def forward(self, input: Tensor | Mapping[str, Tensor], together: Together | None = None) -> Any:
         """Normalize the features of the level that comes next, [N, C, H, W]; or of several by name, see above.
+
+        Args:
+            input: of one level, or of several.
+            together: see `LevelBatchNorm2d.forward`; for several levels.
 
         Raises:
             StatisticsError: the call is in no forward and of no named level; it is one too many; its size is not that
                 of its level; an unknown level; and what `BatchNorm2d` raises.
         """
         if isinstance(input, Mapping):
-            return super().forward(input)
+            return super().forward(input, together)
 
         self.check_feature(input)
         calls = self._find_calls()

@@ -20,6 +20,7 @@ from bnext.errors import ConfigError, Refusal, StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.ownership import Sources
 from bnext.layers.spec import NormSpec
+from bnext.layers.together import Together
 from bnext.scope.call import NormCall, read_call
 
 __all__ = ["LevelBatchNorm2d"]
@@ -92,12 +93,15 @@ class LevelBatchNorm2d(BatchNorm2d):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, levels={self.levels}"
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, features: Mapping[str, Tensor], together: Together | None = None
+    ) -> dict[str, Tensor]:
         """Normalize the features of some or all levels.
 
         Args:
             features: level name -> [N, C, H, W]; samples and sizes may differ, a level may be empty
                 or absent. Levels that are given share a mini-batch if the spec says so.
+            together: for `normalize_together`, which calls several norms at once.
 
         Returns:
             level name -> tensor of the same shape and type, in the same order.
@@ -119,7 +123,7 @@ class LevelBatchNorm2d(BatchNorm2d):
         inputs, sources = self.list_features(features, call.domain, call.spec)
         if self.domains:  # the same images at every level
             self.count_domains(call, max(map(len, inputs)))
-        outputs = self.normalize_features(inputs, sources, call)
+        outputs = self.normalize_features(inputs, sources, call, together)
 
         present = [level for level in self.levels if level in features]
         by_level = dict(zip(present, outputs, strict=True))

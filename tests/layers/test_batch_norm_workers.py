@@ -13,6 +13,7 @@ from bnext.errors import ConfigError, StatisticsError
 from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.scope import use_domain
 from tests.cases import DOMAINS, LEVELS, NUM_CHANNELS, SPECS, make_features, make_norm, randomize
+from tests.collectives import NotedCollectives
 from tests.workers import run_workers
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -157,38 +158,6 @@ def test_a_number_that_does_not_divide_the_workers_is_refused_by_all(kind, world
     }
 
 
-class Counter:
-    """Counts the collectives that are called in its scope, and calls them."""
-
-    NAMES = (
-        "all_gather",
-        "all_reduce",
-        "all_gather_into_tensor",
-        "broadcast",
-        "reduce",
-        "all_gather_object",
-        "barrier",
-    )
-
-    def __enter__(self):
-        self.calls = []
-        self.patches = [mock.patch.object(dist, name, self.wrap(name, getattr(dist, name))) for name in self.NAMES]
-        for patch in self.patches:
-            patch.start()
-        return self.calls
-
-    def wrap(self, name, function):
-        def call(*args, **kwargs):
-            self.calls.append(name)
-            return function(*args, **kwargs)
-
-        return call
-
-    def __exit__(self, *error):
-        for patch in self.patches:
-            patch.stop()
-
-
 def count_collectives(rank, specs):
     counts = {}
     for name, spec in specs.items():
@@ -198,13 +167,13 @@ def count_collectives(rank, specs):
             inputs = {level: feature.requires_grad_() for level, feature in inputs.items()}
         else:
             norm, inputs = build(spec), x.requires_grad_()
-        with Counter() as forward, use_domain(names or DOMAINS[0]):
+        with NotedCollectives() as forward, use_domain(names or DOMAINS[0]):
             outputs = norm(inputs)
-        with Counter() as backward:
+        with NotedCollectives() as backward:
             (sum(y.sum() for y in outputs.values()) if isinstance(outputs, dict) else (outputs * grad).sum()).backward()
-        with Counter() as evaluation, use_domain(names or DOMAINS[0]):
+        with NotedCollectives() as evaluation, use_domain(names or DOMAINS[0]):
             norm.eval()(inputs)
-        counts[name] = forward, backward, evaluation
+        counts[name] = forward.names, backward.names, evaluation.names
     return counts
 
 
@@ -220,9 +189,9 @@ def test_one_collective_forward_and_one_backward_whatever_is_normalized():
             if name in ("frozen", "one"):
                 assert (forward, backward) == ([], []), name
             elif name == "by_population":  # normalized by constants: only the statistics are exchanged
-                assert (forward, backward) == (["all_gather"], []), name
+                assert (forward, backward) == (["allgather_"], []), name
             else:
-                assert (forward, backward) == (["all_gather"], ["all_reduce"]), name
+                assert (forward, backward) == (["allgather_"], ["allreduce_"]), name
             assert evaluation == [], name
 
 

@@ -1,11 +1,7 @@
 """A head dealt over workers: three forms of shuffle BN are one, what they send, and that all workers agree."""
 
-import contextlib
-from unittest import mock
-
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -19,6 +15,7 @@ from bnext.scope import use_domain
 from bnext.surgery import convert_norm
 from tests import reference
 from tests.cases import randomize
+from tests.collectives import NotedCollectives
 from tests.record import note_groups
 from tests.workers import run_workers
 
@@ -210,30 +207,6 @@ def test_one_deal_per_head_and_step_which_all_workers_know():
 # ---- what is sent
 
 
-@contextlib.contextmanager
-def counting():
-    """Bytes of tensors that this worker gives to collectives, and how many there were."""
-    found = {"bytes": 0, "calls": 0}
-
-    def wrap(name, of_call):
-        real = getattr(dist, name)
-
-        def call(*args, **kwargs):
-            tensor = of_call(*args)
-            found["bytes"] += tensor.numel() * tensor.element_size()
-            found["calls"] += 1
-            return real(*args, **kwargs)
-
-        return mock.patch.object(dist, name, call)
-
-    with (
-        wrap("all_gather", lambda gathered, own: own),
-        wrap("all_reduce", lambda own: own),
-        wrap("all_to_all_single", lambda received, own, *_: own),
-    ):
-        yield found
-
-
 def run_bytes(rank, num_samples, channels, side, num_groups):
     features = torch.randn(num_samples, channels, side, side)
     found = []
@@ -245,11 +218,11 @@ def run_bytes(rank, num_samples, channels, side, num_groups):
         called = head if form == "statistics" else Shuffled(head)
         for is_backward in (False, True):
             own = features.clone().requires_grad_()
-            with counting() as sent, torch.set_grad_enabled(is_backward):
+            with NotedCollectives() as sent, torch.set_grad_enabled(is_backward):
                 output = called(own)
                 if is_backward:
                     output.sum().backward()
-            found.append(sent)
+            found.append((len(sent.names), sent.num_bytes))
     return found
 
 
@@ -257,29 +230,29 @@ def test_dealt_statistics_send_moments_and_moved_features_send_features():
     num_samples, channels, side, num_groups = 48, 32, 7, 3
     for forward, both, moved, moved_both in run_workers(run_bytes, 2, num_samples, channels, side, num_groups):
         moments = 4 * (2 * channels + 1) * num_groups * 4  # 4 norms of float32
-        assert forward == {"bytes": moments + 40, "calls": 5}  # and five numbers of 8 bytes for the deal
-        assert both == {"bytes": moments + 40 + 4 * 2 * channels * num_groups * 4, "calls": 9}
+        assert forward == (5, moments + 40)  # and five numbers of 8 bytes for the deal
+        assert both == (9, moments + 40 + 4 * 2 * channels * num_groups * 4)
         features = num_samples * channels * side**2 * 4
-        assert (moved["calls"], moved_both["calls"]) == (3, 5)
-        assert 2 * features <= moved["bytes"] <= 2 * features + 40
-        assert 4 * features <= moved_both["bytes"] <= 4 * features + 40
-        assert moved_both["bytes"] / both["bytes"] > 150
+        assert (moved[0], moved_both[0]) == (3, 5)
+        assert 2 * features <= moved[1] <= 2 * features + 40
+        assert 4 * features <= moved_both[1] <= 4 * features + 40
+        assert moved_both[1] / both[1] > 150
 
 
 def run_frozen(rank):
     head = make_own_head(workers="all", frozen="statistics")
     deal_statistics(head, 2)
-    with counting() as sent:
+    with NotedCollectives() as sent:
         run_step(head, rank, 3)
     evaluated = make_own_head(workers="all")
     deal_statistics(evaluated, 2)
     evaluated.eval()
-    with counting() as sent_in_evaluation:
+    with NotedCollectives() as sent_in_evaluation:
         run_step(evaluated, rank, 3)
     moved = Shuffled(make_own_head()).eval()
-    with counting() as moved_in_evaluation:
+    with NotedCollectives() as moved_in_evaluation:
         run_step(moved, rank, 3)
-    return [sent["calls"], sent_in_evaluation["calls"], moved_in_evaluation["calls"]]
+    return [len(noted.names) for noted in (sent, sent_in_evaluation, moved_in_evaluation)]
 
 
 def test_frozen_statistics_and_evaluation_send_nothing():
