@@ -155,7 +155,7 @@ def count_needs(model: nn.Module) -> list[Need]:
     return needs
 
 
-def time_passes(ours: nn.Module, theirs: nn.Module) -> list[float]:
+def time_passes(ours: nn.Module, theirs: Any) -> list[float]:
     """Seconds of fvcore's pass over those of ours, on the same batches that are in memory, pair by pair."""
     batches = list(itertools.islice(load_batches(BATCH_SIZE), NUM_TIMED))
     theirs.train()

@@ -120,8 +120,8 @@ def recompute_population_statistics(
     """
     check_choice("estimator", estimator, get_args(Estimator), where=_WHERE)
     check_data(data, _WHERE, many_passes=estimator == "layer_by_layer")
-    limits = {"num_batches": num_batches, "num_samples": num_samples, "population_size": population_size}
-    limits |= {"tolerance": tolerance, "seed": seed}
+    limits: dict[str, float | None] = {"num_batches": num_batches, "num_samples": num_samples, "seed": seed}
+    limits |= {"tolerance": tolerance, "population_size": population_size}
     limits = {name: value for name, value in limits.items() if value is not None}
     check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
     if not (domain is None or isinstance(domain, str) or callable(domain)):
