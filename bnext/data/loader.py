@@ -21,11 +21,13 @@ from bnext.data.batches import limit_loader_workers, load_batches
 from bnext.data.mapping import CheckedMapper, Mapper, build_mapper
 from bnext.data.records import Record, load_train_records
 from bnext.data.sampling.build import build_sampler
+from bnext.data.sampling.domain_batches import DomainBatchSampler
 from bnext.data.sampling.samplers import BatchSampler, Sample
 from bnext.errors import DatasetError
+from bnext.lazy_config import is_lazy
 from bnext.seeding import Purpose, derive_seed, seeded
 
-__all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "share_seed"]
+__all__ = ["MappedDataset", "TrainLoader", "build_train_loader", "count_fixed_images", "share_seed"]
 
 _MAX_REPLACEMENTS = 100
 
@@ -175,3 +177,19 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper | None = None) -> Any:
     sampler = build_sampler(cfg, records, share_seed(cfg.SEED))
     num_loader_workers = limit_loader_workers(cfg.DATALOADER.NUM_WORKERS)
     return TrainLoader(records, mapper, sampler, num_loader_workers)
+
+
+def count_fixed_images(cfg: CfgNode, loader: Any) -> int | None:
+    """Number of training images, if each comes once before any comes again, and always alike; None if not.
+
+    Args:
+        cfg: INPUT.* is read: sizes, flips and crops that are drawn make images that never come again.
+        loader: of `build_train_loader`.
+    """
+    is_shuffled = isinstance(loader, TrainLoader) and not isinstance(loader.sampler, DomainBatchSampler)
+    if is_lazy(cfg) or not is_shuffled:
+        return None
+
+    inputs = cfg.INPUT
+    is_random = inputs.RANDOM_FLIP != "none" or inputs.CROP.ENABLED or len(set(inputs.MIN_SIZE_TRAIN)) > 1
+    return None if is_random else loader.num_images

@@ -20,16 +20,16 @@ from torch import nn
 from bnext.checkpoints.checkpointer import Checkpointer
 from bnext.checkpoints.head_levels import describe_levels
 from bnext.config.blame import building_from_config
-from bnext.data.loader import build_train_loader
+from bnext.data.loader import build_train_loader, count_fixed_images
 from bnext.data.sampling.samplers import count_micro_batch
 from bnext.errors import ConfigError, StatisticsError
 from bnext.files import is_same_file
 from bnext.heads import forward_sampled_rois
 from bnext.heads.build_warnings import building_unwarned
 from bnext.heads.statistics import choose_forward
-from bnext.layers import LevelBatchNorm2d
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d
 from bnext.layers.walk import Selection
-from bnext.notices import gathering_notices
+from bnext.notices import gathering_notices, tell_once
 from bnext.repair.levels import find_levels, give_levels
 from bnext.repair.observe_calls import NUM_OBSERVED, peek
 from bnext.scope.forward import count_levels
@@ -77,9 +77,11 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`. Those of the
             training come in its micro-batches, which are as many images and normalize as in training; with batches of
-            one domain each, all domains have their turns.
+            one domain each, all domains have their turns. Where those are always alike, without random flips, crops
+            and sizes, the standard errors are those for the training set: 0 when all were seen. Otherwise, and of
+            `batches`, they are for what the images are drawn from.
         num_samples: enough images; None: not limited.
-        options: further ones of `recompute_population_statistics`: source_samples, estimator, domain.
+        options: further ones of `recompute_population_statistics`, such as source_samples, estimator and domain.
 
     Raises:
         StatisticsError: see `recompute_population_statistics`.
@@ -93,10 +95,12 @@ def recompute_statistics(
         number = cfg.SOLVER.BNEXT.ACCUMULATE
         num_batches = number * (num_batches or cfg.TEST.PRECISE_BN.NUM_ITER)
         batches = build_train_loader(_with_batches_for_statistics(cfg))
+        options = {"population_size": count_fixed_images(cfg, batches), **options}
 
     arguments = {"estimator": node.ESTIMATOR, **options}
     if arguments["estimator"] != "layer_by_layer":  # every layer sees the same images
         arguments.setdefault("tolerance", node.TOLERANCE or None)
+        _tell_of_small_groups(model, layers)
 
     seed = derive_seed(max(cfg.SEED, 0), Purpose.REESTIMATE, comm.get_rank())
     with gathering_notices(), drawing_from(model, seed):  # what the loader draws
@@ -114,6 +118,18 @@ def recompute_statistics(
 
     logging.getLogger(__name__).info("%s", report)
     return report
+
+
+def _tell_of_small_groups(model: nn.Module, layers: Selection | None) -> None:
+    """Say once that mini-batches smaller than the batch stand before what is measured, as nobody expects it."""
+    for norm in select_norms(model, layers).values():
+        size = norm.spec.normalization_batch_size if isinstance(norm, BatchNorm2d) else None
+        if size is not None:
+            message = (
+                "Statistics are re-estimated behind mini-batches of %d, the normalization batch size, as in training. "
+                "Where images differ much, those of TEST.BNEXT.PRECISE_BN.ESTIMATOR layer_by_layer are far better."
+            )
+            tell_once(logging.getLogger(__name__), ("small groups", size), message, size)
 
 
 def _with_batches_for_statistics(cfg: CfgNode) -> CfgNode:

@@ -27,7 +27,13 @@ from bnext.functional.moments import (
     update_running_statistics,
 )
 from bnext.functional.normalize import normalize_mini_batch, normalize_parts
-from bnext.functional.standard_errors import Spread, merge_spreads, spread_of_batch, standard_errors
+from bnext.functional.standard_errors import (
+    Spread,
+    merge_spreads,
+    share_of_variance,
+    spread_of_batch,
+    standard_errors,
+)
 
 __all__ = [
     "Grouping",
@@ -50,6 +56,7 @@ __all__ = [
     "number_groups",
     "part_moments",
     "sample_moments",
+    "share_of_variance",
     "spread_of_batch",
     "stack_parts",
     "standard_errors",

@@ -14,11 +14,13 @@ from bnext.errors import check_choice
 from bnext.layers.walk import find_norms
 from bnext.scope.domain import naming_domains
 from bnext.scope.model import setting
+from bnext.scope.record import get_record
 from bnext.statistics.data_pass import Forward
 
 __all__ = ["RoiChoice", "choose_forward", "forward_sampled_rois", "forward_statistics"]
 
 RoiChoice = Literal["sampled", "top_scored"]
+_TOWERS = ("cls_subnet", "bbox_subnet")
 
 
 def choose_forward(model: nn.Module, paths: Iterable[str], rois: RoiChoice = "sampled") -> Forward | None:
@@ -52,6 +54,8 @@ def _forward_backbone(model: Any, batch: list[dict[str, Any]]) -> None:
 def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> None:
     """The part of a dense detector's forward that its norms see: no predictors, anchors, matching, losses or NMS.
 
+    In a re-estimation, no more of the towers than norms need that are not known well enough yet.
+
     Args:
         model: a RetinaNet or FCOS. The head of another package is run as a whole.
         batch: records with "image" [3, H, W], as detectron2's mappers make them; no labels needed.
@@ -63,9 +67,25 @@ def forward_statistics(model: DenseDetector, batch: list[dict[str, Any]]) -> Non
         inputs = [features[level] for level in model.head_in_features]
 
         if _can_skip_predictors(model.head):
-            model.head.forward_towers(inputs)
+            with setting([model.head], **_shorten_towers(model.head)):
+                model.head.forward_towers(inputs)
         else:
             model.head(inputs)
+
+
+def _shorten_towers(head: nn.Module) -> dict[str, nn.Sequential]:
+    """The towers up to the last norm that is wanted, where somebody has said which ones are."""
+    wanted = get_record().wanted
+    if not wanted:
+        return {}
+
+    shortened = {}
+    for name in _TOWERS:
+        tower = getattr(head, name)
+        if isinstance(tower, nn.Sequential):
+            places = [place for place, module in enumerate(tower) if not wanted.isdisjoint(module.modules())]
+            shortened[name] = tower[: max(places, default=-1) + 1]
+    return shortened
 
 
 def _can_skip_predictors(head: nn.Module) -> bool:
@@ -74,7 +94,7 @@ def _can_skip_predictors(head: nn.Module) -> bool:
     if "forward_towers" not in vars(owner):
         return False
 
-    others = [child for name, child in head.named_children() if name not in ("cls_subnet", "bbox_subnet")]
+    others = [child for name, child in head.named_children() if name not in _TOWERS]
     return not any(find_norms(child) for child in others)
 
 

@@ -42,6 +42,8 @@ class CallRecord:
         level: of the features that a head gets now; None: nobody has said.
         calls: norm -> the calls of the model's forward in which it is, where nobody names the levels.
         observed: further norms, of any class, whose forward is to be known.
+        wanted: norms whose statistics are still being estimated: what others alone need may be left out. Empty: nobody
+            has said.
         images: what the norms of one forward know of its images of unseen domains; see `bnext.layers.unseen`.
     """
 
@@ -54,6 +56,7 @@ class CallRecord:
     level: str | None = None
     calls: Mapping[nn.Module, Any] = dataclasses.field(default_factory=dict)
     observed: frozenset[nn.Module] = frozenset()
+    wanted: frozenset[nn.Module] = frozenset()
     images: Any = None
 
     def extend(self, changes: Mapping[str, Any]) -> CallRecord:

@@ -17,6 +17,7 @@ _REAL = (int, float)
 _RANGES: dict[str, tuple[Any, Callable[[Any], bool], str, str]] = {
     "num_batches": (int, lambda n: n >= 1, "be 1 or more", "Use some 4,000 images (TEST.PRECISE_BN.NUM_ITER)."),
     "num_samples": (int, lambda n: n >= 1, "be 1 or more", "Use 1,000 to 10,000."),
+    "population_size": (int, lambda n: n >= 1, "be 1 or more, or None", "Give the number of images of the set."),
     "tolerance": (_REAL, lambda x: 0 < x < math.inf, "be a number above 0, or None", "Use 0.01 for 1 %."),
     "momentum": (_REAL, lambda x: 0 < x <= 1, "be a number above 0 and at most 1", "Use 0.1."),
     "bound": (_REAL, lambda x: x >= 1, "be a number of 1 or more", "Use 10, or math.inf for no bound."),

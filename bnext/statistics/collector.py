@@ -6,6 +6,7 @@ Shape letters: C channels, R workers.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -53,6 +54,8 @@ class Collector:
         num_images: of the set's domain, where that is known; at most `num_samples`.
         num_updates: mini-batches in `average`.
         num_batches: ends of batches, whether the set was reached in them or not.
+        is_dependent: whether features of an image depend on its batch, as mini-batches have normalized them before.
+        share: of the squared standard errors that is left, see `share_of_variance`.
     """
 
     def __init__(self, path: str, names: tuple[str, ...], state: Any, momentum: float | None = None) -> None:
@@ -65,6 +68,7 @@ class Collector:
         self.spread = spread_of_batch(self.total)
         self.average = zeros if momentum is None else self.former
         self.num_samples = self.num_images = self.num_updates = self.num_batches = 0
+        self.is_dependent, self.share = False, 1.0
 
         self._momentum = momentum
         self._parts: list[Moments] = []  # of the batch that has not ended
@@ -131,7 +135,7 @@ class Collector:
         if everyone is None:
             return self
 
-        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates])
+        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates, self.is_dependent])
         fields = [*self.total, *self.spread, self.average, self.former, counts]
         message = torch.cat([field.reshape(-1) for field in fields])
         parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
@@ -143,7 +147,8 @@ class Collector:
         merged.total = merge_moments(Moments(*of_total))
         merged.spread = merge_spreads(Spread(*of_spread))
         merged.former = _merge_populations(former)
-        merged.num_samples, merged.num_images, merged.num_updates = (int(number) for number in counts.sum(0))
+        merged.num_samples, merged.num_images, merged.num_updates, num_dependent = map(int, counts.sum(0))
+        merged.is_dependent = num_dependent > 0
 
         updates = counts[:, 2]
         if self._momentum is None:
@@ -160,9 +165,13 @@ class Collector:
 
         eps keeps a dead channel (variance 0) from an infinite error.
         """
+        if self.share == 0:
+            return 0.0, 0.0  # also of a single batch, whose error would be unknown
+
         mean_error, var_error = standard_errors(self.spread, self.total)
         var = self.total.var + self.state.eps
-        return _percentile(mean_error / var.sqrt()), _percentile(var_error / var)
+        root = math.sqrt(self.share)
+        return root * _percentile(mean_error / var.sqrt()), root * _percentile(var_error / var)
 
     def estimate(self, estimator: Estimator, source_samples: float) -> tuple[PopulationEstimate, Tensor | None]:
         """The report's row, and new mean and variance, [2, C]; one element has no variance and is no estimate.

@@ -18,12 +18,13 @@ from bnext.errors import StatisticsError
 from bnext.layers.batch_norm import BatchNorm2d
 from bnext.layers.shuffled import shares_work
 from bnext.scope.domain import find_domains_of_batch, naming_domains, use_domain
-from bnext.scope.model import drawing_from
+from bnext.scope.model import drawing_from, setting
+from bnext.scope.statistics import answering
 from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
 
-__all__ = ["DataPass", "Domain", "Forward", "collecting"]
+__all__ = ["DataPass", "Domain", "Forward", "collecting", "find_independent"]
 
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
@@ -161,6 +162,36 @@ def collecting(
 
     with watching(norms, collect):
         yield
+
+
+def find_independent(data_pass: DataPass, norms: Mapping[str, _BatchNorm], batch: Any) -> set[Any]:
+    """The states of those sets whose features of an image are the same in whatever batch it comes.
+
+    They do not change where norms apply their running statistics instead of the batch's, and with other random numbers:
+    tried on this batch.
+    """
+    ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
+    runs: list[dict[Any, list[Tensor]]] = []
+
+    for training in (True, False):
+        sums: dict[Any, list[Tensor]] = {}
+
+        def add(path: str, norm: nn.Module, features: Features, sums: dict[Any, list[Tensor]] = sums) -> None:
+            for state, feature in features:
+                sums.setdefault(state, []).append(feature.double().sum())
+
+        as_either = answering(ours, training="mini_batch", inference="population")
+        drawing = drawing_from(data_pass.model, int(training))
+        with as_either, drawing, setting(norms.values(), training=training), watching(norms, add):
+            data_pass.run(batch)
+        runs.append(sums)
+
+    behind, apart = runs
+    return {state for state, sums in behind.items() if _are_equal(sums, apart.get(state, []))}
+
+
+def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
 
 
 def _check_has_variance(norm: nn.Module, feature: Tensor, collector: Collector) -> None:

@@ -5,12 +5,13 @@ A layer may be called any number of times; one that is not reached keeps what it
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import LockStep, get_rank, resolve_group, unwrap_model
 from bnext.errors import StatisticsError, check_choice
@@ -19,18 +20,19 @@ from bnext.layers.counts import not_counting_domains
 from bnext.layers.walk import Selection
 from bnext.progress import showing_progress
 from bnext.scope.model import restoring
+from bnext.scope.record import Scope
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_numbers
 from bnext.statistics.collector import Collector, Estimator, make_collectors
-from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting
+from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, find_independent
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
+from bnext.statistics.stop_rule import StopRule
 
 __all__ = ["Estimator", "recompute_population_statistics"]
 
 _WHERE = "recompute_population_statistics"
-_FIRST_CHECK, _CHECK_PERIOD = 8, 4  # rounds before and between looks at the standard errors
 
 
 def recompute_population_statistics(
@@ -40,6 +42,7 @@ def recompute_population_statistics(
     num_batches: int | None = None,
     num_samples: int | None = None,
     tolerance: float | None = None,
+    population_size: int | None = None,
     forward: Forward | None = None,
     layers: Selection | None = None,
     domain: Domain | None = None,
@@ -63,7 +66,13 @@ def recompute_population_statistics(
         num_batches: how many to use at most, per worker; None: all.
         num_samples: enough images, over all workers; None: all. The batch that reaches it is the last one.
         tolerance: stop as soon as the standard errors of all reached sets are below it: of the mean in standard
-            deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never.
+            deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never. A forward
+            may leave out, from then on, what only norms need that are below it.
+        population_size: number of images of a finite set that the statistics are to be of, such as the training set;
+            `data` gives them in a random order, each once before any comes again, and always alike. Standard errors
+            then fall to 0 when all were seen, for norms behind others nearly: mini-batches could fall otherwise. One
+            more batch is run twice, to know which they are. None: errors are of what the images are drawn from, and an
+            image that comes again counts as a new one.
         forward: called as forward(model, batch), leaves modes as they are; default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
             for which it is true are re-estimated. Default: all.
@@ -111,7 +120,8 @@ def recompute_population_statistics(
     """
     check_choice("estimator", estimator, get_args(Estimator), where=_WHERE)
     check_data(data, _WHERE, many_passes=estimator == "layer_by_layer")
-    limits = {"num_batches": num_batches, "num_samples": num_samples, "tolerance": tolerance, "seed": seed}
+    limits: dict[str, float | None] = {"num_batches": num_batches, "num_samples": num_samples, "seed": seed}
+    limits |= {"tolerance": tolerance, "population_size": population_size}
     limits = {name: value for name, value in limits.items() if value is not None}
     check_numbers(_WHERE, momentum=momentum, source_samples=source_samples, **limits)
     if not (domain is None or isinstance(domain, str) or callable(domain)):
@@ -119,10 +129,14 @@ def recompute_population_statistics(
         remedy = "For the domains of a batch's images use domain=lambda batch: [...]."
         raise StatisticsError.of("domain", rule, got=repr(domain), where=_WHERE, remedy=remedy)
 
+    if estimator == "moving_average":
+        population_size = None  # it forgets: its error does not fall
+
     model = unwrap_model(model)
     norms = select_norms(model, layers)
     collectors = make_collectors(norms, momentum if estimator == "moving_average" else None)
     sets = list(collectors.values())
+    rule = StopRule(norms, collectors, tolerance, population_size)
     data_pass = DataPass(
         model=model,
         device=sets[0].former.device,
@@ -146,10 +160,14 @@ def recompute_population_statistics(
             rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples, progress=is_shown)
         else:
             bar_of_rounds = showing_progress("re-estimating", num_batches, "batch", is_wanted=is_shown)
-            with collecting(norms, collectors), bar_of_rounds as bar:
-                rounds = data_pass.go(sets, is_enough=lambda rounds: _is_known(rounds, sets, tolerance, bar))
+            with bar_of_rounds as bar:
+                rounds = data_pass.go(
+                    sets,
+                    call=partial(_run, data_pass, norms, collectors, rule, population_size is not None),
+                    is_enough=lambda rounds: rule.is_enough(rounds, bar),
+                )
 
-    merged = [collector.merge_over_workers() for collector in sets]
+    merged = rule.merge_over_workers(rounds)
     estimates = [collector.estimate(estimator, source_samples) for collector in merged]
     if all(new is None for _, new in estimates):
         raise _nothing_is_reached(rounds, merged)
@@ -157,25 +175,26 @@ def recompute_population_statistics(
     for collector, (_, new) in zip(sets, estimates, strict=True):  # after the last collective, which may fail
         collector.write(new, rounds.num_batches)
     rows = tuple(row for row, _ in estimates)
-    return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance)
+    return RecomputeReport(rows, rounds.num_batches, rounds.num_images, tolerance, population_size)
 
 
-def _is_known(rounds: LockStep, sets: Sequence[Collector], tolerance: float | None, bar: Any) -> bool:
-    """Whether the standard errors of all reached sets are small enough. A collective, every few rounds."""
-    bar.update()
-    if tolerance is None or rounds.num_rounds < _FIRST_CHECK or rounds.num_rounds % _CHECK_PERIOD:
-        return False
+def _run(
+    data_pass: DataPass,
+    norms: Mapping[str, _BatchNorm],
+    collectors: Mapping[Any, Collector],
+    rule: StopRule,
+    is_finite: bool,
+    batch: Any,
+) -> None:
+    """Run a batch for the norms that need it; of a finite population, try first which ones depend on batches."""
+    is_first = all(collector.num_batches == 0 for collector in collectors.values())
+    if is_finite and is_first:
+        independent = find_independent(data_pass, norms, batch)
+        for state, collector in collectors.items():
+            collector.is_dependent = state not in independent
 
-    rounds.check_failures()  # whoever has failed does not come to the look
-    errors: list[float] = []
-    for collector in sets:
-        merged = collector.merge_over_workers()
-        if merged.total.count > 0:
-            errors += merged.measure_errors()
-
-    largest = max(errors, default=math.inf)
-    bar.set_postfix_str(f"standard error {100 * largest:.2g} %", refresh=False)
-    return largest <= tolerance
+    with collecting(norms, collectors), Scope(wanted=rule.wanted):
+        data_pass.run(batch)
 
 
 def _nothing_is_reached(rounds: LockStep, merged: Sequence[Collector]) -> StatisticsError:

@@ -65,12 +65,14 @@ class RecomputeReport:
         num_batches: that were used, over all workers.
         num_samples: images in them, over all workers.
         tolerance: that was asked for, or None.
+        population_size: images whose statistics the standard errors are of; None: of what the images are drawn from.
     """
 
     estimates: tuple[PopulationEstimate, ...]
     num_batches: int
     num_samples: int = 0
     tolerance: float | None = None
+    population_size: int | None = None
 
     @property
     def reached(self) -> tuple[PopulationEstimate, ...]:
@@ -101,8 +103,10 @@ class RecomputeReport:
             farthest = max(self.reached, key=lambda estimate: estimate.mean_shift)
             coarsest = max(self.reached, key=lambda estimate: estimate.error)
             shift, error = f"{farthest.mean_shift:.2f} standard deviations", _percent(coarsest.error)
+            size = self.population_size
+            of_images = "" if size is None else f", for the statistics of all {size:,} images"
             lines.append(f"  farthest from before: {farthest.name}, mean by {shift}")
-            lines.append(f"  largest standard error: {coarsest.name}, {error} (p95 over channels)")
+            lines.append(f"  largest standard error: {coarsest.name}, {error} (p95 over channels{of_images})")
 
         coarse = sorted(self.not_converged, key=lambda estimate: -estimate.error)
         limit = _percent(self.tolerance or 0)

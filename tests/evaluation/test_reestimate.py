@@ -173,3 +173,34 @@ def test_a_repair_does_not_ask_for_itself(digits, tmp_path, bnext_log):
     repair_checkpoint(tiny.load(tmp_path, *row_opts(4), "TEST.PRECISE_BN.NUM_ITER", 2), str(weights))
     assert "re-estimated" in bnext_log.text
     assert "are unknown" not in bnext_log.text
+
+
+def test_errors_are_for_the_training_set_where_its_images_come_again_as_they_are(digits, tmp_path):
+    """Twelve images in six batches: the first norm knows them all; images that are drawn nobody ever does."""
+
+    def run(flip, sizes, **options):
+        opts = ("INPUT.RANDOM_FLIP", flip, "INPUT.MIN_SIZE_TRAIN", sizes, "SOLVER.IMS_PER_BATCH", 2)
+        cfg = tiny.load(tmp_path, "TEST.PRECISE_BN.NUM_ITER", 6, *opts)
+        return recompute_statistics(cfg, build_model(cfg), **options)
+
+    report = run("none", "(64,)")
+    errors = {estimate.path: estimate.error for estimate in report.estimates}
+    assert report.population_size == report.num_samples == 12
+    assert [path for path, error in errors.items() if error == 0] == ["backbone.bottom_up.stem.conv1.norm"]
+    assert run("horizontal", "(64,)", num_batches=2).population_size is None
+    assert run("none", "(48, 64)", num_batches=2).population_size is None
+
+
+def test_small_groups_before_what_is_measured_are_said(digits, tmp_path, caplog):
+    """By default alone: layer by layer no mini-batch normalizes."""
+    small = ("MODEL.BNEXT.RETINANET.NORMALIZATION_BATCH_SIZE", 2, "SOLVER.IMS_PER_BATCH", 4)
+    for estimator in ("layer_by_layer", "pooled"):
+        assert "behind mini-batches of 2" not in caplog.text
+        batches = [[{"image": torch.rand(3, 64, 64)} for _ in range(4)] for _ in range(2)]
+        cfg = tiny.load(tmp_path, *small)
+        recompute_statistics(cfg, build_model(cfg), in_head, batches=batches, estimator=estimator)
+    assert "behind mini-batches of 2, the normalization batch size" in caplog.text
+
+
+def in_head(path, norm):
+    return path.startswith("head.")

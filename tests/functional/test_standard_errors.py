@@ -12,6 +12,7 @@ from bnext.functional import (
     batch_moments,
     merge_moments,
     merge_spreads,
+    share_of_variance,
     spread_of_batch,
     stack_parts,
     standard_errors,
@@ -153,3 +154,19 @@ def test_a_few_large_batches_are_not_many():
     pooled = merge_moments(stack_parts(moments))
     mean_error, _ = standard_errors(merge_spreads(stack_parts([spread_of_batch(own) for own in moments])), pooled)
     assert float((pooled.mean.abs() < 2 * mean_error).double().mean()) > 0.85
+
+
+def test_shares_of_variance_are_those_of_shuffled_passes_over_a_set():
+    """As 2,000 shuffles have it: of a part, of all, and of another part after a whole pass."""
+    values = np.random.default_rng(0).standard_normal(20)
+    generator = np.random.default_rng(1)
+    for number in (5, 15, 20, 30, 45):
+        means = np.empty(2000)
+        for draw in range(2000):
+            stream = np.concatenate([generator.permutation(values) for _ in range(3)])
+            means[draw] = stream[:number].mean()
+        expected = means.var() / (values.var(ddof=1) / number)
+        assert share_of_variance(number, 20) == pytest.approx(expected, rel=0.1, abs=1e-9)
+    assert share_of_variance(20, 20, batch_size=8) == 1 / 8
+    assert share_of_variance(10, 20, batch_size=1) == 1
+    assert share_of_variance(0, 20) == 1

@@ -74,6 +74,37 @@ def test_predictors_are_skipped_where_no_norm_can_miss_them(architecture):
     assert "head.bbox_pred.1" in [estimate.path for estimate in report.reached]
 
 
+def test_towers_end_with_the_last_norm_that_is_not_known():
+    """What is left out keeps what it knows, all others have what whole towers give, and the head is as it was."""
+    data = []
+    for seed in range(32):
+        contrast = torch.rand((), generator=torch.Generator().manual_seed(seed)) + 0.5
+        images = [(record["image"] * contrast).clamp(max=255) for record in make_batch(seed=seed)]
+        data.append([{"image": image} for image in images])
+
+    def run(**options):
+        model = make_detector(row=1)
+        before = snapshot(model)
+        report = recompute_population_statistics(model, data, forward=forward_statistics, layers=in_head, **options)
+        assert snapshot(model)[1:] == before[1:]
+        return report, model.state_dict()
+
+    whole, _ = run()
+    errors = sorted(estimate.error for estimate in whole.estimates)
+    report, state = run(tolerance=1.02 * errors[-1])
+    last = report.estimates[[estimate.error for estimate in whole.estimates].index(errors[-1])]
+    fewer = [estimate for estimate in report.estimates if estimate.num_batches < report.num_batches]
+    assert fewer
+    assert last.num_batches == report.num_batches
+    assert not report.not_converged
+
+    expected, of_all = run(num_batches=report.num_batches)
+    for own, other in zip(report.estimates, expected.estimates, strict=True):
+        if own not in fewer:
+            assert own == other
+            assert torch.equal(state[f"{own.path}.running_var"], of_all[f"{own.path}.running_var"])
+
+
 @pytest.mark.parametrize("rois", ["sampled", "top_scored"])
 def test_an_r_cnn_without_norms_after_its_backbone_runs_the_backbone_alone(rois):
     model = make_model(*BACKBONE, architecture="BNextGeneralizedRCNN")

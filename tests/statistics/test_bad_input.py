@@ -20,6 +20,7 @@ NAN, INF = math.nan, math.inf
     [
         ("num_batches", (0, -1, 2.5, "3", True, NAN)),
         ("num_samples", (0, -5, 10.0, "100", False)),
+        ("population_size", (0, -5, 10.0, "100", False)),
         ("tolerance", (0, -1, NAN, INF, "0.01", True)),
         ("momentum", (0, 1.1, NAN, "0.1", True, None)),
         ("source_samples", (-1, NAN, INF, "5", True, None)),

@@ -138,6 +138,7 @@ RUNS = {
     "mean": {"estimator": "mean_of_batches"},
     "layers": {"estimator": "layer_by_layer"},
     "source": {"source_samples": 20},
+    "population": {"population_size": 90},
 }
 
 
