@@ -34,6 +34,7 @@ _PIECE = 2**19  # elements of a thread that stay in its caches while several ope
 _SHORT = 2**15  # elements of a feature that is not worth several operators
 _SMALL_PLANE = 16  # positions; the planes of smaller ones are too short for an operator along them
 _WIDTH = 1024  # columns that torch's kernel takes at once: fewer leave it waiting, more leave the first cache
+_LINE = 512  # positions of a plane whose squares are added up at once
 _SUMMANDS = 512  # rows that a thread adds up one after another
 
 
@@ -99,6 +100,7 @@ def _has_short_planes(feature: Tensor) -> bool:
 def _plane_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [N, C] of contiguous planes, each about its own mean."""
     planes = feature.view(-1, feature.shape[2:].numel())
+    num_lines = _count_lines(planes.shape[1])
     size = max(1, _PIECE * torch.get_num_threads() // planes.shape[1])
     buffer = planes.new_empty(min(size, len(planes)), planes.shape[1])
 
@@ -107,10 +109,19 @@ def _plane_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
         mean = piece.mean(1, keepdim=True)
         centered = torch.sub(piece, mean, out=buffer[: len(piece)])
         means.append(mean)
-        deviations.append(torch.linalg.vector_norm(centered, dim=1))
+        lines = centered.view(-1, planes.shape[1] // num_lines)
+        deviations.append(torch.linalg.vector_norm(lines, dim=1))
 
-    var = torch.cat(deviations).square_().div_(planes.shape[1])
+    var = torch.cat(deviations).square_().view(-1, num_lines).sum(1).div_(planes.shape[1])
     return torch.cat(means).view(feature.shape[:2]), var.view(feature.shape[:2])
+
+
+def _count_lines(num_positions: int) -> int:
+    """Into how many equal lines a plane is cut, so that the squares of one are added up without losing digits."""
+    num_lines = max(1, num_positions // _LINE)
+    while num_positions % num_lines:
+        num_lines -= 1
+    return num_lines
 
 
 def _row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,10 +150,12 @@ def _measure_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge(counts: Sequence[int], means: Tensor, variances: Tensor) -> tuple[Tensor, Tensor]:
-    """Chan's formula, as in `functional.merge_moments`: P counts, means and variances [P, C] -> [C] each."""
-    weights = (means.new_tensor(counts) / sum(counts)).unsqueeze(-1)
+    """Chan's formula in float64, as in `functional.merge_moments`: P counts, means and variances [P, C] -> [C] each."""
+    wide = torch.float64 if means.is_cpu else means.dtype  # which not every device has
+    weights = (torch.tensor(counts, dtype=wide, device=means.device) / sum(counts)).unsqueeze(-1)
     mean = (weights * means).sum(0)
-    return mean, (weights * (variances + (means - mean).square())).sum(0)
+    var = (weights * (variances + (means - mean).square())).sum(0)
+    return mean.to(means.dtype), var.to(means.dtype)
 
 
 # ---- the other passes
