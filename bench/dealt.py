@@ -93,17 +93,20 @@ over_workers = partial(
 )
 moving = partial(over_workers, averages_differ="as of moved features each worker counts those that it was dealt")
 
+in_groups = partial(
+    Comparison,
+    peer="4 BatchNorm2d",
+    shapes=ROIS,
+    make_ours=partial(make_dealt, "one", 4),
+    make_other=make_plain,
+    differs=NO_DEAL,
+    num_norms=NUM_NORMS,
+    goals={"NCHW": 0.95, "channels_last": 0.8},
+)
+
 ROWS = [
-    Comparison(
-        "4 norms dealt to 4 groups",
-        "4 BatchNorm2d",
-        ROIS,
-        partial(make_dealt, "one", 4),
-        make_plain,
-        NO_DEAL,
-        num_norms=NUM_NORMS,
-        goals={"NCHW": 0.95, "channels_last": 0.8},
-    ),
+    in_groups("4 norms dealt to 4 groups"),
+    in_groups("4 norms dealt to 4 groups, compiled passes", kernels="compiled", compiles=True),
     moving("4 dealt norms on 2 workers", "gathered features", make_other=GatheringShuffle, goals={"NCHW": 2.5}),
     moving("4 dealt norms on 2 workers", "moved features (Shuffled)", make_other=make_moved),
     over_workers(
