@@ -105,11 +105,18 @@ class TrainLoader:
         self._records = DatasetFromList(records, copy=False)
         self._mapper = mapper
         self._num_loader_workers = num_loader_workers
+        sizes = {(record.get("height"), record.get("width")) for record in records}
+        self._is_of_one_size = len(sizes) == 1 and None not in next(iter(sizes))
 
     @property
     def num_images(self) -> int:
         """Records of the data sets."""
         return len(self._records)
+
+    @property
+    def is_of_one_size(self) -> bool:
+        """Whether all records say the same height and width."""
+        return self._is_of_one_size
 
     def __iter__(self) -> Iterator[list[Record]]:
         # A generator: nothing starts before the first batch is taken, so a resume can still set where.
@@ -185,6 +192,9 @@ def count_fixed_images(cfg: CfgNode, loader: Any) -> int | None:
     Args:
         cfg: INPUT.* is read: sizes, flips and crops that are drawn make images that never come again.
         loader: of `build_train_loader`.
+
+    Note:
+        Images of several sizes are not alike either: models pad them to the largest of their batch.
     """
     is_shuffled = isinstance(loader, TrainLoader) and not isinstance(loader.sampler, DomainBatchSampler)
     if is_lazy(cfg) or not is_shuffled:
@@ -192,4 +202,4 @@ def count_fixed_images(cfg: CfgNode, loader: Any) -> int | None:
 
     inputs = cfg.INPUT
     is_random = inputs.RANDOM_FLIP != "none" or inputs.CROP.ENABLED or len(set(inputs.MIN_SIZE_TRAIN)) > 1
-    return None if is_random else loader.num_images
+    return None if is_random or not loader.is_of_one_size else loader.num_images

@@ -77,9 +77,9 @@ def recompute_statistics(
         batches: of this worker, such as those of `build_shuffled_batches`; None: the training's.
         num_batches: at most; None: TEST.PRECISE_BN.NUM_ITER of the training's, and all of `batches`. Those of the
             training come in its micro-batches, which are as many images and normalize as in training; with batches of
-            one domain each, all domains have their turns. Where those are always alike, without random flips, crops
-            and sizes, the standard errors are those for the training set: 0 when all were seen. Otherwise, and of
-            `batches`, they are for what the images are drawn from.
+            one domain each, all domains have their turns. Where those are of one size and always alike, without
+            random flips, crops and sizes, the standard errors are those for the training set: 0 when all were seen.
+            Otherwise, and of `batches`, they are for what the images are drawn from.
         num_samples: enough images; None: not limited.
         options: further ones of `recompute_population_statistics`, such as source_samples, estimator and domain.
 

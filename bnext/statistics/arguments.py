@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+from bnext.distributed import count_images, resolve_group
+from bnext.distributed.collectives import all_gather_objects
 from bnext.errors import StatisticsError
 
-__all__ = ["check_data", "check_numbers"]
+__all__ = ["check_data", "check_fits_population", "check_numbers"]
 
 _REAL = (int, float)
 # Argument -> types, whether a number is in range, rule, remedy.
@@ -52,3 +54,29 @@ def check_data(data: object, where: str, name: str = "data", *, many_passes: boo
         rule = "be a list or a loader that can be gone through again for estimator='layer_by_layer'"
         got, remedy = f"an iterator ({kind})", "Make a list of its batches."
         raise StatisticsError.of(name, rule, got=got, where=where, remedy=remedy)
+
+
+def check_fits_population(data: Any, population_size: int, where: str) -> None:
+    """Raise StatisticsError if the data of a worker hold more images than there are in all. A collective.
+
+    Known are those of a list, and how many a loader with a batch size holds at least; others are not checked.
+    """
+    number = max(all_gather_objects(_count_at_least(data), resolve_group("all"), where))
+
+    if number > population_size:
+        rule, got = "be the number of all images in `data`, which gives each once", f"{population_size} for {number}"
+        remedy = "Correct it; if images come again on purpose, pass a generator of their batches."
+        raise StatisticsError.of("population_size", rule, got=got, where=where, remedy=remedy)
+
+
+def _count_at_least(data: Any) -> int:
+    if isinstance(data, (list, tuple)):
+        return sum(map(count_images, data))
+
+    batch_size = getattr(data, "batch_size", None)
+    if not isinstance(batch_size, int):
+        return 0
+    try:
+        return (len(data) - 1) * batch_size + 1  # the last batch may be a short one
+    except TypeError:
+        return 0  # of no known length

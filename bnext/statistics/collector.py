@@ -55,6 +55,7 @@ class Collector:
         num_updates: mini-batches in `average`.
         num_batches: ends of batches, whether the set was reached in them or not.
         is_dependent: whether features of an image depend on its batch, as mini-batches have normalized them before.
+        is_random: whether features of an image are others each time, as random numbers are in them.
         share: of the squared standard errors that is left, see `share_of_variance`.
     """
 
@@ -68,7 +69,7 @@ class Collector:
         self.spread = spread_of_batch(self.total)
         self.average = zeros if momentum is None else self.former
         self.num_samples = self.num_images = self.num_updates = self.num_batches = 0
-        self.is_dependent, self.share = False, 1.0
+        self.is_dependent, self.is_random, self.share = False, False, 1.0
 
         self._momentum = momentum
         self._parts: list[Moments] = []  # of the batch that has not ended
@@ -135,7 +136,8 @@ class Collector:
         if everyone is None:
             return self
 
-        counts = self.former.new_tensor([self.num_samples, self.num_images, self.num_updates, self.is_dependent])
+        numbers = [self.num_samples, self.num_images, self.num_updates, self.is_dependent, self.is_random]
+        counts = self.former.new_tensor(numbers)
         fields = [*self.total, *self.spread, self.average, self.former, counts]
         message = torch.cat([field.reshape(-1) for field in fields])
         parts = all_gather_stacked(message, everyone, self.where).split([field.numel() for field in fields], dim=1)
@@ -147,8 +149,8 @@ class Collector:
         merged.total = merge_moments(Moments(*of_total))
         merged.spread = merge_spreads(Spread(*of_spread))
         merged.former = _merge_populations(former)
-        merged.num_samples, merged.num_images, merged.num_updates, num_dependent = map(int, counts.sum(0))
-        merged.is_dependent = num_dependent > 0
+        merged.num_samples, merged.num_images, merged.num_updates, num_dependent, num_random = map(int, counts.sum(0))
+        merged.is_dependent, merged.is_random = num_dependent > 0, num_random > 0
 
         updates = counts[:, 2]
         if self._momentum is None:

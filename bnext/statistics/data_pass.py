@@ -24,7 +24,7 @@ from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
 
-__all__ = ["DataPass", "Domain", "Forward", "collecting", "find_independent"]
+__all__ = ["DataPass", "Domain", "Forward", "collecting", "has_other_mini_batches", "note_dependence"]
 
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
@@ -164,30 +164,45 @@ def collecting(
         yield
 
 
-def find_independent(data_pass: DataPass, norms: Mapping[str, _BatchNorm], batch: Any) -> set[Any]:
-    """The states of those sets whose features of an image are the same in whatever batch it comes.
+def note_dependence(
+    data_pass: DataPass, norms: Mapping[str, _BatchNorm], collectors: Mapping[Any, Collector], batch: Any
+) -> None:
+    """Let collectors, by state, know whether features of an image are others in another batch, or each time.
 
-    They do not change where norms apply their running statistics instead of the batch's, and with other random numbers:
-    tried on this batch.
+    Tried on this batch: they depend on it if they change where the norms apply their running statistics, or if norms
+    that are not among these normalize by mini-batches; they are random if they change with other random numbers.
     """
     ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
-    runs: list[dict[Any, list[Tensor]]] = []
+    is_coupled = has_other_mini_batches(data_pass.model, norms)
 
-    for training in (True, False):
+    def run(training: bool, seed: int) -> dict[Any, list[Tensor]]:
         sums: dict[Any, list[Tensor]] = {}
 
-        def add(path: str, norm: nn.Module, features: Features, sums: dict[Any, list[Tensor]] = sums) -> None:
+        def add(path: str, norm: nn.Module, features: Features) -> None:
             for state, feature in features:
                 sums.setdefault(state, []).append(feature.double().sum())
 
         as_either = answering(ours, training="mini_batch", inference="population")
-        drawing = drawing_from(data_pass.model, int(training))
+        drawing = drawing_from(data_pass.model, seed)
         with as_either, drawing, setting(norms.values(), training=training), watching(norms, add):
             data_pass.run(batch)
-        runs.append(sums)
+        return sums
 
-    behind, apart = runs
-    return {state for state, sums in behind.items() if _are_equal(sums, apart.get(state, []))}
+    behind, again, apart = run(True, 0), run(True, 1), run(False, 0)
+    for state, collector in collectors.items():
+        sums = behind.get(state)
+        collector.is_dependent = is_coupled or sums is None or not _are_equal(sums, apart.get(state, []))
+        collector.is_random = sums is not None and not _are_equal(sums, again.get(state, []))
+
+
+def has_other_mini_batches(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> bool:
+    """Whether batch norms of the model that are not among these normalize by mini-batches in evaluation mode."""
+    selected = set(norms.values())
+    others = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm not in selected]
+    return any(
+        norm.spec.inference != "population" if isinstance(norm, BatchNorm2d) else norm.running_mean is None
+        for norm in others
+    )
 
 
 def _are_equal(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:

@@ -22,9 +22,9 @@ from bnext.progress import showing_progress
 from bnext.scope.model import restoring
 from bnext.scope.record import Scope
 from bnext.scope.statistics import answering
-from bnext.statistics.arguments import check_data, check_numbers
+from bnext.statistics.arguments import check_data, check_fits_population, check_numbers
 from bnext.statistics.collector import Collector, Estimator, make_collectors
-from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, find_independent
+from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, has_other_mini_batches, note_dependence
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
@@ -69,10 +69,12 @@ def recompute_population_statistics(
             deviations, of the variance relative to it, 95 % of the channels. For example 0.01. None: never. A forward
             may leave out, from then on, what only norms need that are below it.
         population_size: number of images of a finite set that the statistics are to be of, such as the training set;
-            `data` gives them in a random order, each once before any comes again, and always alike. Standard errors
-            then fall to 0 when all were seen, for norms behind others nearly: mini-batches could fall otherwise. One
-            more batch is run twice, to know which they are. None: errors are of what the images are drawn from, and an
-            image that comes again counts as a new one.
+            `data` gives them in a random order, each once before any comes again, and always alike: not padded to the
+            largest image of a batch either. Standard errors then fall to 0 when all were seen, except for norms behind
+            others, as mini-batches could fall otherwise, and on random features. The first batch is run three times
+            more, to know which they are. Data that say how many they are hold one pass at most. Only "pooled" and
+            "layer_by_layer" heed it. None: errors are of what the images are drawn from, and an image that comes again
+            counts as a new one.
         forward: called as forward(model, batch), leaves modes as they are; default model(batch).
         layers: called as layers(path, module) for every batch norm with running statistics; those
             for which it is true are re-estimated. Default: all.
@@ -97,8 +99,8 @@ def recompute_population_statistics(
         The report, equal on every worker.
 
     Raises:
-        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed, or
-            an argument is out of range.
+        StatisticsError: no norm is selected, there is no batch, activations are not finite, another worker failed, an
+            argument is out of range, or data of known length hold more images than `population_size`.
         ConfigError: the estimator is unknown.
 
     Note:
@@ -129,8 +131,10 @@ def recompute_population_statistics(
         remedy = "For the domains of a batch's images use domain=lambda batch: [...]."
         raise StatisticsError.of("domain", rule, got=repr(domain), where=_WHERE, remedy=remedy)
 
-    if estimator == "moving_average":
-        population_size = None  # it forgets: its error does not fall
+    if population_size is not None:
+        check_fits_population(data, population_size, _WHERE)
+    if estimator in ("moving_average", "mean_of_batches"):
+        population_size = None  # one forgets, the other's mini-batches could fall otherwise: no error falls to 0
 
     model = unwrap_model(model)
     norms = select_norms(model, layers)
@@ -157,6 +161,8 @@ def recompute_population_statistics(
         for norm in norms.values():
             norm.train(estimator != "layer_by_layer")
         if estimator == "layer_by_layer":
+            for collector in sets:
+                collector.is_dependent = has_other_mini_batches(model, norms)
             rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples, progress=is_shown)
         else:
             bar_of_rounds = showing_progress("re-estimating", num_batches, "batch", is_wanted=is_shown)
@@ -189,9 +195,7 @@ def _run(
     """Run a batch for the norms that need it; of a finite population, try first which ones depend on batches."""
     is_first = all(collector.num_batches == 0 for collector in collectors.values())
     if is_finite and is_first:
-        independent = find_independent(data_pass, norms, batch)
-        for state, collector in collectors.items():
-            collector.is_dependent = state not in independent
+        note_dependence(data_pass, norms, collectors, batch)
 
     with collecting(norms, collectors), Scope(wanted=rule.wanted):
         data_pass.run(batch)

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.distributed import LockStep
 from bnext.functional import share_of_variance
+from bnext.layers.batch_norm import BatchNorm2d
 from bnext.statistics.collector import Collector
 
 __all__ = ["StopRule"]
@@ -71,11 +72,18 @@ class StopRule:
         if self._population_size is None:
             return every
 
-        batch_size = rounds.num_images / max(rounds.num_batches, 1)
+        smallest = self._count_together(rounds.num_images / max(rounds.num_batches, 1))
         for collector, merged in zip(self._sets, every, strict=True):
             if merged.num_samples != self._num_samples.get(collector):  # else it was left out
-                size = batch_size if merged.is_dependent else math.inf
+                size = smallest if merged.is_dependent else math.inf
+                size = 1 if merged.is_random else size
                 collector.share = share_of_variance(rounds.num_images, self._population_size, size)
             self._num_samples[collector] = merged.num_samples
             merged.share = collector.share
         return every
+
+    def _count_together(self, batch_size: float) -> float:
+        """Images of the smallest mini-batch in which a norm takes a batch of that size; it cuts it evenly."""
+        specs = [norm.spec for norm in self._norms.values() if isinstance(norm, BatchNorm2d)]
+        sizes = [spec.normalization_batch_size for spec in specs if spec.normalization_batch_size is not None]
+        return min([batch_size, *(batch_size / math.ceil(batch_size / size) for size in sizes)])

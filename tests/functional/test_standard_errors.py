@@ -167,6 +167,7 @@ def test_shares_of_variance_are_those_of_shuffled_passes_over_a_set():
             means[draw] = stream[:number].mean()
         expected = means.var() / (values.var(ddof=1) / number)
         assert share_of_variance(number, 20) == pytest.approx(expected, rel=0.1, abs=1e-9)
-    assert share_of_variance(20, 20, batch_size=8) == 1 / 8
+    assert share_of_variance(20, 20, batch_size=8) == 2 / 8
+    assert [share_of_variance(number, 20, batch_size=2) for number in (10, 20)] == [1, 1]
     assert share_of_variance(10, 20, batch_size=1) == 1
     assert share_of_variance(0, 20) == 1

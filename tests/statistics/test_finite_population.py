@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bnext import recompute_population_statistics
-from bnext.layers import LevelBatchNorm2d, NormSpec
+from bnext.errors import StatisticsError
+from bnext.layers import BatchNorm2d, LevelBatchNorm2d, NormSpec
 from bnext.scope.record import get_record
 from tests.cases import NUM_CHANNELS, randomize
 from tests.statistics.models import assert_population
@@ -55,7 +57,7 @@ def test_a_set_that_was_seen_is_known_but_for_how_it_falls_into_batches():
     assert_population(towers.box, [2 * images])
     assert all(torch.equal(value, others.state_dict()[key]) for key, value in towers.state_dict().items())
     known, unknown = errors_of(report), errors_of(drawn)
-    assert known == {"cls.0": 0, "box": 0, "cls.2": pytest.approx(unknown["cls.2"] / BATCH_SIZE**0.5)}
+    assert known == {"cls.0": 0, "box": 0, "cls.2": pytest.approx(unknown["cls.2"] * (2 / BATCH_SIZE) ** 0.5)}
     assert min(unknown.values()) > 0.01
     assert "for the statistics of all 48 images" in str(report)
     assert "for the statistics" not in str(drawn)
@@ -98,7 +100,7 @@ def test_a_tolerance_needs_fewer_images_of_a_finite_set():
 
 
 def test_what_the_first_batch_does_not_show_to_be_independent_is_not():
-    """A norm that comes later, one on random features, and a moving average, which forgets."""
+    """A norm that comes later, one on random features, and averages of mini-batches, which forget or are divided."""
     images = make_images()
     calls = []
 
@@ -110,12 +112,62 @@ def test_what_the_first_batch_does_not_show_to_be_independent_is_not():
 
     data = shuffle(images, seed=1)
     report = recompute_population_statistics(make_towers(), data, forward=forward, population_size=NUM_IMAGES)
-    assert len(calls) == len(data) + 2
+    assert len(calls) == len(data) + 3
     assert all(estimate.error > 0 for estimate in report.reached)
-    report = recompute_population_statistics(
-        make_towers(), data, estimator="moving_average", population_size=NUM_IMAGES
-    )
-    assert min(errors_of(report).values()) > 0
+    for estimator in ("moving_average", "mean_of_batches"):
+        report = recompute_population_statistics(make_towers(), data, estimator=estimator, population_size=NUM_IMAGES)
+        assert min(errors_of(report).values()) > 0
+        assert report.population_size is None
+
+
+def shares_of(model, **options):
+    """Path -> what is left of the squared errors when all images were seen, to that of images that are drawn."""
+    data = shuffle(make_images(), seed=1)
+    known = errors_of(recompute_population_statistics(model, data, population_size=NUM_IMAGES, **options))
+    unknown = errors_of(recompute_population_statistics(model, data, **options))
+    return {path: (error / unknown[path]) ** 2 for path, error in known.items()}
+
+
+def test_random_features_stay_unknown():
+    class Random(nn.Module):
+        def forward(self, x):
+            return x + torch.rand(len(x), 1, 1, 1)
+
+    model = nn.Sequential(nn.BatchNorm2d(NUM_CHANNELS), Random(), nn.BatchNorm2d(NUM_CHANNELS)).double()
+    assert shares_of(model, seed=0) == {"0": 0, "2": pytest.approx(1)}
+
+
+@pytest.mark.parametrize("size, share", [(None, 2 / 4), (3, 1), (8, 2 / 4)])
+def test_the_smallest_mini_batch_decides(size, share):
+    """Batches of 4; those cut for 3 are halves, of which each other image is half."""
+    first = BatchNorm2d(NUM_CHANNELS, spec=NormSpec(normalization_batch_size=size))
+    model = nn.Sequential(first, nn.ReLU(), nn.BatchNorm2d(NUM_CHANNELS)).double()
+    assert shares_of(model) == {"0": 0, "2": pytest.approx(share)}
+
+
+@pytest.mark.parametrize("estimator", ["pooled", "layer_by_layer"])
+@pytest.mark.parametrize("kind", ["torch", "bnext", "population"])
+def test_mini_batches_of_norms_that_are_not_selected_count(kind, estimator):
+    spec = NormSpec(inference="population" if kind == "population" else "mini_batch")
+    first = BatchNorm2d(NUM_CHANNELS, spec=spec)
+    if kind == "torch":
+        first = nn.BatchNorm2d(NUM_CHANNELS, track_running_stats=False)
+    model = nn.Sequential(first, nn.ReLU(), nn.BatchNorm2d(NUM_CHANNELS)).double()
+    shares = shares_of(model, layers=lambda path, norm: path == "2", estimator=estimator)
+    assert shares == {"2": pytest.approx(0 if kind == "population" else 2 / BATCH_SIZE)}
+
+
+@pytest.mark.parametrize("kind", ["list", "loader"])
+def test_more_images_than_there_are_is_refused(kind):
+    images = make_images()
+    data = shuffle(images, seed=1) if kind == "list" else DataLoader(images, BATCH_SIZE)
+    pattern = r"population_size must be the number of all images .*, got 40 for 4[58]"
+    with pytest.raises(StatisticsError, match=pattern):
+        recompute_population_statistics(make_towers(), data, population_size=40)
+    loader = DataLoader(images[:41], BATCH_SIZE)
+    assert recompute_population_statistics(make_towers(), loader, population_size=41).num_samples == 41
+    passes = iter(data)
+    assert recompute_population_statistics(make_towers(), passes, population_size=40).num_samples == NUM_IMAGES
 
 
 def test_layer_by_layer_and_levels_know_everything_in_the_end():
