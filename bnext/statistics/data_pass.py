@@ -24,7 +24,7 @@ from bnext.seeding import derive_seed
 from bnext.statistics.collector import Collector
 from bnext.statistics.observe import Features, watching
 
-__all__ = ["DataPass", "Domain", "Forward", "collecting", "has_other_mini_batches", "note_dependence"]
+__all__ = ["DataPass", "Domain", "Forward", "collecting", "note_dependence"]
 
 Forward = Callable[[nn.Module, Any], object]
 Domain = str | Callable[[Any], str | Sequence[str]]
@@ -165,15 +165,21 @@ def collecting(
 
 
 def note_dependence(
-    data_pass: DataPass, norms: Mapping[str, _BatchNorm], collectors: Mapping[Any, Collector], batch: Any
+    data_pass: DataPass,
+    norms: Mapping[str, _BatchNorm],
+    collectors: Mapping[Any, Collector],
+    batch: Any,
+    *,
+    training: bool = True,
 ) -> None:
     """Let collectors, by state, know whether features of an image are others in another batch, or each time.
 
-    Tried on this batch: they depend on it if they change where the norms apply their running statistics, or if norms
-    that are not among these normalize by mini-batches; they are random if they change with other random numbers.
+    Tried on this batch: they depend on it if they change where the norms, which are in this mode, apply their running
+    statistics, or if norms that are not among these normalize by mini-batches. They are random if they change with
+    other random numbers.
     """
     ours = [norm for norm in norms.values() if isinstance(norm, BatchNorm2d)]
-    is_coupled = has_other_mini_batches(data_pass.model, norms)
+    is_coupled = _has_other_mini_batches(data_pass.model, norms)
 
     def run(training: bool, seed: int) -> dict[Any, list[Tensor]]:
         sums: dict[Any, list[Tensor]] = {}
@@ -188,14 +194,14 @@ def note_dependence(
             data_pass.run(batch)
         return sums
 
-    behind, again, apart = run(True, 0), run(True, 1), run(False, 0)
+    behind, again, apart = run(training, 0), run(training, 1), run(False, 0)
     for state, collector in collectors.items():
         sums = behind.get(state)
         collector.is_dependent = is_coupled or sums is None or not _are_equal(sums, apart.get(state, []))
         collector.is_random = sums is not None and not _are_equal(sums, again.get(state, []))
 
 
-def has_other_mini_batches(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> bool:
+def _has_other_mini_batches(model: nn.Module, norms: Mapping[str, _BatchNorm]) -> bool:
     """Whether batch norms of the model that are not among these normalize by mini-batches in evaluation mode."""
     selected = set(norms.values())
     others = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm not in selected]

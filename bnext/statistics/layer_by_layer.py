@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from bnext.errors import StatisticsError
 from bnext.progress import track
 from bnext.scope.model import restoring
 from bnext.statistics.collector import Collector
-from bnext.statistics.data_pass import DataPass, collecting
+from bnext.statistics.data_pass import DataPass, collecting, note_dependence
 from bnext.statistics.observe import watching
 
 __all__ = ["estimate_layer_by_layer"]
@@ -33,6 +33,7 @@ def estimate_layer_by_layer(
     collectors: Mapping[Any, Collector],
     source_samples: float,
     *,
+    is_finite: bool = False,
     progress: bool = False,
 ) -> LockStep:
     """One pass over the data for each norm, in the order in which they are called, after one that finds the order.
@@ -42,6 +43,7 @@ def estimate_layer_by_layer(
         norms: of the model, by path; their buffers hold the estimates afterwards.
         collectors: by state.
         source_samples: images that the former statistics count for.
+        is_finite: whether the data are a finite population; collectors learn then what depends on batches.
         progress: whether this worker shows a bar on its terminal.
 
     Returns:
@@ -59,7 +61,11 @@ def estimate_layer_by_layer(
         with restoring(data_pass.model), contextlib.suppress(_Reached):
             data_pass.run(batch)
 
-    first, calls = _count_calls(data_pass, norms)
+    def note(batch: Any) -> None:
+        if is_finite:
+            note_dependence(data_pass, norms, collectors, batch, training=False)
+
+    first, calls = _count_calls(data_pass, norms, note)
     rounds = first
     for path, number in track(calls.items(), "re-estimating", unit="norm", is_wanted=progress):
         norm, of_norm = norms[path], [collector for collector in collectors.values() if collector.path == path]
@@ -82,9 +88,15 @@ def _stop(module: nn.Module, args: Any, output: Any) -> None:
     raise _Reached
 
 
-def _count_calls(data_pass: DataPass, norms: Mapping[str, _BatchNorm]) -> tuple[LockStep, dict[str, int]]:
-    """A pass; path -> most calls in a batch of any worker, in an order that holds in all batches. A collective."""
+def _count_calls(
+    data_pass: DataPass, norms: Mapping[str, _BatchNorm], note: Callable[[Any], None]
+) -> tuple[LockStep, dict[str, int]]:
+    """A pass; path -> most calls in a batch of any worker, in an order that holds in all batches. A collective.
+
+    The first batch is noted, too.
+    """
     paths = list(norms)
+    notes = [note]
     most = [0] * len(paths)
     follows: set[tuple[int, int]] = set()
     now: list[int] = []
@@ -95,8 +107,14 @@ def _count_calls(data_pass: DataPass, norms: Mapping[str, _BatchNorm]) -> tuple[
         now.clear()
         return False
 
+    def run(batch: Any) -> None:
+        while notes:
+            notes.pop()(batch)
+            now.clear()  # these were no calls of the pass
+        data_pass.run(batch)
+
     with watching(norms, lambda path, norm, features: now.append(paths.index(path))):
-        rounds = data_pass.go([], is_enough=end_batch)
+        rounds = data_pass.go([], call=run, is_enough=end_batch)
 
     every = all_gather_objects((most, sorted(follows)), resolve_group("all"), "layer_by_layer")
     before: dict[int, set[int]] = {index: set() for index in range(len(paths))}

@@ -24,7 +24,7 @@ from bnext.scope.record import Scope
 from bnext.scope.statistics import answering
 from bnext.statistics.arguments import check_data, check_fits_population, check_numbers
 from bnext.statistics.collector import Collector, Estimator, make_collectors
-from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, has_other_mini_batches, note_dependence
+from bnext.statistics.data_pass import DataPass, Domain, Forward, collecting, note_dependence
 from bnext.statistics.layer_by_layer import estimate_layer_by_layer
 from bnext.statistics.observe import select_norms
 from bnext.statistics.report import RecomputeReport
@@ -161,9 +161,10 @@ def recompute_population_statistics(
         for norm in norms.values():
             norm.train(estimator != "layer_by_layer")
         if estimator == "layer_by_layer":
-            for collector in sets:
-                collector.is_dependent = has_other_mini_batches(model, norms)
-            rounds = estimate_layer_by_layer(data_pass, norms, collectors, source_samples, progress=is_shown)
+            is_finite = population_size is not None
+            rounds = estimate_layer_by_layer(
+                data_pass, norms, collectors, source_samples, is_finite=is_finite, progress=is_shown
+            )
         else:
             bar_of_rounds = showing_progress("re-estimating", num_batches, "batch", is_wanted=is_shown)
             with bar_of_rounds as bar:

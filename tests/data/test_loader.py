@@ -55,6 +55,16 @@ def test_the_number_of_loading_processes_has_no_influence():
     assert batches(5, num_loader_workers=2) == batches(5)
 
 
+def test_images_of_several_or_unknown_sizes_are_not_alike():
+    def is_of_one_size(*sizes):
+        records = [{"height": height, "width": width} for height, width in sizes]
+        return TrainLoader(records, augment, BatchSampler(len(sizes), 1, seed=1)).is_of_one_size
+
+    assert is_of_one_size((4, 6), (4, 6))
+    assert not is_of_one_size((4, 6), (6, 4))
+    assert not TrainLoader(RECORDS, augment, BatchSampler(len(RECORDS), 4, seed=1)).is_of_one_size
+
+
 def test_augmentations_differ_from_sample_to_sample():
     draws = [sample["draws"] for batch in batches(7) for sample in batch]
     assert len(set(draws)) == len(draws)
