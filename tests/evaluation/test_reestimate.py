@@ -6,6 +6,8 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from bnext.data.loader import TrainLoader, build_train_loader, count_fixed_images
+from bnext.data.mapping import build_mapper
 from bnext.engine import train
 from bnext.errors import CheckpointError, ConfigError, StatisticsError
 from bnext.evaluation.reestimate import needs_labels, recompute_statistics, repair_checkpoint
@@ -189,6 +191,14 @@ def test_errors_are_for_the_training_set_where_its_images_come_again_as_they_are
     assert [path for path, error in errors.items() if error == 0] == ["backbone.bottom_up.stem.conv1.norm"]
     assert run("horizontal", "(64,)", num_batches=2).population_size is None
     assert run("none", "(48, 64)", num_batches=2).population_size is None
+
+
+def test_training_images_that_are_padded_by_their_batch_are_no_finite_set(digits, tmp_path):
+    cfg = tiny.load(tmp_path, "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", "(64,)")
+    loader = build_train_loader(cfg)
+    assert count_fixed_images(cfg, loader) == 12
+    records = [{"height": 64, "width": 64 + index} for index in range(12)]
+    assert count_fixed_images(cfg, TrainLoader(records, build_mapper(cfg, True), loader.sampler)) is None
 
 
 def test_small_groups_before_what_is_measured_are_said(digits, tmp_path, caplog):
