@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import datetime
 import importlib.util
+import math
 import platform
 import sys
 from collections.abc import Iterable, Sequence
@@ -156,7 +157,9 @@ def _rank(outcome: Outcome) -> float:
     """How near to its limit, or beyond; less than all others what was not run."""
     if not outcome.is_run:
         return -1.0
-    return float("inf") if outcome.value is None else outcome.value / outcome.limit
+    if outcome.value is None or math.isnan(outcome.value):
+        return math.inf
+    return outcome.value / outcome.limit
 
 
 def _describe_outcome(outcome: Outcome) -> list[str]:

@@ -58,6 +58,14 @@ def test_what_comes_too_late_is_not_run_and_not_wrong(monkeypatch, capsys):
     assert capsys.readouterr().out.count(" not run |") == 2
 
 
+def test_a_part_that_was_run_in_part_says_so():
+    shown = check_gpu.run_checks([Check("parity", "a", lambda device: float("nan"), 1.0)], CPU, seconds=9)
+    late = check_gpu.run_checks([Check("parity", "b", fail, 1.0)], CPU, seconds=0)
+    table = check_gpu.format_outcomes([*late, *shown])
+    assert "worst of 2: a" in table
+    assert "0 of 1 right, 1 not run" in table
+
+
 def test_mistakes_are_told_before_anything_is_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(check_gpu, "list_checks", fail)
     (tmp_path / "file").touch()
