@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ __all__ = [
     "read_stamp",
     "remove_partials",
     "replace_file",
+    "try_file",
     "write_folder",
     "write_json",
 ]
@@ -98,6 +100,29 @@ def replace_file(path: str | os.PathLike[str], write: Callable[[BinaryIO], objec
         if isinstance(reason, OSError) and reason.filename in (None, partial) and isinstance(error, Exception):
             raise OSError(reason.errno, reason.strerror, path) from error
         raise
+
+
+def try_file(path: str | os.PathLike[str]) -> None:
+    """Find out, before what takes long, whether `write_json` can write a file, which stays as it is.
+
+    Raises:
+        OSError: it cannot.
+
+    Note:
+        Its folder is made if it is missing.
+    """
+    path = os.path.abspath(path)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    if os.path.isdir(path):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if os.path.exists(path) and not os.path.isfile(path):  # a device or a pipe
+        return
+
+    try:
+        with tempfile.TemporaryFile(dir=os.path.dirname(path)):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
 
 
 def write_folder(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.engine import default_setup
@@ -48,8 +49,8 @@ from bnext.evaluation.coco import build_evaluator, check_evaluator
 from bnext.evaluation.conditions import Conditions, check_conditions
 from bnext.evaluation.rehearsal import rehearse
 from bnext.files import find_local_file, naming_file, replace_file
-from bnext.kernels import use_kernels
-from bnext.notices import HeldNotice, holding_notices, log_notices
+from bnext.kernels import find_kernels_fault, use_kernels
+from bnext.notices import HeldNotice, holding_notices, log_notices, tell_once
 
 __all__ = ["DESCRIPTION", "add_arguments", "check_run", "execute", "run"]
 
@@ -61,6 +62,7 @@ DESCRIPTION = """Train or evaluate a detector from a config, as Detectron2's tra
     torchrun --nproc-per-node 2 -m bnext train --config-file CONFIG.yaml
 
 On a machine without GPUs --num-gpus counts CPU workers."""
+KERNELS = "SOLVER.BNEXT.KERNELS"
 _BYTES_TRIED = 1 << 16  # a full disk still makes empty files
 
 
@@ -111,6 +113,7 @@ def run(
         BNextError: what is wrong, before training starts wherever it can be known.
     """
     with holding_notices() as notices:
+        _check_kernels(cfg)
         check_run(
             cfg,
             args.num_gpus,
@@ -138,6 +141,13 @@ def run(
         except KeyboardInterrupt:
             raise KeyboardInterrupt("" if args.eval_only else _describe_kept(cfg.OUTPUT_DIR)) from None
         return pickle.loads(Path(file).read_bytes()) if os.path.exists(file) else {}
+
+
+def _check_kernels(cfg: CfgNode) -> None:
+    """Refuse kernels that are not installed; here and not in `check_run`, as other commands do not read the key."""
+    fault = find_kernels_fault(cfg.SOLVER.BNEXT.KERNELS, KERNELS)
+    if fault is not None:
+        raise fault
 
 
 def _describe_kept(folder: str) -> str:
@@ -172,14 +182,16 @@ def run_worker(
     for name in (*trained, *cfg.DATASETS.TEST):  # several workers are fresh processes
         check_registered(name)
     check_same_config(cfg)
+    _check_kernels(cfg)
 
-    if args.eval_only:
-        _set_up(cfg, args, notices)
-        results: dict[str, Any] = evaluate(cfg, args.resume, trainer, conditions)
-    else:
-        with holding_output(cfg.OUTPUT_DIR):
+    with use_kernels(cfg.SOLVER.BNEXT.KERNELS):
+        if args.eval_only:
             _set_up(cfg, args, notices)
-            results = _train(cfg, args, trainer)
+            results: dict[str, Any] = evaluate(cfg, args.resume, trainer, conditions)
+        else:
+            with holding_output(cfg.OUTPUT_DIR):
+                _set_up(cfg, args, notices)
+                results = _train(cfg, args, trainer)
 
     if file and comm.is_main_process():
         Path(file).write_bytes(pickle.dumps(results))
@@ -194,7 +206,6 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice
         kept = Path(file).read_bytes()  # of a training
     with naming_file(file), only_in_file("detectron2"):  # the environment, and the whole config
         default_setup(cfg, args)
-    use_kernels(cfg.SOLVER.BNEXT.KERNELS)
 
     if comm.is_main_process():
         if kept is not None:
@@ -205,6 +216,8 @@ def _set_up(cfg: CfgNode, args: argparse.Namespace, notices: Sequence[HeldNotice
         place = "beside it" if kept is None else f"in {cfg.OUTPUT_DIR}"
         log.info("The whole config is in %s, everything that is logged in log.txt %s.", file, place)
         log_notices(notices)
+        if cfg.SOLVER.BNEXT.KERNELS == "triton" and (cfg.MODEL.DEVICE == "cpu" or not torch.cuda.is_available()):
+            tell_once(log, KERNELS, "%s is 'triton', which is as 'torch' without a GPU.", KERNELS)
 
 
 def _put_back(file: str, kept: bytes) -> None:

@@ -5,7 +5,8 @@ of each sample. Vectors are [P, C], one for each part.
 
 The files cpu.py, cuda.py and formula.py have the passes over one feature, which one_by_one.py makes into those here; a
 new device is a file like cuda.py and its row in `_BY_DEVICE`. It may take what it does not do better from cpu.py
-(torch's own kernels) or formula.py. The files triton_*.py have them for whole lists.
+(torch's own kernels) or formula.py; compiled.py has them as loops of torch's compiler. The files triton_*.py have them
+for whole lists.
 
 Shape letters in this folder: N samples, C channels, L features, P parts. A vector of a pass over one feature is [C], or
 [N, C] where each sample has its own.
@@ -13,27 +14,29 @@ Shape letters in this folder: N samples, C channels, L features, P parts. A vect
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 from collections.abc import Sequence
-from typing import Literal, get_args
+from contextlib import AbstractContextManager
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import Tensor
 
 from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_transformed
-from bnext.errors import ConfigError, Refusal
+from bnext.errors import BNextError, ConfigError, Refusal
 from bnext.kernels import compiled, cpu, cuda, formula
 from bnext.kernels.formula import in_format_of
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 from bnext.kernels.triton_passes import TritonPasses, is_triton_installed
 
 __all__ = [
+    "Kind",
     "Part",
     "backward_sums",
     "feature_gradients",
     "feature_statistics",
+    "find_kernels_fault",
     "group_statistics",
     "group_sums",
     "has_exact_batch_norm",
@@ -59,6 +62,18 @@ NO_TRITON = Refusal(
     "be installed for its kernels, in a version whose kernels take tuples",
     "On Linux torch for CUDA brings it; update torch, or use 'torch'.",
 )
+ENTERED_TWICE = Refusal(
+    ConfigError,
+    "a block of use_kernels",
+    "be entered once",
+    "Call use_kernels anew in each `with` line.",
+)
+AS_DECORATOR = Refusal(
+    ConfigError,
+    "use_kernels",
+    "be called, or stand in a `with` line",
+    "Write `with use_kernels(...):` into the function.",
+)
 
 Kind = Literal["torch", "compiled", "triton"]
 
@@ -70,7 +85,36 @@ _TRITON = TritonPasses(cuda)
 _kind: Kind = "torch"
 
 
-def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
+class _Choice:
+    """Kernels that are chosen, from its making on; as a `with` block until its end.
+
+    Args:
+        kind: of the kernels, which are installed.
+    """
+
+    def __init__(self, kind: Kind) -> None:
+        self._kind = kind
+        self._before = _kind
+        self._is_entered = False
+        _set_kind(kind)
+
+    def __enter__(self) -> None:
+        if self._is_entered:
+            raise ENTERED_TWICE.of("a second entry", self._kind)
+        self._is_entered = True
+        if _kind != self._kind:  # others were chosen since it was made
+            self._before = _kind
+            _set_kind(self._kind)
+
+    def __exit__(self, *error: object) -> None:
+        _set_kind(self._before)
+
+    def __call__(self, *args: object, **kwargs: object) -> NoReturn:
+        _set_kind(self._before)
+        raise AS_DECORATOR.of("a decorator", self._kind)
+
+
+def use_kernels(kind: Kind) -> AbstractContextManager[None]:
     """Choose how the passes over features run, in all norms of this process: from now on, or in a `with` block.
 
     Args:
@@ -78,28 +122,40 @@ def use_kernels(kind: Kind) -> contextlib.AbstractContextManager[object]:
             operators, for all sizes of images at once; "triton": on a GPU by kernels that take all levels, groups or
             domains of a norm at once, elsewhere as "torch".
 
+    Returns:
+        A block that is entered once, at whose end the kernels from before are back. It is no decorator.
+
     Raises:
         ConfigError: there is no such kind, or what it needs is not installed.
 
     Note:
-        Numbers agree to rounding. A model in `torch.compile` is compiled whole, whatever is chosen here.
+        Numbers agree to rounding. A model in `torch.compile` is compiled whole, whatever is chosen here. One thread
+        chooses for the process: blocks of several threads would put back one another's choice.
 
     Example:
         >>> with use_kernels("torch"):
         ...     pass
     """
-    if kind not in get_args(Kind):
-        raise UNKNOWN_KIND.of(repr(kind), "use_kernels", kinds=", ".join(get_args(Kind)))
-    if kind == "compiled" and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
-        raise NO_COMPILER.of("none", "use_kernels")
-    if kind == "triton" and not is_triton_installed():
-        raise NO_TRITON.of("none", "use_kernels")
+    fault = find_kernels_fault(kind)
+    if fault is not None:
+        raise fault
+    return _Choice(kind)
 
-    before = _kind
-    _set_kind(kind)
-    block = contextlib.ExitStack()
-    block.callback(_set_kind, before)
-    return block
+
+def find_kernels_fault(kind: str, where: str = "use_kernels") -> BNextError | None:
+    """The error for kernels that cannot be used on this machine; None: they can.
+
+    Args:
+        kind: see `use_kernels`.
+        where: the key or function that asks for them.
+    """
+    if kind not in get_args(Kind):
+        return UNKNOWN_KIND.of(repr(kind), where, kinds=", ".join(get_args(Kind)))
+    if kind == "compiled" and not torch.cuda.is_available() and shutil.which(os.environ.get("CXX", "g++")) is None:
+        return NO_COMPILER.of("none", where)
+    if kind == "triton" and not is_triton_installed():
+        return NO_TRITON.of("none", where)
+    return None
 
 
 def _set_kind(kind: Kind) -> None:

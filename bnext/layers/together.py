@@ -7,12 +7,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from bnext.errors import ConfigError, Refusal
 from bnext.layers.mini_batch import MeasuredCall, normalize_measured
 
 if TYPE_CHECKING:
     from bnext.layers.level_norm import LevelBatchNorm2d
 
 __all__ = ["Together", "normalize_together"]
+
+OTHER_NUMBER = Refusal(
+    ConfigError, "features", "be one mapping for each norm", "Give the levels of each norm, in order."
+)
 
 Levels = Mapping[str, Tensor]
 
@@ -29,6 +34,9 @@ def normalize_together(norms: Sequence[LevelBatchNorm2d], features: Sequence[Lev
 
     Returns:
         For each norm its output.
+
+    Raises:
+        ConfigError: there are more norms than features, or fewer.
 
     Note:
         Each norm is called as a module, with its hooks, the second one within the call of the first. What normalizes
@@ -47,6 +55,9 @@ class Together:
     """
 
     def __init__(self, norms: Sequence[LevelBatchNorm2d], features: Sequence[Levels]) -> None:
+        if len(norms) != len(features):
+            raise OTHER_NUMBER.of(f"{len(features)} for {len(norms)} norms", "normalize_together")
+
         self._to_call = list(zip(norms, features, strict=True))
         self._num_called = 0
         self._outputs: dict[int, dict[str, Tensor]] = {}

@@ -48,7 +48,7 @@ class Check:
 
         is_passed = value is not None and (value >= self.limit if self.is_goal else value <= self.limit)  # NaN is not
         seconds = time.perf_counter() - start
-        return Outcome(self.part, self.name, value, self.limit, self.is_goal, is_passed, failure, seconds)
+        return Outcome(self.part, self.name, value, self.limit, self.is_goal, True, is_passed, failure, seconds)
 
 
 def _measure_by(kind: kernels.Kind, measure: Callable[[torch.device], float], device: torch.device) -> float:
@@ -62,9 +62,10 @@ class Outcome:
 
     Args:
         part, name, limit, is_goal: see `Check`.
-        value: the number; None: something went wrong.
+        value: the number; None: something went wrong, or it was not run.
+        is_run: whether there was time for it.
         is_passed: whether it keeps the limit.
-        failure: what went wrong; "": nothing.
+        failure: what went wrong, or why it was not run; "": nothing.
         seconds: that it took.
     """
 
@@ -73,9 +74,16 @@ class Outcome:
     value: float | None
     limit: float
     is_goal: bool
+    is_run: bool
     is_passed: bool
     failure: str
     seconds: float
+
+    @property
+    def is_wrong(self) -> bool:
+        """Whether a demand is not met, or whatever it was has failed; a goal may be missed."""
+        has_failed = self.value is None
+        return self.is_run and not self.is_passed and (has_failed or not self.is_goal)
 
 
 def run_checks(checks: Iterable[Check], device: torch.device, seconds: float) -> Iterator[Outcome]:
@@ -92,4 +100,4 @@ def run_checks(checks: Iterable[Check], device: torch.device, seconds: float) ->
             yield check.run(device)
         else:
             late = f"not run: {seconds:g} seconds were over"
-            yield Outcome(check.part, check.name, None, check.limit, check.is_goal, False, late, 0.0)
+            yield Outcome(check.part, check.name, None, check.limit, check.is_goal, False, False, late, 0.0)

@@ -32,7 +32,7 @@ def list_checks(device: torch.device, quick: bool = False) -> list[Check]:
     """The checks that make sense on a device.
 
     Args:
-        device: a GPU, where every kind of kernels is checked; or a CPU, to try the checks themselves.
+        device: a GPU, where every kind of kernels that is installed is checked; or a CPU, to try the checks themselves.
         quick: few of them, in seconds.
     """
     parity = list_parity_checks(quick)
@@ -42,7 +42,7 @@ def list_checks(device: torch.device, quick: bool = False) -> list[Check]:
 
     waits, speed = list_checks_of_waits(), list_checks_of_speed(device)
     checks = parity + list_checks_of_uses(device) + waits + speed
-    others = [kind for kind in get_args(kernels.Kind) if kind != "torch"]
+    others = [kind for kind in get_args(kernels.Kind) if kind != "torch" and kernels.find_kernels_fault(kind) is None]
     for kind in sorted(others, key=lambda kind: kind == "compiled"):  # last, as its compiler takes long
         repeated = [check for check in parity + waits if check.name in _TELLING] + speed
         checks += [check.by(kind) for check in repeated]

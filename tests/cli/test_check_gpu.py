@@ -36,7 +36,9 @@ def test_without_a_gpu_it_says_so(capsys):
     [
         ([Check("uses", "a", fail, 1.0), Check("uses", "b", lambda device: 0.5, 1.0)], 1),
         ([Check("parity", "a", lambda device: float("nan"), 1.0), Check("parity", "b", fail, 1.0)], 1),
-        ([Check("waits", "a", lambda device: 3, 0), Check("speed", "b", lambda device: 1.0, 1.6, is_goal=True)], 0),
+        ([Check("waits", "a", lambda device: 3, 0)], 1),
+        ([Check("speed", "a", fail, 1.6, is_goal=True)], 1),
+        ([Check("waits", "a", lambda device: 0, 0), Check("speed", "b", lambda device: 1.0, 1.6, is_goal=True)], 0),
     ],
 )
 def test_the_status_is_of_what_is_wrong_and_not_of_what_is_slow(checks, status, monkeypatch, capsys):
@@ -48,10 +50,31 @@ def test_the_status_is_of_what_is_wrong_and_not_of_what_is_slow(checks, status, 
     assert all(check.part in table for check in checks)
 
 
-def test_what_comes_too_late_is_not_run():
-    check = Check("speed", "a", fail, 1.6, is_goal=True)
-    (outcome,) = check_gpu.run_checks([check], CPU, seconds=0)
-    assert outcome.failure.startswith("not run")
+def test_what_comes_too_late_is_not_run_and_not_wrong(monkeypatch, capsys):
+    checks = [Check("parity", "a", fail, 1.0), Check("waits", "b", fail, 0)]
+    monkeypatch.setattr(check_gpu, "list_checks", lambda device, quick: checks)
+    monkeypatch.setattr(check_gpu, "SECONDS", 0)
+    assert check_gpu.check_gpu(CPU, quick=True) == 0
+    assert capsys.readouterr().out.count(" not run |") == 2
+
+
+def test_a_part_that_was_run_in_part_says_so():
+    shown = check_gpu.run_checks([Check("parity", "a", lambda device: float("nan"), 1.0)], CPU, seconds=9)
+    late = check_gpu.run_checks([Check("parity", "b", fail, 1.0)], CPU, seconds=0)
+    table = check_gpu.format_outcomes([*late, *shown])
+    assert "worst of 2: a" in table
+    assert "0 of 1 right, 1 not run" in table
+
+
+def test_mistakes_are_told_before_anything_is_checked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(check_gpu, "list_checks", fail)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "gpu.json"):
+        assert check_gpu.main(["--device", "cpu", "--json", str(place)]) == 2
+        assert f"{str(place)!r}"[:-1].removesuffix("/gpu.json") in capsys.readouterr().err
+    for name in ("foo", "meta", "cuda:99"):
+        assert check_gpu.main(["--device", name]) == 2
+        assert f"got {name!r}" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,13 +2,15 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bnext import kernels
 from bnext.cli.main import build_parser
-from bnext.cli.train import run_worker
+from bnext.cli.train import KERNELS, run, run_worker
 from bnext.data.catalog import register_datasets
 from bnext.engine import Trainer, evaluate, train
 from bnext.errors import CheckpointError, ConfigError, DatasetError, StatisticsError
@@ -209,6 +211,20 @@ def test_a_new_training_that_ends_early_is_not_resumed_as_the_old_one(digits, tm
     with pytest.raises(CheckpointError):
         run_worker(tiny.load(tmp_path, "MODEL.WEIGHTS", "/nonexistent.pth"), build_parser("train").parse_args([]))
     assert not (tmp_path / "last_checkpoint").exists()
+
+
+def test_kernels_are_checked_before_anything_is_written_and_put_back_after_the_run(digits, tmp_path, monkeypatch):
+    args = build_parser("train").parse_args([])
+    with pytest.raises(CheckpointError):
+        run_worker(tiny.load(tmp_path / "a", KERNELS, "compiled", "MODEL.WEIGHTS", "/nonexistent.pth"), args)
+    assert (tmp_path / "a").exists()
+    assert kernels._kind == "torch"
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for start in (run, run_worker):
+        with pytest.raises(ConfigError, match=KERNELS):
+            start(tiny.load(tmp_path / "b", KERNELS, "triton"), args)
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_group_of_a_single_value_is_a_mistake_of_the_config(digits, tmp_path):

@@ -17,6 +17,12 @@ def get_file():
     return kernels._choose(torch.ones(1)).file
 
 
+@pytest.fixture(autouse=True)
+def begin_with_torch(monkeypatch):
+    """The choice of the process is back after each test."""
+    monkeypatch.setattr(kernels, "_kind", "torch")
+
+
 def test_kernels_are_chosen_for_good_or_for_a_block():
     assert bnext.use_kernels is use_kernels
     with use_kernels("torch"):
@@ -28,9 +34,26 @@ def test_kernels_are_chosen_for_good_or_for_a_block():
     assert get_file() is cpu
 
 
+def test_a_block_puts_back_what_was_before_it_once():
+    block = use_kernels("compiled")
+    use_kernels("torch")
+    with block:
+        assert get_file() is compiled
+    assert get_file() is cpu
+    with pytest.raises(ConfigError, match="once"):
+        block.__enter__()
+
+
+def test_a_decorator_is_refused_and_chooses_nothing():
+    with pytest.raises(ConfigError, match="decorator"):
+        use_kernels("compiled")(get_file)
+    assert get_file() is cpu
+
+
 def test_unknown_kernels_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match="'cuda'"):
         use_kernels("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ConfigError, match="CXX"):
         use_kernels("compiled")

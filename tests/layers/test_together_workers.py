@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from bnext.errors import ConfigError
 from bnext.layers import LevelBatchNorm2d, NormSpec, normalize_together
 from tests.cases import CASES, LEVELS, NUM_CHANNELS, make_features, make_norm, pick_cases
 from tests.collectives import NotedCollectives
@@ -197,5 +198,7 @@ def test_in_evaluation_and_without_other_workers():
     norms = [make_norm(spec).eval() for spec in (ROW1, ROW4)]
     inputs = [make_features(seed) for seed in (0, 1)]
     torch.testing.assert_close(normalize_together(norms, inputs), call_each(norms, inputs), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="1 for 2 norms"):
+        normalize_together(norms, inputs[:1])
     narrow = LevelBatchNorm2d(NUM_CHANNELS, LEVELS, ROW4).double()
     assert list(normalize_together([narrow], inputs[:1])[0]) == list(LEVELS)

@@ -1,5 +1,7 @@
 """A check of parity finds what is not: other numbers, another type, another memory format."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +51,11 @@ def partial_parity(fault, features):
 def test_a_missing_number_is_an_error():
     with pytest.raises(KeyError):
         measure_difference({}, {"output": torch.ones(2)})
+
+
+def test_kernels_that_are_not_installed_are_left_out(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert not any("triton" in check.part for check in list_checks(torch.device("cuda")))
 
 
 def test_a_gpu_is_asked_for_more_than_a_cpu():
