@@ -1,6 +1,7 @@
 """Nothing is collected within the scope, what was made there is old behind it, and the collector is as it was."""
 
 import gc
+import weakref
 
 import pytest
 
@@ -50,3 +51,18 @@ def test_objects_that_somebody_has_frozen_stay_so():
         pass
 
     assert gc.get_freeze_count() >= number - 5  # but those that nobody refers to any more
+
+
+@pytest.mark.usefixtures("collecting")
+def test_cycles_of_many_blocks_are_collected():
+    class Cycle:
+        pass
+
+    alive = weakref.WeakSet()
+    for _ in range(40):
+        with without_collection():
+            thing = Cycle()
+            thing.itself = thing
+            alive.add(thing)
+            del thing
+    assert len(alive) <= 16

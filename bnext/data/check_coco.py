@@ -169,9 +169,9 @@ def examine_dataset(
     dataset = RegisteredSet(name, json_file, image_root, check_images, task)
 
     if json_file and metadata.get("evaluator_type") in EVALUATORS:
-        with without_collection():
-            for finding in _check_file(dataset):
-                yield dataset, finding
+        findings = _check_file(dataset)
+        while (finding := _take_next(findings)) is not None:
+            yield dataset, finding
 
     if not is_coco_entry(name) and not _is_of_detectron2(name):
         dataset = RegisteredSet(name, "", "", check_images, task)
@@ -181,6 +181,12 @@ def examine_dataset(
     if task.num_keypoints is not None and task.is_training:
         for finding in _find_lack_of_keypoint_names(name, task):
             yield dataset, finding
+
+
+@without_collection()
+def _take_next(findings: Iterator[Fault | Notice]) -> Fault | Notice | None:
+    """The next finding; collection rests while a rule is at work, and not while the caller is."""
+    return next(findings, None)
 
 
 def _is_of_detectron2(name: str) -> bool:

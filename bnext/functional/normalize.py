@@ -167,7 +167,7 @@ def normalize_mini_batch(
         gradient.
 
     Note:
-        For features where `kernels.replaces_batch_norm`. It can be differentiated twice.
+        On a CPU; it can be differentiated twice.
     """
     output, mean, var = _NormalizeMiniBatch.apply(feature, weight, bias, eps)
     count = torch.full((1,), feature.numel() // mean.numel(), dtype=mean.dtype, device=mean.device)
@@ -195,6 +195,7 @@ class _NormalizeMiniBatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         feature, weight, mean, rstd = ctx.saved_tensors
+        grad_output = kernels.in_format_of(feature, grad_output)
         vectors = None if weight is None else weight.to(mean.dtype), None, None, mean, rstd
         needed = list(ctx.needs_input_grad[:3])
         gradients = torch.ops.aten.native_batch_norm_backward(grad_output, feature, *vectors, True, ctx.eps, needed)

@@ -25,6 +25,7 @@ from torch import Tensor
 from bnext.dispatch import has_numbers, is_exported_to_onnx, is_traced, is_transformed
 from bnext.errors import ConfigError, Refusal
 from bnext.kernels import compiled, cpu, cuda, formula
+from bnext.kernels.formula import in_format_of
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 from bnext.kernels.triton_passes import TritonPasses, is_triton_installed
 
@@ -36,6 +37,7 @@ __all__ = [
     "group_statistics",
     "group_sums",
     "has_exact_batch_norm",
+    "in_format_of",
     "joins_features",
     "replaces_batch_norm",
     "is_one_part_each",

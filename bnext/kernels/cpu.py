@@ -7,7 +7,8 @@ small ones the formula, in pieces that stay in the caches. Half types, and other
 
 Their statistics we take only where they are fast and keep their digits. In NCHW they are right, and three times slower
 than ours. In channels_last, a format that single positions have too, the kernel adds up row after row in float32: at a
-mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of more than 10.
+mean/std ratio of 10,000 the variance of 100,000 rows is off by a factor of more than 10. The sums of the backward pass
+are added up likewise, and taken as they are: gradients have no such means.
 """
 
 from __future__ import annotations
@@ -99,29 +100,35 @@ def _has_short_planes(feature: Tensor) -> bool:
 
 def _plane_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [N, C] of contiguous planes, each about its own mean."""
-    planes = feature.view(-1, feature.shape[2:].numel())
+    planes = feature.detach().view(-1, feature.shape[2:].numel())
     num_lines = _count_lines(planes.shape[1])
     size = max(1, _PIECE * torch.get_num_threads() // planes.shape[1])
     buffer = planes.new_empty(min(size, len(planes)), planes.shape[1])
 
-    means, deviations = [], []
+    means, squares = [], []
     for piece in planes.split(size):
         mean = piece.mean(1, keepdim=True)
         centered = torch.sub(piece, mean, out=buffer[: len(piece)])
         means.append(mean)
-        lines = centered.view(-1, planes.shape[1] // num_lines)
-        deviations.append(torch.linalg.vector_norm(lines, dim=1))
+        if num_lines == 0:
+            squares.append(centered.square_().sum(1))
+        else:
+            lengths = torch.linalg.vector_norm(centered.view(-1, planes.shape[1] // num_lines), dim=1)
+            squares.append(lengths.square_().view(-1, num_lines).sum(1))
 
-    var = torch.cat(deviations).square_().view(-1, num_lines).sum(1).div_(planes.shape[1])
+    var = torch.cat(squares).div_(planes.shape[1])
     return torch.cat(means).view(feature.shape[:2]), var.view(feature.shape[:2])
 
 
 def _count_lines(num_positions: int) -> int:
-    """Into how many equal lines a plane is cut, so that the squares of one are added up without losing digits."""
+    """Into how many equal lines a plane is cut, so that the squares of one are added up without losing digits.
+
+    0: into none, as its divisors are too few; torch's sum, which takes longer, keeps the digits of any number.
+    """
     num_lines = max(1, num_positions // _LINE)
     while num_positions % num_lines:
         num_lines -= 1
-    return num_lines
+    return num_lines if num_positions <= 8 * _LINE * num_lines else 0
 
 
 def _row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,7 +139,7 @@ def _row_statistics(rows: Tensor) -> tuple[Tensor, Tensor]:
 
     # Several consecutive rows are one of more columns to the kernel, which takes no longer.
     num_channels = rows.shape[1]
-    width = max(1, _WIDTH // num_channels)
+    width = max(1, min(len(rows), _WIDTH // num_channels))
     num_rest = len(rows) % width
     long_rows = rows[: len(rows) - num_rest].view(-1, width * num_channels)
     pieces = list(long_rows.chunk(max(1, round(len(long_rows) / size))))
@@ -191,6 +198,7 @@ def _scale_into(output: Tensor, feature: Tensor, mean: Tensor, scale: Tensor, sh
 
 def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
     """sum dy and sum dy (x - mean): [2, C], or [2, N, C]."""
+    grad_output = formula.in_format_of(feature, grad_output)
     if mean.dim() == 1:
         ones = torch.ones_like(mean)
         _, sum_dy_xmu, sum_dy = torch.ops.aten.native_batch_norm_backward(

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnext.kernels.formula import along_channels
+from bnext.kernels.formula import along_channels, in_format_of
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 
 __all__ = [
@@ -131,7 +131,7 @@ def _launch_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> tuple[Te
     """sum dy and sum dy (x - mean), [C] each."""
     # The inverse standard deviation, for which the mean stands here, scales the gradient of a weight; there is none.
     vectors, asked = (mean, mean, None), (True, False, False)
-    sums = torch.batch_norm_backward_reduce(_in_format_of(feature, grad_output), feature, *vectors, *asked)
+    sums = torch.batch_norm_backward_reduce(in_format_of(feature, grad_output), feature, *vectors, *asked)
     return sums[0], sums[1]
 
 
@@ -149,7 +149,7 @@ def _prepare_gradient(mean: Tensor, scale: Tensor, slope: Tensor, offset: Tensor
 def _launch_gradient(feature: Tensor, grad_output: Tensor, vectors: Tensor, count: Tensor) -> Tensor:
     """`vectors`: [5, C], or [5, N, C] beside a contiguous feature."""
     if vectors.dim() == 2:
-        grad_output = _in_format_of(feature, grad_output)
+        grad_output = in_format_of(feature, grad_output)
         mean, ones, weight, sum_dy, sum_dy_xmu = vectors
         return torch.batch_norm_backward_elemt(grad_output, feature, mean, ones, weight, sum_dy, sum_dy_xmu, count)
 
@@ -160,9 +160,3 @@ def _launch_gradient(feature: Tensor, grad_output: Tensor, vectors: Tensor, coun
 def _as_channels(feature: Tensor) -> Tensor:
     """[N, C, ...] -> [1, N C, ...], of channels_last a copy."""
     return feature.reshape(1, -1, *feature.shape[2:])
-
-
-def _in_format_of(feature: Tensor, grad_output: Tensor) -> Tensor:
-    """A gradient in the memory format of its feature, which torch's kernels take for granted."""
-    is_last = feature.is_contiguous(memory_format=torch.channels_last) and not feature.is_contiguous()
-    return grad_output.contiguous(memory_format=torch.channels_last if is_last else torch.contiguous_format)

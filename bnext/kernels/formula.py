@@ -17,6 +17,7 @@ __all__ = [
     "feature_gradient",
     "feature_statistics",
     "has_exact_batch_norm",
+    "in_format_of",
     "sample_statistics",
     "scale_and_shift",
 ]
@@ -90,3 +91,13 @@ def add_scaled(grad: Tensor, grad_output: Tensor, scale: Tensor) -> Tensor:
 def along_channels(vector: Tensor, feature: Tensor) -> Tensor:
     """[C] -> [1, C, 1, ...], [N, C] -> [N, C, 1, ...], with the dimensions of the feature."""
     return vector.reshape(-1, *feature.shape[1:2], *[1] * (feature.dim() - 2))
+
+
+def in_format_of(feature: Tensor, grad_output: Tensor) -> Tensor:
+    """A gradient laid out as its feature is, which torch's kernels take for granted.
+
+    They look at formats, where a dimension of size 1 may have any stride, and then go by strides.
+    """
+    if grad_output.stride() == feature.stride():
+        return grad_output
+    return torch.empty_like(feature, dtype=grad_output.dtype).copy_(grad_output)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bnext.functional import normalize_mini_batch
-from bnext.kernels import cpu
+from bnext.kernels import cpu, formula
 from tests import reference
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -101,3 +101,40 @@ def test_a_mini_batch_by_itself_is_torchs_batch_norm(has_affine, layout):
         torch.testing.assert_close(*pairs)
         output, expected = (gradients[0] for gradients in pairs)
         assert order == 1 or output.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 24, 24), (600, 1, 1, 1), (3, 2, 17, 19), (1, 1, 2, 8209)])
+def test_few_channels_and_one_thread(shape):
+    """Fewer rows than fit side by side; planes that cannot be cut into lines."""
+    x = draw(shape, 3)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for layout in FORMATS:
+            mean, var = cpu.feature_statistics(x.contiguous(memory_format=layout))
+            _, true_mean, true_var = reference.moments_of([x])
+            torch.testing.assert_close((mean.double(), var.double()), (true_mean, true_var), rtol=2e-6, atol=2e-6)
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 4), (2, 3, 5, 1), (2, 3, 1, 4), (4, 3, 1, 1)])
+def test_a_gradient_may_lie_otherwise_than_its_feature(shape):
+    """As that of a picture [H, W, C]: torch's kernels go by its strides, of which those of size 1 say nothing."""
+    x, dy = (draw(shape, 1, dtype=torch.float64) for _ in range(2))
+    odd = torch.empty_strided(shape, (shape[1], 1, shape[3] * shape[1], shape[1])) if shape[0] == 1 else None
+    layouts = [dy, dy.to(memory_format=torch.channels_last), torch.ones(()).double().expand(shape)]
+    layouts += [] if odd is None else [odd.double().copy_(dy)]
+    vectors = [torch.randn(shape[:2], dtype=torch.float64) for _ in range(4)]
+
+    for feature in (x, x.to(memory_format=torch.channels_last), x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+        for grad in layouts:
+            for form in (vectors, [vector[0] for vector in vectors]):
+                expected = formula.backward_sums(feature, grad, form[0])
+                torch.testing.assert_close(cpu.backward_sums(feature, grad, form[0]), expected)
+
+            leaf = feature.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+            actual = torch.autograd.grad(normalize_mini_batch(leaf, None, None, 1e-5)[0], leaf, grad)
+            plain = x.clone().requires_grad_()
+            output = torch.nn.functional.batch_norm(plain, None, None, None, None, True)
+            torch.testing.assert_close(actual, torch.autograd.grad(output, plain, grad.contiguous()))
