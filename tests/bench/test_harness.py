@@ -202,10 +202,10 @@ def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
     [row for row in CLAIMED if row.num_workers == 1 and row not in QUICK and row.other_shapes is None],
     ids=lambda one: f"{one.name}-{one.peer}",
 )
-def test_arms_of_a_slow_claim_are_equal(comparison):
+def test_arms_of_a_slow_claim_are_equal_or_say_why_not(comparison):
     if comparison.needs is not None:
         pytest.importorskip(comparison.needs.module)
-    assert max(prove(comparison)) < 1e-9
+    assert (max(prove(comparison)) < 1e-9) is not bool(comparison.differs)
 
 
 def prove_on_workers(rank, module):
