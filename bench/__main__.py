@@ -41,6 +41,7 @@ from bench.record import (
     Failure,
     Record,
     Result,
+    check_files,
     describe_setting,
     fill_page,
     format_record,
@@ -70,7 +71,11 @@ NO_GPU = Refusal(
     "be a device that PyTorch can use",
     "Use --device cpu, or install a PyTorch with CUDA on a machine with an NVIDIA GPU and its driver.",
 )
+NOT_MEASURED = Refusal(
+    LaunchError, "--show", "come without options of a measurement", "Leave them out, or leave out --show."
+)
 NO_PAIRS = Refusal(LaunchError, "--pairs", "be 2 or more", "Use 60, or leave it out.")
+HELP_OF_PAIRS = "just so many (default: 11 to 60, until a ratio is known to 5 %%, or after 20 s of measured time)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", action="append", choices=names, help="a claim, may be repeated (default: all that are quick)")
     add("--all", action="store_true", help="the slow claims, too")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    add("--pairs", type=int, metavar="N", help="just so many (default: 11 to 60, until a ratio is known to 5 %%)")
+    add("--device", choices=("cpu", "cuda"), help="(default: cpu)")
+    add("--pairs", type=int, metavar="N", help=HELP_OF_PAIRS)
     add("--json", metavar="FILE", help="write the results there, too")
     add("--plot", metavar="FILE", help="draw the ratios there, as PNG")
     add("--show", metavar="FILE", help="measure nothing; show the results of such a file")
@@ -90,9 +95,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     if args.show is not None:
-        return run_command(lambda: show(read_record(args.show), args.plot, args.page))
+        return run_command(lambda: show(_read_alone(args), args.plot, args.page))
     chosen = args.only or (names if args.all else list(CLAIMS))
-    return run_command(lambda: show(measure(chosen, args.device, args.pairs, args.json), args.plot, args.page))
+    return run_command(lambda: show(_measure_for(args, chosen), args.plot, args.page))
+
+
+def _read_alone(args: argparse.Namespace) -> Record:
+    """The record of --show, which comes without options of a measurement."""
+    options = ("only", "all", "device", "pairs", "json")
+    given = [f"--{option}" for option in options if getattr(args, option) not in (None, False)]
+    if given:
+        raise NOT_MEASURED.of(", ".join(given))
+    return read_record(args.show)
+
+
+def _measure_for(args: argparse.Namespace, names: Sequence[str]) -> Record:
+    """A measurement whose files can be written."""
+    check_files([file for file in (args.json, args.plot) if file is not None], args.page)
+    return measure(names, args.device or "cpu", args.pairs, args.json)
 
 
 def measure(names: Sequence[str], device: str, num_pairs: int | None, file: str | None) -> Record:

@@ -18,7 +18,7 @@ from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import spawn
 
 from bench.pairs import Limits, Timer, time_pairs
-from bench.record import Failure, LeftOut, Quantity, Result, Speed
+from bench.record import LAYOUTS, Failure, LeftOut, Quantity, Result, Speed
 from bnext.errors import BNextError, ConfigError, Refusal
 from bnext.kernels import Kind, use_kernels
 
@@ -44,7 +44,6 @@ __all__ = [
 
 CHANNELS = 256
 IMAGES = {"p4": (16, CHANNELS, 50, 84)}  # one feature map of a batch
-LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 TOLERANCE = 1e-9  # of float64, relative to the largest number of a tensor; sums of a million numbers differ by 1e-12
 ONE_PASS, TWO_PASSES = 5, 8  # readings and writings of the features, forward and backward
 MEAN_OF_ERRORS = 100.0  # of features whose standard deviation is 1
@@ -357,15 +356,24 @@ def measure_difference(comparison: Comparison, features: Features, grads: Featur
     Raises:
         BNextError: it is no rounding, and nobody says why.
     """
-    ours = _compute(comparison.make_ours(), features, grads, comparison.sees_all)
-    other = _compute(comparison.make_other(), features, grads, comparison.sees_all)
+    modules = comparison.make_ours(), comparison.make_other()
+    numbers_of_affines = {len(_list_affines(module)["weight"]) for module in modules}
+    ours, other = (
+        _compute(module, features, grads, comparison.sees_all, by_norm=len(numbers_of_affines) == 1)
+        for module in modules
+    )
     if comparison.averages_differ:
-        ours = {name: value for name, value in ours.items() if not name.startswith("the average")}
+        ours, other = _drop_averages(ours), _drop_averages(other)
 
     differences = []
-    for name, value in ours.items():
-        largest = other[name].abs().max().clamp(min=1)
-        differences.append((float((value - other[name]).abs().max() / largest), name))
+    for name in {**ours, **other}:
+        if name not in ours or name not in other:
+            differences.append((float("inf"), f"{name}, as one arm has none"))
+        elif ours[name].shape != other[name].shape:
+            differences.append((float("inf"), f"the shape of {name}"))
+        else:
+            largest = other[name].abs().max().clamp(min=1)
+            differences.append((float((ours[name] - other[name]).abs().max() / largest), name))
 
     worst, name = _find_worst(differences)
     if not comparison.differs and not worst <= TOLERANCE:  # nor NaN
@@ -387,13 +395,33 @@ def _find_worst(differences: Iterable[tuple[float, str]]) -> tuple[float, str]:
     return max(every, key=lambda pair: float("inf") if pair[0] != pair[0] else pair[0])
 
 
-def _compute(module: nn.Module, features: Features, grads: Features, sees_all: bool) -> dict[str, Tensor]:
-    """Outputs, gradients and averages in float64; of the affines summed over norms and workers, whose names differ."""
-    module = module.double()
-    affines: dict[str, list[Tensor]] = {"weight": [], "bias": []}
+def _drop_averages(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in numbers.items() if not name.startswith("the average")}
+
+
+def _list_affines(module: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Weights and biases, each in the order of the norms."""
+    affines: dict[str, list[nn.Parameter]] = {"weight": [], "bias": []}
     for name, parameter in module.named_parameters():
         affines[name.rpartition(".")[2]].append(parameter)
-        parameter.data = torch.linspace(0.5, 1.5, parameter.numel()).to(parameter)
+    return affines
+
+
+def _compute(
+    module: nn.Module, features: Features, grads: Features, sees_all: bool, by_norm: bool
+) -> dict[str, Tensor]:
+    """Outputs, gradients and averages in float64.
+
+    Args:
+        by_norm: whether the arms have as many affines, whose names differ: each norm has another one, in order; else
+            all are the same, and their gradients are summed.
+    """
+    module = module.double()
+    affines = _list_affines(module)
+    for parameters in affines.values():
+        for place, parameter in enumerate(parameters):
+            shift = 0.1 * place if by_norm else 0.0
+            parameter.data = shift + torch.linspace(0.5, 1.5, parameter.numel()).to(parameter)
 
     torch.manual_seed(0)  # arms that draw draw the same
     wide = {name: feature.detach().double() for name, feature in features.items()}
@@ -411,10 +439,13 @@ def _compute(module: nn.Module, features: Features, grads: Features, sees_all: b
     for name, feature in wide.items():
         numbers[f"the gradient of {name}"] = feature.grad
     for name, parameters in affines.items():
-        total = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None]).sum(0)
+        if not parameters:
+            continue
+        of_norms = [torch.zeros_like(one) if one.grad is None else one.grad for one in parameters]
+        gradients = torch.stack(of_norms) if by_norm else torch.stack(of_norms).sum(0)
         if dist.is_initialized():
-            dist.all_reduce(total)
-        numbers[f"the gradient of {name}"] = total
+            dist.all_reduce(gradients)
+        numbers[f"the gradient of {name}"] = gradients
     for name in ("running_mean", "running_var"):
         buffers = [buffer for path, buffer in module.named_buffers() if path.rpartition(".")[2] == name]
         if buffers:

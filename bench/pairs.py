@@ -1,6 +1,8 @@
 """Two arms timed in turn, until the median of their ratio is known; and whether a goal is met.
 
 The arms alternate, so that a change of the machine's speed meets both, and so does their order within a pair.
+As pairs stop where the interval is narrow, it holds the median in somewhat less than 95 % of runs: in 92 to 93 % of
+simulated ones.
 """
 
 from __future__ import annotations
@@ -39,12 +41,14 @@ class Limits:
     Args:
         least, most: pairs.
         width: of the 95 % interval of the median ratio, relative to it.
+        again: pairs after which the interval must be narrow once more, as the first time may be chance.
         seconds: of measured time, after which no pair is begun unless `least` asks for it.
     """
 
     least: int = 11
     most: int = 60
     width: float = 0.05
+    again: int = 5
     seconds: float = 20.0
 
 
@@ -56,7 +60,7 @@ class Estimate:
         median, lowest, highest: of the pairs.
         low, high: ends of the 95 % interval of the median, by bootstrap over pairs.
         num_pairs: that were timed.
-        is_cut: whether time ended before the interval was narrow and `Limits.most` was reached.
+        is_cut: whether time ended before the interval was narrow twice and `Limits.most` was reached.
     """
 
     median: float
@@ -149,9 +153,15 @@ def _are_enough(seconds: tuple[list[float], list[float]], limits: Limits) -> boo
     if num_pairs < limits.least or num_pairs >= limits.most:
         return num_pairs >= limits.most
 
+    if num_pairs < limits.least + limits.again:
+        return False
     ratios = _divide(*seconds)
+    return all(_is_narrow(some, limits.width) for some in (ratios, ratios[: num_pairs - limits.again]))
+
+
+def _is_narrow(ratios: Sequence[float], width: float) -> bool:
     low, high = find_interval(ratios)
-    return high - low <= limits.width * statistics.median(ratios)
+    return high - low <= width * statistics.median(ratios)
 
 
 def _divide(ours: Sequence[float], other: Sequence[float]) -> list[float]:

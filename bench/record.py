@@ -7,10 +7,11 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_type_hints
 
 import torch
 
@@ -22,12 +23,14 @@ from bnext.files import replace_file, write_json
 from bnext.tables import format_rows
 
 __all__ = [
+    "LAYOUTS",
     "Failure",
     "LeftOut",
     "Quantity",
     "Record",
     "Result",
     "Speed",
+    "check_files",
     "describe_setting",
     "fill_page",
     "format_record",
@@ -37,6 +40,8 @@ __all__ = [
 ]
 
 BEGIN, END = "<!-- results of the benchmark -->", "<!-- end of the results -->"  # marks of a page
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+ROOT = Path(__file__).resolve().parents[1]
 MALLOC = "MALLOC_MMAP_MAX_"  # set by `make bench`
 
 NO_MARKS = Refusal(BNextError, "a page", f"have the marks {BEGIN} and {END}", "Write both, each on a line by itself.")
@@ -199,7 +204,21 @@ def describe_setting(device: str, limits: Limits) -> dict[str, str]:
     }
     if is_cpu:
         setting["malloc"] = "keeps large tensors" if os.environ.get(MALLOC) == "0" else "default"
+    commit = _find_commit()
+    if commit:
+        setting["commit"] = commit
     return setting
+
+
+def _find_commit() -> str:
+    """The commit of this checkout, "-dirty" if files differ from it; "": it is none, or there is no git."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def _name_processor() -> str:
@@ -243,19 +262,67 @@ def read_record(path: str | os.PathLike[str]) -> Record:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-        record = Record(content["setting"])
+        record = Record(_read_setting(content["setting"]))
         for name, kind in _LISTS.items():
-            record.results += [_read_result(kind, entry) for entry in content[name]]
+            record.results += [_read_result(kind, entry) for entry in _check_type(content[name], list, name)]
     except (ValueError, KeyError, TypeError) as error:
         raise NO_RECORD.of(f"{type(error).__name__}: {error}", str(path)) from error
     return record
 
 
-def _read_result(kind: type, entry: Mapping[str, Any]) -> Result:
-    fields = {name: value for name, value in entry.items() if name != "verdict"}
+def _read_setting(setting: Any) -> dict[str, str]:
+    for name in ("date", "machine", *_check_type(setting, dict, "setting")):
+        _check_type(setting[name], str, name)
+    return setting
+
+
+def _read_result(kind: type, entry: Any) -> Result:
+    fields = {name: value for name, value in _check_type(entry, dict, "an entry").items() if name != "verdict"}
     if kind is Speed:
-        fields["ratio"] = Estimate(**fields["ratio"])
-    return kind(**fields)
+        fields["ratio"] = Estimate(**_check_type(fields["ratio"], dict, "ratio"))
+        _check_types(fields["ratio"])
+
+    result = kind(**fields)
+    _check_types(result)
+    if isinstance(result, Speed) and result.layout not in LAYOUTS:
+        raise ValueError(f"layout {result.layout!r}")
+    return result
+
+
+def _check_types(result: Any) -> None:
+    """Raise TypeError unless every field is of its type; a whole number may stand for any number."""
+    for name, kind in get_type_hints(type(result)).items():
+        value = getattr(result, name)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        _check_type(float(value) if is_whole and kind is not int else value, kind, name)
+
+
+def _check_type(value: Any, kind: Any, name: str) -> Any:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {value!r}")
+    return value
+
+
+def check_files(files: Iterable[str | os.PathLike[str]], page: str | os.PathLike[str] | None) -> None:
+    """Try what a run will write, before it takes its time.
+
+    Args:
+        files: that are written anew; their folders are made.
+        page: see `fill_page`; None: none.
+
+    Raises:
+        BNextError: the page has no marks.
+        OSError: a file cannot be written.
+    """
+    if page is not None:
+        _split_page(page)
+    for file in [*files, *([] if page is None else [page])]:
+        os.makedirs(os.path.dirname(os.path.abspath(file)), exist_ok=True)
+        if os.path.exists(file):
+            with open(file, "ab"):
+                continue
+        replace_file(file, lambda content: content.write(b""))
+        os.remove(file)
 
 
 # ---- tables
@@ -286,14 +353,19 @@ def fill_page(path: str | os.PathLike[str], text: str) -> None:
     Raises:
         BNextError: the page has no marks, or one of them.
     """
+    before, after = _split_page(path)
+    filled = f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+    replace_file(path, lambda file: file.write(filled.encode()))
+
+
+def _split_page(path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text before and after the marks of a page."""
     page = Path(path).read_text(encoding="utf-8")
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise NO_MARKS.of("none" if not begin else "the first alone", str(path))
-
-    filled = f"{before}{begin}\n\n{text}\n\n{end}{after}"
-    replace_file(path, lambda file: file.write(filled.encode()))
+    return before, after
 
 
 def _name(result: Result) -> str:
@@ -351,7 +423,7 @@ def _find_remarks(speeds: Iterable[Speed]) -> Iterator[tuple[str, str]]:
         elif speed.averages_differ:
             yield f"Running statistics not equal, {speed.averages_differ}", _name(speed)
         if speed.ratio.is_cut:
-            yield "Time ended before the interval was narrow", f"{_name(speed)} ({speed.layout})"
+            yield "Time ended before the interval was narrow twice", f"{_name(speed)} ({speed.layout})"
 
 
 def _list_by_reason(remarks: Iterable[tuple[str, str]]) -> str:

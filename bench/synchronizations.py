@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from bench.domains import BatchNormPerDomain, InMixedBatch
+from bench.domains import SCATTER, BatchNormPerDomain, InMixedBatch
 from bench.harness import IMAGES, Arm, Setting, Shapes, draw_features
 from bench.levels import PYRAMID, make_concatenated, make_row_1
 from bench.record import LeftOut, Quantity, Result
@@ -66,7 +66,7 @@ ROWS = [
     ),
     Synchronizations(
         "waits for the GPU with 4 domains mixed",
-        "gather, BN, scatter",
+        SCATTER,
         IMAGES,
         partial(InMixedBatch, 4),
         partial(BatchNormPerDomain, 4),

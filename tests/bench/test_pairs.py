@@ -18,9 +18,18 @@ def pairs_of(ours, other, **limits):
     return time_pairs(lambda: next(ours), lambda: next(other), Clock(), Limits(**limits))
 
 
-def test_pairs_end_as_soon_as_the_interval_is_narrow():
+def is_narrow(pairs, number):
+    estimate = estimate_ratio(Pairs(pairs.ours[:number], pairs.other[:number]))
+    return estimate.high - estimate.low <= 0.05 * estimate.median
+
+
+def test_pairs_end_as_soon_as_the_interval_is_narrow_and_five_pairs_later_still_is():
     pairs = pairs_of([1.0] * 60, [2.0] * 60, seconds=1e9)
-    assert (len(pairs.ours), len(pairs.other), pairs.is_cut) == (11, 11, False)
+    assert (len(pairs.ours), len(pairs.other), pairs.is_cut) == (16, 16, False)
+
+    pairs = pairs_of([1.0, 2.0] * 7 + [1.0] * 46, [2.0, 1.0] * 7 + [2.0] * 46, seconds=1e9)
+    narrow = [number for number in range(11, 61) if is_narrow(pairs, number)]
+    assert narrow[0] + 5 == len(pairs.ours) > 16
 
 
 def test_pairs_go_on_while_the_interval_is_wide_and_end_at_the_most():
