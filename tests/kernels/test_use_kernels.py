@@ -18,9 +18,11 @@ def get_file():
 
 
 @pytest.fixture(autouse=True)
-def begin_with_torch(monkeypatch):
-    """The choice of the process is back after each test."""
+def begin_with_torch(monkeypatch, request):
+    """The choice of the process is back after each test; those that compile nothing need no compiler."""
     monkeypatch.setattr(kernels, "_kind", "torch")
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("CXX", sys.executable)
 
 
 def test_kernels_are_chosen_for_good_or_for_a_block():

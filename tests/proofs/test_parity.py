@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnext.kernels import find_kernels_fault
 from bnext.proofs.cases import CASES, LAYOUTS
 from bnext.proofs.list_checks import list_checks
 from bnext.proofs.parity import TOLERANCE, measure_difference, measure_parity
@@ -60,6 +61,7 @@ def test_kernels_that_are_not_installed_are_left_out(monkeypatch):
 
 def test_a_gpu_is_asked_for_more_than_a_cpu():
     parts = [{check.part for check in list_checks(torch.device(device))} for device in ("cpu", "cuda")]
-    assert {"waits", "parity, float16, compiled", "speed, compiled"} <= parts[1] - parts[0]
+    of_compiler = {"parity, float16, compiled", "speed, compiled"} if find_kernels_fault("compiled") is None else set()
+    assert {"waits", *of_compiler} <= parts[1] - parts[0]
     names = {check.name for check in list_checks(torch.device("cuda"))}
     assert {"CUDA graph, row 1", "SyncBN by torch's SyncBatchNorm, float16, NHWC"} <= names
