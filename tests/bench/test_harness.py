@@ -197,6 +197,7 @@ def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
 
 
 @pytest.mark.slow  # compilers, and imports of other packages
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's look at a feature
 @pytest.mark.parametrize(
     "comparison",
     [row for row in CLAIMED if row.num_workers == 1 and row not in QUICK and row.other_shapes is None],
