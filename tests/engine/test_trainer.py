@@ -214,6 +214,7 @@ def test_a_new_training_that_ends_early_is_not_resumed_as_the_old_one(digits, tm
 
 
 def test_kernels_are_checked_before_anything_is_written_and_put_back_after_the_run(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)  # nothing is compiled
     args = build_parser("train").parse_args([])
     with pytest.raises(CheckpointError):
         run_worker(tiny.load(tmp_path / "a", KERNELS, "compiled", "MODEL.WEIGHTS", "/nonexistent.pth"), args)
