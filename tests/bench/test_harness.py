@@ -191,6 +191,7 @@ def test_a_missing_gpu_is_one_line_with_the_remedy(capsys):
     assert "--device cpu" in said
 
 
+@pytest.mark.slow  # a benchmark proves its claims itself
 @pytest.mark.parametrize("comparison", QUICK, ids=lambda one: f"{one.name}-{one.peer}")
 def test_arms_of_a_claim_are_equal_or_say_why_not(comparison):
     assert (max(prove(comparison)) < 1e-9) is not bool(comparison.differs)
