@@ -95,6 +95,7 @@ def test_a_trace_computes_what_the_norm_does(case, exporter):
         check(exporter, dataclasses.replace(case, spec=case.spec.replace(inference=inference)))
 
 
+@pytest.mark.slow  # the exporter takes 14 s
 def test_the_exporter_to_onnx_takes_levels_of_one_mini_batch_and_of_any_size():
     (row1,) = pick_cases("levels-row1")
     check("ONNX", dataclasses.replace(row1.values[0], spec=NormSpec(**MINI_BATCH)))
