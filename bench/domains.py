@@ -117,6 +117,7 @@ class BatchNormPerPair(nn.Module):
 
 def _compare(number: int) -> list[Comparison]:
     name, goal = f"{number} domains mixed", GOALS[number]
+
     in_one_map = partial(
         Comparison,
         name,
@@ -125,6 +126,7 @@ def _compare(number: int) -> list[Comparison]:
         goals={"NCHW": goal, "channels_last": goal},
         goal_on_gpu=4.0,
     )
+
     at_levels = Comparison(
         f"{name} at 3 levels",
         CONCATENATE,
@@ -134,6 +136,7 @@ def _compare(number: int) -> list[Comparison]:
         sees_all=True,
         layouts=("NCHW",),
     )
+
     return [
         in_one_map(SCATTER, make_other=partial(BatchNormPerDomain, number)),
         in_one_map(CONCATENATE, make_other=partial(ConcatenatedPerDomain, number)),

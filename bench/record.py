@@ -192,6 +192,7 @@ def describe_setting(device: str, limits: Limits) -> dict[str, str]:
     """
     is_cpu = device == "cpu"
     name = f"{_name_processor()}, {count_cores()} cores" if is_cpu else torch.cuda.get_device_name()
+
     setting = {
         "date": datetime.date.today().isoformat(),
         "machine": name,
@@ -202,8 +203,10 @@ def describe_setting(device: str, limits: Limits) -> dict[str, str]:
         "PyTorch": torch.__version__,
         "bnext": bnext.__version__,
     }
+
     if is_cpu:
         setting["malloc"] = "keeps large tensors" if os.environ.get(MALLOC) == "0" else "default"
+
     commit = _find_commit()
     if commit:
         setting["commit"] = commit
@@ -406,6 +409,7 @@ def _format_speeds(speeds: Iterable[Speed]) -> str:
                 _format_goal(speed.goal, speed.verdict),
             ]
         )
+
     headers = ["forward and backward", "against", "layout", "ours, ms", "other, ms", "limit, ms"]
     headers += ["other / ours (95 %)", "all pairs", "pairs", "goal"]
     return format_rows(rows, headers, num_texts=3)

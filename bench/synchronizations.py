@@ -1,4 +1,4 @@
-"""How often a step on a GPU makes the host wait: torch tells each time."""
+"""Waits of the host in a step on a GPU, counted: torch tells each time."""
 
 from __future__ import annotations
 

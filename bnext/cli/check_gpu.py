@@ -154,7 +154,7 @@ def _summarize(part: str, outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _rank(outcome: Outcome) -> float:
-    """How near to its limit, or beyond; less than all others what was not run."""
+    """Share of its limit that an outcome takes, or beyond it; below all others what was not run."""
     if not outcome.is_run:
         return -1.0
     if outcome.value is None or math.isnan(outcome.value):

@@ -114,10 +114,10 @@ def part_moments(features: Sequence[Tensor], parts: Sequence[int | Tensor], num_
             moments.append(_moments_of_features([feature]))
             indices.append(torch.full((1,), part, device=feature.device))
 
-    sorted_features = [feature for feature, part in zip(features, parts, strict=True) if isinstance(part, Tensor)]
-    if sorted_features:
-        mean, var = kernels.sample_statistics(sorted_features)
-        counts = [_count_positions(feature, mean) for feature in sorted_features]
+    with_samples = [feature for feature, part in zip(features, parts, strict=True) if isinstance(part, Tensor)]
+    if with_samples:
+        mean, var = kernels.sample_statistics(with_samples)
+        counts = [_count_positions(feature, mean) for feature in with_samples]
         moments.append(Moments(torch.cat(counts), mean, var))
         indices += [part for part in parts if isinstance(part, Tensor)]
 

@@ -108,7 +108,7 @@ def standard_errors(spread: Spread, total: Moments) -> tuple[Tensor, Tensor]:
 
 
 def share_of_variance(num_images: int, population_size: int, batch_size: float = math.inf) -> float:
-    """What is left of the squared standard errors where the population is a finite set of images.
+    """Share of the squared standard errors that is left where the population is a finite set of images.
 
         m/n (1 - m/N),  m = n mod N
 

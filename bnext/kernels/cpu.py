@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bnext.kernels import formula
-from bnext.kernels.formula import along_channels
+from bnext.kernels.formula import along_channels, as_channels
 
 __all__ = [
     "backward_sums",
@@ -84,7 +84,7 @@ def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     if has_exact_batch_norm(feature):
         if not _has_short_planes(feature):
             return _plane_statistics(feature)
-        mean, var = torch.batch_norm_update_stats(_as_channels(feature), None, None, 0.0)
+        mean, var = torch.batch_norm_update_stats(as_channels(feature), None, None, 0.0)
         return mean.view(feature.shape[:2]), var.view(feature.shape[:2])
 
     (pieces,) = _split_samples(feature)
@@ -173,7 +173,7 @@ def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor)
     if mean.dim() == 1:
         return torch.native_batch_norm(feature, scale, shift, mean, torch.ones_like(mean), False, 0.0, 0.0)[0]
     if feature.is_contiguous():
-        rows = scale_and_shift(_as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
+        rows = scale_and_shift(as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
         # Not view: what a Function returns as a view must not be changed in place, by a ReLU for example.
         return torch.ops.aten._unsafe_view(rows, feature.shape)
     if not _is_wide(feature):
@@ -207,7 +207,7 @@ def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
         return torch.stack([sum_dy, sum_dy_xmu])
 
     if feature.is_contiguous():
-        rows = backward_sums(_as_channels(feature), _as_channels(grad_output), mean.flatten())
+        rows = backward_sums(as_channels(feature), as_channels(grad_output), mean.flatten())
         return rows.view(2, *mean.shape)
 
     triples = list(zip(*_split_samples(feature, grad_output, mean), strict=True))
@@ -230,11 +230,6 @@ def feature_gradient(
         _scale_into(dx, x, *vectors)
         formula.add_scaled(dx, dy, scales)
     return grad
-
-
-def _as_channels(feature: Tensor) -> Tensor:
-    """[N, C, ...] -> [1, N C, ...]."""
-    return feature.reshape(1, -1, *feature.shape[2:])
 
 
 def _split_samples(feature: Tensor, *others: Tensor) -> list[tuple[Tensor, ...]]:

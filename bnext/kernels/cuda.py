@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnext.kernels.formula import along_channels, in_format_of
+from bnext.kernels.formula import along_channels, as_channels, in_format_of
 from bnext.kernels.one_by_one import OneByOne, Part, is_one_part_each
 
 __all__ = [
@@ -52,7 +52,7 @@ def feature_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
 
 def sample_statistics(feature: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance [N, C]."""
-    mean, var = feature_statistics(_as_channels(feature))
+    mean, var = feature_statistics(as_channels(feature))
     return mean.view(feature.shape[:2]), var.view(feature.shape[:2])
 
 
@@ -62,7 +62,7 @@ def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor)
         return torch.batch_norm_elemt(feature, None, shift, mean, scale, 0.0)
 
     if feature.is_contiguous():
-        rows = scale_and_shift(_as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
+        rows = scale_and_shift(as_channels(feature), mean.flatten(), scale.flatten(), shift.flatten())
         # Not view: what a Function returns as a view must not be changed in place, by a ReLU for example.
         return torch.ops.aten._unsafe_view(rows, feature.shape)
 
@@ -73,7 +73,7 @@ def scale_and_shift(feature: Tensor, mean: Tensor, scale: Tensor, shift: Tensor)
 def backward_sums(feature: Tensor, grad_output: Tensor, mean: Tensor) -> Tensor:
     """sum dy and sum dy (x - mean): [2, C], or [2, N, C]."""
     if mean.dim() == 2:
-        sums = backward_sums(_as_channels(feature), _as_channels(grad_output), mean.flatten())
+        sums = backward_sums(as_channels(feature), as_channels(grad_output), mean.flatten())
         return sums.view(2, *mean.shape)
 
     return torch.stack(_launch_sums(feature, grad_output, mean))
@@ -153,10 +153,5 @@ def _launch_gradient(feature: Tensor, grad_output: Tensor, vectors: Tensor, coun
         mean, ones, weight, sum_dy, sum_dy_xmu = vectors
         return torch.batch_norm_backward_elemt(grad_output, feature, mean, ones, weight, sum_dy, sum_dy_xmu, count)
 
-    rows = _launch_gradient(_as_channels(feature), _as_channels(grad_output), vectors.flatten(1), count)
+    rows = _launch_gradient(as_channels(feature), as_channels(grad_output), vectors.flatten(1), count)
     return rows.view(feature.shape)
-
-
-def _as_channels(feature: Tensor) -> Tensor:
-    """[N, C, ...] -> [1, N C, ...], of channels_last a copy."""
-    return feature.reshape(1, -1, *feature.shape[2:])

@@ -13,6 +13,7 @@ from bnext.dispatch import is_transformed
 
 __all__ = [
     "accumulation_dtype",
+    "as_channels",
     "backward_sums",
     "feature_gradient",
     "feature_statistics",
@@ -101,3 +102,8 @@ def in_format_of(feature: Tensor, grad_output: Tensor) -> Tensor:
     if grad_output.stride() == feature.stride():
         return grad_output
     return torch.empty_like(feature, dtype=grad_output.dtype).copy_(grad_output)
+
+
+def as_channels(feature: Tensor) -> Tensor:
+    """[N, C, ...] -> [1, N C, ...], of channels_last a copy."""
+    return feature.reshape(1, -1, *feature.shape[2:])

@@ -1,4 +1,4 @@
-"""How the features of a call lie for Triton's kernels, and how they are cut into launches and tiles: numbers alone.
+"""The features of a call as they lie for Triton's kernels, and their cut into launches and tiles: numbers alone.
 
 The words are those of triton_kernels.py. A plan is kept for the next call with the same sizes: to make it takes longer
 than to launch a kernel.
@@ -46,14 +46,14 @@ class Table(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Of tensors [N, C, P], one for each feature of a launch, as codes; the inner stride is 1."""
+    """Strides of tensors [N, C, P], one for each feature of a launch, as codes; the inner one is 1."""
 
     sample: tuple[int, ...]
     outer: tuple[int, ...]  # of channels in planes, of positions in rows
 
 
 class Launch(NamedTuple):
-    """What one kernel works on.
+    """One start of a kernel, and the tensors that it works on.
 
     Args:
         members: its features, by their places in the call.

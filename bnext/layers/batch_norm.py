@@ -351,7 +351,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         group: Any,
         call: NormCall,
     ) -> MeasuredCall:
-        """What the parts are, and their moments on this worker."""
+        """The parts of a call, and their moments on this worker."""
         if group is not None and is_transformed():
             raise WORKERS_IN_TRANSFORM.of(repr(call.spec.workers), self.where)
 
@@ -382,7 +382,7 @@ class BatchNorm2d(OwnedBatchNorm2d):
         recorder.update({name: Moments(*(field[i] for field in moments)) for i, name in enumerate(names)})
 
     def settle(self, measured: MeasuredCall, moments: Moments) -> PartsCall:
-        """What normalizes the parts of a call: statistics of their mini-batches, and affines.
+        """The statistics of mini-batches and the affines that normalize the parts of a call.
 
         Args:
             measured: the call.

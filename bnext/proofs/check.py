@@ -58,7 +58,7 @@ def _measure_by(kind: kernels.Kind, measure: Callable[[torch.device], float], de
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a check has shown.
+    """The result of a check.
 
     Args:
         part, name, limit, is_goal: see `Check`.

@@ -1,4 +1,4 @@
-"""How many times as fast as the ways to write them with torch alone: forward and backward, in pairs that alternate."""
+"""Speed of norms against the ways to write them with torch alone: forward and backward, in pairs that alternate."""
 
 from __future__ import annotations
 

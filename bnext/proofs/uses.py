@@ -30,7 +30,7 @@ CAPTURED = ("ghost", "domains", "row 1", "row 6", "levels and domains")
 
 
 def list_checks_of_uses(device: torch.device, quick: bool = False) -> list[Check]:
-    """Those that make sense on a device."""
+    """Checks of uses that make sense on a device."""
     half = torch.float16 if device.type == "cuda" else torch.bfloat16
     checks = [
         Check("uses", f"autocast to {str(half)[6:]}", partial(_measure_autocast, half), TOLERANCE[torch.bfloat16]),

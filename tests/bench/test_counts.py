@@ -1,4 +1,4 @@
-"""What is counted beside the pairs: peak memory, collectives and their bytes, starts of processes."""
+"""Quantities counted beside the pairs: peak memory, collectives and their bytes, starts of processes."""
 
 import pytest
 import torch
