@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bnext import kernels
 from bnext.dispatch import is_exported, is_transformed
-from bnext.functional.moments import Moments
+from bnext.functional.moments import Moments, sum_groups
 from bnext.kernels import Part
 
 __all__ = ["normalize_mini_batch", "normalize_parts"]
@@ -129,10 +129,8 @@ def _compute_gradients(ctx: Any, grads: Sequence[Tensor]) -> tuple[Tensor | None
     totals = gamma * part_sums
     if mini_batches is not None and kernels.joins_features(totals):
         totals = kernels.group_sums(totals, mini_batches, len(count))  # [2, B, C]
-    elif mini_batches is not None and len(count) == 1:
-        totals = totals.sum(1, keepdim=True)
     elif mini_batches is not None:
-        totals = totals.new_zeros(2, *count.shape, mean.shape[1]).index_add_(1, mini_batches, totals)
+        totals = sum_groups(totals.movedim(1, 0), mini_batches, len(count)).movedim(0, 1)
     if ctx.reduce is not None:  # also where no feature needs a gradient: the others wait for this worker
         totals = ctx.reduce(totals)
     averages = totals / count.clamp(min=1).unsqueeze(1)
